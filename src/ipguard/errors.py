@@ -1,0 +1,286 @@
+"""Every error that ipguard raises.
+
+All of them are an `IPGuardError`, and each carries what a caller needs to act on it as attributes,
+so that no caller has to read the message. Their positional arguments are all there is to them:
+they survive `pickle` and so cross process boundaries.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+_SHOWN = 60
+
+
+def shortened(value: object) -> str:
+    """Quote a value from outside for a message: one line, at most about 60 characters."""
+    text = value[: _SHOWN + 1] if isinstance(value, str) else f"{type(value).__name__} object"
+    quoted = ascii(text[:_SHOWN]) if isinstance(value, str) else text
+    return quoted + ("…" if isinstance(value, str) and len(value) > _SHOWN else "")
+
+
+class IPGuardError(Exception):
+    """The base of every error of this library."""
+
+
+class AddressError(IPGuardError, ValueError):
+    """Text that is not an address, a network or a range as ipguard accepts them.
+
+    Attributes:
+        text: The input, quoted and shortened; never more than about 60 characters of it.
+        reason: What is wrong with it, in a few words.
+        hint: What was perhaps meant, or None.
+    """
+
+    def __init__(self, text: object, reason: str, hint: str | None = None) -> None:
+        self.text = text if isinstance(text, _Quoted) else _Quoted(shortened(text))
+        self.reason = reason
+        self.hint = hint
+        super().__init__(self.text, reason, hint)
+
+    def __str__(self) -> str:
+        message = f"{self.text} is not accepted: {self.reason}"
+        return message if self.hint is None else f"{message} (did you mean {self.hint}?)"
+
+
+class _Quoted(str):
+    """Text that `shortened` has been through already; unpickling must not quote it again."""
+
+    __slots__ = ()
+
+
+class UsernameError(IPGuardError, ValueError):
+    """A username that has no canonical form.
+
+    Attributes:
+        text: The input, quoted and shortened.
+        reason: What is wrong with it, in a few words.
+    """
+
+    def __init__(self, text: object, reason: str) -> None:
+        self.text = text if isinstance(text, _Quoted) else _Quoted(shortened(text))
+        self.reason = reason
+        super().__init__(self.text, reason)
+
+    def __str__(self) -> str:
+        return f"{self.text} is not a username: {self.reason}"
+
+
+class AddressTooBroad(IPGuardError):
+    """A restriction that would hold more addresses than the settings allow.
+
+    Attributes:
+        addresses: The range in its canonical text.
+        widest: The shortest prefix length that the settings allow for its version.
+    """
+
+    def __init__(self, addresses: str, widest: int) -> None:
+        super().__init__(addresses, widest)
+        self.addresses = addresses
+        self.widest = widest
+
+    def __str__(self) -> str:
+        return f"{self.addresses} holds more addresses than a /{self.widest}, the widest allowed"
+
+
+class LockoutRisk(IPGuardError):
+    """The change would keep the acting user itself out.
+
+    Attributes:
+        address: The actor's address, which would no longer get in.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"after this change you could not log in from {self.address}, where you are now"
+
+
+class DuplicateRestriction(IPGuardError):
+    """The user already has this restriction, or a request for it is pending.
+
+    Attributes:
+        username: The user, in canonical form.
+        addresses: The range in its canonical text.
+    """
+
+    def __init__(self, username: str, addresses: str) -> None:
+        super().__init__(username, addresses)
+        self.username = username
+        self.addresses = addresses
+
+    def __str__(self) -> str:
+        return f"{self.username} already has {self.addresses}, or a request for it is pending"
+
+
+class UnknownUser(IPGuardError):
+    """No such user for this actor: not registered, or of an account it does not manage.
+
+    Attributes:
+        username: The username asked for.
+    """
+
+    def __init__(self, username: str) -> None:
+        super().__init__(username)
+        self.username = username
+
+    def __str__(self) -> str:
+        return f"no user {shortened(self.username)}"
+
+
+class UnknownRequest(IPGuardError):
+    """No such request for this actor.
+
+    Attributes:
+        request_id: The id asked for.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"no request {shortened(self.request_id)}"
+
+
+class UnknownRestriction(IPGuardError):
+    """No such restriction for this actor.
+
+    Attributes:
+        restriction_id: The id asked for.
+    """
+
+    def __init__(self, restriction_id: str) -> None:
+        super().__init__(restriction_id)
+        self.restriction_id = restriction_id
+
+    def __str__(self) -> str:
+        return f"no restriction {shortened(self.restriction_id)}"
+
+
+class RequestClosed(IPGuardError):
+    """The request can no longer be changed.
+
+    Attributes:
+        state: What became of it: `confirmed`, `cancelled`, `expired` or `locked`.
+    """
+
+    def __init__(self, state: str) -> None:
+        super().__init__(state)
+        self.state = state
+
+    def __str__(self) -> str:
+        return f"the request is closed: {self.state}"
+
+
+class NumberExpired(IPGuardError):
+    """The confirmation number is no longer valid; `resend` issues a new one."""
+
+    def __str__(self) -> str:
+        return "the confirmation number has expired; ask for a new one"
+
+
+class WrongNumber(IPGuardError):
+    """The confirmation number is not the one that was sent.
+
+    Attributes:
+        attempts_left: How many more guesses this number allows; 0 means the request is locked.
+    """
+
+    def __init__(self, attempts_left: int) -> None:
+        super().__init__(attempts_left)
+        self.attempts_left = attempts_left
+
+    def __str__(self) -> str:
+        return f"wrong confirmation number; attempts left: {self.attempts_left}"
+
+
+class TooManyAttempts(IPGuardError):
+    """No further guess is evaluated: the request is locked, or the actor failed too often."""
+
+    def __str__(self) -> str:
+        return "too many wrong confirmation numbers"
+
+
+class TooManyRequests(IPGuardError):
+    """The actor asks more often than the settings allow.
+
+    Attributes:
+        retry_after: How long to wait before the same call can succeed.
+    """
+
+    def __init__(self, retry_after: timedelta) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"too many requests; try again in {max(1, round(self.retry_after.total_seconds()))} s"
+
+
+class TooManyRestrictions(IPGuardError):
+    """The user has as many restrictions as the settings allow.
+
+    Attributes:
+        username: The user, in canonical form.
+        limit: How many restrictions a user may have.
+    """
+
+    def __init__(self, username: str, limit: int) -> None:
+        super().__init__(username, limit)
+        self.username = username
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.username} already has {self.limit} restrictions, as many as are allowed"
+
+
+class DeliveryError(IPGuardError):
+    """The mail with the confirmation number could not be sent.
+
+    The request stays pending, and `Workflow.resend` sends a new number.
+
+    Attributes:
+        reason: What went wrong, without the number and without a password.
+        request_id: The request that waits for its number, where one does; pass it to `resend`.
+    """
+
+    def __init__(self, reason: str, request_id: str | None = None) -> None:
+        super().__init__(reason, request_id)
+        self.reason = reason
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"the mail could not be sent: {self.reason}"
+
+
+class StoreError(IPGuardError):
+    """Something is wrong with the store; the base of the three below."""
+
+
+class StoreUnavailable(StoreError):
+    """The store does not answer now, or the outcome of a commit is lost. Trying again may help."""
+
+
+class StoreConfigError(StoreError):
+    """The store cannot be used as it was asked for: a bad URL, a missing extra, no permission."""
+
+
+class SchemaVersionError(StoreError):
+    """The store's schema may not be used by this version of the library.
+
+    Attributes:
+        found: The schema's version, or None where there is no schema.
+        needed: The version that this library needs, or the oldest library that the schema admits.
+    """
+
+    def __init__(self, found: int | None, needed: int) -> None:
+        super().__init__(found, needed)
+        self.found = found
+        self.needed = needed
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"the store has no ipguard schema; version {self.needed} is needed"
+        return f"the store's schema is version {self.found}; this library needs {self.needed}"
