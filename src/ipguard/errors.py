@@ -66,6 +66,23 @@ class UsernameError(IPGuardError, ValueError):
         return f"{self.text} is not a username: {self.reason}"
 
 
+class InvalidValue(IPGuardError, ValueError):
+    """A value that makes no sense where it was given: a label, a reason, a time, a setting.
+
+    Attributes:
+        name: The argument or field.
+        reason: What is wrong with it, in a few words.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
 class AddressTooBroad(IPGuardError):
     """A restriction that would hold more addresses than the settings allow.
 

@@ -1,0 +1,113 @@
+"""Confirmation numbers: mint, digest, compare.
+
+A number is short, so a plain hash of it could be undone by trying all of them. What a store keeps is
+therefore an HMAC-SHA256 under a key that no store holds (OWASP ASVS 4.0.3 2.7.5). The digest covers
+what is being confirmed, so a number sent for one change can never confirm another (OWASP Transaction
+Authorization 2.6, 2.10).
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from ipguard.errors import InvalidValue
+
+_KEY_BYTES: Final = 32
+_GROUP: Final = 5
+
+
+def mint(digits: int) -> str:
+    """Make a new confirmation number from the system's secure random source.
+
+    Args:
+        digits: How many decimal digits; ASVS 5.0 6.5.4 asks for 20 bits, which 7 digits have.
+
+    Returns:
+        The digits alone, leading zeros included.
+    """
+    return f"{secrets.randbelow(10**digits):0{digits}d}"
+
+
+def spaced(number: str) -> str:
+    """Return the number as a person reads it: groups of five digits, `49201-77340`."""
+    return "-".join(number[i : i + _GROUP] for i in range(0, len(number), _GROUP))
+
+
+def typed(text: str) -> str:
+    """Return what a person typed, less the blanks and hyphens that do not matter."""
+    return "".join(text.split()).replace("-", "")
+
+
+class Keyring:
+    """The keys of the digests: the first mints, all verify. Never stored, never shown.
+
+    Args:
+        keys: One key of at least 32 bytes, or several, the newest first.
+
+    Raises:
+        InvalidValue: There is no key, or one is not bytes or too short.
+    """
+
+    def __init__(self, keys: bytes | Sequence[bytes]) -> None:
+        ring = (keys,) if isinstance(keys, (bytes, bytearray, memoryview)) else tuple(keys)
+        if not ring:
+            raise InvalidValue("key", "there must be at least one key")
+        for key in ring:
+            if not isinstance(key, (bytes, bytearray, memoryview)):
+                raise InvalidValue("key", f"must be bytes, not {type(key).__name__}")
+            if len(bytes(key)) < _KEY_BYTES:
+                raise InvalidValue("key", f"must have at least {_KEY_BYTES} bytes")
+        # A key is known in the store by a digest of it, so that a number minted under a key that was
+        # since withdrawn can be told from a wrong guess.
+        self._keys = {_hmac(bytes(key), [b"ipguard key id"])[:8]: bytes(key) for key in ring}
+        self.minting: bytes = next(iter(self._keys))
+
+    def __repr__(self) -> str:
+        return f"<Keyring of {len(self._keys)}>"
+
+    def __contains__(self, key_id: object) -> bool:
+        return key_id in self._keys
+
+    def digest(self, key_id: bytes, number: str, subject: Iterable[str]) -> bytes:
+        """Digest a number together with what it confirms.
+
+        Args:
+            key_id: One of this ring's, such as `minting`.
+            number: The number, as minted or as `typed` returns it.
+            subject: What is being confirmed, field by field, in a fixed order.
+
+        Returns:
+            32 bytes.
+
+        Raises:
+            KeyError: The ring does not hold that key.
+        """
+        # What a person typed may hold any code point, lone surrogates too: it is then a wrong number.
+        fields = [text.encode("utf-8", "surrogatepass") for text in (number, *subject)]
+        return _hmac(self._keys[key_id], fields)
+
+    def matches(self, key_id: bytes, digest: bytes, text: str, subject: Iterable[str]) -> bool:
+        """Tell whether what a person typed is the number of this digest, in constant time.
+
+        Args:
+            key_id: Under which key the digest was made.
+            digest: The digest kept.
+            text: What the person typed; spaces and hyphens do not matter.
+            subject: As it was given to `digest`.
+
+        Raises:
+            KeyError: The ring does not hold that key.
+        """
+        return hmac.compare_digest(digest, self.digest(key_id, typed(text), subject))
+
+
+def _hmac(key: bytes, fields: Iterable[bytes]) -> bytes:
+    """HMAC-SHA256 over fields that each carry their length, so that none can run into the next."""
+    mac = hmac.new(key, digestmod="sha256")
+    for field in fields:
+        mac.update(len(field).to_bytes(8, "big"))
+        mac.update(field)
+    return mac.digest()

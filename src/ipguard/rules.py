@@ -1,0 +1,176 @@
+"""The rules, pure: what they judge comes in as arguments, the time of day included.
+
+A request's life is one table, `STEPS`:
+
+    pending --confirm--> confirmed
+    pending --cancel---> cancelled
+    pending --expire---> expired      (by time; see `state_at`)
+    pending --lock-----> locked       (the last wrong guess)
+    pending --guess----> pending      (a wrong guess before the last)
+    pending --resend---> pending
+
+There is no other step. One that is not in the table raises `RequestClosed` and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from ipguard.addresses import AddressRange, AddressSet
+from ipguard.errors import AddressTooBroad, LockoutRisk, RequestClosed
+from ipguard.model import (
+    Decision,
+    PendingRequest,
+    Policy,
+    Reason,
+    RequestState,
+    Restriction,
+)
+
+NO_RESTRICTIONS: Final = "No restrictions"
+
+
+def decide(
+    policy: Policy, address: AddressRange | None, now: datetime, *, deny_unknown: bool = False
+) -> Decision:
+    """Decide whether a login may go on.
+
+    Args:
+        policy: All that is known of the user.
+        address: The client's address as `parse_address` returns it, or None where it is not one.
+        now: The store's time, which expiry is judged by.
+        deny_unknown: Whether a user that is not registered is refused.
+
+    Returns:
+        The decision; `revision` is the policy's.
+    """
+    allowed, reason, restriction_id = False, Reason.NOT_LISTED, None
+    if address is None:
+        reason = Reason.BAD_ADDRESS
+    elif deny_unknown and not policy.known:
+        reason = Reason.UNKNOWN_USER
+    elif not policy.restrictions:
+        allowed, reason = True, Reason.UNRESTRICTED
+    else:
+        # A user whose restrictions have all expired stays restricted, to nothing: time never opens
+        # a door, only a person does.
+        for restriction in policy.restrictions:
+            if address in restriction.addresses and not restriction.expired(now):
+                allowed, reason, restriction_id = True, Reason.LISTED, restriction.id
+                break
+    return Decision(
+        allowed=allowed, reason=reason, revision=policy.revision, restriction_id=restriction_id
+    )
+
+
+def lasting(restrictions: Iterable[Restriction]) -> AddressSet:
+    """Return the addresses that restrictions let in whatever the time: the temporary ones left out."""
+    return AddressSet(r.addresses for r in restrictions if r.expires_at is None)
+
+
+class Step(StrEnum):
+    """What can happen to a request."""
+
+    CONFIRM = "confirm"
+    CANCEL = "cancel"
+    EXPIRE = "expire"
+    LOCK = "lock"
+    GUESS = "guess"
+    RESEND = "resend"
+
+
+STEPS: Final[Mapping[tuple[RequestState, Step], RequestState]] = MappingProxyType(
+    {
+        (RequestState.PENDING, Step.CONFIRM): RequestState.CONFIRMED,
+        (RequestState.PENDING, Step.CANCEL): RequestState.CANCELLED,
+        (RequestState.PENDING, Step.EXPIRE): RequestState.EXPIRED,
+        (RequestState.PENDING, Step.LOCK): RequestState.LOCKED,
+        (RequestState.PENDING, Step.GUESS): RequestState.PENDING,
+        (RequestState.PENDING, Step.RESEND): RequestState.PENDING,
+    }
+)
+"""From a state, by a step, to a state."""
+
+
+def after(state: RequestState, step: Step) -> RequestState:
+    """Return the state that a step leads to.
+
+    Raises:
+        RequestClosed: The table has no such step; it carries the state.
+    """
+    try:
+        return STEPS[state, step]
+    except KeyError:
+        raise RequestClosed(state) from None
+
+
+def state_at(request: PendingRequest, now: datetime) -> RequestState:
+    """Return a request's state at a time: one that is pending expires by itself."""
+    if request.state is RequestState.PENDING and request.expires_at <= now:
+        return after(request.state, Step.EXPIRE)
+    return request.state
+
+
+def check_lockout(
+    address: AddressRange | None,
+    before: Policy,
+    restrictions: Iterable[Restriction],
+    now: datetime,
+) -> None:
+    """Refuse a change by which acting users would keep themselves out.
+
+    Args:
+        address: Where the actor comes from, or None where that is not known.
+        before: The actor's own policy as it is.
+        restrictions: The actor's own restrictions as the change would leave them.
+        now: The store's time.
+
+    Raises:
+        LockoutRisk: The address gets in now, and after the change would not, or not once the
+            temporary restrictions end.
+    """
+    left = tuple(restrictions)
+    if address is None or not left or not decide(before, address, now):
+        return
+    if address not in lasting(left):
+        raise LockoutRisk(str(address))
+
+
+def check_width(addresses: AddressRange, *, widest_ipv4: int, widest_ipv6: int) -> None:
+    """Refuse a restriction that lets in more addresses than a prefix of the widest length holds.
+
+    Args:
+        addresses: What the restriction would let in.
+        widest_ipv4: The shortest prefix length for IPv4, 0 to 32.
+        widest_ipv6: The shortest prefix length for IPv6, 0 to 128.
+
+    Raises:
+        AddressTooBroad: It holds more.
+    """
+    bits, widest = (32, widest_ipv4) if addresses.version == 4 else (128, widest_ipv6)
+    if addresses.size > 1 << (bits - widest):
+        raise AddressTooBroad(str(addresses), widest)
+
+
+def same_addresses(
+    restrictions: Iterable[Restriction], addresses: AddressRange
+) -> Restriction | None:
+    """Return the restriction to exactly these addresses, expired or not, or None."""
+    return next((r for r in restrictions if r.addresses == addresses), None)
+
+
+def summarise(restrictions: Iterable[Restriction], now: datetime) -> str:
+    """Return the text of the page's Restrictions column.
+
+    "No restrictions" is said only where there is none: a user left with expired ones can log in from
+    nowhere, which the text says.
+    """
+    left = tuple(restrictions)
+    if not left:
+        return NO_RESTRICTIONS
+    live = [str(r.addresses) for r in left if not r.expired(now)]
+    return ", ".join(live) if live else "No address allowed (every restriction has expired)"
