@@ -17,6 +17,7 @@ from ipguard.errors import InvalidValue
 
 _KEY_BYTES: Final = 32
 _GROUP: Final = 5
+_LONGEST_TYPED: Final = 256
 
 
 def mint(digits: int) -> str:
@@ -37,8 +38,12 @@ def spaced(number: str) -> str:
 
 
 def typed(text: str) -> str:
-    """Return what a person typed, less the blanks and hyphens that do not matter."""
-    return "".join(text.split()).replace("-", "")
+    """Return what a person typed, less the blanks and hyphens that do not matter.
+
+    Text that is far too long to be a number comes back empty, which matches none: it is compared
+    while the writer's lock is held, so its length must not cost anything.
+    """
+    return "".join(text.split()).replace("-", "") if len(text) <= _LONGEST_TYPED else ""
 
 
 class Keyring:
