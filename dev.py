@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Everything a developer of ipguard runs, on a machine that has just Python and pip.
+
+    python3 dev.py demo [--keep]            the whole way once, in a terminal
+    python3 dev.py test [--long] [ARG ...]  the tests; ARGs go to pytest (and then coverage is not measured)
+    python3 dev.py lint | types | layers | docs | build | pythons
+    python3 dev.py mutate [MODULE ...]      mutation testing, see docs/mutation.md
+    python3 dev.py pin                      renew constraints.txt
+
+The first use makes `.venv`; later ones notice that nothing changed. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "ipguard-setup"
+CONSTRAINTS = ROOT / "constraints.txt"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# The rooms that must be covered to the last branch, and whose tests need no server or browser: these
+# are the tests that also run against the built wheel and on every other Python.
+CORE = (
+    "errors",
+    "addresses",
+    "usernames",
+    "model",
+    "confirmation",
+    "rules",
+    "workflow",
+    "guard",
+)
+MUTATED = ("addresses", "usernames", "confirmation", "rules", "guard")
+
+
+class Failed(Exception):
+    """A step failed; its own output has said why."""
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> None:
+    print("+", *command, flush=True)
+    code = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, check=False).returncode
+    if code:
+        raise Failed(f"{Path(command[0]).name} ended with {code}")
+
+
+def tool(name: str, *args: str | Path, **env: str) -> None:
+    """Run one of the environment's own programs."""
+    run(VENV / "bin" / name, *args, **env)
+
+
+def pip(python: Path, *args: str | Path) -> None:
+    """Run the host's pip on another interpreter, which then needs no pip of its own."""
+    run(sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *args)
+
+
+def group(name: str) -> list[str]:
+    """The requirements of a dependency group (pip reads these itself only from 25.1 on)."""
+    found: list[str] = []
+    for entry in PROJECT["dependency-groups"][name]:
+        found += [entry] if isinstance(entry, str) else group(entry["include-group"])
+    return found
+
+
+# ---------------------------------------------------------------------------- the environment
+
+
+def wanted() -> str:
+    """What the environment depends on; when this changes, it is set up again."""
+    parts = {key: PROJECT[key] for key in ("build-system", "project", "dependency-groups")}
+    text = json.dumps([parts, CONSTRAINTS.read_text(), sys.version, str(ROOT)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def setup() -> None:
+    if sys.version_info < (3, 11):
+        raise Failed("ipguard needs Python 3.11 or later")
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: the second finds the work done
+        if STAMP.exists() and STAMP.read_text() == wanted():
+            return
+        # An environment without a stamp was interrupted half way: start it anew.
+        # One with an old stamp is whole, and pip changes only what differs.
+        if not STAMP.exists() or subprocess.run([PYTHON, "-c", ""], check=False).returncode:
+            venv.create(VENV, clear=True, with_pip=False, symlinks=True)
+        STAMP.unlink(missing_ok=True)
+        needs = [*PROJECT["project"]["dependencies"], *group("dev")]
+        pip(PYTHON, "install", "-qq", "-c", CONSTRAINTS, *needs)
+        pip(PYTHON, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", ROOT)
+        STAMP.write_text(wanted())
+
+
+@contextlib.contextmanager
+def fresh_venv(python: str | Path) -> Iterator[Path]:
+    """A throwaway environment of the given Python, outside the source tree."""
+    with tempfile.TemporaryDirectory(prefix="ipguard-") as folder:
+        run(python, "-m", "venv", "--without-pip", f"{folder}/venv")
+        yield Path(folder)
+
+
+# ---------------------------------------------------------------------------- the commands
+
+
+def demo(*args: str) -> None:
+    run(PYTHON, "examples/demo.py", *args)
+
+
+def test(*args: str) -> None:
+    long = "--long" in args
+    rest = [arg for arg in args if arg != "--long"]
+    env = {"IPGUARD_LONG": "1" if long else ""}
+    if rest:  # a chosen few: no coverage, and nothing between the developer and pytest
+        return tool("pytest", *rest, **env)
+    for old in ROOT.glob(".coverage*"):
+        old.unlink(missing_ok=True)
+    limit = ["-o", "timeout=3600"] if long else []
+    tool("coverage", "run", "-m", "pytest", "-n", "2", "--dist", "worksteal", *limit, **env)
+    tool("coverage", "combine", "-q")
+    tool("coverage", "report", "--skip-covered")
+    core = ",".join(f"src/ipguard/{name}.py" for name in CORE)
+    tool("coverage", "report", f"--include={core}", "--fail-under=100", "--skip-covered")
+
+
+def lint() -> None:
+    tool("ruff", "check", ".")
+    tool("ruff", "format", "--check", ".")
+
+
+def types() -> None:
+    tool("mypy")
+
+
+def layers() -> None:
+    tool("lint-imports")
+
+
+def docs() -> None:
+    shutil.rmtree(ROOT / "docs" / "_build", ignore_errors=True)
+    tool("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
+
+
+def wheel() -> Path:
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    tool("hatchling", "build", "-t", "wheel")
+    return next((ROOT / "dist").glob("*.whl"))
+
+
+def check_wheel(built: Path, python: str | Path, *core_needs: str) -> None:
+    """Install the wheel beside nothing but what it needs, import it, then run the core's tests."""
+    with fresh_venv(python) as folder:
+        inside = folder / "venv" / "bin" / "python"
+        pins = () if core_needs else ("-c", CONSTRAINTS)
+        pip(inside, "install", "-qq", *pins, built, *core_needs)
+        run(inside, "-I", ROOT / "tests" / "smoke.py", cwd=folder)
+        # The tests run on a copy: beside the source tree they might import it instead of the wheel.
+        shutil.copytree(ROOT / "tests", folder / "tests")
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        pip(inside, "install", "-qq", *pins, *group("test"))
+        found = [p for name in CORE for p in sorted((folder / "tests").glob(f"test_{name}*.py"))]
+        run(inside, "-m", "pytest", "-q", "-n", "2", *found, cwd=folder)
+
+
+def build() -> None:
+    check_wheel(wheel(), sys.executable)
+
+
+def pythons() -> None:
+    """The core's tests on every Python of this machine; on the oldest with the lowest dependencies."""
+    built, found = wheel(), other_pythons()
+    for number, (version, python) in enumerate(sorted(found.items())):
+        lowest = [need.replace(">=", "==") for need in PROJECT["project"]["dependencies"]]
+        print(f"Python {version[0]}.{version[1]}{'' if number else ', lowest dependencies'}")
+        check_wheel(built, python, *(() if number else lowest))
+
+
+def other_pythons() -> dict[tuple[int, int], Path]:
+    """One interpreter for each version >= 3.11, from the PATH and from pyenv."""
+    folders = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
+    folders += sorted((Path.home() / ".pyenv" / "versions").glob("3.*/bin"), reverse=True)
+    found: dict[tuple[int, int], Path] = {sys.version_info[:2]: Path(sys.executable)}
+    for minor in range(11, 20):
+        for candidate in (folder / f"python3.{minor}" for folder in folders):
+            # A pyenv shim exists for versions that are switched off too: only running it tells.
+            works = candidate.exists() and not subprocess.run(
+                [candidate, "-c", "import venv"], capture_output=True, check=False
+            ).returncode
+            if works:
+                found.setdefault((3, minor), candidate)
+    return found
+
+
+def mutate(*modules: str) -> None:
+    raise Failed("not built yet")
+
+
+def pin() -> None:
+    """Resolve everything afresh and write the versions down."""
+    with fresh_venv(sys.executable) as folder:
+        inside = folder / "venv" / "bin" / "python"
+        pip(inside, "install", "-qq", *PROJECT["project"]["dependencies"], *group("dev"))
+        freeze = [sys.executable, "-m", "pip", "--python", inside, "freeze"]
+        pins = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
+    head = [line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("#")]
+    CONSTRAINTS.write_text("\n".join([*head, pins]))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command
+    for command in (demo, test, lint, types, layers, docs, build, pythons, mutate, pin)
+}
+
+
+def main(name: str = "", *args: str) -> int:
+    if name not in COMMANDS:
+        print(__doc__)
+        return 2
+    try:
+        setup()
+        COMMANDS[name](*args)
+    except Failed as failure:
+        print(f"dev.py {name}: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

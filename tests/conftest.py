@@ -1,0 +1,31 @@
+"""What all tests share: the two profiles, and how many rounds each has."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+
+#: `dev.py test --long` sets it: the same tests, with the full number of rounds.
+LONG = bool(os.environ.get("IPGUARD_LONG"))
+
+# No deadline: these machines are shared and slow at times. Failures print what repeats them.
+settings.register_profile("short", max_examples=100, deadline=None, print_blob=True)
+settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True)
+settings.load_profile("long" if LONG else "short")
+
+
+def rounds(short: int, long: int) -> int:
+    """Return how often a test repeats itself in the profile that is running."""
+    return long if LONG else short
+
+
+@pytest.fixture(name="rounds")
+def _rounds() -> Callable[[int, int], int]:
+    return rounds
+
+
+@pytest.fixture
+def long() -> bool:
+    """Whether the full rounds are asked for."""
+    return LONG
