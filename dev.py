@@ -2,7 +2,7 @@
 """Everything a developer of ipguard runs, on a machine that has just Python and pip.
 
     python3 dev.py demo [--keep]            the whole way once, in a terminal
-    python3 dev.py test [--long] [ARG ...]  the tests; ARGs go to pytest (and then coverage is not measured)
+    python3 dev.py test [--long] [ARG ...]  the tests; with ARGs, which go to pytest, no coverage
     python3 dev.py lint | types | layers | docs | build | pythons
     python3 dev.py mutate [MODULE ...]      mutation testing, see docs/mutation.md
     python3 dev.py pin                      renew constraints.txt
@@ -33,8 +33,8 @@ STAMP = VENV / "ipguard-setup"
 CONSTRAINTS = ROOT / "constraints.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# The rooms that must be covered to the last branch, and whose tests need no server or browser: these
-# are the tests that also run against the built wheel and on every other Python.
+# The rooms that must be covered to the last branch, and whose tests need no server: these tests,
+# tests/test_<room>*.py, also run against the built wheel and on every other Python.
 CORE = (
     "errors",
     "addresses",
@@ -48,25 +48,32 @@ CORE = (
 MUTATED = ("addresses", "usernames", "confirmation", "rules", "guard")
 
 
-class Failed(Exception):
+class StepError(Exception):
     """A step failed; its own output has said why."""
 
 
-def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> None:
+def run(*command: str | Path, cwd: Path = ROOT) -> None:
     print("+", *command, flush=True)
-    code = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, check=False).returncode
+    code = subprocess.run(command, cwd=cwd, check=False).returncode
     if code:
-        raise Failed(f"{Path(command[0]).name} ended with {code}")
+        raise StepError(f"{Path(command[0]).name} ended with {code}")
 
 
-def tool(name: str, *args: str | Path, **env: str) -> None:
+def tool(name: str, *args: str | Path) -> None:
     """Run one of the environment's own programs."""
-    run(VENV / "bin" / name, *args, **env)
+    run(VENV / "bin" / name, *args)
 
 
 def pip(python: Path, *args: str | Path) -> None:
     """Run the host's pip on another interpreter, which then needs no pip of its own."""
     run(sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *args)
+
+
+def room(name: str, under: str = "src/ipguard") -> str:
+    """The file of a room, or the files of one that became a package."""
+    return (
+        f"{under}/{name}/*" if (ROOT / "src" / "ipguard" / name).is_dir() else f"{under}/{name}.py"
+    )
 
 
 def group(name: str) -> list[str]:
@@ -88,9 +95,7 @@ def wanted() -> str:
 
 
 def setup() -> None:
-    if sys.version_info < (3, 11):
-        raise Failed("ipguard needs Python 3.11 or later")
-    with open(__file__) as lock:
+    with Path(__file__).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: the second finds the work done
         if STAMP.exists() and STAMP.read_text() == wanted():
             return
@@ -123,16 +128,17 @@ def demo(*args: str) -> None:
 def test(*args: str) -> None:
     long = "--long" in args
     rest = [arg for arg in args if arg != "--long"]
-    env = {"IPGUARD_LONG": "1" if long else ""}
-    if rest:  # a chosen few: no coverage, and nothing between the developer and pytest
-        return tool("pytest", *rest, **env)
+    os.environ["IPGUARD_LONG"] = "1" if long else ""
+    if rest:
+        tool("pytest", *rest)
+        return
     for old in ROOT.glob(".coverage*"):
         old.unlink(missing_ok=True)
     limit = ["-o", "timeout=3600"] if long else []
-    tool("coverage", "run", "-m", "pytest", "-n", "2", "--dist", "worksteal", *limit, **env)
+    tool("coverage", "run", "-m", "pytest", "-n", "2", "--dist", "worksteal", *limit)
     tool("coverage", "combine", "-q")
     tool("coverage", "report", "--skip-covered")
-    core = ",".join(f"src/ipguard/{name}.py" for name in CORE)
+    core = ",".join(room(name) for name in CORE)
     tool("coverage", "report", f"--include={core}", "--fail-under=100", "--skip-covered")
 
 
@@ -180,7 +186,7 @@ def build() -> None:
 
 
 def pythons() -> None:
-    """The core's tests on every Python of this machine; on the oldest with the lowest dependencies."""
+    """Run the core's tests on every Python here; on the oldest with the lowest dependencies."""
     built, found = wheel(), other_pythons()
     for number, (version, python) in enumerate(sorted(found.items())):
         lowest = [need.replace(">=", "==") for need in PROJECT["project"]["dependencies"]]
@@ -196,16 +202,40 @@ def other_pythons() -> dict[tuple[int, int], Path]:
     for minor in range(11, 20):
         for candidate in (folder / f"python3.{minor}" for folder in folders):
             # A pyenv shim exists for versions that are switched off too: only running it tells.
-            works = candidate.exists() and not subprocess.run(
-                [candidate, "-c", "import venv"], capture_output=True, check=False
-            ).returncode
+            works = (
+                candidate.exists()
+                and not subprocess.run(
+                    [candidate, "-c", "import venv"], capture_output=True, check=False
+                ).returncode
+            )
             if works:
                 found.setdefault((3, minor), candidate)
     return found
 
 
 def mutate(*modules: str) -> None:
-    raise Failed("not built yet")
+    """Break each line in turn and see whether that room's own tests notice."""
+    for name in modules or MUTATED:
+        # A copy for each room: mutmut knows one set of settings, and resumes where it stopped.
+        work = ROOT / "build" / "mutation" / name
+        work.mkdir(parents=True, exist_ok=True)
+        for folder in ("src", "tests"):
+            shutil.copytree(ROOT / folder, work / folder, dirs_exist_ok=True)
+        tests = [
+            str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))
+        ]
+        settings = {
+            "source_paths": ["src"],
+            "only_mutate": [room(name)],
+            "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
+            "pytest_add_cli_args_test_selection": tests,
+        }
+        # A list of strings is written alike in JSON and TOML.
+        lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        project = (ROOT / "pyproject.toml").read_text()
+        (work / "pyproject.toml").write_text("\n".join([project, "[tool.mutmut]", *lines, ""]))
+        run(VENV / "bin" / "mutmut", "run", "--max-children", "2", cwd=work)
+        run(VENV / "bin" / "mutmut", "results", cwd=work)
 
 
 def pin() -> None:
@@ -213,7 +243,7 @@ def pin() -> None:
     with fresh_venv(sys.executable) as folder:
         inside = folder / "venv" / "bin" / "python"
         pip(inside, "install", "-qq", *PROJECT["project"]["dependencies"], *group("dev"))
-        freeze = [sys.executable, "-m", "pip", "--python", inside, "freeze"]
+        freeze: list[str | Path] = [sys.executable, "-m", "pip", "--python", inside, "freeze"]
         pins = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
     head = [line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("#")]
     CONSTRAINTS.write_text("\n".join([*head, pins]))
@@ -226,13 +256,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(name: str = "", *args: str) -> int:
+    """Set up what is needed and carry out one command."""
     if name not in COMMANDS:
         print(__doc__)
         return 2
     try:
         setup()
         COMMANDS[name](*args)
-    except Failed as failure:
+    except StepError as failure:
         print(f"dev.py {name}: {failure}", file=sys.stderr)
         return 1
     return 0

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 
 #: `dev.py test --long` sets it: the same tests, with the full number of rounds.
 LONG = bool(os.environ.get("IPGUARD_LONG"))
@@ -12,6 +12,16 @@ LONG = bool(os.environ.get("IPGUARD_LONG"))
 # No deadline: these machines are shared and slow at times. Failures print what repeats them.
 settings.register_profile("short", max_examples=100, deadline=None, print_blob=True)
 settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True)
+# Mutation testing asks one thing, whether a test fails, and wants the same answer each time.
+settings.register_profile(
+    "mutation",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.differing_executors],
+)
 settings.load_profile("long" if LONG else "short")
 
 

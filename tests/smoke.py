@@ -1,0 +1,37 @@
+"""Run by `dev.py build` in an environment of the built wheel and its three dependencies alone."""
+
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import ipguard
+
+HEAVY = {"sqlite3", "smtplib", "ssl", "fastapi", "starlette", "django", "flask", "psycopg"}
+
+loaded = HEAVY & set(sys.modules)
+assert not loaded, f"import ipguard loads {loaded}"
+assert Path(sys.prefix) in Path(ipguard.__file__).parents, f"not the wheel: {ipguard.__file__}"
+assert resources.files("ipguard").joinpath("py.typed").is_file()
+assert [
+    path
+    for path in resources.files("ipguard").joinpath("stores/migrations").iterdir()
+    if path.name.endswith(".sql")
+], "the wheel has no migrations"
+
+boss = ipguard.Actor(username="boss", email="boss@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
+user = ipguard.User(username="jsmith", full_name="John Smith", account_id="U1")
+with tempfile.TemporaryDirectory() as folder:
+    for url in ("memory://", f"sqlite:///{folder}/smoke.db"):
+        with ipguard.open_store(url) as store, ipguard.Guard(store) as guard:
+            from ipguard.testing import Outbox
+
+            flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+            store.put_users([user])
+            assert guard.is_allowed("jsmith", "203.0.113.8"), "unrestricted, yet refused"
+            applied = flow.impose(boss, "jsmith", "203.0.113.7", reason="smoke")
+            assert guard.wait_for(applied.revision, 10), "the guard did not follow"
+            assert guard.is_allowed("jsmith", "203.0.113.7"), "listed, yet refused"
+            assert not guard.is_allowed("jsmith", "203.0.113.8"), "not listed, yet allowed"
+            assert not guard.is_allowed("jsmith", "junk"), "junk got in"
+print(f"smoke: ipguard {ipguard.__version__} works on Python {sys.version.split()[0]}")
