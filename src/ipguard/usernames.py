@@ -1,0 +1,64 @@
+"""The one canonical form of a username.
+
+Usernames are compared in this form everywhere, so that a restriction on `jsmith` cannot be stepped
+around as `JSmith` or in full-width letters. Names that merely look alike stay different users.
+"""
+
+from __future__ import annotations
+
+from unicodedata import category, normalize
+
+from ipguard.errors import UsernameError
+
+__all__ = ["canonical_username"]
+
+_LONGEST = 256
+_REFUSED = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
+# Two rounds change a text at most, as far as is known, and the next finds that nothing changed.
+_ROUNDS = 4
+
+
+def canonical_username(text: str) -> str:
+    """Give the canonical form of a username: a fixed point of NFKC and casefold.
+
+    NFKC is of UAX #15, casefold of section 3.13 of the Unicode Standard, both as this Python's
+    `unicodedata` has them. The canonical form of a canonical form is itself.
+
+    Args:
+        text: The username, as the host's user record has it.
+
+    Returns:
+        The canonical form, 1 to 256 characters.
+
+    Raises:
+        UsernameError: It is not text, it is empty or longer than 256 characters, it has a blank at
+            an end or a character of the categories Cc, Cf, Cs, Co or Cn (control, format,
+            surrogate, private use, unassigned); as given, or in its canonical form.
+    """
+    if not issubclass(type(text), str):
+        raise UsernameError(text, "it is not text")
+    # A subclass's own methods are not asked, nor is an unbounded text copied or normalised.
+    plain = str.__getitem__(text, slice(_LONGEST + 1))
+    _check(plain)
+    if plain.isascii():
+        return plain.lower()
+    canonical = plain
+    for _ in range(_ROUNDS):
+        previous, canonical = canonical, normalize("NFKC", canonical).casefold()
+        if canonical == previous:
+            _check(canonical, plain)
+            return canonical
+    raise UsernameError(plain, "it has no canonical form")
+
+
+def _check(*forms: str) -> None:
+    """Refuse a username for the first of its forms that is not acceptable; name the last."""
+    for form in forms:
+        if not form:
+            raise UsernameError(forms[-1], "it is empty")
+        if len(form) > _LONGEST:
+            raise UsernameError(forms[-1], f"it is longer than {_LONGEST} characters")
+        if form.strip() != form:
+            raise UsernameError(forms[-1], "it has a blank at an end")
+        if not form.isprintable() and not _REFUSED.isdisjoint(map(category, form)):
+            raise UsernameError(forms[-1], "it has a character that is invisible or unassigned")
