@@ -3,19 +3,21 @@
 A store keeps users, restrictions, requests and changes. It owns no rule about who may do what: the
 workflow asks `ipguard.rules`, a store reads and writes. It owns the order of things:
 
-* **One writer at a time.** `transaction()` takes the writer's lock, across every process that uses
-  the store, before it reads anything.
-* **One total order.** Each change takes the next revision, 1, 2, 3, … without gaps, in commit order,
-  and carries a random token: a store restored from a backup counts on from an old revision, and the
-  token is how a guard finds out that revision 7 is no longer the revision 7 that it knew.
-* **Snapshots.** Each read below is of one committed state of the store, and never waits for a writer.
+* **One writer at a time.** `transaction()` takes the writer's lock, across every process that
+  uses the store, before it reads anything.
+* **One total order.** Each change takes the next revision, 1, 2, 3, … without gaps, in commit
+  order, and carries a random token: a store restored from a backup counts on from an old revision,
+  and the token is how a guard finds out that revision 7 is no longer the revision 7 that it knew.
+* **Snapshots.** Each read below is of one committed state of the store, and never waits for a
+  writer.
 
-`ipguard.testing.StoreConformance` is the full test of an implementation: subclass it, say how to open
-an empty store, and run it with pytest.
+`ipguard.testing.StoreConformance` is the full test of an implementation: subclass it, say how to
+open an empty store, and run it with pytest.
 
-Errors. A store that does not answer in bounded time, or cannot, raises `StoreUnavailable`; so does a
-commit whose outcome is not known. No exception of a driver leaves a store. Stores are thread-safe,
-context managers, and usable in a child after `fork()` (or raise `StoreUnavailable` there).
+Errors. A store that does not answer in bounded time, or cannot, raises `StoreUnavailable`; so does
+a commit whose outcome is not known. No exception of a driver leaves a store. Stores are
+thread-safe, context managers, and usable in a child after `fork()` (or raise `StoreUnavailable`
+there).
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ class Transaction(Protocol):
         """
 
     def request_times(self, requested_by: str, since: datetime) -> tuple[datetime, ...]:
-        """Return when an actor made requests after `since`, whatever became of them, oldest first."""
+        """Return when an actor made requests after `since`, oldest first, whatever became of them."""
 
     def failures(self, actor: str) -> int:
         """Return how many wrong numbers in a row this actor has given."""
@@ -103,9 +105,10 @@ class Transaction(Protocol):
         Returns:
             How many were added.
 
-        Raises:
+        Raises: the first of these that holds for any of them, and then nothing is added.
             UnknownUser: One is for a user that is not registered, or is removed.
-            DuplicateRestriction: A user would have the same addresses twice.
+            DuplicateRestriction: A user would have the same addresses twice; among those staged,
+                expired ones are no exception.
             TooManyRestrictions: A user would have more than `per_user`.
         """
 
@@ -131,13 +134,13 @@ class Transaction(Protocol):
             username: Whom it concerns, or None.
             account_id: That user's account now: who manages it may see the row later.
             detail: The particulars.
-            touches: The users whose policy may differ from now on: at most `NAMED_AT_MOST` names, or
-                `EVERYBODY`, or nobody. Only rows that touch somebody wake guards.
+            touches: The users whose policy may differ from now on: at most `NAMED_AT_MOST` names,
+                or `EVERYBODY`, or nobody. Only rows that touch somebody wake guards.
         """
 
 
 class RestrictionStore(Protocol):
-    """Where users, restrictions, requests and changes are kept. See the module for what holds for all."""
+    """Where users, restrictions, requests and changes are kept. What holds for all: the module."""
 
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC, without I/O."""
@@ -146,7 +149,8 @@ class RestrictionStore(Protocol):
         """Return what decides about a user, and the revision of that very snapshot.
 
         Args:
-            username: Canonical. A user that was never registered has no restrictions and is not known.
+            username: Canonical. A user that was never registered has no restrictions and is not
+                known.
         """
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
@@ -160,8 +164,8 @@ class RestrictionStore(Protocol):
         """Return where the store is, and whose policy changed since a revision.
 
         Args:
-            cursor: The revision and token that the caller last saw, or None to begin: then no user is
-                named, only where the store is.
+            cursor: The revision and token that the caller last saw, or None to begin: then no user
+                is named, only where the store is.
 
         Returns:
             The head, its token, and who was touched by the changes after the cursor. `RESET` where
@@ -186,15 +190,19 @@ class RestrictionStore(Protocol):
     ) -> AbstractContextManager[Transaction]:
         """Take the writer's turn.
 
-        Leaving the block commits durably, and then wakes guards if a policy was touched. An exception
-        inside undoes everything.
+        Leaving the block commits durably, and then wakes guards if a policy was touched. An
+        exception inside undoes everything. Turns do not nest: `put_users` and `remove_users` take
+        one too.
 
         Args:
             staged: Restrictions for `Transaction.add_staged`, any number. They are read to the end
                 before the writer's lock is taken, so that a slow source holds nobody up.
 
         Raises:
-            StoreUnavailable: The lock could not be had in time, or the outcome of the commit is lost.
+            StoreUnavailable: The lock could not be had in time, or the outcome of the commit is
+                lost.
+            RuntimeError: This thread is inside a turn of this store already: it would wait for
+                itself.
         """
 
     def put_users(self, users: Iterable[User]) -> int:
@@ -204,12 +212,20 @@ class RestrictionStore(Protocol):
         several with one username counts. A removed user put again is registered again, and inherits
         the restrictions that went on holding.
 
+        The change is a `PUT_USERS` by no actor, its detail `added=3 updated=1`, where registered
+        again counts as added. It touches the users added; a new name, account or e-mail decides
+        about no login. It names its user and the account where it is of exactly one user.
+
         Returns:
             The store's revision afterwards.
         """
 
     def remove_users(self, usernames: Iterable[str]) -> int:
-        """Remove users, as one change: their pending requests are cancelled, their restrictions hold.
+        """Remove users, as one change: pending requests are cancelled, restrictions go on holding.
+
+        Requests whose time has passed are among the pending ones here too. The change is a
+        `REMOVE_USERS` by no actor, its detail `removed=2`, and it touches the users removed. It
+        names its user and the account where it is of exactly one user.
 
         Args:
             usernames: In any spelling; those not registered are passed over.
@@ -229,8 +245,9 @@ class RestrictionStore(Protocol):
         Args:
             accounts: Whose users: a set of account ids, or `Actor.EVERY_ACCOUNT`. Only the latter
                 includes removed users, those among them that have restrictions.
-            search: The start of a username, an account id or any word of the full name, whatever the
-                case; or an address: users with a restriction that holds it. Empty: everyone.
+            search: The start of a username, an account id or any word of the full name, whatever
+                the case (it may go on into the words that follow); or an address: users with a
+                restriction that holds it, expired or not. Empty: everyone.
             after: The `next` of the page before.
             limit: How many users at the most, at least 1.
         """
@@ -254,7 +271,10 @@ class RestrictionStore(Protocol):
         """
 
     def close(self) -> None:
-        """Give up every resource; closing twice is no error. Calls after it raise `StoreUnavailable`."""
+        """Give up every resource; closing twice is no error.
+
+        Calls after it raise `StoreUnavailable`, `now()` excepted; who is in `wait` returns soon.
+        """
 
     def __enter__(self) -> Self: ...
 

@@ -333,8 +333,8 @@ class _Turn:
         self.append(
             action,
             actor=None,
-            username=one and one.username,
-            account_id=one and one.account_id,
+            username=one.username if one else None,
+            account_id=one.account_id if one else None,
             detail=detail,
             touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
         )
