@@ -1,0 +1,465 @@
+"""The question that login servers ask: may this user log in from this address, now?
+
+    is_allowed ──hit──▶ the deadline, two look-ups, the clock          (below)
+        └──first sight of an address──▶ parse, bisect                  (below)
+        └──all else──▶ check ──▶ the lease        `_lease.py`: sync, one moment, one position
+                             ├─▶ the cache        `_cache.py`: bounded, by spelling
+                             └─▶ a shared load    `_loads.py`: one read for all who miss
+    start / with ──▶ `_refresher.py`: calls sync before anybody has to
+
+Readers take no lock. What makes that safe: the lease's moment is read before the cache and tested
+after it; `sync` drops what changed before it moves that moment; an entry that was dropped can no
+longer be found, so what a late reader still adds to it is lost and harms nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import attrs
+
+from ipguard.addresses import login_address, parse_address
+from ipguard.errors import AddressError, InvalidValue, StoreUnavailable, UsernameError, shortened
+from ipguard.guard import _fork
+from ipguard.guard._cache import Cache, Entry
+from ipguard.guard._lease import Lease, time_asleep
+from ipguard.guard._loads import Loads
+from ipguard.guard._refresher import Refresher
+from ipguard.model import Decision, Explanation, Policy, Reason
+from ipguard.rules import decide, summarise
+from ipguard.store import RestrictionStore
+from ipguard.usernames import canonical_username
+
+__all__ = ["Guard", "GuardStats"]
+
+_log = logging.getLogger("ipguard.guard")
+
+_NOBODY: Final = Policy(revision=0, restrictions=(), known=False)
+_TRIES: Final = 2
+
+Observer = Callable[[object, object, Decision], object]
+
+
+@attrs.frozen(kw_only=True)
+class GuardStats:
+    """How a guard is doing. It counts what leaves the hot path; hits are not counted.
+
+    Attributes:
+        revision: The store's revision that everything remembered is current to.
+        lease_remaining: For how many seconds it may answer without the store; 0.0 when the lease is over.
+        last_sync_age: Seconds since the read that last renewed the lease began, or None before the first.
+        error: What the store's last failure was, or None while it answers.
+        failures: How many attempts have failed in a row.
+        woken_by: `refresher` where that thread runs, else `callers`: syncs are made by those who ask.
+        users: How many users are remembered.
+        loads: How many policies were read from the store.
+        evictions: How many users were forgotten to make room.
+        denials: How many answers denied, by reason.
+        ready: Whether it can answer from what it remembers.
+    """
+
+    revision: int
+    lease_remaining: float
+    last_sync_age: float | None
+    error: str | None
+    failures: int
+    woken_by: Literal["refresher", "callers"]
+    users: int
+    loads: int
+    evictions: int
+    denials: Mapping[Reason, int]
+    ready: bool
+
+
+class Guard:
+    """Answers whether a user may log in from an address, from memory where it can.
+
+    No answer rests on a state of the store older than `max_staleness`, whatever has failed. Thread-safe,
+    survives `fork()`. Nothing is read and no thread is started before the first question or `start()`.
+
+    Args:
+        store: Where policies are read.
+        max_staleness: How old, in seconds, the state that an answer rests on may be.
+        outage_grace: For how many seconds more, when the store does not answer, users remembered are
+            still answered; such decisions are `stale`. An explicit choice: deleted restrictions may
+            still let in meanwhile.
+        capacity: How many users are remembered. Each costs about 1 kB plus its restrictions.
+        unknown_users: `"allow"`: a user that is not registered and has no restrictions may log in from
+            anywhere. `"deny"`, recommended once the host keeps its users registered: it may not.
+        report_only: Every answer allows; `reason` stays what it would have been, which the log and the
+            observer are told. For trying ipguard out before it holds.
+        observer: Called as `observer(username, address, decision)` for each decision, on the caller's
+            thread. What it raises is logged and changes nothing. It takes `is_allowed` off the fast
+            path.
+        monotonic: The clock for ages, in seconds. For tests.
+
+    Raises:
+        InvalidValue: A setting makes no sense.
+    """
+
+    def __init__(
+        self,
+        store: RestrictionStore,
+        *,
+        max_staleness: float = 5.0,
+        outage_grace: float = 0.0,
+        capacity: int = 100_000,
+        unknown_users: Literal["allow", "deny"] = "allow",
+        report_only: bool = False,
+        observer: Observer | None = None,
+        monotonic: Callable[[], float] | None = None,
+    ) -> None:
+        _check_seconds("max_staleness", max_staleness, least_excluded=True)
+        _check_seconds("outage_grace", outage_grace, least_excluded=False)
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise InvalidValue("capacity", "must be a whole number of at least 1")
+        if unknown_users not in ("allow", "deny"):
+            raise InvalidValue("unknown_users", 'must be "allow" or "deny"')
+        self._store = store
+        self._max_staleness = max_staleness
+        self._outage_grace = outage_grace
+        self._deny_unknown = unknown_users == "deny"
+        self._report_only = report_only
+        self._observer = observer
+        self._monotonic = monotonic or time.monotonic
+        self._cache = Cache(capacity, deny_unknown=self._deny_unknown)
+        self._lease = Lease(
+            store,
+            self._cache,
+            max_staleness=max_staleness,
+            monotonic=self._monotonic,
+            # An injected clock keeps its own time, whatever the machine does.
+            asleep=time_asleep if monotonic is None else lambda: 0.0,
+        )
+        self._loads = Loads(
+            store,
+            self._cache,
+            self._lease,
+            max_staleness=max_staleness,
+            monotonic=self._monotonic,
+        )
+        self._denials: Counter[Reason] = Counter()
+        self._refreshing = False
+        self._refresher: Refresher | None = None
+        if not report_only and observer is None:
+            # Shadows the method for this guard: what others pay for an observer, it does not.
+            self.__dict__["is_allowed"] = self._bind_is_allowed()
+        _fork.register(self)
+
+    def is_allowed(self, username: str, address: str) -> bool:
+        """Tell whether a user may log in from an address, now.
+
+        Args:
+            username: Of the host's user record, after it has authenticated the user; not as typed.
+            address: Of the client: the peer's, or from the header of a proxy that is trusted.
+
+        Returns:
+            Whether the login may go on. It never raises for what a client sent: anything but a valid
+            address as str is not allowed, and neither is anything while the store does not answer.
+        """
+        return self.check(username, address).allowed
+
+    def _bind_is_allowed(self) -> Callable[[str, str], bool]:
+        lease, find, monotonic, check = (
+            self._lease,
+            self._cache.by_spelling.get,
+            self._monotonic,
+            self.check,
+        )
+        nobody = Entry(_NOBODY, "", deny_unknown=True)
+
+        def is_allowed(username: str, address: str) -> bool:
+            until = lease.deadline  # before the look-up, so a drop meanwhile cannot be missed
+            try:
+                entry = find(username, nobody)
+                if address in entry:
+                    if monotonic() < until:
+                        return True
+                elif type(address) is str and (parsed := login_address(address)) is not None:
+                    bounds = entry.ipv4 if parsed[0] == 4 else entry.ipv6
+                    if bisect_right(bounds, parsed[1]) & 1 and monotonic() < until:
+                        entry.remember(address)
+                        return True
+            except Exception:
+                _log.debug("the fast path gave up", exc_info=True)
+            return check(username, address).allowed
+
+        is_allowed.__doc__ = Guard.is_allowed.__doc__
+        return is_allowed
+
+    def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
+        """Decide whether a user may log in from an address, now, and say why.
+
+        Args:
+            username: Of the host's user record, after it has authenticated the user; not as typed.
+            address: Of the client: the peer's, or from the header of a proxy that is trusted.
+            at_least: A revision that the answer has to rest on, such as `Applied.revision`. Where the
+                guard is not there, and one sync does not bring it there, the answer is
+                `STORE_UNAVAILABLE`; `wait_for` is what waits.
+
+        Returns:
+            The decision. It never raises for what a client sent.
+        """
+        try:
+            decision = self._answer(username, address, at_least)
+        except Exception:
+            # A defect, here or in a store. It must not become an allow, nor end the login server's
+            # request with something that a client can provoke.
+            _log.exception("a check failed; the login is not allowed")
+            decision = self._denied(Reason.STORE_UNAVAILABLE)
+        if not decision.allowed:
+            with self._lease.lock:
+                self._denials[decision.reason] += 1
+            if self._report_only:
+                _log.warning(
+                    "report only: %s would not be allowed from %s: %s",
+                    shortened(username),
+                    shortened(address),
+                    decision.reason,
+                )
+        if self._report_only:
+            decision = attrs.evolve(decision, allowed=True)
+        if self._observer is not None:
+            try:
+                self._observer(username, address, decision)
+            except Exception:
+                _log.exception("the observer failed")
+        return decision
+
+    def _answer(self, username: object, address: object, at_least: int | None) -> Decision:
+        try:
+            name = canonical_username(username)
+        except UsernameError:
+            return self._denied(Reason.BAD_USERNAME)
+        try:
+            client = parse_address(address)
+        except AddressError:
+            return self._denied(Reason.BAD_ADDRESS)
+        # A str of a class of its own may hash and compare as it likes: it is not kept as a key.
+        spelling = username if type(username) is str else name
+        self._keep_refreshing()
+        for _ in range(_TRIES):
+            begun = self._lease.revision
+            if not self._lease.hold():
+                return self._in_grace(name, client, at_least)
+            if at_least is not None and self._lease.revision < at_least:
+                self._sync_quietly()
+                if self._lease.revision < at_least:
+                    break
+            # In this order: what is still found after the revision was read is current to it.
+            until, revision = self._lease.deadline, self._lease.revision
+            entry = self._cache.by_spelling.get(name)
+            if entry is None:
+                loaded = self._loads.load(name, spelling, max(begun, at_least or 0))
+                if loaded is None:
+                    break
+                entry, until = loaded
+            else:
+                self._spell(entry, spelling)
+            decision = decide(
+                entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown
+            )
+            if self._monotonic() < until:
+                return attrs.evolve(decision, revision=max(decision.revision, revision))
+        return self._denied(Reason.STORE_UNAVAILABLE)
+
+    def _spell(self, entry: Entry, spelling: str) -> None:
+        if spelling not in entry.spellings:
+            with self._lease.lock:
+                self._cache.spell(entry, spelling)
+
+    def _in_grace(self, name: str, client: object, at_least: int | None) -> Decision:
+        """Answer from what is remembered though the lease is over, where that was chosen."""
+        until, revision = self._lease.deadline + self._outage_grace, self._lease.revision
+        entry = self._cache.by_spelling.get(name)
+        if entry is None or revision < (at_least or 0):
+            return self._denied(Reason.STORE_UNAVAILABLE)
+        decision = decide(entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown)
+        if self._monotonic() >= until:
+            return self._denied(Reason.STORE_UNAVAILABLE)
+        return attrs.evolve(decision, revision=max(decision.revision, revision), stale=True)
+
+    def _denied(self, reason: Reason) -> Decision:
+        return Decision(allowed=False, reason=reason, revision=self._lease.revision)
+
+    def explain(self, username: str, address: str) -> Explanation:
+        """Tell an operator how a question is answered and why. Always reads the store.
+
+        Args:
+            username: As for `check`.
+            address: As for `check`.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+        """
+        now = self._store.now()
+        try:
+            client = parse_address(address)
+        except AddressError:
+            client = None
+        try:
+            name = canonical_username(username)
+        except UsernameError as exc:
+            return Explanation(
+                username=str(exc.text),
+                address=None if client is None else str(client),
+                decision=self._denied(Reason.BAD_USERNAME),
+                restrictions=(),
+                known=False,
+                at=now,
+                summary=str(exc),
+            )
+        try:
+            policy = self._store.load_policy(name)
+        except StoreUnavailable:
+            raise
+        except Exception as exc:
+            raise StoreUnavailable(f"the store does not answer: {exc}") from exc
+        decision = decide(policy, client, now, deny_unknown=self._deny_unknown)
+        verdict = "allowed" if decision else "not allowed"
+        return Explanation(
+            username=name,
+            address=None if client is None else str(client),
+            decision=decision,
+            restrictions=policy.restrictions,
+            known=policy.known,
+            at=now,
+            summary=(
+                f"{name} from {shortened(address) if client is None else client}: {verdict} "
+                f"({decision.reason}). {'Registered' if policy.known else 'Not registered'}; "
+                f"restricted to: {summarise(policy.restrictions, now)}."
+            ),
+        )
+
+    def sync(self) -> int:
+        """Read what has changed, now. Nobody has to call it: the guard does when its lease is over.
+
+        Returns:
+            The revision that the guard is at.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+        """
+        self._keep_refreshing()
+        self._lease.sync()
+        return self._lease.revision
+
+    def _sync_quietly(self) -> None:
+        if not self._lease.health.resting():
+            try:
+                self._lease.sync()
+            except StoreUnavailable:
+                _log.debug("the sync for at_least failed", exc_info=True)
+
+    def wait_for(self, revision: int, timeout: float) -> bool:
+        """Wait until every answer of this guard rests on a revision or a later one.
+
+        Args:
+            revision: Such as `Applied.revision`.
+            timeout: How long to wait at the most, in seconds.
+
+        Returns:
+            Whether the guard is there; False at the timeout.
+        """
+        until = time.monotonic() + timeout
+        woken = False
+        while True:
+            before = self._lease.revision
+            self._sync_quietly()
+            if self._lease.revision >= revision:
+                return True
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            if woken and self._lease.revision == before:
+                threading.Event().wait(min(left, 0.01))  # a wake-up that brings nothing must not spin
+            woken = self._lease.wait(min(left, 0.1))
+
+    @property
+    def revision(self) -> int:
+        """The store's revision that everything remembered is current to; 0 before the first sync."""
+        return self._lease.revision
+
+    def stats(self) -> GuardStats:
+        """Return how the guard is doing, without I/O."""
+        now = self._monotonic()
+        with self._lease.lock:
+            synced_at, health = self._lease.synced_at, self._lease.health
+            remaining = max(0.0, self._lease.deadline - now)
+            error = health.error
+            return GuardStats(
+                revision=self._lease.revision,
+                lease_remaining=remaining,
+                last_sync_age=None if synced_at is None else now - synced_at,
+                error=None if error is None else f"{type(error).__name__}: {error}",
+                failures=health.failures,
+                woken_by="refresher" if self._running() else "callers",
+                users=len(self._cache),
+                loads=self._loads.count,
+                evictions=self._cache.evictions,
+                denials=dict(self._denials),
+                ready=remaining > 0,
+            )
+
+    def start(self) -> None:
+        """Start the refresher, a daemon thread that keeps the lease running. Twice is no error."""
+        self._refreshing = True
+        self._keep_refreshing()
+
+    def close(self) -> None:
+        """Stop the refresher. The store is the host's to close."""
+        self._refreshing = False
+        refresher, self._refresher = self._refresher, None
+        if refresher is not None:
+            refresher.stop()
+
+    def _running(self) -> bool:
+        return self._refresher is not None and self._refresher.running
+
+    def _keep_refreshing(self) -> None:
+        """Start the refresher where it should run and does not: in a forked child it is gone."""
+        if self._refreshing and not self._running():
+            with self._lease.lock:
+                if not self._running():
+                    self._refresher = Refresher(self._lease, max_staleness=self._max_staleness)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def before_fork(self) -> None:
+        """Hold still; called by the process itself."""
+        self._lease.lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on; called by the process itself."""
+        self._lease.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew with what is remembered; called by the process itself."""
+        self._lease.renew_locks()
+        self._loads.forget()
+        self._refresher = None
+
+
+def _check_seconds(name: str, value: float, *, least_excluded: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidValue(name, "must be a finite number of seconds")
+    if value < 0 or (least_excluded and value == 0):
+        raise InvalidValue(name, "must be more than 0" if least_excluded else "must not be negative")

@@ -1,0 +1,122 @@
+"""What a guard remembers of users: bounded, dropped by name, read without a lock.
+
+Readers look a username up in `by_spelling`, a plain dict, as the client's server spelt it. All writing
+is done under the guard's lock. Dropping an entry only takes it out of the dict: a reader that still
+holds it may add to it, but nobody will find it again, so a late addition is harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from cachetools import FIFOCache
+
+from ipguard.model import Policy
+from ipguard.rules import lasting
+
+_SPELLINGS: Final = 8
+_ADDRESSES: Final = 64
+_ALL: Final = (0,)
+_NONE: Final[tuple[int, ...]] = ()
+
+
+class Entry(set[str]):
+    """One user: the texts of addresses allowed so far, and what decides about the others.
+
+    Attributes:
+        policy: What the store said.
+        ipv4: Flat sorted bounds of the IPv4 addresses allowed whatever the time: an address is in when
+            `bisect_right` of them is odd.
+        ipv6: Likewise.
+        spellings: The keys of `Cache.by_spelling` that lead here; the first is canonical.
+    """
+
+    __slots__ = ("ipv4", "ipv6", "policy", "spellings")
+
+    def __init__(self, policy: Policy, name: str, *, deny_unknown: bool) -> None:
+        super().__init__()
+        self.policy = policy
+        self.spellings = (name,)
+        self.ipv4: tuple[int, ...]
+        self.ipv6: tuple[int, ...]
+        if deny_unknown and not policy.known:
+            self.ipv4 = self.ipv6 = _NONE
+        elif not policy.restrictions:
+            self.ipv4 = self.ipv6 = _ALL
+        else:
+            # Temporary restrictions are left out: what rests on them is decided each time.
+            addresses = lasting(policy.restrictions)
+            self.ipv4 = tuple(addresses.bounds(4))
+            self.ipv6 = tuple(addresses.bounds(6))
+
+    def remember(self, text: str) -> None:
+        """Remember the text of an address that this entry allows. Needs no lock.
+
+        A client may own 2**64 addresses. A full entry starts anew, so one that roams is answered as
+        fast as ever and costs no more memory.
+        """
+        if len(self) >= _ADDRESSES:
+            self.clear()
+        self.add(text)
+
+
+class Cache:
+    """At most `capacity` users. All but reading `by_spelling` is done under the guard's lock.
+
+    cachetools keeps the order in which users came. Hits do not pass here, so the oldest goes first.
+    Users that nobody registered and nobody restricted go before all others: invented usernames
+    cannot push out real ones.
+    """
+
+    def __init__(self, capacity: int, *, deny_unknown: bool) -> None:
+        self.by_spelling: dict[str, Entry] = {}
+        self.evictions = 0
+        self._capacity = capacity
+        self._deny_unknown = deny_unknown
+        self._users: FIFOCache[str, Entry] = FIFOCache(capacity + 1)
+        self._strangers: FIFOCache[str, Entry] = FIFOCache(capacity + 1)
+
+    def __len__(self) -> int:
+        return len(self._users) + len(self._strangers)
+
+    def entry(self, name: str, policy: Policy) -> Entry:
+        """Make an entry, without remembering it."""
+        return Entry(policy, name, deny_unknown=self._deny_unknown)
+
+    def put(self, entry: Entry, spelling: str) -> None:
+        """Remember a user in place of what was known, found by both spellings from now on."""
+        name, policy = entry.spellings[0], entry.policy
+        self.drop((name,))
+        stranger = not policy.known and not policy.restrictions
+        (self._strangers if stranger else self._users)[name] = entry
+        self.by_spelling[name] = entry
+        self.spell(entry, spelling)
+        while len(self) > self._capacity:
+            _, oldest = (self._strangers or self._users).popitem()
+            self._forget(oldest)
+            self.evictions += 1
+
+    def spell(self, entry: Entry, spelling: str) -> None:
+        """Let an entry be found by one more spelling, if it is still held and has not too many."""
+        held = self.by_spelling.get(entry.spellings[0]) is entry
+        if held and spelling not in entry.spellings and len(entry.spellings) < _SPELLINGS:
+            entry.spellings += (spelling,)
+            self.by_spelling[spelling] = entry
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget users, under every spelling."""
+        for name in names:
+            entry = self._users.pop(name, None) or self._strangers.pop(name, None)
+            if entry is not None:
+                self._forget(entry)
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.by_spelling.clear()
+        self._users.clear()
+        self._strangers.clear()
+
+    def _forget(self, entry: Entry) -> None:
+        for spelling in entry.spellings:
+            del self.by_spelling[spelling]

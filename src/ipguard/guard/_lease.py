@@ -1,0 +1,231 @@
+"""The lease: until when a guard may answer from what it remembers, and how that is renewed.
+
+The lease is one moment of a monotonic clock. A reader takes it, looks up what it needs, then tests the
+clock against the moment that it took. A renewal drops what has changed, then moves the revision, then
+the moment. In that order, whoever sees the new moment cannot see what was dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from ipguard.errors import StoreUnavailable
+from ipguard.guard._cache import Cache
+from ipguard.model import RESET, Changes, Touched
+from ipguard.store import RestrictionStore
+
+_log = logging.getLogger("ipguard.guard")
+
+_OVER: Final = float("-inf")
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 1.0
+_PATIENCE: Final = 2.0
+_SLEEP_NOTICED: Final = 0.01
+_DIVERGED: Final = (
+    "the store's history is not the one known up to revision %d (a restored backup, a failover that "
+    "lost commits, or pruned changes): everything remembered is dropped, and revision %d taken over"
+)
+
+
+def time_asleep() -> float:
+    """Return how many seconds this machine has slept since it booted, where the system tells."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+class Health:
+    """How the store has been doing: after a failure, no attempt for a while.
+
+    Logged when it changes, not at each failure: an outage is one line, not one a second.
+    """
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._pause = 0.0
+        self._retry_at = _OVER
+        self.error: Exception | None = None
+        self.failures = 0
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Make the lock anew, as `Lease.renew_locks` does."""
+        self._lock = threading.Lock()
+
+    def resting(self) -> bool:
+        """Tell whether the last failure is so recent that another attempt would only queue."""
+        return self._monotonic() < self._retry_at
+
+    def failed(self, error: Exception) -> None:
+        """Note a failure; the pause doubles from 100 ms to 1 s."""
+        with self._lock:
+            before, self.error = self.error, error
+            self.failures += 1
+            self._pause = min(self._pause * 2 or _FIRST_PAUSE, _LONGEST_PAUSE)
+            self._retry_at = self._monotonic() + self._pause
+        if before is None:
+            _log.warning("the store does not answer: %s: %s", type(error).__name__, error)
+
+    def succeeded(self) -> None:
+        """Note that the store answered."""
+        if self.error is None:
+            return
+        with self._lock:
+            failures, self.failures = self.failures, 0
+            self.error = None
+            self._pause = 0.0
+            self._retry_at = _OVER
+        _log.warning("the store answers again after %d failures", failures)
+
+
+class Lease:
+    """The lease of one guard, and the position in the store's history that it stands on.
+
+    Attributes:
+        deadline: The moment, on the guard's monotonic clock, from which nothing remembered may be used.
+        revision: The revision up to which everything remembered is known to be current.
+        lock: The guard's lock: whoever writes the cache or this object holds it, and never during I/O.
+        synced_at: When the read that last renewed the lease began.
+    """
+
+    def __init__(
+        self,
+        store: RestrictionStore,
+        cache: Cache,
+        *,
+        max_staleness: float,
+        monotonic: Callable[[], float],
+        asleep: Callable[[], float],
+    ) -> None:
+        self.deadline = _OVER
+        self.revision = 0
+        self.synced_at: float | None = None
+        self.health = Health(monotonic)
+        # Others wait for a sync no longer than this, so a hanging store does not gather a queue.
+        self.patience = min(max_staleness / 2, _PATIENCE)
+        self._token: str | None = None
+        self._store = store
+        self._cache = cache
+        self._max_staleness = max_staleness
+        self._monotonic = monotonic
+        self._asleep = asleep
+        self._slept = asleep()
+        self.renew_locks()
+
+    def renew_locks(self) -> None:
+        """Make the locks anew: at first, and in a forked child, where the old ones may be held."""
+        self.lock = threading.Lock()
+        self._turn = threading.Lock()
+        self.health.renew_lock()
+
+    def hold(self) -> bool:
+        """Make sure that the lease runs, with an inline sync where it is over.
+
+        Returns:
+            Whether it runs. Where it does not, the store is not answering.
+        """
+        if self._monotonic() < self.deadline:
+            return True
+        if self.health.resting() or not self._turn.acquire(timeout=self.patience):
+            return False
+        try:
+            # Whoever had the turn before may have renewed the lease, or found the store down.
+            if self._monotonic() < self.deadline:
+                return True
+            if self.health.resting():
+                return False
+            self.sync()
+        except StoreUnavailable:
+            return False
+        finally:
+            self._turn.release()
+        return self._monotonic() < self.deadline
+
+    def sync(self) -> None:
+        """Read what changed, drop it, and renew the lease from the moment at which the read began.
+
+        Raises:
+            StoreUnavailable: The store did not answer; the lease is as it was.
+        """
+        begun = self._monotonic()
+        while True:
+            cursor = self._cursor()
+            started = self._monotonic()
+            slept = self._wake()
+            try:
+                changes = self._store.changes_since(cursor)
+                applied = self._apply(cursor, changes, started, slept)
+            except Exception as exc:
+                self.health.failed(exc)
+                raise StoreUnavailable(f"the store does not answer: {exc}") from exc
+            if applied:
+                return
+            # Another sync moved the position while this one read. What lies between is not known to
+            # be one history, so this reading is not used; the next begins where the other ended.
+            if self._monotonic() - begun > self.patience:
+                raise StoreUnavailable("no sync came to an end in time")
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the store has a change that the guard has not, and tell whether it has.
+
+        A store that cannot tell is waited for all the same: whoever asks in a loop must not spin.
+        """
+        until = time.monotonic() + seconds
+        try:
+            woken = self._store.wait(self.revision, seconds)
+        except Exception:
+            _log.debug("waiting for changes failed", exc_info=True)
+            woken = False
+        if not woken:
+            threading.Event().wait(max(0.0, until - time.monotonic()))
+        return woken
+
+    def _cursor(self) -> tuple[int, str] | None:
+        with self.lock:
+            return self._position()
+
+    def _position(self) -> tuple[int, str] | None:
+        return None if self._token is None else (self.revision, self._token)
+
+    def _wake(self) -> float:
+        """End the lease where the machine has slept: the monotonic clock stood still meanwhile."""
+        slept = self._asleep()
+        if slept - self._slept > _SLEEP_NOTICED:
+            with self.lock:
+                self.deadline = _OVER
+            self._slept = slept
+        return slept
+
+    def _apply(
+        self, cursor: tuple[int, str] | None, changes: Changes, started: float, slept: float
+    ) -> bool:
+        """Take a reading over, and tell whether it was of use."""
+        head, token, usernames = changes
+        diverged = False
+        with self.lock:
+            known, position = self.revision, self._position()
+            if position != cursor and position != (head, token):
+                # Another sync moved the position meanwhile. An older reading has nothing to add; a
+                # newer one tells of changes since a row that may be of another history.
+                return head < known and usernames is not RESET
+            if usernames is RESET and position == cursor:
+                diverged = cursor is not None
+                self._cache.clear()
+            elif head < known:
+                raise StoreUnavailable(f"the store is at revision {head}, behind {known}")
+            elif isinstance(usernames, Touched):
+                self._cache.clear()
+            else:
+                self._cache.drop(usernames)
+            self.revision, self._token = head, token
+            if self._asleep() - slept <= _SLEEP_NOTICED:
+                self.deadline = max(self.deadline, started + self._max_staleness)
+                self.synced_at = started
+        if diverged:
+            _log.error(_DIVERGED, known, head)
+        self.health.succeeded()
+        return True

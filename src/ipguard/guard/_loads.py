@@ -1,0 +1,105 @@
+"""Reading policies: threads that miss on one user at the same moment share one read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ipguard.guard._cache import Cache, Entry
+from ipguard.guard._lease import Lease
+from ipguard.store import RestrictionStore
+
+_TRIES = 2
+
+
+class _Load:
+    """One read under way; `done` is held until it has ended."""
+
+    __slots__ = ("done", "entry", "started")
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.entry: Entry | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+
+class Loads:
+    """The policy reads of one guard.
+
+    Attributes:
+        count: How many reads were made.
+    """
+
+    def __init__(
+        self,
+        store: RestrictionStore,
+        cache: Cache,
+        lease: Lease,
+        *,
+        max_staleness: float,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.count = 0
+        self._store = store
+        self._cache = cache
+        self._lease = lease
+        self._max_staleness = max_staleness
+        self._monotonic = monotonic
+        self._under_way: dict[str, _Load] = {}
+
+    def forget(self) -> None:
+        """Forget the reads under way: in a forked child, nobody is left to end them."""
+        self._under_way.clear()
+
+    def load(self, name: str, spelling: str, revision: int) -> tuple[Entry, float] | None:
+        """Read a user's policy at `revision` or later.
+
+        Args:
+            name: The canonical username.
+            spelling: How the client's server spelt it.
+            revision: The guard's revision when the call began: what was read before that may be older
+                than an answer that somebody has already been given.
+
+        Returns:
+            What decides, and the moment from which it may not be used; or None where the store does
+            not answer, or not with that revision.
+        """
+        for _ in range(_TRIES):
+            load = self._shared(name, spelling)
+            if load is None or load.entry is None:
+                return None
+            if load.entry.policy.revision >= revision:
+                return load.entry, load.started + self._max_staleness
+        return None
+
+    def _shared(self, name: str, spelling: str) -> _Load | None:
+        with self._lease.lock:
+            other = self._under_way.get(name)
+            if other is None:
+                if self._lease.health.resting():
+                    return None
+                load = self._under_way[name] = _Load(self._monotonic())
+                self.count += 1
+        if other is not None:
+            ended = other.done.acquire(timeout=self._lease.patience)
+            if ended:
+                other.done.release()
+            return other if ended else None
+        try:
+            policy = self._store.load_policy(name)
+            self._lease.health.succeeded()
+            entry = self._cache.entry(name, policy)
+            with self._lease.lock:
+                # A policy that the guard has moved past since it was read is not remembered: nothing
+                # would ever drop it (the stale fill).
+                if policy.revision >= self._lease.revision:
+                    self._cache.put(entry, spelling)
+            load.entry = entry
+        except Exception as exc:
+            self._lease.health.failed(exc)
+        finally:
+            with self._lease.lock:
+                self._under_way.pop(name, None)
+            load.done.release()
+        return load

@@ -1,0 +1,54 @@
+"""The refresher: a thread that renews a guard's lease before it ends, and as soon as something changed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import Final
+
+from ipguard.errors import StoreUnavailable
+from ipguard.guard._lease import Lease
+
+_INTERVAL: Final = 1.0
+# How long one wait for a wake-up may last: this is how promptly the thread stops.
+_SLICE: Final = 0.1
+
+
+class Refresher:
+    """One daemon thread that syncs at least each second, and at once when the store wakes it.
+
+    It is right without any wake-up: one that is lost costs time, never correctness.
+    """
+
+    def __init__(self, lease: Lease, *, max_staleness: float) -> None:
+        self._lease = lease
+        self._interval = min(_INTERVAL, max_staleness / 3)
+        self._slice = min(_SLICE, self._interval)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ipguard-refresher", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread runs; it does not in a forked child."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Stop the thread, waiting for it only as long as one wait lasts."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(10 * _SLICE)
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            woken = self._lease.wait(self._slice)
+            if woken or time.monotonic() >= due:
+                due = time.monotonic() + self._interval
+                before = self._lease.revision
+                with contextlib.suppress(StoreUnavailable):  # counted and logged by the lease
+                    self._lease.sync()
+                if woken and self._lease.revision == before:
+                    # A store that calls for a sync that brings nothing must not make the thread spin.
+                    self._stop.wait(self._slice)
