@@ -15,36 +15,30 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
-from typing import cast
+from typing import final
 
 import attrs
-from netaddr import INET_PTON, AddrFormatError, IPAddress
+from netaddr import INET_PTON, AddrFormatError, IPAddress  # type: ignore[import-untyped]
 
+from ipguard.addresses import _text
+from ipguard.addresses._refusals import why
+from ipguard.addresses._text import login_address, written
 from ipguard.errors import AddressError
 
 __all__ = ["AddressRange", "AddressSet", "login_address", "parse_address", "typed"]
 
 _BITS = {4: 32, 6: 128}
+_VERSIONS = {4: 4, 16: 6}  # by the number of bytes
 _MAX = {4: 2**32 - 1, 6: 2**128 - 1}
 _MAPPED_FIRST, _MAPPED_LAST = 0xFFFF << 32, (0xFFFF << 32) + 2**32 - 1
 _MULTICAST = {4: (0xE0 << 24, (0xF0 << 24) - 1), 6: (0xFF << 120, 2**128 - 1)}
 
-_LONGEST_ADDRESS = len("ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255")
-_LONGEST = 2 * _LONGEST_ADDRESS + 1
-_LONGEST_TYPED = 2 * _LONGEST
-_BLANKS = " \t\n\r\v\f"
-
+_LONGEST_TYPED = 2 * _text.LONGEST
 _ADDRESS = re.compile(r"[0-9A-Fa-f:.]{2,45}")
 _PREFIX = re.compile(r"0|[1-9][0-9]{0,2}")
-_AROUND = re.compile(rf"[{_BLANKS}]*([-/])[{_BLANKS}]*")
-_WITH_PORT = re.compile(r"\[([^]]*)\](?::\d+)?|([\d.]+):\d+")
-_ZEROS = re.compile(r"\b0(?::0)+\b")
-
-_NEITHER = "it is no address, network or first-last range"
-_SPLIT = "it holds a part of ::ffff:0:0/96, whose addresses are IPv4"
 
 
+@final
 @attrs.frozen(kw_only=True, repr=False, str=False)
 class AddressRange:
     """One contiguous run of addresses: one address, a network, or from a first to a last.
@@ -74,7 +68,7 @@ class AddressRange:
         if not 0 <= first <= last <= _MAX[version]:
             raise AddressError(first, "the ends of a range are in order and within its version")
         if version == 6 and _splits_mapped(first, last):
-            raise AddressError(first, _SPLIT)
+            raise AddressError(first, "it holds a part of ::ffff:0:0/96, whose addresses are IPv4")
 
     @classmethod
     def parse(cls, text: str) -> AddressRange:
@@ -94,13 +88,13 @@ class AddressRange:
             AddressError: The text is anything else, or it names addresses that no login comes
                 from: only multicast ones, exactly the unspecified or the broadcast address.
         """
-        plain = _bounded(text)
-        found = _read(plain)
+        exact = _text.bounded(text)
+        found = _read(exact)
         if found is None:
-            raise AddressError(plain, *_why(plain))
+            raise AddressError(exact, *why(exact, _accepted))
         unfit = _unfit(found)
         if unfit is not None:
-            raise AddressError(plain, unfit)
+            raise AddressError(exact, unfit)
         return found
 
     @classmethod
@@ -119,12 +113,11 @@ class AddressRange:
         """
         if type(first) is not bytes or type(last) is not bytes or len(first) != len(last):
             raise AddressError(first, "packed ends are bytes, and of one length")
-        if len(first) not in (4, 16):
+        version = _VERSIONS.get(len(first))
+        if version is None:
             raise AddressError(first, "packed ends are 4 or 16 bytes long")
-        version = 4 if len(first) == 4 else 6
-        return cls(
-            version=version, first=int.from_bytes(first, "big"), last=int.from_bytes(last, "big")
-        )
+        lowest, highest = int.from_bytes(first, "big"), int.from_bytes(last, "big")
+        return cls(version=version, first=lowest, last=highest)
 
     @property
     def packed(self) -> tuple[bytes, bytes]:
@@ -147,13 +140,13 @@ class AddressRange:
 
     def __str__(self) -> str:
         """The canonical shortest text: the address, the network, or `first-last`."""
-        prefix = _prefix(self.version, self.first, self.last)
-        first = _text(self.version, self.first)
+        first = written(self.version, self.first)
         if self.first == self.last:
             return first
-        if prefix is not None:
-            return f"{first}/{prefix}"
-        return f"{first}-{_text(self.version, self.last)}"
+        span = self.first ^ self.last
+        if span & (span + 1) or self.first & span:
+            return f"{first}-{written(self.version, self.last)}"
+        return f"{first}/{_BITS[self.version] - span.bit_length()}"
 
     def __repr__(self) -> str:
         return f"<AddressRange {self}>"
@@ -227,41 +220,6 @@ class AddressSet:
         return f"<AddressSet {', '.join(map(str, self._ranges)) or 'empty'}>"
 
 
-def login_address(text: object) -> tuple[int, int] | None:
-    """Read a login's address; never raise, whatever a client sent.
-
-    Args:
-        text: The client's address as `str`. Blanks, zones, ports, networks are no part of one.
-
-    Returns:
-        The version, 4 or 6, and the address as an integer, IPv4-mapped as IPv4;
-        None where the text is anything but one valid address.
-    """
-    if type(text) is not str or len(text) > _LONGEST_ADDRESS:
-        plain = _plain(text, _LONGEST_ADDRESS)
-        return None if plain is None else login_address(plain)
-    try:
-        if ":" not in text:
-            return 4, _dotted(text)
-        # macOS takes a zone, and looks up its interface; a zone names a link of another host.
-        if "%" in text:
-            return None
-        value = int.from_bytes(inet_pton(AF_INET6, text), "big")
-        if "." in text:
-            _dotted(text.rpartition(":")[2])
-    except (OSError, ValueError):  # ValueError: a NUL, a surrogate
-        return None
-    return (4, value & 0xFFFFFFFF) if value >> 32 == 0xFFFF else (6, value)
-
-
-def _dotted(text: str) -> int:
-    packed = inet_pton(AF_INET, text)
-    # Some C libraries read leading zeros here, as decimal or as octal (CVE-2021-29921).
-    if inet_ntop(AF_INET, packed) != text:
-        raise ValueError
-    return int.from_bytes(packed, "big")
-
-
 def parse_address(text: str) -> AddressRange:
     """Read one client's address, for people-facing use; every valid address is accepted.
 
@@ -277,10 +235,11 @@ def parse_address(text: str) -> AddressRange:
     found = login_address(text)
     if found is not None:
         return AddressRange(version=found[0], first=found[1], last=found[1])
-    plain = _bounded(text)
-    if _read(plain) is not None:
-        raise AddressError(plain, "it is not one address but several")
-    raise AddressError(plain, *_why(plain))
+    exact = _text.bounded(text)
+    if _read(exact) is not None:
+        raise AddressError(exact, "it is a network or a range, not one address")
+    reason, hint = why(exact, _accepted)
+    raise AddressError(exact, reason, hint if login_address(hint) else None)
 
 
 def typed(text: str) -> AddressRange:
@@ -295,32 +254,15 @@ def typed(text: str) -> AddressRange:
     Raises:
         AddressError: As `AddressRange.parse`.
     """
-    plain = _plain(text, _LONGEST_TYPED)
-    return AddressRange.parse(text if plain is None else plain.strip(_BLANKS))
-
-
-def _plain(text: object, longest: int) -> str | None:
-    """Give a real `str` of bounded length; a subclass's own methods are never asked."""
-    if not issubclass(type(text), str) or str.__len__(cast(str, text)) > longest:
-        return None
-    return str.__str__(cast(str, text))
+    exact = _text.plain(text, _LONGEST_TYPED)
+    return AddressRange.parse(text if exact is None else exact.strip(_text.BLANKS))
 
 
 def _ends(item: object) -> tuple[int, int, int]:
-    if isinstance(item, AddressRange):
+    if type(item) is AddressRange:  # isinstance would ask the item itself
         return item.version, item.first, item.last
     version, value = login_address(item) or (0, 0)
     return version, value, value
-
-
-def _bounded(text: object) -> str:
-    plain = _plain(text, _LONGEST)
-    if plain is not None:
-        return plain
-    if not issubclass(type(text), str):
-        raise AddressError(text, "it is not text")
-    start = str.__getitem__(cast(str, text), slice(_LONGEST))
-    raise AddressError(start, "it is longer than any address, network or range")
 
 
 def _splits_mapped(first: int, last: int) -> bool:
@@ -329,63 +271,46 @@ def _splits_mapped(first: int, last: int) -> bool:
     return touches and (not covers or (first, last) == (_MAPPED_FIRST, _MAPPED_LAST))
 
 
-def _prefix(version: int, first: int, last: int) -> int | None:
-    """Give the prefix length where the range is exactly one network."""
-    span = first ^ last
-    return None if span & (span + 1) or first & span else _BITS[version] - span.bit_length()
-
-
-def _text(version: int, value: int) -> str:
-    """Write one address; IPv6 as RFC 5952 section 4 has it, on every platform alike."""
-    if version == 4:
-        return ".".join(str(byte) for byte in value.to_bytes(4, "big"))
-    groups = ":".join(f"{value >> shift & 0xFFFF:x}" for shift in range(112, -16, -16))
-    longest = max(_ZEROS.finditer(groups), key=lambda zeros: len(zeros[0]), default=None)
-    if longest is None:
-        return groups
-    return f"{groups[: longest.start()].rstrip(':')}::{groups[longest.end() :].lstrip(':')}"
-
-
-# What is accepted: the whole grammar of restrictions is in the next three functions.
+# The whole grammar of restrictions is in the next four functions.
 
 
 def _address(text: str) -> tuple[int, int] | None:
     """Read one address as it is written: an IPv4-mapped one is still IPv6 here."""
-    if not _ADDRESS.fullmatch(text):
+    if not _ADDRESS.fullmatch(text) or _text.LEADING_ZERO.search(text):
         return None
     version = 6 if ":" in text else 4
     try:
-        if version == 6 and "." in text:  # not every C library is strict about these four
-            IPAddress(text.rpartition(":")[2], 4, flags=INET_PTON)
         return version, int(IPAddress(text, version, flags=INET_PTON))
     except AddrFormatError:
         return None
 
 
-def _written(text: str) -> tuple[int, int, int] | None:
-    """Read an address, a network or a range as it is written: version, first, last."""
-    head, slash, prefix = text.partition("/")
-    head, dash, tail = (head, "", "") if slash else head.partition("-")
-    start = _address(head)
-    end = _address(tail) if dash else start
-    if start is None or end is None or start[0] != end[0] or start[1] > end[1]:
+def _network(text: str) -> tuple[int, int, int] | None:
+    head, _, prefix = text.partition("/")
+    address = _address(head)
+    if address is None or not _PREFIX.fullmatch(prefix) or int(prefix) > _BITS[address[0]]:
         return None
-    if not slash:
-        return *start, end[1]
-    version, first = start
-    if not _PREFIX.fullmatch(prefix) or int(prefix) > _BITS[version]:
-        return None
+    version, first = address
     hosts = _MAX[version] >> int(prefix)
     return None if first & hosts else (version, first, first | hosts)
 
 
+def _span(text: str) -> tuple[int, int, int] | None:
+    head, dash, tail = text.partition("-")
+    start = _address(head)
+    end = _address(tail) if dash else start
+    if start is None or end is None or start[0] != end[0] or start[1] > end[1]:
+        return None
+    return *start, end[1]
+
+
 def _read(text: str) -> AddressRange | None:
     """Read an address, a network or a range, and unwrap what is IPv4-mapped."""
-    found = _written(text)
+    found = _network(text) if "/" in text else _span(text)
     if found is None:
         return None
     version, first, last = found
-    if version == 6 and _MAPPED_FIRST <= first and last <= _MAPPED_LAST:
+    if version == 6 and first >= _MAPPED_FIRST and last <= _MAPPED_LAST:
         version, first, last = 4, first & _MAX[4], last & _MAX[4]
     elif version == 6 and _splits_mapped(first, last):
         return None
@@ -404,78 +329,7 @@ def _unfit(found: AddressRange) -> str | None:
     return None
 
 
-# What is refused: the reason, and a hint only where the hint itself would be accepted.
-
-
-def _hint(*candidates: str) -> str | None:
-    for candidate in candidates:
-        found = _read(candidate)
-        if found is not None and _unfit(found) is None:
-            return str(found)
-    return None
-
-
-def _why(text: str) -> tuple[str, str | None]:
-    """Explain why a text of bounded length was refused: the reason, and the hint or None."""
-    if any(blank in text for blank in _BLANKS):
-        return "it has a blank at an end or inside", _hint(_AROUND.sub(r"\1", text.strip(_BLANKS)))
-    if not text.isascii():
-        return "it has characters that are not ASCII", _hint(text.replace("\N{EN DASH}", "-"))
-    if "%" in text:
-        return "a zone has no meaning on another machine", _hint(re.sub("%[^-/]*", "", text))
-    if with_port := _WITH_PORT.fullmatch(text):
-        return "brackets and a port are no part of an address", _hint(with_port[1] or with_port[2])
-    if "/" in text:
-        return _why_no_network(*text.split("/", 1))
-    if "-" in text:
-        return _why_no_range(*text.split("-", 1))
-    if "*" in text:
-        known = text.split(".*")[0].split(".")
-        network = f"{'.'.join([*known, '0', '0', '0'][:4])}/{8 * len(known)}"
-        return "wildcards are not read; use a prefix length", _hint(network)
-    if re.search(r"\b0\d+\.|\.0\d", text):
-        return "a leading zero means octal to some programs and nothing to others", None
-    if re.fullmatch(r"[\d.]+", text):
-        return "an IPv4 address is four numbers from 0 to 255", None
-    return _NEITHER, None
-
-
-def _why_no_network(head: str, prefix: str) -> tuple[str, str | None]:
-    start, mask = _address(head), _address(prefix)
-    if start is None:
-        return _why_no_part(head), None
-    version, first = start
-    every = _MAX[version]
-    if mask is not None:  # all ones and all zeros mean the opposite as netmask and as hostmask
-        meant = (n for n in range(1, _BITS[version]) if mask[1] in (every >> n, every ^ every >> n))
-        hint = (_hint(f"{_text(version, first & ~(every >> n))}/{n}") for n in meant)
-        return "it has a mask; use a prefix length", next(hint, None)
-    if not _PREFIX.fullmatch(prefix) or int(prefix) > _BITS[version]:
-        return f"the prefix length is not a decimal number from 0 to {_BITS[version]}", None
-    if int(prefix) < 96 and version == 6 and first >> 32 == 0xFFFF:
-        mapped = f"{_text(4, first & _MAX[4])}/{prefix}"
-        return "the prefix length of an IPv4-mapped network is at least 96", _hint(mapped)
-    network = f"{_text(version, first & ~(every >> int(prefix)))}/{prefix}"
-    return "it has host bits set", _hint(network)
-
-
-def _why_no_range(start: str, end: str) -> tuple[str, str | None]:
-    first, last = _address(start), _address(end)
-    if first is None:
-        return _why_no_part(start), None
-    if last is None and first[0] == 4 and re.fullmatch(r"\d+", end):
-        return "write the end of the range in full", _hint(
-            f"{start}-{start.rpartition('.')[0]}.{end}"
-        )
-    if last is None:
-        return _why_no_part(end), None
-    if first[0] != last[0]:
-        unwrapped = [_text(*found) for found in map(login_address, (start, end)) if found]
-        return "its ends are of different versions", _hint("-".join(unwrapped))
-    if first > last:
-        return "the range runs backwards", _hint(f"{end}-{start}")
-    return _SPLIT, None
-
-
-def _why_no_part(text: str) -> str:
-    return _NEITHER if not text or _written(text) else _why(text)[0]
+def _accepted(text: str) -> str | None:
+    """Give the canonical text of a restriction that would be accepted; None for anything else."""
+    found = _read(text)
+    return None if found is None or _unfit(found) else str(found)
