@@ -24,8 +24,7 @@ def _leave(namespace: dict[str, Any]) -> None:
 # The blocks of one document share a namespace. `<!-- skip: next -->` leaves the next one out.
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    patterns=["README.md", "docs/**/*.md"],
-    excludes=["docs/_build/**"],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
     setup=_enter,
     teardown=_leave,
 ).pytest()

@@ -166,17 +166,21 @@ def wheel() -> Path:
     return next((ROOT / "dist").glob("*.whl"))
 
 
-def check_wheel(built: Path, python: str | Path, *core_needs: str) -> None:
+def check_wheel(built: Path, python: str | Path, *, lowest: bool = False) -> None:
     """Install the wheel beside nothing but what it needs, import it, then run the core's tests."""
     with fresh_venv(python) as folder:
-        inside = folder / "venv" / "bin" / "python"
-        pins = () if core_needs else ("-c", CONSTRAINTS)
-        pip(inside, "install", "-qq", *pins, built, *core_needs)
+        inside, pins = folder / "venv" / "bin" / "python", folder / "pins.txt"
+        # The lowest versions that the wheel admits take the place of their pins.
+        bounds = [need.replace(">=", "==") for need in PROJECT["project"]["dependencies"] if lowest]
+        names = tuple(bound.partition("==")[0] + "==" for bound in bounds)
+        kept = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(names)]
+        pins.write_text("\n".join([*kept, *bounds]))
+        pip(inside, "install", "-qq", "-c", pins, built)
         run(inside, "-I", ROOT / "tests" / "smoke.py", cwd=folder)
         # The tests run on a copy: beside the source tree they might import it instead of the wheel.
         shutil.copytree(ROOT / "tests", folder / "tests")
         shutil.copy(ROOT / "pyproject.toml", folder)
-        pip(inside, "install", "-qq", *pins, *group("test"))
+        pip(inside, "install", "-qq", "-c", pins, *group("test"))
         found = [p for name in CORE for p in sorted((folder / "tests").glob(f"test_{name}*.py"))]
         run(inside, "-m", "pytest", "-q", "-n", "2", *found, cwd=folder)
 
@@ -187,14 +191,12 @@ def build() -> None:
 
 def pythons() -> None:
     """Run the core's tests on every Python here; on the oldest with the lowest dependencies."""
-    built, found = wheel(), other_pythons()
-    for number, (version, python) in enumerate(sorted(found.items())):
-        lowest = [need.replace(">=", "==") for need in PROJECT["project"]["dependencies"]]
-        print(f"Python {version[0]}.{version[1]}{'' if number else ', lowest dependencies'}")
-        check_wheel(built, python, *(() if number else lowest))
+    built = wheel()
+    for number, (_, python) in enumerate(sorted(all_pythons().items())):
+        check_wheel(built, python, lowest=number == 0)
 
 
-def other_pythons() -> dict[tuple[int, int], Path]:
+def all_pythons() -> dict[tuple[int, int], Path]:
     """One interpreter for each version >= 3.11, from the PATH and from pyenv."""
     folders = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
     folders += sorted((Path.home() / ".pyenv" / "versions").glob("3.*/bin"), reverse=True)
@@ -224,6 +226,8 @@ def mutate(*modules: str) -> None:
         tests = [
             str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))
         ]
+        if not tests:
+            raise StepError(f"no tests/test_{name}*.py")
         settings = {
             "source_paths": ["src"],
             "only_mutate": [room(name)],
