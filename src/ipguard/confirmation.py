@@ -1,9 +1,9 @@
 """Confirmation numbers: mint, digest, compare.
 
-A number is short, so a plain hash of it could be undone by trying all of them. What a store keeps is
-therefore an HMAC-SHA256 under a key that no store holds (OWASP ASVS 4.0.3 2.7.5). The digest covers
-what is being confirmed, so a number sent for one change can never confirm another (OWASP Transaction
-Authorization 2.6, 2.10).
+A number is short, so a plain hash of it could be undone by trying all of them. What a store keeps
+is therefore an HMAC-SHA256 under a key that no store holds (OWASP ASVS 4.0.3 2.7.5). The digest
+covers what is being confirmed, so a number sent for one change can never confirm another (OWASP
+Transaction Authorization 2.6, 2.10).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Keyring:
                 raise InvalidValue("key", f"must be bytes, not {type(key).__name__}")
             if len(bytes(key)) < _KEY_BYTES:
                 raise InvalidValue("key", f"must have at least {_KEY_BYTES} bytes")
-        # A key is known in the store by a digest of it, so that a number minted under a key that was
-        # since withdrawn can be told from a wrong guess.
+        # A key is known in the store by a digest of it, so that a number minted under a key that
+        # was since withdrawn can be told from a wrong guess.
         self._keys = {_hmac(bytes(key), [b"ipguard key id"])[:8]: bytes(key) for key in ring}
         self.minting: bytes = next(iter(self._keys))
 
@@ -90,7 +90,8 @@ class Keyring:
         Raises:
             KeyError: The ring does not hold that key.
         """
-        # What a person typed may hold any code point, lone surrogates too: it is then a wrong number.
+        # What a person typed may hold any code point, lone surrogates too: it is then a wrong
+        # number.
         fields = [text.encode("utf-8", "surrogatepass") for text in (number, *subject)]
         return _hmac(self._keys[key_id], fields)
 

@@ -233,7 +233,9 @@ class TooManyRequests(IPGuardError):
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        return f"too many requests; try again in {max(1, round(self.retry_after.total_seconds()))} s"
+        return (
+            f"too many requests; try again in {max(1, round(self.retry_after.total_seconds()))} s"
+        )
 
 
 class TooManyRestrictions(IPGuardError):

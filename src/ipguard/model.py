@@ -7,7 +7,7 @@ wrote (labels, names) holds no character that could break a line of a log, a mai
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, TypeVar
@@ -24,10 +24,12 @@ LABEL_LIMIT: Final = 100
 REASON_LIMIT: Final = 500
 _NAME_LIMIT: Final = 256
 _EMAIL_LIMIT: Final = 254  # RFC 5321 4.5.3.1.3, less the angle brackets
-# Line and paragraph separators break lines; the bidirectional controls can make "allow 1.2.3.4" read
-# as something else on a page or in a mail.
+# Line and paragraph separators break lines; the bidirectional controls can make "allow 1.2.3.4"
+# read as something else on a page or in a mail.
 _FORBIDDEN_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
-_BIDI_CONTROLS: Final = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_BIDI_CONTROLS: Final = frozenset(
+    "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 
 
 def checked_text(name: str, value: object, limit: int, *, required: bool = False) -> str:
@@ -40,7 +42,8 @@ def checked_text(name: str, value: object, limit: int, *, required: bool = False
         required: Whether it must hold more than blanks.
 
     Raises:
-        InvalidValue: It is not a str, too long, empty though required, or holds a control character.
+        InvalidValue: It is not a str, too long, empty though required, or holds a control
+            character.
     """
     if not isinstance(value, str):
         raise InvalidValue(name, f"must be text, not {type(value).__name__}")
@@ -57,7 +60,8 @@ def checked_time(name: str, value: object) -> datetime:
     """Return `value` in UTC.
 
     Raises:
-        InvalidValue: It is not a datetime, or is naive: a naive time means another moment on each host.
+        InvalidValue: It is not a datetime, or is naive: a naive time means another moment on each
+            host.
     """
     if not isinstance(value, datetime):
         raise InvalidValue(name, f"must be a datetime, not {type(value).__name__}")
@@ -66,8 +70,12 @@ def checked_time(name: str, value: object) -> datetime:
     return value.astimezone(UTC)
 
 
-def _text(name: str, limit: int, *, required: bool = False) -> Callable[[object], str]:
-    return lambda value: checked_text(name, value, limit, required=required)
+def _full_name(value: object) -> str:
+    return checked_text("full_name", value, _NAME_LIMIT)
+
+
+def _account_id(value: object) -> str:
+    return checked_text("account_id", value, _NAME_LIMIT, required=True)
 
 
 def _email(value: object) -> str:
@@ -75,7 +83,7 @@ def _email(value: object) -> str:
     local, _, domain = text.rpartition("@")
     # Whether a mailbox exists only mail can tell. This keeps out what would become several
     # recipients or another header.
-    if not local or not domain or any(c in " ,;<>()[]\\\"" for c in text):
+    if not local or not domain or any(c in ' ,;<>()[]\\"' for c in text):
         raise InvalidValue("email", "is not one e-mail address")
     return text
 
@@ -100,8 +108,8 @@ class User:
     """
 
     username: str = attrs.field(converter=canonical_username)
-    full_name: str = attrs.field(converter=_text("full_name", _NAME_LIMIT))
-    account_id: str = attrs.field(converter=_text("account_id", _NAME_LIMIT, required=True))
+    full_name: str = attrs.field(converter=_full_name)
+    account_id: str = attrs.field(converter=_account_id)
     email: str | None = attrs.field(default=None, converter=_optional_email)
 
 
@@ -151,14 +159,6 @@ class Actor:
     email: str = attrs.field(converter=_email)
     manages: Accounts = attrs.field(converter=_accounts, repr=False)
     address: str | None = attrs.field(default=None, converter=_optional_address)
-
-
-def _utc(name: str) -> Callable[[object], datetime]:
-    return lambda value: checked_time(name, value)
-
-
-def _optional_utc(name: str) -> Callable[[object], datetime | None]:
-    return lambda value: None if value is None else checked_time(name, value)
 
 
 @attrs.frozen(kw_only=True)

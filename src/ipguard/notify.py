@@ -10,8 +10,8 @@ from ipguard.model import Actor, Change, PendingRequest, User
 class Notifier(Protocol):
     """What a `Workflow` tells people through.
 
-    The workflow calls it after the transaction has committed, on the caller's thread and without any
-    lock, so an implementation must bound the time that it takes and must be thread-safe.
+    The workflow calls it after the transaction has committed, on the caller's thread and without
+    any lock, so an implementation must bound the time that it takes and must be thread-safe.
     """
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:

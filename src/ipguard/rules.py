@@ -68,7 +68,7 @@ def decide(
 
 
 def lasting(restrictions: Iterable[Restriction]) -> AddressSet:
-    """Return the addresses that restrictions let in whatever the time: the temporary ones left out."""
+    """Return the addresses let in whatever the time: temporary restrictions are left out."""
     return AddressSet(r.addresses for r in restrictions if r.expires_at is None)
 
 
@@ -166,8 +166,8 @@ def same_addresses(
 def summarise(restrictions: Iterable[Restriction], now: datetime) -> str:
     """Return the text of the page's Restrictions column.
 
-    "No restrictions" is said only where there is none: a user left with expired ones can log in from
-    nowhere, which the text says.
+    "No restrictions" is said only where there is none: a user left with expired ones can log in
+    from nowhere, which the text says.
     """
     left = tuple(restrictions)
     if not left:

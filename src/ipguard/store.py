@@ -22,6 +22,7 @@ there).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -44,8 +45,28 @@ from ipguard.model import (
     UserOverview,
 )
 
+_audit = logging.getLogger("ipguard.audit")
+
 NAMED_AT_MOST = 100
 """A change that touches more users than this says `EVERYBODY` instead of naming them."""
+
+
+def log_change(change: Change) -> None:
+    """Write one line for a change to the log `ipguard.audit`, once it has been committed.
+
+    The workflow does this for what it changes; a store does it for `put_users` and `remove_users`.
+    """
+    _audit.info(
+        "revision=%d at=%s action=%s actor=%s from=%s username=%s account=%s %s",
+        change.revision,
+        change.at.isoformat(),
+        change.action,
+        change.actor,
+        change.actor_address,
+        change.username,
+        change.account_id,
+        change.detail,
+    )
 
 
 class Transaction(Protocol):
@@ -77,7 +98,7 @@ class Transaction(Protocol):
         """
 
     def request_times(self, requested_by: str, since: datetime) -> tuple[datetime, ...]:
-        """Return when an actor made requests after `since`, oldest first, whatever became of them."""
+        """Return when an actor made requests after `since`, oldest first, in whatever state."""
 
     def failures(self, actor: str) -> int:
         """Return how many wrong numbers in a row this actor has given."""
@@ -187,7 +208,7 @@ class RestrictionStore(Protocol):
 
     def transaction(
         self, *, staged: Iterable[Restriction] | None = None
-    ) -> AbstractContextManager[Transaction]:
+    ) -> AbstractContextManager[Transaction, None]:
         """Take the writer's turn.
 
         Leaving the block commits durably, and then wakes guards if a policy was touched. An

@@ -26,7 +26,7 @@ from typing import Final, Literal, Self
 
 import attrs
 
-from ipguard.addresses import login_address, parse_address
+from ipguard.addresses import AddressRange, login_address, parse_address
 from ipguard.errors import AddressError, InvalidValue, StoreUnavailable, UsernameError, shortened
 from ipguard.guard import _fork
 from ipguard.guard._cache import Cache, Entry
@@ -54,11 +54,14 @@ class GuardStats:
 
     Attributes:
         revision: The store's revision that everything remembered is current to.
-        lease_remaining: For how many seconds it may answer without the store; 0.0 when the lease is over.
-        last_sync_age: Seconds since the read that last renewed the lease began, or None before the first.
+        lease_remaining: For how many seconds it may answer without the store; 0.0 when the lease is
+            over.
+        last_sync_age: Seconds since the read that last renewed the lease began, or None before the
+            first.
         error: What the store's last failure was, or None while it answers.
         failures: How many attempts have failed in a row.
-        woken_by: `refresher` where that thread runs, else `callers`: syncs are made by those who ask.
+        woken_by: `refresher` where that thread runs, else `callers`: syncs are made by those who
+            ask.
         users: How many users are remembered.
         loads: How many policies were read from the store.
         evictions: How many users were forgotten to make room.
@@ -82,23 +85,25 @@ class GuardStats:
 class Guard:
     """Answers whether a user may log in from an address, from memory where it can.
 
-    No answer rests on a state of the store older than `max_staleness`, whatever has failed. Thread-safe,
-    survives `fork()`. Nothing is read and no thread is started before the first question or `start()`.
+    No answer rests on a state of the store older than `max_staleness`, whatever has failed.
+    Thread-safe, survives `fork()`. Nothing is read and no thread is started before the first
+    question or `start()`.
 
     Args:
         store: Where policies are read.
         max_staleness: How old, in seconds, the state that an answer rests on may be.
-        outage_grace: For how many seconds more, when the store does not answer, users remembered are
-            still answered; such decisions are `stale`. An explicit choice: deleted restrictions may
-            still let in meanwhile.
+        outage_grace: For how many seconds more, when the store does not answer, users remembered
+            are still answered; such decisions are `stale`. An explicit choice: deleted restrictions
+            may still let in meanwhile.
         capacity: How many users are remembered. Each costs about 1 kB plus its restrictions.
-        unknown_users: `"allow"`: a user that is not registered and has no restrictions may log in from
-            anywhere. `"deny"`, recommended once the host keeps its users registered: it may not.
-        report_only: Every answer allows; `reason` stays what it would have been, which the log and the
-            observer are told. For trying ipguard out before it holds.
-        observer: Called as `observer(username, address, decision)` for each decision, on the caller's
-            thread. What it raises is logged and changes nothing. It takes `is_allowed` off the fast
-            path.
+        unknown_users: `"allow"`: a user that is not registered and has no restrictions may log in
+            from anywhere. `"deny"`, recommended once the host keeps its users registered: it may
+            not.
+        report_only: Every answer allows; `reason` stays what it would have been, which the log and
+            the observer are told. For trying ipguard out before it holds.
+        observer: Called as `observer(username, address, decision)` for each decision, on the
+            caller's thread. What it raises is logged and changes nothing. It takes `is_allowed` off
+            the fast path.
         monotonic: The clock for ages, in seconds. For tests.
 
     Raises:
@@ -162,8 +167,9 @@ class Guard:
             address: Of the client: the peer's, or from the header of a proxy that is trusted.
 
         Returns:
-            Whether the login may go on. It never raises for what a client sent: anything but a valid
-            address as str is not allowed, and neither is anything while the store does not answer.
+            Whether the login may go on. It never raises for what a client sent: anything but a
+            valid address as str is not allowed, and neither is anything while the store does not
+            answer.
         """
         return self.check(username, address).allowed
 
@@ -201,8 +207,8 @@ class Guard:
         Args:
             username: Of the host's user record, after it has authenticated the user; not as typed.
             address: Of the client: the peer's, or from the header of a proxy that is trusted.
-            at_least: A revision that the answer has to rest on, such as `Applied.revision`. Where the
-                guard is not there, and one sync does not bring it there, the answer is
+            at_least: A revision that the answer has to rest on, such as `Applied.revision`. Where
+                the guard is not there, and one sync does not bring it there, the answer is
                 `STORE_UNAVAILABLE`; `wait_for` is what waits.
 
         Returns:
@@ -234,7 +240,7 @@ class Guard:
                 _log.exception("the observer failed")
         return decision
 
-    def _answer(self, username: object, address: object, at_least: int | None) -> Decision:
+    def _answer(self, username: str, address: str, at_least: int | None) -> Decision:
         try:
             name = canonical_username(username)
         except UsernameError:
@@ -276,7 +282,7 @@ class Guard:
             with self._lease.lock:
                 self._cache.spell(entry, spelling)
 
-    def _in_grace(self, name: str, client: object, at_least: int | None) -> Decision:
+    def _in_grace(self, name: str, client: AddressRange, at_least: int | None) -> Decision:
         """Answer from what is remembered though the lease is over, where that was chosen."""
         until, revision = self._lease.deadline + self._outage_grace, self._lease.revision
         entry = self._cache.by_spelling.get(name)
@@ -380,12 +386,14 @@ class Guard:
             if left <= 0:
                 return False
             if woken and self._lease.revision == before:
-                threading.Event().wait(min(left, 0.01))  # a wake-up that brings nothing must not spin
+                threading.Event().wait(
+                    min(left, 0.01)
+                )  # a wake-up that brings nothing must not spin
             woken = self._lease.wait(min(left, 0.1))
 
     @property
     def revision(self) -> int:
-        """The store's revision that everything remembered is current to; 0 before the first sync."""
+        """The store's revision that all remembered is current to; 0 before the first sync."""
         return self._lease.revision
 
     def stats(self) -> GuardStats:
@@ -462,4 +470,6 @@ def _check_seconds(name: str, value: float, *, least_excluded: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InvalidValue(name, "must be a finite number of seconds")
     if value < 0 or (least_excluded and value == 0):
-        raise InvalidValue(name, "must be more than 0" if least_excluded else "must not be negative")
+        raise InvalidValue(
+            name, "must be more than 0" if least_excluded else "must not be negative"
+        )

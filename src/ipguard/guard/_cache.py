@@ -1,8 +1,8 @@
 """What a guard remembers of users: bounded, dropped by name, read without a lock.
 
-Readers look a username up in `by_spelling`, a plain dict, as the client's server spelt it. All writing
-is done under the guard's lock. Dropping an entry only takes it out of the dict: a reader that still
-holds it may add to it, but nobody will find it again, so a late addition is harmless.
+Readers look a username up in `by_spelling`, a plain dict, as the client's server spelt it. All
+writing is done under the guard's lock. Dropping an entry only takes it out of the dict: a reader
+that still holds it may add to it, but nobody will find it again, so a late addition is harmless.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Entry(set[str]):
 
     Attributes:
         policy: What the store said.
-        ipv4: Flat sorted bounds of the IPv4 addresses allowed whatever the time: an address is in when
-            `bisect_right` of them is odd.
+        ipv4: Flat sorted bounds of the IPv4 addresses allowed whatever the time: an address is in
+            when `bisect_right` of them is odd.
         ipv6: Likewise.
         spellings: The keys of `Cache.by_spelling` that lead here; the first is canonical.
     """
@@ -37,7 +37,7 @@ class Entry(set[str]):
     def __init__(self, policy: Policy, name: str, *, deny_unknown: bool) -> None:
         super().__init__()
         self.policy = policy
-        self.spellings = (name,)
+        self.spellings: tuple[str, ...] = (name,)
         self.ipv4: tuple[int, ...]
         self.ipv6: tuple[int, ...]
         if deny_unknown and not policy.known:
@@ -107,9 +107,10 @@ class Cache:
     def drop(self, names: Iterable[str]) -> None:
         """Forget users, under every spelling."""
         for name in names:
-            entry = self._users.pop(name, None) or self._strangers.pop(name, None)
-            if entry is not None:
-                self._forget(entry)
+            for kept in (self._users, self._strangers):
+                entry = kept.pop(name, None)
+                if entry is not None:  # an entry that has remembered no address yet is falsy
+                    self._forget(entry)
 
     def clear(self) -> None:
         """Forget everybody."""

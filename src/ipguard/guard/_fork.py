@@ -1,7 +1,8 @@
 """What fork() must find in order: it copies memory as it is at that moment.
 
-Each guard's lock is taken around a fork, so that no child begins with a cache that another thread was
-half way through writing. In the child, where that thread does not exist, all locks are made anew.
+Each guard's lock is taken around a fork, so that no child begins with a cache that another thread
+was half way through writing. In the child, where that thread does not exist, all locks are made
+anew.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The lease: until when a guard may answer from what it remembers, and how that is renewed.
 
-The lease is one moment of a monotonic clock. A reader takes it, looks up what it needs, then tests the
-clock against the moment that it took. A renewal drops what has changed, then moves the revision, then
-the moment. In that order, whoever sees the new moment cannot see what was dropped.
+The lease is one moment of a monotonic clock. A reader takes it, looks up what it needs, then tests
+the clock against the moment that it took. A renewal drops what has changed, then moves the
+revision, then the moment. In that order, whoever sees the new moment cannot see what was dropped.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _LONGEST_PAUSE: Final = 1.0
 _PATIENCE: Final = 2.0
 _SLEEP_NOTICED: Final = 0.01
 _DIVERGED: Final = (
-    "the store's history is not the one known up to revision %d (a restored backup, a failover that "
-    "lost commits, or pruned changes): everything remembered is dropped, and revision %d taken over"
+    "the store's history is not the one known up to revision %d (a restored backup, a failover "
+    "that lost commits, or pruned changes): everything remembered is dropped, and revision %d "
+    "taken over"
 )
 
 
@@ -86,9 +87,11 @@ class Lease:
     """The lease of one guard, and the position in the store's history that it stands on.
 
     Attributes:
-        deadline: The moment, on the guard's monotonic clock, from which nothing remembered may be used.
+        deadline: The moment, on the guard's monotonic clock, from which nothing remembered may be
+            used.
         revision: The revision up to which everything remembered is known to be current.
-        lock: The guard's lock: whoever writes the cache or this object holds it, and never during I/O.
+        lock: The guard's lock: whoever writes the cache or this object holds it, and never during
+            I/O.
         synced_at: When the read that last renewed the lease began.
     """
 
@@ -208,7 +211,7 @@ class Lease:
         diverged = False
         with self.lock:
             known, position = self.revision, self._position()
-            if position != cursor and position != (head, token):
+            if position not in {cursor, (head, token)}:
                 # Another sync moved the position meanwhile. An older reading has nothing to add; a
                 # newer one tells of changes since a row that may be of another history.
                 return head < known and usernames is not RESET

@@ -58,8 +58,8 @@ class Loads:
         Args:
             name: The canonical username.
             spelling: How the client's server spelt it.
-            revision: The guard's revision when the call began: what was read before that may be older
-                than an answer that somebody has already been given.
+            revision: The guard's revision when the call began: what was read before that may be
+                older than an answer that somebody has already been given.
 
         Returns:
             What decides, and the moment from which it may not be used; or None where the store does
@@ -75,24 +75,25 @@ class Loads:
 
     def _shared(self, name: str, spelling: str) -> _Load | None:
         with self._lease.lock:
-            other = self._under_way.get(name)
-            if other is None:
+            load = self._under_way.get(name)
+            joins = load is not None
+            if load is None:
                 if self._lease.health.resting():
                     return None
                 load = self._under_way[name] = _Load(self._monotonic())
                 self.count += 1
-        if other is not None:
-            ended = other.done.acquire(timeout=self._lease.patience)
-            if ended:
-                other.done.release()
-            return other if ended else None
+        if joins:
+            if not load.done.acquire(timeout=self._lease.patience):
+                return None
+            load.done.release()
+            return load
         try:
             policy = self._store.load_policy(name)
             self._lease.health.succeeded()
             entry = self._cache.entry(name, policy)
             with self._lease.lock:
-                # A policy that the guard has moved past since it was read is not remembered: nothing
-                # would ever drop it (the stale fill).
+                # A policy that the guard has moved past since it was read is not remembered:
+                # nothing would ever drop it (the stale fill).
                 if policy.revision >= self._lease.revision:
                     self._cache.put(entry, spelling)
             load.entry = entry

@@ -1,4 +1,4 @@
-"""The refresher: a thread that renews a guard's lease before it ends, and as soon as something changed."""
+"""The refresher: a thread that renews a lease before it ends, and when something has changed."""
 
 from __future__ import annotations
 
@@ -50,5 +50,6 @@ class Refresher:
                 with contextlib.suppress(StoreUnavailable):  # counted and logged by the lease
                     self._lease.sync()
                 if woken and self._lease.revision == before:
-                    # A store that calls for a sync that brings nothing must not make the thread spin.
+                    # A store that calls for a sync that brings nothing must not make the thread
+                    # spin.
                     self._stop.wait(self._slice)

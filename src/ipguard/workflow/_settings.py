@@ -1,0 +1,87 @@
+"""The workflow's figures, most of them of OWASP ASVS 5.0 and NIST SP 800-63B-4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import attrs
+
+from ipguard.errors import InvalidValue
+
+_Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def _whole(least: int, most: int | None = None) -> _Check:
+    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidValue(attribute.name, "must be a whole number")
+        if value < least or (most is not None and value > most):
+            upper = "or more" if most is None else f"to {most}"
+            raise InvalidValue(attribute.name, f"must be {least} {upper}, not {value}")
+
+    return check
+
+
+def _length(*, zero: bool = False) -> _Check:
+    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, timedelta):
+            raise InvalidValue(attribute.name, "must be a timedelta")
+        if value < timedelta(0) or (not zero and value == timedelta(0)):
+            raise InvalidValue(
+                attribute.name, "must be a length of time, not a negative one or none"
+            )
+
+    return check
+
+
+def _deletes(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not (isinstance(value, bool) or value == "last"):
+        raise InvalidValue(attribute.name, 'must be False, "last" or True')
+
+
+@attrs.frozen(kw_only=True)
+class WorkflowSettings:
+    """What the two phases allow.
+
+    Attributes:
+        number_digits: Digits of a confirmation number, 6 to 18. 10 are 33 bits; ASVS 6.5.4 asks for
+            20.
+        number_lifetime: How long a number is valid; ASVS 6.5.5 has 10 minutes as the most.
+        request_lifetime: How long a request waits; NIST SP 800-63A-4 3.8 has 24 hours for e-mail.
+        attempts_per_number: Wrong guesses before the request is locked.
+        failures_per_actor: Wrong guesses in a row, over all requests, before an actor's guesses are
+            no longer evaluated; NIST SP 800-63B-4 3.2.2 has 100 as the most.
+        resends_per_request: New numbers for one request.
+        resend_interval: The least time between two mails of one request.
+        requests_per_hour: Requests of one actor.
+        widest_ipv4: The shortest prefix length whose number of addresses one restriction may hold;
+            0 allows every IPv4 address.
+        widest_ipv6: Likewise for IPv6.
+        restrictions_per_user: Restrictions of one user, expired ones included.
+        confirm_deletes: Whether deleting needs a number: never (`False`), where it is the user's
+            last restriction (`"last"`, recommended), or always (`True`).
+
+    Raises:
+        InvalidValue: A value makes no sense.
+    """
+
+    number_digits: int = attrs.field(default=10, validator=_whole(6, 18))
+    number_lifetime: timedelta = attrs.field(default=timedelta(minutes=10), validator=_length())
+    request_lifetime: timedelta = attrs.field(default=timedelta(hours=24), validator=_length())
+    attempts_per_number: int = attrs.field(default=5, validator=_whole(1))
+    failures_per_actor: int = attrs.field(default=100, validator=_whole(1))
+    resends_per_request: int = attrs.field(default=5, validator=_whole(0))
+    resend_interval: timedelta = attrs.field(
+        default=timedelta(seconds=30), validator=_length(zero=True)
+    )
+    requests_per_hour: int = attrs.field(default=20, validator=_whole(1))
+    widest_ipv4: int = attrs.field(default=16, validator=_whole(0, 32))
+    widest_ipv6: int = attrs.field(default=32, validator=_whole(0, 128))
+    restrictions_per_user: int = attrs.field(default=1000, validator=_whole(1))
+    confirm_deletes: bool | Literal["last"] = attrs.field(default=False, validator=_deletes)
+
+    def __attrs_post_init__(self) -> None:
+        if self.number_lifetime > self.request_lifetime:
+            raise InvalidValue("number_lifetime", "must not be longer than request_lifetime")

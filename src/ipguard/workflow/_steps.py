@@ -1,0 +1,250 @@
+"""What the workflow does inside a transaction: plain sequential code, one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+import attrs
+
+from ipguard import rules
+from ipguard.addresses import AddressRange, parse_address
+from ipguard.errors import (
+    DuplicateRestriction,
+    InvalidValue,
+    TooManyRequests,
+    TooManyRestrictions,
+    UnknownRequest,
+    UnknownRestriction,
+    UnknownUser,
+)
+from ipguard.model import (
+    Action,
+    Actor,
+    Applied,
+    Change,
+    Policy,
+    RequestKind,
+    RequestState,
+    Restriction,
+    StoredRequest,
+    StoredUser,
+    User,
+)
+from ipguard.store import Transaction
+from ipguard.workflow._settings import WorkflowSettings
+
+
+def new_id() -> str:
+    """Make an id that says nothing and that nobody can guess: 64 random bits in hexadecimal."""
+    return secrets.token_hex(8)
+
+
+def detail(**pairs: object) -> str:
+    """Write particulars as `name=value` pairs; those that are None, empty or False are left out."""
+    return " ".join(f"{name}={_value(value)}" for name, value in pairs.items() if value)
+
+
+def _value(value: object) -> str:
+    if value is True:
+        return "true"
+    text = value.isoformat() if isinstance(value, datetime) else str(value)
+    bare = text.isprintable() and not any(c in ' "=\\' for c in text)
+    return text if bare else json.dumps(text, ensure_ascii=False)
+
+
+def user_within_reach(tx: Transaction, actor: Actor, username: str) -> StoredUser | None:
+    """Return a user as far as it exists for this actor: what it does not manage, does not exist.
+
+    A user that the host removed exists only for actors of every account.
+    """
+    stored = tx.user(username)
+    if stored is None or stored.user.account_id not in actor.manages:
+        return None
+    if stored.removed and actor.manages is not Actor.EVERY_ACCOUNT:
+        return None
+    return stored
+
+
+def registered_user(tx: Transaction, actor: Actor, username: str) -> User:
+    """Return a user who may be given a restriction by this actor."""
+    stored = user_within_reach(tx, actor, username)
+    if stored is None or stored.removed:
+        raise UnknownUser(username)
+    return stored.user
+
+
+def request_and_user(
+    tx: Transaction, actor: Actor, request_id: str, *, own: bool
+) -> tuple[StoredRequest, User]:
+    """Return a request that exists for this actor; with `own`, only one that it made itself."""
+    stored = tx.request(request_id)
+    user = None if stored is None else user_within_reach(tx, actor, stored.request.username)
+    if stored is None or user is None or (own and stored.request.requested_by != actor.username):
+        raise UnknownRequest(request_id)
+    return stored, user.user
+
+
+def restriction_and_user(
+    tx: Transaction, actor: Actor, restriction_id: str
+) -> tuple[Restriction, User]:
+    """Return a restriction that exists for this actor, and whose it is."""
+    restriction = tx.restriction(restriction_id)
+    user = None if restriction is None else user_within_reach(tx, actor, restriction.username)
+    if restriction is None or user is None:
+        raise UnknownRestriction(restriction_id)
+    return restriction, user.user
+
+
+def advance(stored: StoredRequest, step: rules.Step, now: datetime) -> StoredRequest:
+    """Return the request after a step of the table, or raise `RequestClosed`."""
+    state = rules.after(rules.state_at(stored.request, now), step)
+    return attrs.evolve(stored, request=attrs.evolve(stored.request, state=state))
+
+
+def check_pace(tx: Transaction, actor: Actor, settings: WorkflowSettings) -> None:
+    """Refuse another request of an actor who has made too many within the hour."""
+    hour = timedelta(hours=1)
+    times = tx.request_times(actor.username, tx.now - hour)
+    if len(times) >= settings.requests_per_hour:
+        raise TooManyRequests(times[-settings.requests_per_hour] + hour - tx.now)
+
+
+def check_not_pending(
+    tx: Transaction, username: str, addresses: AddressRange, kind: RequestKind
+) -> None:
+    """Refuse to ask for what somebody has already asked for."""
+    for pending in tx.pending_requests(username):
+        live = rules.state_at(pending, tx.now) is RequestState.PENDING
+        if live and pending.kind is kind and pending.addresses == addresses:
+            raise DuplicateRestriction(username, str(addresses))
+
+
+def check_lockout(
+    tx: Transaction, actor: Actor, username: str, left: Iterable[Restriction], *, allowed: bool
+) -> None:
+    """Refuse a change by which actors would keep themselves out, unless they said that they may."""
+    if allowed or actor.username != username or actor.address is None:
+        return
+    before = Policy(revision=0, restrictions=tx.restrictions(username), known=True)
+    rules.check_lockout(parse_address(actor.address), before, left, tx.now)
+
+
+def with_added(
+    tx: Transaction, settings: WorkflowSettings, new: Restriction
+) -> tuple[tuple[Restriction, ...], Restriction | None]:
+    """Judge a new restriction by the rules as things are now.
+
+    Returns:
+        The user's restrictions as they would be with it, and the expired one that it replaces.
+    """
+    rules.check_width(
+        new.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
+    )
+    if new.expires_at is not None and new.expires_at <= tx.now:
+        raise InvalidValue("expires_at", "must be in the future")
+    present = tx.restrictions(new.username)
+    same = rules.same_addresses(present, new.addresses)
+    if same is not None and not same.expired(tx.now):
+        raise DuplicateRestriction(new.username, str(new.addresses))
+    left = tuple(r for r in present if r is not same)
+    if len(left) >= settings.restrictions_per_user:
+        raise TooManyRestrictions(new.username, settings.restrictions_per_user)
+    return (*left, new), same
+
+
+def add(
+    tx: Transaction,
+    settings: WorkflowSettings,
+    actor: Actor,
+    user: User,
+    new: Restriction,
+    action: Action,
+    *,
+    allow_lockout: bool,
+    **particulars: object,
+) -> tuple[Applied, Change]:
+    """Let a restriction hold."""
+    left, replaced = with_added(tx, settings, new)
+    check_lockout(tx, actor, new.username, left, allowed=allow_lockout)
+    if replaced is not None:
+        tx.remove_restriction(replaced.id)
+    tx.add_restriction(new)
+    change = append(
+        tx,
+        action,
+        actor,
+        user,
+        detail(
+            addresses=new.addresses,
+            label=new.label,
+            expires_at=new.expires_at,
+            restriction=new.id,
+            replaces=replaced and replaced.id,
+            **particulars,
+        ),
+        touches=True,
+    )
+    return Applied(revision=change.revision, restriction=new, unrestricted=False), change
+
+
+def remove(
+    tx: Transaction,
+    actor: Actor,
+    user: User,
+    restriction: Restriction,
+    action: Action,
+    **particulars: object,
+) -> tuple[Applied, Change]:
+    """End a restriction, and the requests to delete it."""
+    tx.remove_restriction(restriction.id)
+    for pending in tx.pending_requests(user.username):
+        if pending.restriction_id == restriction.id:
+            cancelled = tx.request(pending.id)
+            if cancelled is not None and rules.state_at(pending, tx.now) is RequestState.PENDING:
+                tx.save_request(advance(cancelled, rules.Step.CANCEL, tx.now))
+    left = tx.restrictions(user.username)
+    change = append(
+        tx,
+        action,
+        actor,
+        user,
+        detail(
+            addresses=restriction.addresses,
+            label=restriction.label,
+            restriction=restriction.id,
+            unrestricted=not left,
+            restricted_to_nothing=bool(left) and all(r.expired(tx.now) for r in left),
+            **particulars,
+        ),
+        touches=True,
+    )
+    return (
+        Applied(revision=change.revision, restriction=restriction, unrestricted=not left),
+        change,
+    )
+
+
+def append(
+    tx: Transaction,
+    action: Action,
+    actor: Actor,
+    user: User | None,
+    particulars: str,
+    *,
+    touches: bool = False,
+    username: str | None = None,
+) -> Change:
+    """Append a change of one user to the trail, under the account that the user has now."""
+    named = user.username if user is not None else username
+    return tx.append(
+        action,
+        actor=actor.username,
+        actor_address=actor.address,
+        username=named,
+        account_id=None if user is None else user.account_id,
+        detail=particulars,
+        touches=frozenset({named}) if touches and named is not None else frozenset(),
+    )
