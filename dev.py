@@ -219,14 +219,13 @@ def all_pythons() -> dict[tuple[int, int], Path]:
 def mutate(*modules: str) -> None:
     """Break each line in turn and see whether that room's own tests notice."""
     for name in modules or MUTATED:
-        # A copy for each room: mutmut knows one set of settings, and resumes where it stopped.
+        # A copy, made anew: mutmut knows one set of settings, and takes what survived once for
+        # survived even when a new test would catch it now.
         work = ROOT / "build" / "mutation" / name
-        work.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
         for folder in ("src", "tests"):
-            shutil.copytree(ROOT / folder, work / folder, dirs_exist_ok=True)
-        tests = [
-            str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))
-        ]
+            shutil.copytree(ROOT / folder, work / folder)
+        tests = [f"tests/{path.name}" for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))]
         if not tests:
             raise StepError(f"no tests/test_{name}*.py")
         settings = {
