@@ -1,0 +1,318 @@
+"""Conformance, part 5: what people see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from ipguard.addresses import AddressRange
+from ipguard.model import Accounts, Actor, Change, RequestState, UserOverview
+from ipguard.rules import NO_RESTRICTIONS, summarise
+from ipguard.testing._base import Hooks, user
+
+EVERY = Actor.EVERY_ACCOUNT
+A1 = frozenset({"A1"})
+
+
+class OverviewTests(Hooks):
+    """What `overview` promises."""
+
+    def _found(self, search: str = "", accounts: Accounts = EVERY, **options: Any) -> list[str]:
+        page = self.store.overview(accounts, search=search, **options)
+        return [line.user.username for line in page]
+
+    def _lines_by_page(self, limit: int, **options: Any) -> Iterator[UserOverview]:
+        after: str | None = None
+        while True:
+            page = self.store.overview(EVERY, after=after, limit=limit, **options)
+            assert len(page) <= limit
+            yield from page
+            if page.next is None:
+                return
+            assert len(page) == limit
+            after = page.next
+
+    def test_a_line_of_the_page(self) -> None:
+        """A line has the user, its restrictions, its live requests and the text for them."""
+        self.put("alice", "bob")
+        now = self.clock()
+        held = [self.restriction(), self.restriction(expires_at=now + timedelta(hours=1))]
+        first = self.request(requested_at=now - timedelta(seconds=1))
+        self.add(*held)
+        self.save(self.request(), first)
+        (alice, bob) = self.store.overview(A1)
+        assert (alice.user, alice.removed) == (user("alice"), False)
+        assert alice.restrictions == tuple(held)
+        assert alice.pending[0] == first.request
+        assert len(alice.pending) == 2
+        assert alice.summary == summarise(held, now)
+        assert bob == UserOverview(
+            user=user("bob"), restrictions=(), pending=(), summary=NO_RESTRICTIONS
+        )
+
+    def test_what_has_expired(self) -> None:
+        """Expired restrictions are shown and summed up as such; expired requests are not shown."""
+        self.put("alice")
+        now = self.clock()
+        held = self.restriction(expires_at=now + timedelta(seconds=1))
+        self.add(held)
+        live = self.request(expires_at=now + timedelta(seconds=1, microseconds=1))
+        closed = (state for state in RequestState if state is not RequestState.PENDING)
+        self.save(
+            self.request(expires_at=now + timedelta(seconds=1)),
+            live,
+            *(self.request(state=state) for state in closed),
+        )
+        self.clock.advance(timedelta(seconds=1))
+        (line,) = self.store.overview(A1)
+        assert line.restrictions == (held,)
+        assert line.pending == (live.request,)
+        assert line.summary == summarise([held], self.clock())
+        assert line.summary != NO_RESTRICTIONS
+
+    def test_only_users_of_the_accounts(self) -> None:
+        """An actor sees the users of its accounts, compared exactly, and no others."""
+        self.put("alice", "bob")
+        self.put("carol", account_id="A10")
+        self.put("dora", account_id="a1")
+        self.add(self.restriction("carol", "203.0.113.7"))
+        assert self._found(accounts=A1) == ["alice", "bob"]
+        assert self._found(accounts=frozenset({"A1", "a1", "none"})) == ["alice", "bob", "dora"]
+        assert self._found(accounts=frozenset()) == []
+        assert self._found() == ["alice", "bob", "carol", "dora"]
+        assert self._found("carol", A1) == self._found("203.0.113.7", A1) == []
+        many = frozenset(f"B{n}" for n in range(self.many * 10))
+        assert self._found(accounts=many) == []
+        assert self._found(accounts=many | A1) == ["alice", "bob"]
+
+    def test_pages_follow_one_another(self) -> None:
+        """Pages hold each user once, in order; the last one says that it is the last."""
+        names = [f"user{n:03d}" for n in range(12)]
+        self.put(*reversed(names))
+        for limit in (1, 5, 6, 11, 12, 13):
+            assert [line.user.username for line in self._lines_by_page(limit)] == names
+        found = self._lines_by_page(3, search="user00")
+        assert [line.user.username for line in found] == names[:10]
+        assert self.store.overview(EVERY, limit=12).next is None
+        assert self.store.overview(frozenset(), limit=1).next is None
+
+    def test_users_come_in_the_order_of_their_characters(self) -> None:
+        """The order is by code point, whatever the language of the machine."""
+        names = ["a b", "a-b", "a1", "a_b", "aa", "b", "z", "ä", "ß".casefold(), "漢", "ꀀ", "𐐨"]
+        self.put(*names)
+        assert self._found() == sorted(names)
+        assert [line.user.username for line in self._lines_by_page(1)] == sorted(names)
+
+    def test_pages_hold_while_users_come_and_go(self) -> None:
+        """Users put or removed between two pages shift nobody: none is lost or told twice."""
+        names = [f"user{n}" for n in range(0, 20, 2)]
+        self.put(*names)
+        seen = []
+        for number, line in enumerate(self._lines_by_page(2)):
+            seen.append(line.user.username)
+            if number == 3:
+                self.put("aaa", "user1", "user61", "zzz")
+                self.store.remove_users(["user0", names[-1]])
+        assert set(seen) >= set(names[:-1])
+        assert len(seen) == len(set(seen))
+        assert "zzz" in seen
+        assert "aaa" not in seen
+
+    def test_search_for_the_start_of_a_name(self) -> None:
+        """A username, an account id and any word of the full name are found by their start."""
+        self.store.put_users(
+            [
+                user("jsmith", full_name="John Smith", account_id="U1234567"),
+                user("mary", full_name="Mary  van der Berg", account_id="V-99"),
+                user("söhne", full_name="Straße \uff21\uff22\uff23", account_id="Übersee"),
+            ]
+        )
+        for search, names in {
+            "js": ["jsmith"],
+            "JSMITH": ["jsmith"],
+            "smi": ["jsmith"],
+            "john smi": ["jsmith"],
+            "JOHN": ["jsmith"],
+            "mith": [],
+            "jsmithx": [],
+            "u123": ["jsmith"],
+            "1234": [],
+            "99": [],
+            "v": ["mary"],
+            "van d": ["mary"],
+            "mary van": ["mary"],
+            "ber": ["mary"],
+            "  Berg ": ["mary"],
+            "an d": [],
+            "STRASSE": ["söhne"],
+            "abc": ["söhne"],
+            "\uff4a\uff53": ["jsmith"],
+            "SÖH": ["söhne"],
+            "ÜBER": ["söhne"],
+            "": ["jsmith", "mary", "söhne"],
+            "  ": ["jsmith", "mary", "söhne"],
+            "x" * 5000: [],
+        }.items():
+            assert self._found(search) == names, search
+
+    def test_search_takes_characters_for_what_they_are(self) -> None:
+        """Nothing in a search text is a pattern or a piece of SQL."""
+        self.put("a%b", "a_b", "axb", "a'b", "a\\b", 'a"b', "a*b", "a?b", "a[x]b")
+        for name in ("a%", "a_", "a'", "a\\", 'a"', "a*", "a?", "a[x]"):
+            assert self._found(name) == [f"{name}b"]
+        for nobody in ("%", "_", "'", "\\", "x' OR '1'='1", "a%x", "a_x", "[a]", "\x00"):
+            assert self._found(nobody) == []
+
+    def test_search_for_an_address(self) -> None:
+        """An address finds whoever has a restriction that holds it, and only those."""
+        self.put("alice", "bob", "carol", "dora", "198.51.100.9")
+        self.add(
+            self.restriction("alice", "203.0.113.0/24"),
+            self.restriction("bob", "203.0.113.7-203.0.113.9"),
+            self.restriction("carol", "2001:db8::/32"),
+            self.restriction("dora", "198.51.100.7", expires_at=self.clock()),
+            self.restriction("dora", "203.0.113.6"),
+            self.restriction("dora", "198.51.100.9"),
+        )
+        for search, names in {
+            "203.0.113.7": ["alice", "bob"],
+            " 203.0.113.9 ": ["alice", "bob"],
+            "203.0.113.6": ["alice", "dora"],
+            "203.0.113.10": ["alice"],
+            "203.0.114.0": [],
+            "203.0.112.255": [],
+            "::ffff:203.0.113.9": ["alice", "bob"],
+            "2001:db8::1": ["carol"],
+            "2001:DB8:ffff:ffff:ffff:ffff:ffff:ffff": ["carol"],
+            "2001:db9::": [],
+            "::cb00:7107": [],
+            "198.51.100.7": ["dora"],
+            "198.51.100.9": ["198.51.100.9", "dora"],
+            "203.0.113": [],
+            "203.0.113.007": [],
+            "203.0.113.0/24": [],
+        }.items():
+            assert self._found(search) == names, search
+
+    def test_search_at_the_ends_of_the_address_space(self) -> None:
+        """The first and the last address of each version are found like others."""
+        self.put("four", "six")
+        self.add(
+            self.restriction("four", AddressRange(version=4, first=0, last=2**32 - 1)),
+            self.restriction("six", AddressRange(version=6, first=0, last=2**128 - 1)),
+        )
+        for search in ("0.0.0.0", "127.255.255.255", "128.0.0.0", "255.255.255.255"):  # noqa: S104
+            assert self._found(search) == ["four"]
+        for search in ("::", "7fff::", "8000::", ":".join(["ffff"] * 8)):
+            assert self._found(search) == ["six"]
+
+    def test_a_line_found_by_address_is_whole(self) -> None:
+        """A user found by one restriction is shown with all of them, once."""
+        self.put("alice", "bob")
+        held = [self.restriction("alice", text) for text in ("10.0.0.0/8", "10.0.0.1", "::1")]
+        self.add(*held, self.restriction("bob", "10.0.0.0/9"))
+        (alice, _) = self.store.overview(EVERY, search="10.0.0.1")
+        assert alice.restrictions == tuple(held)
+        page = self.store.overview(EVERY, search="10.0.0.1", limit=1)
+        assert (page.items, page.next) == ((alice,), "alice")
+
+    def test_removed_users(self) -> None:
+        """Who was removed is shown to actors of every account, while restrictions hold."""
+        self.put("alice", "bob")
+        held = self.restriction()
+        self.add(held)
+        self.store.remove_users(["alice", "bob"])
+        assert self._found(accounts=A1) == []
+        assert self._found("alice", A1) == []
+        (line,) = self.store.overview(EVERY)
+        assert (line.user, line.restrictions, line.removed) == (user("alice"), (held,), True)
+        assert self._found(str(held.addresses)) == ["alice"]
+        with self.store.transaction() as turn:
+            turn.remove_restriction(held.id)
+            self.note(turn, frozenset({"alice"}))
+        assert self._found() == []
+        self.put("alice")
+        (line,) = self.store.overview(A1)
+        assert line.removed is False
+
+
+class HistoryTests(Hooks):
+    """What `history` promises."""
+
+    def _rows(self, accounts: Accounts = EVERY, **options: Any) -> list[int]:
+        return [change.revision for change in self.store.history(accounts, **options)]
+
+    def _rows_by_page(self, limit: int, **options: Any) -> Iterator[Change]:
+        before: int | None = None
+        while True:
+            page = self.store.history(EVERY, before=before, limit=limit, **options)
+            yield from page
+            if page.next is None:
+                return
+            assert len(page) == limit
+            before = page.next
+
+    def test_the_newest_is_first(self) -> None:
+        """Rows come newest first, each once, page after page."""
+        for _ in range(12):
+            self.touch()
+        everything = list(range(12, 0, -1))
+        assert self._rows() == everything
+        for limit in (1, 5, 6, 12, 13):
+            assert [change.revision for change in self._rows_by_page(limit)] == everything
+        assert self.store.history(EVERY, limit=12).next is None
+        assert self._rows(before=3) == [2, 1]
+        assert self._rows(before=1) == self._rows(before=0) == []
+        assert self._rows(before=10**15) == everything
+
+    def test_pages_hold_while_rows_are_added(self) -> None:
+        """What is committed between two pages shifts nothing."""
+        for _ in range(6):
+            self.touch()
+        seen = []
+        for change in self._rows_by_page(2):
+            seen.append(change.revision)
+            self.touch()
+        assert seen == [6, 5, 4, 3, 2, 1]
+
+    def test_rows_are_seen_by_the_account_of_their_time(self) -> None:
+        """A user who changes accounts leaves the old rows to the old account."""
+        self.put("alice")
+        self.touch("alice", username="alice", account_id="A1")
+        self.put("alice", account_id="B2")
+        self.touch("alice", username="alice", account_id="B2")
+        assert self._rows(A1) == [2, 1]
+        assert self._rows(frozenset({"B2"})) == [4, 3]
+        assert self._rows(frozenset({"A1", "B2"})) == [4, 3, 2, 1]
+        assert self._rows(frozenset({"a1", "A", "A10"})) == self._rows(frozenset()) == []
+        many = frozenset(f"C{n}" for n in range(self.many * 10))
+        assert self._rows(many | A1) == [2, 1]
+
+    def test_rows_without_account_are_for_every_account(self) -> None:
+        """A bulk row is shown to actors of every account alone."""
+        self.put("alice", "bob")
+        self.touch(username="alice")
+        assert self._rows(A1) == self._rows(frozenset({"", "None"})) == []
+        assert self._rows() == [2, 1]
+
+    def test_rows_of_one_user(self) -> None:
+        """With a username, only the rows that concern it are shown, page after page."""
+        for number in range(10):
+            name = "alice" if number % 3 else "bob"
+            self.touch(username=name, account_id="A1")
+        self.touch("alice")
+        assert self._rows(username="bob") == self._rows(A1, username="bob") == [10, 7, 4, 1]
+        assert self._rows(username="bob", before=7) == [4, 1]
+        assert [row.revision for row in self._rows_by_page(2, username="bob")] == [10, 7, 4, 1]
+        assert self._rows(username="nobody") == self._rows(username="bo") == []
+        assert self._rows(frozenset({"B2"}), username="bob") == []
+
+    def test_texts_in_the_trail(self) -> None:
+        """What rows say comes back as it was said."""
+        detail = "reason=" + '"Ω漢字 \U0001f3e2 \\" %s"' * 40
+        self.touch(username="söhne", account_id="Übersee", detail=detail, actor="bøss")
+        (row,) = self.store.history(EVERY)
+        assert (row.username, row.account_id) == ("söhne", "Übersee")
+        assert (row.detail, row.actor) == (detail, "bøss")
+        assert row.at.utcoffset() == timedelta()
