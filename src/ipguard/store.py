@@ -208,7 +208,7 @@ class RestrictionStore(Protocol):
 
     def transaction(
         self, *, staged: Iterable[Restriction] | None = None
-    ) -> AbstractContextManager[Transaction, None]:
+    ) -> AbstractContextManager[Transaction]:
         """Take the writer's turn.
 
         Leaving the block commits durably, and then wakes guards if a policy was touched. An

@@ -117,7 +117,7 @@ class Workflow(Operators):
             StoreUnavailable: Nothing is known to have been changed.
         """
         wanted = wanted_restriction(actor, username, addresses, label, expires_at)
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             wanted = attrs.evolve(wanted, created_at=tx.now)
             user = _steps.registered_user(tx, actor, wanted.username)
             left, _ = _steps.with_added(tx, self.settings, wanted)
@@ -145,7 +145,7 @@ class Workflow(Operators):
             DeliveryError: The mail could not be sent; it does not count.
             StoreUnavailable: Nothing is known to have been changed.
         """
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             stored, user = _steps.request_and_user(tx, actor, request_id, own=True)
             stored = _steps.advance(stored, rules.Step.RESEND, tx.now)
             if stored.resends >= self.settings.resends_per_request:
@@ -178,7 +178,7 @@ class Workflow(Operators):
             RequestClosed: It is not pending any more.
             StoreUnavailable: Nothing is known to have been changed.
         """
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             stored, user = _steps.request_and_user(tx, actor, request_id, own=False)
             stored = _steps.advance(stored, rules.Step.CANCEL, tx.now)
             tx.save_request(stored)
@@ -223,7 +223,7 @@ class Workflow(Operators):
         """
         if not isinstance(number, str):
             raise InvalidValue("number", f"must be text, not {type(number).__name__}")
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             stored, user = _steps.request_and_user(tx, actor, request_id, own=True)
             failures = self._check_open(tx, actor, stored)
             outcome: tuple[Applied | int, Change]
@@ -355,7 +355,7 @@ class Workflow(Operators):
             StoreUnavailable: Nothing is known to have been changed.
         """
         checked_text("reason", reason, REASON_LIMIT)
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             restriction, user = _steps.restriction_and_user(tx, actor, restriction_id)
             self._check_removal(tx, actor, restriction, allow_lockout=allow_lockout)
             if self._needs_number(tx, user.username):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import attrs
 
@@ -61,6 +61,14 @@ class Base:
         self._store = store
         self._notifier = notifier
         self._keys = confirmation.Keyring(key)
+
+    def _transaction(
+        self, staged: Iterable[Restriction] | None = None
+    ) -> AbstractContextManager[Transaction, None]:
+        """Take the writer's turn. A store never swallows what its block raises: the type says so."""
+        return cast(
+            "AbstractContextManager[Transaction, None]", self._store.transaction(staged=staged)
+        )
 
     def _ask(
         self,
@@ -148,7 +156,7 @@ class Base:
 
     def _uncount(self, sent: StoredRequest, actor: Actor) -> None:
         """Take back that a mail was sent, so that `resend` works at once and loses nothing."""
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             stored, user = _steps.request_and_user(tx, actor, sent.request.id, own=True)
             if stored.digest != sent.digest:
                 return

@@ -68,7 +68,7 @@ class Operators(Base):
         checked_text("reason", reason, REASON_LIMIT, required=True)
         wanted = wanted_restriction(actor, username, addresses, label, expires_at)
         _operators_only(actor, UnknownUser(wanted.username))
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             user = _steps.registered_user(tx, actor, wanted.username)
             applied, change = _steps.add(
                 tx,
@@ -106,7 +106,7 @@ class Operators(Base):
         checked_text("reason", reason, REASON_LIMIT, required=True)
         _operators_only(actor, UnknownUser("(any)"))
         told: set[str] = set()
-        with self._store.transaction(staged=self._staged(actor, rows, told)) as tx:
+        with self._transaction(self._staged(actor, rows, told)) as tx:
             count = tx.add_staged(per_user=self.settings.restrictions_per_user)
             if not count:
                 raise InvalidValue("rows", "there is none")
@@ -164,7 +164,7 @@ class Operators(Base):
         """
         checked_text("reason", reason, REASON_LIMIT, required=True)
         _operators_only(actor, UnknownRestriction(restriction_id))
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             restriction, user = _steps.restriction_and_user(tx, actor, restriction_id)
             applied, change = _steps.remove(
                 tx, actor, user, restriction, Action.LIFT, reason=reason
@@ -190,7 +190,7 @@ class Operators(Base):
         checked_text("reason", reason, REASON_LIMIT, required=True)
         name = canonical_username(username)
         _operators_only(actor, UnknownUser(name))
-        with self._store.transaction() as tx:
+        with self._transaction() as tx:
             stored = tx.user(name)
             user = None if stored is None else stored.user
             failures = tx.failures(name)
