@@ -65,7 +65,7 @@ class Base:
     def _transaction(
         self, staged: Iterable[Restriction] | None = None
     ) -> AbstractContextManager[Transaction, None]:
-        """Take the writer's turn. A store never swallows what its block raises: the type says so."""
+        """Take the writer's turn; what the block raises is never swallowed, as the type says."""
         return cast(
             "AbstractContextManager[Transaction, None]", self._store.transaction(staged=staged)
         )
