@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -40,10 +41,13 @@ def spaced(number: str) -> str:
 def typed(text: str) -> str:
     """Return what a person typed, less the blanks and hyphens that do not matter.
 
-    Text that is far too long to be a number comes back empty, which matches none: it is compared
-    while the writer's lock is held, so its length must not cost anything.
+    A mail program may have made other dashes of the hyphens, so every dash counts as one. Text that
+    is far too long to be a number comes back empty, which matches none: it is compared while the
+    writer's lock is held, so its length must not cost anything.
     """
-    return "".join(text.split()).replace("-", "") if len(text) <= _LONGEST_TYPED else ""
+    if len(text) > _LONGEST_TYPED:
+        return ""
+    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Pd")
 
 
 class Keyring:
