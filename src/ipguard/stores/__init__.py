@@ -1,0 +1,129 @@
+"""The stores, and `open_store`, which finds the one that a URL names.
+
+Importing this loads no store: each is a module of its own, with the driver that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import entry_points
+from urllib.parse import parse_qsl, unquote
+
+from ipguard.errors import StoreConfigError, shortened
+from ipguard.store import RestrictionStore
+
+__all__ = ["open_store"]
+
+Clock = Callable[[], datetime]
+_GROUP = "ipguard.stores"
+
+
+def open_store(
+    url: str, *, clock: Clock | None = None, migrate: bool | None = None
+) -> RestrictionStore:
+    """Open the store that a URL names.
+
+    - `memory://`: in this process, for tests and demonstrations.
+    - `sqlite:///relative.db`, `sqlite:////absolute/path.db`: one file. `?timeout=5.0` is how many
+      seconds a call waits for other writers. The path is percent-decoded.
+    - `postgresql://user@host/database`: a server; needs the extra `postgres`.
+    - Any other scheme: an entry point of the group `ipguard.stores` with that name, a callable that
+      takes `(url, *, clock, migrate)`.
+
+    Args:
+        url: Where the store is.
+        clock: Returns the current time as an aware datetime. Without it PostgreSQL's own clock
+            decides there, the host's elsewhere.
+        migrate: Whether to make the schema and bring it up to date. None: where that is allowed.
+            False only checks it.
+
+    Returns:
+        The store; close it when it is no longer needed.
+
+    Raises:
+        StoreConfigError: The URL makes no sense, names an unknown store, or one that is not
+            installed; or the store cannot be used as the URL says.
+        SchemaVersionError: The schema is not one that this library may use.
+        StoreUnavailable: The store is kept busy by others.
+    """
+    if not isinstance(url, str):
+        raise StoreConfigError(f"a store's URL is text, not {type(url).__name__}")
+    scheme, separator, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not separator or not scheme:
+        raise StoreConfigError(f"no store's URL begins without one of {_known()}")
+    if scheme == "memory":
+        return _open_memory(rest, clock)
+    if scheme == "sqlite":
+        return _open_sqlite(rest, clock=clock, migrate=migrate)
+    if scheme in ("postgresql", "postgres"):
+        return _open_postgres(url, clock=clock, migrate=migrate)
+    return _open_plugin(scheme, url, clock=clock, migrate=migrate)
+
+
+def _open_memory(rest: str, clock: Clock | None) -> RestrictionStore:
+    from ipguard.stores.memory import MemoryStore
+
+    if rest.strip("/"):
+        raise StoreConfigError("memory:// has no path and no options")
+    return MemoryStore(clock=clock)
+
+
+def _open_sqlite(rest: str, *, clock: Clock | None, migrate: bool | None) -> RestrictionStore:
+    from ipguard.stores.sqlite import SQLiteStore
+
+    place, _, query = rest.partition("?")
+    if not place.startswith("/"):
+        raise StoreConfigError(
+            "sqlite:// names no host: write sqlite:///relative.db or sqlite:////absolute/path.db"
+        )
+    timeout = 5.0
+    for name, value in _options(query):
+        if name != "timeout":
+            raise StoreConfigError(f"sqlite:// has no option {shortened(name)}; it has timeout")
+        try:
+            timeout = float(value)
+        except ValueError:
+            raise StoreConfigError("timeout must be a number of seconds above 0") from None
+    return SQLiteStore(unquote(place[1:]), timeout=timeout, clock=clock, migrate=migrate)
+
+
+def _options(query: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise StoreConfigError("options are written ?name=value&name=value") from None
+
+
+def _open_postgres(url: str, *, clock: Clock | None, migrate: bool | None) -> RestrictionStore:
+    # By its name: the module comes with the extra's driver, and may be missing with it.
+    from importlib import import_module
+
+    try:
+        module = import_module("ipguard.stores.postgres")
+    except ImportError as exc:
+        raise StoreConfigError(
+            'postgresql:// needs its driver: pip install "ipguard[postgres]"'
+        ) from exc
+    store: RestrictionStore = module.PostgresStore(url, clock=clock, migrate=migrate)
+    return store
+
+
+def _open_plugin(
+    scheme: str, url: str, *, clock: Clock | None, migrate: bool | None
+) -> RestrictionStore:
+    found = tuple(entry_points(group=_GROUP, name=scheme))
+    if not found:
+        raise StoreConfigError(f"no store has the scheme {shortened(scheme)}; there is {_known()}")
+    try:
+        factory = found[0].load()
+    except (ImportError, AttributeError) as exc:
+        raise StoreConfigError(f"the store of {shortened(scheme)} cannot be loaded: {exc}") from exc
+    store: RestrictionStore = factory(url, clock=clock, migrate=migrate)
+    return store
+
+
+def _known() -> str:
+    others = sorted({point.name for point in entry_points(group=_GROUP)})
+    return ", ".join(f"{name}://" for name in ("memory", "sqlite", "postgresql", *others))

@@ -1,0 +1,294 @@
+"""What the SQL stores share: how values are laid out in rows, and what a dialect has to provide.
+
+The statements are in the modules that run them (`_sql_read`, `_sql_write`). They are portable SQL with
+`?` for each parameter; an `Executor` adapts that to its driver. Times are stored as microseconds,
+addresses as packed bytes, so that reading them back parses no text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol, cast
+from unicodedata import normalize
+
+from ipguard.addresses import AddressRange
+from ipguard.model import (
+    EVERYBODY,
+    Action,
+    Change,
+    PendingRequest,
+    RequestKind,
+    RequestState,
+    Restriction,
+    StoredRequest,
+    Touched,
+    User,
+)
+
+Row = tuple[Any, ...]
+Params = Sequence[object]
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_EVERYBODY: Final = "*"  # no JSON, so it cannot be taken for a list of usernames
+BIGGEST: Final = 2**63 - 1
+"""What a column holds at the most; numbers from outside are cut down to it."""
+
+
+class Executor(Protocol):
+    """One connection inside one transaction or snapshot."""
+
+    def rows(self, sql: str, params: Params = ()) -> list[Row]:
+        """Run a query and return all its rows."""
+
+    def run(self, sql: str, params: Params = ()) -> None:
+        """Run a statement."""
+
+    def run_many(self, sql: str, rows: Iterable[Params]) -> None:
+        """Run a statement for each of many rows, which are read as they are needed."""
+
+    def among(self, column: str) -> str:
+        """Return the condition that a column is one of the texts in one parameter."""
+
+    def texts(self, values: Iterable[str]) -> object:
+        """Return the parameter for `among`."""
+
+
+def micros(moment: datetime) -> int:
+    """Return a time as it is stored."""
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def _optional_micros(moment: datetime | None) -> int | None:
+    return None if moment is None else micros(moment)
+
+
+def moment(stored: int) -> datetime:
+    """Return a time from how it is stored."""
+    return _EPOCH + timedelta(microseconds=stored)
+
+
+def _optional_moment(stored: int | None) -> datetime | None:
+    return None if stored is None else _EPOCH + timedelta(microseconds=stored)
+
+
+def encodable(text: str) -> bool:
+    """Tell whether a text from outside can be looked up at all; lone surrogates cannot be stored."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+RESTRICTION: Final = "id, first_ip, last_ip, label, created_at, created_by, expires_at"
+"""The columns that `restriction_of` takes, after the username."""
+
+
+def columns(names: str, table: str) -> str:
+    """Return a list of columns with the table named before each."""
+    return ", ".join(f"{table}.{name.strip()}" for name in names.split(","))
+
+
+def restriction_of(username: str, row: Row) -> Restriction:
+    """Return a restriction from the columns of `RESTRICTION`."""
+    restriction_id, first, last, label, created_at, created_by, expires_at = row
+    return Restriction(
+        id=restriction_id,
+        username=username,
+        addresses=AddressRange.from_packed(first, last),
+        label=label,
+        created_at=_EPOCH + timedelta(microseconds=created_at),
+        created_by=created_by,
+        expires_at=None if expires_at is None else _EPOCH + timedelta(microseconds=expires_at),
+    )
+
+
+def restriction_row(restriction: Restriction) -> Row:
+    """Return the username and the columns of `RESTRICTION`."""
+    first, last = restriction.addresses.packed
+    return (
+        restriction.username,
+        restriction.id,
+        first,
+        last,
+        restriction.label,
+        micros(restriction.created_at),
+        restriction.created_by,
+        _optional_micros(restriction.expires_at),
+    )
+
+
+PENDING: Final = (
+    "id, username, kind, first_ip, last_ip, label, requested_by, requested_at, expires_at, "
+    "number_expires_at, attempts_left, state, restriction_id, restriction_expires_at, reason"
+)
+"""The columns that `pending_of` takes."""
+REQUEST: Final = PENDING + ", email, key_id, digest, resends, sent_at"
+"""The columns that `request_of` takes."""
+_PENDING_COLUMNS: Final = len(PENDING.split(","))
+
+
+def pending_of(row: Row) -> PendingRequest:
+    """Return a request from the columns of `PENDING`."""
+    return PendingRequest(
+        id=row[0],
+        username=row[1],
+        kind=RequestKind(row[2]),
+        addresses=AddressRange.from_packed(row[3], row[4]),
+        label=row[5],
+        requested_by=row[6],
+        requested_at=moment(row[7]),
+        expires_at=moment(row[8]),
+        number_expires_at=moment(row[9]),
+        attempts_left=row[10],
+        state=RequestState(row[11]),
+        restriction_id=row[12],
+        restriction_expires_at=_optional_moment(row[13]),
+        reason=row[14],
+    )
+
+
+def request_of(row: Row) -> StoredRequest:
+    """Return a request from the columns of `REQUEST`."""
+    email, key_id, digest, resends, sent_at = row[_PENDING_COLUMNS:]
+    return StoredRequest(
+        request=pending_of(row[:_PENDING_COLUMNS]),
+        email=email,
+        key_id=key_id,
+        digest=digest,
+        resends=resends,
+        sent_at=_optional_moment(sent_at),
+    )
+
+
+def request_row(stored: StoredRequest) -> Row:
+    """Return the columns of `REQUEST`."""
+    request = stored.request
+    first, last = request.addresses.packed
+    return (
+        request.id,
+        request.username,
+        request.kind.value,
+        first,
+        last,
+        request.label,
+        request.requested_by,
+        micros(request.requested_at),
+        micros(request.expires_at),
+        micros(request.number_expires_at),
+        request.attempts_left,
+        request.state.value,
+        request.restriction_id,
+        _optional_micros(request.restriction_expires_at),
+        request.reason,
+        stored.email,
+        stored.key_id,
+        stored.digest,
+        stored.resends,
+        _optional_micros(stored.sent_at),
+    )
+
+
+USER: Final = "username, full_name, account_id, email"
+"""The columns that `user_of` takes."""
+
+
+def user_of(row: Row) -> User:
+    """Return a user from the columns of `USER`."""
+    username, full_name, account_id, email = row
+    return User(username=username, full_name=full_name, account_id=account_id, email=email)
+
+
+def user_row(user: User) -> Row:
+    """Return the columns of `USER`."""
+    return user.username, user.full_name, user.account_id, user.email
+
+
+CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, account_id"
+"""The columns that `change_of` takes."""
+
+
+def change_of(row: Row) -> Change:
+    """Return a change from the columns of `CHANGE`."""
+    revision, at, actor, actor_address, action, username, detail, account_id = row
+    return Change(
+        revision=revision,
+        at=moment(at),
+        actor=actor,
+        actor_address=actor_address,
+        action=_action(action),
+        username=username,
+        detail=detail,
+        account_id=account_id,
+    )
+
+
+def change_row(change: Change) -> Row:
+    """Return the columns of `CHANGE`."""
+    return (
+        change.revision,
+        micros(change.at),
+        change.actor,
+        change.actor_address,
+        change.action.value,
+        change.username,
+        change.detail,
+        change.account_id,
+    )
+
+
+def _action(text: str) -> Action:
+    try:
+        return Action(text)
+    except ValueError:
+        # Written by a newer library that shares this schema. The trail stays readable.
+        return cast("Action", text)
+
+
+def touched_text(touches: frozenset[str] | Touched) -> str | None:
+    """Return whose policy a change touches as it is stored; None for nobody's."""
+    if isinstance(touches, Touched):
+        return _EVERYBODY
+    return json.dumps(sorted(touches)) if touches else None
+
+
+def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
+    """Return whose policy several changes touch together."""
+    names: set[str] = set()
+    for text in texts:
+        if text == _EVERYBODY:
+            return EVERYBODY
+        names.update(json.loads(text))
+    return frozenset(names)
+
+
+def folded(text: str) -> str:
+    """Return text as it is searched for; two rounds make any username its canonical form."""
+    once = normalize("NFKC", text).casefold()
+    return " ".join(normalize("NFKC", once).casefold().split())
+
+
+def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
+    """Return what a search text may be the beginning of: a name counts from each of its words on."""
+    words = folded(full_name).split()
+    terms = {" ".join(words[at:]) for at in range(len(words))}
+    return {folded(username), folded(account_id), *terms} - {""}
+
+
+def prefix_range(start: str) -> tuple[str, str]:
+    """Return the bounds between which, by code point, just the texts with that beginning are."""
+    kept = start.rstrip("\U0010ffff")
+    if not kept:
+        return start, "\U0010ffff" * (len(start) + 1)
+    following = ord(kept[-1]) + 1
+    # Surrogates cannot be stored, nor bound as a parameter.
+    return start, kept[:-1] + chr(0xE000 if following == 0xD800 else following)
+
+
+def paged(rows: Iterator[Row] | list[Row], size: int) -> tuple[list[Row], bool]:
+    """Split off the row that was read to learn whether another page follows."""
+    found = list(rows)
+    return found[:size], len(found) > size
