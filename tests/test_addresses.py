@@ -1,0 +1,1041 @@
+"""What is read as an address, what is refused and why, and what is inside what."""
+
+import copy
+import ipaddress
+import pickle
+import random
+import re
+import socket
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import netaddr  # type: ignore[import-untyped]
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ipguard import addresses
+from ipguard.addresses import (
+    AddressRange,
+    AddressSet,
+    _refusals,
+    _text,
+    login_address,
+    parse_address,
+    typed,
+)
+from ipguard.errors import AddressError, IPGuardError
+
+parse = AddressRange.parse
+
+
+def number(text: str) -> int:
+    return int(ipaddress.ip_address(text))
+
+
+def attempt(read: Callable[[Any], AddressRange], text: object) -> AddressRange | AddressError:
+    """What a reader makes of a text, be it a range or the error."""
+    try:
+        return read(text)
+    except AddressError as error:
+        return error
+
+
+def refusal(text: object) -> AddressError:
+    """The error with which a restriction is refused."""
+    with pytest.raises(AddressError) as caught:
+        parse(text)  # type: ignore[arg-type]
+    return caught.value
+
+
+# ---- what people write ---------------------------------------------------------------------------
+
+LONGEST_ADDRESS = "2001:0db8:2001:0db8:2001:0db8:203.100.113.107"
+
+ACCEPTED = [
+    # text, version, first, last, canonical text
+    ("203.0.113.7", 4, "203.0.113.7", "203.0.113.7", "203.0.113.7"),
+    ("203.0.113.0/29", 4, "203.0.113.0", "203.0.113.7", "203.0.113.0/29"),
+    ("203.0.113.5-203.0.113.9", 4, "203.0.113.5", "203.0.113.9", "203.0.113.5-203.0.113.9"),
+    ("203.0.113.7/32", 4, "203.0.113.7", "203.0.113.7", "203.0.113.7"),
+    ("203.0.113.7-203.0.113.7", 4, "203.0.113.7", "203.0.113.7", "203.0.113.7"),
+    ("203.0.113.0-203.0.113.7", 4, "203.0.113.0", "203.0.113.7", "203.0.113.0/29"),
+    ("203.0.113.4-203.0.113.11", 4, "203.0.113.4", "203.0.113.11", "203.0.113.4-203.0.113.11"),
+    ("0.0.0.0/0", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
+    ("0.0.0.0-255.255.255.255", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
+    ("0.0.0.0/31", 4, "0.0.0.0", "0.0.0.1", "0.0.0.0/31"),
+    ("0.0.0.1", 4, "0.0.0.1", "0.0.0.1", "0.0.0.1"),
+    ("255.255.255.254", 4, "255.255.255.254", "255.255.255.254", "255.255.255.254"),
+    ("255.255.255.254/31", 4, "255.255.255.254", "255.255.255.255", "255.255.255.254/31"),
+    ("10.0.0.0/8", 4, "10.0.0.0", "10.255.255.255", "10.0.0.0/8"),
+    ("2001:db8::7", 6, "2001:db8::7", "2001:db8::7", "2001:db8::7"),
+    ("2001:DB8:0::0/32", 6, "2001:db8::", "2001:db8:ffff:" + "ffff:" * 4 + "ffff", "2001:db8::/32"),
+    ("2001:db8::5-2001:db8::9", 6, "2001:db8::5", "2001:db8::9", "2001:db8::5-2001:db8::9"),
+    ("2001:db8::/128", 6, "2001:db8::", "2001:db8::", "2001:db8::"),
+    ("::/0", 6, "::", "ffff:" * 7 + "ffff", "::/0"),
+    ("::-::1", 6, "::", "::1", "::/127"),
+    ("::1", 6, "::1", "::1", "::1"),
+    # Only ::ffff:0:0/96 is unwrapped: neither the old compatible form, nor 6to4, nor NAT64.
+    ("::1.2.3.4", 6, "::1.2.3.4", "::1.2.3.4", "::102:304"),
+    ("::fffe:1.2.3.4", 6, "::fffe:102:304", "::fffe:102:304", "::fffe:102:304"),
+    ("::1:ffff:1.2.3.4", 6, "::1:ffff:102:304", "::1:ffff:102:304", "::1:ffff:102:304"),
+    ("2002:102:304::", 6, "2002:102:304::", "2002:102:304::", "2002:102:304::"),
+    ("64:ff9b::1.2.3.4", 6, "64:ff9b::102:304", "64:ff9b::102:304", "64:ff9b::102:304"),
+    ("::ffff:1.2.3.4", 4, "1.2.3.4", "1.2.3.4", "1.2.3.4"),
+    ("::FFFF:102:304", 4, "1.2.3.4", "1.2.3.4", "1.2.3.4"),
+    ("::ffff:1.2.3.4/128", 4, "1.2.3.4", "1.2.3.4", "1.2.3.4"),
+    ("::ffff:1.2.3.0/120", 4, "1.2.3.0", "1.2.3.255", "1.2.3.0/24"),
+    ("::ffff:0.0.0.0/96", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
+    ("::ffff:1.2.3.4-::ffff:1.2.3.9", 4, "1.2.3.4", "1.2.3.9", "1.2.3.4-1.2.3.9"),
+    ("::ffff:0:0-::ffff:ffff:ffff", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
+    # What covers the mapped block as a whole is IPv6, and what lies beside it.
+    ("::fffe:0:0/95", 6, "::fffe:0:0", "::ffff:ffff:ffff", "::fffe:0:0/95"),
+    ("::5-::1:0:0:0", 6, "::5", "::1:0:0:0", "::5-::1:0:0:0"),
+    ("::5-::fffe:ffff:ffff", 6, "::5", "::fffe:ffff:ffff", "::5-::fffe:ffff:ffff"),
+    ("::1:0:0:0-::1:0:0:6", 6, "::1:0:0:0", "::1:0:0:6", "::1:0:0:0-::1:0:0:6"),
+    # What holds multicast addresses and others is no multicast range.
+    ("223.255.255.255-224.0.0.9", 4, "223.255.255.255", "224.0.0.9", "223.255.255.255-224.0.0.9"),
+    ("239.255.255.255-240.0.0.0", 4, "239.255.255.255", "240.0.0.0", "239.255.255.255-240.0.0.0"),
+    ("223.255.255.255", 4, "223.255.255.255", "223.255.255.255", "223.255.255.255"),
+    ("240.0.0.0", 4, "240.0.0.0", "240.0.0.0", "240.0.0.0"),
+    ("fe00::/7", 6, "fe00::", "ffff:" * 7 + "ffff", "fe00::/7"),
+    ("feff:ffff::1", 6, "feff:ffff::1", "feff:ffff::1", "feff:ffff::1"),
+    # The longest of each kind: 45, 49 and 91 characters.
+    (LONGEST_ADDRESS, 6, LONGEST_ADDRESS, LONGEST_ADDRESS, "2001:db8:2001:db8:2001:db8:cb64:716b"),
+    (
+        LONGEST_ADDRESS + "/128",
+        6,
+        LONGEST_ADDRESS,
+        LONGEST_ADDRESS,
+        "2001:db8:2001:db8:2001:db8:cb64:716b",
+    ),
+    (
+        LONGEST_ADDRESS + "-" + LONGEST_ADDRESS.replace("107", "108"),
+        6,
+        LONGEST_ADDRESS,
+        LONGEST_ADDRESS.replace("107", "108"),
+        "2001:db8:2001:db8:2001:db8:cb64:716b-2001:db8:2001:db8:2001:db8:cb64:716c",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "version", "first", "last", "canonical"), ACCEPTED)
+def test_accepted(text, version, first, last, canonical):
+    """Addresses, networks and ranges of both versions are read, and written as short as can be."""
+    found = parse(text)
+    assert found == AddressRange(version=version, first=number(first), last=number(last))
+    assert str(found) == canonical
+    assert parse(canonical) == found
+    assert found.size == number(last) - number(first) + 1
+
+
+WHERE = "no login comes from there"
+UNFIT = MULTICAST, UNSPECIFIED, BROADCAST = [
+    f"it is {kind}, and {WHERE}"
+    for kind in ("multicast", "the unspecified address", "the broadcast address")
+]
+LATER = "a number with a leading zero"
+CHARACTERS = "it has characters that no address has"
+NUMBERS = "an IPv4 address is four numbers"
+NEITHER = "it is no address, network or first-last range"
+BLANK = "it has a blank"
+PREFIX4, PREFIX6 = (f"its prefix length is not a decimal number from 0 to {n}" for n in (32, 128))
+MASK = "a mask is not read; use a prefix length"
+HOSTS = "it has host bits set"
+PORT = "brackets and a port"
+ZONE = "a zone"
+VERSIONS = "its ends are of different versions"
+MAPPED_END = "one of its ends is IPv4-mapped, the other is not"
+
+REFUSED = [
+    # text, start of the reason, hint: each class of bad input that other parsers read somehow.
+    # Octal, hexadecimal, short: CVE-2021-29921 and its kin. No hint: the meaning is not certain.
+    ("010.8.8.8", LATER, None),
+    ("10.08.8.8", LATER, None),
+    ("10.8.8.010", LATER, None),
+    ("00.0.0.1", LATER, None),
+    ("10.0.0.00/8", LATER, None),
+    ("1.2.3.4-01.2.3.9", LATER, None),
+    ("::ffff:01.2.3.4", LATER, None),
+    ("::ffff:1.2.3.04", LATER, None),
+    ("127.1", NUMBERS, None),
+    ("1.2.3", NUMBERS, None),
+    ("1.2.3.4.5", NUMBERS, None),
+    ("1.2.3.256", NUMBERS, None),
+    ("1.2.3.", NUMBERS, None),
+    ("2130706433", NUMBERS, None),
+    ("10.0.0/8", NUMBERS, None),
+    ("192.168/16", NUMBERS, None),
+    ("10/8", NUMBERS, None),
+    ("0x7f.1", NEITHER, None),
+    ("0x7f000001", NEITHER, None),
+    # Blanks are forgiven around a whole address only, and only by `typed`.
+    ("1.2.3.4\n", BLANK, "1.2.3.4"),
+    (" 1.2.3.4", BLANK, "1.2.3.4"),
+    ("\t2001:db8::/32\v\f\r", BLANK, "2001:db8::/32"),
+    ("1.2.3.4 - 1.2.3.9", BLANK, "1.2.3.4-1.2.3.9"),
+    ("10.0.0.0/ 8", BLANK, "10.0.0.0/8"),
+    ("10.0.0.0 /8", BLANK, "10.0.0.0/8"),
+    ("10.0.0.0/8\n", BLANK, "10.0.0.0/8"),
+    ("1.2.3.4 foo", BLANK, None),
+    ("1.2.3.4 5", BLANK, None),
+    ("1.2.3. 4", BLANK, None),
+    ("", NEITHER, None),
+    (" ", BLANK, None),
+    # Digits that are none, and characters that a C string ends at or cannot hold.
+    ("\uff11.2.3.4", CHARACTERS, None),
+    ("\u0661.2.3.4", CHARACTERS, None),
+    ("10.0.0.0/\u0668", CHARACTERS, None),
+    ("1.2.3.4\0", CHARACTERS, None),
+    ("1.2.3.4\0.5", CHARACTERS, None),
+    ("::1\0", CHARACTERS, None),
+    ("1.2.3.4\x7f", CHARACTERS, None),
+    ("1.2.3.4\x1f", CHARACTERS, None),
+    ("\ud800", CHARACTERS, None),
+    ("::\udfff", CHARACTERS, None),
+    ("1.2.3.4\u00a0", CHARACTERS, None),
+    ("1.2.3.4\u20131.2.3.9", CHARACTERS, "1.2.3.4-1.2.3.9"),
+    ("1.2.3.+4", NEITHER, None),
+    ("1.2.3.1_0", NEITHER, None),
+    ("+1.2.3.4", NEITHER, None),
+    # Zones.
+    ("fe80::1%eth0", ZONE, "fe80::1"),
+    ("fe80::1%1", ZONE, "fe80::1"),
+    ("fe80::1%", ZONE, "fe80::1"),
+    ("::ffff:1.2.3.4%x", ZONE, "1.2.3.4"),
+    ("fe80::%eth0/64", ZONE, "fe80::/64"),
+    ("fe80::1%a-fe80::9%b", ZONE, "fe80::1-fe80::9"),
+    ("1.2.3.4%eth0", ZONE, "1.2.3.4"),
+    ("%", ZONE, None),
+    # Prefix lengths that `int()` would read.
+    ("10.0.0.0/+8", PREFIX4, None),
+    ("0.0.0.0/-0", PREFIX4, None),
+    ("10.0.0.0/08", PREFIX4, None),
+    ("10.0.0.0/1_0", PREFIX4, None),
+    ("10.0.0.0/", PREFIX4, None),
+    ("10.0.0.0/33", PREFIX4, None),
+    ("10.0.0.0/999", PREFIX4, None),
+    ("10.0.0.0/1000", PREFIX4, None),
+    ("10.0.0.0/8/8", PREFIX4, None),
+    ("10.0.0.0/8-10.0.0.9", PREFIX4, None),
+    ("10.0.0.0/x", PREFIX4, None),
+    ("::/129", PREFIX6, None),
+    ("::/00", PREFIX6, None),
+    ("/8", NEITHER, None),
+    ("/", NEITHER, None),
+    ("x/8", NEITHER, None),
+    # Netmasks and hostmasks. All zeros is /0 to some and /32 to others.
+    ("127.0.0.1/0.0.0.255", MASK, "127.0.0.0/24"),
+    ("10.0.0.0/255.0.0.0", MASK, "10.0.0.0/8"),
+    ("192.0.2.65/255.255.254.0", MASK, "192.0.2.0/23"),
+    ("10.0.0.0/0.0.0.0", MASK, None),
+    ("10.0.0.0/255.255.255.255", MASK, None),
+    ("10.0.0.0/255.0.255.0", MASK, None),
+    ("2001:db8::/ffff:ffff::", MASK, None),
+    ("::/255.0.0.0", MASK, None),
+    # Host bits.
+    ("10.1.0.0/0", HOSTS, "0.0.0.0/0"),
+    ("10.1.2.3/8", HOSTS, "10.0.0.0/8"),
+    ("203.0.113.7/31", HOSTS, "203.0.113.6/31"),
+    ("2001:db8::1/32", HOSTS, "2001:db8::/32"),
+    ("::ffff:1.2.3.4/120", HOSTS, "1.2.3.0/24"),
+    ("::ffff:1.2.3.4/96", HOSTS, "0.0.0.0/0"),
+    ("224.0.0.1/4", HOSTS, None),
+    # IPv4-mapped networks with a prefix length of IPv4, and ranges that mean two things.
+    ("::ffff:1.2.3.0/24", "the prefix length of an IPv4-mapped network", "1.2.3.0/24"),
+    ("::ffff:1.2.3.4/24", "the prefix length of an IPv4-mapped network", None),
+    ("::ffff:1.2.3.4/95", "the prefix length of an IPv4-mapped network", None),
+    ("::ffff:1.2.3.4-1.2.3.9", VERSIONS, "1.2.3.4-1.2.3.9"),
+    ("1.2.3.4-::ffff:1.2.3.9", VERSIONS, "1.2.3.4-1.2.3.9"),
+    ("1.2.3.4-2001:db8::1", VERSIONS, None),
+    ("::1-1.2.3.4", VERSIONS, None),
+    ("::1-::ffff:1.2.3.4", MAPPED_END, None),
+    ("::ffff:1.2.3.4-2001:db8::1", MAPPED_END, None),
+    ("::ffff:0:1-::1:0:0:0", MAPPED_END, None),
+    ("::fffe:ffff:ffff-::ffff:0:0", MAPPED_END, None),
+    ("::5-::ffff:ffff:fffe", MAPPED_END, None),
+    # Ranges.
+    ("1.2.3.9-1.2.3.4", "it runs backwards", "1.2.3.4-1.2.3.9"),
+    ("2001:db8::9-2001:db8::", "it runs backwards", "2001:db8::-2001:db8::9"),
+    ("1.2.3.4-9", "the end of a range is a whole address", "1.2.3.4-1.2.3.9"),
+    ("1.2.3.4-255", "the end of a range is a whole address", "1.2.3.4-1.2.3.255"),
+    ("1.2.3.4-3", "the end of a range is a whole address", None),
+    ("1.2.3.4-256", "the end of a range is a whole address", None),
+    ("::1-9", "the end of a range is a whole address", None),
+    ("1.2.3.4-3.9", NUMBERS, None),
+    ("1.2.3-1.2.3.9", NUMBERS, None),
+    ("1.2.3.4-", NEITHER, None),
+    ("-1.2.3.4", NEITHER, None),
+    ("-", NEITHER, None),
+    ("1.2.3.4-1.2.3.5-1.2.3.6", NEITHER, None),
+    ("1.2.3.0-1.2.3.128/25", NEITHER, None),
+    ("1.2.3.4--1.2.3.9", NEITHER, None),
+    # Ports, brackets, wildcards, other things that stand where an address should.
+    ("1.2.3.4:443", PORT, "1.2.3.4"),
+    ("[::1]:443", PORT, "::1"),
+    ("[::1]", PORT, "::1"),
+    ("[2001:db8::]:x", NEITHER, None),
+    ("[x]:443", PORT, None),
+    ("[", NEITHER, None),
+    ("1.2.3.*", "a wildcard is not read", "1.2.3.0/24"),
+    ("1.2.*.*", "a wildcard is not read", "1.2.0.0/16"),
+    ("10.*", "a wildcard is not read", "10.0.0.0/8"),
+    ("1.2.3.4.*", NEITHER, None),
+    ("1.*.3.*", NEITHER, None),
+    ("*", NEITHER, None),
+    ("1.2.3.*-1.2.4.*", "a wildcard is not read", None),
+    ("example.com", NEITHER, None),
+    ("1.2.3.4,1.2.3.5", NEITHER, None),
+    (":", NEITHER, None),
+    (":::", NEITHER, None),
+    ("1::2::3", NEITHER, None),
+    ("12345::", NEITHER, None),
+    ("1:2:3:4:5:6:7", NEITHER, None),
+    ("1:2:3:4:5:6:7:8:9", NEITHER, None),
+    ("::g", NEITHER, None),
+    ("::1.2.3", NEITHER, None),
+    ("1.2.3.4::", NEITHER, None),
+    # No login comes from there.
+    ("224.0.0.0", MULTICAST, None),
+    ("224.0.0.0/4", MULTICAST, None),
+    ("239.255.255.255", MULTICAST, None),
+    ("224.0.0.5-239.1.2.3", MULTICAST, None),
+    ("::ffff:224.0.0.1", MULTICAST, None),
+    ("ff00::/8", MULTICAST, None),
+    ("ff02::1", MULTICAST, None),
+    ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", MULTICAST, None),
+    ("0.0.0.0", UNSPECIFIED, None),
+    ("0.0.0.0/32", UNSPECIFIED, None),
+    ("0.0.0.0-0.0.0.0", UNSPECIFIED, None),
+    ("::ffff:0.0.0.0", UNSPECIFIED, None),
+    ("::", UNSPECIFIED, None),
+    ("0:0:0:0:0:0:0:0/128", UNSPECIFIED, None),
+    ("255.255.255.255", BROADCAST, None),
+    ("255.255.255.255/32", BROADCAST, None),
+    ("255.255.255.255-255.255.255.255", BROADCAST, None),
+    ("::ffff:255.255.255.255", BROADCAST, None),
+]
+
+
+@pytest.mark.parametrize(("text", "reason", "hint"), REFUSED)
+def test_refused(text, reason, hint):
+    """Each class of bad input is refused with its reason, and with what was perhaps meant."""
+    error = refusal(text)
+    assert error.reason.startswith(reason)
+    assert error.hint == hint
+    assert error.text == ascii(text)
+    assert ascii(text) in str(error)
+    assert (hint is None) == ("did you mean" not in str(error))
+
+
+@pytest.mark.parametrize("text", [text for text, reason, _ in REFUSED if reason not in UNFIT])
+def test_refused_as_a_login_too(text):
+    """What is malformed as a restriction is no login's address either, and is in nothing."""
+    assert login_address(text) is None
+    with pytest.raises(AddressError):
+        parse_address(text)
+    assert text not in parse("0.0.0.0/0")
+    assert text not in parse("::/0")
+    assert text not in AddressSet([parse("0.0.0.0/0"), parse("::/0")])
+
+
+@pytest.mark.parametrize("text", [text for text, reason, _ in REFUSED if reason in UNFIT])
+def test_where_no_login_comes_from_is_fine_as_an_address(text):
+    """Unspecified, multicast and broadcast addresses are valid text for a client's address."""
+    if "/" not in text and "-" not in text:
+        assert parse_address(text).size == 1
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [0, 1, True, 3232235777, b"1.2.3.4", bytearray(b"::1"), None, 1.5, ["1.2.3.4"], object(), str],
+)
+def test_only_text_is_an_address(thing):
+    """Numbers, booleans, bytes and other things are refused, and are in nothing."""
+    assert refusal(thing).reason == "it is not text"
+    for read in (parse_address, typed):
+        with pytest.raises(AddressError, match="it is not text"):
+            read(thing)
+    assert login_address(thing) is None
+    assert thing not in parse("0.0.0.0/0")
+    assert thing not in AddressSet([parse("0.0.0.0/0")])
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * 92, "1" * 10**6, ":" * 10**6, "1.2.3.4-" * 10**5, "٣" * 10**6, " " * 10**6]
+)
+def test_over_long_text_is_not_looked_at(text, monkeypatch):
+    """Over-long text is refused by its length alone: nothing that would read it is reached."""
+
+    def reached(*args, **kwargs):
+        raise AssertionError("over-long text was read")
+
+    for holder, name in [
+        (addresses, "_read"),
+        (addresses, "why"),
+        (_text, "inet_pton"),
+        (_text, "LEADING_ZERO"),
+    ]:
+        monkeypatch.setattr(holder, name, reached)
+    for read in (parse, parse_address, typed):
+        with pytest.raises(AddressError, match="it is longer than any") as caught:
+            read(text)
+        assert len(caught.value.text) < 400
+        assert len(caught.value.args[0]) == len(caught.value.text)
+    assert login_address(text) is None
+    assert text not in AddressRange(version=4, first=0, last=9)
+    assert text not in AddressSet([AddressRange(version=4, first=0, last=9)])
+
+
+@pytest.mark.parametrize("text", ["1" * 46, LONGEST_ADDRESS + "0", "1" * 91])
+def test_one_address_has_45_characters(text, monkeypatch):
+    """Text too long for one address never reaches a library that reads addresses."""
+
+    def bounded(read: Callable[..., object]) -> Callable[..., object]:
+        def reading(*args: object, **kwargs: object) -> object:
+            assert all(len(arg) <= 45 for arg in args if isinstance(arg, str))
+            return read(*args, **kwargs)
+
+        return reading
+
+    monkeypatch.setattr(addresses, "IPAddress", bounded(netaddr.IPAddress))
+    monkeypatch.setattr(_text, "inet_pton", bounded(socket.inet_pton))
+    for whole in (text, f"{text}/8"[:91], f"::1-{text}"[:91], f"{text}-::1"[:91]):
+        assert isinstance(attempt(parse, whole), AddressError)
+        assert isinstance(attempt(parse_address, whole), AddressError)
+    assert login_address(text) is None
+
+
+def test_over_long_by_one():
+    """The last length that is read is 91; of 92 characters only the length is said."""
+    assert refusal("1" * 91).reason.startswith(NUMBERS)
+    assert refusal("1" * 92).reason.startswith("it is longer")
+    assert login_address(LONGEST_ADDRESS) == (6, number(LONGEST_ADDRESS))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1.2.3.4", " 1.2.3.4", "1.2.3.4\n", "\t\n\r\v\f 1.2.3.4 \f\v\r\n\t", " " * 170 + "1.2.3.4"],
+)
+def test_typed_forgives_blanks_at_the_ends(text):
+    """What a person typed or pasted may have ASCII blanks around it."""
+    assert typed(text) == parse("1.2.3.4")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\u00a01.2.3.4", "1.2.3.4\u2003", "1.2.3.4\x1f", "\x1c1.2.3.4", "1.2.3.4\0", "1. 2.3.4"],
+)
+def test_typed_forgives_nothing_else(text):
+    """Other blanks, separators and control characters are refused, at the ends as well."""
+    with pytest.raises(AddressError):
+        typed(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [(" " * 176 + "1.2.3.4", "longer"), (" " * 175 + "1.2.3.4", None), (" " * 183, "longer")],
+)
+def test_typed_forgives_a_bounded_number_of_blanks(text, read):
+    """Blanks are forgiven up to a length; past it the text is over-long."""
+    if read is None:
+        assert typed(text) == parse("1.2.3.4")
+    else:
+        with pytest.raises(AddressError, match=read):
+            typed(text)
+
+
+class Hostile(str):
+    """Text that lies about itself wherever Python lets it."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return 7
+
+    def __contains__(self, item: object) -> bool:
+        raise AssertionError("asked")
+
+    def __getitem__(self, item: object) -> str:
+        raise AssertionError("asked")
+
+    def __iter__(self):
+        raise AssertionError("asked")
+
+    def __str__(self) -> str:
+        return "1.2.3.4"
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+    partition = strip = split = encode = isascii = replace = __iter__  # type: ignore[assignment]
+
+
+def test_a_subclass_of_str_cannot_lie():
+    """What a `str` subclass holds is read; its own methods are not asked."""
+    assert login_address(Hostile("9.9.9.9")) == (4, number("9.9.9.9"))
+    assert parse(Hostile("9.9.9.0/24")) == parse("9.9.9.0/24")
+    assert parse_address(Hostile("::1")) == parse("::1")
+    assert typed(Hostile(" 9.9.9.9 ")) == parse("9.9.9.9")
+    assert Hostile("9.9.9.9") not in parse("1.2.3.4")
+    for bad in ("1" * 1000, "nonsense", "9.9.9.9%x", "::\0"):
+        assert login_address(Hostile(bad)) is None
+        for read in (parse, parse_address, typed):
+            with pytest.raises(AddressError) as caught:
+                read(Hostile(bad))
+            assert caught.value.text.startswith(f"'{ascii(bad)[1:10]}")
+
+
+class Impostor:
+    """Something that claims to be whatever it is asked to be."""
+
+    def __init__(self, claimed: object) -> None:
+        self.claimed = claimed
+
+    @property  # type: ignore[misc]
+    def __class__(self):
+        if isinstance(self.claimed, Exception):
+            raise self.claimed
+        return self.claimed
+
+    version, first, last = 4, 0, 0
+
+
+@pytest.mark.parametrize("claimed", [str, AddressRange, RuntimeError("asked")])
+def test_an_impostor_is_no_address(claimed):
+    """An object is judged by its type, not by what it says that its class is."""
+    assert login_address(Impostor(claimed)) is None
+    assert Impostor(claimed) not in parse("0.0.0.0/0")
+    assert Impostor(claimed) not in AddressSet([parse("0.0.0.0/0")])
+
+
+# ---- one address: the two readers ---------------------------------------------------------------
+
+
+def by_netaddr(text: str) -> tuple[int, int] | None:
+    try:
+        address = netaddr.IPAddress(text, flags=netaddr.INET_PTON)
+    except (netaddr.AddrFormatError, ValueError):
+        return None
+    if address.version == 6 and address.is_ipv4_mapped():
+        address = address.ipv4()
+    return address.version, int(address)
+
+
+ALPHABET = "0123456789abcdefABCDEFx:./-%*[]+_, \t\n\r\v\f\0\x1f\x7f\u0663\uff11\u2013\u00a0\ud800"
+ADDRESSES = st.one_of(
+    st.ip_addresses().map(str),
+    st.ip_addresses(v=6).map(lambda address: address.exploded.upper()),
+    st.ip_addresses(v=4).map(lambda address: f"::ffff:{address}"),
+    st.ip_addresses(v=4).map(lambda address: f"::{address}"),
+    st.sampled_from([text for text, *_ in ACCEPTED if not re.search("[-/]", text)]),
+)
+VALID = st.one_of(
+    ADDRESSES,
+    st.builds("{}/{}".format, ADDRESSES, st.integers(0, 129)),
+    st.builds("{}-{}".format, ADDRESSES, ADDRESSES),
+    st.builds("{}/{}".format, ADDRESSES, ADDRESSES),
+    st.sampled_from([text for text, *_ in (*ACCEPTED, *REFUSED)]),
+)
+
+
+@st.composite
+def nearly_valid(draw, valid=VALID):
+    """Valid text with up to three characters put in, taken out or replaced."""
+    text = draw(valid)
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(text)))
+        text = text[:at] + draw(st.sampled_from(["", *ALPHABET])) + text[at + draw(st.booleans()) :]
+    return text
+
+
+ANY_TEXT = st.one_of(
+    st.text(st.characters()), st.text(st.sampled_from(ALPHABET), max_size=95), nearly_valid()
+)
+
+
+@given(st.one_of(ANY_TEXT, nearly_valid(ADDRESSES)))
+@example("1.2.3.4\0")
+@example("\ud800")
+@example("::ffff:1.2.3.4")
+def test_both_readers_accept_the_same_addresses(text):
+    """A login's address is valid exactly when netaddr, and when a restriction's reader, says so."""
+    expected = by_netaddr(text)
+    found = login_address(text)
+    assert found == expected
+    client = attempt(parse_address, text)
+    if isinstance(client, AddressRange):
+        assert (client.version, client.first) == (client.version, client.last) == found
+    else:
+        assert found is None
+    restriction = attempt(parse, text)
+    if isinstance(restriction, AddressError):
+        assert found is None or restriction.reason.endswith(WHERE)
+    elif "-" not in text and "/" not in text:
+        assert restriction == client
+
+
+@given(ANY_TEXT)
+@example("::%0/00/80")
+def test_parsing_raises_address_errors_only(text):
+    """Any text is either read, and canonical when written, or refused with an error of ours."""
+    for read in (parse, parse_address, typed):
+        found = attempt(read, text)
+        again = parse_address if read is parse_address else parse
+        if isinstance(found, AddressRange):
+            assert again(str(found)) == found
+        elif found.hint is not None:
+            assert str(again(found.hint)) == found.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "hint"),
+    [
+        ("1.2.3.0/24", "it is a network or a range, not one address", None),
+        ("1.2.3.4/32", "it is a network or a range, not one address", None),
+        ("1.2.3.4-1.2.3.9", "it is a network or a range, not one address", None),
+        ("1.2.3.4:443", PORT, "1.2.3.4"),
+        ("fe80::1%eth0", ZONE, "fe80::1"),
+        ("1.2.3.*", "a wildcard is not read", None),
+        ("10.1.0.0/0", HOSTS, None),
+        ("127.1", NUMBERS, None),
+    ],
+)
+def test_a_client_address_is_one_address(text, reason, hint):
+    """Where one address is asked for, networks are refused and no hint names one."""
+    with pytest.raises(AddressError) as caught:
+        parse_address(text)
+    assert caught.value.reason.startswith(reason)
+    assert caught.value.hint == hint
+
+
+def lenient_inet_pton(family, text):
+    """A C library that reads zones, leading zeros and short forms, as some do."""
+    text = text.split("%")[0]
+    if family == socket.AF_INET:
+        return socket.inet_aton(text)
+    head, colon, quad = text.rpartition(":")
+    if "." in quad:
+        text = f"{head}{colon}{'.'.join(str(int(part)) for part in quad.split('.'))}"
+    return socket.inet_pton(family, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["010.8.8.8", "1.2.3.04", "fe80::1%lo0", "::ffff:01.2.3.4", "::ffff:1.2.3.4%x", "::1.2.3.00"],
+)
+def test_strict_on_a_lenient_platform(text, monkeypatch):
+    """Zones and leading zeros are refused even where the C library reads them."""
+    for module in (_text, netaddr.strategy.ipv4, netaddr.strategy.ipv6):
+        name = "inet_pton" if module is _text else "_inet_pton"
+        assert getattr(module, name) is socket.inet_pton
+        monkeypatch.setattr(module, name, lenient_inet_pton)
+    assert login_address("::ffff:10.20.30.40") == (4, number("10.20.30.40"))
+    assert login_address(text) is None
+    assert isinstance(refusal(text), AddressError)
+
+
+# ---- ranges as values ----------------------------------------------------------------------------
+
+MAPPED = 0xFFFF << 32
+
+
+@pytest.mark.parametrize(
+    ("version", "first", "last"),
+    [
+        (5, 0, 0),
+        (0, 0, 0),
+        (True, 0, 0),
+        (4.0, 0, 0),
+        ("4", 0, 0),
+        (None, 0, 0),
+        ([], 0, 0),
+        (4, -1, 0),
+        (4, 1, 0),
+        (4, 0, 2**32),
+        (6, 0, 2**128),
+        (4, 0, True),
+        (4, False, 1),
+        (4, 0.0, 1),
+        (4, 0, 1.0),
+        (4, "0", "1"),
+        (4, None, None),
+        (6, MAPPED, MAPPED),
+        (6, MAPPED, MAPPED + 2**32 - 1),
+        (6, MAPPED + 5, MAPPED + 9),
+        (6, MAPPED - 1, MAPPED),
+        (6, 0, MAPPED + 2**32 - 2),
+        (6, MAPPED + 1, MAPPED + 2**32),
+        (6, MAPPED + 2**32 - 1, MAPPED + 2**32),
+    ],
+)
+def test_no_range(version, first, last):
+    """Values that make no range, or cut the IPv4-mapped block, are refused at construction."""
+    with pytest.raises(AddressError):
+        AddressRange(version=version, first=first, last=last)
+
+
+@pytest.mark.parametrize(
+    ("version", "first", "last"),
+    [
+        (4, 0, 0),
+        (4, 2**32 - 1, 2**32 - 1),
+        (4, 0, 2**32 - 1),
+        (6, 0, 2**128 - 1),
+        (6, MAPPED - 1, MAPPED - 1),
+        (6, MAPPED + 2**32, MAPPED + 2**32),
+        (6, MAPPED - 1, MAPPED + 2**32 - 1),
+        (6, MAPPED, MAPPED + 2**32),
+        (6, 0xFF << 120, 2**128 - 1),
+    ],
+)
+def test_the_edges_of_ranges(version, first, last):
+    """All else is a range, which its packed bytes give back."""
+    made = AddressRange(version=version, first=first, last=last)
+    assert AddressRange.from_packed(*made.packed) == made
+    assert AddressRange.from_packed(*made.packed) in made
+    assert made.size == last - first + 1
+    if first <= MAPPED + 2**32 and first < last:
+        assert parse(str(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        (b"", b""),
+        (b"\1", b"\1"),
+        (b"\1\2\3", b"\1\2\3"),
+        (b"\1\2\3\4\5", b"\1\2\3\4\5"),
+        (b"\0" * 17, b"\0" * 17),
+        (b"\1\2\3\4", b"\1\2\3\3"),
+        (b"\1\2\3\4", b"\1" * 16),
+        (b"\1" * 16, b"\1\2\3\4"),
+        (b"\0" * 10 + b"\xff\xff\1\2\3\4", b"\0" * 10 + b"\xff\xff\1\2\3\4"),
+        ("1234", "1234"),
+        (b"1234", "1234"),
+        ("1234", b"1234"),
+        (None, None),
+        (bytearray(4), bytearray(4)),
+        (0, 1),
+    ],
+)
+def test_corrupt_packed_bytes(first, last):
+    """Bytes that make no range are refused: wrong length, wrong order, wrong type, IPv4-mapped."""
+    with pytest.raises(AddressError):
+        AddressRange.from_packed(first, last)
+
+
+def test_packed_is_network_byte_order():
+    """The packed ends are the bytes that the protocols carry."""
+    assert parse("1.2.3.0/24").packed == (b"\1\2\3\0", b"\1\2\3\xff")
+    assert parse("2001:db8::/32").packed == (
+        socket.inet_pton(socket.AF_INET6, "2001:db8::"),
+        socket.inet_pton(socket.AF_INET6, "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff"),
+    )
+
+
+def test_a_range_is_a_value():
+    """Ranges are equal by their addresses, hashable, immutable, small, keyword-only, readable."""
+    one, same = parse("1.2.3.0/24"), parse("1.2.3.0-1.2.3.255")
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != parse("1.2.3.0/25")
+    assert AddressRange(version=4, first=1, last=1) != AddressRange(version=6, first=1, last=1)
+    assert repr(one) == "<AddressRange 1.2.3.0/24>"
+    assert not hasattr(one, "__dict__")
+    for copied in (copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert copied == one
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        one.first = 5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        AddressRange(4, 1, 1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        iter(one)  # type: ignore[call-overload]
+
+
+def test_the_error_can_be_handled_and_sent():
+    """An AddressError is a ValueError of ours, and pickles with all that it says."""
+    error = refusal("1.2.3.9-1.2.3.4")
+    assert isinstance(error, ValueError)
+    assert isinstance(error, IPGuardError)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.text, again.reason, again.hint) == (error.text, error.reason, error.hint)
+    assert str(again) == str(error)
+    assert error.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        # RFC 5952: leading zeros (4.1), as short as can be (4.2.1), not one group (4.2.2),
+        # the longest run, the first of equal ones (4.2.3), lower case (4.3).
+        ("2001:0db8::0001", "2001:db8::1"),
+        ("2001:db8:0:0:0:0:2:1", "2001:db8::2:1"),
+        ("2001:db8:0:1:1:1:1:1", "2001:db8:0:1:1:1:1:1"),
+        ("2001:0:0:1:0:0:0:1", "2001:0:0:1::1"),
+        ("2001:db8:0:0:1:0:0:1", "2001:db8::1:0:0:1"),
+        ("2001:DB8::ABCD", "2001:db8::abcd"),
+        ("1:0:0:0:0:0:0:0", "1::"),
+        ("0:0:1:0:0:0:0:0", "0:0:1::"),
+        ("0:0:0:0:1:0:0:0", "::1:0:0:0"),
+        ("10:0:0:10:100:0:0:0", "10:0:0:10:100::"),
+        ("0:1:0:1:0:1:0:1", "0:1:0:1:0:1:0:1"),
+        ("1:0:0:2:3:4:5:6", "1::2:3:4:5:6"),
+        ("1:2:3:4:5:6:0:0", "1:2:3:4:5:6::"),
+        ("0:0:3:4:5:6:7:8", "::3:4:5:6:7:8"),
+    ],
+)
+def test_ipv6_is_written_as_rfc_5952_has_it(text, canonical):
+    """IPv6 is written in the one recommended form."""
+    assert str(parse(text)) == canonical
+
+
+@given(st.ip_addresses(), st.data())
+def test_writing_agrees_with_the_standard_library(address, data):
+    """Addresses and networks are written as Python's own `ipaddress` writes them."""
+    if address.version == 6:
+        mask = data.draw(st.lists(st.sampled_from([0, 0xFFFF, 0xF0]), min_size=8, max_size=8))
+        sparse = int.from_bytes(b"".join(group.to_bytes(2, "big") for group in mask), "big")
+        address = ipaddress.IPv6Address(int(address) & sparse)
+        if address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+    assert str(parse_address(address.exploded)) == address.compressed
+    bits = address.max_prefixlen
+    prefix = data.draw(st.integers(0, bits - 1))
+    network = ipaddress.ip_network((int(address) >> (bits - prefix) << (bits - prefix), prefix))
+    if network.version != address.version:  # a small number, which `ip_network` takes for IPv4
+        network = ipaddress.IPv6Network(
+            (int(address) >> (bits - prefix) << (bits - prefix), prefix)
+        )
+    made = AddressRange(
+        version=network.version,
+        first=int(network.network_address),
+        last=int(network.broadcast_address),
+    )
+    assert str(made) == network.compressed
+
+
+RANGES = st.builds(
+    lambda version, ends: AddressRange(version=version, first=min(ends), last=max(ends)),
+    st.just(4),
+    st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
+) | st.builds(
+    lambda ends: AddressRange(version=6, first=min(ends), last=max(ends)),
+    st.tuples(st.integers(0, 2**128 - 1), st.integers(0, 2**128 - 1)).filter(
+        lambda ends: not any(MAPPED <= end < MAPPED + 2**32 for end in ends)
+    ),
+)
+
+
+@given(RANGES, RANGES)
+def test_what_is_written_is_read_again(one, other):
+    """Text and packed bytes give back the range, and packed bytes order as addresses do."""
+    again = attempt(parse, str(one))
+    assert again == one or (isinstance(again, AddressError) and again.reason.endswith(WHERE))
+    assert AddressRange.from_packed(*one.packed) == one
+    if one.version == other.version:
+        assert (one.packed < other.packed) == ((one.first, one.last) < (other.first, other.last))
+    within = other.version == one.version and one.first <= other.first and other.last <= one.last
+    assert (other in one) == within
+    assert (other in AddressSet([one])) == within
+
+
+# ---- agreement with the standard library ---------------------------------------------------------
+
+Ends = (
+    tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]
+    | tuple[ipaddress.IPv6Address, ipaddress.IPv6Address]
+)
+EDGES = {
+    4: [0, 2**32 - 1, 0xE0000000 - 1, 0xF0000000, 10 << 24],
+    6: [0, 2**128 - 1, MAPPED - 1, MAPPED + 2**32, 0x20010DB8 << 96, (0xFF << 120) - 1],
+}
+
+
+def written_addresses(
+    dice: random.Random,
+) -> tuple[str, Ends, ipaddress.IPv4Network | ipaddress.IPv6Network | None]:
+    """A restriction as it may be written, and what it holds in the standard library's terms."""
+    version = dice.choice((4, 6))
+    bits = 32 if version == 4 else 128
+    make = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
+    start = dice.choice([*EDGES[version], dice.getrandbits(bits), dice.getrandbits(bits)])
+    mapped = "::ffff:" if version == 4 and dice.random() < 0.2 else ""
+    if dice.random() < 0.5:
+        prefix = dice.randint(0, bits)
+        hosts = (1 << bits - prefix) - 1
+        network = ipaddress.ip_network(f"{make(start & ~hosts)}/{prefix}")
+        ends = make(start & ~hosts), make(start | hosts)
+        shown = f"{mapped}{ends[0]}/{prefix + (96 if mapped else 0)}"
+        return shown, ends, network  # type: ignore[return-value]
+    width = dice.choice((0, 1, dice.getrandbits(8), dice.getrandbits(bits)))
+    end = min(start + width, 2**bits - 1)
+    if version == 6 and end >> 32 == 0xFFFF:
+        end = MAPPED - 1
+    ends = make(start), make(end)
+    shown = f"{mapped}{ends[0]}-{mapped}{ends[1]}" if end > start else f"{mapped}{ends[0]}"
+    return shown, ends, None  # type: ignore[return-value]
+
+
+def nearby(dice: random.Random, ends: Ends) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address at an end of a range, beside it, within it or anywhere."""
+    first, last, top = int(ends[0]), int(ends[1]), 2 ** ends[0].max_prefixlen - 1
+    value = dice.choice(
+        (first - 1, first, last, last + 1, dice.randint(first, last), dice.randint(0, top))
+    )
+    return type(ends[0])(min(max(value, 0), top))
+
+
+@given(st.integers(0, 2**64))
+def test_agrees_with_the_standard_library(seed):
+    """A hundred pairs of ranges and addresses: the same are inside as by Python's `ipaddress`."""
+    dice = random.Random(seed)
+    ranges, held = [], []
+    for text, ends, network in (written_addresses(dice) for _ in range(10)):
+        found = attempt(parse, text)
+        if isinstance(found, AddressRange):
+            ranges.append(found)
+            held.append((ends, network))
+        else:
+            assert found.reason.endswith(WHERE)
+            single = ends[0] == ends[1] and int(ends[0]) in (0, 2**32 - 1)
+            assert single or (ends[0].is_multicast and ends[1].is_multicast)
+    united = AddressSet(dice.sample(ranges, len(ranges)))
+    everywhere = (ipaddress.IPv4Address(0), ipaddress.IPv4Address(2**32 - 1))
+    for _ in range(10):
+        address = nearby(dice, dice.choice([ends for ends, _ in held] or [everywhere]))
+        text = address.exploded.upper() if dice.random() < 0.2 else str(address)
+        if address.version == 4 and dice.random() < 0.3:
+            text = f"::ffff:{address}"
+        plain = getattr(address, "ipv4_mapped", None) or address
+        expected = [
+            plain.version == ends[0].version
+            and ends[0] <= plain <= ends[1]  # type: ignore[operator]
+            and (network is None or plain in network)
+            for ends, network in held
+        ]
+        assert [text in r for r in ranges] == expected
+        assert (text in united) == any(expected)
+        assert login_address(text) == (plain.version, int(plain))
+        assert bisect_right(united.bounds(plain.version), int(plain)) % 2 == any(expected)
+
+
+# ---- sets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "merged"),
+    [
+        ([], []),
+        (["1.2.3.4"], ["1.2.3.4"]),
+        (["1.2.3.4", "1.2.3.4"], ["1.2.3.4"]),
+        (["1.2.3.5", "1.2.3.4"], ["1.2.3.4/31"]),
+        (["1.2.3.4", "1.2.3.6"], ["1.2.3.4", "1.2.3.6"]),
+        (["1.2.3.0/24", "1.2.3.7"], ["1.2.3.0/24"]),
+        (["1.2.3.1-1.2.3.9", "1.2.3.5-1.2.3.20"], ["1.2.3.1-1.2.3.20"]),
+        (["1.2.3.0/25", "1.2.3.128/25"], ["1.2.3.0/24"]),
+        (["::1", "0.0.0.2", "0.0.0.1", "::2"], ["0.0.0.1-0.0.0.2", "::1-::2"]),
+        (["255.255.255.0/24", "::/127"], ["255.255.255.0/24", "::/127"]),
+        (["::/0", "::ffff:1.2.3.4"], ["1.2.3.4", "::/0"]),
+        (["::fffe:0:0/95", "::fffd:ffff:ffff"], ["::fffd:ffff:ffff-::ffff:ffff:ffff"]),
+        (["::fffe:ffff:ffff", "::1:0:0:0"], ["::fffe:ffff:ffff", "::1:0:0:0"]),
+    ],
+)
+def test_a_set_is_as_few_ranges_as_can_be(texts, merged):
+    """Ranges that overlap or touch become one, IPv4 stays apart from IPv6, and order is kept."""
+    united = AddressSet(parse(text) for text in texts)
+    assert [str(r) for r in united] == merged
+    assert all(parse(str(r)) == r for r in united)
+    assert len(united) == len(merged)
+    assert bool(united) == bool(merged)
+    assert united == AddressSet(united)
+    assert hash(united) == hash(AddressSet(united))
+    assert all(parse(text) in united for text in texts)
+
+
+def test_a_set_is_a_value():
+    """A set is equal to any other of the same addresses, immutable, and readable."""
+    united = AddressSet([parse("1.2.3.0/24"), parse("::1")])
+    assert united == AddressSet([parse("::1"), parse("1.2.3.128/25"), parse("1.2.3.0/25")])
+    assert united != AddressSet([parse("1.2.3.0/24")])
+    assert repr(united) == "<AddressSet 1.2.3.0/24, ::1>"
+    assert repr(AddressSet()) == repr(AddressSet([])) == "<AddressSet empty>"
+    assert pickle.loads(pickle.dumps(united)) == united
+    assert not hasattr(united, "__dict__")
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        united._ranges = ()  # type: ignore[misc]
+
+
+def test_the_bounds_of_a_set():
+    """The bounds are flat and sorted, one past each end, apart for each version."""
+    united = AddressSet([parse("0.0.0.5-0.0.0.9"), parse("0.0.0.2"), parse("::7")])
+    assert united.bounds(4) == (2, 3, 5, 10)
+    assert united.bounds(6) == (7, 8)
+    assert AddressSet().bounds(4) == AddressSet().bounds(6) == ()
+    assert AddressSet([parse("::/0")]).bounds(6) == (0, 2**128)
+
+
+@pytest.mark.parametrize(
+    ("item", "inside"),
+    [
+        ("1.2.3.4", True),
+        ("::ffff:1.2.3.4", True),
+        ("::1.2.3.4", False),
+        ("1.2.3.10", False),
+        ("1.2.3.3", False),
+        ("1.2.3.0/30", False),
+        (" 1.2.3.4", False),
+        ("2001:db8::1", True),
+        ("2001:db9::", False),
+        (AddressRange.parse("1.2.3.4-1.2.3.9"), True),
+        (AddressRange.parse("1.2.3.4-1.2.3.10"), False),
+        (AddressRange.parse("1.2.3.3-1.2.3.4"), False),
+        (AddressRange.parse("1.2.3.9-1.2.3.20"), False),
+        (AddressRange.parse("1.2.3.4-1.2.3.20"), False),
+        (AddressRange.parse("1.2.3.20"), True),
+        (AddressRange.parse("::102:304"), False),
+    ],
+)
+def test_inside_a_set(item, inside):
+    """An address is in a set, and a range is when all of it is in one run."""
+    united = AddressSet(map(parse, ["1.2.3.4-1.2.3.9", "1.2.3.20", "2001:db8::/32"]))
+    assert (item in united) is inside
+    assert any(item in r for r in united) is inside
+
+
+def test_no_version_holds_the_other():
+    """All of IPv4 holds no IPv6, and all of IPv6, the mapped block included, holds no IPv4."""
+    assert "::1" not in parse("0.0.0.0/0")
+    assert "::102:304" not in parse("0.0.0.0/0")
+    assert "1.2.3.4" not in parse("::/0")
+    assert "::ffff:1.2.3.4" not in parse("::/0")
+    assert "::ffff:1.2.3.4" in parse("0.0.0.0/0")
+    assert "::ffff:1.2.3.4" not in AddressSet([parse("::/0")])
+    assert parse("1.2.3.4") not in AddressSet([parse("::/0")])
+    assert parse("0.0.0.0/0") not in parse("::/0")
+
+
+@given(st.lists(RANGES, max_size=8), RANGES)
+def test_a_set_agrees_with_asking_each(ranges, probe):
+    """A set holds exactly what one of its ranges holds, and its runs are sorted and apart."""
+    united = AddressSet(ranges)
+    edges = [(r.version, end) for r in (*ranges, probe) for end in (r.first, r.last)]
+    for version, edge in edges:
+        for value in (edge - 1, edge, edge + 1):
+            held = any(r.version == version and r.first <= value <= r.last for r in ranges)
+            assert bisect_right(united.bounds(version), value) % 2 == held
+    for version in (4, 6):
+        bounds = united.bounds(version)
+        assert list(bounds) == sorted(set(bounds))
+    if any(probe in r for r in ranges):
+        assert probe in united
+    assert (probe in united) == any(probe in r for r in united)
+
+
+def test_the_hints_come_from_the_strict_reader():
+    """A hint is asked of the reader, never taken from the explanation's own idea."""
+    assert _refusals.why("1.2.3.4:80", lambda _: None)[1] is None
+    assert _refusals.why("1.2.3.4:80", str.upper)[1] == "1.2.3.4"
