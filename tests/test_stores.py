@@ -1,10 +1,30 @@
 """Every store keeps every promise of `ipguard.store`, and all of them answer alike."""
 
+import contextlib
 import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ipguard.addresses import AddressRange
+from ipguard.errors import IPGuardError
+from ipguard.model import (
+    EVERYBODY,
+    Action,
+    Actor,
+    PendingRequest,
+    RequestKind,
+    RequestState,
+    Restriction,
+    StoredRequest,
+    User,
+)
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
@@ -35,3 +55,234 @@ class TestSQLite(StoreConformance):
 
     def reopen(self, store: RestrictionStore, clock: FakeClock) -> RestrictionStore:
         return open_store(self.urls[store], clock=clock)
+
+
+# ------------------------------------------------------------- the same questions, the same answers
+
+START = datetime(2030, 1, 1, 12, tzinfo=UTC)
+NAMES = ("alice", "bob", "a_b", "söhne", "10.0.0.1")
+ACCOUNTS = ("A1", "B2", "ä")
+RANGES = (
+    "10.0.0.1",
+    "10.0.0.0/24",
+    "10.0.0.0-10.0.1.5",
+    "0.0.0.0/0",
+    "2001:db8::/32",
+    "::-ffff::",
+)
+SEARCHES = (
+    "",
+    "a",
+    "A_",
+    "ali",
+    "b",
+    "SÖ",
+    "%",
+    "one",
+    "ß",
+    "two w",
+    "10.0.0.1",
+    "10.0.0.77",
+    "::1",
+)
+
+names = st.sampled_from(NAMES)
+users = st.builds(
+    User,
+    username=names,
+    full_name=st.sampled_from(["", "One Two Words", "Straße  Eins"]),
+    account_id=st.sampled_from(ACCOUNTS),
+    email=st.sampled_from([None, "a@example.com"]),
+)
+moments = st.integers(-3, 3).map(lambda n: START + timedelta(seconds=n))
+later = st.none() | st.integers(0, 5).map(lambda n: START + timedelta(seconds=n))
+ranges = st.sampled_from(RANGES).map(AddressRange.parse)
+restrictions = st.builds(
+    Restriction,
+    id=st.sampled_from("abcdefghij"),
+    username=names,
+    addresses=ranges,
+    label=st.sampled_from(["", "office"]),
+    created_at=moments,
+    created_by=names,
+    expires_at=later,
+)
+requests = st.builds(
+    PendingRequest,
+    id=st.sampled_from("pqrstu"),
+    username=names,
+    kind=st.sampled_from(RequestKind),
+    addresses=ranges,
+    label=st.just(""),
+    requested_by=names,
+    requested_at=moments,
+    expires_at=moments,
+    number_expires_at=moments,
+    attempts_left=st.integers(0, 5),
+    state=st.sampled_from([RequestState.PENDING, *RequestState]),
+    restriction_id=st.sampled_from([None, "a"]),
+    restriction_expires_at=later,
+)
+stored_requests = st.builds(
+    StoredRequest,
+    request=requests,
+    email=st.just("a@example.com"),
+    key_id=st.just(b"key id"),
+    digest=st.binary(min_size=32, max_size=32),
+    resends=st.integers(0, 3),
+    sent_at=later,
+)
+accounts = st.just(Actor.EVERY_ACCOUNT) | st.frozensets(st.sampled_from([*ACCOUNTS, "none"]))
+Ask = Callable[[Any], Any]
+
+
+class Undone(Exception):
+    """Undoes a turn."""
+
+
+def _outcome(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except IPGuardError as error:  # of several users that are refused any may be the one named
+        return type(error)
+
+
+def _add(restriction: Restriction) -> Ask:
+    return lambda turn: (
+        _outcome(lambda: turn.add_restriction(restriction)),
+        turn.restriction(restriction.id),
+    )
+
+
+def _save(stored: StoredRequest) -> Ask:
+    return lambda turn: (
+        turn.request(stored.request.id),
+        _outcome(lambda: turn.save_request(stored)),
+        turn.request(stored.request.id),
+    )
+
+
+def _about(name: str) -> Ask:
+    return lambda turn: (
+        turn.user(name),
+        turn.restrictions(name),
+        turn.pending_requests(name),
+        turn.request_times(name, START - timedelta(seconds=1)),
+        turn.failures(name),
+    )
+
+
+def _append(username: str | None, account: str | None, touches: Any) -> Ask:
+    return lambda turn: turn.append(
+        Action.IMPOSE,
+        actor="boss",
+        username=username,
+        account_id=account,
+        touches=touches,
+    )
+
+
+steps = st.one_of(
+    restrictions.map(_add),
+    stored_requests.map(_save),
+    names.map(_about),
+    st.sampled_from("abcdefghijz").map(lambda i: lambda turn: turn.remove_restriction(i)),
+    st.builds(lambda a, n: lambda turn: turn.set_failures(a, n), names, st.integers(0, 3)),
+    st.integers(1, 4).map(lambda n: lambda turn: _outcome(lambda: turn.add_staged(per_user=n))),
+    st.builds(
+        _append,
+        st.none() | names,
+        st.none() | st.sampled_from(ACCOUNTS),
+        st.frozensets(names) | st.just(EVERYBODY),
+    ),
+)
+
+
+def _turn(inside: list[Ask], staged: list[Restriction] | None, *, undo: bool) -> Ask:
+    def ask(store: RestrictionStore) -> object:
+        answers: list[object] = []
+        with contextlib.suppress(Undone), store.transaction(staged=staged) as turn:
+            if staged and any(turn.restriction(r.id) for r in staged):
+                return "an id is there already"
+            answers.append(turn.now)
+            answers += [step(turn) for step in inside]
+            if undo:
+                raise Undone
+            answers.append(turn.append(Action.IMPOSE_MANY, actor=None))
+        return answers
+
+    return ask
+
+
+def _unique(number: int, staged: list[Restriction]) -> list[Restriction]:
+    return [attrs.evolve(r, id=f"staged {number} {n}") for n, r in enumerate(staged)]
+
+
+questions = st.one_of(
+    st.lists(users, max_size=4).map(lambda u: lambda store: store.put_users(u)),
+    st.lists(names, max_size=3).map(lambda n: lambda store: store.remove_users(n)),
+    st.builds(
+        _turn,
+        st.lists(steps, max_size=6),
+        st.none() | st.builds(_unique, st.integers(0, 10**6), st.lists(restrictions, max_size=4)),
+        undo=st.booleans(),
+    ),
+    st.builds(
+        lambda accounts, search, after, limit: (
+            lambda store: store.overview(accounts, search=search, after=after, limit=limit)
+        ),
+        accounts,
+        st.sampled_from(SEARCHES),
+        st.none() | names,
+        st.integers(1, 4),
+    ),
+    st.builds(
+        lambda accounts, username, before, limit: (
+            lambda store: store.history(accounts, username=username, before=before, limit=limit)
+        ),
+        accounts,
+        st.none() | names,
+        st.none() | st.integers(0, 12),
+        st.integers(1, 4),
+    ),
+)
+
+
+def _state(store: RestrictionStore, cursors: list[tuple[int, str]]) -> object:
+    """All that can be asked about where a store stands; tokens are random, and left out."""
+    revision, policies = store.load_all_policies()
+    changes = [store.changes_since(cursor) for cursor in cursors]
+    head = store.changes_since(None)
+    cursors.append((head.head, head.token))
+    return (
+        revision,
+        dict(policies),
+        [store.load_policy(name) for name in NAMES],
+        [(c.head, c.usernames, c.token == head.token) for c in changes],
+        [store.wait(cursor[0], 0.0) for cursor in cursors],
+        store.overview(Actor.EVERY_ACCOUNT),
+        store.history(Actor.EVERY_ACCOUNT),
+    )
+
+
+@settings(max_examples=rounds(50, 2_000))
+@given(
+    known=st.lists(users, max_size=6),
+    asked=st.lists(st.tuples(questions, st.integers(0, 2)), max_size=12),
+)
+def test_memory_and_sqlite_answer_alike(
+    known: list[User], asked: list[tuple[Ask, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever is written and asked, in whatever order, SQLite answers as the reference does."""
+    clock = FakeClock(START)
+    folder = tmp_path_factory.mktemp("alike")
+    with (
+        MemoryStore(clock=clock) as memory,
+        open_store(f"sqlite:///{folder}/a.db", clock=clock) as sqlite,
+    ):
+        assert sqlite.put_users(known) == memory.put_users(known)
+        cursors: tuple[list[tuple[int, str]], ...] = ([], [])
+        for question, seconds in asked:
+            assert question(sqlite) == question(memory)
+            assert _state(sqlite, cursors[1]) == _state(memory, cursors[0])
+            clock.advance(timedelta(seconds=seconds))

@@ -110,7 +110,11 @@ class Transaction(Protocol):
         """Set how many wrong numbers in a row this actor has given."""
 
     def add_restriction(self, restriction: Restriction) -> None:
-        """Add a restriction; its id is new."""
+        """Add a restriction.
+
+        Raises:
+            StoreError: Its id is not new.
+        """
 
     def remove_restriction(self, restriction_id: str) -> None:
         """Remove a restriction; one that is not there is no error."""
@@ -263,6 +267,8 @@ class RestrictionStore(Protocol):
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username.
 
+        The order is that of code points, whatever the language of the machine.
+
         Args:
             accounts: Whose users: a set of account ids, or `Actor.EVERY_ACCOUNT`. Only the latter
                 includes removed users, those among them that have restrictions.
@@ -271,6 +277,9 @@ class RestrictionStore(Protocol):
                 restriction that holds it, expired or not. Empty: everyone.
             after: The `next` of the page before.
             limit: How many users at the most, at least 1.
+
+        Raises:
+            InvalidValue: `limit` is below 1.
         """
 
     def history(
@@ -289,6 +298,9 @@ class RestrictionStore(Protocol):
             username: Canonical; only rows that concern this user.
             before: The `next` of the page before: only revisions below it.
             limit: How many rows at the most, at least 1.
+
+        Raises:
+            InvalidValue: `limit` is below 1.
         """
 
     def close(self) -> None:

@@ -11,333 +11,39 @@ unnoticed, and perhaps a lock that nobody will release; so in a child every call
 from __future__ import annotations
 
 import os
-import secrets
 import threading
-from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Self
 from unicodedata import normalize
-
-import attrs
 
 from ipguard import rules
 from ipguard.addresses import AddressRange, parse_address
-from ipguard.errors import (
-    AddressError,
-    DuplicateRestriction,
-    StoreUnavailable,
-    TooManyRestrictions,
-    UnknownUser,
-)
+from ipguard.errors import AddressError, InvalidValue, StoreUnavailable
 from ipguard.model import (
     EVERYBODY,
     RESET,
     Accounts,
-    Action,
     Actor,
     Change,
     Changes,
     Page,
-    PendingRequest,
     Policy,
     RequestState,
     Restriction,
-    StoredRequest,
     StoredUser,
     Touched,
     User,
     UserOverview,
     checked_time,
 )
-from ipguard.rules import Step
-from ipguard.store import NAMED_AT_MOST, Transaction
+from ipguard.store import Transaction
+from ipguard.stores._memory import Row, State, Turn, new_token, pending_of
 from ipguard.usernames import canonical_username
 
 __all__ = ["MemoryStore"]
-
-V = TypeVar("V")
-
-
-class _Row(NamedTuple):
-    """One change as the store keeps it."""
-
-    change: Change
-    token: str
-    touches: frozenset[str] | Touched
-
-
-@attrs.frozen(kw_only=True)
-class _State:
-    """A committed state. The dictionaries are written to by nobody once they are in here."""
-
-    head: int = 0
-    token: str
-    touching: int = 0  # the last revision that touched a policy
-    users: dict[str, StoredUser] = attrs.field(factory=dict)
-    restrictions: dict[str, tuple[Restriction, ...]] = attrs.field(factory=dict)
-    owners: dict[str, str] = attrs.field(factory=dict)  # restriction id -> username
-    requests: dict[str, StoredRequest] = attrs.field(factory=dict)
-    pending: dict[str, frozenset[str]] = attrs.field(factory=dict)  # username -> request ids
-    asked: dict[str, tuple[tuple[datetime, str], ...]] = attrs.field(factory=dict)
-    failures: dict[str, int] = attrs.field(factory=dict)
-
-    def policy(self, username: str) -> Policy:
-        stored = self.users.get(username)
-        return Policy(
-            revision=self.head,
-            restrictions=self.restrictions.get(username, ()),
-            known=stored is not None and not stored.removed,
-        )
-
-
-class _Table(Generic[V]):
-    """A table as a turn sees it: the committed one until the first write to it, then a copy."""
-
-    def __init__(self, committed: dict[str, V]) -> None:
-        self.rows = committed
-        self._copied = self._over = False
-
-    def __setitem__(self, key: str, value: V) -> None:
-        self._own()[key] = value
-
-    def drop(self, key: str) -> None:
-        if key in self.rows:
-            del self._own()[key]
-
-    def hand_over(self) -> dict[str, V]:
-        """Return the rows, which are a committed state's from now on."""
-        self._over = True
-        return self.rows
-
-    def _own(self) -> dict[str, V]:
-        if self._over:
-            raise RuntimeError("this transaction is over")
-        if not self._copied:
-            self.rows, self._copied = dict(self.rows), True
-        return self.rows
-
-
-def _restriction_order(restriction: Restriction) -> tuple[datetime, str]:
-    return restriction.created_at, restriction.id
-
-
-def _pending(requests: dict[str, StoredRequest], ids: Iterable[str]) -> tuple[PendingRequest, ...]:
-    found = (requests[request_id].request for request_id in ids)
-    return tuple(sorted(found, key=lambda request: (request.requested_at, request.id)))
-
-
-class _Turn:
-    """A writer's turn; see `ipguard.store.Transaction` for what each method promises."""
-
-    def __init__(self, base: _State, now: datetime, staged: tuple[Restriction, ...]) -> None:
-        self.now = now
-        self._base = base
-        self._staged = staged
-        self._users = _Table(base.users)
-        self._restrictions = _Table(base.restrictions)
-        self._owners = _Table(base.owners)
-        self._requests = _Table(base.requests)
-        self._pending = _Table(base.pending)
-        self._asked = _Table(base.asked)
-        self._failures = _Table(base.failures)
-        self.rows: list[_Row] = []
-
-    @property
-    def head(self) -> int:
-        """The revision that this turn has come to."""
-        return self._base.head + len(self.rows)
-
-    def result(self) -> _State:
-        """Return the state that committing this turn leads to."""
-        touching = [row.change.revision for row in self.rows if row.touches]
-        return _State(
-            head=self.head,
-            token=self.rows[-1].token if self.rows else self._base.token,
-            touching=touching[-1] if touching else self._base.touching,
-            users=self._users.hand_over(),
-            restrictions=self._restrictions.hand_over(),
-            owners=self._owners.hand_over(),
-            requests=self._requests.hand_over(),
-            pending=self._pending.hand_over(),
-            asked=self._asked.hand_over(),
-            failures=self._failures.hand_over(),
-        )
-
-    def user(self, username: str) -> StoredUser | None:
-        return self._users.rows.get(username)
-
-    def restriction(self, restriction_id: str) -> Restriction | None:
-        owner = self._owners.rows.get(restriction_id)
-        held = () if owner is None else self._restrictions.rows[owner]
-        return next((r for r in held if r.id == restriction_id), None)
-
-    def restrictions(self, username: str) -> tuple[Restriction, ...]:
-        return self._restrictions.rows.get(username, ())
-
-    def request(self, request_id: str) -> StoredRequest | None:
-        return self._requests.rows.get(request_id)
-
-    def pending_requests(self, username: str) -> tuple[PendingRequest, ...]:
-        return _pending(self._requests.rows, self._pending.rows.get(username, ()))
-
-    def request_times(self, requested_by: str, since: datetime) -> tuple[datetime, ...]:
-        asked = self._asked.rows.get(requested_by, ())
-        first = bisect_right(asked, since, key=lambda entry: entry[0])
-        return tuple(at for at, _ in asked[first:])
-
-    def failures(self, actor: str) -> int:
-        return self._failures.rows.get(actor, 0)
-
-    def save_request(self, stored: StoredRequest) -> None:
-        new, old = stored.request, self._requests.rows.get(stored.request.id)
-        if old is not None:
-            waiting = self._pending.rows.get(old.request.username, frozenset())
-            self._pending[old.request.username] = waiting - {new.id}
-            entry = (old.request.requested_at, new.id)
-            asked = self._asked.rows[old.request.requested_by]
-            self._asked[old.request.requested_by] = tuple(e for e in asked if e != entry)
-        self._requests[new.id] = stored
-        if new.state is RequestState.PENDING:
-            waiting = self._pending.rows.get(new.username, frozenset())
-            self._pending[new.username] = waiting | {new.id}
-        by_actor = list(self._asked.rows.get(new.requested_by, ()))
-        insort(by_actor, (new.requested_at, new.id))
-        self._asked[new.requested_by] = tuple(by_actor)
-
-    def set_failures(self, actor: str, count: int) -> None:
-        self._failures[actor] = count
-
-    def add_restriction(self, restriction: Restriction) -> None:
-        held = list(self.restrictions(restriction.username))
-        insort(held, restriction, key=_restriction_order)
-        self._restrictions[restriction.username] = tuple(held)
-        self._owners[restriction.id] = restriction.username
-
-    def remove_restriction(self, restriction_id: str) -> None:
-        owner = self._owners.rows.get(restriction_id)
-        if owner is None:
-            return
-        self._owners.drop(restriction_id)
-        left = tuple(r for r in self._restrictions.rows[owner] if r.id != restriction_id)
-        if left:
-            self._restrictions[owner] = left
-        else:
-            self._restrictions.drop(owner)
-
-    def add_staged(self, *, per_user: int) -> int:
-        by_user: dict[str, list[Restriction]] = {}
-        for restriction in self._staged:
-            by_user.setdefault(restriction.username, []).append(restriction)
-        # Everything is tested before anything is written, each error for all users before the next:
-        # a caller may catch the error and go on with its turn.
-        for username in by_user:
-            stored = self.user(username)
-            if stored is None or stored.removed:
-                raise UnknownUser(username)
-        left = {username: self._not_replaced(username, new) for username, new in by_user.items()}
-        for username, new in by_user.items():
-            if len(left[username]) + len(new) > per_user:
-                raise TooManyRestrictions(username, per_user)
-        for username, new in by_user.items():
-            for gone in set(self.restrictions(username)) - set(left[username]):
-                self._owners.drop(gone.id)
-            both = sorted([*left[username], *new], key=_restriction_order)
-            self._restrictions[username] = tuple(both)
-            for restriction in new:
-                self._owners[restriction.id] = username
-        return len(self._staged)
-
-    def _not_replaced(self, username: str, new: list[Restriction]) -> list[Restriction]:
-        """Return what of a user's restrictions stays when `new` ones are added.
-
-        Raises:
-            DuplicateRestriction: The user would have the same addresses twice.
-        """
-        added: set[AddressRange] = set()
-        for restriction in new:
-            if restriction.addresses in added:
-                raise DuplicateRestriction(username, str(restriction.addresses))
-            added.add(restriction.addresses)
-        left = []
-        for restriction in self.restrictions(username):
-            if restriction.addresses not in added:
-                left.append(restriction)
-            elif not restriction.expired(self.now):
-                raise DuplicateRestriction(username, str(restriction.addresses))
-        return left
-
-    def append(
-        self,
-        action: Action,
-        *,
-        actor: str | None,
-        actor_address: str | None = None,
-        username: str | None = None,
-        account_id: str | None = None,
-        detail: str = "",
-        touches: frozenset[str] | Touched = frozenset(),
-    ) -> Change:
-        change = Change(
-            revision=self.head + 1,
-            at=self.now,
-            actor=actor,
-            actor_address=actor_address,
-            action=action,
-            username=username,
-            detail=detail,
-            account_id=account_id,
-        )
-        self.rows.append(_Row(change, _token(), touches))
-        return change
-
-    def put_users(self, users: dict[str, User]) -> None:
-        """Add or update users, and append the one row that says so."""
-        added, updated = [], []
-        for username, user in users.items():
-            stored = self.user(username)
-            if stored is None or stored.removed:
-                added.append(user)
-            elif stored.user != user:
-                updated.append(user)
-        for user in (*added, *updated):
-            self._users[user.username] = StoredUser(user=user)
-        # A login asks only whether a user is known: a new name or account decides nothing.
-        counts = f"added={len(added)} updated={len(updated)}"
-        self._append_users(Action.PUT_USERS, [*added, *updated], added, counts)
-
-    def remove_users(self, usernames: set[str]) -> None:
-        """Remove the registered users among `usernames`, and append the one row that says so."""
-        removed = []
-        for username in sorted(usernames):
-            stored = self.user(username)
-            if stored is None or stored.removed:
-                continue
-            removed.append(stored.user)
-            self._users[username] = StoredUser(user=stored.user, removed=True)
-            for request in self.pending_requests(username):
-                closed = attrs.evolve(request, state=rules.after(request.state, Step.CANCEL))
-                kept = self._requests.rows[request.id]
-                self.save_request(attrs.evolve(kept, request=closed))
-        self._append_users(Action.REMOVE_USERS, removed, removed, f"removed={len(removed)}")
-
-    def _append_users(
-        self, action: Action, concerned: list[User], touched: list[User], detail: str
-    ) -> None:
-        if not concerned:
-            return
-        one = concerned[0] if len(concerned) == 1 else None
-        names = frozenset(user.username for user in touched)
-        self.append(
-            action,
-            actor=None,
-            username=one.username if one else None,
-            account_id=one.account_id if one else None,
-            detail=detail,
-            touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
-        )
 
 
 class MemoryStore:
@@ -355,10 +61,10 @@ class MemoryStore:
         self._timeout = timeout
         self._pid = os.getpid()
         self._closed = False
-        self._origin = _token()  # of revision 0: another store's 0 is not this one's
-        self._state = _State(token=self._origin)
+        self._origin = new_token()  # of revision 0: another store's 0 is not this one's
+        self._state = State(token=self._origin)
         # All states share this list, which only grows: a state's own rows are the first `head`.
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._turn = threading.Lock()
         self._writer: int | None = None
         self._touched = threading.Condition()
@@ -423,6 +129,7 @@ class MemoryStore:
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username."""
+        _check_limit(limit)
         state, now, matches = self._snapshot(), self.now(), _Search(search)
         found = sorted(
             name
@@ -443,6 +150,7 @@ class MemoryStore:
         limit: int = 100,
     ) -> Page[Change]:
         """Return changes, the newest first."""
+        _check_limit(limit)
         head = self._snapshot().head
         found = []
         for revision in range(head if before is None else min(head, before - 1), 0, -1):
@@ -473,7 +181,7 @@ class MemoryStore:
     ) -> None:
         self.close()
 
-    def _snapshot(self) -> _State:
+    def _snapshot(self) -> State:
         # Before any lock: a thread of the parent may have held it, and in a child nobody lets go.
         if os.getpid() != self._pid:
             raise StoreUnavailable("a memory store does not outlive a fork")
@@ -485,7 +193,7 @@ class MemoryStore:
         return self._rows[revision - 1].token if revision else self._origin
 
     @contextmanager
-    def _take_turn(self, staged: tuple[Restriction, ...] = ()) -> Iterator[_Turn]:
+    def _take_turn(self, staged: tuple[Restriction, ...] = ()) -> Iterator[Turn]:
         self._snapshot()
         if self._writer == threading.get_ident():
             raise RuntimeError("this thread is in a transaction of this store already")
@@ -493,14 +201,17 @@ class MemoryStore:
             raise StoreUnavailable(f"no writer's turn within {self._timeout:g} s")
         try:
             self._writer = threading.get_ident()
-            turn = _Turn(self._snapshot(), self.now(), staged)
-            yield turn
-            self._commit(turn)
+            turn = Turn(self._snapshot(), self.now(), staged)
+            try:
+                yield turn
+                self._commit(turn)
+            finally:
+                turn.over = True
         finally:
             self._writer = None
             self._turn.release()
 
-    def _commit(self, turn: _Turn) -> None:
+    def _commit(self, turn: Turn) -> None:
         base, new = self._snapshot(), turn.result()
         self._rows[base.head :] = turn.rows
         with self._touched:
@@ -541,13 +252,18 @@ def _folded(text: str) -> str:
     return " ".join(normalize("NFKC", once).casefold().split())
 
 
-def _visible(state: _State, stored: StoredUser, accounts: Accounts) -> bool:
+def _check_limit(limit: int) -> None:
+    if limit < 1:
+        raise InvalidValue("limit", "must be at least 1")
+
+
+def _visible(state: State, stored: StoredUser, accounts: Accounts) -> bool:
     if stored.removed:
         return accounts is Actor.EVERY_ACCOUNT and stored.user.username in state.restrictions
     return stored.user.account_id in accounts
 
 
-def _overview(state: _State, username: str, now: datetime) -> UserOverview:
+def _overview(state: State, username: str, now: datetime) -> UserOverview:
     stored = state.users[username]
     restrictions = state.restrictions.get(username, ())
     return UserOverview(
@@ -555,13 +271,9 @@ def _overview(state: _State, username: str, now: datetime) -> UserOverview:
         restrictions=restrictions,
         pending=tuple(
             request
-            for request in _pending(state.requests, state.pending.get(username, ()))
+            for request in pending_of(state.requests, state.pending.get(username, ()))
             if rules.state_at(request, now) is RequestState.PENDING
         ),
         summary=rules.summarise(restrictions, now),
         removed=stored.removed,
     )
-
-
-def _token() -> str:
-    return secrets.token_hex(8)

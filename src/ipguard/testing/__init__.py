@@ -7,8 +7,12 @@ import sys
 
 if "pytest" in sys.modules:
     # Before the import below: what a plain assert compared is then told when it fails.
-    for _part in ("_base", "_changes", "_life", "_pages", "_rows", "_turns", "_users"):
-        sys.modules["pytest"].register_assert_rewrite(f"ipguard.testing.{_part}")
+    sys.modules["pytest"].register_assert_rewrite(
+        *(
+            f"ipguard.testing._{part}"
+            for part in ("base", "changes", "life", "pages", "rows", "staging", "turns", "users")
+        )
+    )
 
 from ipguard.testing.clock import FakeClock
 from ipguard.testing.conformance import StoreConformance

@@ -34,6 +34,34 @@ PATIENCE = 20.0
 START = datetime(2030, 3, 1, 9, 30, 0, 123_457, tzinfo=UTC)
 """When the clock of a test begins; whoever keeps only milliseconds is found out."""
 
+EXTREMES = (
+    (4, 0, 0),
+    (4, 0, 2**32 - 1),
+    (4, 2**32 - 1, 2**32 - 1),
+    (4, 2**31 - 1, 2**31),
+    (6, 0, 0),
+    (6, 0, 2**128 - 1),
+    (6, 1, 1),
+    (6, 2**127 - 1, 2**127),
+    (6, 2**63 - 1, 2**63),
+    (6, 2**64 - 1, 2**64),
+    (6, 2**128 - 1, 2**128 - 1),
+)
+"""Version, first, last: whoever keeps numbers too narrow, signed, or as text shows here."""
+
+TEXTS = (
+    "",
+    "office",
+    'it\'s "quoted" \\ % _ ; -- $1 :name {} <b>&amp;',
+    "  blanks  at  the  ends  ",
+    "Zürich Ω漢字 مكتب",
+    "e\u0301 decomposed, \u00e9 composed",
+    "\U0001f3e2" * 100,
+    "x" * 100,
+    "null",
+)
+"""Labels and reasons that come back as they are, or not at all."""
+
 
 class Interrupted(BaseException):
     """Raised to leave a block as KeyboardInterrupt does: it is no Exception."""

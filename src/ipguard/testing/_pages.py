@@ -1,4 +1,4 @@
-"""Conformance, part 5: what people see."""
+"""Conformance, part 6: what people see."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from datetime import timedelta
 from typing import Any
 
 from ipguard.addresses import AddressRange
+from ipguard.errors import InvalidValue
 from ipguard.model import Accounts, Actor, Change, RequestState, UserOverview
 from ipguard.rules import NO_RESTRICTIONS, summarise
-from ipguard.testing._base import Hooks, user
+from ipguard.testing._base import Hooks, raises, user
 
 EVERY = Actor.EVERY_ACCOUNT
 A1 = frozenset({"A1"})
@@ -96,6 +97,15 @@ class OverviewTests(Hooks):
         assert [line.user.username for line in found] == names[:10]
         assert self.store.overview(EVERY, limit=12).next is None
         assert self.store.overview(frozenset(), limit=1).next is None
+
+    def test_a_page_has_room_for_one(self) -> None:
+        """A limit below 1 is refused: its pages would have no end."""
+        self.put("alice", "bob")
+        for limit in (0, -1):
+            with raises(InvalidValue):
+                self.store.overview(EVERY, limit=limit)
+            with raises(InvalidValue):
+                self.store.history(EVERY, limit=limit)
 
     def test_users_come_in_the_order_of_their_characters(self) -> None:
         """The order is by code point, whatever the language of the machine."""

@@ -125,8 +125,9 @@ class TurnTests(Hooks):
             turn.add_restriction(self.restriction(addresses="203.0.113.8"))
             turn.save_request(self.request())
             self.note(turn, frozenset({"alice"}))
-            # On another thread: if it waits for this turn to end it never returns.
+            # If it waits for this turn to end it never returns, on this thread as on another.
             Call(lambda: self._is_as_before(kept, cursor)).result()
+            self._is_as_before(kept, cursor)
         assert len(self.held()) == 2
         assert self.store.changes_since(cursor).usernames == frozenset({"alice"})
 

@@ -1,4 +1,4 @@
-"""Conformance, part 4: users put and removed."""
+"""Conformance, part 5: users put and removed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,184 @@
+"""What the memory store does beyond the conformance suite: waiting, forking, being over."""
+
+import os
+import threading
+import time
+import tracemalloc
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from ipguard.errors import InvalidValue, StoreUnavailable
+from ipguard.model import Action, Actor, User
+from ipguard.stores.memory import MemoryStore
+from ipguard.testing import FakeClock
+from ipguard.testing._base import Call, Hooks, happens
+
+
+def _user(name: str) -> User:
+    return User(username=name, full_name="", account_id="A1")
+
+
+class TestTurns:
+    def test_a_writer_gives_up_after_its_timeout(self):
+        """A turn that is not over in time is StoreUnavailable for who waits, and no longer."""
+        store = MemoryStore(timeout=0.01)
+        with store.transaction() as turn:
+            with pytest.raises(StoreUnavailable, match=r"within 0\.01 s"):
+                Call(lambda: store.put_users([_user("bob")])).result()
+            turn.append(Action.UNLOCK, actor="boss")
+        assert store.put_users([_user("bob")]) == 2
+
+    def test_a_turn_that_is_over_cannot_be_written_to(self):
+        """Writing after the block would be lost, or worse; it raises instead."""
+        store = MemoryStore()
+        with store.transaction() as turn:
+            turn.set_failures("boss", 1)
+            turn.append(Action.UNLOCK, actor="boss")
+        with pytest.raises(RuntimeError, match="over"):
+            turn.set_failures("boss", 2)
+        with pytest.raises(RuntimeError, match="over"):
+            turn.append(Action.UNLOCK, actor="boss")
+        with store.transaction() as turn:
+            assert turn.failures("boss") == 1
+
+    def test_closing_during_a_turn_undoes_it(self):
+        """A turn that is open while its store is closed does not commit."""
+        store = MemoryStore()
+        with pytest.raises(StoreUnavailable), store.transaction() as turn:  # noqa: PT012
+            turn.append(Action.UNLOCK, actor="boss")
+            store.close()
+        assert store._state.head == 0
+
+    def test_closing_refuses_a_writer_that_waits(self):
+        """Who waits for a turn while the store is closed does not get it."""
+        store = MemoryStore()
+        waiting = threading.Event()
+
+        def write() -> None:
+            waiting.set()
+            store.put_users([_user("bob")])
+
+        with pytest.raises(StoreUnavailable), store.transaction():  # noqa: PT012
+            call = Call(write)
+            happens(waiting)
+            store.close()
+        with pytest.raises(StoreUnavailable):
+            call.result()
+
+
+class TestClock:
+    def test_without_a_clock_it_is_the_hosts(self):
+        """The time of a store that was given no clock is the present."""
+        before = datetime.now(UTC)
+        assert before <= MemoryStore().now() <= datetime.now(UTC)
+
+    def test_a_clock_of_another_zone_is_put_right(self):
+        """A store's time is in UTC whatever zone its clock is in."""
+        zone = timezone(timedelta(hours=-5))
+        store = MemoryStore(clock=lambda: datetime(2030, 1, 1, 8, tzinfo=zone))
+        assert store.now() == datetime(2030, 1, 1, 13, tzinfo=UTC)
+        assert store.now().utcoffset() == timedelta()
+
+    def test_a_naive_clock_is_refused(self):
+        """A clock that does not say its zone is refused, and the turn is given back."""
+        store = MemoryStore(clock=lambda: datetime(2030, 1, 1))  # noqa: DTZ001
+        for _ in range(2):
+            with pytest.raises(InvalidValue), store.transaction():
+                pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+class TestFork:
+    def _in_child(self, ask) -> bytes:
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                os.write(writer, ask())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            answer = pipe.read()
+        os.waitpid(child, 0)
+        return answer
+
+    def test_a_child_is_refused(self):
+        """The copy in a forked child would drift from its parent unnoticed: it refuses."""
+        store = MemoryStore()
+        store.put_users([_user("alice")])
+
+        def ask() -> bytes:
+            refused = 0
+            for call in (
+                lambda: store.load_policy("alice"),
+                store.load_all_policies,
+                lambda: store.changes_since(None),
+                lambda: store.wait(0, 60.0),
+                lambda: store.put_users([]),
+                lambda: store.remove_users([]),
+                lambda: store.transaction().__enter__(),
+                lambda: store.overview(Actor.EVERY_ACCOUNT),
+                lambda: store.history(Actor.EVERY_ACCOUNT),
+            ):
+                try:
+                    call()
+                except StoreUnavailable:
+                    refused += 1
+            store.close()
+            return b"%d" % refused
+
+        assert self._in_child(ask) == b"9"
+        assert store.load_policy("alice").known
+
+    def test_a_child_never_waits_for_a_lock_of_its_parent(self):
+        """Locks held at the fork are held for ever in the child, which does not touch them."""
+        store = MemoryStore()
+
+        def ask() -> bytes:
+            store.close()
+            try:
+                store.wait(0, 60.0)
+            except StoreUnavailable:
+                return b"refused"
+            return b"waited"
+
+        with store._touched, store._turn:
+            assert self._in_child(ask) == b"refused"
+
+
+class TestSize:
+    def test_a_change_costs_little_among_many_users(self):
+        """10,000 users are no reason for a test to be slow: a change copies references, once."""
+        clock = FakeClock()
+        hooks = Hooks()
+        hooks.setup_method()
+        store = MemoryStore(clock=clock)
+        store.put_users(_user(f"user{n}") for n in range(10_000))
+        begun = time.perf_counter()
+        for n in range(200):
+            with store.transaction() as turn:
+                turn.add_restriction(hooks.restriction(f"user{n}"))
+                turn.append(Action.IMPOSE, actor="boss")
+        assert time.perf_counter() - begun < 5.0
+        assert store.changes_since(None).head == 201
+
+    def test_old_states_are_let_go(self):
+        """What a change replaces is not kept: a store grows by what is in it."""
+        store = MemoryStore()
+        store.put_users(_user(f"user{n}") for n in range(5_000))
+
+        def change() -> None:
+            for _ in range(50):
+                with store.transaction() as turn:
+                    turn.set_failures("boss", turn.failures("boss") + 1)
+                    turn.append(Action.UNLOCK, actor="boss")
+
+        change()
+        tracemalloc.start()
+        try:
+            change()
+            assert tracemalloc.get_traced_memory()[0] < 200_000
+        finally:
+            tracemalloc.stop()
