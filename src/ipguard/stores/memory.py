@@ -39,7 +39,7 @@ from ipguard.model import (
     UserOverview,
     checked_time,
 )
-from ipguard.store import Transaction
+from ipguard.store import Transaction, log_change
 from ipguard.stores._memory import Row, State, Turn, new_token, pending_of
 from ipguard.usernames import canonical_username
 
@@ -116,14 +116,14 @@ class MemoryStore:
         by_name = {user.username: user for user in users}
         with self._take_turn() as turn:
             turn.put_users(by_name)
-            return turn.head
+        return _logged(turn)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
         """Remove users, as one change."""
         names = {canonical_username(name) for name in usernames}
         with self._take_turn() as turn:
             turn.remove_users(names)
-            return turn.head
+        return _logged(turn)
 
     def overview(
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
@@ -250,6 +250,12 @@ def _folded(text: str) -> str:
     """Return text as it is searched for: two rounds make any username its canonical form."""
     once = normalize("NFKC", text).casefold()
     return " ".join(normalize("NFKC", once).casefold().split())
+
+
+def _logged(turn: Turn) -> int:
+    for row in turn.rows:
+        log_change(row.change)
+    return turn.head
 
 
 def _check_limit(limit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -131,6 +132,22 @@ def together(functions: Iterable[Callable[[], Any]]) -> list[Any]:
 
     calls = [Call(lambda f=f: begin(f)) for f in todo]  # type: ignore[misc]
     return [call.result() for call in calls]
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Give the lines that the block writes to `ipguard.audit`, as they come."""
+    lines: list[str] = []
+    audit, handler = logging.getLogger("ipguard.audit"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = audit.level
+    audit.addHandler(handler)
+    audit.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        audit.setLevel(level)
+        audit.removeHandler(handler)
 
 
 def address(number: int, version: int = 4) -> AddressRange:

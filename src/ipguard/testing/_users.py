@@ -10,7 +10,7 @@ import attrs
 from ipguard.errors import UsernameError
 from ipguard.model import EVERYBODY, Action, Actor, Change, RequestState, StoredUser, User
 from ipguard.store import NAMED_AT_MOST
-from ipguard.testing._base import Call, Hooks, Interrupted, raises, user
+from ipguard.testing._base import Call, Hooks, Interrupted, logged, raises, user
 
 EVERY = Actor.EVERY_ACCOUNT
 
@@ -243,6 +243,19 @@ class UserTests(Hooks):
         seen.append(self.store.put_users(users()))
         seen.append(self.store.remove_users(names()))
         assert seen == [1, 2, 3, 4]
+
+    def test_the_audit_log_has_a_line_for_each_change(self) -> None:
+        """`ipguard.audit` is told of users put and removed, once it has been committed."""
+        with logged() as lines:
+            self.put("alice", "bob")
+            self.put("alice", "bob")
+            self.store.remove_users(["nobody"])
+            self.store.remove_users(["alice"])
+            with raises(RuntimeError), self.store.transaction():
+                self.put("carol")
+        assert [line.split(" at=")[0] for line in lines] == ["revision=1", "revision=2"]
+        for line, part in zip(lines, ("added=2 updated=0", "username=alice"), strict=True):
+            assert part in line
 
     def test_many_users(self) -> None:
         """Thousands of users are one change."""
