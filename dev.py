@@ -243,14 +243,16 @@ def mutate(*modules: str) -> None:
 
 
 def pin() -> None:
-    """Resolve everything afresh and write the versions down."""
-    with fresh_venv(sys.executable) as folder:
-        inside = folder / "venv" / "bin" / "python"
-        pip(inside, "install", "-qq", *PROJECT["project"]["dependencies"], *group("dev"))
-        freeze: list[str | Path] = [sys.executable, "-m", "pip", "--python", inside, "freeze"]
-        pins = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
+    """Resolve everything afresh for the oldest Python that may use it, and write that down."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        oldest = ("--python-version", "3.11.0", "--only-binary", ":all:", "--target", folder)
+        asked = ("--dry-run", "--ignore-installed", "--report", report, *oldest)
+        pip(PYTHON, "install", "-qq", *asked, *PROJECT["project"]["dependencies"], *group("dev"))
+        chosen = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
+    pins = [f"{found['name']}=={found['version']}" for found in chosen]
     head = [line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("#")]
-    CONSTRAINTS.write_text("\n".join([*head, pins]))
+    CONSTRAINTS.write_text("\n".join([*head, *sorted(pins, key=str.lower), ""]))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
