@@ -1,19 +1,21 @@
 """What the SQL stores share: how values are laid out in rows, and what a dialect has to provide.
 
-The statements are in the modules that run them (`_sql_read`, `_sql_write`). They are portable SQL with
-`?` for each parameter; an `Executor` adapts that to its driver. Times are stored as microseconds,
-addresses as packed bytes, so that reading them back parses no text.
+The statements are in the modules that run them (`_sql_read`, `_sql_write`, `_sql_users`). They are
+portable SQL with `?` for each parameter; an `Executor` adapts that to its driver. Times are stored
+as microseconds, addresses as packed bytes, so that reading them back parses no text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol, cast
+from functools import wraps
+from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 from unicodedata import normalize
 
 from ipguard.addresses import AddressRange
+from ipguard.errors import StoreUnavailable
 from ipguard.model import (
     EVERYBODY,
     Action,
@@ -27,6 +29,8 @@ from ipguard.model import (
     User,
 )
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Row = tuple[Any, ...]
 Params = Sequence[object]
 
@@ -75,12 +79,25 @@ def _optional_moment(stored: int | None) -> datetime | None:
 
 
 def encodable(text: str) -> bool:
-    """Tell whether a text from outside can be looked up at all; lone surrogates cannot be stored."""
+    """Tell whether a text from outside can be looked up; lone surrogates cannot be stored."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def reads_rows(read: Callable[P, T]) -> Callable[P, T]:
+    """Let a row that makes no value, which ipguard has not written, be the store's failure."""
+
+    @wraps(read)
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(*args, **kwargs)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as exc:
+            raise StoreUnavailable(f"the store holds a damaged row: {exc}") from exc
+
+    return reading
 
 
 RESTRICTION: Final = "id, first_ip, last_ip, label, created_at, created_by, expires_at"
@@ -92,18 +109,28 @@ def columns(names: str, table: str) -> str:
     return ", ".join(f"{table}.{name.strip()}" for name in names.split(","))
 
 
-def restriction_of(username: str, row: Row) -> Restriction:
-    """Return a restriction from the columns of `RESTRICTION`."""
+def make_restriction(username: str, row: Row) -> Restriction:
+    """Return a restriction from the columns of `RESTRICTION`, for callers that `reads_rows`."""
+    # Each login that misses the cache comes through here, so it is written out; `AddressRange`
+    # tests the ends by itself.
     restriction_id, first, last, label, created_at, created_by, expires_at = row
     return Restriction(
         id=restriction_id,
         username=username,
-        addresses=AddressRange.from_packed(first, last),
+        addresses=AddressRange(
+            version=4 if len(first) == 4 else 6,
+            first=int.from_bytes(first, "big"),
+            last=int.from_bytes(last, "big"),
+        ),
         label=label,
-        created_at=_EPOCH + timedelta(microseconds=created_at),
+        created_at=_EPOCH + timedelta(0, 0, created_at),
         created_by=created_by,
-        expires_at=None if expires_at is None else _EPOCH + timedelta(microseconds=expires_at),
+        expires_at=None if expires_at is None else _EPOCH + timedelta(0, 0, expires_at),
     )
+
+
+restriction_of = reads_rows(make_restriction)
+"""The same, for all others."""
 
 
 def restriction_row(restriction: Restriction) -> Row:
@@ -131,6 +158,7 @@ REQUEST: Final = PENDING + ", email, key_id, digest, resends, sent_at"
 _PENDING_COLUMNS: Final = len(PENDING.split(","))
 
 
+@reads_rows
 def pending_of(row: Row) -> PendingRequest:
     """Return a request from the columns of `PENDING`."""
     return PendingRequest(
@@ -151,6 +179,7 @@ def pending_of(row: Row) -> PendingRequest:
     )
 
 
+@reads_rows
 def request_of(row: Row) -> StoredRequest:
     """Return a request from the columns of `REQUEST`."""
     email, key_id, digest, resends, sent_at = row[_PENDING_COLUMNS:]
@@ -196,6 +225,7 @@ USER: Final = "username, full_name, account_id, email"
 """The columns that `user_of` takes."""
 
 
+@reads_rows
 def user_of(row: Row) -> User:
     """Return a user from the columns of `USER`."""
     username, full_name, account_id, email = row
@@ -211,6 +241,7 @@ CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, a
 """The columns that `change_of` takes."""
 
 
+@reads_rows
 def change_of(row: Row) -> Change:
     """Return a change from the columns of `CHANGE`."""
     revision, at, actor, actor_address, action, username, detail, account_id = row
@@ -255,6 +286,7 @@ def touched_text(touches: frozenset[str] | Touched) -> str | None:
     return json.dumps(sorted(touches)) if touches else None
 
 
+@reads_rows
 def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
     """Return whose policy several changes touch together."""
     names: set[str] = set()
@@ -272,7 +304,7 @@ def folded(text: str) -> str:
 
 
 def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
-    """Return what a search text may be the beginning of: a name counts from each of its words on."""
+    """Return what a search text may begin: a name counts from each of its words on."""
     words = folded(full_name).split()
     terms = {" ".join(words[at:]) for at in range(len(words))}
     return {folded(username), folded(account_id), *terms} - {""}
@@ -286,9 +318,3 @@ def prefix_range(start: str) -> tuple[str, str]:
     following = ord(kept[-1]) + 1
     # Surrogates cannot be stored, nor bound as a parameter.
     return start, kept[:-1] + chr(0xE000 if following == 0xD800 else following)
-
-
-def paged(rows: Iterator[Row] | list[Row], size: int) -> tuple[list[Row], bool]:
-    """Split off the row that was read to learn whether another page follows."""
-    found = list(rows)
-    return found[:size], len(found) > size

@@ -1,4 +1,4 @@
-"""The reads of the SQL stores. Each function runs inside one snapshot that the caller has opened."""
+"""The reads of the SQL stores. Each function runs inside one snapshot that the caller opened."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ from ipguard.stores._sql import (
     columns,
     encodable,
     folded,
+    make_restriction,
     micros,
     pending_of,
     prefix_range,
+    reads_rows,
     restriction_of,
     touched_of,
     user_of,
@@ -45,7 +47,6 @@ from ipguard.stores._sql import (
 
 _FOLLOWED_AT_MOST: Final = 10_000
 """A guard that is behind by more changes than this is told EVERYBODY."""
-_PAGE_AT_MOST: Final = 10_000
 _FEW_ACCOUNTS: Final = 1_000
 _FEW_TERMS: Final = 5_000
 
@@ -60,11 +61,17 @@ ORDER BY r.created_at, r.id
 """A policy in one statement, which is one snapshot. Its parameters are the username, twice."""
 
 
+@reads_rows
 def policy_of(username: str, rows: list[Row]) -> Policy:
     """Return a policy from the rows of `POLICY`."""
     revision, removed, restriction_id = rows[0][:3]
-    restrictions = () if restriction_id is None else [restriction_of(username, r[2:]) for r in rows]
-    return Policy(revision=revision, restrictions=tuple(restrictions), known=removed == 0)
+    return Policy(
+        revision=revision,
+        restrictions=()
+        if restriction_id is None
+        else tuple([make_restriction(username, row[2:]) for row in rows]),
+        known=removed == 0,
+    )
 
 
 ALL_POLICIES: Final = f"""
@@ -136,7 +143,7 @@ class _Where:
 def _limited(limit: int) -> int:
     if limit < 1:
         raise InvalidValue("limit", "must be at least 1")
-    return min(limit, _PAGE_AT_MOST)
+    return min(limit, BIGGEST - 1)
 
 
 def _add_accounts(db: Executor, where: _Where, column: str, accounts: frozenset[str]) -> None:
@@ -269,7 +276,7 @@ def history(
     if accounts is not Actor.EVERY_ACCOUNT:
         _add_accounts(db, where, "account_id", frozenset(accounts))
     if username is not None:
-        where.add("username = ?", username)
+        where.add("username = ?", username if encodable(username) else "")
     found = db.rows(
         f"SELECT {CHANGE} FROM changes WHERE {where} ORDER BY revision DESC LIMIT ?",
         (*where.params, size + 1),

@@ -1,20 +1,19 @@
-"""The writer's turn of the SQL stores, and users put and removed.
+"""The writer's turn of the SQL stores.
 
-What can be many (users, restrictions) is staged first, in temporary tables of the connection that
-will write, before the writer's lock is taken; under the lock it is applied set by set.
+What can be many is staged first, in temporary tables of the connection that will write, before the
+writer's lock is taken; under the lock it is applied set by set. Users are in `_sql_users`.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 
 from ipguard.addresses import AddressRange
 from ipguard.errors import DuplicateRestriction, TooManyRestrictions, UnknownUser
 from ipguard.model import (
-    EVERYBODY,
     Action,
     Change,
     PendingRequest,
@@ -22,9 +21,7 @@ from ipguard.model import (
     StoredRequest,
     StoredUser,
     Touched,
-    User,
 )
-from ipguard.store import NAMED_AT_MOST
 from ipguard.stores._sql import (
     CHANGE,
     PENDING,
@@ -34,7 +31,6 @@ from ipguard.stores._sql import (
     Executor,
     Row,
     change_row,
-    columns,
     encodable,
     micros,
     moment,
@@ -43,33 +39,30 @@ from ipguard.stores._sql import (
     request_row,
     restriction_of,
     restriction_row,
-    search_terms,
     touched_text,
     user_of,
-    user_row,
 )
 from ipguard.stores._sql_read import head
 
-_CHUNK: Final = 1_000
 
-
-def _marks(names: str) -> str:
+def marks(names: str) -> str:
+    """Return as many parameters as a list of columns has names."""
     return ", ".join("?" * len(names.split(",")))
 
 
 _INSERT_CHANGE: Final = (
-    f"INSERT INTO changes ({CHANGE}, token, touched) VALUES ({_marks(CHANGE)}, ?, ?)"
+    f"INSERT INTO changes ({CHANGE}, token, touched) VALUES ({marks(CHANGE)}, ?, ?)"
 )
 _MOVE_HEAD: Final = (
     "UPDATE head SET revision = ?, token = ?, touching = CASE WHEN ? = 1 THEN ? ELSE touching END"
     " WHERE id = 1"
 )
 _SAVE_REQUEST: Final = (
-    f"INSERT INTO requests ({REQUEST}) VALUES ({_marks(REQUEST)}) ON CONFLICT (id) DO UPDATE SET "
+    f"INSERT INTO requests ({REQUEST}) VALUES ({marks(REQUEST)}) ON CONFLICT (id) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in REQUEST.split(", ")[1:])
 )
 _INSERT_RESTRICTION: Final = (
-    f"INSERT INTO restrictions (username, {RESTRICTION}) VALUES (?, {_marks(RESTRICTION)})"
+    f"INSERT INTO restrictions (username, {RESTRICTION}) VALUES (?, {marks(RESTRICTION)})"
 )
 
 
@@ -245,157 +238,7 @@ def stage_restrictions(db: Executor, restrictions: Iterable[Restriction]) -> Non
     )
     db.run_many(
         f"INSERT INTO staged_restrictions (seq, username, {RESTRICTION})"
-        f" VALUES (?, ?, {_marks(RESTRICTION)})",
+        f" VALUES (?, ?, {marks(RESTRICTION)})",
         ((seq, *restriction_row(each)) for seq, each in enumerate(restrictions)),
     )
     db.run("CREATE INDEX staged_addresses ON staged_restrictions (username, first_ip, last_ip)")
-
-
-# ------------------------------------------------------------------------------------- users
-
-_DIFFERS: Final = """
-u.username IS NULL OR u.removed = 1 OR u.full_name <> s.full_name OR u.account_id <> s.account_id
-OR COALESCE(u.email, '') <> COALESCE(s.email, '')
-"""
-_FIND_CHANGED: Final = f"""
-INSERT INTO changed_users ({USER}, added)
-SELECT {columns(USER, "s")}, CASE WHEN u.username IS NULL OR u.removed = 1 THEN 1 ELSE 0 END
-FROM staged_users s LEFT JOIN users u ON u.username = s.username
-WHERE {_DIFFERS}
-"""
-_APPLY_USERS: Final = f"""
-INSERT INTO users ({USER}, removed) SELECT {USER}, 0 FROM changed_users WHERE true
-ON CONFLICT (username) DO UPDATE SET full_name = excluded.full_name,
-    account_id = excluded.account_id, email = excluded.email, removed = 0
-"""
-_USERS_MOVED: Final = """
-SELECT 1 FROM changes WHERE revision > ? AND action IN ('put_users', 'remove_users') LIMIT 1
-"""
-
-
-class StagedUsers:
-    """Users on their way into the store, on one connection.
-
-    What really changes is found out before the lock is taken, and again under it only where users
-    were put or removed in between.
-    """
-
-    def __init__(self, db: Executor, users: Iterable[User]) -> None:
-        self._seen: tuple[int, str] = (-1, "")
-        for table, more in (("staged_users", ""), ("changed_users", ", added INTEGER")):
-            db.run(
-                f"CREATE TEMPORARY TABLE {table} (username TEXT PRIMARY KEY, full_name TEXT,"
-                f" account_id TEXT, email TEXT{more})"
-            )
-        db.run("CREATE TEMPORARY TABLE changed_terms (term TEXT, username TEXT)")
-        db.run_many(
-            f"INSERT INTO staged_users ({USER}) VALUES ({_marks(USER)})"
-            " ON CONFLICT (username) DO UPDATE SET full_name = excluded.full_name,"
-            " account_id = excluded.account_id, email = excluded.email",
-            (user_row(user) for user in users),
-        )
-
-    def compare(self, db: Executor) -> tuple[int, int]:
-        """Find out what changes, in one snapshot; return the revision and how many users it is."""
-        self._seen = head(db)
-        db.run("DELETE FROM changed_users")
-        db.run("DELETE FROM changed_terms")
-        db.run(_FIND_CHANGED)
-        db.run_many(
-            "INSERT INTO changed_terms (term, username) VALUES (?, ?)", self._changed_terms(db)
-        )
-        ((count,),) = db.rows("SELECT count(*) FROM changed_users")
-        return self._seen[0], count
-
-    @staticmethod
-    def _changed_terms(db: Executor) -> Iterator[Row]:
-        last = ""
-        while True:
-            rows = db.rows(
-                "SELECT username, full_name, account_id FROM changed_users WHERE username > ?"
-                " ORDER BY username LIMIT ?",
-                (last, _CHUNK),
-            )
-            for row in rows:
-                yield from ((term, row[0]) for term in search_terms(*row))
-            if len(rows) < _CHUNK:
-                return
-            last = rows[-1][0]
-
-    def apply(self, turn: SqlTransaction, db: Executor) -> None:
-        """Write what changes, under the lock, and append the one row that says so."""
-        revision, token = self._seen
-        own = db.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
-        if own != [(token,)] or db.rows(_USERS_MOVED, (revision,)):
-            self.compare(db)
-        ((count, added),) = db.rows("SELECT count(*), COALESCE(sum(added), 0) FROM changed_users")
-        if not count:
-            return
-        db.run("DELETE FROM search_terms WHERE username IN (SELECT username FROM changed_users)")
-        db.run(
-            "INSERT INTO search_terms (term, username)"
-            " SELECT term, username FROM changed_terms ORDER BY username, term"
-        )
-        db.run(_APPLY_USERS)
-        # A login asks only whether a user is known: a new name or account decides nothing.
-        _append_users(
-            turn,
-            Action.PUT_USERS,
-            concerned=db.rows("SELECT username, account_id FROM changed_users LIMIT 2"),
-            touched=db.rows(
-                "SELECT username FROM changed_users WHERE added = 1 LIMIT ?", (NAMED_AT_MOST + 1,)
-            ),
-            detail=f"added={added} updated={count - added}",
-        )
-
-
-def stage_names(db: Executor, usernames: Iterable[str]) -> None:
-    """Read canonical usernames to the end into a temporary table of the connection."""
-    db.run("CREATE TEMPORARY TABLE staged_names (username TEXT PRIMARY KEY)")
-    db.run_many(
-        "INSERT INTO staged_names (username) VALUES (?) ON CONFLICT (username) DO NOTHING",
-        ((name,) for name in usernames),
-    )
-
-
-def remove_staged(turn: SqlTransaction, db: Executor) -> None:
-    """Remove the users whose names are staged, under the lock, and append the row that says so."""
-    db.run(
-        "DELETE FROM staged_names WHERE username NOT IN"
-        " (SELECT username FROM users WHERE removed = 0)"
-    )
-    concerned = db.rows(
-        "SELECT u.username, u.account_id FROM staged_names s"
-        " CROSS JOIN users u WHERE u.username = s.username LIMIT ?",
-        (NAMED_AT_MOST + 1,),
-    )
-    if not concerned:
-        return
-    ((count,),) = db.rows("SELECT count(*) FROM staged_names")
-    db.run(
-        "UPDATE requests SET state = 'cancelled' WHERE state = 'pending'"
-        " AND username IN (SELECT username FROM staged_names)"
-    )
-    db.run("UPDATE users SET removed = 1 WHERE username IN (SELECT username FROM staged_names)")
-    _append_users(
-        turn,
-        Action.REMOVE_USERS,
-        concerned=concerned,
-        touched=concerned,
-        detail=f"removed={count}",
-    )
-
-
-def _append_users(
-    turn: SqlTransaction, action: Action, *, concerned: list[Row], touched: list[Row], detail: str
-) -> None:
-    one = concerned[0] if len(concerned) == 1 else (None, None)
-    names = frozenset(row[0] for row in touched)
-    turn.append(
-        action,
-        actor=None,
-        username=one[0],
-        account_id=one[1],
-        detail=detail,
-        touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
-    )

@@ -1,18 +1,20 @@
 """The store in one SQLite file, for one machine: any number of threads and processes.
 
 It stands on SQLite's own promises: WAL, so that readers and the writer do not wait for each other;
-`synchronous=FULL`, so that what was committed survives a power cut; `BEGIN IMMEDIATE`, so that there
-is one writer at a time. The file has to be on a local disk: WAL needs memory that all processes share.
+`synchronous=FULL`, so that what was committed survives a power cut; `BEGIN IMMEDIATE`, so that
+there is one writer at a time. The file has to be on a local disk, as WAL needs shared memory.
 
 Limits, stated:
 
-* A file put in the place of the store's file is found by the next `changes_since`; until then reads
-  are answered from the old one, and a guard's lease bounds how long that is. Take the `-wal` and
-  `-shm` files away together with the old file, or restore through SQLite's backup (`.restore`): a log
-  that was left is applied to the new file by SQLite itself. Where the store sees that it would be, it
-  is unavailable until the log is gone.
-* The file vanished: the store is unavailable. It is made on opening only, never later: a new empty
-  database would have no restrictions.
+* A file put in the place of the store's file is found by the next `changes_since`; until then
+  policies are answered from the old one, and a guard's lease bounds how long that is. Take the
+  `-wal` and `-shm` files away together with the old file, or restore through SQLite's backup
+  (`.restore`): SQLite applies a log that was left to the new file. A store that used the old file
+  notices, and is unavailable until the log is gone; one that is opened afterwards cannot know.
+* The file vanished: the store is unavailable. A file is made on opening only, never later: in a new
+  empty database nobody would be restricted.
+* A process that forks inside its own transaction, or while another thread stays in one for longer
+  than the timeout, has a child whose store is unavailable.
 * A disk that hangs hangs the call; SQLite has no deadline for that.
 """
 
@@ -20,8 +22,6 @@ from __future__ import annotations
 
 import math
 import os
-import sqlite3
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final, Self
 
-from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
+from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.model import (
     RESET,
     Accounts,
@@ -43,18 +43,19 @@ from ipguard.model import (
     UserOverview,
     checked_time,
 )
-from ipguard.store import Transaction
+from ipguard.store import Transaction, log_change
 from ipguard.stores import _sql_read as read
-from ipguard.stores import _sql_write as write
-from ipguard.stores._migrations import SCHEMA_VERSION, check_schema
+from ipguard.stores import _sql_users as users_of
+from ipguard.stores import _sqlite_schema as schema
 from ipguard.stores._migrations import migrations as _migrations
 from ipguard.stores._sql import Params, Row
-from ipguard.stores._sqlite import Pool, Session, error_of, make_file, patiently, translated
+from ipguard.stores._sql_write import SqlTransaction, stage_restrictions
+from ipguard.stores._sqlite import Session, file_id
+from ipguard.stores._sqlite_pool import Pool
 from ipguard.usernames import canonical_username
 
 __all__ = ["SQLiteStore", "migrations"]
 
-APPLICATION_ID: Final = 0x49504764
 _POLL: Final = 0.005
 
 
@@ -62,8 +63,8 @@ def migrations() -> list[tuple[int, str]]:
     """Return the schema's SQL, for hosts that migrate their databases themselves.
 
     Returns:
-        Version and SQL text, to be applied in this order, each text in one transaction. The database
-        has to be in WAL mode, which the store sees to.
+        Version and SQL text, to be applied in this order, each text in one transaction. The store
+        itself sees to WAL mode.
     """
     return _migrations("sqlite")
 
@@ -78,8 +79,8 @@ class SQLiteStore:
         migrate: Whether to bring the schema up to date. False only checks, and makes no file.
 
     Raises:
-        StoreConfigError: The file cannot be used: it is another program's, a directory, no database,
-            or not to be written.
+        StoreConfigError: The file cannot be used: it is another program's, a directory, no
+            database, or not to be written.
         SchemaVersionError: The schema is not one that this library may use.
         StoreUnavailable: Other processes kept the file locked for longer than the timeout.
     """
@@ -97,8 +98,8 @@ class SQLiteStore:
         self._path = _checked_path(path)
         self._clock = clock or (lambda: datetime.now(UTC))
         self._timeout = timeout
-        self._pool = Pool(self._path, timeout, _check)
-        _open(self._pool, migrate=migrate is not False)
+        self._pool = Pool(self._path, timeout, schema.check)
+        schema.prepare(self._pool, migrate=migrate is not False)
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self._path}>"
@@ -115,10 +116,8 @@ class SQLiteStore:
         session = self._pool.take()
         try:
             rows = session.rows(read.POLICY, (username, username))
-        except BaseException as exc:
+        except BaseException:
             self._pool.discard(session)
-            if isinstance(exc, sqlite3.Error):
-                raise error_of(self._path, exc) from exc
             raise
         self._pool.give(session)
         return read.policy_of(username, rows)
@@ -135,7 +134,7 @@ class SQLiteStore:
         with self._pool.session() as session, session.snapshot():
             revision, _ = read.head(session)
             yield revision
-            with closing(session.connection.execute(read.ALL_POLICIES)) as rows:
+            with closing(session.stream(read.ALL_POLICIES)) as rows:
                 yield from read.policies_of(revision, rows)
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
@@ -145,6 +144,7 @@ class SQLiteStore:
             # A file copied over this one in place leaves no sign for SQLite: without its cache it
             # reads what is there, and the token tells.
             session.run("PRAGMA shrink_memory")
+            schema.check_version(session)
             found = read.changes_since(session, cursor)
         if cursor is not None and replaced:
             found = found._replace(usernames=RESET)
@@ -193,56 +193,50 @@ class SQLiteStore:
     @contextmanager
     def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
         """Take the writer's turn."""
-        if staged is None:
-            with self._pool.session() as session, self._turn(session) as (turn, _):
-                yield turn
-            return
-        with self._staging() as session:
-            with session.snapshot():
-                write.stage_restrictions(session, staged)
-            with self._turn(session, staged=True) as (turn, _):
+        self._refuse_nested()
+        # What was staged goes with its connection.
+        with self._pool.session(keep=staged is None) as session:
+            if staged is not None:
+                with session.snapshot():
+                    stage_restrictions(session, staged)
+            with self._turn(session, staged=staged is not None) as (turn, _):
                 yield turn
 
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users, as one change; what is already so appends nothing."""
-        with self._staging() as session:
+        self._refuse_nested()
+        with self._pool.session(keep=False) as session:
             with session.snapshot():
-                put = write.StagedUsers(session, users)
+                put = users_of.StagedUsers(session, users)
             with session.snapshot():
                 revision, changed = put.compare(session)
             if not changed:
                 return revision
             with self._turn(session) as (turn, db):
-                put.apply(turn, db)
-                return turn.revision
+                change = put.apply(turn, db)
+        return _told(turn, change)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
         """Remove users, as one change."""
-        with self._staging() as session:
-            with session.snapshot():
-                write.stage_names(session, (canonical_username(name) for name in usernames))
-            with self._turn(session) as (turn, db):
-                write.remove_staged(turn, db)
-                return turn.revision
-
-    @contextmanager
-    def _staging(self) -> Iterator[Session]:
-        """Lend a connection that is closed at the end, and its temporary tables with it."""
         self._refuse_nested()
         with self._pool.session(keep=False) as session:
-            yield session
+            with session.snapshot():
+                names = (canonical_username(name) for name in usernames)
+                users_of.stage_names(session, names)
+            with self._turn(session) as (turn, db):
+                change = users_of.remove_staged(turn, db)
+        return _told(turn, change)
 
     def _refuse_nested(self) -> None:
-        if self._pool.writer == threading.get_ident():
+        if self._pool.writer == threading.get_ident() and self._pool.pid == os.getpid():
             raise RuntimeError("this thread is in a transaction of this store already")
 
     @contextmanager
     def _turn(
         self, session: Session, *, staged: bool = False
-    ) -> Iterator[tuple[write.SqlTransaction, _Turn]]:
-        self._refuse_nested()
+    ) -> Iterator[tuple[SqlTransaction, _Turn]]:
         pool, deadline = self._pool, time.monotonic() + self._timeout
-        # Threads of one process queue here, which is fairer and faster than polling the file's lock.
+        # Threads of one process queue here, which is fairer and faster than polling the file.
         lock = pool.writing
         if not lock.acquire(timeout=self._timeout):
             raise StoreUnavailable(f"{self._path}: no writer's turn within {self._timeout:g} s")
@@ -250,10 +244,11 @@ class SQLiteStore:
             pool.writer = threading.get_ident()
             session.run("PRAGMA shrink_memory")  # see `changes_since`
             left = max(0.0, deadline - time.monotonic())
-            patiently(lambda: session.cursor.execute("BEGIN IMMEDIATE"), left)
-            db = _Turn(session, self._path)
+            session.patiently("BEGIN IMMEDIATE", (), left)
+            db = _Turn(session)
             try:
-                turn = write.SqlTransaction(db, self.now(), staged=staged)
+                schema.check_version(session)
+                turn = SqlTransaction(db, self.now(), staged=staged)
                 yield turn, db
                 self._commit(session, db)
             except BaseException:
@@ -262,16 +257,16 @@ class SQLiteStore:
             finally:
                 db.over = True
         finally:
-            if pool.writing is lock:
+            if pool.writing is lock:  # in a forked child it is another
                 pool.writer = None
             lock.release()
 
     def _commit(self, session: Session, db: _Turn) -> None:
         db.check_process()
-        if self._pool.follow():
+        if file_id(self._path) != session.file:
             raise StoreUnavailable(f"{self._path}: replaced during the transaction")
-        patiently(lambda: session.cursor.execute("COMMIT"), self._timeout)
-        if self._pool.follow():
+        session.patiently("COMMIT", (), self._timeout)
+        if file_id(self._path) != session.file:
             raise StoreUnavailable(f"{self._path}: replaced during the commit, which may be lost")
 
     # -------------------------------------------------------------------------- ending
@@ -295,14 +290,13 @@ class SQLiteStore:
 class _Turn:
     """The `Executor` of one transaction: of no use when that is over, or in a forked child."""
 
-    def __init__(self, session: Session, path: str) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._path = path
         self.over = False
 
     def check_process(self) -> None:
         if self._session.pid != os.getpid():
-            raise StoreUnavailable(f"{self._path}: the transaction belongs to the parent process")
+            raise StoreUnavailable(f"{self._session.path}: the transaction is the parent process's")
 
     def _usable(self) -> Session:
         self.check_process()
@@ -311,16 +305,13 @@ class _Turn:
         return self._session
 
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
-        with translated(self._path):
-            return self._usable().rows(sql, params)
+        return self._usable().rows(sql, params)
 
     def run(self, sql: str, params: Params = ()) -> None:
-        with translated(self._path):
-            self._usable().run(sql, params)
+        self._usable().run(sql, params)
 
     def run_many(self, sql: str, rows: Iterable[Params]) -> None:
-        with translated(self._path):
-            self._usable().run_many(sql, rows)
+        self._usable().run_many(sql, rows)
 
     def among(self, column: str) -> str:
         return self._session.among(column)
@@ -329,20 +320,17 @@ class _Turn:
         return self._session.texts(values)
 
 
+def _told(turn: SqlTransaction, change: Change | None) -> int:
+    """Log a change that has been committed; return the revision."""
+    if change is not None:
+        log_change(change)
+    return turn.revision
+
+
 def _roll_back(session: Session) -> None:
     if session.pid == os.getpid() and session.connection.in_transaction:
-        with suppress(sqlite3.Error):
-            session.cursor.execute("ROLLBACK")
-
-
-# ------------------------------------------------------------------------------- opening
-
-_UNUSABLE: Final = {
-    sqlite3.SQLITE_NOTADB: "is not an SQLite database",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened: is its directory there, and may this user write to it?",
-    sqlite3.SQLITE_READONLY: "may not be written to by this user",
-    sqlite3.SQLITE_PERM: "may not be used by this user",
-}
+        with suppress(StoreError):  # then the pool closes it, which undoes the same
+            session.run("ROLLBACK")
 
 
 def _checked_path(path: str | os.PathLike[str]) -> str:
@@ -351,89 +339,3 @@ def _checked_path(path: str | os.PathLike[str]) -> str:
         raise StoreConfigError("SQLite needs the path of a file; for memory use memory://")
     # Absolute, so that it stays the same file when the process changes its directory.
     return os.path.abspath(text)  # noqa: PTH100 - resolves no link, as wanted
-
-
-def _open(pool: Pool, *, migrate: bool) -> None:
-    """Make the file and its schema as far as may be, else say what is wrong; keep nothing open."""
-    path = pool.path
-    if migrate:
-        make_file(path)
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116
-    except OSError as exc:
-        raise StoreConfigError(f"{path}: {exc.strerror}") from exc
-    if not stat.S_ISREG(mode):
-        raise StoreConfigError(f"{path}: is not a file")
-    pool.check = lambda session: _prepare(session, path, migrate=migrate)
-    try:
-        with pool.session():
-            pool.check = _check
-    except StoreUnavailable as exc:
-        code = getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF
-        if code not in _UNUSABLE:
-            raise
-        raise StoreConfigError(f"{path}: {_UNUSABLE[code]}") from exc.__cause__
-    pool.forget()  # so that a fork has nothing to close
-
-
-def _prepare(session: Session, path: str, *, migrate: bool) -> None:
-    with session.snapshot():
-        found = _found_schema(session, path)
-    if migrate and (found is None or found[0] < SCHEMA_VERSION):
-        _use_wal(session)
-        session.run("BEGIN IMMEDIATE")
-        found = _found_schema(session, path)  # another process may have been faster
-        version = found[0] if found else 0
-        for number, text in migrations():
-            if number > version:
-                for statement in _statements(text):
-                    session.run(statement)
-        session.run("COMMIT")
-        found = _found_schema(session, path)
-    if found is None:
-        raise SchemaVersionError(None, SCHEMA_VERSION)
-    check_schema(*found)
-    _check(session)
-
-
-def _found_schema(session: Session, path: str) -> tuple[int, int] | None:
-    """Return the schema's version and the oldest one to know for using it; None for no schema."""
-    ((application,),) = session.rows("PRAGMA application_id")
-    ((tables,),) = session.rows("SELECT count(*) FROM sqlite_master")
-    if application == 0 and tables == 0:
-        return None
-    if application != APPLICATION_ID:
-        raise StoreConfigError(f"{path}: is the database of another program")
-    ((version, oldest),) = session.rows(_VERSION)
-    return version, oldest
-
-
-_VERSION: Final = "SELECT version, oldest FROM schema_version WHERE id = 1"
-
-
-def _statements(text: str) -> Iterator[str]:
-    """Split a script; `executescript` would commit the transaction that it has to run in."""
-    statement = ""
-    for line in text.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
-def _check(session: Session) -> None:
-    """See that a new connection is to a database that may be used; run for each."""
-    if session.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
-        raise StoreUnavailable("the file holds no ipguard database")
-    _use_wal(session)  # a property of the file, which a restored copy may have lost
-    ((version, oldest),) = session.rows(_VERSION)
-    try:
-        check_schema(version, oldest)
-    except SchemaVersionError as exc:
-        raise StoreUnavailable(str(exc)) from exc
-
-
-def _use_wal(session: Session) -> None:
-    ((mode,),) = session.rows("PRAGMA journal_mode = WAL")
-    if mode != "wal":
-        raise StoreConfigError("this file system cannot hold the store: SQLite has no WAL there")

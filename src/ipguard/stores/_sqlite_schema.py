@@ -1,0 +1,126 @@
+"""Opening an SQLite file for the first time: is it ours, and is its schema one that we may use?"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
+from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
+from ipguard.stores._sqlite import Session
+from ipguard.stores._sqlite_pool import Pool, make_file
+
+APPLICATION_ID: Final = 0x49504764  # as in the first migration
+
+_VERSION: Final = "SELECT version, oldest FROM schema_version WHERE id = 1"
+_UNUSABLE: Final = {
+    sqlite3.SQLITE_NOTADB: "is not an SQLite database",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; may this user write to it and to its directory?",
+    sqlite3.SQLITE_READONLY: "may not be written to by this user",
+    sqlite3.SQLITE_PERM: "may not be used by this user",
+}
+
+
+def check(session: Session) -> None:
+    """See that a new connection is to a database that may be used; run for each.
+
+    Raises:
+        StoreUnavailable: It is not, though it was when the store was opened.
+    """
+    if session.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
+        raise StoreUnavailable(f"{session.path}: holds no ipguard database any more")
+    _use_wal(session)  # a property of the file, which a restored copy may have lost
+    check_version(session)
+
+
+def check_version(session: Session) -> None:
+    """See that the schema is still one that this library may use.
+
+    Raises:
+        StoreUnavailable: It was migrated since, to one that is not.
+    """
+    ((version, oldest),) = session.rows(_VERSION)
+    try:
+        check_schema(version, oldest)
+    except SchemaVersionError as exc:
+        raise StoreUnavailable(f"{session.path}: {exc}") from exc
+
+
+def prepare(pool: Pool, *, migrate: bool) -> None:
+    """Make the file and its schema as far as may be, else say what is wrong; keep nothing open.
+
+    Raises:
+        StoreConfigError: The file cannot be used.
+        SchemaVersionError: Its schema may not be used.
+        StoreUnavailable: It is kept locked by others.
+    """
+    path = pool.path
+    if migrate:
+        make_file(path)
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except OSError as exc:
+        raise StoreConfigError(f"{path}: {exc.strerror}") from exc
+    if not stat.S_ISREG(mode):
+        raise StoreConfigError(f"{path}: is not a file")
+    pool.check = lambda session: _prepare(session, migrate=migrate)
+    try:
+        with pool.session():
+            pool.check = check
+    except StoreUnavailable as exc:
+        code = getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF
+        if code not in _UNUSABLE:
+            raise
+        raise StoreConfigError(f"{path}: {_UNUSABLE[code]}") from exc.__cause__
+    pool.forget()  # a fork then has nothing to close
+
+
+def _prepare(session: Session, *, migrate: bool) -> None:
+    with session.snapshot():
+        found = _found(session)
+    if migrate and (found is None or found[0] < SCHEMA_VERSION):
+        _use_wal(session)
+        session.run("BEGIN IMMEDIATE")
+        found = _found(session)  # another process may have been faster
+        version = found[0] if found else 0
+        for number, text in migrations("sqlite"):
+            if number > version:
+                for statement in _statements(text):
+                    session.run(statement)
+        session.run("COMMIT")
+        found = _found(session)
+    if found is None:
+        raise SchemaVersionError(None, SCHEMA_VERSION)
+    check_schema(*found)
+    check(session)
+
+
+def _found(session: Session) -> tuple[int, int] | None:
+    """Return the schema's version and the oldest to know for using it; None for no schema."""
+    ((application,),) = session.rows("PRAGMA application_id")
+    ((tables,),) = session.rows("SELECT count(*) FROM sqlite_master")
+    if application == 0 and tables == 0:
+        return None
+    if application != APPLICATION_ID:
+        raise StoreConfigError(f"{session.path}: is the database of another program")
+    ((version, oldest),) = session.rows(_VERSION)
+    return version, oldest
+
+
+def _statements(text: str) -> Iterator[str]:
+    """Split a script; `executescript` would commit the transaction that it has to run in."""
+    statement = ""
+    for line in text.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _use_wal(session: Session) -> None:
+    ((mode,),) = session.rows("PRAGMA journal_mode = WAL")
+    if mode != "wal":
+        raise StoreConfigError(f"{session.path}: SQLite has no WAL on this file system")
