@@ -183,13 +183,16 @@ class Guard:
         nobody = Entry(_NOBODY, "", deny_unknown=True)
 
         def is_allowed(username: str, address: str) -> bool:
+            # A subclass of str may hash and compare as it likes: it takes the slow path.
+            if not type(username) is type(address) is str:
+                return check(username, address).allowed
             until = lease.deadline  # before the look-up, so a drop meanwhile cannot be missed
             try:
                 entry = find(username, nobody)
                 if address in entry:
                     if monotonic() < until:
                         return True
-                elif type(address) is str and (parsed := login_address(address)) is not None:
+                elif (parsed := login_address(address)) is not None:
                     bounds = entry.ipv4 if parsed[0] == 4 else entry.ipv6
                     if bisect_right(bounds, parsed[1]) & 1 and monotonic() < until:
                         entry.remember(address)
