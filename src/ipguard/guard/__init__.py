@@ -154,7 +154,8 @@ class Guard:
         self._denials: Counter[Reason] = Counter()
         self._refreshing = False
         self._refresher: Refresher | None = None
-        if not report_only and observer is None:
+        overridden = type(self).is_allowed is not Guard.is_allowed
+        if not (report_only or observer is not None or overridden):
             # Shadows the method for this guard: what others pay for an observer, it does not.
             self.__dict__["is_allowed"] = self._bind_is_allowed()
         _fork.register(self)
