@@ -93,8 +93,8 @@ class Cache:
         self.by_spelling[name] = entry
         self.spell(entry, spelling)
         while len(self) > self._capacity:
-            _, oldest = (self._strangers or self._users).popitem()
-            self._forget(oldest)
+            oldest, _ = (self._strangers or self._users).popitem()
+            self.drop((oldest,))
             self.evictions += 1
 
     def spell(self, entry: Entry, spelling: str) -> None:
@@ -105,19 +105,21 @@ class Cache:
             self.by_spelling[spelling] = entry
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget users, under every spelling."""
+        """Forget users, under every spelling.
+
+        Safe to interrupt anywhere, as a signal handler that raises does, and to do again: readers
+        lose the user first, and what it was found by last.
+        """
         for name in names:
-            for kept in (self._users, self._strangers):
-                entry = kept.pop(name, None)
-                if entry is not None:  # an entry that has remembered no address yet is falsy
-                    self._forget(entry)
+            entry = self.by_spelling.get(name)
+            if entry is not None:  # an entry that has remembered no address yet is falsy
+                for spelling in reversed(entry.spellings):
+                    self.by_spelling.pop(spelling, None)
+            self._users.pop(name, None)
+            self._strangers.pop(name, None)
 
     def clear(self) -> None:
         """Forget everybody."""
         self.by_spelling.clear()
         self._users.clear()
         self._strangers.clear()
-
-    def _forget(self, entry: Entry) -> None:
-        for spelling in entry.spellings:
-            del self.by_spelling[spelling]
