@@ -255,20 +255,18 @@ class Guard:
             return self._denied(Reason.BAD_ADDRESS)
         # A str of a class of its own may hash and compare as it likes: it is not kept as a key.
         spelling = username if type(username) is str else name
+        wanted = 0 if at_least is None else at_least
         self._keep_refreshing()
         for _ in range(_TRIES):
-            begun = self._lease.revision
-            if not self._lease.hold():
-                return self._in_grace(name, client, at_least)
-            if at_least is not None and self._lease.revision < at_least:
-                self._sync_quietly()
-                if self._lease.revision < at_least:
-                    break
+            if not self._lease.hold(wanted):
+                return self._in_grace(name, client, wanted)
             # In this order: what is still found after the revision was read is current to it.
             until, revision = self._lease.deadline, self._lease.revision
+            if revision < wanted:
+                break  # another history was taken over just now
             entry = self._cache.by_spelling.get(name)
             if entry is None:
-                loaded = self._loads.load(name, spelling, max(begun, at_least or 0))
+                loaded = self._loads.load(name, spelling, revision)
                 if loaded is None:
                     break
                 entry, until = loaded
@@ -286,16 +284,20 @@ class Guard:
             with self._lease.lock:
                 self._cache.spell(entry, spelling)
 
-    def _in_grace(self, name: str, client: AddressRange, at_least: int | None) -> Decision:
+    def _in_grace(self, name: str, client: AddressRange, wanted: int) -> Decision:
         """Answer from what is remembered though the lease is over, where that was chosen."""
-        until, revision = self._lease.deadline + self._outage_grace, self._lease.revision
+        until, revision = self._lease.deadline, self._lease.revision
         entry = self._cache.by_spelling.get(name)
-        if entry is None or revision < (at_least or 0):
+        if entry is None or revision < wanted:
             return self._denied(Reason.STORE_UNAVAILABLE)
         decision = decide(entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown)
-        if self._monotonic() >= until:
+        now = self._monotonic()
+        if now >= until + self._outage_grace:
             return self._denied(Reason.STORE_UNAVAILABLE)
-        return attrs.evolve(decision, revision=max(decision.revision, revision), stale=True)
+        # Another thread may have renewed the lease meanwhile: then the answer is as good as any.
+        return attrs.evolve(
+            decision, revision=max(decision.revision, revision), stale=now >= until
+        )
 
     def _denied(self, reason: Reason) -> Decision:
         return Decision(allowed=False, reason=reason, revision=self._lease.revision)

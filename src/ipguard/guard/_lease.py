@@ -125,19 +125,19 @@ class Lease:
         self._turn = threading.Lock()
         self.health.renew_lock()
 
-    def hold(self) -> bool:
-        """Make sure that the lease runs, with an inline sync where it is over.
+    def hold(self, revision: int) -> bool:
+        """Make sure that the lease runs and stands at a revision, with one inline sync at the most.
 
         Returns:
-            Whether it runs. Where it does not, the store is not answering.
+            Whether it does. Where not, the store does not answer, or is not there itself.
         """
-        if self._monotonic() < self.deadline:
+        if self._holds(revision):
             return True
         if self.health.resting() or not self._turn.acquire(timeout=self.patience):
             return False
         try:
             # Whoever had the turn before may have renewed the lease, or found the store down.
-            if self._monotonic() < self.deadline:
+            if self._holds(revision):
                 return True
             if self.health.resting():
                 return False
@@ -146,7 +146,10 @@ class Lease:
             return False
         finally:
             self._turn.release()
-        return self._monotonic() < self.deadline
+        return self._holds(revision)
+
+    def _holds(self, revision: int) -> bool:
+        return self._monotonic() < self.deadline and self.revision >= revision
 
     def sync(self) -> None:
         """Read what changed, drop it, and renew the lease from the moment at which the read began.
