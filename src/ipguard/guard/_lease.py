@@ -36,7 +36,11 @@ def time_asleep() -> float:
     """Return how many seconds this machine has slept since it booted, where the system tells."""
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+    # A thread that is paused between the two clocks sees too little; the most of three is right.
+    return max(
+        time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+        for _ in range(3)
+    )
 
 
 class Health:
@@ -172,6 +176,7 @@ class Lease:
                 return
             # Another sync moved the position while this one read. What lies between is not known to
             # be one history, so this reading is not used; the next begins where the other ended.
+            # Or the machine slept, and how old the reading is by now nobody can tell.
             if self._monotonic() - begun > self.patience:
                 raise StoreUnavailable("no sync came to an end in time")
 
@@ -228,10 +233,13 @@ class Lease:
             else:
                 self._cache.drop(usernames)
             self.revision, self._token = head, token
-            if self._asleep() - slept <= _SLEEP_NOTICED:
-                self.deadline = max(self.deadline, started + self._max_staleness)
+            slept_meanwhile = self._asleep() - slept > _SLEEP_NOTICED
+            if slept_meanwhile:
+                self.deadline = _OVER
+            elif started + self._max_staleness > self.deadline:
+                self.deadline = started + self._max_staleness
                 self.synced_at = started
         if diverged:
             _log.error(_DIVERGED, known, head)
         self.health.succeeded()
-        return True
+        return not slept_meanwhile
