@@ -76,6 +76,7 @@ class Cache:
         self._deny_unknown = deny_unknown
         self._users: FIFOCache[str, Entry] = FIFOCache(capacity + 1)
         self._strangers: FIFOCache[str, Entry] = FIFOCache(capacity + 1)
+        self._ahead: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._users) + len(self._strangers)
@@ -84,10 +85,18 @@ class Cache:
         """Make an entry, without remembering it."""
         return Entry(policy, name, deny_unknown=self._deny_unknown)
 
-    def put(self, entry: Entry, spelling: str) -> None:
-        """Remember a user in place of what was known, found by both spellings from now on."""
+    def put(self, entry: Entry, spelling: str, *, ahead: bool) -> None:
+        """Remember a user in place of what was known, found by both spellings from now on.
+
+        Args:
+            entry: The user.
+            spelling: How the client's server spelt it.
+            ahead: Whether the policy is of a revision that no sync has come to yet.
+        """
         name, policy = entry.spellings[0], entry.policy
         self.drop((name,))
+        if ahead:
+            self._ahead.add(name)
         stranger = not policy.known and not policy.restrictions
         (self._strangers if stranger else self._users)[name] = entry
         self.by_spelling[name] = entry
@@ -117,9 +126,20 @@ class Cache:
                     self.by_spelling.pop(spelling, None)
             self._users.pop(name, None)
             self._strangers.pop(name, None)
+            self._ahead.discard(name)
+
+    def drop_ahead(self) -> None:
+        """Forget those who were read ahead of the last sync.
+
+        The next sync tells what changed after the revision that it begins with. It cannot tell that
+        a later revision, which these were read at, is still in the store's history: a backup that
+        was restored meanwhile may have ended between the two.
+        """
+        self.drop(tuple(self._ahead))
 
     def clear(self) -> None:
         """Forget everybody."""
         self.by_spelling.clear()
         self._users.clear()
         self._strangers.clear()
+        self._ahead.clear()

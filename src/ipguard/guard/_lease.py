@@ -94,6 +94,8 @@ class Lease:
         deadline: The moment, on the guard's monotonic clock, from which nothing remembered may be
             used.
         revision: The revision up to which everything remembered is known to be current.
+        history: A number that changes when the store turns out to have another history: a policy
+            that was being read meanwhile may be of the old one.
         lock: The guard's lock: whoever writes the cache or this object holds it, and never during
             I/O.
         synced_at: When the read that last renewed the lease began.
@@ -110,6 +112,7 @@ class Lease:
     ) -> None:
         self.deadline = _OVER
         self.revision = 0
+        self.history = 0
         self.synced_at: float | None = None
         self.health = Health(monotonic)
         # Others wait for a sync no longer than this, so a hanging store does not gather a queue.
@@ -219,19 +222,22 @@ class Lease:
         diverged = False
         with self.lock:
             known, position = self.revision, self._position()
+            if usernames is RESET:
+                self._cache.clear()
+                self.history += 1
             if position not in {cursor, (head, token)}:
                 # Another sync moved the position meanwhile. An older reading has nothing to add; a
                 # newer one tells of changes since a row that may be of another history.
                 return head < known and usernames is not RESET
-            if usernames is RESET and position == cursor:
-                diverged = cursor is not None
-                self._cache.clear()
+            if usernames is RESET:
+                diverged = position == cursor is not None
             elif head < known:
                 raise StoreUnavailable(f"the store is at revision {head}, behind {known}")
             elif isinstance(usernames, Touched):
                 self._cache.clear()
             else:
                 self._cache.drop(usernames)
+                self._cache.drop_ahead()
             self.revision, self._token = head, token
             slept_meanwhile = self._asleep() - slept > _SLEEP_NOTICED
             if slept_meanwhile:

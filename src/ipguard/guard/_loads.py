@@ -15,10 +15,11 @@ _TRIES = 2
 class _Load:
     """One read under way; `done` is held until it has ended."""
 
-    __slots__ = ("done", "entry", "started")
+    __slots__ = ("done", "entry", "history", "started")
 
-    def __init__(self, started: float) -> None:
+    def __init__(self, started: float, history: int) -> None:
         self.started = started
+        self.history = history
         self.entry: Entry | None = None
         self.done = threading.Lock()
         self.done.acquire()
@@ -69,7 +70,7 @@ class Loads:
             load = self._shared(name, spelling)
             if load is None or load.entry is None:
                 return None
-            if load.entry.policy.revision >= revision:
+            if load.history == self._lease.history and load.entry.policy.revision >= revision:
                 return load.entry, load.started + self._max_staleness
         return None
 
@@ -80,7 +81,8 @@ class Loads:
             if load is None:
                 if self._lease.health.resting():
                     return None
-                load = self._under_way[name] = _Load(self._monotonic())
+                load = _Load(self._monotonic(), self._lease.history)
+                self._under_way[name] = load
                 self.count += 1
         if joins:
             if not load.done.acquire(timeout=self._lease.patience):
@@ -94,8 +96,9 @@ class Loads:
             with self._lease.lock:
                 # A policy that the guard has moved past since it was read is not remembered:
                 # nothing would ever drop it (the stale fill).
-                if policy.revision >= self._lease.revision:
-                    self._cache.put(entry, spelling)
+                known = self._lease.revision
+                if load.history == self._lease.history and policy.revision >= known:
+                    self._cache.put(entry, spelling, ahead=policy.revision > known)
             load.entry = entry
         except Exception as exc:
             self._lease.health.failed(exc)
