@@ -67,32 +67,38 @@ class Loads:
             not answer, or not with that revision.
         """
         for _ in range(_TRIES):
-            load = self._shared(name, spelling)
-            if load is None or load.entry is None:
+            now = self._monotonic()
+            with self._lease.lock:
+                # Another thread's read may have ended since the caller looked.
+                held = self._cache.by_spelling.get(name)
+                if held is not None and self._lease.revision >= revision:
+                    return held, self._lease.deadline
+                load = self._under_way.get(name)
+                # One that has taken too long to answer anything is not waited for.
+                joins = load is not None and now - load.started < self._max_staleness
+                if load is None or not joins:
+                    if self._lease.health.resting():
+                        return None
+                    load = self._under_way[name] = _Load(now, self._lease.history)
+                    self.count += 1
+            if not joins:
+                self._read(load, name, spelling)
+            elif load.done.acquire(timeout=self._lease.patience):
+                load.done.release()
+            entry = load.entry
+            if entry is None:
                 return None
-            if load.history == self._lease.history and load.entry.policy.revision >= revision:
-                return load.entry, load.started + self._max_staleness
+            if load.history == self._lease.history and entry.policy.revision >= revision:
+                return entry, load.started + self._max_staleness
         return None
 
-    def _shared(self, name: str, spelling: str) -> _Load | None:
-        with self._lease.lock:
-            load = self._under_way.get(name)
-            joins = load is not None
-            if load is None:
-                if self._lease.health.resting():
-                    return None
-                load = _Load(self._monotonic(), self._lease.history)
-                self._under_way[name] = load
-                self.count += 1
-        if joins:
-            if not load.done.acquire(timeout=self._lease.patience):
-                return None
-            load.done.release()
-            return load
+    def _read(self, load: _Load, name: str, spelling: str) -> None:
         try:
             policy = self._store.load_policy(name)
-            self._lease.health.succeeded()
+            if not isinstance(policy.restrictions, tuple):
+                raise TypeError("restrictions must be a tuple: None would read as unrestricted")
             entry = self._cache.entry(name, policy)
+            self._lease.health.succeeded()
             with self._lease.lock:
                 # A policy that the guard has moved past since it was read is not remembered:
                 # nothing would ever drop it (the stale fill).
@@ -104,6 +110,6 @@ class Loads:
             self._lease.health.failed(exc)
         finally:
             with self._lease.lock:
-                self._under_way.pop(name, None)
+                if self._under_way.get(name) is load:
+                    del self._under_way[name]
             load.done.release()
-        return load
