@@ -18,6 +18,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -256,7 +257,7 @@ class Guard:
         # A str of a class of its own may hash and compare as it likes: it is not kept as a key.
         spelling = username if type(username) is str else name
         wanted = 0 if at_least is None else at_least
-        self._keep_refreshing()
+        self._revive()
         for _ in range(_TRIES):
             if not self._lease.hold(wanted):
                 return self._in_grace(name, client, wanted)
@@ -360,7 +361,7 @@ class Guard:
         Raises:
             StoreUnavailable: The store does not answer.
         """
-        self._keep_refreshing()
+        self._revive()
         self._lease.sync()
         return self._lease.revision
 
@@ -430,8 +431,9 @@ class Guard:
 
     def close(self) -> None:
         """Stop the refresher. The store is the host's to close."""
-        self._refreshing = False
-        refresher, self._refresher = self._refresher, None
+        with self._lease.lock:
+            self._refreshing = False
+            refresher, self._refresher = self._refresher, None
         if refresher is not None:
             refresher.stop()
 
@@ -442,8 +444,17 @@ class Guard:
         """Start the refresher where it should run and does not: in a forked child it is gone."""
         if self._refreshing and not self._running():
             with self._lease.lock:
-                if not self._running():
-                    self._refresher = Refresher(self._lease, max_staleness=self._max_staleness)
+                if self._refreshing and not self._running():
+                    self._refresher = Refresher(
+                        self._lease, weakref.ref(self), max_staleness=self._max_staleness
+                    )
+
+    def _revive(self) -> None:
+        try:
+            self._keep_refreshing()
+        except RuntimeError:
+            # No thread is to be had now. Answers need none: who asks syncs, and tries again.
+            _log.debug("the refresher could not be started", exc_info=True)
 
     def __enter__(self) -> Self:
         self.start()

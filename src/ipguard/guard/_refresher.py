@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from ipguard.errors import StoreUnavailable
@@ -18,11 +19,15 @@ _SLICE: Final = 0.1
 class Refresher:
     """One daemon thread that syncs at least each second, and at once when the store wakes it.
 
-    It is right without any wake-up: one that is lost costs time, never correctness.
+    It is right without any wake-up: one that is lost costs time, never correctness. It ends when
+    nobody holds its owner any more.
     """
 
-    def __init__(self, lease: Lease, *, max_staleness: float) -> None:
+    def __init__(
+        self, lease: Lease, owner: Callable[[], object | None], *, max_staleness: float
+    ) -> None:
         self._lease = lease
+        self._owner = owner
         self._interval = min(_INTERVAL, max_staleness / 3)
         self._slice = min(_SLICE, self._interval)
         self._stop = threading.Event()
@@ -42,7 +47,7 @@ class Refresher:
 
     def _run(self) -> None:
         due = time.monotonic()
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self._owner() is not None:
             woken = self._lease.wait(self._slice)
             if woken or time.monotonic() >= due:
                 due = time.monotonic() + self._interval
