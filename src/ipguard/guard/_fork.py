@@ -32,9 +32,9 @@ def register(forkable: _Forkable) -> None:
 
 def _before() -> None:
     _lock.acquire()
-    _forking.extend(_all)
-    for forkable in _forking:
+    for forkable in tuple(_all):
         forkable.before_fork()
+        _forking.append(forkable)
 
 
 def _after_in_parent() -> None:
