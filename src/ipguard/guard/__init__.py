@@ -14,6 +14,7 @@ longer be found, so what a late reader still adds to it is lost and harms nobody
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -230,12 +231,7 @@ class Guard:
             with self._lease.lock:
                 self._denials[decision.reason] += 1
             if self._report_only:
-                _log.warning(
-                    "report only: %s would not be allowed from %s: %s",
-                    shortened(username),
-                    shortened(address),
-                    decision.reason,
-                )
+                self._report(username, address, decision)
         if self._report_only:
             decision = attrs.evolve(decision, allowed=True)
         if self._observer is not None:
@@ -244,6 +240,16 @@ class Guard:
             except Exception:
                 _log.exception("the observer failed")
         return decision
+
+    def _report(self, username: object, address: object, decision: Decision) -> None:
+        # Whatever it is that has to be shown: its own methods may do anything.
+        with contextlib.suppress(Exception):
+            _log.warning(
+                "report only: %s would not be allowed from %s: %s",
+                shortened(username),
+                shortened(address),
+                decision.reason,
+            )
 
     def _answer(self, username: str, address: str, at_least: int | None) -> Decision:
         try:
@@ -384,19 +390,16 @@ class Guard:
         """
         until = time.monotonic() + timeout
         woken = False
-        while True:
-            before = self._lease.revision
+        while (before := self._lease.revision) < revision:
             self._sync_quietly()
-            if self._lease.revision >= revision:
-                return True
             left = until - time.monotonic()
-            if left <= 0:
-                return False
+            if self._lease.revision >= revision or left <= 0:
+                break
             if woken and self._lease.revision == before:
-                threading.Event().wait(
-                    min(left, 0.01)
-                )  # a wake-up that brings nothing must not spin
+                # A wake-up that brings nothing must not spin.
+                threading.Event().wait(min(left, 0.01))
             woken = self._lease.wait(min(left, 0.1))
+        return self._lease.revision >= revision
 
     @property
     def revision(self) -> int:
