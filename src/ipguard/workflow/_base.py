@@ -160,7 +160,8 @@ class Base:
             stored, user = _steps.request_and_user(tx, actor, sent.request.id, own=True)
             if stored.digest != sent.digest:
                 return
-            tx.save_request(attrs.evolve(stored, resends=max(0, stored.resends - 1), sent_at=None))
+            # Down to -1 where it was the first: then the next mail is the first, and no resend.
+            tx.save_request(attrs.evolve(stored, resends=stored.resends - 1, sent_at=None))
             change = _steps.append(
                 tx,
                 Action.DELIVERY_FAILED,
