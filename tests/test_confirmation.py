@@ -1,0 +1,301 @@
+"""Confirmation numbers: minted, shown, typed, digested, compared."""
+
+import collections
+import hmac
+import secrets
+import string
+from typing import Any, cast
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ipguard.confirmation import Keyring, mint, spaced, typed
+from ipguard.errors import InvalidValue
+
+OLD, NEW = b"o" * 32, b"n" * 33
+SUBJECT = ("request", "jsmith", "add", "203.0.113.7")
+subjects = st.lists(st.text(max_size=12), min_size=1, max_size=5).map(tuple)
+numbers = st.text(string.digits, min_size=1, max_size=12)
+
+
+class TestMint:
+    @pytest.mark.parametrize("digits", [1, 4, 10, 20])
+    def test_has_as_many_digits_as_asked_for(self, digits):
+        """A number is decimal digits alone, leading zeros included."""
+        for _ in range(200):
+            number = mint(digits)
+            assert len(number) == digits
+            assert set(number) <= set(string.digits)
+
+    def test_comes_from_the_secure_source_over_the_whole_range(self, monkeypatch):
+        """The system's secure source chooses among all numbers of that length, once."""
+        asked = []
+
+        def randbelow(limit: int) -> int:
+            asked.append(limit)
+            return limit - 1 if len(asked) == 1 else 0
+
+        monkeypatch.setattr(secrets, "randbelow", randbelow)
+        assert mint(10) == "9999999999"
+        assert mint(10) == "0000000000"
+        assert asked == [10**10, 10**10]
+
+    def test_every_digit_can_stand_everywhere(self):
+        """Over many numbers each place shows each digit about as often: none is fixed."""
+        seen = [
+            collections.Counter(place)
+            for place in zip(*(mint(4) for _ in range(4000)), strict=True)
+        ]
+        for counter in seen:
+            assert set(counter) == set(string.digits)
+            assert max(counter.values()) < 600  # 400 expected; 600 is ten deviations away
+
+
+class TestAsAPersonSeesIt:
+    @pytest.mark.parametrize(
+        ("number", "shown"),
+        [
+            ("", ""),
+            ("1", "1"),
+            ("12345", "12345"),
+            ("123456", "12345-6"),
+            ("4920177340", "49201-77340"),
+            ("00000000000", "00000-00000-0"),
+        ],
+    )
+    def test_spaced(self, number, shown):
+        """A person reads groups of five digits."""
+        assert spaced(number) == shown
+
+    @given(numbers)
+    def test_what_is_shown_can_be_typed(self, number):
+        """The number typed as it is shown is the number."""
+        assert typed(spaced(number)) == number
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "49201-77340",
+            "4920177340",
+            " 49201 77340 ",
+            "\t4 9 2 0 1\u00a077340\r\n",
+            "--49201--77340--",
+            "49201\u201077340",  # a hyphen proper
+            "49201\u201177340",  # a non-breaking hyphen
+            "49201\u201377340",  # an en dash
+            "49201 \u2014 77340",  # an em dash
+            "\u300049201\u2028\uff0d77340",  # blanks and the hyphen of an ideographic keyboard
+        ],
+    )
+    def test_blanks_and_dashes_do_not_matter(self, text):
+        """However a person or a mail program broke the number up, it is the same."""
+        assert typed(text) == "4920177340"
+
+    @pytest.mark.parametrize("text", ["49201_77340", "49201.77340", "4920l77340", "+4920177340"])
+    def test_everything_else_matters(self, text):
+        """Nothing but blanks and dashes is taken away."""
+        assert typed(text) == text
+
+    def test_what_is_far_too_long_is_no_number(self):
+        """At most 256 characters are looked at; longer text comes back empty."""
+        assert typed(" " * 255 + "1") == "1"
+        assert typed("1" * 256) == "1" * 256
+        assert typed(" " * 256 + "1") == ""
+        assert typed("1" * 1_000_000) == ""
+
+
+class TestKeyring:
+    def test_takes_one_key_or_several(self):
+        """A key is bytes of any kind, at least 32; of several the first mints."""
+        one = Keyring(OLD)
+        several: list[Any] = [[OLD], (OLD,), bytearray(OLD), memoryview(OLD), [bytearray(OLD)]]
+        for keys in several:
+            assert Keyring(keys).minting == one.minting
+        assert Keyring([NEW, OLD]).minting == Keyring(NEW).minting != one.minting
+        assert Keyring([OLD, NEW]).minting == one.minting
+
+    @pytest.mark.parametrize(
+        ("keys", "reason"),
+        [
+            ([], "there must be at least one key"),
+            ((), "there must be at least one key"),
+            (b"x" * 31, "must have at least 32 bytes"),
+            (b"", "must have at least 32 bytes"),
+            ([OLD, b"x" * 31], "must have at least 32 bytes"),
+            (["x" * 32], "must be bytes, not str"),
+            ("x" * 32, "must be bytes, not str"),
+            ([OLD, None], "must be bytes, not NoneType"),
+            ([OLD, 32], "must be bytes, not int"),
+        ],
+    )
+    def test_refuses_what_is_no_key(self, keys, reason):
+        """No key, a short one, or one that is not bytes is refused at construction."""
+        with pytest.raises(InvalidValue) as raised:
+            Keyring(keys)
+        assert (raised.value.name, raised.value.reason) == ("key", reason)
+
+    def test_counts_bytes_whatever_the_view(self):
+        """A view of wide items is as long as its bytes."""
+        wide, short = (memoryview(bytes(size)).cast("I") for size in (32, 28))
+        assert Keyring(cast(bytes, wide)).minting == Keyring(bytes(32)).minting
+        with pytest.raises(InvalidValue):
+            Keyring(cast(bytes, short))
+
+    def test_a_key_changed_afterwards_is_not_this_rings(self):
+        """The ring keeps a copy: a caller may wipe its own."""
+        key = bytearray(OLD)
+        ring = Keyring(cast(bytes, key))
+        digest = ring.digest(ring.minting, "1", SUBJECT)
+        key[:] = bytes(32)
+        assert ring.digest(ring.minting, "1", SUBJECT) == digest
+
+    def test_the_first_mints_and_all_verify(self):
+        """A number minted under an older key is still verified, and under no other key."""
+        old, both = Keyring(OLD), Keyring([NEW, OLD])
+        digest = old.digest(old.minting, "4920177340", SUBJECT)
+        assert old.minting in both
+        assert both.minting not in old
+        assert both.matches(old.minting, digest, "49201-77340", SUBJECT)
+        assert not both.matches(both.minting, digest, "49201-77340", SUBJECT)
+
+    def test_an_unknown_key_is_an_error(self):
+        """What was made under a withdrawn key can be told from a wrong guess."""
+        ring, gone = Keyring(NEW), Keyring(OLD)
+        assert gone.minting not in ring
+        for call in (
+            lambda: ring.digest(gone.minting, "1", SUBJECT),
+            lambda: ring.matches(gone.minting, bytes(32), "1", SUBJECT),
+        ):
+            with pytest.raises(KeyError):
+                call()
+
+    @pytest.mark.parametrize("other", [b"", b"x", "text", None, 1])
+    def test_nothing_else_is_in_it(self, other):
+        """Anything may be asked for; only key ids are in."""
+        assert other not in Keyring(OLD)
+
+    def test_a_key_id_tells_nothing_of_the_key(self):
+        """The id is 8 bytes of a digest, stable from run to run: stores keep it."""
+        expected = hmac.new(OLD, b"\0\0\0\0\0\0\0\x0eipguard key id", "sha256").digest()[:8]
+        assert Keyring(OLD).minting == expected
+        assert len(expected) == 8
+
+    def test_shows_no_key(self):
+        """Neither repr nor str show a key or its id."""
+        ring = Keyring([NEW, OLD])
+        assert repr(ring) == str(ring) == "<Keyring of 2>"
+
+
+class TestDigest:
+    def test_is_an_hmac_over_fields_with_their_lengths(self):
+        """The format is fixed, because it is stored: number first, each field after its length."""
+        ring = Keyring(OLD)
+        message = b"".join(
+            len(field).to_bytes(8, "big") + field
+            for field in (b"4920177340", "jsm\u00eft".encode(), b"", b"add")
+        )
+        expected = hmac.new(OLD, message, "sha256").digest()
+        assert ring.digest(ring.minting, "4920177340", iter(["jsm\u00eft", "", "add"])) == expected
+
+    @given(numbers, subjects, numbers, subjects)
+    def test_differs_with_what_is_confirmed(self, number, subject, other, another):
+        """Another number, or any other subject, has another digest."""
+        ring = Keyring(OLD)
+        same = ring.digest(ring.minting, number, subject) == ring.digest(
+            ring.minting, other, another
+        )
+        assert same == ((number, subject) == (other, another))
+
+    @given(numbers, subjects, st.data())
+    def test_differs_when_a_field_changes(self, number, subject, data):
+        """A change of any one field voids the number."""
+        at = data.draw(st.integers(0, len(subject) - 1))
+        changed = list(subject)
+        changed[at] = data.draw(st.text(max_size=12))
+        assume(changed[at] != subject[at])
+        self._void(number, subject, changed)
+
+    @given(numbers, subjects, st.data())
+    def test_differs_when_text_moves_between_fields(self, number, subject, data):
+        """Fields cannot run into one another: `ab`, `c` is not `a`, `bc`."""
+        at = data.draw(st.integers(0, len(subject) - 1))
+        fields = [number, *subject]
+        assume(fields[at])
+        fields[at], fields[at + 1] = fields[at][:-1], fields[at][-1] + fields[at + 1]
+        ring = Keyring(OLD)
+        kept = ring.digest(ring.minting, number, subject)
+        assert ring.digest(ring.minting, fields[0], fields[1:]) != kept
+
+    @given(numbers, subjects)
+    def test_differs_when_a_field_is_added_or_left_out(self, number, subject):
+        """Empty fields count as well."""
+        self._void(number, subject, [*subject, ""])
+        self._void(number, subject, ["", *subject])
+        self._void(number, subject, subject[1:])
+        self._void(number, subject, subject[:-1])
+
+    @given(numbers, subjects)
+    def test_differs_under_each_key(self, number, subject):
+        """The digests of two keys have nothing in common."""
+        ring = Keyring([NEW, OLD])
+        first, second = ring.minting, Keyring(OLD).minting
+        assert ring.digest(first, number, subject) != ring.digest(second, number, subject)
+
+    def _void(self, number, subject, changed) -> None:
+        ring = Keyring(OLD)
+        kept = ring.digest(ring.minting, number, subject)
+        assert len(kept) == 32
+        assert ring.matches(ring.minting, kept, number, subject)
+        assert not ring.matches(ring.minting, kept, number, changed)
+
+
+class TestMatches:
+    @given(st.text())
+    def test_any_guess_is_right_or_wrong(self, text):
+        """Whatever was typed is compared, lone surrogates and all the world's digits included."""
+        ring = Keyring(OLD)
+        digest = ring.digest(ring.minting, "4920177340", SUBJECT)
+        right = typed(text) == "4920177340"
+        assert ring.matches(ring.minting, digest, text, SUBJECT) is right
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "4920177341",
+            "492017734",
+            "49201773400",
+            "04920177340",
+            "٤٩٢٠١٧٧٣٤٠",
+            "\uff14920177340",
+            "4920177340\x00",
+            "\ud800",
+            "4920177340" * 1000,
+        ],
+    )
+    def test_wrong_guesses(self, text):
+        """Digits of other scripts are no digits of this number; what is close is wrong."""
+        ring = Keyring(OLD)
+        digest = ring.digest(ring.minting, "4920177340", SUBJECT)
+        assert not ring.matches(ring.minting, digest, text, SUBJECT)
+        assert ring.matches(ring.minting, digest, " 49201-77340", SUBJECT)
+
+    def test_a_surrogate_in_the_subject_is_no_error(self):
+        """A stored subject that cannot be encoded plainly still has a digest."""
+        ring = Keyring(OLD)
+        assert len(ring.digest(ring.minting, "1", ["\udcff"])) == 32
+
+    def test_takes_the_same_time_for_all(self, monkeypatch):
+        """The comparison is the one whose time does not depend on what differs."""
+        compared = []
+
+        def compare_digest(left: bytes, right: bytes) -> bool:
+            compared.append((left, right))
+            return True
+
+        monkeypatch.setattr(hmac, "compare_digest", compare_digest)
+        ring = Keyring(OLD)
+        kept = bytes(32)
+        assert ring.matches(ring.minting, kept, "1-2", SUBJECT)
+        assert compared == [(kept, ring.digest(ring.minting, "12", SUBJECT))]
