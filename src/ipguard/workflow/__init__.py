@@ -121,7 +121,7 @@ class Workflow(Operators):
             wanted = attrs.evolve(wanted, created_at=tx.now)
             user = _steps.registered_user(tx, actor, wanted.username)
             left, _ = _steps.with_added(tx, self.settings, wanted)
-            _steps.check_not_pending(tx, user.username, wanted.addresses, RequestKind.ADD)
+            _steps.check_not_pending(tx, user.username, wanted.addresses)
             _steps.check_lockout(tx, actor, user.username, left, allowed=allow_lockout)
             asked = self._ask(tx, actor, user, RequestKind.ADD, wanted)
         return self._deliver(actor, *asked)
@@ -373,7 +373,7 @@ class Workflow(Operators):
     def _ask_to_delete(
         self, tx: Transaction, actor: Actor, user: User, restriction: Restriction, reason: str
     ) -> Asked:
-        _steps.check_not_pending(tx, user.username, restriction.addresses, RequestKind.DELETE)
+        _steps.check_not_pending(tx, user.username, restriction.addresses, restriction.id)
         return self._ask(tx, actor, user, RequestKind.DELETE, restriction, reason)
 
     def _needs_number(self, tx: Transaction, username: str) -> bool:

@@ -113,12 +113,12 @@ def check_pace(tx: Transaction, actor: Actor, settings: WorkflowSettings) -> Non
 
 
 def check_not_pending(
-    tx: Transaction, username: str, addresses: AddressRange, kind: RequestKind
+    tx: Transaction, username: str, addresses: AddressRange, deletes: str | None = None
 ) -> None:
-    """Refuse to ask for what somebody has already asked for."""
+    """Refuse to ask for what somebody has already asked for: to add addresses, or to delete."""
     for pending in tx.pending_requests(username):
         live = rules.state_at(pending, tx.now) is RequestState.PENDING
-        if live and pending.kind is kind and pending.addresses == addresses:
+        if live and pending.addresses == addresses and pending.restriction_id == deletes:
             raise DuplicateRestriction(username, str(addresses))
 
 
@@ -170,7 +170,7 @@ def add(
     left, replaced = with_added(tx, settings, new)
     check_lockout(tx, actor, new.username, left, allowed=allow_lockout)
     if replaced is not None:
-        tx.remove_restriction(replaced.id)
+        _take_away(tx, replaced)
     tx.add_restriction(new)
     change = append(
         tx,
@@ -198,13 +198,8 @@ def remove(
     action: Action,
     **particulars: object,
 ) -> tuple[Applied, Change]:
-    """End a restriction, and the requests to delete it."""
-    tx.remove_restriction(restriction.id)
-    for pending in tx.pending_requests(user.username):
-        if pending.restriction_id == restriction.id:
-            cancelled = tx.request(pending.id)
-            if cancelled is not None and rules.state_at(pending, tx.now) is RequestState.PENDING:
-                tx.save_request(advance(cancelled, rules.Step.CANCEL, tx.now))
+    """End a restriction."""
+    _take_away(tx, restriction)
     left = tx.restrictions(user.username)
     change = append(
         tx,
@@ -225,6 +220,15 @@ def remove(
         Applied(revision=change.revision, restriction=restriction, unrestricted=not left),
         change,
     )
+
+
+def _take_away(tx: Transaction, restriction: Restriction) -> None:
+    """Remove a restriction, and cancel the requests to delete it."""
+    tx.remove_restriction(restriction.id)
+    for pending in tx.pending_requests(restriction.username):
+        stored = tx.request(pending.id) if pending.restriction_id == restriction.id else None
+        if stored is not None and rules.state_at(pending, tx.now) is RequestState.PENDING:
+            tx.save_request(advance(stored, rules.Step.CANCEL, tx.now))
 
 
 def append(
