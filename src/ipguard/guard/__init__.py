@@ -302,9 +302,7 @@ class Guard:
         if now >= until + self._outage_grace:
             return self._denied(Reason.STORE_UNAVAILABLE)
         # Another thread may have renewed the lease meanwhile: then the answer is as good as any.
-        return attrs.evolve(
-            decision, revision=max(decision.revision, revision), stale=now >= until
-        )
+        return attrs.evolve(decision, revision=max(decision.revision, revision), stale=now >= until)
 
     def _denied(self, reason: Reason) -> Decision:
         return Decision(allowed=False, reason=reason, revision=self._lease.revision)
