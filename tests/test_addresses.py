@@ -26,7 +26,7 @@ from ipguard.addresses import (
     parse_address,
     typed,
 )
-from ipguard.errors import AddressError, IPGuardError
+from ipguard.errors import AddressError, IPGuardError, shortened
 
 parse = AddressRange.parse
 
@@ -266,6 +266,7 @@ REFUSED = [
     ("::1-9", "the end of a range is a whole address", None),
     ("1.2.3.4-3.9", NUMBERS, None),
     ("1.2.3-1.2.3.9", NUMBERS, None),
+    ("1.2.3-1.2.3.4-1.2.3.5", NUMBERS, None),
     ("1.2.3.4-", NEITHER, None),
     ("-1.2.3.4", NEITHER, None),
     ("-", NEITHER, None),
@@ -286,6 +287,9 @@ REFUSED = [
     ("1.*.3.*", NEITHER, None),
     ("*", NEITHER, None),
     ("1.2.3.*-1.2.4.*", "a wildcard is not read", None),
+    ("1.2.3.4-1.2.3.*", "a wildcard is not read", None),
+    ("1.2.3.*/24", "a wildcard is not read", None),
+    ("[::]/64", PORT, None),
     ("example.com", NEITHER, None),
     ("1.2.3.4,1.2.3.5", NEITHER, None),
     (":", NEITHER, None),
@@ -355,6 +359,7 @@ def test_where_no_login_comes_from_is_fine_as_an_address(text):
 def test_only_text_is_an_address(thing):
     """Numbers, booleans, bytes and other things are refused, and are in nothing."""
     assert refusal(thing).reason == "it is not text"
+    assert refusal(thing).text == f"{type(thing).__name__} object"
     for read in (parse_address, typed):
         with pytest.raises(AddressError, match="it is not text"):
             read(thing)
@@ -610,6 +615,7 @@ def test_a_client_address_is_one_address(text, reason, hint):
         parse_address(text)
     assert caught.value.reason.startswith(reason)
     assert caught.value.hint == hint
+    assert caught.value.text == ascii(text)
 
 
 def lenient_inet_pton(family, text):
@@ -643,39 +649,48 @@ def test_strict_on_a_lenient_platform(text, monkeypatch):
 MAPPED = 0xFFFF << 32
 
 
+NO_VERSION = "the version is 4 or 6"
+NO_INTEGER = "the ends of a range are integers"
+NO_ORDER = "the ends of a range are in order and within its version"
+SPLIT = "it holds a part of ::ffff:0:0/96, whose addresses are IPv4"
+
+
 @pytest.mark.parametrize(
-    ("version", "first", "last"),
+    ("version", "first", "last", "reason"),
     [
-        (5, 0, 0),
-        (0, 0, 0),
-        (True, 0, 0),
-        (4.0, 0, 0),
-        ("4", 0, 0),
-        (None, 0, 0),
-        ([], 0, 0),
-        (4, -1, 0),
-        (4, 1, 0),
-        (4, 0, 2**32),
-        (6, 0, 2**128),
-        (4, 0, True),
-        (4, False, 1),
-        (4, 0.0, 1),
-        (4, 0, 1.0),
-        (4, "0", "1"),
-        (4, None, None),
-        (6, MAPPED, MAPPED),
-        (6, MAPPED, MAPPED + 2**32 - 1),
-        (6, MAPPED + 5, MAPPED + 9),
-        (6, MAPPED - 1, MAPPED),
-        (6, 0, MAPPED + 2**32 - 2),
-        (6, MAPPED + 1, MAPPED + 2**32),
-        (6, MAPPED + 2**32 - 1, MAPPED + 2**32),
+        (5, 0, 0, NO_VERSION),
+        (0, 0, 0, NO_VERSION),
+        (True, 0, 0, NO_VERSION),
+        (4.0, 0, 0, NO_VERSION),
+        ("4", 0, 0, NO_VERSION),
+        (None, 0, 0, NO_VERSION),
+        ([], 0, 0, NO_VERSION),
+        (4, 0, True, NO_INTEGER),
+        (4, False, 1, NO_INTEGER),
+        (4, 0.0, 1, NO_INTEGER),
+        (4, 0, 1.0, NO_INTEGER),
+        (4, "0", "1", NO_INTEGER),
+        (4, None, None, NO_INTEGER),
+        (4, -1, 0, NO_ORDER),
+        (4, 1, 0, NO_ORDER),
+        (4, 0, 2**32, NO_ORDER),
+        (6, 0, 2**128, NO_ORDER),
+        (6, MAPPED, MAPPED, SPLIT),
+        (6, MAPPED, MAPPED + 2**32 - 1, SPLIT),
+        (6, MAPPED + 5, MAPPED + 9, SPLIT),
+        (6, MAPPED - 1, MAPPED, SPLIT),
+        (6, 0, MAPPED + 2**32 - 2, SPLIT),
+        (6, MAPPED + 1, MAPPED + 2**32, SPLIT),
+        (6, MAPPED + 2**32 - 1, MAPPED + 2**32, SPLIT),
     ],
 )
-def test_no_range(version, first, last):
+def test_no_range(version, first, last, reason):
     """Values that make no range, or cut the IPv4-mapped block, are refused at construction."""
-    with pytest.raises(AddressError):
+    with pytest.raises(AddressError) as caught:
         AddressRange(version=version, first=first, last=last)
+    assert caught.value.reason == reason
+    culprit = version if reason == NO_VERSION else first
+    assert caught.value.text == shortened(culprit)
 
 
 @pytest.mark.parametrize(
@@ -702,30 +717,38 @@ def test_the_edges_of_ranges(version, first, last):
         assert parse(str(made)) == made
 
 
+NO_PAIR = "packed ends are bytes, and of one length"
+NO_LENGTH = "packed ends are 4 or 16 bytes long"
+
+
 @pytest.mark.parametrize(
-    ("first", "last"),
+    ("first", "last", "reason"),
     [
-        (b"", b""),
-        (b"\1", b"\1"),
-        (b"\1\2\3", b"\1\2\3"),
-        (b"\1\2\3\4\5", b"\1\2\3\4\5"),
-        (b"\0" * 17, b"\0" * 17),
-        (b"\1\2\3\4", b"\1\2\3\3"),
-        (b"\1\2\3\4", b"\1" * 16),
-        (b"\1" * 16, b"\1\2\3\4"),
-        (b"\0" * 10 + b"\xff\xff\1\2\3\4", b"\0" * 10 + b"\xff\xff\1\2\3\4"),
-        ("1234", "1234"),
-        (b"1234", "1234"),
-        ("1234", b"1234"),
-        (None, None),
-        (bytearray(4), bytearray(4)),
-        (0, 1),
+        (b"", b"", NO_LENGTH),
+        (b"\1", b"\1", NO_LENGTH),
+        (b"\1\2\3", b"\1\2\3", NO_LENGTH),
+        (b"\1\2\3\4\5", b"\1\2\3\4\5", NO_LENGTH),
+        (b"\1" * 6, b"\1" * 6, NO_LENGTH),
+        (b"\0" * 17, b"\0" * 17, NO_LENGTH),
+        (b"\1\2\3\4", b"\1\2\3\3", NO_ORDER),
+        (b"\1\2\3\4", b"\1" * 16, NO_PAIR),
+        (b"\1" * 16, b"\1\2\3\4", NO_PAIR),
+        (b"\0" * 10 + b"\xff\xff\1\2\3\4", b"\0" * 10 + b"\xff\xff\1\2\3\4", SPLIT),
+        ("1234", "1234", NO_PAIR),
+        (b"1234", "1234", NO_PAIR),
+        ("1234", b"1234", NO_PAIR),
+        (None, None, NO_PAIR),
+        (bytearray(4), bytearray(4), NO_PAIR),
+        (0, 1, NO_PAIR),
     ],
 )
-def test_corrupt_packed_bytes(first, last):
+def test_corrupt_packed_bytes(first, last, reason):
     """Bytes that make no range are refused: wrong length, wrong order, wrong type, IPv4-mapped."""
-    with pytest.raises(AddressError):
+    with pytest.raises(AddressError) as caught:
         AddressRange.from_packed(first, last)
+    assert caught.value.reason == reason
+    if reason in (NO_PAIR, NO_LENGTH):
+        assert caught.value.text == shortened(first)
 
 
 def test_packed_is_network_byte_order():
@@ -891,10 +914,10 @@ def nearby(dice: random.Random, ends: Ends) -> ipaddress.IPv4Address | ipaddress
 
 @given(st.integers(0, 2**64))
 def test_agrees_with_the_standard_library(seed):
-    """A hundred pairs of ranges and addresses: the same are inside as by Python's `ipaddress`."""
+    """A hundred pairs (range, address) and more: the same are inside as by Python's `ipaddress`."""
     dice = random.Random(seed)
     ranges, held = [], []
-    for text, ends, network in (written_addresses(dice) for _ in range(10)):
+    for text, ends, network in (written_addresses(dice) for _ in range(12)):
         found = attempt(parse, text)
         if isinstance(found, AddressRange):
             ranges.append(found)

@@ -144,6 +144,7 @@ def test_only_text_is_a_username(thing):
     error = attempt(thing)
     assert isinstance(error, UsernameError)
     assert error.reason == "it is not text"
+    assert error.text == f"{type(thing).__name__} object"
 
 
 class Hostile(str):
@@ -200,6 +201,7 @@ def test_a_form_that_does_not_settle_is_refused(monkeypatch):
     error = attempt("J\u00d6RG")
     assert isinstance(error, UsernameError)
     assert error.reason == "it has no canonical form"
+    assert error.text == ascii("J\u00d6RG")
     assert canonical_username("j\u00f6rg") == "j\u00f6rg"
 
 
