@@ -1,0 +1,950 @@
+"""Mail: what arrives at a real server, in what time, and what never leaves the process."""
+
+import base64
+import io
+import logging
+import pickle
+import re
+import smtplib
+import socket
+import ssl
+import threading
+import time
+from datetime import UTC, datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipguard.addresses import AddressRange
+from ipguard.errors import DeliveryError, InvalidValue, IPGuardError
+from ipguard.mail import ConsoleNotifier, EmailNotifier
+from ipguard.mail._letters import Letter, notices, number_letter
+from ipguard.mail._session import Session, _literal
+from ipguard.model import Action, Actor, Change, PendingRequest, RequestKind, RequestState, User
+from ipguard.notify import Notifier
+from tests.smtp_server import BadServer, Mail, MailServer
+
+NUMBER = "49201-77340"
+SENDER = "no-reply@bank.example"
+NOW = datetime(2026, 11, 21, 13, 55, 2, tzinfo=UTC)
+AGES = 60.0  # only ever reached where a bound does not hold
+
+ALICE = Actor(
+    username="alice", email="alice@example.com", manages=Actor.EVERY_ACCOUNT, address="198.51.100.4"
+)
+JSMITH = User(
+    username="jsmith", full_name="John Smith", account_id="U1", email="jsmith@example.net"
+)
+REQUEST = PendingRequest(
+    id="r1",
+    username="jsmith",
+    kind=RequestKind.ADD,
+    addresses=AddressRange.parse("203.0.113.7"),
+    label="head office",
+    requested_by="alice",
+    requested_at=NOW,
+    expires_at=NOW + timedelta(hours=24),
+    number_expires_at=NOW + timedelta(minutes=10),
+    attempts_left=5,
+    state=RequestState.PENDING,
+)
+CHANGE = Change(
+    revision=7,
+    at=NOW,
+    actor="alice",
+    actor_address="198.51.100.4",
+    action=Action.CONFIRM,
+    username="jsmith",
+    detail='addresses=203.0.113.7 label="head office" restriction=ab12',
+)
+
+
+def notifier(server, **settings) -> EmailNotifier:
+    settings = {"sender": SENDER, "tls": getattr(server, "client_tls", None), **settings}
+    url = settings.pop("url", None) or server.url
+    return EmailNotifier(url, **settings)
+
+
+def bad_url(server: BadServer, scheme="smtp") -> str:
+    return f"{scheme}://{server.host}:{server.port}"
+
+
+class Page(HTMLParser):
+    """What a mail client shows of the HTML part."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.cells: dict[str, str] = {}
+        self.shown = ""
+        self._in = ""
+        self._name = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self._in = tag
+        self.tags.add(tag)
+        self.attributes.update(name for name, _ in attrs)
+        if tag == "th":
+            self._name = ""
+        if tag == "td":
+            self.cells[self._name] = ""
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        self.shown += data
+        if self._in == "th":
+            self._name += data
+        if self._in == "td":
+            self.cells[self._name] += data
+
+
+def text_facts(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^  (\w.*?): +(.*)$", text, re.MULTILINE))
+
+
+def html_facts(mail: Mail | str) -> dict[str, str]:
+    return Page(mail if isinstance(mail, str) else mail.part("html")).cells
+
+
+def delivery_error(send) -> DeliveryError:
+    """Expect a delivery to fail, and within bounds that are far above any that was set."""
+    began = time.monotonic()
+    with pytest.raises(DeliveryError) as caught:
+        send()
+    assert time.monotonic() - began < AGES / 2
+    return caught.value
+
+
+# ------------------------------------------------------------------ the mail with the number
+
+
+@pytest.mark.parametrize("security", ["plain", "starttls", "tls"])
+@pytest.mark.parametrize("login", [None, ("bank", "p:a/s@s %41?#")])
+def test_number_arrives(security, login):
+    """Over each kind of connection, with a login and without, the mail arrives as it was meant."""
+    with MailServer(security, login=login) as server:
+        notifier(server).number_issued(REQUEST, NUMBER, ALICE)
+        (mail,) = server.wait_for(1)
+    assert (mail.sender, mail.recipients) == (SENDER, ("alice@example.com",))
+    assert mail.encrypted is (security != "plain")
+    assert mail.user == (login and login[0])
+    message = mail.message
+    assert message["To"] == "alice@example.com"
+    assert message["From"] == SENDER
+    assert message["Subject"] == "Confirmation number to add login addresses"
+    assert message["Auto-Submitted"] == "auto-generated"
+    assert message["Message-ID"].endswith("@bank.example>")
+    sent = parsedate_to_datetime(message["Date"])
+    assert abs(datetime.now(UTC) - sent) < timedelta(minutes=5)
+    assert message.get_content_type() == "multipart/alternative"
+    assert [part.get_content_type() for part in message.iter_parts()] == ["text/plain", "text/html"]
+    assert not message.defects
+    assert not any(part.defects for part in message.walk())
+
+
+def test_number_mail_shows_what_is_confirmed():
+    """Both parts show the number and every particular of the change, and warn not to pass it on."""
+    with MailServer() as server:
+        notifier(server, product="Example Trading").number_issued(REQUEST, NUMBER, ALICE)
+        (mail,) = server.wait_for(1)
+    text, page = mail.part("plain"), Page(mail.part("html"))
+    assert f"\n    {NUMBER}\n" in text
+    assert NUMBER in page.shown
+    facts = {
+        "Change": "add these addresses",
+        "User": "jsmith",
+        "Addresses": "203.0.113.7",
+        "Label": "head office",
+        "Asked for by": "alice",
+        "From address": "198.51.100.4",
+        "Asked for at": "2026-11-21 13:55:02 UTC",
+        "Number valid until": "2026-11-21 14:05:02 UTC",
+    }
+    assert text_facts(text) == facts
+    assert page.cells == facts
+    for shown in (" ".join(text.split()), " ".join(page.shown.split())):
+        assert "You asked Example Trading to change" in shown
+        assert "type this number in on the page where you asked for it" in shown
+        assert "Nobody who works for Example Trading will ever ask you for it" in shown
+        assert "Do not pass it on" in shown
+        assert "If you did not ask for this change" in shown
+        assert "tell your administrator at once" in shown
+
+
+def test_number_mail_of_a_deletion():
+    """A deletion says so, a range says how many, and what is not known is said or left out."""
+    request = attrs.evolve(
+        REQUEST,
+        kind=RequestKind.DELETE,
+        addresses=AddressRange.parse("2001:db8::/64"),
+        label="",
+        reason="left the firm",
+        restriction_expires_at=NOW.astimezone(timezone(timedelta(hours=2))) + timedelta(days=1),
+    )
+    request = attrs.evolve(request, restriction_expires_at=NOW + timedelta(days=1))
+    letter = number_letter(request, NUMBER, attrs.evolve(ALICE, address=None), "the bank")
+    assert letter.subject == "Confirmation number to delete login addresses"
+    facts = dict(letter.facts)
+    assert facts["Change"] == "delete these addresses"
+    assert facts["Addresses"] == "2001:db8::/64 (18,446,744,073,709,551,616 addresses)"
+    assert facts["Reason"] == "left the firm"
+    assert facts["Temporary, until"] == "2026-11-22 13:55:02 UTC"
+    assert facts["From address"] == "not known"
+    assert "Label" not in facts
+
+
+def test_number_is_not_in_any_header():
+    """The number is in the body alone: subjects are shown on locked screens and kept in logs."""
+    with MailServer() as server:
+        notifier(server).number_issued(REQUEST, NUMBER, ALICE)
+        (mail,) = server.wait_for(1)
+    head = mail.raw.partition(b"\r\n\r\n")[0].decode()
+    assert NUMBER not in head
+    assert NUMBER.replace("-", "") not in head
+
+
+def assert_no_links(html: str, text: str) -> None:
+    page = Page(html)
+    assert page.tags <= {"html", "head", "meta", "title", "body", "p", "table", "tr", "th", "td"}
+    assert page.attributes <= {"lang", "charset", "style", "align", "cellpadding"}
+    assert "url(" not in html
+    for part in (html, text):
+        assert "://" not in part
+        assert "www." not in part
+
+
+def test_mails_hold_no_links():
+    """No part of a mail is a link, and what people wrote cannot become one."""
+    hostile = "http://evil.example/x and www.evil.example, HTTPS://a.b"
+    request = attrs.evolve(REQUEST, label=hostile, reason=hostile)
+    letter = number_letter(request, NUMBER, ALICE, "the bank")
+    assert_no_links(letter.html(), letter.text())
+    assert dict(letter.facts)["Label"].startswith("http[:]//evil[.]example/x and www[.]evil[.]")
+    user = attrs.evolve(JSMITH, full_name=hostile)
+    change = attrs.evolve(CHANGE, detail=f'label="{hostile}" reason="{hostile}"')
+    for notice in notices(change, ALICE, user, "the bank"):
+        assert_no_links(notice.html(), notice.text())
+
+
+def test_names_and_numbers_stay_as_they_are():
+    """A dot or a slash that makes no link is not touched."""
+    letter = number_letter(attrs.evolve(REQUEST, label="Dr. K, 3.5/7 a/b"), NUMBER, ALICE, "x")
+    assert dict(letter.facts)["Label"] == "Dr. K, 3.5/7 a/b"
+
+
+# ------------------------------------------------------------------ what comes from outside
+
+HOSTILE = [
+    "x\r\nBcc: thief@example.com",
+    "x\nBcc: thief@example.com\n\nanother body",
+    "=?utf-8?q?a=0d=0aBcc:_thief@example.com?=",
+    "=?utf-8?b?YQ0KQmNjOiB0aGllZkBleGFtcGxlLmNvbQ==?=",
+    "<b>bold</b> & \"quoted\" 'text' </td></table>",
+    "Zürich 東京 🏢 e\u0301",
+    "\u202eevil\u2066 \u0085 \u2028 \x00 \x1b[31m",
+    ".\r\n.\r\nMAIL FROM:<x@y>",
+    "  Number valid until: 2099-01-01 00:00:00 UTC",
+    "y" * 100_000,
+    "ü " * 5_000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_text_from_outside_stays_in_its_place(text):
+    """Whatever a label holds, though the model was got around, it is one fact of the body."""
+    request = attrs.evolve(REQUEST, label=text, reason=text, username="jsmith")
+    with MailServer() as server:
+        notifier(server).number_issued(request, NUMBER, ALICE)
+        (mail,) = server.wait_for(1)
+    assert mail.recipients == ("alice@example.com",)
+    assert {name.lower() for name in mail.message} == {
+        "from", "to", "subject", "date", "message-id", "mime-version", "content-type",
+        "auto-submitted", "x-auto-response-suppress",
+    }  # fmt: skip
+    assert mail.message["Subject"] == "Confirmation number to add login addresses"
+    shown = text_facts(mail.part("plain"))
+    assert list(shown) == [name for name, _ in number_letter(request, "", ALICE, "x").facts]
+    assert html_facts(mail) == shown
+    assert len(shown["Label"]) <= 601
+    assert all(len(line) <= 998 for line in mail.raw.split(b"\r\n"))
+
+
+@given(st.text(max_size=700))
+def test_any_text_is_one_printable_line(text):
+    """Any text at all comes out as one printable line, the same in both parts."""
+    change = attrs.evolve(CHANGE, actor=text or "x", username=text or None, detail=text)
+    for letter in notices(change, ALICE, None, "the bank"):
+        lines = letter.text().split("\n")
+        assert all(line.isprintable() for line in lines)
+        values = list(html_facts(letter.html()).values())
+        assert values == [value for _, value in letter.facts]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "=?utf-8?q?a=0aBcc:thief=40example.com?=@example.com",  # decoded when the header is read
+        "a:b@example.com",  # a group: the mail would go to b@example.com
+        "a@b@example.com",
+        "@example.com",
+    ],
+)
+def test_address_with_two_readings_gets_no_mail(address):
+    """An address that the model accepts but mail software reads in two ways is refused unsent."""
+    actor: Any = SimpleNamespace(username="a", email=address, address=None)
+    with MailServer() as server:
+        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, actor))
+        assert server.connections == 0
+    assert "address" in error.reason
+
+
+def test_address_beyond_ascii_goes_out_with_smtputf8():
+    """A recipient beyond ASCII gets the mail where the server can, and else it is an error."""
+    actor = attrs.evolve(ALICE, email="jürgen@exämple.de")
+    with MailServer() as server:
+        notifier(server).number_issued(REQUEST, NUMBER, actor)
+        (mail,) = server.wait_for(1)
+    assert mail.recipients == ("jürgen@exämple.de",)
+    assert mail.message["To"] == "jürgen@exämple.de"
+    with MailServer(utf8=False) as server:
+        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, actor))
+    assert "SMTPUTF8" in error.reason
+
+
+# ------------------------------------------------------------------ notices
+
+
+def test_notice_goes_to_both_apart():
+    """The actor and the user get a mail each, and neither shows the other's address."""
+    with MailServer() as server:
+        notifier(server).change_applied(CHANGE, ALICE, JSMITH)
+        first, second = server.wait_for(2)
+        assert server.connections == 2
+    assert first.recipients == ("alice@example.com",)
+    assert second.recipients == ("jsmith@example.net",)
+    assert b"jsmith@" not in first.raw
+    assert b"alice@" not in second.raw
+    for mail in (first, second):
+        assert mail.message["Subject"] == "Login addresses were added"
+        facts = text_facts(mail.part("plain"))
+        assert facts == {
+            "User": "jsmith",
+            "Name": "John Smith",
+            "Addresses": "203.0.113.7",
+            "Label": "head office",
+            "Done by": "alice",
+            "From address": "198.51.100.4",
+            "Done at": "2026-11-21 13:55:02 UTC",
+        }
+        assert html_facts(mail) == facts
+        assert_no_links(mail.part("html"), mail.part("plain"))
+    assert "If it was not you" in first.part("plain")
+    assert "If you did not expect it" in second.part("plain")
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        None,
+        attrs.evolve(JSMITH, email=None),
+        attrs.evolve(JSMITH, email="alice@example.com"),
+        attrs.evolve(JSMITH, email="Alice@EXAMPLE.com"),
+    ],
+)
+def test_nobody_gets_a_notice_twice(user):
+    """Only the actor is told where there is no user with an address of its own."""
+    with MailServer() as server:
+        notifier(server).change_applied(CHANGE, ALICE, user)
+        assert [mail.recipients for mail in server.mails] == [("alice@example.com",)]
+
+
+def test_second_notice_goes_out_though_the_first_fails():
+    """A refused actor does not keep the user from being told; the failure is raised even so."""
+    with MailServer(refuse={"alice@example.com"}) as server:
+        error = delivery_error(lambda: notifier(server).change_applied(CHANGE, ALICE, JSMITH))
+        (mail,) = server.mails
+    assert mail.recipients == ("jsmith@example.net",)
+    assert error.reason.count("refused") == 1
+    assert isinstance(error.__cause__, smtplib.SMTPRecipientsRefused)
+
+
+def test_failures_of_both_notices_are_one_error():
+    """Where both mails fail, one error tells of both."""
+    with MailServer(refuse={"alice@example.com", "jsmith@example.net"}) as server:
+        error = delivery_error(lambda: notifier(server).change_applied(CHANGE, ALICE, JSMITH))
+        assert server.connections == 2
+    assert error.reason.count("550 5.1.1") == 2
+
+
+@pytest.mark.parametrize(
+    ("action", "detail", "subject", "told"),
+    [
+        (Action.CONFIRM, "", "Login addresses were added", "From any address that is not among"),
+        (Action.CONFIRM, "kind=delete", "Login addresses were deleted", "Addresses were deleted"),
+        (Action.DELETE, "", "Login addresses were deleted", "Addresses were deleted"),
+        (Action.LIFT, "", "Login addresses were deleted", "Addresses were deleted"),
+        (Action.IMPOSE, "", "Login addresses were added", "Addresses were added to those"),
+        (Action.IMPOSE_MANY, "count=12", "Login addresses of many users were added", "many users"),
+        (Action.REMOVE_USERS, "", "A change was recorded", "in the bank: remove users."),
+    ],
+)
+def test_notice_says_what_was_done(action, detail, subject, told):
+    """Each kind of change has words of its own."""
+    change = attrs.evolve(CHANGE, action=action, detail=detail)
+    (letter,) = notices(change, ALICE, None, "the bank")
+    assert letter.subject == subject
+    assert told in letter.opening
+    assert dict(letter.facts).get("How many") == ("12" if detail == "count=12" else None)
+
+
+@pytest.mark.parametrize(
+    ("detail", "any_address", "no_address"),
+    [
+        ("addresses=203.0.113.7 unrestricted=true", True, False),
+        ("addresses=203.0.113.7 restricted_to_nothing=true", False, True),
+        ("addresses=203.0.113.7 unrestricted=false", False, False),
+        ('addresses=203.0.113.7 label="unrestricted=true"', False, False),
+        (r'label="a\" unrestricted=true \"" reason=x', False, False),
+    ],
+)
+def test_notice_says_when_a_user_is_left_open_or_shut_out(detail, any_address, no_address):
+    """The two ends that surprise people are said in words; a label cannot pretend to them."""
+    change = attrs.evolve(CHANGE, action=Action.DELETE, detail=detail)
+    (letter,) = notices(change, ALICE, None, "the bank")
+    for part in (" ".join(letter.text().split()), Page(letter.html()).shown):
+        assert ("can now log in from any address" in part) is any_address
+        assert ("can log in from no address" in part) is no_address
+
+
+def test_notice_reads_the_particulars():
+    """Quoted values, ranges and times are shown as people read them."""
+    detail = (
+        'addresses=203.0.113.0/29 label="a \\"b\\" = c" reason="moved, see 7" '
+        "expires_at=2026-12-01T00:00:00+01:00"
+    )
+    change = attrs.evolve(CHANGE, action=Action.IMPOSE, detail=detail, actor_address=None)
+    facts = dict(notices(change, ALICE, None, "the bank")[0].facts)
+    assert facts["Addresses"] == "203.0.113.0/29 (8 addresses)"
+    assert facts["Label"] == 'a "b" = c'
+    assert facts["Reason"] == "moved, see 7"
+    assert facts["Temporary, until"] == "2026-11-30 23:00:00 UTC"
+    assert facts["From address"] == "not known"
+
+
+def test_notice_shows_particulars_that_it_cannot_read():
+    """Values of another library's store are shown as they stand rather than lost."""
+    change = attrs.evolve(
+        CHANGE, actor=None, detail='addresses=somewhere expires_at=soon label="\\q"'
+    )
+    facts = dict(notices(change, ALICE, None, "the bank")[0].facts)
+    assert facts["Addresses"] == "somewhere"
+    assert facts["Temporary, until"] == "soon"
+    assert facts["Label"] == '"\\q"'
+    assert facts["Done by"] == "alice"
+
+
+# ------------------------------------------------------------------ failures
+
+
+def test_refused_recipient_is_an_error():
+    """A recipient that the server does not know is a failed delivery, chained to its cause."""
+    with MailServer(refuse={"alice@example.com"}) as server:
+        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
+    expected = "the recipient was refused: 550 5.1.1 <alice@example.com>: no such mailbox"
+    assert error.reason == expected
+    assert error.request_id == "r1"
+    assert isinstance(error.__cause__, smtplib.SMTPRecipientsRefused)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ({"MAIL": "553 5.1.8 sender not known"}, "the mail was refused: 553 5.1.8 sender"),
+        ({"RCPT": "421 4.3.2 closing"}, "the recipient was refused: 421 4.3.2 closing"),
+        (
+            {"DATA": "554 5.7.1 not\twanted " + "x" * 300},
+            "the mail was refused: 554 5.7.1 not wanted",
+        ),
+        ({"MAIL": "drop"}, "Connection unexpectedly closed"),
+        ({"RCPT": "drop"}, "Connection unexpectedly closed"),
+        ({"DATA": "drop"}, "Connection unexpectedly closed"),
+    ],
+)
+def test_server_that_refuses_or_hangs_up(trouble, reason):
+    """A refusal or a lost connection at any step before the end is a failed delivery."""
+    with MailServer(trouble=trouble) as server:
+        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
+        assert server.mails == ()
+    assert error.reason.startswith(reason)
+    assert len(error.reason) < 300
+    assert isinstance(error.__cause__, OSError)
+
+
+@pytest.mark.parametrize("trouble", [{"QUIT": "drop"}, {"QUIT": "hang"}, {"QUIT": "500 what?"}])
+def test_what_a_server_does_after_accepting_does_not_matter(trouble):
+    """Once the server has taken the mail it is sent, however the goodbye goes."""
+    with MailServer(trouble=trouble) as server:
+        notifier(server, timeout=0.2, deadline=AGES).number_issued(REQUEST, NUMBER, ALICE)
+        assert len(server.mails) == 1
+
+
+def test_wrong_login_is_an_error():
+    """A wrong password, or a server that offers no login, is a failed delivery."""
+    with MailServer("tls", login=("bank", "right")) as server:
+        url = server.url.replace("right", "wr0ng")
+        mailer = notifier(server, url=url)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        assert error.reason.startswith("the login was refused: 535 ")
+    with MailServer() as server:
+        url = f"smtp://bank:wr0ng@127.0.0.1:{server.port}"
+        mailer = notifier(server, url=url)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        assert error.reason == "No suitable authentication method found."
+
+
+def test_starttls_is_never_done_without():
+    """Where the server offers no STARTTLS, nothing is sent in the clear instead."""
+    with MailServer() as server:
+        mailer = notifier(server, url=f"smtp+starttls://127.0.0.1:{server.port}")
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        assert error.reason == "STARTTLS extension not supported by server."
+        assert server.mails == ()
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls"])
+def test_unknown_certificate_is_refused(security):
+    """Without the authority of its certificate, a server gets no mail and no password."""
+    with MailServer(security, login=("bank", "s3cret")) as server:
+        mailer = notifier(server, tls=None)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        assert server.mails == ()
+    assert error.reason.startswith("the server's certificate was not accepted: ")
+    assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
+
+
+def test_server_without_tls_is_an_error():
+    """TLS from the first byte with a server that has none is a failed delivery."""
+    with MailServer() as server:
+        mailer = notifier(server, url=f"smtps://127.0.0.1:{server.port}")
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.reason.startswith("no encrypted connection: ")
+
+
+def test_server_that_is_not_there():
+    """A closed port is a failed delivery that says so."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    mailer = EmailNotifier(f"smtp://127.0.0.1:{port}", sender=SENDER)
+    error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.reason == "the server cannot be reached: Connection refused"
+
+
+def test_name_that_is_not_known(monkeypatch):
+    """A host that does not resolve is a failed delivery, and so is one that cannot be looked up."""
+
+    def unknown(*_args, **_settings):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    mailer = EmailNotifier("smtp://a..b", sender=SENDER)
+    error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert isinstance(error.__cause__, UnicodeError)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    mailer = EmailNotifier("smtp://mail.bank.example", sender=SENDER)
+    error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.reason == "the server cannot be reached: Name or service not known"
+
+
+def test_every_address_of_a_host_is_tried(monkeypatch):
+    """Where the first of a host's addresses does not answer, the next one is asked."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        closed = listening.getsockname()
+    with MailServer() as server:
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+            for address in (closed, (server.host, server.port))
+        ]
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "getaddrinfo", lambda *_args, **_settings: found)
+            notifier(server).number_issued(REQUEST, NUMBER, ALICE)
+        assert len(server.mails) == 1
+
+
+# ------------------------------------------------------------------ time
+
+
+@pytest.mark.parametrize("scheme", ["smtp", "smtps"])
+@pytest.mark.parametrize("bound", ["timeout", "deadline"])
+def test_silent_server_is_given_up(scheme, bound):
+    """A server that accepts and says nothing is given up by either bound."""
+    bounds: Any = {"timeout": AGES, "deadline": AGES, bound: 0.2}
+    with BadServer("silent") as server:
+        mailer = EmailNotifier(bad_url(server, scheme), sender=SENDER, **bounds)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.reason == "the server did not answer in time"
+
+
+@pytest.mark.parametrize("bound", ["timeout", "deadline"])
+def test_stalled_handshake_is_given_up(bound):
+    """A server that stalls after it agreed to TLS is given up by either bound."""
+    bounds: Any = {"timeout": AGES, "deadline": AGES, bound: 0.5}
+    with BadServer("stall") as server:
+        mailer = EmailNotifier(bad_url(server, "smtp+starttls"), sender=SENDER, **bounds)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.reason == "the server did not answer in time"
+
+
+def test_dripping_server_is_given_up():
+    """A server that sends a byte now and then never exceeds the timeout, but the deadline."""
+    with BadServer("drip") as server:
+        mailer = EmailNotifier(bad_url(server), sender=SENDER, timeout=AGES, deadline=0.3)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.reason == "the server did not answer in time"
+
+
+def test_server_that_never_stops_talking_is_given_up():
+    """A greeting without end is given up for its size, long before any time has passed."""
+    with BadServer("flood") as server:
+        mailer = EmailNotifier(bad_url(server), sender=SENDER, timeout=AGES, deadline=AGES)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert "the server's replies do not end" in error.reason
+
+
+def test_server_that_hangs_up_at_once():
+    """A connection closed before the greeting is a failed delivery."""
+    with BadServer("drop") as server:
+        mailer = EmailNotifier(bad_url(server), sender=SENDER)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.__cause__ is not None
+
+
+@pytest.mark.parametrize("command", ["MAIL", "RCPT", "DATA"])
+@pytest.mark.parametrize("bound", ["timeout", "deadline"])
+def test_server_that_hangs_half_way_is_given_up(command, bound):
+    """A server that stops answering in the middle is given up by either bound."""
+    bounds: Any = {"timeout": AGES, "deadline": AGES, bound: 0.5}
+    with MailServer(trouble={command: "hang"}) as server:
+        mailer = notifier(server, **bounds)
+        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    assert error.reason == "the server did not answer in time"
+
+
+def test_deadline_is_counted_over_all_addresses(monkeypatch):
+    """Many addresses that do not answer share one deadline: none is tried once it has passed."""
+    clock = iter([0.0, 1.0, 7.0, 8.0])
+    tried = []
+    monkeypatch.setattr("ipguard.mail._session.monotonic", lambda: next(clock))
+
+    class Deaf(socket.socket):
+        def connect(self, address):
+            tried.append((address, self.gettimeout()))
+            raise TimeoutError("timed out")
+
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", n)) for n in (1, 2, 3)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_settings: found)
+    monkeypatch.setattr(socket, "socket", Deaf)
+    with pytest.raises(TimeoutError, match="deadline has passed"):
+        Session("mail.test", 25, helo=None, timeout=5, deadline=7.5, tls=None)
+    assert tried == [(("127.0.0.1", 1), 5), (("127.0.0.1", 2), 0.5)]
+
+
+def test_reply_in_time_counts_though_the_deadline_passes_then(monkeypatch):
+    """A reply read in time is a reply: the next step fails, not the one that was answered."""
+    late = threading.Event()
+    real = time.monotonic
+    monkeypatch.setattr(
+        "ipguard.mail._session.monotonic", lambda: real() + (1e6 if late.is_set() else 0)
+    )
+    with MailServer() as server:
+        session = Session(server.host, server.port, helo=None, timeout=9, deadline=9, tls=None)
+        getreply = smtplib.SMTP.getreply
+
+        def answered(self):
+            reply = getreply(self)
+            late.set()
+            return reply
+
+        with monkeypatch.context() as patch:
+            patch.setattr(smtplib.SMTP, "getreply", answered)
+            assert session.noop()[0] == 250
+        with pytest.raises(TimeoutError):
+            session.noop()
+        session.close()
+
+
+def test_closed_session_says_so():
+    """Using a session after its end is smtplib's own error."""
+    with MailServer() as server:
+        session = Session(server.host, server.port, helo=None, timeout=9, deadline=9, tls=None)
+        session.close()
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            session.noop()
+
+
+def test_many_threads_share_a_notifier():
+    """One notifier serves many threads at once."""
+    with MailServer("tls") as server:
+        mailer = notifier(server)
+        numbers = [f"{n:05}-00000" for n in range(8)]
+        threads = [
+            threading.Thread(target=mailer.number_issued, args=(REQUEST, number, ALICE))
+            for number in numbers
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        mails = server.wait_for(8)
+    found = [re.findall(r"^    ([\d-]{11})$", mail.part("plain"), re.MULTILINE) for mail in mails]
+    assert sorted(found) == [[number] for number in numbers]
+    assert len({mail.message["Message-ID"] for mail in mails}) == 8
+
+
+# ------------------------------------------------------------------ secrets
+
+PASSWORD = "s3cret-Pa55"
+
+
+def everything_about(error: BaseException | None) -> str:
+    """All that a log or an error tracker could show of an error."""
+    told = ""
+    while error is not None:
+        told += repr(error) + str(error) + repr(error.args) + repr(vars(error))
+        assert error.__context__ is None or error.__context__ is error.__cause__
+        error = error.__cause__
+    return told
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"535 5.7.8 password {PASSWORD} is wrong",
+        "535 " + base64.b64encode(f"\0bank\0{PASSWORD}".encode()).decode(),
+        "535 " + base64.b64encode(PASSWORD.encode()).decode(),
+    ],
+)
+def test_password_that_the_server_repeats_is_not_shown(reply):
+    """A server that quotes the password in its refusal is not quoted in turn."""
+    with MailServer("tls", login=("bank", PASSWORD), trouble={"AUTH": reply}) as server:
+        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
+    told = everything_about(error)
+    assert PASSWORD not in told
+    assert reply[4:] not in told
+    assert error.reason == "the server refused, in words that are not shown here"
+    assert pickle.loads(pickle.dumps(error)).reason == error.reason
+
+
+@pytest.mark.parametrize("number", [NUMBER, NUMBER.replace("-", "")])
+def test_number_that_the_server_repeats_is_not_shown(number):
+    """A server that quotes the number when it refuses the mail is not quoted in turn."""
+    with MailServer(trouble={"DATA": f"554 5.6.0 looks like spam: {number}"}) as server:
+        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
+    assert number not in everything_about(error)
+
+
+def test_nothing_secret_is_logged(caplog, capfd):
+    """At DEBUG, neither the number nor the password is logged or printed, sent or not."""
+    caplog.set_level(logging.DEBUG)
+    logging.getLogger("mail.log").setLevel(logging.WARNING)
+    with MailServer("starttls", login=("bank", PASSWORD)) as server:
+        mailer = notifier(server)
+        mailer.number_issued(REQUEST, NUMBER, ALICE)
+        mailer.change_applied(CHANGE, ALICE, JSMITH)
+        server.trouble["DATA"] = "554 no"
+        delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        ours = [record for record in caplog.records if record.name.startswith("ipguard")]
+        message_id = server.mails[0].message["Message-ID"]
+    assert ours[0].getMessage() == f"{message_id} was accepted by 127.0.0.1:{server.port}"
+    out = "".join(capfd.readouterr()) + caplog.text + repr(mailer)
+    for secret in (NUMBER, NUMBER.replace("-", ""), PASSWORD):
+        assert secret not in out
+        assert base64.b64encode(secret.encode()).decode() not in out
+
+
+def test_letter_does_not_show_its_number():
+    """The repr of a letter, which a traceback might hold, leaves the number out."""
+    assert NUMBER not in repr(number_letter(REQUEST, NUMBER, ALICE, "the bank"))
+
+
+# ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("smtp://mail.example", "smtp://mail.example:25"),
+        ("smtp+starttls://mail.example/", "smtp+starttls://mail.example:587"),
+        ("smtps://u:p@mail.example", "smtps://mail.example:465"),
+        ("SMTPS://Mail.Example:4650", "smtps://mail.example:4650"),
+        ("smtp://u:p@localhost", "smtp://localhost:25"),
+        ("smtp://u:p@127.9.9.9", "smtp://127.9.9.9:25"),
+        ("smtp://u:p@[::1]:2525", "smtp://::1:2525"),
+    ],
+)
+def test_url_and_default_ports(url, shown):
+    """The URL names scheme, host and port; the repr shows them and no login."""
+    assert repr(EmailNotifier(url, sender=SENDER)) == f"<EmailNotifier {shown}>"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "mail.example",
+        "http://u:s3cret@mail.example",
+        "smtp://",
+        "smtps://u:s3cret@",
+        "smtps://u:s3cret@mail.example:0",
+        "smtps://u:s3cret@mail.example:65536",
+        "smtps://u:s3cret@mail.example:port",
+        "smtps://u:s3cret/x@mail.example",
+        "smtps://u:s3cret#x@mail.example",
+        "smtps://u:s3cret?x@mail.example",
+        "smtps://u:s3cret@[mail.example",
+        "smtps://u:s3cret@mail.example/path",
+        "smtps://u:s3cret@mail.example?tls=no",
+        "smtps://u:s3cret@mail.example#x",
+        "smtps://u@mail.example",
+        "smtps://:s3cret@mail.example",
+        "smtps://u:@mail.example",
+        "smtps://u:s3cret%00@mail.example",
+        "smtps://u:s3cret%0d%0aRSET@mail.example",
+        "smtps://u:s3cret%c3%bc@mail.example",
+        "smtps://u:s3cret%ff@mail.example",
+        "smtps://u:s3cret@mail.example\n",
+        "smtps://u:s3cret @mail.example",
+        "smtps://u:s3cret@mäil.example",
+        "smtp://u:s3cret@mail.example",
+        "smtp://u:s3cret@127.0.0.1.example",
+        "smtp://u:s3cret@128.0.0.1",
+        "smtp://u:s3cret@localhost.example",
+        b"smtps://u:s3cret@mail.example",
+        None,
+    ],
+)
+def test_bad_url_is_refused_without_repeating_it(url):
+    """A URL that is wrong, or would send a password in the clear, is refused and never quoted."""
+    with pytest.raises(InvalidValue) as caught:
+        EmailNotifier(url, sender=SENDER)
+    assert isinstance(caught.value, IPGuardError)
+    assert caught.value.name == "url"
+    assert "s3cret" not in everything_about(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sender", ""),
+        ("sender", "nobody"),
+        ("sender", "a@b@c"),
+        ("sender", "a@b>"),
+        ("sender", "Bank <a@b"),
+        ("sender", "<a@b>"),
+        ("sender", "Bank\r\nBcc: x <a@b>"),
+        ("sender", "=?utf-8?q?a=0aBcc:x?= <a@b>"),
+        ("sender", "jürgen@exämple.de"),
+        ("sender", None),
+        ("timeout", 0),
+        ("timeout", -1.0),
+        ("timeout", float("nan")),
+        ("timeout", "10"),
+        ("timeout", True),
+        ("deadline", float("inf")),
+        ("deadline", None),
+        ("product", ""),
+        ("product", "a\nb"),
+        ("product", "x" * 101),
+        ("helo", ""),
+        ("helo", "a b"),
+        ("helo", "a\r\nRSET"),
+        ("helo", "bänk"),
+        ("tls", ssl.create_default_context()),
+    ],
+)
+def test_settings_that_make_no_sense(name, value):
+    """Each setting is tested at construction, and the error says which it was."""
+    with pytest.raises(InvalidValue) as caught:
+        EmailNotifier("smtp://127.0.0.1", **{"sender": SENDER, name: value})
+    assert caught.value.name == name
+
+
+@pytest.mark.parametrize(
+    ("sender", "shown"),
+    [
+        ("Example Bank <no-reply@bank.example>", "Example Bank"),
+        ("Zürcher Börse, AG <no-reply@bank.example>", "Zürcher Börse, AG"),
+    ],
+)
+def test_sender_with_a_name(sender, shown):
+    """A sender's name is shown as it was written, and the envelope holds the address alone."""
+    with MailServer() as server:
+        notifier(server, sender=sender).number_issued(REQUEST, NUMBER, ALICE)
+        (mail,) = server.mails
+    assert mail.sender == SENDER
+    (address,) = mail.message["From"].addresses
+    assert (address.display_name, address.addr_spec) == (shown, SENDER)
+
+
+def test_client_names_itself():
+    """The client says the name it was given, or the address that it connects from."""
+    with MailServer() as server:
+        notifier(server).number_issued(REQUEST, NUMBER, ALICE)
+        notifier(server, helo="login1.bank.example").number_issued(REQUEST, NUMBER, ALICE)
+        assert [mail.helo for mail in server.mails] == ["[127.0.0.1]", "login1.bank.example"]
+
+
+def test_client_names_itself_over_ipv6():
+    """An IPv6 client's address has its tag (RFC 5321 4.1.3)."""
+
+    class Connected:
+        family = socket.AF_INET6
+
+        def getsockname(self):
+            return ("2001:db8::1", 50000, 0, 0)
+
+    assert _literal(Connected()) == "[IPv6:2001:db8::1]"  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ the console
+
+
+def test_console_prints_the_number(capsys):
+    """On a terminal the mail is printed as text, the number included."""
+    ConsoleNotifier().number_issued(REQUEST, NUMBER, ALICE)
+    out = capsys.readouterr().out
+    assert out.startswith("To: alice@example.com\nSubject: Confirmation number to add")
+    assert f"\n    {NUMBER}\n" in out
+
+
+def test_console_prints_every_notice():
+    """Each notice that would be mailed is printed, to the stream that was given."""
+    stream = io.StringIO()
+    ConsoleNotifier(stream, product="Example Trading").change_applied(CHANGE, ALICE, JSMITH)
+    assert re.findall("^To: (.*)$", stream.getvalue(), re.MULTILINE) == [
+        "alice@example.com",
+        "jsmith@example.net",
+    ]
+    assert "log in to Example Trading" in " ".join(stream.getvalue().split())
+
+
+def test_console_checks_the_product():
+    """The console's product is tested as the mailer's is."""
+    with pytest.raises(InvalidValue):
+        ConsoleNotifier(product="")
+
+
+def test_both_are_notifiers():
+    """Both are what a workflow takes; the type checker proves it."""
+    both: list[Notifier] = [ConsoleNotifier(), EmailNotifier("smtp://127.0.0.1", sender=SENDER)]
+    assert len(both) == 2
+    assert isinstance(number_letter(REQUEST, NUMBER, ALICE, "x"), Letter)
