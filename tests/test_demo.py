@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo.py"
 
 
-def run_demo(*args, broken=""):
+def run_demo(*args: str, broken: str = "") -> subprocess.CompletedProcess[str]:
     """Run the demo in a process of its own, in which `broken` was carried out before."""
     start = (
         f"import runpy, sys; sys.argv[0] = {str(DEMO)!r}; sys.path.insert(0, {str(DEMO.parent)!r})"
@@ -32,23 +32,30 @@ def run_demo(*args, broken=""):
     )
 
 
+def found(pattern: str, text: str) -> str:
+    """Return what the pattern's group matches on one of the lines."""
+    match = re.search(pattern, text, re.MULTILINE)
+    assert match, f"nothing like {pattern}"
+    return match[1]
+
+
 def test_it_goes_all_the_way():
     """All expectations are met, and no trace is left."""
     demo = run_demo()
     assert (demo.returncode, demo.stderr) == (0, "")
     assert re.search(r"^All \d\d expectations were met\.$", demo.stdout, re.MULTILINE)
     assert "\x1b" not in demo.stdout, "colours are for terminals alone"
-    folder = re.search(r"^database (.+)/ipguard\.db$", demo.stdout, re.MULTILINE)[1]
+    folder = found(r"^database (.+)/ipguard\.db$", demo.stdout)
     assert not Path(folder).exists()
 
 
 def test_keep_leaves_the_database():
     """`--keep` prints where the database is, and it can be opened."""
     demo = run_demo("--keep")
-    path = Path(re.search(r"^The database is kept: (.+)$", demo.stdout, re.MULTILINE)[1])
+    path = Path(found(r"^The database is kept: (.+)$", demo.stdout))
     try:
         assert demo.returncode == 0
-        url = re.search(r'ipguard\.open_store\("(.+)"\)$', demo.stdout, re.MULTILINE)[1]
+        url = found(r'ipguard\.open_store\("(.+)"\)$', demo.stdout)
         with ipguard.open_store(url) as store:
             assert [str(r.addresses) for r in store.load_policy("jsmith").restrictions] == [
                 "203.0.113.0/29"

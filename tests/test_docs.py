@@ -1,0 +1,149 @@
+"""What the documents say in tables and diagrams is what the code does."""
+
+import re
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+
+import attrs
+import pytest
+
+import ipguard
+from ipguard import AddressError, AddressRange, Reason, WorkflowSettings, errors, rules
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/adr/*.md")])
+
+
+def table(page: str, first: str) -> list[tuple[str, ...]]:
+    """Return the rows of the table whose first heading is `first`, without backticks."""
+    lines = (ROOT / page).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(tuple(cell.strip().strip("`") for cell in line.strip("|").split("|")))
+    return rows
+
+
+def steps(text: str) -> dict[tuple[str, str], str]:
+    """Read a diagram of lines such as `pending --confirm--> confirmed`."""
+    found = re.findall(r"^ *(\w+) --(\w+)-+> (\w+)", text, re.MULTILINE)
+    return {(before, step): after for before, step, after in found}
+
+
+TABLE_OF_STEPS = {(str(b), str(step)): str(a) for (b, step), a in rules.STEPS.items()}
+
+
+def test_the_diagram_of_states_is_the_table():
+    """ARCHITECTURE.md and the module draw the steps that there are, and no other."""
+    assert steps((ROOT / "ARCHITECTURE.md").read_text()) == TABLE_OF_STEPS
+    assert steps(rules.__doc__ or "") == TABLE_OF_STEPS
+
+
+def test_the_guide_lists_the_steps():
+    """A request's life in the guide is the table."""
+    rows = table("docs/workflow.md", "from")
+    assert {(before, step): after for before, step, after in rows} == TABLE_OF_STEPS
+
+
+def test_the_rooms_are_those_that_exist():
+    """Each room is in the architecture's table, in the layer that import-linter holds it to."""
+    here = {
+        path.stem
+        for path in (ROOT / "src" / "ipguard").iterdir()
+        if not path.name.startswith("__") and path.name != "py.typed"
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    layers = reversed(project["tool"]["importlinter"]["contracts"][0]["layers"])
+    held = {
+        (room, str(number))
+        for number, layer in enumerate(layers)
+        for room in re.findall(r"\w+", layer)
+        if room in here
+    }
+    assert {(row[1], row[0]) for row in table("ARCHITECTURE.md", "layer")} == held
+
+
+def written(value: object) -> str:
+    """Write a default as the table of settings does."""
+    if isinstance(value, timedelta):
+        seconds = int(value.total_seconds())
+        for unit, length in (("hours", 3600), ("minutes", 60)):
+            if seconds % length == 0:
+                return f"{seconds // length} {unit}"
+        return f"{seconds} seconds"
+    return str(value)
+
+
+def test_the_settings_and_their_defaults():
+    """The guide's table has every setting, with the default that it has."""
+    defaults = {field.name: written(field.default) for field in attrs.fields(WorkflowSettings)}
+    assert {row[0]: row[1] for row in table("docs/workflow.md", "setting")} == defaults
+
+
+def test_the_errors():
+    """The guide's table has every error that can be raised, once."""
+    every = {
+        name
+        for name, error in vars(errors).items()
+        if isinstance(error, type) and issubclass(error, ipguard.IPGuardError)
+    }
+    listed = [row[0] for row in table("docs/workflow.md", "error")]
+    assert sorted(listed) == sorted(every - {"IPGuardError"})
+
+
+def test_the_reasons():
+    """The operator's table has every reason, and whether it allows."""
+    listed = {row[0]: row[1] for row in table("docs/operations.md", "reason")}
+    allowing = {Reason.UNRESTRICTED, Reason.LISTED}
+    assert listed == {reason.name: "yes" if reason in allowing else "no" for reason in Reason}
+
+
+def texts(columns: int) -> list[tuple[str, ...]]:
+    lines = (ROOT / "docs/restrictions.md").read_text().splitlines()
+    head = {2: "| written | is |", 3: "| written | reason | hint |"}[columns]
+    start = lines.index(head) + 2
+    end = lines.index("", start)
+    return [tuple(c.strip().strip("`") for c in x.strip("|").split("|")) for x in lines[start:end]]
+
+
+@pytest.mark.parametrize(("text", "canonical"), texts(2))
+def test_what_may_be_written(text, canonical):
+    """What the guide says may be written, may be, and means that."""
+    assert str(AddressRange.parse(text)) == canonical
+
+
+@pytest.mark.parametrize(("text", "reason", "hint"), texts(3))
+def test_what_is_refused(text, reason, hint):
+    """What the guide says is refused, is, for that reason and with that hint."""
+    with pytest.raises(AddressError) as refused:
+        AddressRange.parse(text)
+    assert (refused.value.reason, refused.value.hint) == (reason, hint or None)
+
+
+def test_the_promises_are_tested_where_the_readme_says():
+    """Each file of tests that README.md names exists."""
+    named = [
+        pattern
+        for row in table("README.md", "promise")
+        for pattern in re.findall(r"[\w/]+/[\w.*]*", row[1])
+    ]
+    assert len(named) > 5
+    assert [pattern for pattern in named if not list(ROOT.glob(pattern.rstrip("/")))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """A relative link leads to a file, and its fragment to a heading there."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, fragment = target.partition("#")
+        other = (page.parent / file) if file else page
+        assert other.exists(), target
+        headings = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings}
+        assert not fragment or fragment in anchors, target
