@@ -52,7 +52,7 @@ def open_store(
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     if not separator or not scheme:
-        raise StoreConfigError(f"no store's URL begins without one of {_known()}")
+        raise StoreConfigError(f"a store's URL begins with one of {_known()}")
     if scheme == "memory":
         return _open_memory(rest, clock)
     if scheme == "sqlite":
@@ -78,22 +78,26 @@ def _open_sqlite(rest: str, *, clock: Clock | None, migrate: bool | None) -> Res
         raise StoreConfigError(
             "sqlite:// names no host: write sqlite:///relative.db or sqlite:////absolute/path.db"
         )
-    timeout = 5.0
-    for name, value in _options(query):
+    options = _options(query)
+    for name in options:
         if name != "timeout":
             raise StoreConfigError(f"sqlite:// has no option {shortened(name)}; it has timeout")
-        try:
-            timeout = float(value)
-        except ValueError:
-            raise StoreConfigError("timeout must be a number of seconds above 0") from None
-    return SQLiteStore(unquote(place[1:]), timeout=timeout, clock=clock, migrate=migrate)
-
-
-def _options(query: str) -> list[tuple[str, str]]:
     try:
-        return parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        timeout = float(options.get("timeout", "5.0"))
+    except ValueError:
+        raise StoreConfigError("timeout must be a number of seconds above 0") from None
+    path = unquote(place[1:], errors="surrogateescape")
+    return SQLiteStore(path, timeout=timeout, clock=clock, migrate=migrate)
+
+
+def _options(query: str) -> dict[str, str]:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
         raise StoreConfigError("options are written ?name=value&name=value") from None
+    if len(dict(pairs)) < len(pairs):
+        raise StoreConfigError("each option is given once")
+    return dict(pairs)
 
 
 def _open_postgres(url: str, *, clock: Clock | None, migrate: bool | None) -> RestrictionStore:

@@ -36,6 +36,7 @@ Params = Sequence[object]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+_VERSIONS: Final = {(4, 4): 4, (16, 16): 6}
 _EVERYBODY: Final = "*"  # no JSON, so it cannot be taken for a list of usernames
 BIGGEST: Final = 2**63 - 1
 """What a column holds at the most; numbers from outside are cut down to it."""
@@ -111,14 +112,14 @@ def columns(names: str, table: str) -> str:
 
 def make_restriction(username: str, row: Row) -> Restriction:
     """Return a restriction from the columns of `RESTRICTION`, for callers that `reads_rows`."""
-    # Each login that misses the cache comes through here, so it is written out; `AddressRange`
-    # tests the ends by itself.
+    # Each login that misses the cache comes through here, so it is written out. Other lengths than
+    # these two raise; the rest `AddressRange` tests by itself.
     restriction_id, first, last, label, created_at, created_by, expires_at = row
     return Restriction(
         id=restriction_id,
         username=username,
         addresses=AddressRange(
-            version=4 if len(first) == 4 else 6,
+            version=_VERSIONS[len(first), len(last)],
             first=int.from_bytes(first, "big"),
             last=int.from_bytes(last, "big"),
         ),

@@ -48,7 +48,7 @@ from ipguard.stores import _sql_read as read
 from ipguard.stores import _sql_users as users_of
 from ipguard.stores import _sqlite_schema as schema
 from ipguard.stores._migrations import migrations as _migrations
-from ipguard.stores._sql import Params, Row
+from ipguard.stores._sql import Params, Row, encodable
 from ipguard.stores._sql_write import SqlTransaction, stage_restrictions
 from ipguard.stores._sqlite import Session, file_id
 from ipguard.stores._sqlite_pool import Pool
@@ -337,5 +337,7 @@ def _checked_path(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     if not isinstance(text, str) or not text or text.startswith(":memory:") or "\0" in text:
         raise StoreConfigError("SQLite needs the path of a file; for memory use memory://")
+    if not encodable(text):
+        raise StoreConfigError("SQLite needs the path of a file in UTF-8")
     # Absolute, so that it stays the same file when the process changes its directory.
     return os.path.abspath(text)  # noqa: PTH100 - resolves no link, as wanted

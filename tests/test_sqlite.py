@@ -1,0 +1,1088 @@
+"""What is SQLite's own about the SQLite store: its file, its locks, its processes."""
+
+import gc
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from ipguard.addresses import AddressRange
+from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
+from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
+from ipguard.stores import open_store
+from ipguard.stores._sqlite import Session
+from ipguard.stores.sqlite import SQLiteStore, migrations
+from tests.conftest import rounds
+
+NOW = datetime(2025, 1, 1, tzinfo=UTC)
+EVERY = Actor.EVERY_ACCOUNT
+# A thread is running while these tests fork: that is what they are about.
+may_fork = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def user(name: str, full_name: str = "Jo", account_id: str = "U1") -> User:
+    return User(username=name, full_name=full_name, account_id=account_id)
+
+
+def restriction(name: str, number: int, addresses: str = "203.0.113.7") -> Restriction:
+    return Restriction(
+        id=f"{name}-{number}",
+        username=name,
+        addresses=AddressRange.parse(addresses),
+        label="office",
+        created_at=NOW + timedelta(microseconds=number),
+        created_by="admin",
+    )
+
+
+def impose(store: SQLiteStore, name: str, number: int) -> int:
+    with store.transaction() as turn:
+        turn.add_restriction(restriction(name, number, f"10.0.{number >> 8}.{number & 255}"))
+        return turn.append(Action.IMPOSE, actor="admin", touches=frozenset({name})).revision
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ipguard.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[SQLiteStore]:
+    with SQLiteStore(path, timeout=30) as opened:
+        opened.put_users([user("jo")])
+        yield opened
+
+
+@contextmanager
+def raw(path: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        yield connection
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads and processes do; the test's own time limit ends it."""
+    while not condition():
+        time.sleep(0.001)
+
+
+# ------------------------------------------------------------------------- other processes
+
+PROLOGUE = """
+import os, sys
+from datetime import UTC, datetime
+from ipguard.errors import *
+from ipguard.model import *
+from ipguard.stores.sqlite import SQLiteStore
+path = sys.argv[1]
+def ready():
+    print("ready", flush=True)
+    sys.stdin.readline()
+def append(store, detail=""):
+    with store.transaction() as turn:
+        return turn.append(Action.IMPOSE, actor="admin", detail=detail, touches=EVERYBODY).revision
+"""
+
+
+@contextmanager
+def process(script: str, path: Path, *args: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a script in a process of its own; it is killed at the end if it did not end by itself."""
+    command = [sys.executable, "-c", PROLOGUE + script, str(path), *map(str, args)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def finish(running: subprocess.Popen[str]) -> str:
+    """Let a script that waits in `ready()` go on, and return what it printed."""
+    out, err = running.communicate("\n")
+    assert running.returncode == 0, err
+    return out
+
+
+def all_at_once(script: str, path: Path, count: int, *args: object) -> list[str]:
+    """Run a script in several processes, which all wait in `ready()` for the last one."""
+    with ExitStack() as stack:
+        running = [stack.enter_context(process(script, path, n, *args)) for n in range(count)]
+        for each in running:
+            assert each.stdout is not None
+            assert each.stdout.readline() == "ready\n"
+        for each in running:
+            assert each.stdin is not None
+            each.stdin.write("\n")
+            each.stdin.flush()
+        return [finish(each) for each in running]
+
+
+def test_ten_processes_open_a_new_file_at_once(path: Path) -> None:
+    """The schema is made once, whoever comes first, and each process can use it."""
+    for _ in range(rounds(2, 20)):
+        path.unlink(missing_ok=True)
+        script = "ready(); s = SQLiteStore(path); print(append(s)); print(s.load_policy('jo'))"
+        outputs = all_at_once(script, path, 10)
+        assert sorted(int(out.splitlines()[0]) for out in outputs) == list(range(1, 11))
+        with SQLiteStore(path, migrate=False) as store:
+            assert store.changes_since(None).head == 10
+        for name in (path, *path.parent.glob("*-*")):
+            name.unlink()
+
+
+def test_processes_append_without_gaps(path: Path) -> None:
+    """Eight processes that write as fast as they can share one order of revisions."""
+    each = rounds(25, 500)
+    SQLiteStore(path).close()
+    script = """
+store = SQLiteStore(path, timeout=60)
+ready()
+for number in range(int(sys.argv[3])):
+    print(append(store, sys.argv[2]))
+"""
+    outputs = all_at_once(script, path, 8, each)
+    written = [[int(line) for line in out.splitlines()] for out in outputs]
+    assert all(revisions == sorted(revisions) for revisions in written)
+    assert sorted(chain.from_iterable(written)) == list(range(1, 8 * each + 1))
+    with SQLiteStore(path) as store:
+        for change in store.history(EVERY, limit=8 * each):
+            assert change.revision in written[int(change.detail)]
+
+
+def test_a_killed_process_leaves_nothing_half_done(path: Path) -> None:
+    """After `kill -9` inside a transaction nothing of it is there, and the lock is free."""
+    with SQLiteStore(path, timeout=30) as store:
+        script = """
+store = SQLiteStore(path)
+with store.transaction() as turn:
+    for number in range(1000):
+        turn.append(Action.IMPOSE, actor="admin", detail="x" * 5000, touches=EVERYBODY)
+    ready()
+"""
+        for _ in range(rounds(3, 50)):
+            before = store.changes_since(None)
+            with process(script, path) as running:
+                assert running.stdout is not None
+                assert running.stdout.readline() == "ready\n"
+                running.send_signal(signal.SIGKILL)
+                running.wait()
+            assert store.changes_since(before[:2]) == before
+            assert impose(store, "jo", before.head) == before.head + 1
+
+
+def test_what_was_acknowledged_is_there_after_a_kill(path: Path) -> None:
+    """A process killed while it commits has lost nothing that it had been told was committed."""
+    script = "s = SQLiteStore(path)\nwhile True: print(append(s), flush=True)"
+    with SQLiteStore(path) as store:
+        for number in range(rounds(3, 100)):
+            head = store.changes_since(None).head
+            with process(script, path) as running:
+                assert running.stdout is not None
+                for _ in range(5 + number % 7):
+                    head = int(running.stdout.readline())
+                running.send_signal(signal.SIGKILL)
+                head = int((["", *running.stdout.read().split("\n")[:-1]])[-1] or head)
+            assert store.changes_since(None).head in (head, head + 1)
+        revisions = [change.revision for change in store.history(EVERY, limit=100_000)]
+        assert revisions == list(range(len(revisions), 0, -1))
+
+
+def test_a_commit_of_another_process_ends_the_waiting(store: SQLiteStore, path: Path) -> None:
+    """`wait` notices what another process commits, well before its timeout."""
+    with process("ready(); append(SQLiteStore(path))", path) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        assert not store.wait(1, 0.01)
+        assert running.stdin is not None
+        running.stdin.write("\n")
+        running.stdin.flush()
+        assert store.wait(1, 60)
+        finish(running)
+
+
+# ------------------------------------------------------------------------------------ fork
+
+
+def in_child(act: Callable[[], object]) -> str:
+    """Fork; return in the parent what `act` returned in the child, as text, or how it failed."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            answer = repr(act())
+        except BaseException as exc:
+            answer = type(exc).__name__
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        answer = pipe.read()
+    os.waitpid(pid, 0)
+    return answer
+
+
+@may_fork
+def test_both_sides_of_a_fork_go_on(store: SQLiteStore) -> None:
+    """The child reads and writes, and the parent sees it, and the other way round."""
+    assert in_child(lambda: impose(store, "jo", 1)) == "2"
+    assert len(store.load_policy("jo").restrictions) == 1
+    assert impose(store, "jo", 2) == 3
+    assert in_child(lambda: len(store.load_policy("jo").restrictions)) == "2"
+
+
+@may_fork
+def test_a_parent_that_closes_takes_nothing_from_its_child(store: SQLiteStore, path: Path) -> None:
+    """What a child commits after its parent closed the file is there.
+
+    A child that inherits an open connection shares SQLite's table of locks and holds none: the
+    parent's close then removes the log under it.
+    """
+    store.load_policy("jo")
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            store.load_policy("jo")
+            os.write(ready[1], b".")
+            os.read(go[0], 1)
+            impose(store, "jo", 1)
+            os._exit(0)
+        os._exit(1)
+    os.read(ready[0], 1)
+    store.close()
+    os.write(go[1], b".")
+    assert os.waitpid(pid, 0)[1] == 0
+    for end in (*ready, *go):
+        os.close(end)
+    with SQLiteStore(path) as again:
+        assert len(again.load_policy("jo").restrictions) == 1
+
+
+@may_fork
+def test_a_forked_transaction_stays_the_parents(store: SQLiteStore, path: Path) -> None:
+    """In the child it is refused, as is everything on that file; the parent commits."""
+
+    def use(turn_usable: Callable[[], object]) -> list[str]:
+        answers = []
+        for act in (
+            turn_usable,
+            lambda: store.load_policy("jo"),
+            lambda: SQLiteStore(path),
+            lambda: store.changes_since(None),
+        ):
+            try:
+                answers.append(repr(act()))
+            except StoreUnavailable:
+                answers.append("unavailable")
+        return answers
+
+    with store.transaction() as turn:
+        turn.add_restriction(restriction("jo", 1))
+        assert in_child(lambda: use(lambda: turn.user("jo"))) == str(["unavailable"] * 4)
+        turn.append(Action.IMPOSE, actor="admin", touches=frozenset({"jo"}))
+    assert len(store.load_policy("jo").restrictions) == 1
+    assert in_child(lambda: store.load_policy("jo").revision) == "2"
+
+
+def test_an_inherited_connection_is_never_closed(path: Path) -> None:
+    """A child that ends while its parent is in a transaction leaves the parent's file be."""
+    script = """
+import gc
+store = SQLiteStore(path)
+store.put_users([User(username="jo", full_name="Jo", account_id="U1")])
+with store.transaction() as turn:
+    turn.append(Action.IMPOSE, actor="admin", detail="x" * 5_000_000, touches=EVERYBODY)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            turn.failures("jo")
+        except StoreUnavailable:
+            del turn, store
+            gc.collect()
+            sys.exit(7)  # through the interpreter's whole shutdown
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert os.path.getsize(path + "-wal") > 0
+    turn.append(Action.IMPOSE, actor="admin", touches=EVERYBODY)
+assert store.changes_since(None).head == 3
+"""
+    with process(script, path) as running:
+        finish(running)
+    with SQLiteStore(path) as store:
+        assert [change.revision for change in store.history(EVERY)] == [3, 2, 1]
+
+
+@may_fork
+def test_a_half_read_iterator_is_abandoned_in_a_child(store: SQLiteStore) -> None:
+    """Collecting it there does not touch the parent's connection, on which it goes on."""
+    store.put_users([user("ann")])
+    for name in ("ann", "jo"):
+        impose(store, name, 1)
+    revision, policies = store.load_all_policies()
+    held = [policies]
+    next(policies)
+
+    def collect() -> str:
+        held.clear()
+        gc.collect()
+        return "collected"
+
+    assert "collected" in in_child(collect)
+    assert [name for name, _ in policies] == ["jo"]
+    assert store.changes_since(None).head == revision
+
+
+@may_fork
+def test_a_fork_waits_for_the_calls_of_other_threads(store: SQLiteStore) -> None:
+    """A transaction of another thread ends before the fork, so that the child inherits nothing."""
+    inside = threading.Event()
+
+    def write() -> None:
+        with store.transaction() as turn:
+            inside.set()
+            until(lambda: store._pool.moving)
+            turn.append(Action.IMPOSE, actor="admin", touches=EVERYBODY)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    inside.wait()
+    assert in_child(lambda: store.changes_since(None).head) == "2"
+    thread.join()
+
+
+@may_fork
+def test_forks_among_busy_threads(store: SQLiteStore) -> None:
+    """Children work however many threads of the parent were reading, writing and waiting."""
+    over = threading.Event()
+    failed: list[BaseException] = []
+
+    def repeat(act: Callable[[], object]) -> None:
+        try:
+            while not over.is_set():
+                act()
+        except BaseException as exc:
+            failed.append(exc)
+
+    acts: list[Callable[[], object]] = [
+        lambda: store.load_policy("jo"),
+        lambda: store.changes_since(None),
+        lambda: store.wait(10**9, 60),
+        lambda: impose(store, "jo", store.changes_since(None).head),
+    ]
+    threads = [threading.Thread(target=repeat, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    answers = {in_child(lambda: store.load_policy("jo").known) for _ in range(rounds(10, 300))}
+    over.set()
+    store.put_users([user("the last")])
+    store.close()
+    for thread in threads:
+        thread.join()
+    assert answers == {"True"}
+    assert all(isinstance(exc, StoreUnavailable) and "closed" in str(exc) for exc in failed)
+
+
+@may_fork
+def test_a_fork_does_not_wait_for_ever(path: Path) -> None:
+    """Another thread that stays in its transaction delays a fork by the timeout, no longer."""
+    with SQLiteStore(path, timeout=0.1) as store:
+        inside, leave = threading.Event(), threading.Event()
+
+        def write() -> None:
+            with store.transaction():
+                inside.set()
+                leave.wait()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        inside.wait()
+        assert in_child(lambda: store.load_policy("jo")) == "StoreUnavailable"
+        leave.set()
+        thread.join()
+        assert store.load_policy("jo").revision == 0
+
+
+# --------------------------------------------------------------------------- replaced files
+
+
+def remove(path: Path) -> None:
+    for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+        name.unlink(missing_ok=True)
+
+
+def other_database(tmp_path: Path, changes: int) -> Path:
+    other = tmp_path / "other.db"
+    with SQLiteStore(other) as store:
+        store.put_users([user("jo")])
+        for number in range(changes - 1):
+            impose(store, "jo", number)
+    return other
+
+
+def test_a_replaced_file_is_found(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
+    """`changes_since` says RESET with the new file's head, and reads come from the new file."""
+    cursor = store.changes_since(None)[:2]
+    other = other_database(tmp_path, 3)
+    remove(path)
+    other.rename(path)
+    assert store.load_policy("jo").revision == 1  # the stated limit: until the next sync
+    changes = store.changes_since(cursor)
+    assert (changes.head, changes.usernames) == (3, RESET)
+    assert store.changes_since(changes[:2]).usernames == frozenset()
+    assert store.load_policy("jo").revision == 3
+    assert impose(store, "jo", 100) == 4
+    with SQLiteStore(path) as again:
+        assert again.changes_since(changes[:2]).usernames == frozenset({"jo"})
+
+
+def test_the_old_connections_leave_the_new_file_alone(
+    store: SQLiteStore, path: Path, tmp_path: Path
+) -> None:
+    """Closing them neither writes to the new file nor removes the new file's log."""
+    store.load_policy("jo")
+    other = other_database(tmp_path, 1)
+    remove(path)
+    other.rename(path)
+    with SQLiteStore(path) as new:
+        impose(new, "jo", 1)
+        before = Path(f"{path}-wal").stat().st_ino
+        assert store.changes_since((1, "x")).head == 2
+        assert Path(f"{path}-wal").stat().st_ino == before
+        assert impose(new, "jo", 2) == 3
+        assert store.changes_since(None).head == 3
+
+
+def test_a_log_that_was_left_makes_the_store_unavailable(
+    store: SQLiteStore, path: Path, tmp_path: Path
+) -> None:
+    """SQLite would apply it to the new file, so nothing is answered until it is gone."""
+    impose(store, "jo", 1)
+    cursor = store.changes_since(None)[:2]
+    other_database(tmp_path, 3).replace(path)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="-wal"):
+            store.changes_since(cursor)
+        with pytest.raises(StoreUnavailable, match="-wal"), store.transaction():
+            pytest.fail("the transaction began")
+    Path(f"{path}-wal").unlink()
+    with pytest.raises(StoreUnavailable, match="-shm"):
+        store.changes_since(cursor)
+    Path(f"{path}-shm").unlink()
+    changes = store.changes_since(cursor)
+    assert (changes.head, changes.usernames) == (3, RESET)
+
+
+def test_a_vanished_file_is_not_made_again(store: SQLiteStore, path: Path) -> None:
+    """A new empty database would let everybody in."""
+    remove(path)
+    with pytest.raises(StoreUnavailable):
+        store.changes_since(None)
+    store._pool.forget()
+    with pytest.raises(StoreUnavailable):
+        store.load_policy("jo")
+    with pytest.raises(StoreUnavailable):
+        store.overview(EVERY)
+    with pytest.raises(StoreUnavailable):
+        store.put_users([user("jo")])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database" * 1000])
+def test_a_file_replaced_by_something_else(store: SQLiteStore, path: Path, content: bytes) -> None:
+    """An empty file, or no database at all, is no empty store."""
+    remove(path)
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            store.changes_since(None)
+        with pytest.raises(StoreUnavailable):
+            store.load_policy("jo")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("when", ["before the commit", "during the commit"])
+def test_no_change_is_lost_in_a_replaced_file(
+    store: SQLiteStore, path: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction that would be committed to a file that is no longer there says so."""
+    other = other_database(tmp_path, 1)
+
+    def replace() -> None:
+        remove(path)
+        other.rename(path)
+
+    def change() -> None:
+        with store.transaction() as turn:
+            turn.append(Action.IMPOSE, actor="admin", touches=EVERYBODY)
+            if when == "before the commit":
+                replace()
+                assert store.changes_since(None).head == 1  # lets go of the old file
+
+    if when == "during the commit":
+        at_statement(monkeypatch, "COMMIT", before=replace)
+    with pytest.raises(StoreUnavailable, match="replaced"):
+        change()
+
+
+def test_an_older_copy_restored_by_sqlite(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
+    """Under the same number of other changes, the token tells that the history is another."""
+    with raw(path) as live, raw(tmp_path / "copy.db") as copy:
+        live.backup(copy)
+        impose(store, "jo", 1)
+        cursor = store.changes_since(None)[:2]
+        copy.backup(live)
+    assert store.load_policy("jo").restrictions == ()
+    with SQLiteStore(path) as another:
+        impose(another, "jo", 2)
+    changes = store.changes_since(cursor)
+    assert (changes.head, changes.usernames) == (2, RESET)
+    assert changes.token != cursor[1]
+
+
+def test_an_older_copy_written_over_the_file(
+    store: SQLiteStore, path: Path, tmp_path: Path
+) -> None:
+    """SQLite does not notice `cp old.db live.db`; the next `changes_since` does."""
+    for number in range(1, 3):
+        impose(store, "jo", number)
+        if number == 1:
+            with raw(path) as live:
+                live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            shutil.copy(path, tmp_path / "old.db")
+    cursor = store.changes_since(None)[:2]
+    with raw(path) as live:
+        live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        store.load_policy("jo")
+        shutil.copyfile(tmp_path / "old.db", path)
+    changes = store.changes_since(cursor)
+    assert (changes.head, changes.usernames) == (2, RESET)
+    assert len(store.load_policy("jo").restrictions) == 1
+    assert impose(store, "jo", 3) == 3
+
+
+# ----------------------------------------------------------------------------- damaged files
+
+
+def test_a_damaged_file_is_unavailable(store: SQLiteStore, path: Path) -> None:
+    """No answer comes from it, and above all not that there is no restriction."""
+    for number in range(50):
+        impose(store, "jo", number)
+    store.close()
+    content = bytearray(path.read_bytes())
+    content[4096:] = os.urandom(len(content) - 4096)
+    path.write_bytes(content)
+    with pytest.raises(StoreUnavailable):
+        SQLiteStore(path).load_policy("jo")
+    path.write_bytes(content[:5000])
+    with pytest.raises(StoreUnavailable):
+        SQLiteStore(path).load_policy("jo")
+
+
+def test_a_file_that_is_cut_off_while_in_use(store: SQLiteStore, path: Path) -> None:
+    """The same under an open store."""
+    for number in range(50):
+        impose(store, "jo", number)
+    with raw(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    os.truncate(path, 8192)
+    with pytest.raises(StoreUnavailable):
+        store.changes_since(None)
+    store._pool.forget()
+    with pytest.raises(StoreUnavailable):
+        store.load_policy("jo")
+
+
+@pytest.mark.parametrize("column", ["first_ip = x'00'", "last_ip = 'text'", "created_at = 'soon'"])
+def test_a_damaged_row_is_unavailable(store: SQLiteStore, path: Path, column: str) -> None:
+    """A row that makes no restriction is not left out: that could leave the user unrestricted."""
+    impose(store, "jo", 1)
+    with raw(path) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(f"UPDATE restrictions SET {column}")
+    with pytest.raises(StoreUnavailable):
+        store.load_policy("jo")
+    with pytest.raises(StoreUnavailable):
+        store.overview(EVERY)
+    with pytest.raises(StoreUnavailable):
+        list(store.load_all_policies()[1])
+
+
+# ------------------------------------------------------------------------------------- locks
+
+
+def test_a_locked_database_is_given_up_in_time(path: Path) -> None:
+    """A writer waits for its timeout; readers do not wait at all."""
+    with SQLiteStore(path, timeout=0.2) as store, raw(path) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="locked"), store.transaction():
+            pytest.fail("the transaction began")
+        assert 0.2 <= time.monotonic() - began < 10
+        assert store.load_policy("jo").revision == 0
+        other.execute("ROLLBACK")
+        assert store.put_users([user("jo")]) == 1
+
+
+def test_a_thread_that_stays_is_given_up_in_time(path: Path) -> None:
+    """The queue of one process's threads is bounded as well."""
+    with SQLiteStore(path, timeout=0.2) as store, store.transaction():
+        failed: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                store.put_users([user("jo")])
+            except StoreUnavailable as exc:
+                failed.append(exc)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert len(failed) == 1
+
+
+def test_an_exclusively_locked_database_is_unavailable(path: Path) -> None:
+    """A read that another program shuts out fails in time, and at the opening as well."""
+    SQLiteStore(path).close()
+    with raw(path) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("UPDATE head SET revision = revision")
+        other.execute("COMMIT")
+        with pytest.raises(StoreUnavailable, match="locked"):
+            SQLiteStore(path, timeout=0.1)
+
+
+def test_readers_do_not_wait_for_a_writer(store: SQLiteStore) -> None:
+    """While a transaction is open, others read the state before it, all of it."""
+    with store.transaction() as turn:
+        turn.add_restriction(restriction("jo", 1))
+        turn.append(Action.IMPOSE, actor="admin", touches=frozenset({"jo"}))
+        assert store.load_policy("jo").restrictions == ()
+        assert store.changes_since(None).head == 1
+        assert store.overview(EVERY).items[0].restrictions == ()
+        assert [change.revision for change in store.history(EVERY)] == [1]
+    assert len(store.load_policy("jo").restrictions) == 1
+
+
+def test_threads_that_end_leave_no_connection(store: SQLiteStore) -> None:
+    """However many threads come and go, few connections stay."""
+    for _ in range(3):
+        barrier = threading.Barrier(40)
+
+        def read(barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            with store._pool.session():
+                barrier.wait()
+
+        threads = [threading.Thread(target=read) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert 0 < len(store._pool._open) <= 16
+
+
+# --------------------------------------------------------------------------- the commit itself
+
+
+def at_statement(
+    monkeypatch: pytest.MonkeyPatch,
+    statement: str,
+    *,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    plain = Session.patiently
+
+    def patiently(self: Session, sql: str, params: tuple[object, ...], timeout: float) -> object:
+        if sql != statement:
+            return plain(self, sql, params, timeout)
+        before()
+        answer = plain(self, sql, params, timeout)
+        after()
+        return answer
+
+    monkeypatch.setattr(Session, "patiently", patiently)
+
+
+def fail() -> None:
+    raise StoreUnavailable("disk I/O error")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("failure", [fail, interrupt])
+def test_a_failed_commit_is_undone(
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], None]
+) -> None:
+    """Nothing is there afterwards, and the next transaction is a new one."""
+    with monkeypatch.context() as patch:
+        at_statement(patch, "COMMIT", before=failure)
+        with pytest.raises((StoreUnavailable, KeyboardInterrupt)):
+            impose(store, "jo", 1)
+    assert store.load_policy("jo").restrictions == ()
+    assert impose(store, "jo", 2) == 2
+
+
+def test_a_lost_answer_to_a_commit(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outcome is not known to the caller; what was committed stays so."""
+    with monkeypatch.context() as patch:
+        at_statement(patch, "COMMIT", after=fail)
+        with pytest.raises(StoreUnavailable):
+            impose(store, "jo", 1)
+    assert len(store.load_policy("jo").restrictions) == 1
+    assert impose(store, "jo", 2) == 3
+
+
+def test_an_interrupted_transaction_leaves_nothing(store: SQLiteStore) -> None:
+    """KeyboardInterrupt undoes it, and its connection is not used again."""
+    used = store._pool._open.copy()
+
+    def change(error: BaseException) -> None:
+        with store.transaction() as turn:
+            turn.add_restriction(restriction("jo", 1))
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        change(KeyboardInterrupt())
+    assert not used & store._pool._open
+    assert store.load_policy("jo").restrictions == ()
+    assert impose(store, "jo", 2) == 2
+
+
+def test_a_callers_error_keeps_the_connection(store: SQLiteStore) -> None:
+    """A wrong number is no reason to open the file again; not even an error of the driver's is."""
+    impose(store, "jo", 1)
+    used = store._pool._open.copy()
+
+    def change(error: Exception) -> None:
+        with store.transaction() as turn:
+            turn.add_restriction(restriction("jo", 2))
+            raise error
+
+    for error in (ValueError("no"), sqlite3.OperationalError("the caller's own")):
+        with pytest.raises(type(error)) as raised:
+            change(error)
+        assert raised.value is error
+    assert store._pool._open == used
+    assert len(store.load_policy("jo").restrictions) == 1
+
+
+def test_a_contradiction_is_no_outage(store: SQLiteStore) -> None:
+    """A second restriction of one id is the caller's mistake, and undone like any other."""
+    impose(store, "jo", 1)
+    with pytest.raises(StoreError) as raised, store.transaction() as turn:
+        turn.add_restriction(restriction("jo", 1))
+    assert not isinstance(raised.value, StoreUnavailable)
+    assert isinstance(raised.value.__cause__, sqlite3.IntegrityError)
+    assert impose(store, "jo", 2) == 3
+
+
+# ------------------------------------------------------------------------------- the settings
+
+
+def test_the_files_are_their_owners_alone(path: Path) -> None:
+    """The database, its log and its index have mode 0600, whatever the umask."""
+    old = os.umask(0)
+    try:
+        with SQLiteStore(path) as store:
+            store.put_users([user("jo")])
+            store.load_policy("jo")
+            modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+    finally:
+        os.umask(old)
+    assert modes == dict.fromkeys(("ipguard.db", "ipguard.db-wal", "ipguard.db-shm"), 0o600)
+
+
+def test_commits_are_durable(store: SQLiteStore) -> None:
+    """Every connection has what a power cut asks for, the one that commits above all."""
+    wanted = {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "fullfsync": 1,
+        "foreign_keys": 1,
+        "trusted_schema": 0,
+    }
+    with store._pool.session() as one, store._pool.session() as two:
+        for session in (one, two):
+            found = {name: session.rows(f"PRAGMA {name}")[0][0] for name in wanted}
+            assert found == wanted
+            assert session.connection.isolation_level is None
+
+
+def test_a_relative_path_stays_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that changes its directory, as daemons do, keeps its database."""
+    monkeypatch.chdir(tmp_path)
+    with SQLiteStore("here.db") as store:
+        monkeypatch.chdir("/")
+        assert store.put_users([user("jo")]) == 1
+    assert (tmp_path / "here.db").exists()
+
+
+def test_one_statement_is_a_policy(store: SQLiteStore) -> None:
+    """A policy is one SELECT, and with that one snapshot, which finds every row by a key."""
+    impose(store, "jo", 1)
+    with store._pool.session() as session:
+        seen: list[str] = []
+        session.connection.set_trace_callback(seen.append)
+    store.load_policy("jo")
+    assert len([sql for sql in seen if "SELECT" in sql]) == len(seen) == 1
+    with store._pool.session() as session:
+        session.connection.set_trace_callback(None)
+        plan = session.rows("EXPLAIN QUERY PLAN " + seen[0])
+    assert all(row[3].startswith("SEARCH") for row in plan)
+
+
+# ------------------------------------------------------------------------------------ opening
+
+
+@pytest.mark.parametrize("name", ["", ":memory:", "a\0b"])
+def test_no_path_is_no_store(name: str) -> None:
+    """What SQLite takes for a database of its own in memory is refused."""
+    with pytest.raises(StoreConfigError, match="memory://"):
+        SQLiteStore(name)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_is_some_time(path: Path, timeout: float) -> None:
+    """Every wait has an end."""
+    with pytest.raises(StoreConfigError, match="timeout"):
+        SQLiteStore(path, timeout=timeout)
+
+
+def test_a_place_that_cannot_hold_the_file(tmp_path: Path) -> None:
+    """A directory, or one that is not there, is named with what is wrong."""
+    with pytest.raises(StoreConfigError, match="not a file"):
+        SQLiteStore(tmp_path)
+    with pytest.raises(StoreConfigError, match="No such file or directory"):
+        SQLiteStore(tmp_path / "missing" / "a.db")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_file_that_may_not_be_written(path: Path) -> None:
+    """A store needs to write, even to read: WAL keeps its readers' marks in a file."""
+    SQLiteStore(path).close()
+    path.chmod(0o400)
+    with pytest.raises(StoreConfigError, match="may"):
+        SQLiteStore(path)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"not a database" * 1000])
+def test_a_file_that_is_no_database(path: Path, content: bytes) -> None:
+    """It is refused and left as it was."""
+    path.write_bytes(content)
+    with pytest.raises(StoreConfigError, match="not an SQLite database"):
+        SQLiteStore(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE users (id)", "PRAGMA application_id = 7", "PRAGMA user_version = 3"]
+)
+def test_another_programs_database(path: Path, statement: str) -> None:
+    """It is refused and left as it was; one without any content is nobody's."""
+    with raw(path) as connection:
+        connection.execute(statement)
+    before = path.read_bytes()
+    if "user_version" in statement:
+        SQLiteStore(path).close()
+        return
+    with pytest.raises(StoreConfigError, match="another program"):
+        SQLiteStore(path)
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_checking_only_makes_nothing(path: Path) -> None:
+    """`migrate=False` says what is missing, and does nothing about it."""
+    with pytest.raises(StoreConfigError, match="No such file"):
+        SQLiteStore(path, migrate=False)
+    assert not path.exists()
+    path.touch()
+    with pytest.raises(SchemaVersionError) as raised:
+        SQLiteStore(path, migrate=False)
+    assert (raised.value.found, raised.value.needed) == (None, 1)
+    assert path.read_bytes() == b""
+    SQLiteStore(path).close()
+    SQLiteStore(path, migrate=False).close()
+
+
+def test_a_host_may_migrate_by_itself(path: Path) -> None:
+    """The SQL that `migrations` gives is all that a store needs."""
+    path.touch()
+    with raw(path) as connection:
+        for version, sql in migrations():
+            connection.executescript(f"BEGIN; {sql}; COMMIT;")
+            assert connection.execute("SELECT version FROM schema_version").fetchall() == [
+                (version,)
+            ]
+    with SQLiteStore(path, migrate=False) as store:
+        assert store.put_users([user("jo")]) == 1
+
+
+def set_schema(path: Path, version: int, oldest: int) -> None:
+    with raw(path) as connection:
+        connection.execute("UPDATE schema_version SET version = ?, oldest = ?", (version, oldest))
+
+
+def test_a_newer_schema_that_admits_this_library(store: SQLiteStore, path: Path) -> None:
+    """Old servers run on, and start, while a new schema is rolled out."""
+    set_schema(path, 99, 1)
+    assert impose(store, "jo", 1) == 2
+    with SQLiteStore(path) as again:
+        assert again.changes_since(None).head == 2
+    SQLiteStore(path, migrate=False).close()
+
+
+def test_a_newer_schema_that_does_not(store: SQLiteStore, path: Path) -> None:
+    """Such a store cannot be opened, and one that is open stops answering."""
+    set_schema(path, 99, 2)
+    for migrate in (None, True, False):
+        with pytest.raises(SchemaVersionError) as raised:
+            SQLiteStore(path, migrate=migrate)
+        assert (raised.value.found, raised.value.needed) == (99, 2)
+    with pytest.raises(StoreUnavailable):
+        store.changes_since(None)
+    with pytest.raises(StoreUnavailable), store.transaction():
+        pytest.fail("the transaction began")
+
+
+def test_an_older_schema_needs_a_migration(path: Path) -> None:
+    """Checking only, the store says which version it found and which it needs."""
+    SQLiteStore(path).close()
+    set_schema(path, 0, 0)
+    with pytest.raises(SchemaVersionError) as raised:
+        SQLiteStore(path, migrate=False)
+    assert (raised.value.found, raised.value.needed) == (0, 1)
+
+
+def test_a_failed_migration_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema is there as a whole or not at all."""
+    ((version, sql),) = migrations()
+    broken = [(version, sql + "INSERT INTO missing VALUES (1);\n")]
+    with monkeypatch.context() as patch:
+        patch.setattr("ipguard.stores._sqlite_schema.migrations", lambda dialect: broken)
+        with pytest.raises(StoreUnavailable, match="missing"):
+            SQLiteStore(path)
+    with pytest.raises(SchemaVersionError):
+        SQLiteStore(path, migrate=False)
+    SQLiteStore(path).close()
+
+
+# ------------------------------------------------------------------------------- many of them
+
+
+def test_many_users_do_not_fill_the_memory(store: SQLiteStore) -> None:
+    """A generator of users is read as it comes, and put again it changes nothing."""
+    count = rounds(5_000, 100_000)
+
+    def users() -> Iterator[User]:
+        return (user(f"user{n:06}", f"Jo Smith {n}", f"U{n:06}") for n in range(count))
+
+    tracemalloc.start()
+    assert store.put_users(users()) == 2
+    assert store.put_users(users()) == 2
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4_000_000
+    assert store.changes_since((1, store_token(store, 1))).usernames is EVERYBODY
+    assert len(store.overview(EVERY, search="smith 1", limit=count)) > count / 10
+    everyone = frozenset(f"U{n:06}" for n in range(100_000))
+    page = store.overview(everyone, search="SMITH 77")
+    assert [item.user.username for item in page][:2] == ["user000077", "user000770"]
+    assert len(store.history(everyone)) == 0
+
+
+def store_token(store: SQLiteStore, revision: int) -> str:
+    with store._pool.session() as session:
+        ((token,),) = session.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
+    return str(token)
+
+
+def test_users_put_in_between_are_compared_again(store: SQLiteStore) -> None:
+    """What changes is found out before the lock, and again if users were put since then."""
+    began, go = threading.Event(), threading.Event()
+    plain = store._turn
+    revisions: list[int] = []
+
+    @contextmanager
+    def late(session: Session, **options: bool) -> Iterator[object]:
+        began.set()
+        go.wait()
+        with plain(session, **options) as turn:
+            yield turn
+
+    store._turn = late  # type: ignore[method-assign, assignment]
+    thread = threading.Thread(
+        target=lambda: revisions.append(store.put_users([user("jo", "Jo B"), user("ann")]))
+    )
+    thread.start()
+    began.wait()
+    store._turn = plain  # type: ignore[method-assign]
+    store.put_users([user("jo", "Jo B"), user("ann"), user("zoe")])
+    go.set()
+    thread.join()
+    assert revisions == [2]
+    assert [change.detail for change in store.history(EVERY)] == [
+        "added=2 updated=1",
+        "added=1 updated=0",
+    ]
+
+
+def test_a_guard_far_behind_is_told_everybody(store: SQLiteStore) -> None:
+    """The list of users that it would have to drop is bounded."""
+    cursor = store.changes_since(None)[:2]
+    with store.transaction() as turn:
+        for number in range(10_001):
+            turn.append(Action.IMPOSE, actor="admin", touches=frozenset({f"u{number}"}))
+    assert store.changes_since(cursor).usernames is EVERYBODY
+    newer = (2, store_token(store, 2))
+    found = store.changes_since(newer).usernames
+    assert isinstance(found, frozenset)
+    assert len(found) == 10_000
+
+
+def test_numbers_and_texts_that_no_column_holds(store: SQLiteStore) -> None:
+    """What comes from outside finds nothing, and raises nothing of the driver's."""
+    huge = 2**70
+    assert store.changes_since((huge, "x")).usernames is RESET
+    assert not store.wait(huge, 0.01)
+    assert len(store.history(EVERY, before=huge, limit=huge)) == 1
+    assert len(store.history(EVERY, before=-huge)) == 0
+    assert len(store.overview(EVERY, limit=huge)) == 1
+    assert len(store.overview(EVERY, search="\ud800")) == 0
+    assert len(store.overview(EVERY, after="\ud800")) in (0, 1)
+    assert len(store.overview(frozenset({"\ud800"}))) == 0
+    assert len(store.history(EVERY, username="\ud800")) == 0
+    with store.transaction() as turn:
+        assert turn.request("\ud800") is None
+        assert turn.restriction("\ud800") is None
+        assert turn.user("\ud800") is None
+
+
+def test_an_action_of_a_newer_library(store: SQLiteStore, path: Path) -> None:
+    """The trail stays readable where a newer library has written to it."""
+    with raw(path) as connection:
+        connection.execute("UPDATE changes SET action = 'teleport' WHERE revision = 1")
+    assert [change.action for change in store.history(EVERY)] == ["teleport"]
+
+
+def test_nothing_secret_shows(store: SQLiteStore, path: Path) -> None:
+    """A store shows its path, and nothing else."""
+    assert repr(store) == f"<SQLiteStore {path}>"
+    assert isinstance(open_store(f"sqlite:///{path}"), SQLiteStore)
