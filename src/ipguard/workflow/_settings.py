@@ -13,13 +13,17 @@ from ipguard.errors import InvalidValue
 _Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
-def _whole(least: int, most: int | None = None) -> _Check:
+# Above these a figure limits nothing, and would not fit where times and numbers are kept.
+_MOST = 1_000_000_000
+_LONGEST = timedelta(days=366)
+
+
+def _whole(least: int, most: int = _MOST) -> _Check:
     def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidValue(attribute.name, "must be a whole number")
-        if value < least or (most is not None and value > most):
-            upper = "or more" if most is None else f"to {most}"
-            raise InvalidValue(attribute.name, f"must be {least} {upper}, not {value}")
+        if not least <= value <= most:
+            raise InvalidValue(attribute.name, f"must be {least} to {most}, not {value}")
 
     return check
 
@@ -28,10 +32,9 @@ def _length(*, zero: bool = False) -> _Check:
     def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if not isinstance(value, timedelta):
             raise InvalidValue(attribute.name, "must be a timedelta")
-        if value < timedelta(0) or (not zero and value == timedelta(0)):
-            raise InvalidValue(
-                attribute.name, "must be a length of time, not a negative one or none"
-            )
+        if not timedelta(0) <= value <= _LONGEST or not (zero or value):
+            least = "none" if zero else "more than none"
+            raise InvalidValue(attribute.name, f"must be {least} to {_LONGEST.days} days")
 
     return check
 
