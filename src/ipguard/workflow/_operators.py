@@ -100,7 +100,8 @@ class Operators(Base):
 
         Raises:
             IPGuardError: As `request` raises, for the first row that is refused; a note on the
-                error says which row. Nothing is changed.
+                error says which row. What only the store can tell (an unknown user, a duplicate,
+                too many) names the user instead. Nothing is changed.
             InvalidValue: Also: there is no reason, or no row.
         """
         checked_text("reason", reason, REASON_LIMIT, required=True)
@@ -216,7 +217,9 @@ def _cells(row: Row) -> tuple[object, ...]:
             raise InvalidValue(
                 "rows", "a mapping has username and addresses, perhaps label, expires_at"
             )
-        return (row["username"], row["addresses"], row.get("label") or "", row.get("expires_at"))
+        label = row.get("label")
+        label = "" if label is None else label
+        return (row["username"], row["addresses"], label, row.get("expires_at"))
     if isinstance(row, (str, bytes)) or not isinstance(row, Sequence) or not 2 <= len(row) <= 4:
         raise InvalidValue(
             "rows", "a row is (username, addresses), perhaps with label and expires_at"
