@@ -51,16 +51,16 @@ _log = logging.getLogger("ipguard.workflow")
 
 _SEARCH_LIMIT = 256
 _PAGE_LIMIT = 1000
+_REVISION_LIMIT = 2**63 - 1  # what databases hold
 
 
 class Workflow(Operators):
     """Changes restrictions, and only as the actor may. Thread-safe, survives `fork()`.
 
     Who the actor is, the host has authenticated: a number sent by e-mail confirms a change, it is
-        no
-    authentication (NIST SP 800-63B-4 3.1.3.1). A user, request or restriction of an account that
+    no authentication (NIST SP 800-63B-4 3.1.3.1). A user, request or restriction of an account that
     the actor does not manage does not exist for it: `UnknownUser`, `UnknownRequest`,
-        `UnknownRestriction`.
+    `UnknownRestriction`.
 
     Args:
         store: Where everything is kept.
@@ -74,7 +74,7 @@ class Workflow(Operators):
         notices_failed: How many notices after a change could not be sent.
 
     Raises:
-        InvalidValue: The key is too short or not bytes.
+        InvalidValue: The key is too short or not bytes, or the settings are none.
     """
 
     # -- the first phase -------------------------------------------------------------------------
@@ -402,11 +402,13 @@ class Workflow(Operators):
             limit: How many users at the most, 1 to 1,000.
 
         Raises:
-            InvalidValue: The search or the limit makes no sense.
+            InvalidValue: The search, `after` or the limit makes no sense.
         """
         checked_text("search", search, _SEARCH_LIMIT)
+        if after is not None and not isinstance(after, str):
+            raise InvalidValue("after", f"must be text, not {type(after).__name__}")
         return self._store.overview(
-            actor.manages, search=search.strip(), after=after, limit=_checked_limit(limit)
+            actor.manages, search=search.strip(), after=after, limit=_whole("limit", limit, _PAGE_LIMIT)
         )
 
     def history(
@@ -428,18 +430,18 @@ class Workflow(Operators):
             limit: How many changes at the most, 1 to 1,000.
 
         Raises:
-            InvalidValue: The limit makes no sense.
+            InvalidValue: `before` or the limit makes no sense.
             UsernameError: The username has no canonical form.
         """
         return self._store.history(
             actor.manages,
             username=None if username is None else canonical_username(username),
-            before=before,
-            limit=_checked_limit(limit),
+            before=None if before is None else _whole("before", before, _REVISION_LIMIT),
+            limit=_whole("limit", limit, _PAGE_LIMIT),
         )
 
 
-def _checked_limit(limit: int) -> int:
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_LIMIT:
-        raise InvalidValue("limit", f"must be a whole number from 1 to {_PAGE_LIMIT}")
-    return limit
+def _whole(name: str, value: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InvalidValue(name, f"must be a whole number from 1 to {most}")
+    return value

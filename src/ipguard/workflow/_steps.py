@@ -80,7 +80,8 @@ def request_and_user(
     tx: Transaction, actor: Actor, request_id: str, *, own: bool
 ) -> tuple[StoredRequest, User]:
     """Return a request that exists for this actor; with `own`, only one that it made itself."""
-    stored = tx.request(request_id)
+    # An id may be whatever a page's client sent: what is no text names nothing, in any store.
+    stored = tx.request(request_id) if isinstance(request_id, str) else None
     user = None if stored is None else user_within_reach(tx, actor, stored.request.username)
     if stored is None or user is None or (own and stored.request.requested_by != actor.username):
         raise UnknownRequest(request_id)
@@ -91,7 +92,7 @@ def restriction_and_user(
     tx: Transaction, actor: Actor, restriction_id: str
 ) -> tuple[Restriction, User]:
     """Return a restriction that exists for this actor, and whose it is."""
-    restriction = tx.restriction(restriction_id)
+    restriction = tx.restriction(restriction_id) if isinstance(restriction_id, str) else None
     user = None if restriction is None else user_within_reach(tx, actor, restriction.username)
     if restriction is None or user is None:
         raise UnknownRestriction(restriction_id)
