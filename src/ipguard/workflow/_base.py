@@ -15,6 +15,7 @@ from ipguard import confirmation
 from ipguard.addresses import AddressRange, typed
 from ipguard.errors import (
     DeliveryError,
+    InvalidValue,
     IPGuardError,
 )
 from ipguard.model import (
@@ -56,7 +57,9 @@ class Base:
         key: bytes | Sequence[bytes],
         settings: WorkflowSettings | None = None,
     ) -> None:
-        self.settings = settings or WorkflowSettings()
+        self.settings = WorkflowSettings() if settings is None else settings
+        if not isinstance(self.settings, WorkflowSettings):
+            raise InvalidValue("settings", f"must be WorkflowSettings, not {type(settings).__name__}")
         self.notices_failed = 0
         self._store = store
         self._notifier = notifier
