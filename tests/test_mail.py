@@ -28,6 +28,9 @@ from ipguard.mail._letters import Letter, notices, number_letter
 from ipguard.mail._session import Session, _literal
 from ipguard.model import Action, Actor, Change, PendingRequest, RequestKind, RequestState, User
 from ipguard.notify import Notifier
+from ipguard.stores import open_store
+from ipguard.testing import FakeClock
+from ipguard.workflow import Workflow
 from tests.smtp_server import BadServer, Mail, MailServer
 
 NUMBER = "49201-77340"
@@ -349,8 +352,7 @@ def test_notice_goes_to_both_apart():
         }
         assert html_facts(mail) == facts
         assert_no_links(mail.part("html"), mail.part("plain"))
-    assert "If it was not you" in first.part("plain")
-    assert "If you did not expect it" in second.part("plain")
+        assert "If you did not expect it, tell your" in " ".join(mail.part("plain").split())
 
 
 @pytest.mark.parametrize(
@@ -395,7 +397,18 @@ def test_failures_of_both_notices_are_one_error():
         (Action.DELETE, "", "Login addresses were deleted", "Addresses were deleted"),
         (Action.LIFT, "", "Login addresses were deleted", "Addresses were deleted"),
         (Action.IMPOSE, "", "Login addresses were added", "Addresses were added to those"),
-        (Action.IMPOSE_MANY, "count=12", "Login addresses of many users were added", "many users"),
+        (
+            Action.IMPOSE_MANY,
+            "restrictions=12",
+            "Login addresses of several users were added",
+            "several users",
+        ),
+        (
+            Action.UNLOCK,
+            "failures=100",
+            "Confirmation numbers are accepted again",
+            "The bank now accepts numbers from that user again.",
+        ),
         (Action.REMOVE_USERS, "", "A change was recorded", "in the bank: remove users."),
     ],
 )
@@ -405,7 +418,6 @@ def test_notice_says_what_was_done(action, detail, subject, told):
     (letter,) = notices(change, ALICE, None, "the bank")
     assert letter.subject == subject
     assert told in letter.opening
-    assert dict(letter.facts).get("How many") == ("12" if detail == "count=12" else None)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +437,20 @@ def test_notice_says_when_a_user_is_left_open_or_shut_out(detail, any_address, n
     for part in (" ".join(letter.text().split()), Page(letter.html()).shown):
         assert ("can now log in from any address" in part) is any_address
         assert ("can log in from no address" in part) is no_address
+
+
+def test_notice_of_a_bulk_change():
+    """Of a bulk change, the actor reads how many restrictions, and each user reads its own name."""
+    change = attrs.evolve(
+        CHANGE, action=Action.IMPOSE_MANY, username=None, detail="restrictions=12 reason=moved"
+    )
+    (letter,) = notices(change, ALICE, None, "the bank")
+    assert dict(letter.facts)["Restrictions"] == "12"
+    assert "User" not in dict(letter.facts)
+    (letter,) = notices(change, attrs.evolve(ALICE, email="jsmith@example.net"), JSMITH, "the bank")
+    assert letter.to == "jsmith@example.net"
+    assert dict(letter.facts)["User"] == "jsmith"
+    assert dict(letter.facts)["Done by"] == "alice"
 
 
 def test_notice_reads_the_particulars():
@@ -452,6 +478,45 @@ def test_notice_shows_particulars_that_it_cannot_read():
     assert facts["Temporary, until"] == "soon"
     assert facts["Label"] == '"\\q"'
     assert facts["Done by"] == "alice"
+
+
+# ------------------------------------------------------------------ with the workflow
+
+
+def test_number_from_the_mail_confirms():
+    """With a real workflow and a real server, the number read in the mail confirms the change."""
+    clock = FakeClock()
+    with (
+        MailServer("starttls", login=("bank", "s3cret")) as server,
+        open_store("memory://", clock=clock) as store,
+    ):
+        store.put_users([JSMITH])
+        flow = Workflow(store, notifier(server), key=b"k" * 32)
+        request = flow.request(
+            ALICE, "jsmith", "203.0.113.0/29", label="office", expires_at=clock() + timedelta(1)
+        )
+        (mail,) = server.wait_for(1)
+        (number,) = re.findall(r"^ {4}([\d-]+)$", mail.part("plain"), re.MULTILINE)
+        assert text_facts(mail.part("plain"))["Temporary, until"].startswith(f"{clock():%Y-%m}")
+        applied = flow.confirm(ALICE, request.id, number)
+        added = text_facts(server.wait_for(3)[2].part("plain"))
+        assert added["Addresses"] == "203.0.113.0/29 (8 addresses)"
+        assert added["Label"] == "office"
+        assert added["Temporary, until"] == text_facts(mail.part("plain"))["Temporary, until"]
+        second = flow.impose(ALICE, "jsmith", "198.51.100.9", reason="on the phone")
+        clock.advance(timedelta(days=2))
+        assert second.restriction is not None
+        assert applied.restriction is not None
+        flow.lift(ALICE, second.restriction.id, reason="was wrong")
+        assert "can log in from no address" in server.wait_for(7)[6].part("plain")
+        flow.delete(ALICE, applied.restriction.id)
+        assert "can now log in from any address" in server.wait_for(9)[8].part("plain")
+        flow.impose_many(ALICE, [("jsmith", "192.0.2.1"), ("jsmith", "192.0.2.2")], reason="r")
+        to_actor, to_user = (text_facts(mail.part("plain")) for mail in server.wait_for(11)[9:])
+        assert (to_actor["Restrictions"], to_user["User"]) == ("2", "jsmith")
+        flow.unlock(ALICE, "jsmith", reason="asked for it")
+        assert server.wait_for(13)[12].message["Subject"].startswith("Confirmation numbers are")
+        assert flow.notices_failed == 0
 
 
 # ------------------------------------------------------------------ failures

@@ -112,30 +112,33 @@ def notices(change: Change, actor: Actor, user: User | None, product: str) -> tu
     details = dict(_details(change.detail))
     subject, opening = _told(change.action, details.get("kind"), product)
     after = [sentence for name, sentence in _AFTER.items() if details.get(name) == "true"]
+    username = change.username or (user.username if user is not None else "")
     facts = (
-        ("User", "" if change.username is None else _line(change.username)),
+        ("User", _line(username)),
         ("Name", "" if user is None else _written(user.full_name)),
         ("Addresses", _known_addresses(details.get("addresses", ""))),
         ("Label", _written(details.get("label", ""))),
-        ("How many", _line(details.get("count", ""))),
+        ("Restrictions", _line(details.get("restrictions", ""))),
         ("Temporary, until", _known_moment(details.get("expires_at", ""))),
         ("Reason", _written(details.get("reason", ""))),
         ("Done by", _line(change.actor or actor.username)),
         ("From address", change.actor_address or "not known"),
         ("Done at", _moment(change.at)),
     )
-    to = [(actor.email, "You are told because this was done in your name. If it was not you")]
+    to = [actor.email]
     if user is not None and user.email is not None and not _same(user.email, actor.email):
-        to.append((user.email, "You are told because this concerns you. If you did not expect it"))
+        to.append(user.email)
     return tuple(
         Letter(
             to=address,
             subject=subject,
             opening="\n".join([opening, *after]),
             facts=tuple(fact for fact in facts if fact[1]),
-            closing=f"{why}, tell your administrator at once.",
+            # The same to both: one address may be both of them.
+            closing="You are told because you made this change, or because it concerns you. If you "
+            "did not expect it, tell your administrator at once.",
         )
-        for address, why in to
+        for address in to
     )
 
 
@@ -148,10 +151,16 @@ _AFTER: Final = {
 def _told(action: Action, kind: str | None, product: str) -> tuple[str, str]:
     """Return the subject and the first sentence of a notice."""
     if action is Action.IMPOSE_MANY:
-        subject = "Login addresses of many users were added"
+        subject = "Login addresses of several users were added"
         told = (
-            f"Addresses were added to those that many users may log in to {product} from. From any "
-            "address that is not among theirs they are refused."
+            f"Addresses were added to those that several users may log in to {product} from. From "
+            "any address that is not among their own they are refused."
+        )
+    elif action is Action.UNLOCK:
+        subject = "Confirmation numbers are accepted again"
+        told = (
+            "Too many wrong confirmation numbers were typed in under the name below. "
+            f"{product[0].upper()}{product[1:]} now accepts numbers from that user again."
         )
     elif action in (Action.DELETE, Action.LIFT) or kind == "delete":
         subject = "Login addresses were deleted"
