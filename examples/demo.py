@@ -205,7 +205,8 @@ class Demo:
             say.line(f"before: jsmith from {FROM_HOME}: {before['reason']}")
             say.expect("it lets jsmith in, from memory", before["reason"], "listed")
             say.expect("and a thread keeps it current", before["woken_by"], "refresher")
-            applied = self.flow.delete(ADMIN, home.id, reason="moved house")
+            say.line(f"rjones deletes {HOME}")
+            applied = self.flow.delete(ADMIN, home.id, reason="moved")
             after = json.loads(server.readline())
         took = max(0.0, after["at"] - commits.last)
         say.line(f"after:  jsmith from {FROM_HOME}: {after['reason']}")
@@ -326,6 +327,7 @@ def main(args: list[str]) -> int:
             ipguard.open_store(url_of(path)) as store,
             Guard(store) as guard,
         ):
+            print("ipguard, the whole way once: restrict a user to addresses, then log in")
             print(f"database {path}\nmail server {mail.url}")
             well = Demo(store, guard, mail).walk(path, troubles)
     finally:

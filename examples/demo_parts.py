@@ -97,9 +97,9 @@ class Report:
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
         for number, line in enumerate(lines):
             cells = zip(line, widths, strict=True)
-            text = "  ".join(f"{cell:<{width}}" for cell, width in cells)
+            text = "  ".join(f"{cell:<{width}}" for cell, width in cells).rstrip()
             text = self._in("4", text) if number == 0 else self._coloured(text)
-            print(f"   {text.rstrip()}")
+            print(f"   {text}")
 
     def expect(self, what: str, got: Any, wanted: Any) -> None:
         """Say whether something came out as expected."""
