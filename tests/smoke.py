@@ -2,7 +2,6 @@
 
 import sys
 import tempfile
-from importlib import resources
 from pathlib import Path
 
 import ipguard
@@ -12,12 +11,9 @@ HEAVY = {"sqlite3", "smtplib", "ssl", "fastapi", "starlette", "django", "flask",
 loaded = HEAVY & set(sys.modules)
 assert not loaded, f"import ipguard loads {loaded}"
 assert Path(sys.prefix) in Path(ipguard.__file__).parents, f"not the wheel: {ipguard.__file__}"
-assert resources.files("ipguard").joinpath("py.typed").is_file()
-assert [
-    path
-    for path in resources.files("ipguard").joinpath("stores/migrations").iterdir()
-    if path.name.endswith(".sql")
-], "the wheel has no migrations"
+assert Path(ipguard.__file__).with_name("py.typed").is_file()
+migrations = Path(ipguard.__file__).parent / "stores" / "migrations"
+assert list(migrations.rglob("*.sql")), "the wheel has no migrations"
 
 boss = ipguard.Actor(username="boss", email="boss@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
 user = ipguard.User(username="jsmith", full_name="John Smith", account_id="U1")
