@@ -5,7 +5,7 @@ Nothing here is needed at run time, and importing it needs no pytest.
 
 import sys
 
-if "pytest" in sys.modules:
+if sys.modules.get("pytest"):
     # Before the import below: what a plain assert compared is then told when it fails.
     sys.modules["pytest"].register_assert_rewrite(
         *(

@@ -197,6 +197,9 @@ class ChangeTests(Hooks):
             self.note(turn, frozenset({"alice"}))
         assert self.held() == ()
         assert list(self.store.load_all_policies()[1]) == []
+        with self.store.transaction() as turn:
+            assert turn.restriction(kept.id) is None
+            assert turn.restrictions("alice") == ()
 
     def test_many_restrictions_of_one_user(self) -> None:
         """A user may have thousands of restrictions, and every one of them counts."""

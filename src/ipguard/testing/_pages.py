@@ -14,6 +14,7 @@ from ipguard.testing._base import Hooks, raises, user
 
 EVERY = Actor.EVERY_ACCOUNT
 A1 = frozenset({"A1"})
+MOST_PAGES = 50
 
 
 class OverviewTests(Hooks):
@@ -25,7 +26,7 @@ class OverviewTests(Hooks):
 
     def _lines_by_page(self, limit: int, **options: Any) -> Iterator[UserOverview]:
         after: str | None = None
-        while True:
+        for _ in range(MOST_PAGES):
             page = self.store.overview(EVERY, after=after, limit=limit, **options)
             assert len(page) <= limit
             yield from page
@@ -33,6 +34,7 @@ class OverviewTests(Hooks):
                 return
             assert len(page) == limit
             after = page.next
+        raise AssertionError("the pages have no end")
 
     def test_a_line_of_the_page(self) -> None:
         """A line has the user, its restrictions, its live requests and the text for them."""
@@ -255,13 +257,14 @@ class HistoryTests(Hooks):
 
     def _rows_by_page(self, limit: int, **options: Any) -> Iterator[Change]:
         before: int | None = None
-        while True:
+        for _ in range(MOST_PAGES):
             page = self.store.history(EVERY, before=before, limit=limit, **options)
             yield from page
             if page.next is None:
                 return
             assert len(page) == limit
             before = page.next
+        raise AssertionError("the pages have no end")
 
     def test_the_newest_is_first(self) -> None:
         """Rows come newest first, each once, page after page."""
