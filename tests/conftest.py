@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.flows import desk as desk  # noqa: PLC0414 - a fixture for every test
+
 #: `dev.py test --long` sets it: the same tests, with the full number of rounds.
 LONG = bool(os.environ.get("IPGUARD_LONG"))
 

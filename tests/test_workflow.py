@@ -1,0 +1,562 @@
+"""The two phases: request and confirm, as the contract tells them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from datetime import UTC, datetime, timedelta, timezone
+
+import attrs
+import pytest
+
+import ipguard
+from ipguard import (
+    Action,
+    AddressRange,
+    Applied,
+    DuplicateRestriction,
+    NumberExpired,
+    RequestClosed,
+    RequestState,
+    TooManyRequests,
+    TooManyRestrictions,
+    Workflow,
+)
+from ipguard.testing import Outbox
+from tests.flows import ADAM, ALICE, BOSS, HOME, KEY, OFFICE, PEOPLE, Desk
+
+# -- the first phase ---------------------------------------------------------------------------
+
+
+def test_a_request_waits_and_changes_no_policy(desk: Desk) -> None:
+    """What was asked for does not hold yet; the request says all about itself."""
+    expires = desk.later(days=2)
+    request = desk.ask("203.0.113.0/29", label="office", expires_at=expires)
+    assert desk.held() == []
+    now = desk.clock()
+    assert request == ipguard.PendingRequest(
+        id=request.id,
+        username="jsmith",
+        kind=ipguard.RequestKind.ADD,
+        addresses=AddressRange.parse("203.0.113.0/29"),
+        label="office",
+        requested_by="alice",
+        requested_at=now,
+        expires_at=now + timedelta(hours=24),
+        number_expires_at=now + timedelta(minutes=10),
+        attempts_left=5,
+        state=RequestState.PENDING,
+        restriction_expires_at=expires,
+    )
+    assert desk.request(request) == request
+
+
+def test_the_number_goes_to_the_actor_alone(desk: Desk) -> None:
+    """One mail, to the actor's address and no other, with a ten-digit number in two groups."""
+    request = desk.ask()
+    (mail,) = desk.outbox.messages
+    assert (mail.kind, mail.to, mail.request) == (
+        "number_issued",
+        ("alice@firm.example",),
+        request,
+    )
+    assert re.fullmatch(r"\d{5}-\d{5}", mail.number or "")
+
+
+def test_no_mail_is_sent_inside_the_transaction(desk: Desk) -> None:
+    """While a mail is being sent, the request is committed and others can write."""
+    seen: list[str] = []
+
+    class Slow(Outbox):
+        def number_issued(self, request, number, actor) -> None:
+            writer = threading.Thread(target=lambda: desk.add(HOME, "mary"))
+            writer.start()
+            writer.join(10)
+            seen.append(desk.request(request).state)
+            seen.extend(desk.held("mary"))
+
+    flow = Workflow(desk.store, Slow(), key=KEY)
+    flow.request(ALICE, "jsmith", OFFICE)
+    assert seen == ["pending", HOME]
+
+
+def test_ids_are_opaque_and_differ(desk: Desk) -> None:
+    """Nobody can guess the id of a request or a restriction from another's."""
+    ids = {desk.ask(f"203.0.113.{n}").id for n in range(5)} | {
+        desk.add(f"198.51.100.{n}").id for n in range(5)
+    }
+    assert len(ids) == 10
+    assert all(re.fullmatch(r"[0-9a-f]{16}", i) for i in ids)
+
+
+def test_blanks_around_addresses_do_not_matter_to_a_person(desk: Desk) -> None:
+    """What was pasted with a line's end is taken; a parsed range is taken as well."""
+    assert str(desk.ask(" 203.0.113.7\n").addresses) == OFFICE
+    assert str(desk.flow.request(ALICE, "jsmith", AddressRange.parse(HOME)).addresses) == HOME
+
+
+def test_the_username_is_taken_in_any_spelling(desk: Desk) -> None:
+    """`JSmith` is the user `jsmith`, in full-width letters too."""
+    assert desk.ask(username="JSmith").username == "jsmith"
+    assert desk.ask(HOME, username="ｊｓｍｉｔｈ").username == "jsmith"  # noqa: RUF001
+
+
+def test_a_temporary_restriction_expires_and_still_restricts(desk: Desk) -> None:
+    """With `expires_at` the addresses are let in until then, and nobody is after it."""
+    request = desk.ask(expires_at=desk.later(hours=1))
+    applied = desk.confirm(request)
+    assert applied.restriction is not None
+    assert applied.restriction.expires_at == desk.later(hours=1)
+    guard = ipguard.Guard(desk.store, monotonic=desk.clock.monotonic)
+    desk.wait(minutes=59, seconds=59)
+    assert guard.is_allowed("jsmith", OFFICE)
+    desk.wait(seconds=1)
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert not guard.is_allowed("jsmith", HOME)
+
+
+def test_expiry_in_another_zone_is_the_same_moment(desk: Desk) -> None:
+    """An aware time of any zone is taken, and kept in UTC."""
+    local = datetime(2030, 1, 2, 14, tzinfo=timezone(timedelta(hours=2)))
+    kept = desk.ask(expires_at=local).restriction_expires_at
+    assert kept == local
+    assert kept.tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    ("widest", "good", "bad"),
+    [
+        ({}, "10.1.0.0/16", "10.0.0.0/15"),
+        ({}, "10.0.0.5-10.1.0.4", "10.0.0.5-10.1.0.5"),
+        ({}, "2001:db8::/32", "2001:db8::/31"),
+        ({"widest_ipv4": 24}, "10.0.0.0/24", "10.0.0.0/23"),
+        ({"widest_ipv6": 64}, "2001:db8::/64", "2001:db8::/63"),
+        ({"widest_ipv4": 1}, "0.0.0.0/1", "0.0.0.0/0"),
+        ({"widest_ipv4": 32}, OFFICE, "203.0.113.6-203.0.113.7"),
+    ],
+)
+def test_the_widest_is_counted_in_addresses(
+    desk: Desk, widest: dict[str, int], good: str, bad: str
+) -> None:
+    """A range is too broad when it holds more addresses than the widest prefix does."""
+    desk.use(**widest)
+    with desk.unchanged(), pytest.raises(ipguard.AddressTooBroad):
+        desk.ask(bad)
+    assert str(desk.ask(good).addresses) == good
+
+
+def test_everything_is_possible_only_where_set_to_0(desk: Desk) -> None:
+    """`/0` restricts to all of a version, and only where the setting says 0."""
+    desk.use(widest_ipv4=0, widest_ipv6=0)
+    assert str(desk.ask("0.0.0.0/0").addresses) == "0.0.0.0/0"
+    assert str(desk.ask("::/0").addresses) == "::/0"
+
+
+def test_the_width_is_asked_again_on_confirming(desk: Desk) -> None:
+    """Where the settings grew stricter meanwhile, a right number does not help."""
+    request = desk.ask("203.0.113.0/24")
+    desk.use(widest_ipv4=32)
+    with desk.unchanged(), pytest.raises(ipguard.AddressTooBroad):
+        desk.confirm(request)
+
+
+# -- duplicates --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held", "asked"),
+    [
+        ("203.0.113.7", "::ffff:203.0.113.7"),
+        ("203.0.113.7", "203.0.113.7/32"),
+        ("203.0.113.7", "203.0.113.7-203.0.113.7"),
+        ("203.0.113.0/29", "203.0.113.0-203.0.113.7"),
+        ("203.0.113.0/29", "::ffff:203.0.113.0/125"),
+        ("2001:db8::1", "2001:DB8:0:0:0:0:0:1"),
+    ],
+)
+def test_what_is_held_or_pending_is_a_duplicate_in_any_spelling(
+    desk: Desk, held: str, asked: str
+) -> None:
+    """The same addresses are the same however they are written, held or asked for."""
+    desk.add(held)
+    with desk.unchanged(), pytest.raises(DuplicateRestriction) as caught:
+        desk.ask(asked)
+    assert caught.value.username == "jsmith"
+    desk.ask(held, "mary")
+    with desk.unchanged(), pytest.raises(DuplicateRestriction):
+        desk.ask(asked, "mary", actor=ADAM)
+
+
+def test_a_part_or_another_user_is_no_duplicate(desk: Desk) -> None:
+    """Only exactly the same addresses of the same user are."""
+    desk.add("203.0.113.0/29")
+    desk.ask("203.0.113.0/30")
+    desk.ask("203.0.113.0/28")
+    desk.ask("203.0.113.0/29", "mary")
+
+
+@pytest.mark.parametrize("end", ["cancelled", "locked", "expired"])
+def test_a_request_that_ended_is_no_duplicate(desk: Desk, end: str) -> None:
+    """Only what is pending stands in the way of asking again."""
+    request = desk.ask()
+    if end == "cancelled":
+        desk.flow.cancel(ALICE, request.id)
+    elif end == "locked":
+        desk.guess(request, times=5)
+    else:
+        desk.wait(hours=24)
+    assert desk.ask().id != request.id
+
+
+def test_a_pending_deletion_is_no_duplicate_of_an_addition(desk: Desk) -> None:
+    """After the one is asked for, the other is refused because it is held, and not otherwise."""
+    desk.use(confirm_deletes=True)
+    restriction = desk.add(expires_at=desk.later(hours=1))
+    desk.ask_to_delete(restriction)
+    desk.wait(hours=2)
+    assert desk.ask().kind is ipguard.RequestKind.ADD
+
+
+def test_a_duplicate_is_found_again_on_confirming(desk: Desk) -> None:
+    """What came to be held meanwhile is not added twice; the number stays usable."""
+    request = desk.ask()
+    restriction = desk.add()
+    with desk.unchanged(), pytest.raises(DuplicateRestriction):
+        desk.confirm(request)
+    desk.flow.lift(BOSS, restriction.id, reason="so that it is free")
+    desk.confirm(request)
+    assert desk.held() == [OFFICE]
+
+
+def test_an_expired_restriction_is_replaced_on_confirming(desk: Desk) -> None:
+    """Asking for it again is no duplicate; the expired one goes when the new one comes."""
+    old = desk.add(expires_at=desk.later(hours=1))
+    desk.wait(hours=1)
+    request = desk.ask(label="again")
+    assert [r.id for r in desk.store.load_policy("jsmith").restrictions] == [old.id]
+    new = desk.confirm(request).restriction
+    assert new is not None
+    assert desk.store.load_policy("jsmith").restrictions == (new,)
+    assert new.id != old.id
+    assert f"replaces={old.id}" in desk.rows()[0].detail
+
+
+def test_one_that_has_not_expired_yet_is_a_duplicate(desk: Desk) -> None:
+    """To the last microsecond of its time."""
+    desk.add(expires_at=desk.later(hours=1))
+    desk.clock.advance(timedelta(hours=1) - timedelta(microseconds=1))
+    with pytest.raises(DuplicateRestriction):
+        desk.ask()
+
+
+# -- how many ----------------------------------------------------------------------------------
+
+
+def test_restrictions_per_user_counts_expired_ones(desk: Desk) -> None:
+    """Three are three, whether they still let somebody in or not; replacing adds none."""
+    desk.use(restrictions_per_user=3)
+    waiting = desk.ask("203.0.113.9")
+    for n in range(3):
+        desk.add(f"198.51.100.{n}", expires_at=desk.later(hours=1))
+    desk.wait(minutes=5)
+    for call in (lambda: desk.ask("203.0.113.10"), lambda: desk.confirm(waiting)):
+        with desk.unchanged(), pytest.raises(TooManyRestrictions) as caught:
+            call()
+        assert (caught.value.username, caught.value.limit) == ("jsmith", 3)
+    desk.wait(hours=1)
+    with desk.unchanged(), pytest.raises(TooManyRestrictions):
+        desk.ask("203.0.113.10")
+    desk.confirm(desk.ask("198.51.100.0"))
+    assert len(desk.held()) == 3
+
+
+def test_requests_per_hour_and_exactly_how_long_to_wait(desk: Desk) -> None:
+    """The next request is possible when the oldest of the last hour is an hour old, no sooner."""
+    desk.use(requests_per_hour=3)
+    desk.ask("203.0.113.1")
+    desk.wait(minutes=10)
+    desk.ask("203.0.113.2")
+    desk.wait(minutes=10)
+    desk.ask("203.0.113.3")
+    desk.wait(minutes=10)
+    with desk.unchanged(), pytest.raises(TooManyRequests) as caught:
+        desk.ask("203.0.113.4")
+    assert caught.value.retry_after == timedelta(minutes=30)
+    desk.clock.advance(caught.value.retry_after - timedelta(microseconds=1))
+    with pytest.raises(TooManyRequests) as again:
+        desk.ask("203.0.113.4")
+    assert again.value.retry_after == timedelta(microseconds=1)
+    desk.clock.advance(again.value.retry_after)
+    desk.ask("203.0.113.4")
+    with pytest.raises(TooManyRequests) as caught:
+        desk.ask("203.0.113.5")
+    assert caught.value.retry_after == timedelta(minutes=10)
+
+
+def test_requests_are_counted_per_actor_whatever_became_of_them(desk: Desk) -> None:
+    """Cancelling gives none back, requests to delete count too, and nobody counts for another."""
+    desk.use(requests_per_hour=2, confirm_deletes=True)
+    restriction = desk.add(HOME)
+    desk.flow.cancel(ALICE, desk.ask().id)
+    desk.ask_to_delete(restriction)
+    with pytest.raises(TooManyRequests):
+        desk.ask()
+    with pytest.raises(TooManyRequests):
+        desk.flow.delete(ALICE, desk.add("192.0.2.77").id)
+    desk.ask(actor=ADAM)
+
+
+def test_a_stricter_pace_waits_for_the_right_one(desk: Desk) -> None:
+    """Where more were made than the settings now allow, the wait is for enough of them to age."""
+    for n in range(4):
+        desk.ask(f"203.0.113.{n}")
+        desk.wait(minutes=1)
+    desk.use(requests_per_hour=2)
+    with pytest.raises(TooManyRequests) as caught:
+        desk.ask()
+    assert caught.value.retry_after == timedelta(minutes=58)
+
+
+# -- the second phase --------------------------------------------------------------------------
+
+
+def test_the_right_number_makes_it_hold(desk: Desk) -> None:
+    """Confirming adds exactly what was asked for, and says since which revision."""
+    request = desk.ask("203.0.113.0/29", label="office")
+    desk.wait(minutes=3)
+    applied = desk.confirm(request)
+    (held,) = desk.store.load_policy("jsmith").restrictions
+    assert applied == Applied(
+        revision=desk.rows()[0].revision, restriction=held, unrestricted=False
+    )
+    assert held == ipguard.Restriction(
+        id=held.id,
+        username="jsmith",
+        addresses=request.addresses,
+        label="office",
+        created_at=desk.clock(),
+        created_by="alice",
+    )
+    guard = ipguard.Guard(desk.store)
+    decision = guard.check("jsmith", "203.0.113.5", at_least=applied.revision)
+    assert (decision.allowed, decision.restriction_id) == (True, held.id)
+    assert not guard.is_allowed("jsmith", HOME)
+
+
+def test_confirming_tells_the_requester_and_the_user(desk: Desk) -> None:
+    """The notice after the change goes to both, and carries the change that was applied."""
+    request = desk.ask()
+    desk.confirm(request)
+    mail = desk.outbox.messages[-1]
+    assert (mail.kind, mail.to) == (
+        "change_applied",
+        ("alice@firm.example", "jsmith@firm.example"),
+    )
+    assert mail.change == desk.rows()[0]
+    assert mail.user == PEOPLE[0]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda n: n,
+        lambda n: n.replace("-", ""),
+        lambda n: f"  {n}\r\n",
+        " ".join,
+        lambda n: n.replace("-", "\u2013"),
+        lambda n: n.replace("-", "\xa0- "),
+        lambda n: "-" + "-".join(n) + "--",
+    ],
+)
+def test_blanks_and_hyphens_in_the_number_do_not_matter(desk: Desk, write) -> None:
+    """However it was copied from the mail, it is the number."""
+    request = desk.ask()
+    desk.flow.confirm(ALICE, request.id, write(desk.number(request)))
+    assert desk.held() == [OFFICE]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    ["", " ", "-", "x", "\0", "\ud800", "１２３４５６７８９０", "9" * 10**6, "1e9", "+1"],  # noqa: RUF001
+)
+def test_junk_is_a_wrong_number_like_any_other(desk: Desk, junk: str) -> None:
+    """Whatever text was typed is a guess, and costs one attempt."""
+    request = desk.ask()
+    with pytest.raises(ipguard.WrongNumber) as caught:
+        desk.flow.confirm(ALICE, request.id, junk)
+    assert caught.value.attempts_left == 4
+    assert desk.held() == []
+
+
+def test_a_number_is_bound_to_its_request(desk: Desk) -> None:
+    """The number of one request is a wrong guess on another, of the same user and actor too."""
+    one, other = desk.ask(), desk.ask(HOME)
+    with pytest.raises(ipguard.WrongNumber):
+        desk.flow.confirm(ALICE, other.id, desk.number(one))
+    desk.confirm(one)
+    assert desk.held() == [OFFICE]
+
+
+def test_a_number_confirms_what_was_asked_for_and_nothing_else(desk: Desk) -> None:
+    """Where somebody changes what a stored request asks for, its number is dead."""
+    changes = {
+        "username": "mary",
+        "kind": ipguard.RequestKind.DELETE,
+        "addresses": AddressRange.parse("0.0.0.0/1"),
+        "restriction_expires_at": desk.later(days=900),
+        "restriction_id": "another",
+    }
+    for n, (field, value) in enumerate(changes.items()):
+        request = desk.ask(f"203.0.113.{n}")
+        with desk.store.transaction() as turn:
+            stored = turn.request(request.id)
+            assert stored is not None
+            forged = attrs.evolve(stored, request=attrs.evolve(stored.request, **{field: value}))
+            turn.save_request(forged)
+            turn.append(Action.REQUEST, actor="a thief")
+        with pytest.raises(ipguard.WrongNumber):
+            desk.confirm(request)
+
+
+def test_a_number_is_used_once(desk: Desk) -> None:
+    """The second time, the request is closed; so is it for every other step."""
+    request = desk.ask()
+    desk.confirm(request)
+    for call in (
+        lambda: desk.confirm(request),
+        lambda: desk.flow.confirm(ALICE, request.id, "a guess"),
+        lambda: desk.flow.resend(ALICE, request.id),
+        lambda: desk.flow.cancel(ALICE, request.id),
+    ):
+        with desk.unchanged(), pytest.raises(RequestClosed) as caught:
+            call()
+        assert caught.value.state == "confirmed"
+
+
+def test_a_number_lives_as_long_as_the_settings_say(desk: Desk) -> None:
+    """It works in the last microsecond, and after that is expired, which counts nothing."""
+    request, late = desk.ask(), desk.ask(HOME)
+    desk.clock.advance(timedelta(minutes=10) - timedelta(microseconds=1))
+    desk.confirm(request)
+    desk.clock.advance(timedelta(microseconds=1))
+    for number in (desk.number(late), desk.wrong(late)):
+        with desk.unchanged(), pytest.raises(NumberExpired):
+            desk.flow.confirm(ALICE, late.id, number)
+    desk.flow.resend(ALICE, late.id)
+    desk.confirm(late)
+
+
+def test_a_request_lives_as_long_as_the_settings_say(desk: Desk) -> None:
+    """After a day it is expired for good, for every step, and no longer on the page."""
+    request = desk.ask()
+    desk.clock.advance(timedelta(hours=24) - timedelta(microseconds=1))
+    desk.flow.resend(ALICE, request.id)
+    desk.clock.advance(timedelta(microseconds=1))
+    for call in (
+        lambda: desk.confirm(request),
+        lambda: desk.flow.resend(ALICE, request.id),
+        lambda: desk.flow.cancel(ALICE, request.id),
+    ):
+        with desk.unchanged(), pytest.raises(RequestClosed) as caught:
+            call()
+        assert caught.value.state == "expired"
+    (line,) = desk.flow.overview(ALICE, search="jsmith")
+    assert line.pending == ()
+
+
+def test_a_number_never_outlives_its_request(desk: Desk) -> None:
+    """A number sent in the last minutes expires with the request."""
+    request = desk.ask()
+    desk.wait(hours=23, minutes=55)
+    again = desk.flow.resend(ALICE, request.id)
+    assert again.number_expires_at == again.expires_at == request.expires_at
+
+
+def test_an_expiry_that_has_passed_is_refused_on_confirming(desk: Desk) -> None:
+    """A restriction that would be born expired is not added; it would shut the user out."""
+    request = desk.ask(expires_at=desk.later(minutes=5))
+    desk.wait(minutes=5)
+    with desk.unchanged(), pytest.raises(ipguard.InvalidValue):
+        desk.confirm(request)
+
+
+def test_several_requests_of_one_user_live_side_by_side(desk: Desk) -> None:
+    """Each is confirmed by its own number, in any order."""
+    first, second = desk.ask(), desk.ask(HOME, actor=ADAM)
+    desk.confirm(second, ADAM)
+    desk.confirm(first)
+    assert sorted(desk.held()) == sorted([OFFICE, HOME])
+
+
+# -- cancelling --------------------------------------------------------------------------------
+
+
+def test_anyone_who_manages_the_user_cancels(desk: Desk) -> None:
+    """Not only the requester may; the number is dead after it, and nobody is mailed."""
+    request = desk.ask()
+    mails = desk.outbox.messages
+    cancelled = desk.flow.cancel(ADAM, request.id)
+    assert cancelled == attrs.evolve(request, state=RequestState.CANCELLED)
+    assert desk.outbox.messages == mails
+    for call in (
+        lambda: desk.confirm(request),
+        lambda: desk.flow.resend(ALICE, request.id),
+        lambda: desk.flow.cancel(ALICE, request.id),
+    ):
+        with desk.unchanged(), pytest.raises(RequestClosed) as caught:
+            call()
+        assert caught.value.state == "cancelled"
+
+
+# -- keys --------------------------------------------------------------------------------------
+
+
+def test_keys_rotate(desk: Desk) -> None:
+    """The first key mints, all verify: a number of the old key works while that is listed."""
+    new = bytes(reversed(KEY))
+    old_request = desk.ask()
+    both = Workflow(desk.store, desk.outbox, key=[new, KEY])
+    new_request = both.request(ALICE, "jsmith", HOME)
+    both.confirm(ALICE, old_request.id, desk.number(old_request))
+    only_new = Workflow(desk.store, desk.outbox, key=(new,))
+    only_new.confirm(ALICE, new_request.id, desk.number(new_request))
+
+
+def test_a_number_of_an_unknown_key_is_expired_not_wrong(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that does not share the keys says so in its log, counts nothing, and resends."""
+    request = desk.ask()
+    stranger = Workflow(desk.store, desk.outbox, key=bytes(32))
+    for number in (desk.number(request), desk.wrong(request)):
+        caplog.clear()
+        with desk.unchanged(), pytest.raises(NumberExpired):
+            stranger.confirm(ALICE, request.id, number)
+        (record,) = (r for r in caplog.records if r.levelno == logging.ERROR)
+        assert record.name.startswith("ipguard.")
+        assert request.id in record.getMessage()
+    assert desk.failures() == 0
+    desk.wait(seconds=30)
+    stranger.resend(ALICE, request.id)
+    stranger.confirm(ALICE, request.id, desk.number(request))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [b"", b"x" * 31, [], [b"x" * 32, b"short"], "x" * 32, ["x" * 32], [32], (b"x" * 31,)],
+)
+def test_a_weak_key_is_refused(key) -> None:
+    """Fewer than 32 bytes, text, or none at all: refused at once, without showing it."""
+    with ipguard.open_store("memory://") as store:
+        with pytest.raises(ipguard.InvalidValue) as caught:
+            Workflow(store, Outbox(), key=key)
+        assert "xxxx" not in str(caught.value)
+
+
+def test_a_workflow_is_a_context_manager(desk: Desk) -> None:
+    """Leaving it closes nothing of the host's, and closing twice is no error."""
+    with desk.flow as flow:
+        assert flow is desk.flow
+    flow.close()
+    desk.ask()

@@ -1,0 +1,333 @@
+"""Guesses: how many, whose, and in which order everything is tested."""
+
+from __future__ import annotations
+
+import pytest
+
+import ipguard
+from ipguard import (
+    Action,
+    Actor,
+    DuplicateRestriction,
+    NumberExpired,
+    RequestClosed,
+    RequestState,
+    TooManyAttempts,
+    UnknownRequest,
+    User,
+    WrongNumber,
+)
+from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, OFFICE, Desk
+
+
+def test_wrong_numbers_count_down_to_0_and_lock(desk: Desk) -> None:
+    """Five guesses, the last with 0 left; then the request is locked for good."""
+    request = desk.ask()
+    assert desk.guess(request, times=5) == [4, 3, 2, 1, 0]
+    assert desk.request(request).state is RequestState.LOCKED
+    for _ in range(2):
+        for number in (desk.number(request), desk.wrong(request), ""):
+            with desk.unchanged(), pytest.raises(TooManyAttempts):
+                desk.flow.confirm(ALICE, request.id, number)
+        for call in (desk.flow.resend, desk.flow.cancel):
+            with desk.unchanged(), pytest.raises(RequestClosed) as caught:
+                call(ALICE, request.id)
+            assert caught.value.state == "locked"
+        desk.wait(days=3)
+    assert desk.held() == []
+
+
+def test_a_right_number_after_wrong_ones_confirms(desk: Desk) -> None:
+    """Four wrong guesses do no harm to the fifth, which is right."""
+    request = desk.ask()
+    desk.guess(request, times=4)
+    desk.confirm(request)
+    assert desk.held() == [OFFICE]
+
+
+def test_the_settings_say_how_many_attempts(desk: Desk) -> None:
+    """One attempt is one attempt."""
+    desk.use(attempts_per_number=1)
+    request = desk.ask()
+    assert request.attempts_left == 1
+    assert desk.guess(request) == [0]
+    with pytest.raises(TooManyAttempts):
+        desk.confirm(request)
+
+
+def test_each_wrong_guess_is_on_the_trail_and_touches_no_policy(desk: Desk) -> None:
+    """What was guessed is committed though an error is raised, and wakes no guard."""
+    request = desk.ask()
+    head, token, _ = desk.store.changes_since(None)
+    desk.guess(request, times=5)
+    assert desk.store.changes_since((head, token)).usernames == frozenset()
+    rows = desk.rows()[:5]
+    assert {row.action for row in rows} == {Action.WRONG_NUMBER}
+    assert [row.revision for row in rows] == [head + n for n in (5, 4, 3, 2, 1)]
+    assert "attempts_left=0 locked=true" in rows[0].detail
+    assert "attempts_left=4" in rows[4].detail
+    assert "locked" not in rows[4].detail
+    assert {(row.actor, row.username, row.account_id) for row in rows} == {
+        ("alice", "jsmith", "U1")
+    }
+
+
+def test_a_refused_right_number_counts_nothing_and_stays_usable(desk: Desk) -> None:
+    """A rule stands in the way: everything is as before, attempts and failures included."""
+    request = desk.ask()
+    desk.guess(request, times=2)
+    restriction = desk.add()
+    for _ in range(7):
+        with desk.unchanged(), pytest.raises(DuplicateRestriction):
+            desk.confirm(request)
+    assert (desk.request(request).attempts_left, desk.failures()) == (3, 2)
+    assert desk.guess(request) == [2]
+    desk.flow.lift(BOSS, restriction.id, reason="so that it is free")
+    desk.confirm(request)
+    assert desk.failures() == 0
+
+
+def test_failures_are_counted_in_a_row_over_all_requests(desk: Desk) -> None:
+    """At the cap no guess is evaluated any more, the right number included, on any request."""
+    desk.use(failures_per_actor=7)
+    one, other, third = (desk.ask(f"203.0.113.{n}") for n in range(3))
+    desk.guess(one, times=4)
+    desk.guess(other, times=3)
+    for request in (one, other, third):
+        for number in (desk.number(request), desk.wrong(request)):
+            with desk.unchanged(), pytest.raises(TooManyAttempts):
+                desk.flow.confirm(ALICE, request.id, number)
+    desk.wait(minutes=1)
+    desk.flow.resend(ALICE, third.id)
+    with pytest.raises(TooManyAttempts):
+        desk.confirm(third)
+    desk.confirm(desk.ask(HOME, actor=ADAM), ADAM)
+
+
+def test_the_guess_that_reaches_the_cap_is_still_answered(desk: Desk) -> None:
+    """It is a wrong number like those before it."""
+    desk.use(failures_per_actor=2)
+    request = desk.ask()
+    assert desk.guess(request, times=2) == [4, 3]
+    with pytest.raises(TooManyAttempts):
+        desk.confirm(request)
+
+
+def test_a_success_resets_the_failures(desk: Desk) -> None:
+    """Only failures in a row count."""
+    desk.use(failures_per_actor=3)
+    for n in range(4):
+        request = desk.ask(f"203.0.113.{n}")
+        desk.guess(request, times=2)
+        desk.confirm(request)
+        assert desk.failures() == 0
+
+
+def test_neither_time_nor_resending_resets_the_failures(desk: Desk) -> None:
+    """A thief who waits, or asks for new numbers, gets no more guesses out of it."""
+    desk.use(failures_per_actor=6, resends_per_request=100)
+    request = desk.ask()
+    for _ in range(2):
+        desk.guess(request, times=3)
+        desk.wait(minutes=1)
+        desk.flow.resend(ALICE, request.id)
+    desk.wait(hours=20)
+    desk.flow.resend(ALICE, request.id)
+    with pytest.raises(TooManyAttempts):
+        desk.confirm(request)
+    desk.wait(days=400)
+    request = desk.ask(HOME)
+    with pytest.raises(TooManyAttempts):
+        desk.confirm(request)
+
+
+def test_other_deeds_reset_no_failures(desk: Desk) -> None:
+    """Neither a deletion at once nor cancelling is a success of a number."""
+    restriction = desk.add(HOME)
+    request, other = desk.ask(), desk.ask("203.0.113.9")
+    desk.guess(request, times=2)
+    desk.delete(restriction)
+    desk.flow.cancel(ALICE, other.id)
+    assert desk.failures() == 2
+
+
+def test_unlock_lets_the_actor_try_again(desk: Desk) -> None:
+    """The failures are gone, and the request that was not locked goes on."""
+    desk.use(failures_per_actor=2)
+    request = desk.ask()
+    desk.guess(request, times=2)
+    desk.flow.unlock(BOSS, "ALICE", reason="she called, and it was her")
+    desk.confirm(request)
+
+
+def test_unlock_opens_no_locked_request(desk: Desk) -> None:
+    """Locked is for good."""
+    request = desk.ask()
+    desk.guess(request, times=5)
+    desk.flow.unlock(BOSS, "alice", reason="she called")
+    with pytest.raises(TooManyAttempts):
+        desk.confirm(request)
+
+
+def test_resending_restores_the_attempts_and_kills_the_old_number(desk: Desk) -> None:
+    """The new number has all its guesses; the old one is a wrong guess."""
+    request = desk.ask()
+    desk.guess(request, times=4)
+    old = desk.number(request)
+    desk.wait(seconds=30)
+    again = desk.flow.resend(ALICE, request.id)
+    assert (again.attempts_left, again.state) == (5, RequestState.PENDING)
+    assert desk.number(request) != old
+    with pytest.raises(WrongNumber) as caught:
+        desk.flow.confirm(ALICE, request.id, old)
+    assert caught.value.attempts_left == 4
+    desk.confirm(request)
+
+
+# -- the order of tests ------------------------------------------------------------------------
+#
+# Each obstacle stands for one test of the contract's list; with all from one on in the way, the
+# first of them is what is told, and nothing is counted but a wrong number.
+
+_EXPECTED = [
+    ("unknown", UnknownRequest),
+    ("not the requester", UnknownRequest),
+    ("closed", RequestClosed),
+    ("number expired", NumberExpired),
+    ("the actor's cap", TooManyAttempts),
+    ("the number", WrongNumber),
+    ("the rules", DuplicateRestriction),
+]
+
+
+@pytest.mark.parametrize("first", range(len(_EXPECTED)))
+def test_the_order_of_tests(desk: Desk, first: int) -> None:
+    """Whatever else is wrong too, what stands first in the contract's list is what is told."""
+    names = [name for name, _ in _EXPECTED[first:]]
+    desk.use(failures_per_actor=3)
+    request = desk.ask()
+    number = desk.wrong(request) if "the number" in names else desk.number(request)
+    if "the rules" in names:
+        desk.add()
+    if "the actor's cap" in names:
+        desk.guess(desk.ask(HOME), times=3)
+    if "number expired" in names:
+        desk.wait(minutes=10)
+    if "closed" in names:
+        desk.flow.cancel(ADAM, request.id)
+    actor = ADAM if "not the requester" in names else ALICE
+    name, error = _EXPECTED[first]
+    request_id = "0" * 16 if name == "unknown" else request.id
+    before = desk.dump()
+    with pytest.raises(error):
+        desk.flow.confirm(actor, request_id, number)
+    assert (desk.dump() == before) is (error is not WrongNumber)
+
+
+@pytest.mark.parametrize("actor", [ADAM, CAROL, BOSS])
+def test_only_the_requester_confirms_and_resends(desk: Desk, actor: Actor) -> None:
+    """To everybody else, the most powerful included, there is no such request to confirm."""
+    request = desk.ask()
+    desk.wait(seconds=30)
+    for call in (
+        lambda: desk.confirm(request, actor),
+        lambda: desk.flow.confirm(actor, request.id, desk.wrong(request)),
+        lambda: desk.flow.resend(actor, request.id),
+    ):
+        with desk.unchanged(), pytest.raises(UnknownRequest):
+            call()
+
+
+def test_a_locked_request_is_unknown_to_strangers(desk: Desk) -> None:
+    """Who may not know of a request is not told that it is locked, either."""
+    request = desk.ask()
+    desk.guess(request, times=5)
+    for actor in (ADAM, CAROL):
+        with pytest.raises(UnknownRequest):
+            desk.confirm(request, actor)
+
+
+def test_the_actor_is_the_requester_in_any_spelling(desk: Desk) -> None:
+    """`Alice` who asked is `ALICE` who confirms; failures are counted for one person."""
+    spelt = ipguard.Actor(username="ALICE", email="new@firm.example", manages={"U1"})
+    request = desk.ask()
+    desk.guess(request, spelt)
+    assert desk.failures() == 1
+    desk.confirm(request, spelt)
+
+
+# -- the user's present account ----------------------------------------------------------------
+
+
+def _move(desk: Desk, account: str) -> None:
+    desk.store.put_users([User(username="jsmith", full_name="John", account_id=account)])
+
+
+def test_every_step_asks_for_the_present_account(desk: Desk) -> None:
+    """The user moved to an account that the actor does not manage: nothing exists any more."""
+    restriction = desk.add(HOME)
+    request = desk.ask()
+    desk.wait(minutes=1)
+    _move(desk, "U2")
+    for call in (
+        lambda: desk.confirm(request),
+        lambda: desk.flow.confirm(ALICE, request.id, desk.wrong(request)),
+        lambda: desk.flow.resend(ALICE, request.id),
+        lambda: desk.flow.cancel(ALICE, request.id),
+    ):
+        with desk.unchanged(), pytest.raises(UnknownRequest):
+            call()
+    with desk.unchanged(), pytest.raises(ipguard.UnknownUser):
+        desk.ask("203.0.113.99")
+    with desk.unchanged(), pytest.raises(ipguard.UnknownRestriction):
+        desk.flow.delete(ALICE, restriction.id)
+    desk.flow.cancel(CAROL, request.id)
+    desk.flow.delete(CAROL, restriction.id)
+
+
+def test_a_user_who_comes_back_is_there_again(desk: Desk) -> None:
+    """The request was not lost: where the account is managed again, it can be confirmed."""
+    request = desk.ask()
+    _move(desk, "U2")
+    _move(desk, "U1")
+    desk.confirm(request)
+
+
+def test_an_actor_who_lost_the_account_loses_the_request(desk: Desk) -> None:
+    """What counts is what the host says of the actor now, not what it said at the request."""
+    request = desk.ask()
+    demoted = ipguard.Actor(username="alice", email="alice@firm.example", manages=frozenset())
+    with desk.unchanged(), pytest.raises(UnknownRequest):
+        desk.confirm(request, demoted)
+
+
+def test_removing_the_user_closes_its_requests(desk: Desk) -> None:
+    """For its account the request is gone; to actors of every account it shows as cancelled."""
+    request, by_boss = desk.ask(), desk.ask(HOME, actor=BOSS)
+    desk.store.remove_users(["jsmith"])
+    for call in (
+        lambda: desk.confirm(request),
+        lambda: desk.flow.resend(ALICE, request.id),
+        lambda: desk.flow.cancel(ALICE, request.id),
+    ):
+        with desk.unchanged(), pytest.raises(UnknownRequest):
+            call()
+    with desk.unchanged(), pytest.raises(RequestClosed) as caught:
+        desk.confirm(by_boss, BOSS)
+    assert caught.value.state == "cancelled"
+
+
+def test_registering_the_name_again_revives_no_request(desk: Desk) -> None:
+    """The new owner of a name is not confirmed into what was asked for the old one."""
+    request = desk.ask()
+    desk.store.remove_users(["jsmith"])
+    _move(desk, "U1")
+    for call in (
+        lambda: desk.confirm(request),
+        lambda: desk.flow.resend(ALICE, request.id),
+        lambda: desk.flow.cancel(ALICE, request.id),
+    ):
+        with desk.unchanged(), pytest.raises(RequestClosed) as caught:
+            call()
+        assert caught.value.state == "cancelled"
+    desk.confirm(desk.ask())

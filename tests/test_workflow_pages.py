@@ -1,0 +1,406 @@
+"""Looking: the overview, the history, who sees what, and the audit log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+import ipguard
+from ipguard import (
+    Action,
+    Actor,
+    InvalidValue,
+    UnknownRequest,
+    UnknownRestriction,
+    UnknownUser,
+    User,
+)
+from tests.flows import ADAM, ALICE, BOSS, BOTH, CAROL, HOME, JSMITH, OFFICE, Desk
+
+NOBODY = Actor(username="nobody", email="nobody@x.example", manages=frozenset())
+
+
+def _names(page: ipguard.Page[ipguard.UserOverview]) -> list[str]:
+    return [line.user.username for line in page]
+
+
+# -- the overview ------------------------------------------------------------------------------
+
+
+def test_the_page_shows_users_restrictions_and_what_is_pending(desk: Desk) -> None:
+    """One line for each user of the accounts; "No restrictions" where there are none."""
+    office = desk.add(OFFICE)
+    request = desk.ask(HOME)
+    page = desk.flow.overview(ALICE)
+    assert _names(page) == ["alice", "jsmith", "mary"]
+    assert page.next is None
+    line = page.items[1]
+    assert line == ipguard.UserOverview(
+        user=JSMITH, restrictions=(office,), pending=(request,), summary=OFFICE
+    )
+    assert {page.items[n].summary for n in (0, 2)} == {"No restrictions"}
+
+
+def test_a_user_whose_restrictions_expired_is_not_shown_as_open(desk: Desk) -> None:
+    """The summary never says "No restrictions" of a user who gets in nowhere."""
+    desk.add(expires_at=desk.later(hours=1))
+    desk.wait(hours=1)
+    (line,) = desk.flow.overview(ALICE, search="jsmith")
+    assert "No restrictions" not in line.summary
+    assert line.summary
+
+
+@pytest.mark.parametrize(
+    ("actor", "names"),
+    [
+        (ALICE, ["alice", "jsmith", "mary"]),
+        (CAROL, ["zed"]),
+        (BOTH, ["alice", "jsmith", "mary", "zed"]),
+        (BOSS, ["alice", "jsmith", "mary", "zed"]),
+        (NOBODY, []),
+    ],
+)
+def test_actors_see_the_users_of_their_accounts(desk: Desk, actor: Actor, names: list[str]) -> None:
+    """And no others; managing nothing shows nothing."""
+    assert _names(desk.flow.overview(actor)) == names
+
+
+@pytest.mark.parametrize(
+    ("search", "names"),
+    [
+        ("", ["alice", "jsmith", "mary", "zed"]),
+        ("  ", ["alice", "jsmith", "mary", "zed"]),
+        ("js", ["jsmith"]),
+        ("JS", ["jsmith"]),
+        ("smith", ["jsmith"]),
+        ("  Smith ", ["jsmith"]),
+        ("mith", []),
+        ("ma", ["mary"]),
+        ("maj", ["mary"]),
+        ("U2", ["zed"]),
+        ("u1", ["alice", "jsmith", "mary"]),
+        ("1", []),
+        (HOME, ["mary", "zed"]),
+        ("::ffff:198.51.100.20", ["mary", "zed"]),
+        ("198.51.100.21", ["zed"]),
+        ("198.51.100.99", []),
+        ("%", []),
+        ("_", []),
+        ("' OR 1=1 --", []),
+    ],
+)
+def test_searching(desk: Desk, search: str, names: list[str]) -> None:
+    """The start of a username, account or any word of the name; or an address: who lists it."""
+    desk.add(HOME, "mary")
+    desk.add("198.51.100.16/28", "zed")
+    assert _names(desk.flow.overview(BOSS, search=search)) == names
+
+
+def test_searching_finds_nothing_outside_the_accounts(desk: Desk) -> None:
+    """No search text tells that a user of another account exists."""
+    desk.add(HOME, "zed")
+    for search in ("zed", "Zulu", "U2", HOME):
+        assert _names(desk.flow.overview(ALICE, search=search)) == []
+
+
+def test_pages_follow_one_another(desk: Desk) -> None:
+    """`next` leads on to the end, each user once, whatever the limit."""
+    for limit in (1, 2, 3, 4, 5):
+        names, after = [], None
+        while True:
+            page = desk.flow.overview(BOSS, after=after, limit=limit)
+            assert len(page) <= limit
+            names += _names(page)
+            after = page.next
+            if after is None:
+                break
+        assert names == ["alice", "jsmith", "mary", "zed"]
+
+
+# -- what is outside does not exist ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("actor", [CAROL, NOBODY])
+def test_what_is_outside_does_not_exist(desk: Desk, actor: Actor) -> None:
+    """Another account's user, request and restriction raise just what those never made raise."""
+    restriction, request = desk.add(HOME), desk.ask()
+    flow = desk.flow
+    for real, made_up, error in (
+        (
+            lambda: flow.request(actor, "jsmith", "192.0.2.9"),
+            lambda: flow.request(actor, "jsmit1", "192.0.2.9"),
+            UnknownUser,
+        ),
+        (
+            lambda: flow.cancel(actor, request.id),
+            lambda: flow.cancel(actor, "0" * 16),
+            UnknownRequest,
+        ),
+        (
+            lambda: flow.resend(actor, request.id),
+            lambda: flow.resend(actor, "0" * 16),
+            UnknownRequest,
+        ),
+        (
+            lambda: flow.confirm(actor, request.id, desk.number(request)),
+            lambda: flow.confirm(actor, "0" * 16, desk.number(request)),
+            UnknownRequest,
+        ),
+        (
+            lambda: flow.delete(actor, restriction.id),
+            lambda: flow.delete(actor, "0" * 16),
+            UnknownRestriction,
+        ),
+    ):
+        messages = []
+        for call in (real, made_up):
+            with desk.unchanged(), pytest.raises(error) as caught:
+                call()
+            assert type(caught.value) is error
+            text = str(caught.value)
+            for name in ("jsmith", "jsmit1", "0" * 16, request.id, restriction.id):
+                text = text.replace(name, "?")
+            messages.append(text)
+        assert messages[0] == messages[1]
+
+
+def test_what_is_asked_of_an_unknown_user_tells_nothing(desk: Desk) -> None:
+    """That another account's user has, or is asked to have, an address is not to be found out."""
+    desk.add(OFFICE, "zed")
+    desk.flow.request(CAROL, "zed", HOME)
+    for addresses in (OFFICE, HOME):
+        with desk.unchanged(), pytest.raises(UnknownUser):
+            desk.flow.request(ALICE, "zed", addresses)
+
+
+def test_the_account_is_compared_exactly(desk: Desk) -> None:
+    """`u1` and `U11` are not `U1`."""
+    for account in ("u1", "U11", "U", ""):
+        near = Actor(username="near", email="near@x.example", manages=frozenset({account}))
+        with pytest.raises(UnknownUser):
+            desk.ask(actor=near)
+    with pytest.raises(TypeError):
+        Actor(username="near", email="near@x.example", manages="xU1")  # type: ignore[arg-type]
+
+
+def test_many_accounts_are_fine(desk: Desk) -> None:
+    """An actor of 100,000 accounts works like any other."""
+    manages = frozenset({f"X{n}" for n in range(100_000)} | {"U1"})
+    broker = Actor(username="broker", email="broker@x.example", manages=manages)
+    desk.confirm(desk.ask(actor=broker), broker)
+    assert _names(desk.flow.overview(broker)) == ["alice", "jsmith", "mary"]
+    assert {row.username for row in desk.flow.history(broker)} == {"jsmith"}
+
+
+# -- the history -------------------------------------------------------------------------------
+
+
+def test_every_change_is_a_row_newest_first(desk: Desk) -> None:
+    """Each call leaves one row that says who, from where, what and of whom; without gaps."""
+    desk.use(confirm_deletes="last")
+    flow = desk.flow
+    request = desk.ask("203.0.113.9", label="a b=c")
+    desk.guess(request, times=1)
+    desk.wait(seconds=30)
+    flow.resend(ALICE, request.id)
+    desk.confirm(request)
+    flow.cancel(ADAM, desk.ask("203.0.113.10").id)
+    first = desk.add("203.0.113.11")
+    desk.delete(first)
+    second = desk.add("203.0.113.12")
+    flow.lift(BOSS, second.id, reason="x")
+    flow.unlock(BOSS, "alice", reason="x")
+    flow.impose_many(BOSS, [("zed", HOME)], reason="x")
+    desk.store.remove_users(["zed"])
+    rows = flow.history(BOSS).items
+    assert [row.revision for row in rows] == list(range(len(rows), 0, -1))
+    assert [row.action for row in reversed(rows)] == [
+        Action.PUT_USERS,
+        Action.REQUEST,
+        Action.WRONG_NUMBER,
+        Action.RESEND,
+        Action.CONFIRM,
+        Action.REQUEST,
+        Action.CANCEL,
+        Action.IMPOSE,
+        Action.DELETE,
+        Action.IMPOSE,
+        Action.LIFT,
+        Action.UNLOCK,
+        Action.IMPOSE_MANY,
+        Action.REMOVE_USERS,
+    ]
+    asked = rows[-2]
+    assert (asked.actor, asked.actor_address, asked.username, asked.account_id, asked.at) == (
+        "alice",
+        OFFICE,
+        "jsmith",
+        "U1",
+        request.requested_at,
+    )
+    assert asked.detail == (f'kind=add addresses=203.0.113.9 label="a b=c" request={request.id}')
+    assert rows[-7].actor == "adam"
+    assert rows[-7].actor_address is None
+
+
+def test_the_detail_names_each_particular(desk: Desk) -> None:
+    """A confirmation names addresses, label, expiry, the restriction and the request."""
+    expires = desk.later(days=1)
+    request = desk.ask(label="office", expires_at=expires)
+    applied = desk.confirm(request)
+    assert applied.restriction is not None
+    assert desk.rows()[0].detail == (
+        f"addresses={OFFICE} label=office expires_at={expires.isoformat()} "
+        f"restriction={applied.restriction.id} request={request.id}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "written"),
+    [
+        ("two words", '"two words"'),
+        ('say "hi"', '"say \\"hi\\""'),
+        ("a=b", '"a=b"'),
+        ("back\\slash", '"back\\\\slash"'),
+        ("Zürich", "Zürich"),
+        ("a\u00a0b", '"a\u00a0b"'),
+        ("restriction=x unrestricted=true", '"restriction=x unrestricted=true"'),
+    ],
+)
+def test_a_label_cannot_forge_the_detail(desk: Desk, label: str, written: str) -> None:
+    """What a person wrote is one value, in JSON where it could be taken for more."""
+    desk.ask(label=label)
+    assert f" label={written} request=" in desk.rows()[0].detail
+
+
+def test_a_row_is_seen_by_the_account_of_its_time(desk: Desk) -> None:
+    """After a move the old account goes on seeing the old rows, and the new one only new ones."""
+    desk.add(OFFICE)
+    desk.store.put_users([User(username="jsmith", full_name="John", account_id="U2")])
+    desk.add(HOME)
+    old = [row.detail for row in desk.flow.history(ALICE, username="jsmith")]
+    new = [row.detail for row in desk.flow.history(CAROL, username="jsmith")]
+    assert [OFFICE in text for text in old] == [True]
+    assert [HOME in text for text in new] == [True, False]  # the move itself, and the impose
+    assert len(desk.flow.history(BOTH, username="jsmith")) == 3
+    assert len(desk.flow.history(NOBODY)) == 0
+
+
+def test_the_history_of_one_user(desk: Desk) -> None:
+    """In any spelling of the name, and only what concerns that user."""
+    desk.add(OFFICE)
+    desk.add(HOME, "mary")
+    rows = desk.flow.history(ALICE, username="JSmith")
+    assert [row.username for row in rows] == ["jsmith"]
+    assert len(desk.flow.history(ALICE, username="never")) == 0
+
+
+def test_the_history_in_pages(desk: Desk) -> None:
+    """`next` leads on to the end, each row once."""
+    for n in range(5):
+        desk.add(f"203.0.113.{n}")
+    for limit in (1, 2, 5, 6, 7):
+        seen: list[int] = []
+        before = None
+        while True:
+            page = desk.flow.history(BOSS, before=before, limit=limit)
+            seen += [row.revision for row in page]
+            before = page.next
+            if before is None:
+                break
+        assert seen == [6, 5, 4, 3, 2, 1]
+
+
+def test_looking_changes_nothing(desk: Desk) -> None:
+    """Neither list takes a revision."""
+    request = desk.ask()
+    with desk.unchanged():
+        desk.flow.overview(ALICE)
+        desk.flow.history(ALICE)
+        desk.clock.advance(request.expires_at - desk.clock())
+        desk.flow.overview(ALICE)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1001, True, 1.0, "5", None, 10**30])
+def test_a_limit_that_makes_no_sense(desk: Desk, limit: Any) -> None:
+    """A page has from 1 to 1,000 items."""
+    for call in (desk.flow.overview, desk.flow.history):
+        with pytest.raises(InvalidValue) as caught:
+            call(BOSS, limit=limit)
+        assert caught.value.name == "limit"
+    assert len(desk.flow.overview(BOSS, limit=1000)) == 4
+
+
+@pytest.mark.parametrize("search", [None, 5, b"x", "x" * 257, "a\nb", "\0", "\ud800", "\u202e"])
+def test_a_search_that_makes_no_sense(desk: Desk, search: Any) -> None:
+    """Only a short line of text is looked for."""
+    with pytest.raises(InvalidValue) as caught:
+        desk.flow.overview(BOSS, search=search)
+    assert caught.value.name == "search"
+
+
+@pytest.mark.parametrize("place", [5, True, b"x", ["x"], 1.5])
+def test_a_place_in_the_list_that_makes_no_sense(desk: Desk, place: Any) -> None:
+    """`after` is text."""
+    with pytest.raises(InvalidValue) as caught:
+        desk.flow.overview(BOSS, after=place)
+    assert caught.value.name == "after"
+
+
+@pytest.mark.parametrize("after", ["", "\0", "\ud800", "zzz", "z" * 10_000, "' OR 1=1"])
+def test_any_text_is_a_place_in_the_list(desk: Desk, after: str) -> None:
+    """A client may send what it likes as `after`; it is compared as a username is."""
+    assert len(desk.flow.overview(BOSS, after=after)) in {0, 4}
+
+
+@pytest.mark.parametrize("before", [0, -1, True, "5", 1.5, 2**63, 10**30, [1]])
+def test_a_revision_that_makes_no_sense(desk: Desk, before: Any) -> None:
+    """`before` is a revision, as far as a database can hold one."""
+    with pytest.raises(InvalidValue) as caught:
+        desk.flow.history(BOSS, before=before)
+    assert caught.value.name == "before"
+    assert len(desk.flow.history(BOSS, before=2**63 - 1)) == 1
+
+
+# -- the audit log -----------------------------------------------------------------------------
+
+
+def test_the_audit_log_has_one_line_for_each_change(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every row of the trail, in order, and nothing for what was refused."""
+    caplog.set_level(logging.INFO, "ipguard.audit")
+    caplog.clear()
+    start = desk.rows()[0].revision
+    desk.use(confirm_deletes="last")
+    flow = desk.flow
+    request = desk.ask()
+    desk.guess(request, times=2)
+    desk.wait(seconds=30)
+    desk.outbox.fail = True
+    with pytest.raises(ipguard.DeliveryError):
+        flow.resend(ALICE, request.id)
+    desk.outbox.fail = False
+    flow.resend(ALICE, request.id)
+    desk.confirm(request)
+    with pytest.raises(ipguard.RequestClosed):
+        desk.confirm(request)
+    with pytest.raises(UnknownUser):
+        flow.request(ALICE, "zed", HOME)
+    (restriction,) = desk.store.load_policy("jsmith").restrictions
+    flow.cancel(ALICE, desk.ask_to_delete(restriction).id)
+    flow.lift(BOSS, restriction.id, reason="x")
+    desk.add()
+    flow.impose_many(BOSS, [("zed", HOME)], reason="x")
+    flow.unlock(BOSS, "alice", reason="x")
+    desk.store.remove_users(["mary"])
+    rows = [row for row in reversed(desk.rows()) if row.revision > start]
+    lines = [r.getMessage() for r in caplog.records if r.name == "ipguard.audit"]
+    assert len(lines) == len(rows) == 14
+    for row, line in zip(rows, lines, strict=True):
+        assert line.startswith(f"revision={row.revision} at={row.at.isoformat()} ")
+        assert f" action={row.action} actor={row.actor} " in line
+        assert line.endswith(row.detail)
+        assert "\n" not in line
