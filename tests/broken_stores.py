@@ -49,8 +49,8 @@ BREAKAGES: list[tuple[str, str, str]] = [
         "a_waiting_writer_sees_what_the_one_before_wrote",
     ),
     (
-        "not self._turn.acquire(timeout=self._timeout)",
-        "self._turn.locked()",
+        "self._turn = threading.Lock()",
+        "self._turn = threading.Semaphore(9)",
         "writers_lose_nothing_and_leave_no_gaps",
     ),
     ("self._turn.release()", "pass", "an_undone_turn_leaves_no_gap"),
@@ -179,9 +179,15 @@ BREAKAGES: list[tuple[str, str, str]] = [
     ("len(left[username]) + len(new)", "len(new)", "no_user_gets_more_than_it_may_have"),
     ("return len(self._staged)", "return len(by_user)", "staged_restrictions_are_added"),
     (
-        "self._take_turn(rows) as",
-        "self._take_turn(staged or ()) as",
+        "rows = () if staged is None else tuple(staged)\n"
+        "        with self._take_turn(rows) as turn:\n",
+        "with self._take_turn() as turn:\n            turn._staged = tuple(staged or ())\n",
         "a_slow_source_holds_nobody_up",
+    ),
+    (
+        "rows = () if staged is None else tuple(staged)\n",
+        "rows = ()\n",
+        "staged_restrictions_are_added",
     ),
     ("tuple(e for e in asked if e != entry)", "asked", "when_an_actor_asked"),
     (
