@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,6 +206,20 @@ def test_number_mail_of_a_deletion():
     assert facts["Temporary, until"] == "2026-11-22 13:55:02 UTC"
     assert facts["From address"] == "not known"
     assert "Label" not in facts
+
+
+def test_number_mail_is_the_one_in_the_guide():
+    """The mail that docs/mail.md shows is the mail that is sent."""
+    request = attrs.evolve(
+        REQUEST, addresses=AddressRange.parse("203.0.113.0/29"), requested_by="rjones"
+    )
+    rita = Actor(
+        username="rjones", email="rita.jones@example.com", manages={"U1"}, address="192.0.2.10"
+    )
+    stream = io.StringIO()
+    ConsoleNotifier(stream, product="Example Trading").number_issued(request, NUMBER, rita)
+    guide = Path(__file__).resolve().parent.parent / "docs" / "mail.md"
+    assert f"```text\n{stream.getvalue().rstrip()}\n```" in guide.read_text(encoding="utf-8")
 
 
 def test_number_is_not_in_any_header():
