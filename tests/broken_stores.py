@@ -179,8 +179,10 @@ BREAKAGES: list[tuple[str, str, str]] = [
     ("len(left[username]) + len(new)", "len(new)", "no_user_gets_more_than_it_may_have"),
     ("return len(self._staged)", "return len(by_user)", "staged_restrictions_are_added"),
     (
-        "rows = () if staged is None else tuple(staged)\n"
-        "        with self._take_turn(rows) as turn:\n",
+        (
+            "rows = () if staged is None else tuple(staged)\n"
+            "        with self._take_turn(rows) as turn:\n"
+        ),
         "with self._take_turn() as turn:\n            turn._staged = tuple(staged or ())\n",
         "a_slow_source_holds_nobody_up",
     ),
