@@ -14,9 +14,14 @@ from typing import Protocol
 
 
 class _Forkable(Protocol):
-    def before_fork(self) -> None: ...
-    def after_fork_in_parent(self) -> None: ...
-    def after_fork_in_child(self) -> None: ...
+    def before_fork(self) -> None:
+        """Take what no thread may be half way through writing."""
+
+    def after_fork_in_parent(self) -> None:
+        """Let go of it."""
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew."""
 
 
 _lock = threading.Lock()

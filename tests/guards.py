@@ -1,0 +1,233 @@
+"""What the guard's tests share: a store whose steps can be held, and a world around it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any, Generic, TypeVar
+
+from ipguard.addresses import AddressRange
+from ipguard.guard import Guard
+from ipguard.model import (
+    EVERYBODY,
+    Action,
+    Changes,
+    Decision,
+    Policy,
+    Restriction,
+    Touched,
+    User,
+)
+from ipguard.store import RestrictionStore
+from ipguard.testing import FakeClock
+
+T = TypeVar("T")
+Hook = Callable[[], object]
+
+PATIENCE = 20.0
+"""How long a test waits for what should happen at once, in seconds; then it fails."""
+
+HOME, OFFICE, ELSEWHERE = "203.0.113.7", "198.51.100.9", "192.0.2.66"
+
+
+class Gate:
+    """A step that stops whoever comes to it, until it is let go."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self) -> None:
+        self._reached.set()
+        assert self._open.wait(PATIENCE), "nobody let this step go"
+
+    def reached(self) -> None:
+        """Wait until somebody stands at it."""
+        assert self._reached.wait(PATIENCE), "nobody came to this step"
+
+    def let_go(self) -> None:
+        self._open.set()
+
+
+class Call(Generic[T]):
+    """A function that runs on a thread of its own from now on."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result.append(self._function())
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        return self.thread.is_alive()
+
+    def result(self) -> T:
+        """Wait for the function to return, and return or raise what it did."""
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive(), "what should have returned did not"
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+
+def comes_true(condition: Callable[[], object]) -> None:
+    """Wait for what another thread should bring about."""
+    never = threading.Event()
+    for _ in range(int(PATIENCE * 1000)):
+        if condition():
+            return
+        never.wait(0.001)
+    raise AssertionError("what should have come true did not")
+
+
+class Held:
+    """A store around a store: each of its reads can be held, failed or replaced, and is counted.
+
+    A hook in `before_load`, `after_load`, `before_sync`, `after_sync` is used up by one call.
+    """
+
+    def __init__(self, store: RestrictionStore) -> None:
+        self.store = store
+        self.before_load: deque[Hook] = deque()
+        self.after_load: deque[Hook] = deque()
+        self.before_sync: deque[Hook] = deque()
+        self.after_sync: deque[Hook] = deque()
+        self.at_now: deque[Hook] = deque()
+        self.down: BaseException | None = None
+        self.loads: list[str] = []
+        self.syncs: list[tuple[int, str] | None] = []
+        self.policy: Callable[[Policy], Any] = lambda policy: policy
+        self.changes: Callable[[Changes], Any] = lambda changes: changes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def now(self) -> datetime:
+        _use(self.at_now)
+        return self.store.now()
+
+    def load_policy(self, username: str) -> Policy:
+        self.loads.append(username)
+        _use(self.before_load)
+        self._fail()
+        policy: Policy = self.policy(self.store.load_policy(username))
+        _use(self.after_load)
+        return policy
+
+    def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
+        self.syncs.append(cursor)
+        _use(self.before_sync)
+        self._fail()
+        changes: Changes = self.changes(self.store.changes_since(cursor))
+        _use(self.after_sync)
+        return changes
+
+    def wait(self, revision: int, timeout: float) -> bool:
+        self._fail()
+        return self.store.wait(revision, timeout)
+
+    def _fail(self) -> None:
+        if self.down is not None:
+            raise self.down
+
+
+def _use(hooks: deque[Hook]) -> None:
+    try:
+        hook = hooks.popleft()
+    except IndexError:
+        return
+    hook()
+
+
+class World:
+    """A store, its clock, and the acts of administrators."""
+
+    def __init__(self, store: RestrictionStore, clock: FakeClock) -> None:
+        self.clock = clock
+        self.store = Held(store)
+        self._numbers = itertools.count(1)
+
+    @property
+    def inner(self) -> RestrictionStore:
+        return self.store.store
+
+    def guard(self, **settings: Any) -> Guard:
+        settings.setdefault("monotonic", self.clock.monotonic)
+        return Guard(self.store, **settings)
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.advance(timedelta(seconds=seconds))
+
+    def register(self, *names: str) -> int:
+        return self.inner.put_users(
+            User(username=name, full_name="Some One", account_id="A1") for name in names
+        )
+
+    def restrict(
+        self, name: str, addresses: str = OFFICE, *, expires_in: float | None = None
+    ) -> int:
+        """Add a restriction, and return the revision at which it holds."""
+        now = self.inner.now()
+        restriction = Restriction(
+            id=f"r{next(self._numbers)}",
+            username=name,
+            addresses=AddressRange.parse(addresses),
+            label="",
+            created_at=now,
+            created_by="admin",
+            expires_at=None if expires_in is None else now + timedelta(seconds=expires_in),
+        )
+        self.register(name)
+        with self.inner.transaction() as turn:
+            turn.add_restriction(restriction)
+            return turn.append(
+                Action.CONFIRM, actor="admin", username=name, touches=frozenset({name})
+            ).revision
+
+    def lift_all(self, name: str) -> int:
+        """Remove a user's restrictions, and return the revision at which none is left."""
+        with self.inner.transaction() as turn:
+            for restriction in turn.restrictions(name):
+                turn.remove_restriction(restriction.id)
+            return turn.append(
+                Action.DELETE, actor="admin", username=name, touches=frozenset({name})
+            ).revision
+
+    def touch(self, *names: str) -> int:
+        """Append a change that says it touches these users, or everybody where none is named."""
+        touches: frozenset[str] | Touched = frozenset(names) if names else EVERYBODY
+        with self.inner.transaction() as turn:
+            return turn.append(Action.IMPOSE_MANY, actor="admin", touches=touches).revision
+
+    def wrong_guess(self) -> int:
+        """Append a change that touches nobody."""
+        with self.inner.transaction() as turn:
+            return turn.append(Action.WRONG_NUMBER, actor="admin").revision
+
+
+def reasons(*decisions: Decision) -> list[str]:
+    return [str(decision.reason) for decision in decisions]
+
+
+@contextmanager
+def gate(*steps: deque[Hook]) -> Iterator[Gate]:
+    """Hold the next one to come to a step; let everybody go at the end, whatever happened."""
+    held = Gate()
+    for step in steps:
+        step.append(held)
+    try:
+        yield held
+    finally:
+        held.let_go()

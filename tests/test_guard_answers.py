@@ -1,0 +1,1094 @@
+"""What the contract says of the guard's question: parameters, answers, and what never happens."""
+
+from __future__ import annotations
+
+import inspect
+import ipaddress
+import logging
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipguard import guard as guard_module
+from ipguard.addresses import parse_address
+from ipguard.errors import AddressError, InvalidValue, StoreUnavailable
+from ipguard.guard import Guard
+from ipguard.guard._lease import time_asleep
+from ipguard.model import Decision, Policy, Reason
+from ipguard.rules import decide
+from ipguard.stores.memory import MemoryStore
+from ipguard.testing import FakeClock
+from tests.guards import (
+    ELSEWHERE,
+    HOME,
+    OFFICE,
+    PATIENCE,
+    Call,
+    World,
+    comes_true,
+    gate,
+    reasons,
+)
+
+
+def new_world() -> World:
+    clock = FakeClock()
+    return World(MemoryStore(clock=clock), clock)
+
+
+@pytest.fixture
+def world() -> World:
+    return new_world()
+
+
+# ---------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_staleness": 0},
+        {"max_staleness": -1.0},
+        {"max_staleness": float("nan")},
+        {"max_staleness": float("inf")},
+        {"max_staleness": True},
+        {"max_staleness": "5"},
+        {"max_staleness": timedelta(seconds=5)},
+        {"max_staleness": None},
+        {"outage_grace": -0.1},
+        {"outage_grace": float("nan")},
+        {"outage_grace": float("inf")},
+        {"outage_grace": False},
+        {"outage_grace": "0"},
+        {"capacity": 0},
+        {"capacity": -1},
+        {"capacity": 1.0},
+        {"capacity": True},
+        {"capacity": None},
+        {"unknown_users": "maybe"},
+        {"unknown_users": None},
+        {"unknown_users": []},
+    ],
+    ids=repr,
+)
+def test_a_setting_that_makes_no_sense_is_refused(world: World, setting: dict[str, Any]) -> None:
+    """Each is refused at construction, and the error names it."""
+    with pytest.raises(InvalidValue) as caught:
+        world.guard(**setting)
+    assert [caught.value.name] == list(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"max_staleness": 0}, "max_staleness: must be more than 0"),
+        ({"max_staleness": -1}, "max_staleness: must be more than 0"),
+        ({"max_staleness": "5"}, "max_staleness: must be a finite number of seconds"),
+        ({"outage_grace": -1}, "outage_grace: must not be negative"),
+        ({"capacity": 0}, "capacity: must be a whole number of at least 1"),
+        ({"unknown_users": ""}, 'unknown_users: must be "allow" or "deny"'),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(world: World, setting: dict[str, Any], said: str) -> None:
+    """An operator reads what to write instead."""
+    with pytest.raises(InvalidValue) as caught:
+        world.guard(**setting)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_staleness": 1},
+        {"max_staleness": 0.001},
+        {"outage_grace": 0},
+        {"outage_grace": 60},
+        {"capacity": 1},
+        {"unknown_users": "allow"},
+        {"unknown_users": "deny"},
+    ],
+    ids=repr,
+)
+def test_a_setting_at_the_edge_is_taken(world: World, setting: dict[str, Any]) -> None:
+    """What makes sense is not refused."""
+    assert not world.guard(**setting).check("jsmith", "not an address")
+
+
+def test_the_defaults_are_those_of_the_contract(world: World) -> None:
+    """Five seconds, no grace, 100,000 users, unknown users allowed, no report only."""
+    parameters = inspect.signature(Guard).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    assert defaults == {
+        "max_staleness": 5.0,
+        "outage_grace": 0.0,
+        "capacity": 100_000,
+        "unknown_users": "allow",
+        "report_only": False,
+        "observer": None,
+        "monotonic": None,
+    }
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in defaults)
+
+
+def test_without_a_clock_it_uses_the_machine_s(world: World) -> None:
+    """The lease is counted by the monotonic clock of this machine, sleep by its boot time."""
+    guard = Guard(world.store)
+    began = time.monotonic()
+    assert guard.check("jsmith", HOME)
+    assert began + 5 <= guard._lease.deadline <= time.monotonic() + 5
+    assert guard._lease._asleep is time_asleep
+    assert world.guard()._lease._asleep() == 0
+
+
+def test_how_long_the_machine_slept_is_told_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the boot clock less the monotonic one, of three readings the one least disturbed."""
+    boot, monotonic = iter([100.0, 101.0, 102.0]), iter([60.5, 61.0, 62.5])
+    clocks = {7: boot, 1: monotonic}
+    monkeypatch.setattr("ipguard.guard._lease.time.CLOCK_BOOTTIME", 7, raising=False)
+    monkeypatch.setattr("ipguard.guard._lease.time.CLOCK_MONOTONIC", 1, raising=False)
+    monkeypatch.setattr(
+        "ipguard.guard._lease.time.clock_gettime", lambda clock: next(clocks[clock]), raising=False
+    )
+    assert time_asleep() == 40.0
+    monkeypatch.delattr("ipguard.guard._lease.time.CLOCK_BOOTTIME")
+    assert time_asleep() == 0.0
+
+
+# --------------------------------------------------------------------- what a client may send
+
+
+def shown(sent: object) -> str:
+    """Name a case, the same in every process."""
+    return ascii(sent)[:12] if isinstance(sent, (str, bytes)) else type(sent).__name__
+
+
+class HostileText(str):
+    """A str that claims to equal anything, and fails wherever it is asked."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    def __hash__(self) -> int:
+        return hash(HOME)
+
+    def _fail(self, *args: object) -> Any:
+        raise RuntimeError("hostile")
+
+    __str__ = __repr__ = __len__ = __getitem__ = __iter__ = __contains__ = _fail
+    __format__ = __add__ = __mod__ = _fail
+    encode = lower = strip = isascii = _fail  # type: ignore[assignment]
+
+
+class Interrupting:
+    """An object that raises what is no Exception when it is asked for its hash or equality."""
+
+    def __hash__(self) -> int:
+        raise KeyboardInterrupt
+
+    def __eq__(self, other: object) -> bool:
+        raise KeyboardInterrupt
+
+
+class Impersonator:
+    """An object whose class cannot be asked for."""
+
+    __slots__ = ()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise LookupError("no class")
+
+
+NO_TEXT: list[Any] = [
+    None,
+    True,
+    0,
+    3405803783,
+    2.5,
+    b"203.0.113.7",
+    bytearray(b"203.0.113.7"),
+    memoryview(b"203.0.113.7"),
+    ["203.0.113.7"],
+    {"203.0.113.7"},
+    {},
+    ("203.0.113.7",),
+    object(),
+    type,
+    ipaddress.ip_address(HOME),
+    parse_address(HOME),
+    Interrupting(),
+]
+NO_ADDRESS = ["", " ", "x" * 1_000_000, "\ud800", "1.2.3.4\n", "203.0.113.7\0", "010.8.8.8", "é"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"report_only": True}, {"observer": print}], ids=repr)
+@pytest.mark.parametrize("sent", [*NO_TEXT, *NO_ADDRESS], ids=shown)
+def test_no_address_is_not_allowed_and_nothing_is_raised(
+    world: World, sent: Any, settings: dict[str, Any]
+) -> None:
+    """Whatever came for an address, the answer is a plain one, cached user or not."""
+    guard = world.guard(**settings)
+    for warm in (False, True):
+        decision = guard.check("jsmith", sent)
+        assert decision.reason is Reason.BAD_ADDRESS
+        assert guard.is_allowed("jsmith", sent) is bool(settings.get("report_only"))
+        if not warm:
+            guard.is_allowed("jsmith", HOME)
+            guard.is_allowed("jsmith", HOME)
+
+
+@pytest.mark.parametrize("settings", [{}, {"report_only": True}, {"observer": print}], ids=repr)
+@pytest.mark.parametrize(
+    "sent",
+    [*NO_TEXT, "", " jsmith", "x" * 1_000_000, "\ud800", "j\0", "a\u200bb", "x" * 257],
+    ids=shown,
+)
+def test_no_username_is_not_allowed_and_nothing_is_raised(
+    world: World, sent: Any, settings: dict[str, Any]
+) -> None:
+    """Whatever came for a username, the answer is a plain one."""
+    guard = world.guard(**settings)
+    guard.is_allowed("jsmith", HOME)
+    assert guard.check(sent, HOME).reason is Reason.BAD_USERNAME
+    assert guard.is_allowed(sent, HOME) is bool(settings.get("report_only"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"report_only": True}, {"observer": print}], ids=repr)
+def test_a_hostile_text_is_read_as_what_it_is(world: World, settings: dict[str, Any]) -> None:
+    """A str whose class claims to equal a remembered address is judged by its characters."""
+    world.restrict("jsmith", HOME)
+    guard = world.guard(**settings)
+    assert guard.is_allowed("jsmith", HOME)
+    assert guard.is_allowed("jsmith", HOME)
+    for sent, reason in ((ELSEWHERE, Reason.NOT_LISTED), (HOME, Reason.LISTED)):
+        assert guard.check("jsmith", HostileText(sent)).reason is reason
+        if not settings:
+            assert guard.is_allowed("jsmith", HostileText(sent)) is (sent == HOME)
+    assert guard.check(HostileText("adoe"), OFFICE).reason is Reason.UNRESTRICTED
+    assert guard.check(HostileText("JSmith"), OFFICE).reason is Reason.NOT_LISTED
+    assert not any(type(spelling) is not str for spelling in guard._cache.by_spelling)
+    if not settings:
+        assert guard.is_allowed(HostileText("jsmith"), OFFICE) is False
+        assert guard.is_allowed(HostileText("jsmith"), HOME) is True
+
+
+@pytest.mark.parametrize("settings", [{}, {"report_only": True}], ids=repr)
+def test_an_object_that_hides_its_class_is_not_allowed(
+    world: World, settings: dict[str, Any]
+) -> None:
+    """Even what cannot be shown is answered, and nothing is raised."""
+    guard = world.guard(**settings)
+    sent: Any = Impersonator()
+    assert guard.check("jsmith", sent).reason is not Reason.UNRESTRICTED
+    assert guard.check(sent, HOME).reason is not Reason.UNRESTRICTED
+    assert guard.is_allowed(sent, sent) is bool(settings)
+
+
+ANYTHING = st.one_of(
+    st.text(),
+    st.text(st.sampled_from("0123456789abcdef.:/%- "), max_size=50),
+    st.binary(),
+    st.integers(),
+    st.floats(),
+    st.none(),
+    st.booleans(),
+    st.lists(st.integers()),
+    st.builds(HostileText, st.text(max_size=20)),
+    st.characters(categories=["Cs"]),
+)
+
+
+@given(ANYTHING, ANYTHING)
+def test_nothing_that_is_sent_raises(username: Any, address: Any) -> None:
+    """Any pair of objects is answered, and allowed only where both are what they should be."""
+    world = new_world()
+    guard = world.guard()
+    guard.is_allowed("jsmith", HOME)
+    try:
+        parse_address(address)
+        valid = True
+    except AddressError:
+        valid = False
+    for _ in range(2):
+        allowed = guard.is_allowed(username, address)
+        assert type(allowed) is bool
+        decision = guard.check(username, address)
+        assert decision.allowed is allowed
+        assert not (allowed and not valid)
+        assert decision.reason is not Reason.STORE_UNAVAILABLE
+
+
+@pytest.mark.parametrize(("username", "address"), [("jsmith", b"203.0.113.7"), (b"jsmith", HOME)])
+def test_bytes_are_never_compared_with_text(world: World, username: Any, address: Any) -> None:
+    """Under `python -bb` such a comparison raises: the guard makes none."""
+    code = (
+        "from ipguard.guard import Guard\n"
+        "from ipguard.stores.memory import MemoryStore\n"
+        "guard = Guard(MemoryStore())\n"
+        "assert guard.is_allowed('jsmith', '203.0.113.7')\n"
+        "assert guard.is_allowed('jsmith', '203.0.113.7')\n"
+        f"assert not guard.is_allowed({username!r}, {address!r})\n"
+        f"assert not guard.check({username!r}, {address!r})\n"
+    )
+    import subprocess
+
+    subprocess.run([sys.executable, "-bb", "-W", "error", "-c", code], check=True)
+
+
+# ----------------------------------------------------------------------------- never by mistake
+
+
+class Odd(Exception):
+    """An error that no store should raise."""
+
+
+@pytest.mark.parametrize("error", [Odd("odd"), MemoryError(), RecursionError(), StopIteration()])
+@pytest.mark.parametrize("where", ["load", "sync", "now"])
+def test_an_exception_never_becomes_an_allow(
+    world: World, error: Exception, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a store raises, and wherever: not allowed, and answered again afterwards."""
+
+    def fail() -> None:
+        raise error
+
+    guard = world.guard()
+    if where != "sync":
+        guard.sync()
+    if where != "now":
+        world.store.down = error
+    else:
+        world.store.at_now.append(fail)
+    assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
+    if where == "now":
+        assert "a check failed" in caplog.text
+        world.store.at_now.append(fail)
+    assert guard.is_allowed("adoe", HOME) is False
+    world.store.down = None
+    world.pass_time(1)
+    assert guard.is_allowed("jsmith", HOME)
+    assert guard.is_allowed("adoe", HOME)
+
+
+@pytest.mark.parametrize("where", ["load", "sync", "now"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_interrupt_goes_through_and_leaves_nothing_held(
+    world: World, where: str, error: type[BaseException]
+) -> None:
+    """Ctrl-C in the middle of a read ends that call alone: no lock, turn or load stays behind."""
+    guard = world.guard()
+    if where != "sync":
+        guard.sync()
+
+    def interrupt() -> None:
+        raise error
+
+    step = {"load": "before_load", "sync": "before_sync", "now": "at_now"}[where]
+    getattr(world.store, step).append(interrupt)
+    with pytest.raises(error):
+        guard.is_allowed("jsmith", HOME)
+    assert not guard._lease.lock.locked()
+    assert not guard._lease._turn.locked()
+    assert not guard._loads._under_way
+    assert Call(lambda: guard.is_allowed("jsmith", HOME)).result()
+
+
+def test_who_shared_an_interrupted_load_is_denied(world: World) -> None:
+    """The thread that read was interrupted: who waited for it gets no answer, and soon another."""
+    guard = world.guard()
+    guard.sync()
+    interrupted = threading.Event()
+
+    def interrupt() -> None:
+        comes_true(interrupted.is_set)
+        raise KeyboardInterrupt
+
+    world.store.before_load.append(interrupt)
+    first = Call(lambda: guard.check("jsmith", HOME))
+    comes_true(lambda: guard._loads._under_way)
+    second = Call(lambda: guard.check("jsmith", HOME))
+    interrupted.set()
+    with pytest.raises(KeyboardInterrupt):
+        first.result()
+    assert second.result().reason in (Reason.STORE_UNAVAILABLE, Reason.UNRESTRICTED)
+    assert guard.check("jsmith", HOME)
+
+
+def policy(**fields: Any) -> Policy:
+    return Policy(**({"revision": 0, "restrictions": (), "known": True} | fields))
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        None,
+        (),
+        "policy",
+        policy(revision=None),
+        policy(revision="1"),
+        policy(restrictions=None),
+        policy(restrictions=[]),
+        policy(restrictions=0),
+        policy(restrictions=(None,)),
+    ],
+    ids=repr,
+)
+def test_a_policy_that_is_none_is_never_an_allow(world: World, garbage: Any) -> None:
+    """What a faulty store returns for a policy denies, and is not remembered."""
+    guard = world.guard()
+    world.store.policy = lambda real: garbage
+    for _ in range(2):
+        assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
+        assert guard.is_allowed("jsmith", HOME) is False
+        world.pass_time(1)
+    assert guard.stats().users == 0
+    world.store.policy = lambda real: real
+    world.pass_time(1)
+    assert guard.is_allowed("jsmith", HOME)
+
+
+@pytest.mark.parametrize(
+    "garbage", [None, (), (1,), ("1", "t", frozenset()), (None, None, None), (0, "t", None)]
+)
+def test_changes_that_are_none_renew_no_lease(world: World, garbage: Any) -> None:
+    """What a faulty store returns for changes is a failure, and moves nothing."""
+    guard = world.guard()
+    world.store.changes = lambda real: garbage
+    assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
+    assert (guard.stats().ready, guard.stats().failures) == (False, 1)
+
+
+def test_a_clock_that_fails_is_no_allow(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the monotonic clock raises, on the fast path and then the slow, the login is denied."""
+    failing: list[int] = []
+
+    def monotonic() -> float:
+        if failing:
+            failing.pop()
+            raise Odd("no time")
+        return world.clock.monotonic()
+
+    caplog.set_level(logging.DEBUG, "ipguard")
+    guard = world.guard(monotonic=monotonic)
+    guard.is_allowed("jsmith", HOME)
+    guard.is_allowed("jsmith", HOME)
+    failing.extend([1, 1])
+    assert guard.is_allowed("jsmith", HOME) is False
+    assert "the fast path gave up" in caplog.text
+    assert "a check failed" in caplog.text
+    failing.append(1)
+    assert guard.is_allowed("jsmith", HOME) is True
+
+
+# ---------------------------------------------------------------------------------- the answers
+
+
+def test_each_reason(world: World) -> None:
+    """One login for each reason, with what the decision carries."""
+    revision = world.restrict("jsmith", HOME)
+    guard = world.guard()
+    listed = guard.check("JSmith", HOME)
+    assert listed == Decision(
+        allowed=True, reason=Reason.LISTED, revision=revision, restriction_id="r1"
+    )
+    assert guard.check("jsmith", ELSEWHERE) == Decision(
+        allowed=False, reason=Reason.NOT_LISTED, revision=revision
+    )
+    assert guard.check("adoe", ELSEWHERE) == Decision(
+        allowed=True, reason=Reason.UNRESTRICTED, revision=revision
+    )
+    assert guard.check("jsmith", "") == Decision(
+        allowed=False, reason=Reason.BAD_ADDRESS, revision=revision
+    )
+    assert guard.check("", HOME) == Decision(
+        allowed=False, reason=Reason.BAD_USERNAME, revision=revision
+    )
+
+
+def test_a_decision_carries_the_later_of_two_revisions(world: World) -> None:
+    """A remembered policy is current to the guard's revision; one just read may be ahead of it."""
+    guard = world.guard()
+    guard.check("jsmith", HOME)
+    other = world.restrict("adoe")
+    assert guard.check("jsmith", HOME).revision == 0
+    assert guard.check("third", HOME).revision == other
+    guard.sync()
+    assert guard.check("jsmith", HOME).revision == other
+    world.store.down = StoreUnavailable("down")
+    assert guard.check("new", HOME).revision == other
+
+
+@pytest.mark.parametrize("spelling", ["::ffff:203.0.113.7", "::FFFF:cb00:7107", HOME])
+def test_a_mapped_address_is_the_address(world: World, spelling: str) -> None:
+    """`::ffff:a.b.c.d` is a.b.c.d at first sight, remembered, and through `check`."""
+    world.restrict("jsmith", HOME)
+    guard = world.guard()
+    assert [guard.is_allowed("jsmith", spelling) for _ in range(3)] == [True] * 3
+    assert guard.check("jsmith", spelling).reason is Reason.LISTED
+
+
+def test_all_of_ipv4_lets_in_no_ipv6(world: World) -> None:
+    """A restriction to `0.0.0.0/0` is one to IPv4, and `::/0` holds no IPv4."""
+    world.restrict("four", "0.0.0.0/0")
+    world.restrict("six", "::/0")
+    guard = world.guard()
+    for _ in range(2):
+        assert guard.is_allowed("four", HOME)
+        assert not guard.is_allowed("four", "2001:db8::1")
+        assert not guard.is_allowed("six", HOME)
+        assert not guard.is_allowed("six", f"::ffff:{HOME}")
+        assert guard.is_allowed("six", "2001:db8::1")
+
+
+def test_unknown_users_are_refused_where_that_was_chosen(world: World) -> None:
+    """`deny`: not registered, not in, restricted or not; registered, as ever."""
+    world.restrict("jsmith", HOME)
+    world.restrict("gone", HOME)
+    world.inner.remove_users(["gone"])
+    world.register("adoe")
+    guard = world.guard(unknown_users="deny")
+    for _ in range(2):
+        assert reasons(
+            guard.check("jsmith", HOME),
+            guard.check("adoe", HOME),
+            guard.check("gone", HOME),
+            guard.check("nobody", HOME),
+            guard.check("nobody", ""),
+        ) == ["listed", "unrestricted", "unknown_user", "unknown_user", "bad_address"]
+        asked = ("jsmith", "adoe", "gone", "nobody")
+        assert [guard.is_allowed(name, HOME) for name in asked] == [True, True, False, False]
+    world.register("nobody")
+    guard.sync()
+    assert guard.is_allowed("nobody", HOME)
+    world.inner.remove_users(["nobody", "jsmith"])
+    guard.sync()
+    assert not guard.is_allowed("nobody", HOME)
+    assert not guard.is_allowed("jsmith", HOME)
+
+
+def test_unknown_users_are_allowed_by_default(world: World) -> None:
+    """`allow`: whom nobody registered and nobody restricted may come from anywhere."""
+    world.restrict("gone", HOME)
+    world.inner.remove_users(["gone"])
+    guard = world.guard()
+    assert guard.check("nobody", HOME).reason is Reason.UNRESTRICTED
+    assert guard.check("gone", HOME).reason is Reason.LISTED
+    assert guard.check("gone", OFFICE).reason is Reason.NOT_LISTED
+
+
+# -------------------------------------------------------------------- report only, the observer
+
+
+def test_report_only_allows_and_tells(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Each answer allows; the reason, the log, the observer and the figures say what would be."""
+    seen: list[tuple[object, object, Decision]] = []
+    world.restrict("jsmith", HOME)
+    guard = world.guard(report_only=True, observer=lambda *told: seen.append(told))
+    caplog.set_level(logging.INFO, "ipguard")
+    assert guard.is_allowed("jsmith", ELSEWHERE)
+    decision = guard.check("jsmith", ELSEWHERE)
+    assert (decision.allowed, decision.reason) == (True, Reason.NOT_LISTED)
+    assert guard.check("jsmith", HOME).reason is Reason.LISTED
+    assert [told[2].reason for told in seen] == [
+        Reason.NOT_LISTED,
+        Reason.NOT_LISTED,
+        Reason.LISTED,
+    ]
+    assert seen[1] == ("jsmith", ELSEWHERE, decision)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"report only: 'jsmith' would not be allowed from '{ELSEWHERE}': not_listed"
+    ] * 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert guard.stats().denials == {Reason.NOT_LISTED: 2}
+
+
+def test_report_only_allows_when_the_store_is_down(world: World) -> None:
+    """Trying ipguard out keeps nobody from logging in."""
+    world.store.down = StoreUnavailable("down")
+    decision = world.guard(report_only=True).check("jsmith", HOME)
+    assert (decision.allowed, decision.reason) == (True, Reason.STORE_UNAVAILABLE)
+
+
+def test_the_report_does_not_forge_lines(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """What a client sent is quoted and cut in the log."""
+    guard = world.guard(report_only=True)
+    guard.check("jsmith\nroot", "1.2.3.4\n" + "x" * 1000)
+    assert "\n" not in caplog.records[0].getMessage()
+    assert len(caplog.records[0].getMessage()) < 250
+
+
+def test_the_observer_sees_every_decision(world: World) -> None:
+    """Hits and misses alike, on the caller's thread."""
+    seen: list[Any] = []
+    guard = world.guard(
+        observer=lambda *told: seen.append((*told, threading.get_ident())),
+    )
+    for _ in range(3):
+        assert guard.is_allowed("jsmith", HOME)
+    assert [told[:2] for told in seen] == [("jsmith", HOME)] * 3
+    assert {told[3] for told in seen} == {threading.get_ident()}
+    assert len(world.store.loads) == 1
+
+
+def test_what_the_observer_raises_is_logged_and_changes_nothing(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A faulty observer neither lets in nor keeps out."""
+
+    def observer(username: object, address: object, decision: Decision) -> None:
+        raise Odd("observer")
+
+    world.restrict("jsmith", HOME)
+    guard = world.guard(observer=observer)
+    assert guard.is_allowed("jsmith", HOME)
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert caplog.text.count("the observer failed") == 2
+
+
+def test_an_observer_that_is_interrupted_lets_the_interrupt_through(world: World) -> None:
+    """What is no Exception is not swallowed, and leaves no lock held."""
+
+    def observer(username: object, address: object, decision: Decision) -> None:
+        raise KeyboardInterrupt
+
+    guard = world.guard(observer=observer)
+    with pytest.raises(KeyboardInterrupt):
+        guard.check("jsmith", HOME)
+    assert guard.stats().users == 1
+
+
+def test_an_observer_may_ask_the_guard(world: World) -> None:
+    """It is called outside of every lock."""
+    seen: list[Any] = []
+
+    def observer(username: object, address: object, decision: Decision) -> None:
+        seen.append(guard.stats())
+        seen.append(guard.sync())
+
+    guard = world.guard(observer=observer)
+    assert Call(lambda: guard.check("jsmith", "")).result().reason is Reason.BAD_ADDRESS
+    assert len(seen) == 2
+
+
+def test_a_subclass_may_override_the_question(world: World) -> None:
+    """An adopter's `is_allowed` is not passed over by the fast path."""
+
+    class Stricter(Guard):
+        def is_allowed(self, username: str, address: str) -> bool:
+            return username != "root" and super().is_allowed(username, address)
+
+    guard = Stricter(world.store, monotonic=world.clock.monotonic)
+    assert guard.is_allowed("jsmith", HOME)
+    assert not guard.is_allowed("root", HOME)
+
+
+def test_the_fast_path_has_the_method_s_documentation(world: World) -> None:
+    """`help(guard.is_allowed)` tells the same, whichever of the two answers."""
+    guard = world.guard()
+    assert guard.is_allowed.__doc__ == Guard.is_allowed.__doc__
+    assert "is_allowed" in vars(guard)
+    assert "is_allowed" not in vars(world.guard(report_only=True))
+    assert "is_allowed" not in vars(world.guard(observer=print))
+
+
+# ------------------------------------------------------------------------------------- outages
+
+
+def test_the_store_is_down_and_the_lease_is_over(world: World) -> None:
+    """Not allowed, `STORE_UNAVAILABLE`, for users remembered and not; bad input stays bad input."""
+    guard = world.guard()
+    guard.check("jsmith", HOME)
+    world.store.down = StoreUnavailable("down")
+    world.pass_time(5)
+    assert reasons(
+        guard.check("jsmith", HOME),
+        guard.check("adoe", HOME),
+        guard.check("jsmith", "x"),
+        guard.check("", HOME),
+    ) == ["store_unavailable", "store_unavailable", "bad_address", "bad_username"]
+    assert len(world.store.syncs) == 2
+
+
+def test_a_guard_that_starts_during_an_outage_recovers(world: World) -> None:
+    """A login server may start before its store: it denies, then answers by itself."""
+    world.store.down = StoreUnavailable("down")
+    guard = world.guard(outage_grace=60)
+    assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
+    world.store.down = None
+    world.pass_time(0.1 + 1e-6)
+    assert guard.check("jsmith", HOME)
+
+
+@pytest.mark.parametrize(("passed", "allowed"), [(5, True), (14.999, True), (15, False)])
+def test_the_outage_grace_is_exactly_bounded(world: World, passed: float, allowed: bool) -> None:
+    """Past the lease a remembered user is answered for `outage_grace` seconds more, as stale."""
+    revision = world.restrict("jsmith", HOME)
+    guard = world.guard(outage_grace=10)
+    fresh = guard.check("jsmith", HOME)
+    assert not fresh.stale
+    guard.check("adoe", HOME)
+    world.store.down = StoreUnavailable("down")
+    world.pass_time(passed)
+    decision = guard.check("jsmith", HOME)
+    assert decision.allowed is allowed
+    assert guard.is_allowed("jsmith", HOME) is allowed
+    assert guard.is_allowed("jsmith", OFFICE) is False
+    if allowed:
+        assert decision == Decision(
+            allowed=True,
+            reason=Reason.LISTED,
+            revision=revision,
+            restriction_id="r1",
+            stale=True,
+        )
+        assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
+        assert guard.check("adoe", HOME).stale
+    else:
+        assert decision == Decision(
+            allowed=False, reason=Reason.STORE_UNAVAILABLE, revision=revision
+        )
+    assert guard.check("stranger", HOME).reason is Reason.STORE_UNAVAILABLE
+
+
+def test_the_grace_is_tested_after_the_answer_was_found(world: World) -> None:
+    """A grace that ends while the answer is made is over."""
+    guard = world.guard(outage_grace=10)
+    guard.check("jsmith", HOME)
+    world.store.down = StoreUnavailable("down")
+    world.pass_time(14)
+    world.store.at_now.append(lambda: world.pass_time(1))
+    assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
+
+
+def test_time_goes_on_in_the_grace(world: World) -> None:
+    """A temporary restriction ends in an outage too."""
+    world.restrict("jsmith", HOME, expires_in=7)
+    guard = world.guard(outage_grace=10, unknown_users="deny")
+    guard.check("jsmith", HOME)
+    guard.check("nobody", HOME)
+    world.store.down = StoreUnavailable("down")
+    world.pass_time(6)
+    assert guard.check("jsmith", HOME).stale
+    world.pass_time(1)
+    assert guard.check("jsmith", HOME).reason is Reason.NOT_LISTED
+    assert guard.check("nobody", HOME).reason is Reason.UNKNOWN_USER
+
+
+def test_a_renewal_during_a_stale_answer_makes_it_fresh(world: World) -> None:
+    """Where another thread's sync renews the lease meanwhile, the answer is not called stale."""
+    guard = world.guard(max_staleness=0.2, outage_grace=10)
+    guard.check("jsmith", HOME)
+    world.pass_time(0.2)
+    with gate(world.store.before_sync) as held:
+        hanging = Call(lambda: guard.check("jsmith", HOME))
+        held.reached()
+        hold = guard._lease.hold
+
+        def renewed_meanwhile(revision: int) -> bool:
+            held_it = hold(revision)
+            guard._lease.sync()
+            return held_it
+
+        guard._lease.hold = renewed_meanwhile  # type: ignore[method-assign]
+        decision = guard.check("jsmith", HOME)
+        guard._lease.hold = hold  # type: ignore[method-assign]
+        held.let_go()
+        assert hanging.result()
+    assert (decision.allowed, decision.stale) == (True, False)
+
+
+# ---------------------------------------------------------------- at_least, wait_for, sync, figures
+
+
+def test_at_least_brings_the_guard_there(world: World) -> None:
+    """Where the guard is behind, one inline sync, and the answer rests on that revision."""
+    guard = world.guard()
+    assert guard.check("jsmith", HOME)
+    revision = world.restrict("jsmith")
+    assert guard.check("jsmith", HOME)
+    decision = guard.check("jsmith", HOME, at_least=revision)
+    assert (decision.reason, decision.revision) == (Reason.NOT_LISTED, revision)
+    assert len(world.store.syncs) == 2
+    assert guard.check("jsmith", OFFICE, at_least=revision)
+    assert guard.check("jsmith", OFFICE, at_least=0)
+    assert len(world.store.syncs) == 2
+
+
+def test_at_least_beyond_the_store_is_no_answer(world: World) -> None:
+    """A revision that nobody has committed: one sync, then `STORE_UNAVAILABLE`, grace or none."""
+    guard = world.guard(outage_grace=60)
+    assert guard.check("jsmith", HOME)
+    decision = guard.check("jsmith", HOME, at_least=1)
+    assert (decision.allowed, decision.reason) == (False, Reason.STORE_UNAVAILABLE)
+    assert len(world.store.syncs) == 2
+    world.store.down = StoreUnavailable("down")
+    world.pass_time(5)
+    assert guard.check("jsmith", HOME, at_least=0).stale
+    assert not guard.check("jsmith", HOME, at_least=1)
+
+
+def test_at_least_is_asked_of_the_revision_answered_with(world: World) -> None:
+    """Where another history with a lower revision is taken over meanwhile, there is no answer."""
+    world.touch("adoe")
+    guard = world.guard()
+    guard.check("jsmith", HOME)
+    hold = guard._lease.hold
+
+    def taken_over_meanwhile(revision: int) -> bool:
+        held = hold(revision)
+        world.store.store = MemoryStore(clock=world.clock)
+        guard.sync()
+        return held
+
+    guard._lease.hold = taken_over_meanwhile  # type: ignore[method-assign]
+    assert guard.check("jsmith", HOME, at_least=1).reason is Reason.STORE_UNAVAILABLE
+
+
+def test_at_least_that_makes_no_sense_is_no_allow(world: World) -> None:
+    """A defect of the caller denies, and is logged."""
+    nonsense: Any = "1"
+    assert not world.guard().check("jsmith", HOME, at_least=nonsense)
+
+
+def test_sync_returns_the_revision(world: World) -> None:
+    """It brings the guard to where the store is, whatever the lease says."""
+    guard = world.guard()
+    assert guard.revision == 0
+    revision = world.restrict("jsmith")
+    assert guard.sync() == revision == guard.revision
+    world.store.down = Odd("odd")
+    with pytest.raises(StoreUnavailable, match="odd") as caught:
+        guard.sync()
+    assert isinstance(caught.value.__cause__, Odd)
+    assert guard.revision == revision
+
+
+def test_sync_does_not_wait_out_the_pause_after_a_failure(world: World) -> None:
+    """Whoever calls it by hand means it; and its success ends the pause for the others."""
+    world.store.down = StoreUnavailable("down")
+    guard = world.guard()
+    assert not guard.check("jsmith", HOME)
+    world.store.down = None
+    assert guard.sync() == 0
+    assert guard.check("jsmith", HOME)
+
+
+def test_wait_for_is_true_at_once_without_a_read(world: World) -> None:
+    """Where the guard is there already, nobody waits for a store that may be down."""
+    revision = world.restrict("jsmith")
+    guard = world.guard()
+    guard.sync()
+    world.store.down = StoreUnavailable("down")
+    assert guard.wait_for(revision, 0)
+    assert guard.wait_for(0, -1)
+    assert len(world.store.syncs) == 1
+
+
+def test_wait_for_syncs_at_once(world: World) -> None:
+    """Where the store is there already, one sync is all it takes, at timeout 0 as well."""
+    guard = world.guard()
+    revision = world.restrict("jsmith")
+    assert guard.wait_for(revision, 0)
+    assert len(world.store.syncs) == 1
+
+
+def test_wait_for_is_woken(world: World) -> None:
+    """A commit on another thread ends the wait, long before its timeout."""
+    guard = world.guard()
+    guard.check("jsmith", HOME)
+    waiting = Call(lambda: guard.wait_for(2, PATIENCE * 10))
+    comes_true(lambda: len(world.store.syncs) >= 2)
+    world.restrict("jsmith")
+    assert waiting.result() is True
+    assert not guard.is_allowed("jsmith", HOME)
+
+
+def test_wait_for_finds_a_change_that_wakes_nobody(world: World) -> None:
+    """A revision that touches no policy is waited for as well."""
+    guard = world.guard()
+    waiting = Call(lambda: guard.wait_for(1, PATIENCE * 10))
+    comes_true(lambda: len(world.store.syncs) >= 1)
+    world.wrong_guess()
+    assert waiting.result() is True
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_wait_for_returns_false_at_the_timeout(world: World, down: bool) -> None:
+    """A revision that does not come, or a store that is down: False, in time and not before."""
+    guard = world.guard()
+    if down:
+        world.store.down = StoreUnavailable("down")
+    began = time.monotonic()
+    assert guard.wait_for(1, 0.25) is False
+    assert 0.25 <= time.monotonic() - began < 5
+    assert guard.wait_for(1, 0) is False
+    assert guard.wait_for(1, -1) is False
+
+
+def test_wait_for_does_not_spin(world: World) -> None:
+    """A store that wakes at once and brings nothing is asked a hundred times a second at most."""
+    world.store.wait = lambda revision, timeout: True  # type: ignore[method-assign]
+    guard = world.guard()
+    assert guard.wait_for(1, 0.2) is False
+    assert 2 <= len(world.store.syncs) <= 25
+
+
+def test_wait_for_rests_after_a_failure(world: World) -> None:
+    """It does not ask a store that has just failed again and again."""
+    world.store.down = StoreUnavailable("down")
+    guard = world.guard()
+    assert guard.wait_for(1, 0.2) is False
+    assert len(world.store.syncs) == 1
+
+
+def test_the_figures_of_a_new_guard(world: World) -> None:
+    """Before the first sync there is nothing to tell, and no error."""
+    assert world.guard().stats() == guard_module.GuardStats(
+        revision=0,
+        lease_remaining=0.0,
+        last_sync_age=None,
+        error=None,
+        failures=0,
+        woken_by="callers",
+        users=0,
+        loads=0,
+        evictions=0,
+        denials={},
+        ready=False,
+    )
+
+
+def test_the_figures_are_true(world: World) -> None:
+    """Revision, lease, age, users, loads, evictions and denials are what happened."""
+    revision = world.restrict("jsmith", HOME)
+    guard = world.guard(capacity=2, max_staleness=8)
+    guard.check("jsmith", HOME)
+    guard.check("jsmith", OFFICE)
+    guard.check("jsmith", "x")
+    guard.check("jsmith", "y")
+    guard.check("", HOME)
+    guard.check("adoe", HOME)
+    guard.check("third", HOME)
+    world.pass_time(3)
+    stats = guard.stats()
+    assert stats == guard_module.GuardStats(
+        revision=revision,
+        lease_remaining=5.0,
+        last_sync_age=3.0,
+        error=None,
+        failures=0,
+        woken_by="callers",
+        users=2,
+        loads=3,
+        evictions=1,
+        denials={Reason.NOT_LISTED: 1, Reason.BAD_ADDRESS: 2, Reason.BAD_USERNAME: 1},
+        ready=True,
+    )
+    world.pass_time(5)
+    assert (guard.stats().ready, guard.stats().lease_remaining) == (False, 0.0)
+    guard.check("", HOME)
+    assert stats.denials[Reason.BAD_USERNAME] == 1
+
+
+def test_the_figures_are_read_under_the_guard_s_lock(world: World) -> None:
+    """They are of one moment."""
+    guard = world.guard()
+    with guard._lease.lock:
+        asked = Call(guard.stats)
+        asked.thread.join(0.05)
+        assert asked.running
+    asked.result()
+
+
+# ------------------------------------------------------------------------------------- explain
+
+
+def test_explain_reads_the_store_always(world: World) -> None:
+    """It tells what is so now, not what is remembered, and remembers nothing itself."""
+    world.register("jsmith")
+    guard = world.guard(report_only=True)
+    assert guard.check("jsmith", HOME)
+    revision = world.restrict("jsmith", OFFICE)
+    explained = guard.explain("JSmith", f"::ffff:{HOME}")
+    assert explained.username == "jsmith"
+    assert explained.address == HOME
+    assert explained.decision == Decision(
+        allowed=False, reason=Reason.NOT_LISTED, revision=revision
+    )
+    assert [str(r.addresses) for r in explained.restrictions] == [OFFICE]
+    assert explained.known
+    assert explained.at == world.clock()
+    assert explained.summary == (
+        f"jsmith from {HOME}: not allowed (not_listed). Registered; restricted to: {OFFICE}."
+    )
+    assert guard.stats().denials == {}
+
+
+def test_explain_of_an_allow_and_of_bad_input(world: World) -> None:
+    """Every reason can be explained."""
+    guard = world.guard(unknown_users="deny")
+    world.register("jsmith")
+    allowed = guard.explain("jsmith", HOME)
+    assert allowed.decision.reason is Reason.UNRESTRICTED
+    assert allowed.summary == (
+        f"jsmith from {HOME}: allowed (unrestricted). Registered; restricted to: No restrictions."
+    )
+    unknown = guard.explain("nobody", HOME)
+    assert unknown.decision.reason is Reason.UNKNOWN_USER
+    assert not unknown.known
+    assert "Not registered" in unknown.summary
+    bad = guard.explain("jsmith", "010.1.1.1")
+    assert (bad.address, bad.decision.reason) == (None, Reason.BAD_ADDRESS)
+    assert bad.summary.startswith("jsmith from '010.1.1.1': not allowed (bad_address).")
+    for address, read in ((HOME, HOME), ("x", None)):
+        nameless = guard.explain("a\nb", address)
+        assert nameless.decision.reason is Reason.BAD_USERNAME
+        assert nameless.username == r"'a\nb'"
+        assert nameless.address == read
+        assert (nameless.restrictions, nameless.known) == ((), False)
+        assert nameless.at == world.clock()
+        assert nameless.summary.startswith(r"'a\nb' is not a username")
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("down"), Odd("odd")])
+def test_explain_says_that_the_store_is_down(world: World, error: Exception) -> None:
+    """An operator is told so, whatever the store raised."""
+    world.store.down = error
+    with pytest.raises(StoreUnavailable, match=str(error)) as caught:
+        world.guard().explain("jsmith", HOME)
+    assert caught.value is error or caught.value.__cause__ is error
+
+
+def test_explain_agrees_with_the_rules(world: World) -> None:
+    """What it tells is `rules.decide` on the store's policy, at the store's time."""
+    world.restrict("jsmith", HOME, expires_in=5)
+    guard = world.guard()
+    for _ in range(2):
+        expected = decide(world.inner.load_policy("jsmith"), parse_address(HOME), world.clock())
+        assert guard.explain("jsmith", HOME).decision == expected
+        world.pass_time(5)
+
+
+def test_a_check_that_fails_inside_is_counted(world: World) -> None:
+    """A defect shows in the figures as a denial."""
+    guard = world.guard()
+
+    def fail() -> None:
+        raise Odd("odd")
+
+    world.store.at_now.append(fail)
+    guard.check("jsmith", HOME)
+    assert guard.stats().denials == {Reason.STORE_UNAVAILABLE: 1}

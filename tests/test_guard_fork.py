@@ -1,0 +1,242 @@
+"""A guard survives fork(): the child answers, whatever other threads of the parent were doing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipguard.guard import Guard, _fork
+from ipguard.model import Reason
+from ipguard.stores import open_store
+from ipguard.stores.memory import MemoryStore
+from ipguard.testing import FakeClock
+from tests.guards import HOME, OFFICE, Call, Gate, World, comes_true, gate
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
+    # Newer Pythons warn of what these tests are about.
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+
+def in_child(function: Callable[[], Any]) -> Any:
+    """Return what a function returns in a forked child, through JSON."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that hangs ends, and its silence fails the test
+        status = 1
+        try:
+            os.write(send, json.dumps(function()).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        text = answer.read()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return json.loads(text)
+
+
+@pytest.fixture
+def memory() -> World:
+    clock = FakeClock()
+    return World(MemoryStore(clock=clock), clock)
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[World]:
+    clock = FakeClock()
+    with open_store(f"sqlite:///{tmp_path / 'fork.db'}", clock=clock) as store:
+        yield World(store, clock)
+
+
+def test_the_child_answers_from_what_is_remembered_until_the_lease_is_over(memory: World) -> None:
+    """A memory store is not the child's: past the lease there is no answer; the parent goes on."""
+    memory.restrict("jsmith", HOME)
+    guard = memory.guard()
+    guard.check("jsmith", HOME)
+
+    def child() -> list[object]:
+        answers: list[object] = [guard.is_allowed("jsmith", HOME), guard.is_allowed("adoe", HOME)]
+        memory.pass_time(5)
+        answers += [guard.is_allowed("jsmith", HOME), guard.check("jsmith", HOME).reason]
+        return answers
+
+    assert in_child(child) == [True, False, False, "store_unavailable"]
+    assert guard.is_allowed("jsmith", HOME)
+    memory.pass_time(5)
+    assert guard.is_allowed("jsmith", HOME)
+
+
+def test_a_fork_waits_for_whoever_writes_what_is_remembered(sqlite: World) -> None:
+    """No child begins with a cache that another thread was half way through writing."""
+    guard = sqlite.guard()
+    guard.check("jsmith", HOME)
+    step = Gate()
+
+    def write() -> None:
+        with guard._lease.lock:
+            step()
+
+    writer = Call(write)
+    step.reached()
+    forked = threading.Event()
+
+    def fork() -> Any:
+        answer = in_child(lambda: guard.is_allowed("jsmith", HOME) and bool(guard.sync() + 1))
+        forked.set()
+        return answer
+
+    forking = Call(fork)
+    comes_true(_fork._lock.locked)
+    assert not forked.wait(0.05)
+    step.let_go()
+    writer.result()
+    assert forking.result() is True
+    assert guard.sync() == 0
+
+
+def test_a_child_of_a_process_whose_threads_hang_answers(sqlite: World) -> None:
+    """The turn, the shared load and the health of the store are not waited for in the child."""
+    guard = sqlite.guard()
+    guard.check("jsmith", HOME)
+    sqlite.restrict("adoe", OFFICE)
+    with gate(sqlite.store.before_load) as loading:
+        hanging = [Call(lambda: guard.check("adoe", OFFICE))]
+        loading.reached()
+        sqlite.pass_time(5)
+        with gate(sqlite.store.before_sync) as syncing:
+            hanging.append(Call(lambda: guard.check("jsmith", HOME)))
+            syncing.reached()
+            assert guard._lease._turn.locked()
+            with guard._lease.health._lock:
+                answers = in_child(
+                    lambda: [
+                        guard.check("adoe", HOME).reason,
+                        guard.check("jsmith", HOME).reason,
+                        guard.stats().users,
+                    ]
+                )
+            syncing.let_go()
+            loading.let_go()
+            assert [bool(call.result()) for call in hanging] == [True, True]
+    assert answers == ["not_listed", "unrestricted", 2]
+
+
+def test_a_child_can_note_that_the_store_fails(memory: World) -> None:
+    """The lock of the store's health may be held at the fork by a thread that the child lacks."""
+    guard = memory.guard()
+    with guard._lease.health._lock:
+        assert in_child(lambda: guard.check("jsmith", HOME).reason) == "store_unavailable"
+
+
+def test_the_refresher_starts_again_at_the_child_s_first_slow_call(sqlite: World) -> None:
+    """A forked child has no thread; a cached answer needs none, the next sync brings it back."""
+    with sqlite.guard() as guard:
+        guard.check("jsmith", HOME)
+
+        def child() -> list[object]:
+            before = guard.stats().woken_by
+            hit = guard.is_allowed("jsmith", HOME)
+            between = guard.stats().woken_by
+            guard.check("jsmith", HOME)
+            after = guard.stats().woken_by
+            revision = sqlite.restrict("jsmith", OFFICE)
+            comes_true(lambda: guard.revision == revision)
+            return [before, hit, between, after, guard.is_allowed("jsmith", HOME)]
+
+        assert in_child(child) == ["callers", True, "callers", "refresher", False]
+        assert guard.stats().woken_by == "refresher"
+        comes_true(lambda: guard.revision == 2)
+        assert not guard.is_allowed("jsmith", HOME)
+
+
+def test_a_child_of_a_child_answers(sqlite: World) -> None:
+    """The locks taken around the first fork are whole for the second."""
+    guard = sqlite.guard()
+    guard.check("jsmith", HOME)
+    assert in_child(lambda: in_child(lambda: guard.sync() + 1)) == 1
+    assert in_child(lambda: guard.check("jsmith", HOME).reason) == Reason.UNRESTRICTED
+
+
+def test_every_guard_is_taken_along(sqlite: World) -> None:
+    """Many guards, each with its own lock, fork together."""
+    guards = [sqlite.guard() for _ in range(20)]
+    assert in_child(lambda: [guard.sync() for guard in guards]) == [0] * 20
+    assert [guard.sync() for guard in guards] == [0] * 20
+
+
+def test_a_guard_that_is_gone_is_not_called(memory: World) -> None:
+    """What nobody holds any more takes no part in a fork."""
+    called: list[str] = []
+
+    class Forkable:
+        def before_fork(self) -> None:
+            called.append("before")
+
+        def after_fork_in_parent(self) -> None:
+            called.append("parent")
+
+        def after_fork_in_child(self) -> None:
+            called.append("child")
+
+    kept, gone = Forkable(), Forkable()
+    _fork.register(kept)
+    _fork.register(gone)
+    del gone
+    assert in_child(lambda: called) == ["before", "child"]
+    assert called == ["before", "parent"]
+
+
+def test_a_fork_lets_go_only_of_what_it_took(memory: World, monkeypatch: Any) -> None:
+    """Where taking a lock was interrupted, the fork goes on, and no lock is let go twice."""
+    called: list[str] = []
+
+    class Interrupted:
+        def before_fork(self) -> None:
+            raise KeyboardInterrupt
+
+        def after_fork_in_parent(self) -> None:
+            called.append("parent")
+
+        def after_fork_in_child(self) -> None:
+            called.append("child")
+
+    interrupted = Interrupted()
+    _fork.register(interrupted)
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: reported.append(raised.exc_type))
+    assert in_child(lambda: called) == []
+    assert called == []
+    assert reported == [KeyboardInterrupt]
+    del interrupted
+
+
+def test_without_fork_there_is_nothing_to_register(monkeypatch: Any) -> None:
+    """On a system without fork() the module is imported all the same."""
+    source = Path(_fork.__file__)
+    monkeypatch.delattr(os, "register_at_fork")
+    code = compile(source.read_text(), str(source), "exec")
+    names: dict[str, Any] = {"__name__": "ipguard.guard._fork_less"}
+    exec(code, names)
+    assert callable(names["register"])
+
+
+def test_a_guard_made_in_the_child_works(sqlite: World) -> None:
+    """Registering takes a lock that the fork held, and gave back in the child too."""
+
+    def child() -> str:
+        return Guard(sqlite.store, monotonic=sqlite.clock.monotonic).check("jsmith", HOME).reason
+
+    assert in_child(child) == "unrestricted"
+    assert sqlite.guard().check("jsmith", HOME)
