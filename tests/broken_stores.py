@@ -57,7 +57,7 @@ BREAKAGES: list[tuple[str, str, str]] = [
     (
         "self._writer == threading.get_ident()",
         "self._writer",
-        "writers_lose_nothing_and_leave_no_gaps",
+        "a_waiting_writer_sees_what_the_one_before_wrote",
     ),
     ("self._writer == threading.get_ident()", "False", "turns_do_not_nest"),
     ("secrets.token_hex(8)", "'0'", "every_revision_has_a_token_of_its_own"),

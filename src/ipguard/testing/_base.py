@@ -107,6 +107,11 @@ class Call(Generic[T]):
         except BaseException as error:
             self._error = error
 
+    def over(self, within: float) -> bool:
+        """Tell whether the function has returned or raised, waiting so many seconds at the most."""
+        self._thread.join(within)
+        return not self._thread.is_alive()
+
     def result(self) -> T:
         """Wait for the function to return, and return or raise what it did."""
         self._thread.join(PATIENCE)

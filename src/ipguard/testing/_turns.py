@@ -235,6 +235,7 @@ class TurnTests(Hooks):
         call = Call(later)
         with self.store.transaction() as turn:
             entered.set()
+            assert not call.over(within=0.05), "two writers at once, or one that does not wait"
             turn.set_failures("boss", 1)
             self.note(turn)
         assert call.result() == (1, 2)
