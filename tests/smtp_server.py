@@ -64,6 +64,9 @@ class _Loop:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
+        # What waits for this is held by it: the loop itself forgets a task that waits for nothing
+        # it knows, and the collector then ends it.
+        self._never = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server = self._run(self._listen())
@@ -178,7 +181,7 @@ class MailServer(_Loop):
     async def _troubled(self, command: str, server: SMTP) -> str | None:
         trouble = self.trouble.get(command)
         if trouble == "hang":
-            await asyncio.Event().wait()
+            await self._never.wait()
         if trouble == "drop":
             cast(asyncio.Transport, server.transport).abort()
         return trouble
@@ -240,7 +243,6 @@ class BadServer(_Loop):
         return await asyncio.start_server(self._meet, self.host, 0)
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        never = asyncio.Event()
         try:
             if self.manner == "stall":
                 writer.write(b"220 mail.test\r\n")
@@ -249,12 +251,12 @@ class BadServer(_Loop):
                 await reader.readline()
                 writer.write(b"220 go ahead\r\n")
             if self.manner in ("silent", "stall"):
-                await never.wait()
+                await self._never.wait()
             while self.manner == "drip":
                 writer.write(b"2")
                 await writer.drain()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(never.wait(), 0.02)
+                    await asyncio.wait_for(self._never.wait(), 0.02)
             while self.manner == "flood":
                 writer.write(b"220-and there is more to come\r\n" * 100)
                 await writer.drain()
