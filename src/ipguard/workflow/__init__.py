@@ -408,7 +408,10 @@ class Workflow(Operators):
         if after is not None and not isinstance(after, str):
             raise InvalidValue("after", f"must be text, not {type(after).__name__}")
         return self._store.overview(
-            actor.manages, search=search.strip(), after=after, limit=_whole("limit", limit, _PAGE_LIMIT)
+            actor.manages,
+            search=search.strip(),
+            after=after,
+            limit=_whole("limit", limit, _PAGE_LIMIT),
         )
 
     def history(

@@ -59,7 +59,9 @@ class Base:
     ) -> None:
         self.settings = WorkflowSettings() if settings is None else settings
         if not isinstance(self.settings, WorkflowSettings):
-            raise InvalidValue("settings", f"must be WorkflowSettings, not {type(settings).__name__}")
+            raise InvalidValue(
+                "settings", f"must be WorkflowSettings, not {type(settings).__name__}"
+            )
         self.notices_failed = 0
         self._store = store
         self._notifier = notifier
@@ -152,9 +154,11 @@ class Base:
         except Exception as exc:
             with suppress(IPGuardError):  # the failure to be told of is the mail's
                 self._uncount(stored, actor)
-            # A notifier's own words may hold anything; only its DeliveryError is made to be shown.
-            reason = exc.reason if isinstance(exc, DeliveryError) else type(exc).__name__
-            raise DeliveryError(reason, stored.request.id) from exc
+            # A notifier's own words may hold anything, the number too; only its DeliveryError is
+            # made to be shown. Any other stays out of the tracebacks that a host logs.
+            shown = exc if isinstance(exc, DeliveryError) else None
+            reason = shown.reason if shown else type(exc).__name__
+            raise DeliveryError(reason, stored.request.id) from shown
         return stored.request
 
     def _uncount(self, sent: StoredRequest, actor: Actor) -> None:

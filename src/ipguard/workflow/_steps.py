@@ -26,7 +26,6 @@ from ipguard.model import (
     Applied,
     Change,
     Policy,
-    RequestKind,
     RequestState,
     Restriction,
     StoredRequest,
