@@ -1,12 +1,13 @@
 """What all tests share: the two profiles, and how many rounds each has."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.flows import desk as desk  # noqa: PLC0414 - a fixture for every test
+from tests.secrets_watch import Watch, watching
 
 #: `dev.py test --long` sets it: the same tests, with the full number of rounds.
 LONG = bool(os.environ.get("IPGUARD_LONG"))
@@ -41,3 +42,10 @@ def _rounds() -> Callable[[int, int], int]:
 def long() -> bool:
     """Whether the full rounds are asked for."""
     return LONG
+
+
+@pytest.fixture(scope="session", autouse=True)
+def watch() -> Iterator[Watch]:
+    """What watches the whole run for confirmation numbers in logs; the end of the run fails."""
+    with watching() as it:
+        yield it

@@ -1,0 +1,313 @@
+"""Many at once: one number confirmed by many, guesses in parallel, confirm against cancel, delete.
+
+All begin at one barrier; what came of it must be what one after another would have made.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ipguard
+from ipguard import Action, Applied, PendingRequest, RequestClosed, TooManyAttempts, WrongNumber
+from tests.conftest import rounds
+from tests.flows import ADAM, ALICE, BOSS, KEY, Desk
+
+PATIENCE = 60.0
+WRITERS_WAIT = "?timeout=60"  # as long as the slowest machine needs for all of them
+
+
+class Crowd:
+    """Threads that live through all rounds, and begin each round at one moment."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size + 1)
+        self._calls: list[Callable[[], object]] = []
+        self._outcomes: list[object] = [None] * size
+        self._threads = [
+            threading.Thread(target=self._live, args=(n,), daemon=True) for n in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _live(self, number: int) -> None:
+        while True:
+            self._barrier.wait(PATIENCE)
+            if not self._calls:
+                return
+            try:
+                self._outcomes[number] = self._calls[number % len(self._calls)]()
+            except Exception as exc:
+                self._outcomes[number] = exc
+            self._barrier.wait(PATIENCE)
+
+    def all_at_once(self, *calls: Callable[[], object]) -> list[object]:
+        """Make the calls, each by its share of the threads, and return what came of them."""
+        self._calls = list(calls)
+        self._barrier.wait(PATIENCE)
+        self._barrier.wait(PATIENCE)
+        return list(self._outcomes)
+
+    def go_home(self) -> None:
+        """End the threads."""
+        self._calls = []
+        self._barrier.wait(PATIENCE)
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+@pytest.fixture
+def crowd() -> Iterator[Callable[[int], Crowd]]:
+    """Gathers crowds, and sends them home."""
+    gathered: list[Crowd] = []
+
+    def gather(size: int) -> Crowd:
+        gathered.append(Crowd(size))
+        return gathered[-1]
+
+    yield gather
+    for it in gathered:
+        it.go_home()
+
+
+@pytest.fixture
+def busy(desk: Desk) -> Desk:
+    """A desk with 64 impatient people before it: nobody is sent away, and all may ask on."""
+    if desk.path is not None:
+        desk.store.close()
+        desk.store = ipguard.open_store(desk.url + WRITERS_WAIT, clock=desk.clock)
+    desk.use(requests_per_hour=10**9, failures_per_actor=10**9, confirm_deletes=True)
+    return desk
+
+
+def _kinds(outcomes: list[object]) -> Counter[str]:
+    return Counter(type(outcome).__name__ for outcome in outcomes)
+
+
+def test_64_threads_confirm_one_number(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """Exactly one succeeds; the others find the request confirmed; one restriction comes of it."""
+    people = crowd(64)
+    for n in range(rounds(5, 200)):
+        request = busy.ask(f"10.0.{n}.1")
+        number = busy.number(request)
+        outcomes = people.all_at_once(lambda: busy.flow.confirm(ALICE, request.id, number))  # noqa: B023
+        assert _kinds(outcomes) == {"Applied": 1, "RequestClosed": 63}
+        assert {e.state for e in outcomes if isinstance(e, RequestClosed)} == {"confirmed"}
+        assert len(busy.held()) == n + 1
+        (winner,) = (o for o in outcomes if isinstance(o, Applied))
+        assert winner.revision == busy.rows()[0].revision == 1 + 2 * (n + 1)
+
+
+def test_64_threads_guess_at_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """Exactly five guesses are evaluated, with 4, 3, 2, 1, 0 left; the others are too many."""
+    people = crowd(64)
+    for n in range(rounds(5, 200)):
+        request = busy.ask(f"10.0.{n}.1")
+        wrong = busy.wrong(request)
+        outcomes = people.all_at_once(lambda: busy.flow.confirm(ALICE, request.id, wrong))  # noqa: B023
+        assert _kinds(outcomes) == {"WrongNumber": 5, "TooManyAttempts": 59}
+        left = [e.attempts_left for e in outcomes if isinstance(e, WrongNumber)]
+        assert sorted(left) == [0, 1, 2, 3, 4]
+        assert busy.failures() == 5 * (n + 1)
+        with pytest.raises(TooManyAttempts):
+            busy.confirm(request)
+
+
+def test_the_cap_of_an_actor_holds_over_all_requests(
+    busy: Desk, crowd: Callable[[int], Crowd]
+) -> None:
+    """64 guesses on 16 requests at once: as many are evaluated as the cap allows, and no more."""
+    people = crowd(64)
+    busy.use(requests_per_hour=10**9, failures_per_actor=7)
+    for n in range(rounds(3, 50)):
+        requests = [busy.ask(f"10.{n}.{m}.1") for m in range(16)]
+        calls = [
+            lambda r=r: busy.flow.confirm(ALICE, r.id, busy.wrong(r))  # type: ignore[misc]
+            for r in requests
+        ]
+        assert _kinds(people.all_at_once(*calls)) == {"WrongNumber": 7, "TooManyAttempts": 57}
+        busy.flow.unlock(BOSS, "alice", reason="the next round")
+
+
+def test_requests_at_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """64 ask for the same at once: one is mailed a number. 64 ask for more than the hour allows."""
+    people = crowd(64)
+    outcomes = people.all_at_once(busy.ask)
+    assert _kinds(outcomes) == {"PendingRequest": 1, "DuplicateRestriction": 63}
+    assert len(busy.outbox.messages) == 1
+    busy.use(requests_per_hour=20)
+    calls = [lambda n=n: busy.ask(f"10.0.0.{n}") for n in range(64)]  # type: ignore[misc]
+    assert _kinds(people.all_at_once(*calls)) == {"PendingRequest": 19, "TooManyRequests": 45}
+
+
+def test_the_last_place_is_taken_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """16 confirm their own requests at once where three restrictions are allowed."""
+    people = crowd(16)
+    requests = [busy.ask(f"10.0.0.{n}") for n in range(16)]
+    busy.use(restrictions_per_user=3)
+    calls = [lambda r=r: busy.confirm(r) for r in requests]  # type: ignore[misc]
+    assert _kinds(people.all_at_once(*calls)) == {"Applied": 3, "TooManyRestrictions": 13}
+    assert len(busy.held()) == 3
+
+
+# -- confirm against cancel against delete -----------------------------------------------------
+
+
+def _one_after_another(
+    desk: Desk, since: int, request: PendingRequest, outcomes: list[Any]
+) -> None:
+    """See that the trail, replayed, explains what each of the three was told."""
+    confirmed, cancelled, lifted = outcomes
+    state, restriction = "pending", request.restriction_id
+    revisions = {}
+    for row in reversed([row for row in desk.rows() if row.revision > since]):
+        # What each row says must have been possible where it stands.
+        if row.action is Action.CONFIRM:
+            assert state == "pending"
+            assert restriction is not None
+            state, restriction = "confirmed", None
+        elif row.action is Action.CANCEL:
+            assert state == "pending"
+            state = "cancelled"
+        else:
+            assert row.action is Action.LIFT
+            assert restriction is not None
+            restriction = None
+            state = "cancelled" if state == "pending" else state
+        revisions[row.action] = row.revision
+    if isinstance(confirmed, Applied):
+        assert confirmed.revision == revisions[Action.CONFIRM]
+    else:
+        assert Action.CONFIRM not in revisions
+        assert isinstance(confirmed, RequestClosed)
+        assert confirmed.state == state == "cancelled"
+    if isinstance(cancelled, PendingRequest):
+        assert Action.CANCEL in revisions
+    else:
+        assert Action.CANCEL not in revisions
+        assert isinstance(cancelled, RequestClosed)
+        assert cancelled.state == state
+    if isinstance(lifted, Applied):
+        assert lifted.revision == revisions[Action.LIFT]
+    else:
+        assert Action.LIFT not in revisions
+        assert isinstance(lifted, ipguard.UnknownRestriction)
+        assert Action.CONFIRM in revisions
+    assert desk.request(request).state == state
+    assert (desk.held() == []) is (restriction is None)
+
+
+def test_confirm_against_cancel_against_delete(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """Whichever came first, the history is one of one after another, and explains each outcome."""
+    people = crowd(3)
+    seen: Counter[tuple[str, ...]] = Counter()
+    for n in range(rounds(25, 500)):
+        restriction = busy.add()
+        request = busy.ask_to_delete(restriction)
+        number, since = busy.number(request), busy.rows()[0].revision
+        calls = [
+            lambda: busy.flow.confirm(ALICE, request.id, number),  # noqa: B023
+            lambda: busy.flow.cancel(ADAM, request.id),  # noqa: B023
+            lambda: busy.flow.lift(BOSS, restriction.id, reason="x"),  # noqa: B023
+        ]
+        # The threads are woken in much the same order each time: let each have each place.
+        turn = n % 3
+        outcomes = people.all_at_once(*calls[turn:], *calls[:turn])
+        outcomes = outcomes[3 - turn :] + outcomes[: 3 - turn]
+        _one_after_another(busy, since, request, outcomes)
+        seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
+        for left in busy.store.load_policy("jsmith").restrictions:
+            busy.flow.lift(BOSS, left.id, reason="the next round")
+    assert [row.revision for row in busy.rows()] == list(range(busy.rows()[0].revision, 0, -1))
+
+
+def test_confirm_against_resend(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """Either the old number was in time, or it was a wrong guess on the new one; never both."""
+    people = crowd(2)
+    for n in range(rounds(10, 200)):
+        request = busy.ask(f"10.0.{n}.1")
+        busy.wait(seconds=30)
+        number = busy.number(request)
+        calls = [
+            lambda: busy.flow.confirm(ALICE, request.id, number),  # noqa: B023
+            lambda: busy.flow.resend(ALICE, request.id),  # noqa: B023
+        ]
+        confirmed, resent = people.all_at_once(*calls[:: 1 if n % 2 else -1])[:: 1 if n % 2 else -1]
+        if isinstance(confirmed, Applied):
+            assert isinstance(resent, RequestClosed)
+        else:
+            assert isinstance(confirmed, WrongNumber)
+            assert isinstance(resent, PendingRequest)
+            busy.confirm(request)
+        assert len(busy.held()) == n + 1
+
+
+# -- processes ---------------------------------------------------------------------------------
+
+
+def _confirm_in_a_process(url: str, barrier: Any, tasks: Any, answers: Any) -> None:
+    """Confirm what comes in, each round together with the other processes."""
+    with ipguard.open_store(url) as store:
+        flow = ipguard.Workflow(store, ipguard.testing.Outbox(), key=KEY)
+        while True:
+            request_id, number = tasks.get(timeout=PATIENCE)
+            if request_id is None:
+                return
+            barrier.wait(PATIENCE)
+            try:
+                flow.confirm(ALICE, request_id, number)
+                answers.put("applied")
+            except RequestClosed as exc:
+                answers.put(exc.state)
+            except Exception as exc:
+                answers.put(repr(exc))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_8_processes_confirm_one_number(tmp_path: Path, right: bool) -> None:
+    """Exactly one succeeds on one SQLite file, in each round; of wrong numbers five are counted."""
+    desk = Desk(tmp_path / "desk.db")
+    desk.store.close()
+    url = desk.url + WRITERS_WAIT
+    desk.store = ipguard.open_store(url)
+    desk.use(requests_per_hour=10**9)
+    # Fresh interpreters: nothing is inherited but the file's name.
+    fresh = multiprocessing.get_context("spawn")
+    barrier, answers = fresh.Barrier(8), fresh.Queue()
+    tasks = [fresh.Queue() for _ in range(8)]
+    processes = [
+        fresh.Process(target=_confirm_in_a_process, args=(url, barrier, queue, answers))
+        for queue in tasks
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for n in range(rounds(5, 200) if right else 1):
+            request = desk.ask(f"10.0.{n}.1")
+            number = desk.number(request) if right else desk.wrong(request)
+            for queue in tasks:
+                queue.put((request.id, number))
+            outcomes = Counter(answers.get(timeout=PATIENCE) for _ in processes)
+            if right:
+                assert outcomes == {"applied": 1, "confirmed": 7}
+                assert len(desk.held()) == n + 1
+            else:
+                assert outcomes == {
+                    **{f"WrongNumber({left})": 1 for left in range(5)},
+                    "TooManyAttempts()": 3,
+                }
+        for queue in tasks:
+            queue.put((None, None))
+        for process in processes:
+            process.join(PATIENCE)
+        assert [process.exitcode for process in processes] == [0] * 8
+    finally:
+        for process in processes:
+            process.kill()
+        desk.store.close()

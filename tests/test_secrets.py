@@ -1,0 +1,268 @@
+"""Numbers and keys are nowhere to be found: not in the database, logs, reprs, or tracebacks."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import sqlite3
+import traceback
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ipguard
+from ipguard import Action, DeliveryError, Guard, Workflow
+from ipguard.testing import Outbox
+from tests.flows import ALICE, BOSS, HOME, KEY, OFFICE, Desk
+from tests.secrets_watch import Watch, watching
+
+PASSWORD = "swordfish-of-the-mail-server"
+
+
+def spellings(number: str) -> list[bytes]:
+    """Return the forms in which a number or key could lie about."""
+    plain = number.replace("-", "")
+    texts = [number, plain, number.replace("-", " ")]
+    packed = int(plain).to_bytes(5, "big")
+    return [
+        *(text.encode() for text in texts),
+        plain.encode("utf-16-le"),
+        base64.b64encode(plain.encode()).rstrip(b"="),
+        plain.encode().hex().encode(),
+        packed,
+    ]
+
+
+def key_spellings(key: bytes) -> list[bytes]:
+    """Return the forms in which a key could lie about."""
+    return [key, key.hex().encode(), base64.b64encode(key).rstrip(b"="), repr(key)[2:-1].encode()]
+
+
+def hits(haystack: bytes, needles: list[bytes]) -> list[bytes]:
+    """Return what was found."""
+    return [needle for needle in needles if needle in haystack]
+
+
+def files_of(desk: Desk) -> bytes:
+    """Return all bytes of the database and what lies beside it."""
+    assert desk.path is not None
+    found = sorted(desk.path.parent.glob(desk.path.name + "*"))
+    assert found
+    return b"".join(path.read_bytes() for path in found)
+
+
+class Whole(logging.Handler):
+    """Keeps every record as it would be written."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record) + repr(record.__dict__))
+
+
+@contextmanager
+def listening() -> Iterator[Whole]:
+    """Keep what is logged in the block, by anybody, at any level."""
+    handler, root = Whole(), logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        yield handler
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def walk(desk: Desk, seen: list[object]) -> set[str]:
+    """Go through everything that a workflow does, and return every number that was mailed."""
+    flow, errors = desk.flow, []
+
+    def refused(kind: type[BaseException], call: Any) -> Any:
+        with pytest.raises(kind) as caught:
+            call()
+        errors.append(caught.value)
+        return caught.value
+
+    request = desk.ask(label="office")
+    seen += [request, flow, desk.store, desk.outbox, *desk.outbox.messages]
+    desk.guess(request, times=3)
+    refused(ipguard.WrongNumber, lambda: flow.confirm(ALICE, request.id, desk.wrong(request)))
+    desk.wait(seconds=30)
+    flow.resend(ALICE, request.id)
+    refused(ipguard.WrongNumber, lambda: flow.confirm(ALICE, request.id, desk.wrong(request)))
+    seen.append(desk.confirm(request))
+    refused(ipguard.RequestClosed, lambda: desk.confirm(request))
+    locked = desk.ask(HOME)
+    desk.guess(locked, times=5)
+    refused(ipguard.TooManyAttempts, lambda: desk.confirm(locked))
+    late = desk.ask("203.0.113.9")
+    desk.wait(minutes=10)
+    refused(ipguard.NumberExpired, lambda: desk.confirm(late))
+    stranger = Workflow(desk.store, desk.outbox, key=bytes(reversed(KEY)))
+    desk.flow.resend(ALICE, late.id)
+    refused(ipguard.NumberExpired, lambda: stranger.confirm(ALICE, late.id, desk.number(late)))
+    desk.add("203.0.113.9")
+    refused(ipguard.DuplicateRestriction, lambda: desk.confirm(late))
+    desk.outbox.fail = True
+    refused(DeliveryError, lambda: desk.ask("203.0.113.10"))
+    seen.append(flow.impose(BOSS, "mary", OFFICE, reason="x"))
+    desk.outbox.fail = False
+    desk.use(confirm_deletes=True)
+    deletion = desk.ask_to_delete(desk.store.load_policy("mary").restrictions[0])
+    desk.confirm(deletion)
+    desk.flow.cancel(ALICE, desk.ask("203.0.113.11").id)
+    guard = Guard(desk.store)
+    guard.is_allowed("jsmith", OFFICE)
+    with desk.store.transaction() as turn:
+        stored = turn.request(late.id)
+        seen += [turn, stored]
+        turn.append(Action.UNLOCK, actor="boss")
+    seen += [stranger, stranger._keys, desk.flow, guard, guard.stats(), *desk.rows(), *errors]
+    seen += list(desk.flow.overview(BOSS))
+    return {m.number for m in desk.outbox.messages if m.number is not None}
+
+
+def test_no_number_and_no_key_in_the_database(tmp_path: Path) -> None:
+    """The file and its log, with real digests in them, hold no number in any form, and no key."""
+    desk = Desk(tmp_path / "desk.db")
+    with desk.store:
+        numbers = walk(desk, [])
+        assert len(numbers) >= 6
+        data = files_of(desk)
+        with closing(sqlite3.connect(str(desk.path))) as connection:
+            digests = connection.execute("SELECT id, digest FROM requests").fetchall()
+        # It is the data: the digests are there, each of 32 bytes.
+        assert len(digests) >= 6
+        assert {len(digest) for _, digest in digests} == {32}
+        for request_id, digest in digests:
+            assert hits(data, [digest, request_id.encode()]) == [digest, request_id.encode()]
+        for number in numbers:
+            assert hits(data, spellings(number)) == []
+        assert hits(data, key_spellings(KEY)) == []
+    data = files_of(desk)
+    for number in numbers:
+        assert hits(data, spellings(number)) == []
+
+
+def test_the_search_of_the_database_finds_what_is_planted(tmp_path: Path) -> None:
+    """A number and a key that somebody did write into the file are found: it is no blind search."""
+    desk = Desk(tmp_path / "desk.db")
+    with desk.store:
+        number = desk.number(desk.ask())
+        with closing(sqlite3.connect(str(desk.path))) as connection:
+            connection.execute("CREATE TABLE planted (number, plain, packed, key)")
+            row = (number, number.replace("-", ""), int(number.replace("-", "")), KEY)
+            connection.execute("INSERT INTO planted VALUES (?, ?, ?, ?)", row)
+            connection.commit()
+            found = hits(files_of(desk), spellings(number))
+            assert found == [spellings(number)[n] for n in (0, 1, -1)]
+            assert KEY in hits(files_of(desk), key_spellings(KEY))
+
+
+def test_no_number_and_no_key_in_any_log(desk: Desk) -> None:
+    """At DEBUG, from every logger there is, with all that a record carries."""
+    with listening() as heard:
+        numbers = walk(desk, [])
+    log = "\n".join(heard.lines).encode()
+    assert b"ipguard.audit" in log
+    assert b"ERROR" in log
+    for number in numbers:
+        assert hits(log, spellings(number)[:-1]) == []
+    assert hits(log, key_spellings(KEY)) == []
+    with listening() as heard:
+        logging.getLogger("planted").debug("the number is %s", min(numbers))
+    assert hits("\n".join(heard.lines).encode(), spellings(min(numbers))) != []
+
+
+def test_no_number_and_no_key_in_any_repr(desk: Desk) -> None:
+    """Neither `repr`, `str` nor a formatted traceback of whatever was in play shows one."""
+    seen: list[object] = []
+    numbers = walk(desk, seen)
+    texts = [repr(seen)]
+    for thing in seen:
+        texts += [repr(thing), str(thing), f"{thing}"]
+        if isinstance(thing, BaseException):
+            texts += traceback.format_exception(thing)
+    text = "\n".join(texts).encode()
+    assert b"WrongNumber" in text
+    for number in numbers:
+        assert hits(text, spellings(number)[:-1]) == []
+    assert hits(text, key_spellings(KEY)) == []
+    assert b"digest=" not in text
+
+
+def test_no_number_in_the_traceback_of_a_mail_that_failed(desk: Desk) -> None:
+    """What a notifier's own error says is not repeated in the error's message."""
+
+    class Telling(Outbox):
+        number = ""
+
+        def number_issued(self, request, number, actor) -> None:
+            Telling.number = number
+            raise ValueError(f"{PASSWORD}: cannot send {number}")
+
+    flow = Workflow(desk.store, Telling(), key=KEY)
+    with listening() as heard, pytest.raises(DeliveryError) as caught:
+        flow.request(ALICE, "jsmith", OFFICE)
+    shown = "\n".join(["".join(traceback.format_exception(caught.value)), *heard.lines])
+    assert "DeliveryError" in shown
+    assert Telling.number not in shown
+    assert PASSWORD not in shown
+
+
+def test_the_trail_and_the_mail_to_others_hold_no_number(desk: Desk) -> None:
+    """The number goes to the requester's mailbox and nowhere else."""
+    numbers = walk(desk, [])
+    trail = repr(desk.rows()).encode()
+    notices = repr([m for m in desk.outbox.messages if m.kind == "change_applied"]).encode()
+    for number in numbers:
+        assert hits(trail + notices, spellings(number)[:-1]) == []
+    assert {m.to for m in desk.outbox.messages if m.number is not None} == {("alice@firm.example",)}
+
+
+# -- the watch over the whole run --------------------------------------------------------------
+
+
+def test_the_whole_run_is_watched(desk: Desk, watch: Watch) -> None:
+    """Numbers minted here are known to the watch, and what is logged is read by it."""
+    read = watch.read
+    request = desk.ask()
+    assert desk.number(request).replace("-", "") in watch.minted
+    assert watch.read > read
+    assert watch.found == []
+
+
+@pytest.mark.parametrize("write", [str, lambda n: n.replace("-", ""), " ".join])
+def test_the_watch_finds_what_is_planted(desk: Desk, write: Any) -> None:
+    """A number that is logged fails the run, however it is written and from wherever."""
+    logger = logging.getLogger("ipguard.planted")
+    logger.propagate = False  # the watch over this very run must not hear of it
+    try:
+        watch = Watch()
+        logger.addHandler(watch)
+        logger.setLevel(logging.DEBUG)
+        number = watch.mint(10)
+        logger.debug("revision=1234567890123 id=%sabc", number)
+        assert watch.found == []
+        logger.debug("it is <%s>!", write(f"{number[:5]}-{number[5:]}"))
+        assert len(watch.found) == 1
+        try:
+            raise ValueError(number)
+        except ValueError:
+            logger.exception("in a traceback")
+        assert len(watch.found) == 2
+    finally:
+        logger.propagate = True
+        logger.handlers.clear()
+
+
+def test_the_watch_fails_the_run_at_its_end() -> None:
+    """What was found is told when it is over."""
+    with pytest.raises(AssertionError, match="were logged"), watching() as inner:
+        inner.found.append("a line")
