@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -942,6 +943,23 @@ def test_after_a_failure_no_attempt_for_a_while_that_doubles(world: World, what:
     world.pass_time(0.1 + 1e-6)
     world.store.down = None
     assert guard.check("adoe", HOME)
+
+
+def test_reads_that_fail_together_are_one_failure(world: World) -> None:
+    """Many logins at the moment of an outage do not stretch the pause to its longest."""
+    guard = world.guard(max_staleness=1000)
+    guard.sync()
+    with gate(*[world.store.before_load] * 8) as held:
+        calls = [Call(partial(guard.check, f"user{n}", HOME)) for n in range(8)]
+        comes_true(lambda: len(world.store.loads) == 8)
+        world.store.down = StoreUnavailable("down")
+        held.let_go()
+        assert not any(call.result() for call in calls)
+    assert guard.stats().failures == 8
+    world.store.down = None
+    assert not guard.check("jsmith", HOME)
+    world.pass_time(0.1 + 1e-6)
+    assert guard.check("jsmith", HOME)
 
 
 def test_an_outage_is_told_once_and_so_is_its_end(

@@ -70,7 +70,8 @@ class Health:
         with self._lock:
             before, self.error = self.error, error
             self.failures += 1
-            self._pause = min(self._pause * 2 or _FIRST_PAUSE, _LONGEST_PAUSE)
+            if not self.resting():  # else it was under way together with one that failed already
+                self._pause = min(self._pause * 2 or _FIRST_PAUSE, _LONGEST_PAUSE)
             self._retry_at = self._monotonic() + self._pause
         if before is None:
             _log.warning("the store does not answer: %s: %s", type(error).__name__, error)
