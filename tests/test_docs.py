@@ -147,3 +147,11 @@ def test_links_lead_somewhere(page):
         headings = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
         anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings}
         assert not fragment or fragment in anchors, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_imports_what_it_uses(page):
+    """`import ipguard` loads neither mail nor testing; that a test before did would hide it."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    used = set(re.findall(r"\bipguard\.(?:mail|testing)\.", "".join(blocks)))
+    assert not used, "import what is needed from these, by name"
