@@ -28,7 +28,7 @@ from tests.conftest import rounds
 
 KEY = bytes(range(32))
 STALE = 5
-ATTEMPTS, CAP, RESENDS, INTERVAL, PER_HOUR, PER_USER = 3, 5, 2, 30, 6, 3
+ATTEMPTS, CAP, RESENDS, INTERVAL, PER_HOUR, PER_USER = 3, 4, 1, 30, 6, 3
 NUMBER_LIVES, REQUEST_LIVES, HOUR = 600, 7200, 3600
 
 BASE = 203 << 24 | 113 << 8  # 203.0.113.0
@@ -462,10 +462,12 @@ class Machine(RuleBasedStateMachine):
         return str(data.draw(st.sampled_from([*usual, *sorted(ACTORS)]), label="actor"))
 
     @precondition(lambda self: self.model.asked)
-    @rule(data=st.data(), mail_fails=st.sampled_from([False] * 3 + [True]))
-    def resend(self, data: st.DataObject, mail_fails: bool) -> None:
+    @rule(data=st.data(), in_time=st.booleans(), mail_fails=st.sampled_from([False] * 3 + [True]))
+    def resend(self, data: st.DataObject, in_time: bool, mail_fails: bool) -> None:
         model, key = self.model, self.a_request(data)
         actor = self.someone(data, key)
+        if in_time:
+            self.wait(INTERVAL)
 
         def foretell() -> Any:
             asked = self.known(actor, key, own=True)
@@ -528,11 +530,15 @@ class Machine(RuleBasedStateMachine):
         self.confirm_as(self.someone(data, key), key, which, insist=insist)
 
     @precondition(lambda self: self.model.asked)
-    @rule(data=st.data(), times=st.integers(1, ATTEMPTS))
-    def guess(self, data: st.DataObject, times: int) -> None:
+    @rule(data=st.data(), times=st.integers(1, ATTEMPTS), then_right=st.booleans())
+    def guess(self, data: st.DataObject, times: int, then_right: bool) -> None:
+        """Guess, on a request and then on what else the same actor has asked for."""
         key = self.a_request(data)
+        actor = self.someone(data, key)
         for _ in range(times):
-            self.confirm_as(self.someone(data, key), key, "junk", insist=False)
+            self.confirm_as(actor, key, "junk", insist=False)
+        for other in [k for k, a in self.model.asked.items() if a.by == actor][-2:]:
+            self.confirm_as(actor, other, "right" if then_right else "junk", insist=False)
 
     def confirm_as(self, actor: str, key: str, which: str, *, insist: bool) -> None:
         model = self.model
@@ -709,7 +715,8 @@ class Machine(RuleBasedStateMachine):
         if applied is not None:
             self.holds(applied)
 
-    @rule(actor=st.sampled_from(["root", "root", "dan"]), name=st.sampled_from(sorted(ACTORS)))
+    @precondition(lambda self: any(count >= CAP - 1 for count in self.model.failures.values()))
+    @rule(actor=st.sampled_from(["root", "dan", "dan"]), name=st.sampled_from(sorted(ACTORS)))
     def unlock(self, actor: str, name: str) -> None:
         model = self.model
 

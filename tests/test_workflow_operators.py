@@ -187,7 +187,7 @@ def test_everybody_concerned_is_told_of_many(desk: Desk) -> None:
     assert {mail.change for mail in desk.outbox.messages} == {desk.rows()[0]}
 
 
-@pytest.mark.parametrize(("count", "mails"), [(100, 101), (101, 1)])
+@pytest.mark.parametrize(("count", "mails"), [(100, 101), (101, 1), (150, 1)])
 def test_a_hundred_users_are_told_and_no_more(desk: Desk, count: int, mails: int) -> None:
     """Beyond a hundred only the actor is."""
     names = [f"user{n}" for n in range(count)]
