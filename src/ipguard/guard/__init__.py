@@ -369,13 +369,6 @@ class Guard:
         self._lease.sync()
         return self._lease.revision
 
-    def _sync_quietly(self) -> None:
-        if not self._lease.health.resting():
-            try:
-                self._lease.sync()
-            except StoreUnavailable:
-                _log.debug("the sync for at_least failed", exc_info=True)
-
     def wait_for(self, revision: int, timeout: float) -> bool:
         """Wait until every answer of this guard rests on a revision or a later one.
 
@@ -389,7 +382,9 @@ class Guard:
         until = time.monotonic() + timeout
         woken = False
         while (before := self._lease.revision) < revision:
-            self._sync_quietly()
+            if not self._lease.health.resting():
+                with contextlib.suppress(StoreUnavailable):  # counted and logged by the lease
+                    self._lease.sync()
             left = until - time.monotonic()
             if self._lease.revision >= revision or left <= 0:
                 break
