@@ -360,7 +360,7 @@ def test_who_misses_together_shares_one_load(world: World, rounds: Any) -> None:
     world.restrict("jsmith", HOME)
     guard = world.guard()
     guard.sync()
-    many = rounds(200, 2_000)
+    many = rounds(200, 10_000)
     waiting: list[int] = []
     with gate(world.store.before_load) as held:
         first = Call(lambda: guard.is_allowed("jsmith", HOME))
@@ -719,6 +719,26 @@ def test_what_was_read_ahead_of_the_position_is_dropped_by_the_next_sync(
     assert guard.is_allowed("jsmith", HOME)
     restore()
     world.touch("adoe")
+    world.pass_time(5)
+    assert not guard.is_allowed("jsmith", HOME)
+
+
+def test_a_load_ahead_of_its_beginning_is_dropped_by_the_next_sync(restorable: Restorable) -> None:
+    """Nor does a sync during the load vouch for a revision that it had not come to before."""
+    world = restorable
+    world.restrict("jsmith")
+    guard = world.guard()
+    guard.sync()
+    restore = world.back_up()
+    last = world.lift_all("jsmith")
+    with gate(world.store.after_load) as held:
+        late = Call(lambda: guard.check("jsmith", HOME))
+        held.reached()
+        restore()
+        world.touch("adoe")
+        assert guard.sync() == last
+        held.let_go()
+        late.result()
     world.pass_time(5)
     assert not guard.is_allowed("jsmith", HOME)
 

@@ -1,5 +1,7 @@
 """The question that login servers ask: may this user log in from this address, now?
 
+How an answer comes about::
+
     is_allowed ──hit──▶ the deadline, two look-ups, the clock          (below)
         └──first sight of an address──▶ parse, bisect                  (below)
         └──all else──▶ check ──▶ the lease        `_lease.py`: sync, one moment, one position

@@ -91,7 +91,7 @@ class Cache:
         Args:
             entry: The user.
             spelling: How the client's server spelt it.
-            ahead: Whether the policy is of a revision that no sync has come to yet.
+            ahead: Whether the policy is of a revision that no sync had come to when it was read.
         """
         name, policy = entry.spellings[0], entry.policy
         self.drop((name,))

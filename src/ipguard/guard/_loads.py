@@ -15,10 +15,11 @@ _TRIES = 2
 class _Load:
     """One read under way; `done` is held until it has ended."""
 
-    __slots__ = ("done", "entry", "history", "started")
+    __slots__ = ("done", "entry", "history", "revision", "started")
 
-    def __init__(self, started: float, history: int) -> None:
+    def __init__(self, started: float, revision: int, history: int) -> None:
         self.started = started
+        self.revision = revision
         self.history = history
         self.entry: Entry | None = None
         self.done = threading.Lock()
@@ -79,7 +80,8 @@ class Loads:
                 if load is None or not joins:
                     if self._lease.health.resting():
                         return None
-                    load = self._under_way[name] = _Load(now, self._lease.history)
+                    load = _Load(now, self._lease.revision, self._lease.history)
+                    self._under_way[name] = load
                     self.count += 1
             if not joins:
                 self._read(load, name, spelling)
@@ -102,9 +104,9 @@ class Loads:
             with self._lease.lock:
                 # A policy that the guard has moved past since it was read is not remembered:
                 # nothing would ever drop it (the stale fill).
-                known = self._lease.revision
-                if load.history == self._lease.history and policy.revision >= known:
-                    self._cache.put(entry, spelling, ahead=policy.revision > known)
+                known, history = self._lease.revision, self._lease.history
+                if load.history == history and policy.revision >= known:
+                    self._cache.put(entry, spelling, ahead=policy.revision > load.revision)
             load.entry = entry
         except Exception as exc:
             self._lease.health.failed(exc)

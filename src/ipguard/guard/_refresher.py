@@ -48,10 +48,10 @@ class Refresher:
     def _run(self) -> None:
         due = time.monotonic()
         while not self._stop.is_set() and self._owner() is not None:
+            before = self._lease.revision  # a login may sync as well, between the wait and here
             woken = self._lease.wait(self._slice)
             if woken or time.monotonic() >= due:
                 due = time.monotonic() + self._interval
-                before = self._lease.revision
                 with contextlib.suppress(StoreUnavailable):  # counted and logged by the lease
                     self._lease.sync()
                 if woken and self._lease.revision == before:
