@@ -122,7 +122,8 @@ class Transaction(Protocol):
     def add_staged(self, *, per_user: int) -> int:
         """Add the restrictions that `transaction(staged=...)` was given, all or none.
 
-        An expired restriction to the same addresses is replaced.
+        An expired restriction to the same addresses is replaced. Of the errors below, the first
+        that holds for any of them is raised, and then nothing is added.
 
         Args:
             per_user: How many restrictions a user may have, expired ones included.
@@ -130,7 +131,7 @@ class Transaction(Protocol):
         Returns:
             How many were added.
 
-        Raises: the first of these that holds for any of them, and then nothing is added.
+        Raises:
             UnknownUser: One is for a user that is not registered, or is removed.
             DuplicateRestriction: A user would have the same addresses twice; among those staged,
                 expired ones are no exception.
