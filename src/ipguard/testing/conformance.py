@@ -25,7 +25,8 @@ class StoreConformance(
 ):
     """Tests of everything that `ipguard.store.RestrictionStore` promises.
 
-    Subclass it in a test module, under a name that pytest collects, and say how to open your store::
+    Subclass it in a test module, under a name that pytest collects, and say how to open your
+    store::
 
         class TestMyStore(StoreConformance):
             @pytest.fixture(autouse=True)
