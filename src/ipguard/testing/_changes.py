@@ -51,7 +51,7 @@ class ChangeTests(Hooks):
             self.note(turn, EVERYBODY)
         middle = self.cursor()
         self.touch("bob")
-        assert self.store.changes_since(start).usernames is EVERYBODY
+        assert self.store.changes_since(start) == (*self.cursor(), EVERYBODY)
         assert self.store.changes_since(middle).usernames == frozenset({"bob"})
 
     def test_as_many_as_may_be_named_are_named(self) -> None:

@@ -100,6 +100,12 @@ class OverviewTests(Hooks):
         assert self.store.overview(EVERY, limit=12).next is None
         assert self.store.overview(frozenset(), limit=1).next is None
 
+    def test_a_page_has_fifty_users(self) -> None:
+        """Without a limit a page of users has 50."""
+        self.put(*(f"user{n:02d}" for n in range(51)))
+        page = self.store.overview(EVERY)
+        assert (len(page), page.next) == (50, "user49")
+
     def test_a_page_has_room_for_one(self) -> None:
         """A limit below 1 is refused: its pages would have no end."""
         self.put("alice", "bob")
@@ -278,6 +284,14 @@ class HistoryTests(Hooks):
         assert self._rows(before=3) == [2, 1]
         assert self._rows(before=1) == self._rows(before=0) == []
         assert self._rows(before=10**15) == everything
+
+    def test_a_page_has_a_hundred_rows(self) -> None:
+        """Without a limit a page of changes has 100."""
+        with self.store.transaction() as turn:
+            for _ in range(101):
+                self.note(turn)
+        page = self.store.history(EVERY)
+        assert (len(page), page.next) == (100, 2)
 
     def test_pages_hold_while_rows_are_added(self) -> None:
         """What is committed between two pages shifts nothing."""

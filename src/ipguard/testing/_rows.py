@@ -175,6 +175,18 @@ class RowTests(Hooks):
             assert turn.request(stored.request.id) == newer
             assert turn.pending_requests("alice") == ()
 
+    def test_closing_one_request_leaves_the_others(self) -> None:
+        """A user's other requests stay pending, and an actor's other times are still told."""
+        self.put("alice")
+        stored = [self.request(requested_at=self.clock() + timedelta(seconds=n)) for n in range(3)]
+        self.save(*stored)
+        first, second, third = (each.request for each in stored)
+        closed = attrs.evolve(second, state=RequestState.CANCELLED)
+        self.save(attrs.evolve(stored[1], request=closed))
+        with self.store.transaction() as turn:
+            assert turn.pending_requests("alice") == (first, third)
+            assert len(turn.request_times("boss", MOMENTS[0])) == 3
+
     def test_pending_requests_in_their_order(self) -> None:
         """A user's pending requests come oldest first, those whose time has passed included."""
         self.put("alice", "bob")
