@@ -229,7 +229,10 @@ class Machine(RuleBasedStateMachine):
                 confirm_deletes=deletes,
             ),
         )
-        self.guard = Guard(self.store, max_staleness=STALE, monotonic=self.clock.monotonic)
+        # One guard that nobody hurries, and one that is asked for each new revision.
+        self.guard, self.prompt = (
+            Guard(self.store, max_staleness=STALE, monotonic=self.clock.monotonic) for _ in range(2)
+        )
         self.model = Model(deletes)
         self.put("ann", "U1")
         self.put("bob", "U2")
@@ -617,7 +620,7 @@ class Machine(RuleBasedStateMachine):
         assert applied.restriction is not None
         user = applied.restriction.username
         for address, client in CLIENTS.items():
-            decision = self.guard.check(user, address, at_least=applied.revision)
+            decision = self.prompt.check(user, address, at_least=applied.revision)
             assert decision.allowed is lets_in(self.model.lets(user), client, self.model.now)
 
     # -- deleting, imposing, lifting -----------------------------------------------------------
@@ -765,6 +768,12 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_head(self) -> None:
         assert self.store.changes_since(None).head == len(self.model.trail)
+
+    @invariant()
+    def the_failures(self) -> None:
+        with self.store.transaction() as turn:
+            found = {name: turn.failures(name) for name in ACTORS}
+        assert found == {name: self.model.failures.get(name, 0) for name in ACTORS}
 
     @invariant()
     def the_policies(self) -> None:
