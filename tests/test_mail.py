@@ -312,7 +312,7 @@ def test_any_text_is_one_printable_line(text):
 @pytest.mark.parametrize(
     "address",
     [
-        "=?utf-8?q?a=0aBcc:thief=40example.com?=@example.com",  # decoded when the header is read
+        "=?utf-8?q?a=0aBcc=3athief=40example.com?=@example.com",  # decoded when the header is read
         "a:b@example.com",  # a group: the mail would go to b@example.com
         "a@b@example.com",
         "@example.com",
