@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
+from hypothesis import settings
+
 from ipguard.addresses import AddressRange
 from ipguard.guard import Guard
 from ipguard.model import (
@@ -28,7 +30,7 @@ from ipguard.testing import FakeClock
 T = TypeVar("T")
 Hook = Callable[[], object]
 
-PATIENCE = 20.0
+PATIENCE = 5.0 if settings.get_current_profile_name() == "mutation" else 60.0
 """How long a test waits for what should happen at once, in seconds; then it fails."""
 
 HOME, OFFICE, ELSEWHERE = "203.0.113.7", "198.51.100.9", "192.0.2.66"

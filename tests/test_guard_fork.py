@@ -18,7 +18,7 @@ from ipguard.model import Reason
 from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
-from tests.guards import HOME, OFFICE, Call, Gate, World, comes_true, gate
+from tests.guards import HOME, OFFICE, PATIENCE, Call, Gate, World, comes_true, gate
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
@@ -32,7 +32,7 @@ def in_child(function: Callable[[], Any]) -> Any:
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # a child that hangs ends, and its silence fails the test
+        signal.alarm(int(PATIENCE))  # a child that hangs ends, and its silence fails the test
         status = 1
         try:
             os.write(send, json.dumps(function()).encode())
@@ -131,6 +131,19 @@ def test_a_child_of_a_process_whose_threads_hang_answers(sqlite: World) -> None:
             loading.let_go()
             assert [bool(call.result()) for call in hanging] == [True, True]
     assert answers == ["not_listed", "unrestricted", 2]
+
+
+def test_a_child_does_not_wait_for_a_read_that_its_parent_makes(sqlite: World) -> None:
+    """A shared load belongs to threads that the child does not have: it reads on its own."""
+    guard = sqlite.guard()
+    guard.sync()
+    with gate(sqlite.store.before_load) as loading:
+        hanging = Call(lambda: guard.check("adoe", OFFICE))
+        loading.reached()
+        assert in_child(lambda: guard.check("adoe", OFFICE).reason) == "unrestricted"
+        loading.let_go()
+        assert hanging.result()
+    assert sqlite.store.loads == ["adoe"]
 
 
 def test_a_child_can_note_that_the_store_fails(memory: World) -> None:
