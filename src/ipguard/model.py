@@ -23,6 +23,7 @@ T = TypeVar("T")
 LABEL_LIMIT: Final = 100
 REASON_LIMIT: Final = 500
 _NAME_LIMIT: Final = 256
+_NOT_IN_EMAIL: Final = frozenset(',;:<>()[]\\"')
 _EMAIL_LIMIT: Final = 254  # RFC 5321 4.5.3.1.3, less the angle brackets
 # Line and paragraph separators break lines; the bidirectional controls can make "allow 1.2.3.4"
 # read as something else on a page or in a mail.
@@ -80,10 +81,11 @@ def _account_id(value: object) -> str:
 
 def _email(value: object) -> str:
     text = checked_text("email", value, _EMAIL_LIMIT, required=True)
-    local, _, domain = text.rpartition("@")
+    local, _, domain = text.partition("@")
     # Whether a mailbox exists only mail can tell. This keeps out what would become several
-    # recipients or another header.
-    if not local or not domain or any(c in ' ,;<>()[]\\"' for c in text):
+    # recipients or another header, and encoded words, which mail programs decode (RFC 2047).
+    odd = any(c in _NOT_IN_EMAIL or c.isspace() for c in text) or "=?" in text or "@" in domain
+    if odd or not (local and domain):
         raise InvalidValue("email", "is not one e-mail address")
     return text
 
