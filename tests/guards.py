@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
+import pytest
 from hypothesis import settings
 
 from ipguard.addresses import AddressRange
@@ -217,6 +219,11 @@ class World:
         """Append a change that touches nobody."""
         with self.inner.transaction() as turn:
             return turn.append(Action.WRONG_NUMBER, actor="admin").revision
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return what the guard has told an operator, whatever else the log was set to hold."""
+    return [r for r in caplog.records if r.name == "ipguard.guard" and r.levelno > logging.INFO]
 
 
 def reasons(*decisions: Decision) -> list[str]:

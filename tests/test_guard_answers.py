@@ -34,6 +34,7 @@ from tests.guards import (
     comes_true,
     gate,
     reasons,
+    told,
 )
 
 
@@ -608,10 +609,10 @@ def test_report_only_allows_and_tells(world: World, caplog: pytest.LogCaptureFix
         Reason.LISTED,
     ]
     assert seen[1] == ("jsmith", ELSEWHERE, decision)
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in told(caplog)] == [
         f"report only: 'jsmith' would not be allowed from '{ELSEWHERE}': not_listed"
     ] * 2
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert [record.levelname for record in told(caplog)] == ["WARNING"] * 2
     assert guard.stats().denials == {Reason.NOT_LISTED: 2}
 
 
@@ -626,8 +627,8 @@ def test_the_report_does_not_forge_lines(world: World, caplog: pytest.LogCapture
     """What a client sent is quoted and cut in the log."""
     guard = world.guard(report_only=True)
     guard.check("jsmith\nroot", "1.2.3.4\n" + "x" * 1000)
-    assert "\n" not in caplog.records[0].getMessage()
-    assert len(caplog.records[0].getMessage()) < 250
+    assert "\n" not in told(caplog)[0].getMessage()
+    assert len(told(caplog)[0].getMessage()) < 250
 
 
 def test_the_observer_sees_every_decision(world: World) -> None:

@@ -16,7 +16,7 @@ from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
-from tests.guards import HOME, OFFICE, PATIENCE, Call, World, comes_true
+from tests.guards import HOME, OFFICE, PATIENCE, Call, World, comes_true, told
 
 
 @pytest.fixture
@@ -171,8 +171,8 @@ def test_it_outlives_an_outage_and_tells_once(
         comes_true(lambda: guard.stats().failures >= 5)
         world.store.down = None
         comes_true(lambda: guard.stats().ready)
-        comes_true(lambda: len(caplog.records) == 2)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+        comes_true(lambda: len(told(caplog)) == 2)
+    assert [record.levelname for record in told(caplog)] == ["WARNING", "WARNING"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -21,7 +21,18 @@ from ipguard.model import RESET, Reason
 from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
-from tests.guards import ELSEWHERE, HOME, OFFICE, PATIENCE, Call, Gate, World, comes_true, gate
+from tests.guards import (
+    ELSEWHERE,
+    HOME,
+    OFFICE,
+    PATIENCE,
+    Call,
+    Gate,
+    World,
+    comes_true,
+    gate,
+    told,
+)
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -639,7 +650,7 @@ def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Resto
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    return [r.getMessage() for r in told(caplog) if r.levelno == logging.ERROR]
 
 
 def test_a_restored_backup_with_as_many_other_changes_is_found_out(
@@ -996,7 +1007,7 @@ def test_an_outage_is_told_once_and_so_is_its_end(
     world.store.down = None
     guard.sync()
     guard.sync()
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in told(caplog)] == [
         "the store does not answer: StoreUnavailable: gone fishing",
         "the store answers again after 5 failures",
     ]
