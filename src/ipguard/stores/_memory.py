@@ -81,8 +81,7 @@ class Table(Generic[V]):
         self._own()[key] = value
 
     def drop(self, key: str) -> None:
-        if key in self.rows:
-            del self._own()[key]
+        del self._own()[key]
 
     def _own(self) -> dict[str, V]:
         if not self._copied:
