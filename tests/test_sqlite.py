@@ -466,6 +466,16 @@ def test_a_fork_does_not_wait_for_ever(path: Path) -> None:
         assert store.load_policy("jo").revision == 0
 
 
+@may_fork
+def test_a_connection_half_open_at_a_fork(path: Path) -> None:
+    """Where another thread is still opening one, the child cannot know, and refuses."""
+    with SQLiteStore(path, timeout=0.1) as store:
+        with store._pool._opening:
+            assert in_child(lambda: store.load_policy("jo")) == "StoreUnavailable"
+        assert store.load_policy("jo").revision == 0
+        assert in_child(lambda: store.load_policy("jo").revision) == "0"
+
+
 # --------------------------------------------------------------------------- replaced files
 
 
@@ -590,7 +600,8 @@ def test_a_connection_to_the_old_file_is_not_lent_again(
         else:
             session.file = (0, 0)
             store._pool._idle.append(session)
-            assert store.load_policy("jo").revision == 3
+            with store._pool.session() as lent:
+                assert lent is not session
             assert session not in store._pool._open
 
 
@@ -646,25 +657,50 @@ def test_an_older_copy_restored_by_sqlite(store: SQLiteStore, path: Path, tmp_pa
     assert changes.token != cursor[1]
 
 
-def test_an_older_copy_written_over_the_file(
-    store: SQLiteStore, path: Path, tmp_path: Path
-) -> None:
-    """SQLite does not notice `cp old.db live.db`; the next `changes_since` does."""
+def copied_over(store: SQLiteStore, path: Path) -> tuple[int, str]:
+    """Write revision 2 over a file at revision 3, in place; return the cursor of before."""
+    old = path.with_name("old.db")
     for number in range(1, 3):
         impose(store, "jo", number)
+        with raw(path) as live:
+            live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if number == 1:
-            with raw(path) as live:
-                live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            shutil.copy(path, tmp_path / "old.db")
+            shutil.copy(path, old)
     cursor = store.changes_since(None)[:2]
-    with raw(path) as live:
-        live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        store.load_policy("jo")
-        shutil.copyfile(tmp_path / "old.db", path)
-    changes = store.changes_since(cursor)
+    with store._pool.session() as one, store._pool.session() as two:
+        for session in (one, two):  # both have the pages in their cache now
+            assert session.rows("SELECT revision FROM head") == [(3,)]
+        shutil.copyfile(old, path)
+    return cursor
+
+
+def test_an_older_copy_written_over_the_file(store: SQLiteStore, path: Path) -> None:
+    """SQLite does not notice `cp old.db live.db`; the next `changes_since` does."""
+    changes = store.changes_since(copied_over(store, path))
     assert (changes.head, changes.usernames) == (2, RESET)
+    with store._pool.session() as one, store._pool.session() as two:
+        for session in (one, two):
+            assert session.rows("SELECT revision FROM head") == [(2,)]
     assert len(store.load_policy("jo").restrictions) == 1
+
+
+def test_a_transaction_reads_the_file_that_is_there(store: SQLiteStore, path: Path) -> None:
+    """A writer does not mix what it remembers of the file with what was copied over it."""
+    copied_over(store, path)
     assert impose(store, "jo", 3) == 3
+    assert len(store.load_policy("jo").restrictions) == 2
+
+
+def test_a_copy_without_wal_gets_it_back(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
+    """How a copy was made may have cost it WAL; the store goes on as before."""
+    other = other_database(tmp_path, 3)
+    with raw(other) as connection:
+        assert connection.execute("PRAGMA journal_mode = DELETE").fetchall() == [("delete",)]
+    remove(path)
+    other.rename(path)
+    assert store.changes_since(None).head == 3
+    with raw(path) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
 
 
 # ----------------------------------------------------------------------------- damaged files
@@ -694,7 +730,7 @@ def test_a_file_that_is_cut_off_while_in_use(store: SQLiteStore, path: Path) -> 
     os.truncate(path, 8192)
     with pytest.raises(StoreUnavailable):
         store.changes_since(None)
-    store._pool.forget()
+    assert not store._pool._open  # a connection that failed is not used again
     with pytest.raises(StoreUnavailable):
         store.load_policy("jo")
 
@@ -757,6 +793,22 @@ def test_an_exclusively_locked_database_is_unavailable(path: Path) -> None:
         other.execute("COMMIT")
         with pytest.raises(StoreUnavailable, match="locked"):
             SQLiteStore(path, timeout=0.1)
+
+
+def test_a_read_waits_for_a_lock_that_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a moment's lock of another program's makes the store unavailable."""
+    with SQLiteStore(path, timeout=30) as store, ExitStack() as stack:
+        other = stack.enter_context(raw(path))
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("UPDATE head SET revision = revision")
+        monkeypatch.setattr("ipguard.stores._sqlite.time.sleep", lambda seconds: stack.close())
+        assert store.load_policy("jo").revision == 0
+
+
+def test_an_opened_store_holds_nothing_open(path: Path) -> None:
+    """A server that opens its store and then forks its workers hands them no connection."""
+    with SQLiteStore(path) as store:
+        assert not store._pool._open
 
 
 def test_readers_do_not_wait_for_a_writer(store: SQLiteStore) -> None:
