@@ -57,6 +57,8 @@ def assert_canonical(form: str) -> None:
         ("\u0130x", "i\u0307x"),  # the capital I with a dot keeps its dot
         ("\u03a3\u03c2\u03c3", "\u03c3\u03c3\u03c3"),
         ("\u1fb4", "\u03ac\u03b9"),  # composed, folded and composed again
+        ("\u03b1\u0345\u0301", "\u03ac\u03b9"),  # the iota below folds to a letter: marks go first
+        ("\u1f80\u0301", "\u1f04\u03b9"),
         ("\u01f0", "\u01f0"),  # folded apart, and composed again
         ("J\u030c", "\u01f0"),
         ("j\u00a0smith", "j smith"),  # a no-break space inside

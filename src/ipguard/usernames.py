@@ -44,6 +44,7 @@ def canonical_username(text: str) -> str:
     _check(plain)
     if plain.isascii():
         return plain.lower()
+    # Before folding too: U+0345 folds to a letter, and the marks must be in their order by then.
     canonical = normalize("NFKC", plain)
     for _ in range(_ROUNDS):
         previous, canonical = canonical, normalize("NFKC", canonical.casefold())

@@ -13,8 +13,8 @@ LONGEST = 2 * LONGEST_ADDRESS + 1
 BLANKS = " \t\n\r\v\f"
 
 #: Not every C library is strict here: some read a leading zero, as decimal or as octal.
-LEADING_ZERO = re.compile(r"\.0[0-9]|(?:^|[:-])0[0-9]+\.")
-_ZEROS = re.compile(r"\b0(?::0)+\b")
+LEADING_ZERO = re.compile(r"\.0[0-9]|(?:^|:)0[0-9]+\.")
+_ZEROS = re.compile(r"\b0(?::0)+")
 
 
 def plain(text: object, longest: int) -> str | None:
