@@ -136,7 +136,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
         assert group == "ipguard.stores"
         return [point] if wanted.get("name", name) == name else []
 
-    monkeypatch.setattr("ipguard.stores.entry_points", found)
+    monkeypatch.setattr("importlib.metadata.entry_points", found)
 
 
 def factory(url: str, *, clock: Callable[[], datetime] | None, migrate: bool | None) -> object:

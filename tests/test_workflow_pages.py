@@ -265,7 +265,7 @@ def test_the_detail_names_each_particular(desk: Desk) -> None:
         ("a=b", '"a=b"'),
         ("back\\slash", '"back\\\\slash"'),
         ("Zürich", "Zürich"),
-        ("a\u00a0b", '"a\u00a0b"'),
+        ("a\u00a0b", '"a\\u00a0b"'),
         ("restriction=x unrestricted=true", '"restriction=x unrestricted=true"'),
     ],
 )
@@ -401,6 +401,21 @@ def test_the_audit_log_has_one_line_for_each_change(
     assert len(lines) == len(rows) == 14
     for row, line in zip(rows, lines, strict=True):
         assert line.startswith(f"revision={row.revision} at={row.at.isoformat()} ")
-        assert f" action={row.action} actor={row.actor} " in line
+        actor = f" actor={row.actor}" if row.actor is not None else ""
+        assert f" action={row.action}{actor} " in line
         assert line.endswith(row.detail)
         assert "\n" not in line
+
+
+def test_a_username_cannot_forge_a_line_of_the_audit_log(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Usernames may hold blanks and odd separators; the line stays one, and its pairs stay pairs."""
+    caplog.set_level(logging.INFO, "ipguard.audit")
+    odd = "x action=lift\u2028y"
+    desk.store.put_users([ipguard.User(username=odd, full_name="", account_id="U1")])
+    caplog.clear()
+    desk.flow.impose(BOSS, odd, OFFICE, reason="x")
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "ipguard.audit"]
+    assert ' username="x action=lift\\u2028y" account=U1 ' in line
+    assert len(line.splitlines()) == 1

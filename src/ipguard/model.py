@@ -68,7 +68,10 @@ def checked_time(name: str, value: object) -> datetime:
         raise InvalidValue(name, f"must be a datetime, not {type(value).__name__}")
     if value.utcoffset() is None:
         raise InvalidValue(name, "must be an aware datetime")
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise InvalidValue(name, "is beyond what a time in UTC can be") from None
 
 
 def _full_name(value: object) -> str:

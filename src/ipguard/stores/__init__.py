@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from importlib.metadata import entry_points
+from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from ipguard.errors import StoreConfigError, shortened
@@ -117,7 +117,7 @@ def _open_postgres(url: str, *, clock: Clock | None, migrate: bool | None) -> Re
 def _open_plugin(
     scheme: str, url: str, *, clock: Clock | None, migrate: bool | None
 ) -> RestrictionStore:
-    found = tuple(entry_points(group=_GROUP, name=scheme))
+    found = [point for point in _plugins() if point.name == scheme]
     if not found:
         raise StoreConfigError(f"no store has the scheme {shortened(scheme)}; there is {_known()}")
     try:
@@ -129,5 +129,12 @@ def _open_plugin(
 
 
 def _known() -> str:
-    others = sorted({point.name for point in entry_points(group=_GROUP)})
+    others = sorted({point.name for point in _plugins()})
     return ", ".join(f"{name}://" for name in ("memory", "sqlite", "postgresql", *others))
+
+
+def _plugins() -> list[Any]:
+    # Late: it loads much, e-mail among it, and most hosts never ask for it.
+    from importlib.metadata import entry_points
+
+    return list(entry_points(group=_GROUP))

@@ -38,7 +38,7 @@ from ipguard.model import (
     UserOverview,
     checked_text,
 )
-from ipguard.store import Transaction, log_change
+from ipguard.store import Transaction, log_change, particulars
 from ipguard.usernames import canonical_username
 from ipguard.workflow import _steps
 from ipguard.workflow._base import Asked, subject_of, wanted_restriction
@@ -148,22 +148,22 @@ class Workflow(Operators):
         with self._transaction() as tx:
             stored, user = _steps.request_and_user(tx, actor, request_id, own=True)
             stored = _steps.advance(stored, rules.Step.RESEND, tx.now)
-            if stored.resends >= self.settings.resends_per_request:
-                raise TooManyRequests(stored.request.expires_at - tx.now)
-            if stored.sent_at is not None:
+            resends = stored.resends
+            if stored.sent_at is not None:  # else the last mail failed, and this takes its place
+                resends += 1
+                if resends > self.settings.resends_per_request:
+                    raise TooManyRequests(stored.request.expires_at - tx.now)
                 due = stored.sent_at + self.settings.resend_interval
                 if tx.now < due:
                     raise TooManyRequests(due - tx.now)
-            stored, number = self._numbered(
-                stored.request, stored.email, tx.now, stored.resends + 1
-            )
+            stored, number = self._numbered(stored.request, stored.email, tx.now, resends)
             tx.save_request(stored)
             change = _steps.append(
                 tx,
                 Action.RESEND,
                 actor,
                 user,
-                _steps.detail(addresses=stored.request.addresses, request=request_id),
+                particulars(addresses=stored.request.addresses, request=request_id),
             )
         return self._deliver(actor, stored, number, change)
 
@@ -187,7 +187,7 @@ class Workflow(Operators):
                 Action.CANCEL,
                 actor,
                 user,
-                _steps.detail(
+                particulars(
                     kind=stored.request.kind, addresses=stored.request.addresses, request=request_id
                 ),
             )
@@ -272,7 +272,7 @@ class Workflow(Operators):
             Action.WRONG_NUMBER,
             actor,
             user,
-            _steps.detail(
+            particulars(
                 addresses=request.addresses,
                 request=request.id,
                 attempts_left=str(left),

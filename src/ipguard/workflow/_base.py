@@ -33,7 +33,7 @@ from ipguard.model import (
     checked_time,
 )
 from ipguard.notify import Notifier
-from ipguard.store import RestrictionStore, Transaction, log_change
+from ipguard.store import RestrictionStore, Transaction, log_change, particulars
 from ipguard.usernames import canonical_username
 from ipguard.workflow import _steps
 from ipguard.workflow._settings import WorkflowSettings
@@ -109,7 +109,7 @@ class Base:
             Action.REQUEST,
             actor,
             user,
-            _steps.detail(
+            particulars(
                 kind=kind,
                 addresses=request.addresses,
                 label=request.label,
@@ -167,14 +167,13 @@ class Base:
             stored, user = _steps.request_and_user(tx, actor, sent.request.id, own=True)
             if stored.digest != sent.digest:
                 return
-            # Down to -1 where it was the first: then the next mail is the first, and no resend.
-            tx.save_request(attrs.evolve(stored, resends=stored.resends - 1, sent_at=None))
+            tx.save_request(attrs.evolve(stored, sent_at=None))
             change = _steps.append(
                 tx,
                 Action.DELIVERY_FAILED,
                 actor,
                 user,
-                _steps.detail(addresses=stored.request.addresses, request=stored.request.id),
+                particulars(addresses=stored.request.addresses, request=stored.request.id),
             )
         log_change(change)
 

@@ -24,7 +24,7 @@ from ipguard.model import (
     Restriction,
     checked_text,
 )
-from ipguard.store import NAMED_AT_MOST
+from ipguard.store import NAMED_AT_MOST, particulars
 from ipguard.usernames import canonical_username
 from ipguard.workflow import _steps
 from ipguard.workflow._base import Base, wanted_restriction
@@ -115,7 +115,7 @@ class Operators(Base):
                 Action.IMPOSE_MANY,
                 actor=actor.username,
                 actor_address=actor.address,
-                detail=_steps.detail(restrictions=count, reason=reason),
+                detail=particulars(restrictions=count, reason=reason),
                 touches=EVERYBODY,
             )
             users = [] if len(told) > NAMED_AT_MOST else [tx.user(name) for name in sorted(told)]
@@ -201,7 +201,7 @@ class Operators(Base):
                 Action.UNLOCK,
                 actor,
                 user,
-                _steps.detail(failures=failures, reason=reason),
+                particulars(failures=failures, reason=reason),
                 username=name,
             )
         self._announce(change, actor, user)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -32,26 +31,13 @@ from ipguard.model import (
     StoredUser,
     User,
 )
-from ipguard.store import Transaction
+from ipguard.store import Transaction, particulars
 from ipguard.workflow._settings import WorkflowSettings
 
 
 def new_id() -> str:
     """Make an id that says nothing and that nobody can guess: 64 random bits in hexadecimal."""
     return secrets.token_hex(8)
-
-
-def detail(**pairs: object) -> str:
-    """Write particulars as `name=value` pairs; those that are None, empty or False are left out."""
-    return " ".join(f"{name}={_value(value)}" for name, value in pairs.items() if value)
-
-
-def _value(value: object) -> str:
-    if value is True:
-        return "true"
-    text = value.isoformat() if isinstance(value, datetime) else str(value)
-    bare = text.isprintable() and not any(c in ' "=\\' for c in text)
-    return text if bare else json.dumps(text, ensure_ascii=False)
 
 
 def user_within_reach(tx: Transaction, actor: Actor, username: str) -> StoredUser | None:
@@ -164,7 +150,7 @@ def add(
     action: Action,
     *,
     allow_lockout: bool,
-    **particulars: object,
+    **more: object,
 ) -> tuple[Applied, Change]:
     """Let a restriction hold."""
     left, replaced = with_added(tx, settings, new)
@@ -177,13 +163,13 @@ def add(
         action,
         actor,
         user,
-        detail(
+        particulars(
             addresses=new.addresses,
             label=new.label,
             expires_at=new.expires_at,
             restriction=new.id,
             replaces=replaced and replaced.id,
-            **particulars,
+            **more,
         ),
         touches=True,
     )
@@ -196,7 +182,7 @@ def remove(
     user: User,
     restriction: Restriction,
     action: Action,
-    **particulars: object,
+    **more: object,
 ) -> tuple[Applied, Change]:
     """End a restriction."""
     _take_away(tx, restriction)
@@ -206,13 +192,13 @@ def remove(
         action,
         actor,
         user,
-        detail(
+        particulars(
             addresses=restriction.addresses,
             label=restriction.label,
             restriction=restriction.id,
             unrestricted=not left,
             restricted_to_nothing=bool(left) and all(r.expired(tx.now) for r in left),
-            **particulars,
+            **more,
         ),
         touches=True,
     )
@@ -236,7 +222,7 @@ def append(
     action: Action,
     actor: Actor,
     user: User | None,
-    particulars: str,
+    detail: str,
     *,
     touches: bool = False,
     username: str | None = None,
@@ -249,6 +235,6 @@ def append(
         actor_address=actor.address,
         username=named,
         account_id=None if user is None else user.account_id,
-        detail=particulars,
+        detail=detail,
         touches=frozenset({named}) if touches and named is not None else frozenset(),
     )
