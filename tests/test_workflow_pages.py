@@ -410,7 +410,7 @@ def test_the_audit_log_has_one_line_for_each_change(
 def test_a_username_cannot_forge_a_line_of_the_audit_log(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Usernames may hold blanks and odd separators; the line stays one, and its pairs stay pairs."""
+    """Usernames may hold blanks and odd separators; the line stays one, its pairs pairs."""
     caplog.set_level(logging.INFO, "ipguard.audit")
     odd = "x action=lift\u2028y"
     desk.store.put_users([ipguard.User(username=odd, full_name="", account_id="U1")])
