@@ -321,6 +321,20 @@ class TestCheckedTime:
             "must be an aware datetime",
         )
 
+    @pytest.mark.parametrize(
+        "moment",
+        [
+            datetime.min.replace(tzinfo=timezone(timedelta(hours=1))),
+            datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))),
+        ],
+    )
+    def test_refuses_what_utc_cannot_say(self, moment):
+        """A moment before the first or after the last that a datetime has is a bad value."""
+        with pytest.raises(InvalidValue) as raised:
+            checked_time("expires_at", moment)
+        assert raised.value.name == "expires_at"
+        assert raised.value.reason == "is beyond what a time in UTC can be"
+
     @pytest.mark.parametrize("value", [None, 0, 1.5, "2030-01-01T12:00:00Z", date(2030, 1, 1)])
     def test_takes_datetimes_alone(self, value):
         """Nothing is guessed to be a time."""
