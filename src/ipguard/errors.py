@@ -8,15 +8,21 @@ they survive `pickle` and so cross process boundaries.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import cast
 
 _SHOWN = 60
 
 
 def shortened(value: object) -> str:
-    """Quote a value from outside for a message: one line, at most about 60 characters."""
-    text = value[: _SHOWN + 1] if isinstance(value, str) else f"{type(value).__name__} object"
-    quoted = ascii(text[:_SHOWN]) if isinstance(value, str) else text
-    return quoted + ("…" if isinstance(value, str) and len(value) > _SHOWN else "")
+    """Quote a value from outside for a message: one line, at most about 60 characters.
+
+    Nothing of the value's own is called: a class may claim to be str and do anything.
+    """
+    kind = type(value)
+    if not issubclass(kind, str):
+        return f"{kind.__name__} object"
+    start = str.__getitem__(cast("str", value), slice(_SHOWN + 1))
+    return ascii(start[:_SHOWN]) + ("…" if len(start) > _SHOWN else "")
 
 
 class IPGuardError(Exception):
