@@ -952,6 +952,26 @@ def test_a_callers_error_keeps_the_connection(store: SQLiteStore) -> None:
     assert len(store.load_policy("jo").restrictions) == 1
 
 
+def test_a_read_that_fails_closes_its_connection(
+    store: SQLiteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy comes whole, or its connection is not lent again."""
+    for failure in (interrupt, fail):
+        store.load_policy("jo")
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "rows", lambda self, sql, params=(), failure=failure: failure())
+            with pytest.raises((StoreUnavailable, KeyboardInterrupt)):
+                store.load_policy("jo")
+        assert not store._pool._open
+    store.load_policy("jo")
+    with raw(path) as connection:
+        connection.execute("DROP TABLE restrictions")
+    for call in (lambda: store.load_policy("jo"), lambda: list(store.load_all_policies()[1])):
+        with pytest.raises(StoreUnavailable, match="restrictions"):
+            call()
+    assert not store._pool._open
+
+
 def test_a_contradiction_is_no_outage(store: SQLiteStore) -> None:
     """A second restriction of one id is the caller's mistake, and undone like any other."""
     impose(store, "jo", 1)
