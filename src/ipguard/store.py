@@ -58,7 +58,11 @@ def particulars(**pairs: object) -> str:
     A value that could be taken for more than one, or would break the line, is written as JSON: what
     people named themselves forges no entry of the trail.
     """
-    return " ".join(f"{name}={_value(value)}" for name, value in pairs.items() if value)
+    return " ".join(
+        f"{name}={_value(value)}"
+        for name, value in pairs.items()
+        if not (value is None or value is False or value == "")
+    )
 
 
 def _value(value: object) -> str:

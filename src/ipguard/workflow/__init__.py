@@ -275,7 +275,7 @@ class Workflow(Operators):
             particulars(
                 addresses=request.addresses,
                 request=request.id,
-                attempts_left=str(left),
+                attempts_left=left,
                 locked=not left,
             ),
         )
