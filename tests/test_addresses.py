@@ -649,9 +649,23 @@ def test_strict_on_a_lenient_platform(text, monkeypatch):
         name = "inet_pton" if module is _text else "_inet_pton"
         assert getattr(module, name) is socket.inet_pton
         monkeypatch.setattr(module, name, lenient_inet_pton)
+    assert _text.reads_leading_zeros()
+    monkeypatch.setattr(_text, "LENIENT", True)
     assert login_address("::ffff:10.20.30.40") == (4, number("10.20.30.40"))
     assert login_address(text) is None
     assert isinstance(refusal(text), AddressError)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_c_library_that_is_lenient_in_one_family(family, monkeypatch):
+    """It is found out in either, and a strict one is not suspected."""
+    assert not _text.reads_leading_zeros()
+
+    def half_lenient(asked, text):
+        return (lenient_inet_pton if asked == family else socket.inet_pton)(asked, text)
+
+    monkeypatch.setattr(_text, "inet_pton", half_lenient)
+    assert _text.reads_leading_zeros()
 
 
 # ---- ranges as values ----------------------------------------------------------------------------

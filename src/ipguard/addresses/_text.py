@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from socket import AF_INET, AF_INET6, inet_pton
+import socket
+from socket import inet_pton
 from typing import cast
 
 from ipguard.errors import AddressError
@@ -11,6 +12,9 @@ from ipguard.errors import AddressError
 LONGEST_ADDRESS = len("ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255")
 LONGEST = 2 * LONGEST_ADDRESS + 1
 BLANKS = " \t\n\r\v\f"
+
+# Plain numbers: what the socket module has under these names takes longer to hand over.
+_AF_INET, _AF_INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 
 #: Not every C library is strict here: some read a leading zero, as decimal or as octal.
 LEADING_ZERO = re.compile(r"\.0[0-9]|(?:^|:)0[0-9]+\.")
@@ -38,6 +42,21 @@ def bounded(text: object) -> str:
     return start
 
 
+def reads_leading_zeros() -> bool:
+    """Tell whether this C library reads a leading zero, in either family."""
+    for family, text in ((_AF_INET, "1.2.3.04"), (_AF_INET6, "::1.2.3.04")):
+        try:
+            inet_pton(family, text)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+#: Asked once: to look for a leading zero in each address would take as long as reading it.
+LENIENT = reads_leading_zeros()
+
+
 def login_address(text: object) -> tuple[int, int] | None:
     """Read a login's address; never raise, whatever a client sent.
 
@@ -51,14 +70,14 @@ def login_address(text: object) -> tuple[int, int] | None:
     if type(text) is not str or len(text) > LONGEST_ADDRESS:
         exact = plain(text, LONGEST_ADDRESS)
         return None if exact is None else login_address(exact)
-    if "0" in text and "." in text and LEADING_ZERO.search(text):
+    if LENIENT and LEADING_ZERO.search(text):
         return None
     try:
         if ":" not in text:
-            return 4, int.from_bytes(inet_pton(AF_INET, text), "big")
+            return 4, int.from_bytes(inet_pton(_AF_INET, text), "big")
         if "%" in text:  # macOS reads a zone; it names a link of a machine that is not this one
             return None
-        value = int.from_bytes(inet_pton(AF_INET6, text), "big")
+        value = int.from_bytes(inet_pton(_AF_INET6, text), "big")
     except (OSError, ValueError):  # ValueError: a NUL or a surrogate inside
         return None
     return (4, value & 0xFFFFFFFF) if value >> 32 == 0xFFFF else (6, value)
