@@ -162,6 +162,7 @@ def test_the_first_spelling_is_remembered_at_once(world: World) -> None:
     guard = world.guard()
     guard.check("JSmith", HOME)
     assert sorted(guard._cache.by_spelling) == ["JSmith", "jsmith"]
+    assert guard._cache.by_spelling["JSmith"] is guard._cache.by_spelling["jsmith"]
 
 
 def test_spellings_are_bounded(world: World) -> None:

@@ -150,6 +150,21 @@ def test_a_store_whose_wait_returns_at_once_does_not_make_it_spin(
     assert len(world.store.syncs) <= took / 0.1 + 3
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_wait_that_brings_nothing_lasts(world: World, raises: bool) -> None:
+    """Whoever waits in a loop is held up for as long as was asked, whatever the store does."""
+
+    def wait(revision: int, timeout: float) -> bool:
+        if raises:
+            raise RuntimeError("no wait here")
+        return False
+
+    world.store.wait = wait  # type: ignore[method-assign]
+    began = time.monotonic()
+    assert world.guard()._lease.wait(0.05) is False
+    assert time.monotonic() - began >= 0.05
+
+
 def test_a_wake_up_that_fails_does_not_make_it_spin(world: World) -> None:
     """A store that wakes and then does not answer is asked ten times a second at the most."""
     world.store.wait = lambda revision, timeout: True  # type: ignore[method-assign]

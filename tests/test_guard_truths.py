@@ -914,16 +914,16 @@ def test_who_had_to_wait_for_the_turn_finds_the_store_down(world: World) -> None
             turn.release()
 
     with gate(world.store.before_sync) as held:
-        first = Call(lambda: guard.check("jsmith", HOME))
+        first = Call(lambda: guard._lease.hold(0))
         held.reached()
         guard._lease._turn = Turn()  # type: ignore[assignment]
-        second = Call(lambda: guard.check("jsmith", HOME))
+        second = Call(lambda: guard._lease.hold(0))
         assert waiting.wait(PATIENCE)
         world.store.down = StoreUnavailable("down")
         guard._lease._turn = turn
         held.let_go()
-        assert not first.result()
-        assert not second.result()
+        assert first.result() is False
+        assert second.result() is False
     assert len(world.store.syncs) == 1
 
 

@@ -64,9 +64,9 @@ class Entry(set[str]):
 class Cache:
     """At most `capacity` users. All but reading `by_spelling` is done under the guard's lock.
 
-    cachetools keeps the order in which users came. Hits do not pass here, so the oldest goes first.
-    Users that nobody registered and nobody restricted go before all others: invented usernames
-    cannot push out real ones.
+    cachetools keeps the order in which users came, no more. Hits do not pass here, so the oldest
+    goes first. Users that nobody registered and nobody restricted go before all others: invented
+    usernames cannot push out real ones.
     """
 
     def __init__(self, capacity: int, *, deny_unknown: bool) -> None:
@@ -74,8 +74,8 @@ class Cache:
         self.evictions = 0
         self._capacity = capacity
         self._deny_unknown = deny_unknown
-        self._users: FIFOCache[str, Entry] = FIFOCache(capacity + 1)
-        self._strangers: FIFOCache[str, Entry] = FIFOCache(capacity + 1)
+        self._users: FIFOCache[str, None] = FIFOCache(capacity + 1)
+        self._strangers: FIFOCache[str, None] = FIFOCache(capacity + 1)
         self._ahead: set[str] = set()
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class Cache:
         if ahead:
             self._ahead.add(name)
         stranger = not policy.known and not policy.restrictions
-        (self._strangers if stranger else self._users)[name] = entry
+        (self._strangers if stranger else self._users)[name] = None
         self.by_spelling[name] = entry
         self.spell(entry, spelling)
         while len(self) > self._capacity:
