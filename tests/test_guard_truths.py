@@ -969,6 +969,9 @@ def test_after_a_failure_no_attempt_for_a_while_that_doubles(world: World, what:
     world.store.down = StoreUnavailable("down again")
     world.pass_time(0.002)
     assert not guard.check("adoe", HOME)
+    count = len(tried)
+    assert not guard.check("adoe", HOME)
+    assert len(tried) == count
     world.pass_time(0.1 + 1e-6)
     world.store.down = None
     assert guard.check("adoe", HOME)
