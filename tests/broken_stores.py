@@ -227,7 +227,12 @@ BREAKAGES: list[tuple[str, str, str]] = [
         "{u.username: u for u in users if u.email}",
         "a_user_comes_back_as_it_was_put",
     ),
-    ("{canonical_username(name) for name in usernames}", "set(usernames)", "removing_a_user"),
+    ("set(canonical_usernames(usernames))", "set([*usernames])", "removing_a_user"),
+    (
+        "set(canonical_usernames(usernames))",
+        "set(canonical_usernames([*usernames]))",
+        "one_text_is_not_several_usernames",
+    ),
     ("log_change(row.change)", "pass", "the_audit_log_has_a_line_for_each_change"),
     ("after is None or name > after", "after is None or name >= after", "pages_follow_one_another"),
     (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ipguard import usernames
 from ipguard.errors import IPGuardError, UsernameError
-from ipguard.usernames import canonical_username
+from ipguard.usernames import canonical_username, canonical_usernames
 
 REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
@@ -283,3 +283,13 @@ def test_ascii_names_are_lower_case(text):
     found = attempt(text)
     assert found == text.lower() or text != text.strip()
     assert attempt(text.upper()) == found or isinstance(found, UsernameError)
+
+
+def test_several_usernames():
+    """They come as they are asked for, in canonical form; one text is not several."""
+    names = canonical_usernames(iter(["JSmith", " x"]))
+    assert next(names) == "jsmith"
+    with pytest.raises(UsernameError):
+        next(names)
+    with pytest.raises(TypeError, match="not one str"):
+        canonical_usernames("jsmith")

@@ -286,6 +286,7 @@ class RestrictionStore(Protocol):
 
         Raises:
             UsernameError: One has no canonical form; nothing is changed.
+            TypeError: It is one text, whose characters would be taken for usernames.
         """
 
     def overview(

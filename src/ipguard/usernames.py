@@ -6,11 +6,12 @@ around as `JSmith` or in full-width letters. Names that merely look alike stay d
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from unicodedata import category, normalize
 
 from ipguard.errors import UsernameError
 
-__all__ = ["canonical_username"]
+__all__ = ["canonical_username", "canonical_usernames"]
 
 _LONGEST = 256
 _REFUSED = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
@@ -52,6 +53,18 @@ def canonical_username(text: str) -> str:
             _check(canonical, plain)
             return canonical
     raise UsernameError(plain, "it has no canonical form")
+
+
+def canonical_usernames(texts: Iterable[str]) -> Iterator[str]:
+    """Give the canonical form of each of several usernames, as they come.
+
+    Raises:
+        TypeError: It is one text, whose characters would be taken for usernames.
+        UsernameError: One has no canonical form.
+    """
+    if isinstance(texts, str):
+        raise TypeError("usernames must be several, not one str")
+    return map(canonical_username, texts)
 
 
 def _check(*forms: str) -> None:

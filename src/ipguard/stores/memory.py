@@ -41,7 +41,7 @@ from ipguard.model import (
 )
 from ipguard.store import Transaction, log_change
 from ipguard.stores._memory import Row, State, Turn, new_token, pending_of
-from ipguard.usernames import canonical_username
+from ipguard.usernames import canonical_usernames
 
 __all__ = ["MemoryStore"]
 
@@ -120,7 +120,7 @@ class MemoryStore:
 
     def remove_users(self, usernames: Iterable[str]) -> int:
         """Remove users, as one change."""
-        names = {canonical_username(name) for name in usernames}
+        names = set(canonical_usernames(usernames))
         with self._take_turn() as turn:
             turn.remove_users(names)
         return _logged(turn)

@@ -52,7 +52,7 @@ from ipguard.stores._sql import Params, Row, encodable
 from ipguard.stores._sql_write import SqlTransaction, stage_restrictions
 from ipguard.stores._sqlite import Session, file_id
 from ipguard.stores._sqlite_pool import Pool
-from ipguard.usernames import canonical_username
+from ipguard.usernames import canonical_usernames
 
 __all__ = ["SQLiteStore", "migrations"]
 
@@ -221,8 +221,7 @@ class SQLiteStore:
         self._refuse_nested()
         with self._pool.session(keep=False) as session:
             with session.snapshot():
-                names = (canonical_username(name) for name in usernames)
-                users_of.stage_names(session, names)
+                users_of.stage_names(session, canonical_usernames(usernames))
             with self._turn(session) as (turn, db):
                 change = users_of.remove_staged(turn, db)
         return _told(turn, change)

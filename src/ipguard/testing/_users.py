@@ -198,6 +198,13 @@ class UserTests(Hooks):
         self.store.remove_users(["alice"])
         assert self.put("alice", account_id="B2") == 6
 
+    def test_one_text_is_not_several_usernames(self) -> None:
+        """A str given for the usernames is refused, or its characters would be users to remove."""
+        self.store.put_users([user("j"), user("s")])
+        with raises(TypeError):
+            self.store.remove_users("js")
+        assert [self.store.load_policy(name).known for name in ("j", "s")] == [True, True]
+
     def test_a_name_without_canonical_form_removes_nobody(self) -> None:
         """A username that cannot be one is an error, and nothing is changed."""
         self.put("alice")
