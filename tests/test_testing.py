@@ -278,19 +278,20 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
 
 
-def run(store: Any, name: str) -> None:
-    """Run one test of the suite over a class of stores, as pytest would."""
+def run(store: Any, *names: str) -> None:
+    """Run tests of the suite over a class of stores, as pytest would."""
 
     class Case(StoreConformance):
         def open_store(self, clock: FakeClock) -> Any:
             return store(clock=clock, timeout=0.5)
 
-    case = Case()
-    case.setup_method()
-    try:
-        getattr(case, name)()
-    finally:
-        case.teardown_method()
+    for name in names:
+        case = Case()
+        case.setup_method()
+        try:
+            getattr(case, name)()
+        finally:
+            case.teardown_method()
 
 
 # On a busy machine a broken store may get through a race by luck, but not this often.
@@ -303,13 +304,11 @@ class TestTeeth:
         """Made from its source in the way of the broken ones, the reference passes every test."""
         monkeypatch.setattr(_base, "PATIENCE", 20.0)
         whole = store_class()
-        for name in suite():
-            run(whole, name)
+        run(whole, *suite())
 
     @pytest.mark.parametrize(("old", "new", "test"), BREAKAGES, ids=range(len(BREAKAGES)))
     def test_a_broken_promise_is_found_out(self, old, new, test):
         """A store that breaks one promise fails the test of that promise."""
         broken = store_class(old, new)
         with pytest.raises(Exception):  # noqa: B017 - by an assertion, or by what the store raises
-            for _ in range(TRIES):
-                run(broken, f"test_{test}")
+            run(broken, *[f"test_{test}"] * TRIES)
