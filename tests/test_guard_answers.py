@@ -573,6 +573,18 @@ def test_all_of_ipv4_lets_in_no_ipv6(world: World) -> None:
         assert guard.is_allowed("six", "2001:db8::1")
 
 
+def test_the_two_versions_are_never_mixed_up(world: World) -> None:
+    """`::203.0.113.7` is the same number as 203.0.113.7, and another address."""
+    world.restrict("four", HOME)
+    world.restrict("six", f"::{HOME}")
+    guard = world.guard()
+    for _ in range(3):
+        assert guard.is_allowed("four", HOME)
+        assert not guard.is_allowed("four", f"::{HOME}")
+        assert guard.is_allowed("six", f"::{HOME}")
+        assert not guard.is_allowed("six", HOME)
+
+
 def test_unknown_users_are_refused_where_that_was_chosen(world: World) -> None:
     """`deny`: not registered, not in, restricted or not; registered, as ever."""
     world.restrict("jsmith", HOME)

@@ -704,6 +704,9 @@ def test_a_load_of_the_history_that_ended_is_not_remembered(restorable: Restorab
     world.lift_all("jsmith")
     guard = world.guard()
     guard.sync()
+    world.store.changes = lambda changes: changes._replace(usernames=RESET)
+    guard.sync()  # not the first time that this happens
+    world.store.changes = lambda changes: changes
     with gate(world.store.after_load) as held:
         late = Call(lambda: guard.check("jsmith", HOME))
         held.reached()
@@ -811,6 +814,28 @@ def test_of_two_syncs_that_find_another_history_both_end_well(
     assert guard.revision == 1
     assert guard.stats().ready
     assert len(errors(caplog)) == 1
+
+
+def test_a_reading_of_another_history_at_the_same_revision_is_read_again(
+    restorable: Restorable,
+) -> None:
+    """Of two overlapping syncs, the one that read before a backup was restored reads anew."""
+    world = restorable
+    guard = world.guard()
+    guard.sync()
+    restore = world.back_up()
+    world.touch("jsmith")
+    with gate(world.store.after_sync) as held:
+        one = Call(guard.sync)
+        held.reached()
+        restore()
+        world.touch("adoe")
+        guard.sync()
+        held.let_go()
+        assert one.result() == 1
+    assert len(world.store.syncs) == 4
+    guard.sync()
+    assert len(world.store.syncs) == 5
 
 
 def test_an_overtaken_reset_still_drops_everything(world: World) -> None:
@@ -1077,6 +1102,22 @@ def test_a_sleep_during_the_read_does_not_extend_the_lease(world: World) -> None
     assert remaining == [0]
     assert len(world.store.syncs) == 3
     assert guard.stats().lease_remaining == pytest.approx(5)
+
+
+def test_a_sleep_ends_the_lease_though_the_sync_gives_up(world: World) -> None:
+    """A reading that slept, and then no time to read again: the old lease does not run on."""
+    guard = world.guard()
+    asleep = Asleep(guard)
+    guard.sync()
+
+    def sleep() -> None:
+        asleep.seconds += 3600
+        world.pass_time(3)
+
+    world.store.after_sync.append(sleep)
+    with pytest.raises(StoreUnavailable, match="in time"):
+        guard.sync()
+    assert guard.stats().lease_remaining == 0
 
 
 def test_no_sleep_is_seen_where_there_was_none(world: World) -> None:
