@@ -138,7 +138,8 @@ def test(*args: str) -> None:
     for old in ROOT.glob(".coverage*"):
         old.unlink(missing_ok=True)
     limit = ["-o", "timeout=3600"] if long else []
-    tool("coverage", "run", "-m", "pytest", "-n", "2", "--dist", "worksteal", *limit)
+    # A file stays with one process: the blocks of a document are one program.
+    tool("coverage", "run", "-m", "pytest", "-n", "2", "--dist", "loadfile", *limit)
     tool("coverage", "combine", "-q")
     tool("coverage", "report", "--skip-covered")
     core = ",".join(room(name) for name in CORE)

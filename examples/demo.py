@@ -322,9 +322,9 @@ def main(args: list[str]) -> int:
     started = time.monotonic()
     try:
         with (
-            Troubles() as troubles,
             MailServer() as mail,
             ipguard.open_store(url_of(path)) as store,
+            Troubles() as troubles,  # after the warning that the store is new, which is right here
             Guard(store) as guard,
         ):
             print("ipguard, the whole way once: restrict a user to addresses, then log in")

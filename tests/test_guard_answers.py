@@ -79,6 +79,12 @@ def named(case: object) -> str:
         {"capacity": 1.0},
         {"capacity": True},
         {"capacity": None},
+        {"max_staleness": 10**400},
+        {"report_only": "false"},
+        {"report_only": 0},
+        {"report_only": None},
+        {"observer": 5},
+        {"monotonic": 5.0},
         {"unknown_users": "maybe"},
         {"unknown_users": None},
         {"unknown_users": []},
@@ -100,6 +106,8 @@ def test_a_setting_that_makes_no_sense_is_refused(world: World, setting: dict[st
         ({"max_staleness": "5"}, "max_staleness: must be a finite number of seconds"),
         ({"outage_grace": -1}, "outage_grace: must not be negative"),
         ({"capacity": 0}, "capacity: must be a whole number of at least 1"),
+        ({"report_only": "false"}, "report_only: must be True or False"),
+        ({"observer": "log"}, "observer: must be callable"),
         ({"unknown_users": ""}, 'unknown_users: must be "allow" or "deny"'),
     ],
 )
@@ -929,6 +937,20 @@ def test_wait_for_is_true_at_once_without_a_read(world: World) -> None:
     assert guard.wait_for(revision, 0)
     assert guard.wait_for(0, -1)
     assert len(world.store.syncs) == 1
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), float("inf"), None, timedelta(1), True], ids=str)
+def test_wait_for_a_timeout_that_is_none(world: World, timeout: Any) -> None:
+    """What is no number of seconds would be waited for without an end: it is refused."""
+    with pytest.raises(InvalidValue, match="timeout: must be a finite number of seconds"):
+        world.guard().wait_for(1, timeout)
+
+
+@pytest.mark.parametrize("store", [None, "memory://", object()], ids=named)
+def test_a_guard_of_no_store(store: Any) -> None:
+    """It would deny everybody, and nobody would know why: the mistake is told at once."""
+    with pytest.raises(InvalidValue, match="store: is no restriction store; open_store opens one"):
+        Guard(store)
 
 
 def test_wait_for_syncs_at_once(world: World) -> None:

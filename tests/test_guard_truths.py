@@ -895,6 +895,41 @@ def test_one_inline_sync_at_a_time_and_others_wait_no_longer_than_their_patience
     assert guard.is_allowed("jsmith", HOME)
 
 
+def test_behind_an_attempt_that_hangs_nobody_queues(world: World) -> None:
+    """Once an attempt has lasted as long as is waited for, later callers are answered at once."""
+    guard = world.guard(max_staleness=1, outage_grace=60)
+    guard.check("jsmith", HOME)
+    world.pass_time(2)
+    guard._lease.patience = PATIENCE * 2  # who waited for this long would fail the test
+    with gate(world.store.before_sync) as held:
+        hanging = Call(lambda: guard.check("jsmith", HOME))
+        held.reached()
+        assert guard._lease._turn_since is not None
+        guard._lease._turn_since -= PATIENCE * 2
+        assert Call(lambda: guard.check("jsmith", HOME)).result().stale
+        unknown = Call(lambda: guard.check("adoe", HOME)).result()
+        assert unknown.reason is Reason.STORE_UNAVAILABLE
+        held.let_go()
+        assert hanging.result()
+    assert guard.check("adoe", HOME)
+
+
+def test_behind_a_load_that_hangs_nobody_queues(world: World) -> None:
+    """Who misses on a user whose read has hung for long is denied at once."""
+    guard = world.guard()
+    guard.sync()
+    guard._lease.patience = PATIENCE * 2
+    with gate(world.store.before_load) as held:
+        hanging = Call(lambda: guard.check("jsmith", HOME))
+        held.reached()
+        guard._loads._under_way["jsmith"]._began -= PATIENCE * 2
+        denied = Call(lambda: guard.check("jsmith", HOME)).result()
+        assert denied.reason is Reason.STORE_UNAVAILABLE
+        assert world.store.loads == ["jsmith"]
+        held.let_go()
+        assert hanging.result()
+
+
 def test_at_least_waits_its_turn_within_the_lease(world: World) -> None:
     """Where the lease runs, callers that ask for a later revision make one sync between them."""
     guard = world.guard(max_staleness=0.2)

@@ -998,6 +998,24 @@ def test_the_files_are_their_owners_alone(path: Path) -> None:
     assert modes == dict.fromkeys(("ipguard.db", "ipguard.db-wal", "ipguard.db-shm"), 0o600)
 
 
+def test_a_new_store_is_told_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a file was lost, one made in its place restricts nobody: a warning says so, once."""
+    with SQLiteStore(path), SQLiteStore(path):
+        assert caplog.messages == [f"{path}: made a new store, in which nobody is restricted"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_file_that_others_may_use_is_warned_of(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A backup that was copied back has the rights that the copier gave it."""
+    SQLiteStore(path).close()
+    caplog.clear()
+    path.chmod(0o640)
+    SQLiteStore(path).close()
+    assert caplog.messages == [f"{path}: others than its owner have rights to it (mode 640)"]
+
+
 def test_commits_are_durable(store: SQLiteStore) -> None:
     """Every connection has what a power cut asks for, the one that commits above all."""
     wanted = {

@@ -130,6 +130,7 @@ stored_requests = st.builds(
     key_id=st.just(b"key id"),
     digest=st.binary(min_size=32, max_size=32),
     resends=st.integers(0, 3),
+    mails_failed=st.integers(0, 3),
     sent_at=later,
 )
 accounts = st.just(Actor.EVERY_ACCOUNT) | st.frozensets(st.sampled_from([*ACCOUNTS, "none"]))

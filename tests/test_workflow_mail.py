@@ -152,6 +152,25 @@ def test_mails_that_failed_do_not_count_for_the_resends(desk: Desk) -> None:
     assert len(desk.outbox.messages) == 6
 
 
+def test_a_dead_mail_server_is_not_stormed(desk: Desk) -> None:
+    """After as many failures in a row as may be resent, the interval holds; nothing is counted."""
+    request_id = _fail_to_ask(desk)
+    for _ in range(5):
+        _fail_to_resend(desk, request_id)
+    for _ in range(3):
+        with pytest.raises(TooManyRequests) as caught:
+            desk.flow.resend(ALICE, request_id)
+        assert caught.value.retry_after == timedelta(seconds=30)
+        desk.wait(seconds=30)
+        _fail_to_resend(desk, request_id)
+    desk.wait(seconds=30)
+    for _ in range(6):
+        desk.flow.resend(ALICE, request_id)
+        desk.wait(seconds=30)
+    with pytest.raises(TooManyRequests):
+        desk.flow.resend(ALICE, request_id)
+
+
 def test_a_resend_that_fails_can_be_repeated_at_once(desk: Desk) -> None:
     """The interval is between mails that were sent; the old number is dead all the same."""
     request = desk.ask()

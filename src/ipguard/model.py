@@ -257,7 +257,8 @@ class StoredRequest:
         key_id: Which key made the digest; see `ipguard.confirmation`.
         digest: The keyed digest of the number last issued, 32 bytes.
         resends: How many numbers were sent after the first.
-        sent_at: When the last number was sent, or None where that mail failed.
+        mails_failed: How many mails in a row could not be sent, up to the last one.
+        sent_at: When the last number was mailed, or that was tried.
     """
 
     request: PendingRequest
@@ -265,6 +266,7 @@ class StoredRequest:
     key_id: bytes = attrs.field(repr=False)
     digest: bytes = attrs.field(repr=False)
     resends: int = 0
+    mails_failed: int = 0
     sent_at: datetime | None = None
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import threading
 import time
 import weakref
@@ -48,6 +47,7 @@ _log = logging.getLogger("ipguard.guard")
 
 _NOBODY: Final = Policy(revision=0, restrictions=(), known=False)
 _TRIES: Final = 2
+_LONGEST: Final = 1e9  # seconds; a lock can be waited for no longer on some systems
 
 Observer = Callable[[object, object, Decision], object]
 
@@ -126,8 +126,20 @@ class Guard:
         observer: Observer | None = None,
         monotonic: Callable[[], float] | None = None,
     ) -> None:
-        _check_seconds("max_staleness", max_staleness, least_excluded=True)
-        _check_seconds("outage_grace", outage_grace, least_excluded=False)
+        _check_seconds("max_staleness", max_staleness)
+        if max_staleness <= 0:
+            raise InvalidValue("max_staleness", "must be more than 0")
+        _check_seconds("outage_grace", outage_grace)
+        if outage_grace < 0:
+            raise InvalidValue("outage_grace", "must not be negative")
+        if not hasattr(store, "load_policy"):
+            raise InvalidValue("store", "is no restriction store; open_store opens one")
+        # Text such as "false" is true, and would let everybody in.
+        if not isinstance(report_only, bool):
+            raise InvalidValue("report_only", "must be True or False")
+        for name, function in (("observer", observer), ("monotonic", monotonic)):
+            if not (function is None or callable(function)):
+                raise InvalidValue(name, "must be callable")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise InvalidValue("capacity", "must be a whole number of at least 1")
         if unknown_users not in ("allow", "deny"):
@@ -380,7 +392,11 @@ class Guard:
 
         Returns:
             Whether the guard is there; False at the timeout.
+
+        Raises:
+            InvalidValue: The timeout is no number of seconds.
         """
+        _check_seconds("timeout", timeout)
         until = time.monotonic() + timeout
         woken = False
         while (before := self._lease.revision) < revision:
@@ -481,10 +497,8 @@ class Guard:
         self._refresher = None
 
 
-def _check_seconds(name: str, value: float, *, least_excluded: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _check_seconds(name: str, value: float) -> None:
+    # Asked this way round, because nothing is true of what is no number.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and -_LONGEST < value < _LONGEST):
         raise InvalidValue(name, "must be a finite number of seconds")
-    if value < 0 or (least_excluded and value == 0):
-        raise InvalidValue(
-            name, "must be more than 0" if least_excluded else "must not be negative"
-        )

@@ -131,6 +131,7 @@ class Lease:
         """Make the locks anew: at first, and in a forked child, where the old ones may be held."""
         self.lock = threading.Lock()
         self._turn = threading.Lock()
+        self._turn_since: float | None = None
         self.health.renew_lock()
 
     def hold(self, revision: int) -> bool:
@@ -141,7 +142,7 @@ class Lease:
         """
         if self._holds(revision):
             return True
-        if self.health.resting() or not self._turn.acquire(timeout=self.patience):
+        if self.health.resting() or not self._take_turn():
             return False
         try:
             # Whoever had the turn before may have renewed the lease, or found the store down.
@@ -153,8 +154,19 @@ class Lease:
         except StoreUnavailable:
             return False
         finally:
+            self._turn_since = None
             self._turn.release()
         return self._holds(revision)
+
+    def _take_turn(self) -> bool:
+        # Whoever is at it is waited for until its attempt has lasted `patience`, not for as long
+        # from each arrival: behind an attempt that hangs, later callers are answered at once.
+        since = self._turn_since
+        left = self.patience if since is None else since + self.patience - time.monotonic()
+        if not self._turn.acquire(timeout=max(0.0, left)):
+            return False
+        self._turn_since = time.monotonic()
+        return True
 
     def _holds(self, revision: int) -> bool:
         return self._monotonic() < self.deadline and self.revision >= revision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from ipguard.guard._cache import Cache, Entry
@@ -15,7 +16,7 @@ _TRIES = 2
 class _Load:
     """One read under way; `done` is held until it has ended."""
 
-    __slots__ = ("done", "entry", "history", "revision", "started")
+    __slots__ = ("_began", "done", "entry", "history", "revision", "started")
 
     def __init__(self, started: float, revision: int, history: int) -> None:
         self.started = started
@@ -24,6 +25,11 @@ class _Load:
         self.entry: Entry | None = None
         self.done = threading.Lock()
         self.done.acquire()
+        self._began = time.monotonic()
+
+    def left(self, patience: float) -> float:
+        """Return how long this read may still be waited for; a hanging one gathers no queue."""
+        return max(0.0, self._began + patience - time.monotonic())
 
 
 class Loads:
@@ -85,7 +91,7 @@ class Loads:
                     self.count += 1
             if not joins:
                 self._read(load, name, spelling)
-            elif load.done.acquire(timeout=self._lease.patience):
+            elif load.done.acquire(timeout=load.left(self._lease.patience)):
                 load.done.release()
             entry = load.entry
             if entry is None:

@@ -154,7 +154,7 @@ PENDING: Final = (
     "number_expires_at, attempts_left, state, restriction_id, restriction_expires_at, reason"
 )
 """The columns that `pending_of` takes."""
-REQUEST: Final = PENDING + ", email, key_id, digest, resends, sent_at"
+REQUEST: Final = PENDING + ", email, key_id, digest, resends, mails_failed, sent_at"
 """The columns that `request_of` takes."""
 _PENDING_COLUMNS: Final = len(PENDING.split(","))
 
@@ -183,13 +183,14 @@ def pending_of(row: Row) -> PendingRequest:
 @reads_rows
 def request_of(row: Row) -> StoredRequest:
     """Return a request from the columns of `REQUEST`."""
-    email, key_id, digest, resends, sent_at = row[_PENDING_COLUMNS:]
+    email, key_id, digest, resends, mails_failed, sent_at = row[_PENDING_COLUMNS:]
     return StoredRequest(
         request=pending_of(row[:_PENDING_COLUMNS]),
         email=email,
         key_id=key_id,
         digest=digest,
         resends=resends,
+        mails_failed=mails_failed,
         sent_at=_optional_moment(sent_at),
     )
 
@@ -218,6 +219,7 @@ def request_row(stored: StoredRequest) -> Row:
         stored.key_id,
         stored.digest,
         stored.resends,
+        stored.mails_failed,
         _optional_micros(stored.sent_at),
     )
 

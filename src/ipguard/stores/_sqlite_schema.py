@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import stat
@@ -12,6 +13,8 @@ from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailabl
 from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
 from ipguard.stores._sqlite import Session
 from ipguard.stores._sqlite_pool import Pool, make_file
+
+_log = logging.getLogger("ipguard.stores")
 
 APPLICATION_ID: Final = 0x49504764  # as in the first migration
 
@@ -66,6 +69,8 @@ def prepare(pool: Pool, *, migrate: bool) -> None:
         raise StoreConfigError(f"{path}: {exc.strerror}") from exc
     if not stat.S_ISREG(mode):
         raise StoreConfigError(f"{path}: is not a file")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        _log.warning("%s: others than its owner have rights to it (mode %o)", path, mode & 0o777)
     pool.check = lambda session: _prepare(session, migrate=migrate)
     try:
         with pool.session():
@@ -92,6 +97,9 @@ def _prepare(session: Session, *, migrate: bool) -> None:
                     session.run(statement)
         session.run("COMMIT")
         found = _found(session)
+        if not version:
+            # Right at first, wrong where a file was lost: nobody is restricted in an empty one.
+            _log.warning("%s: made a new store, in which nobody is restricted", session.path)
     if found is None:
         raise SchemaVersionError(None, SCHEMA_VERSION)
     check_schema(*found)

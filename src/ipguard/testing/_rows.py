@@ -101,6 +101,7 @@ class RowTests(Hooks):
                 key_id=b"\x00\xff key",
                 digest=bytes(range(255, 223, -1)),
                 resends=number,
+                mails_failed=number + 1,
                 sent_at=MOMENTS[1] if number % 2 else None,
             )
             self.save(stored)

@@ -148,14 +148,18 @@ class Workflow(Operators):
         with self._transaction() as tx:
             stored, user = _steps.request_and_user(tx, actor, request_id, own=True)
             stored = _steps.advance(stored, rules.Step.RESEND, tx.now)
-            resends = stored.resends
-            if stored.sent_at is not None:  # else the last mail failed, and this takes its place
-                resends += 1
-                if resends > self.settings.resends_per_request:
-                    raise TooManyRequests(stored.request.expires_at - tx.now)
+            # A mail that failed does not count: this one takes its place, and at once. But where as
+            # many have failed in a row as may be resent, a dead mail server is no longer stormed.
+            limit = self.settings.resends_per_request
+            resends = stored.resends + (stored.mails_failed == 0)
+            if resends > limit:
+                raise TooManyRequests(stored.request.expires_at - tx.now)
+            at_once = 0 < stored.mails_failed <= max(1, limit)
+            if not at_once and stored.sent_at is not None:
                 due = stored.sent_at + self.settings.resend_interval
                 if tx.now < due:
                     raise TooManyRequests(due - tx.now)
+            failed = stored.mails_failed
             stored, number = self._numbered(stored.request, stored.email, tx.now, resends)
             tx.save_request(stored)
             change = _steps.append(
@@ -165,7 +169,7 @@ class Workflow(Operators):
                 user,
                 particulars(addresses=stored.request.addresses, request=request_id),
             )
-        return self._deliver(actor, stored, number, change)
+        return self._deliver(actor, stored, number, change, failed)
 
     def cancel(self, actor: Actor, request_id: str) -> PendingRequest:
         """Withdraw a request. Any actor who manages the user may.

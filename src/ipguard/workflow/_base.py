@@ -63,6 +63,10 @@ class Base:
                 "settings", f"must be WorkflowSettings, not {type(settings).__name__}"
             )
         self.notices_failed = 0
+        if not hasattr(store, "transaction"):
+            raise InvalidValue("store", "is no restriction store; open_store opens one")
+        if not hasattr(notifier, "number_issued"):
+            raise InvalidValue("notifier", "is no notifier")
         self._store = store
         self._notifier = notifier
         self._keys = confirmation.Keyring(key)
@@ -102,7 +106,7 @@ class Base:
             restriction_expires_at=wanted.expires_at,
             reason=reason,
         )
-        stored, number = self._numbered(request, actor.email, tx.now, 0)
+        stored, number = self._numbered(request, actor.email, tx.now)
         tx.save_request(stored)
         change = _steps.append(
             tx,
@@ -121,7 +125,7 @@ class Base:
         return stored, number, change
 
     def _numbered(
-        self, request: PendingRequest, email: str, now: datetime, resends: int
+        self, request: PendingRequest, email: str, now: datetime, resends: int = 0
     ) -> tuple[StoredRequest, str]:
         """Give a request a new number: the old one is dead, the attempts are restored."""
         number = confirmation.mint(self.settings.number_digits)
@@ -141,9 +145,9 @@ class Base:
         return stored, number
 
     def _deliver(
-        self, actor: Actor, stored: StoredRequest, number: str, change: Change
+        self, actor: Actor, stored: StoredRequest, number: str, change: Change, failed: int = 0
     ) -> PendingRequest:
-        """Mail the number, to the address recorded at the request."""
+        """Mail the number, to the address recorded at the request; `failed` mails went before."""
         log_change(change)
         try:
             self._notifier.number_issued(
@@ -153,7 +157,7 @@ class Base:
             )
         except Exception as exc:
             with suppress(IPGuardError):  # the failure to be told of is the mail's
-                self._uncount(stored, actor)
+                self._uncount(stored, actor, failed + 1)
             # A notifier's own words may hold anything, the number too; only its DeliveryError is
             # made to be shown. Any other stays out of the tracebacks that a host logs.
             shown = exc if isinstance(exc, DeliveryError) else None
@@ -161,13 +165,13 @@ class Base:
             raise DeliveryError(reason, stored.request.id) from shown
         return stored.request
 
-    def _uncount(self, sent: StoredRequest, actor: Actor) -> None:
+    def _uncount(self, sent: StoredRequest, actor: Actor, failed: int) -> None:
         """Take back that a mail was sent, so that `resend` works at once and loses nothing."""
         with self._transaction() as tx:
             stored, user = _steps.request_and_user(tx, actor, sent.request.id, own=True)
             if stored.digest != sent.digest:
                 return
-            tx.save_request(attrs.evolve(stored, sent_at=None))
+            tx.save_request(attrs.evolve(stored, mails_failed=failed))
             change = _steps.append(
                 tx,
                 Action.DELIVERY_FAILED,
@@ -234,6 +238,7 @@ def subject_of(request: PendingRequest) -> tuple[str, ...]:
         request.username,
         request.kind,
         str(request.addresses),
+        request.label,
         request.requested_by,
         request.restriction_id or "",
         "" if expires_at is None else expires_at.isoformat(),

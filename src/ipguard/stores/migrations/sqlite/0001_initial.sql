@@ -91,6 +91,7 @@ CREATE TABLE requests (
     key_id BLOB NOT NULL,
     digest BLOB NOT NULL,
     resends INTEGER NOT NULL,
+    mails_failed INTEGER NOT NULL,
     sent_at INTEGER
 ) WITHOUT ROWID;
 CREATE INDEX requests_pending ON requests (username, requested_at, id) WHERE state = 'pending';
