@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.flows import desk as desk  # noqa: PLC0414 - a fixture for every test
+from tests.postgres import Given, Server, running_server
 from tests.secrets_watch import Watch, watching
 
 #: `dev.py test --long` sets it: the same tests, with the full number of rounds.
@@ -49,3 +50,10 @@ def watch() -> Iterator[Watch]:
     """What watches the whole run for confirmation numbers in logs; the end of the run fails."""
     with watching() as it:
         yield it
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server | Given]:
+    """A PostgreSQL server for all tests of this process; it is not to be stopped."""
+    with running_server() as server:
+        yield server

@@ -30,6 +30,7 @@ from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock, StoreConformance
 from tests.conftest import rounds
+from tests.postgres import Given, Server, fresh_schema
 
 
 class TestMemory(StoreConformance):
@@ -49,6 +50,24 @@ class TestSQLite(StoreConformance):
 
     def open_store(self, clock: FakeClock) -> RestrictionStore:
         url = f"sqlite:///{self.folder / secrets.token_hex(4)}.db"
+        store = open_store(url, clock=clock)
+        self.urls[store] = url
+        return store
+
+    def reopen(self, store: RestrictionStore, clock: FakeClock) -> RestrictionStore:
+        return open_store(self.urls[store], clock=clock)
+
+
+class TestPostgres(StoreConformance):
+    many = rounds(200, 10_000)
+
+    @pytest.fixture(autouse=True)
+    def _server(self, postgres: Server | Given) -> None:
+        self.server = postgres
+        self.urls: dict[RestrictionStore, str] = {}
+
+    def open_store(self, clock: FakeClock) -> RestrictionStore:
+        url = self.server.url(schema=fresh_schema())
         store = open_store(url, clock=clock)
         self.urls[store] = url
         return store
@@ -271,19 +290,30 @@ def _state(store: RestrictionStore, cursors: list[tuple[int, str]]) -> object:
     known=st.lists(users, max_size=6),
     asked=st.lists(st.tuples(questions, st.integers(0, 2)), max_size=12),
 )
-def test_memory_and_sqlite_answer_alike(
-    known: list[User], asked: list[tuple[Ask, int]], tmp_path_factory: pytest.TempPathFactory
+def test_all_stores_answer_alike(
+    known: list[User],
+    asked: list[tuple[Ask, int]],
+    tmp_path_factory: pytest.TempPathFactory,
+    postgres: Server | Given,
 ) -> None:
-    """Whatever is written and asked, in whatever order, SQLite answers as the reference does."""
+    """Whatever is written and asked, in whatever order, each store answers as the reference does."""
     clock = FakeClock(START)
     folder = tmp_path_factory.mktemp("alike")
     with (
         MemoryStore(clock=clock) as memory,
         open_store(f"sqlite:///{folder}/a.db", clock=clock) as sqlite,
+        open_store(postgres.url(schema=fresh_schema()), clock=clock) as server,
     ):
-        assert sqlite.put_users(known) == memory.put_users(known)
-        cursors: tuple[list[tuple[int, str]], ...] = ([], [])
+        others = (sqlite, server)
+        revision = memory.put_users(known)
+        assert [store.put_users(known) for store in others] == [revision] * 2
+        cursors: dict[RestrictionStore, list[tuple[int, str]]] = {
+            store: [] for store in (memory, *others)
+        }
         for question, seconds in asked:
-            assert question(sqlite) == question(memory)
-            assert _state(sqlite, cursors[1]) == _state(memory, cursors[0])
+            answer = question(memory)
+            state = _state(memory, cursors[memory])
+            for store in others:
+                assert question(store) == answer
+                assert _state(store, cursors[store]) == state
             clock.advance(timedelta(seconds=seconds))

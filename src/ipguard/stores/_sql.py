@@ -51,8 +51,8 @@ class Executor(Protocol):
     def run(self, sql: str, params: Params = ()) -> None:
         """Run a statement."""
 
-    def run_many(self, sql: str, rows: Iterable[Params]) -> None:
-        """Run a statement for each of many rows, which are read as they are needed."""
+    def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
+        """Insert many rows, which are read as they are needed, perhaps by queries on this."""
 
     def among(self, column: str) -> str:
         """Return the condition that a column is one of the texts in one parameter."""
@@ -80,12 +80,15 @@ def _optional_moment(stored: int | None) -> datetime | None:
 
 
 def encodable(text: str) -> bool:
-    """Tell whether a text from outside can be looked up; lone surrogates cannot be stored."""
+    """Tell whether a text from outside can be looked up: lone surrogates are stored nowhere.
+
+    Neither is NUL: PostgreSQL cannot, and no value of ours has one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text
 
 
 def reads_rows(read: Callable[P, T]) -> Callable[P, T]:

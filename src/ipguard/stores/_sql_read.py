@@ -51,14 +51,18 @@ _FEW_ACCOUNTS: Final = 1_000
 _FEW_TERMS: Final = 5_000
 
 POLICY: Final = f"""
-SELECT h.revision, u.removed, {columns(RESTRICTION, "r")}
+SELECT h.revision, u.removed, {columns(RESTRICTION, "r")}, %s
 FROM head h
 LEFT JOIN users u ON u.username = ?
 LEFT JOIN restrictions r ON r.username = ?
 WHERE h.id = 1
 ORDER BY r.created_at, r.id
 """
-"""A policy in one statement, which is one snapshot. Its parameters are the username, twice."""
+"""A policy in one statement, which is one snapshot. Its parameters are the username, twice.
+
+`%s` is for one more column, which `policy_of` passes over.
+"""
+_RESTRICTION_ENDS: Final = 2 + len(RESTRICTION.split(","))
 
 
 @reads_rows
@@ -69,7 +73,7 @@ def policy_of(username: str, rows: list[Row]) -> Policy:
         revision=revision,
         restrictions=()
         if restriction_id is None
-        else tuple([make_restriction(username, row[2:]) for row in rows]),
+        else tuple([make_restriction(username, row[2:_RESTRICTION_ENDS]) for row in rows]),
         known=removed == 0,
     )
 
@@ -97,11 +101,12 @@ def head(db: Executor) -> tuple[int, str]:
 
 def touching(db: Executor) -> int:
     """Return the last revision that touched a policy."""
-    ((revision,),) = db.rows("SELECT touching FROM head WHERE id = 1")
+    ((revision,),) = db.rows(TOUCHING)
     return int(revision)
 
 
-_CHANGES_SINCE: Final = """
+TOUCHING: Final = "SELECT touching FROM head WHERE id = 1"
+CHANGES_SINCE: Final = """
 SELECT h.revision, h.token, c.token, t.touched
 FROM head h
 LEFT JOIN changes c ON c.revision = ?
@@ -111,13 +116,20 @@ LIMIT ?
 """
 
 
-def changes_since(db: Executor, cursor: tuple[int, str] | None) -> Changes:
-    """Return where the store is, and whose policy changed since a revision."""
-    if cursor is None:
-        return Changes(*head(db), frozenset())
-    revision = min(cursor[0], BIGGEST)
-    rows = db.rows(_CHANGES_SINCE, (revision, revision, _FOLLOWED_AT_MOST + 1))
+"""What `changes_of` reads, with the parameters of `changes_params`."""
+
+
+def changes_params(cursor: tuple[int, str] | None) -> Row:
+    """Return the parameters of `CHANGES_SINCE`."""
+    revision = BIGGEST if cursor is None else min(cursor[0], BIGGEST)
+    return revision, revision, _FOLLOWED_AT_MOST + 1
+
+
+def changes_of(cursor: tuple[int, str] | None, rows: list[Row]) -> Changes:
+    """Return where the store is, and whose policy changed, from the rows of `CHANGES_SINCE`."""
     now_at, now_token, own_token, _ = rows[0]
+    if cursor is None:
+        return Changes(now_at, now_token, frozenset())
     if own_token is None or own_token != cursor[1]:
         return Changes(now_at, now_token, RESET)
     if len(rows) > _FOLLOWED_AT_MOST:
@@ -144,6 +156,11 @@ def _limited(limit: int) -> int:
     if limit < 1:
         raise InvalidValue("limit", "must be at least 1")
     return min(limit, BIGGEST - 1)
+
+
+def _bound(text: str) -> str:
+    """Return a text that can be stored and has the same usernames after it."""
+    return text.partition("\0")[0].encode("utf-8", "replace").decode()
 
 
 def _add_accounts(db: Executor, where: _Where, column: str, accounts: frozenset[str]) -> None:
@@ -214,7 +231,7 @@ def overview(
         where.add("u.removed = 0")
         _add_accounts(db, where, "u.account_id", frozenset(accounts))
     if after is not None:
-        where.add("u.username > ?", after.encode("utf-8", "replace").decode())
+        where.add("u.username > ?", _bound(after))
     _add_search(db, where, search)
     found = db.rows(
         f"SELECT {columns(USER, 'u')}, u.removed FROM users u WHERE {where}"

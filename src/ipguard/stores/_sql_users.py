@@ -9,7 +9,7 @@ from ipguard.model import EVERYBODY, Action, Change, User
 from ipguard.store import NAMED_AT_MOST
 from ipguard.stores._sql import USER, Executor, Row, columns, search_terms, user_row
 from ipguard.stores._sql_read import head
-from ipguard.stores._sql_write import SqlTransaction, marks
+from ipguard.stores._sql_write import SqlTransaction
 
 _CHUNK: Final = 1_000
 
@@ -42,18 +42,18 @@ class StagedUsers:
 
     def __init__(self, db: Executor, users: Iterable[User]) -> None:
         self._seen: tuple[int, str] = (-1, "")
-        for table, more in (("staged_users", ""), ("changed_users", ", added INTEGER")):
-            db.run(
-                f"CREATE TEMPORARY TABLE {table} (username TEXT PRIMARY KEY, full_name TEXT,"
-                f" account_id TEXT, email TEXT{more})"
-            )
-        db.run("CREATE TEMPORARY TABLE changed_terms (term TEXT, username TEXT)")
-        db.run_many(
-            f"INSERT INTO staged_users ({USER}) VALUES ({marks(USER)})"
-            " ON CONFLICT (username) DO UPDATE SET full_name = excluded.full_name,"
-            " account_id = excluded.account_id, email = excluded.email",
-            (user_row(user) for user in users),
+        db.run(
+            "CREATE TEMPORARY TABLE staged_users (seq INTEGER PRIMARY KEY, username TEXT,"
+            " full_name TEXT, account_id TEXT, email TEXT)"
         )
+        db.run(
+            "CREATE TEMPORARY TABLE changed_users (username TEXT PRIMARY KEY, full_name TEXT,"
+            " account_id TEXT, email TEXT, added INTEGER)"
+        )
+        db.run("CREATE TEMPORARY TABLE changed_terms (term TEXT, username TEXT)")
+        rows = ((seq, *user_row(user)) for seq, user in enumerate(users))
+        db.insert_many("staged_users", f"seq, {USER}", rows)
+        _keep_last(db, "staged_users")
 
     def compare(self, db: Executor) -> tuple[int, int]:
         """Find out what changes, in one snapshot; return the revision and how many users it is."""
@@ -61,9 +61,7 @@ class StagedUsers:
         db.run("DELETE FROM changed_users")
         db.run("DELETE FROM changed_terms")
         db.run(_FIND_CHANGED)
-        db.run_many(
-            "INSERT INTO changed_terms (term, username) VALUES (?, ?)", self._changed_terms(db)
-        )
+        db.insert_many("changed_terms", "term, username", self._changed_terms(db))
         ((count,),) = db.rows("SELECT count(*) FROM changed_users")
         return self._seen[0], count
 
@@ -88,7 +86,7 @@ class StagedUsers:
         own = db.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
         if own != [(token,)] or db.rows(_USERS_MOVED, (revision,)):
             self.compare(db)
-        ((count, added),) = db.rows("SELECT count(*), COALESCE(sum(added), 0) FROM changed_users")
+        ((count, added),) = db.rows("SELECT count(*), count(nullif(added, 0)) FROM changed_users")
         if not count:
             return None
         db.run("DELETE FROM search_terms WHERE username IN (SELECT username FROM changed_users)")
@@ -111,10 +109,17 @@ class StagedUsers:
 
 def stage_names(db: Executor, usernames: Iterable[str]) -> None:
     """Read canonical usernames to the end into a temporary table of the connection."""
-    db.run("CREATE TEMPORARY TABLE staged_names (username TEXT PRIMARY KEY)")
-    db.run_many(
-        "INSERT INTO staged_names (username) VALUES (?) ON CONFLICT (username) DO NOTHING",
-        ((name,) for name in usernames),
+    db.run("CREATE TEMPORARY TABLE staged_names (seq INTEGER PRIMARY KEY, username TEXT)")
+    db.insert_many("staged_names", "seq, username", enumerate(usernames))
+    _keep_last(db, "staged_names")
+
+
+def _keep_last(db: Executor, table: str) -> None:
+    """Keep the last of several staged rows with one username."""
+    db.run(f"CREATE INDEX {table}_by_name ON {table} (username, seq)")
+    db.run(
+        f"DELETE FROM {table} WHERE EXISTS (SELECT 1 FROM {table} l"
+        f" WHERE l.username = {table}.username AND l.seq > {table}.seq)"
     )
 
 

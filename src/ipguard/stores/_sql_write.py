@@ -12,7 +12,13 @@ from datetime import datetime
 from typing import Final
 
 from ipguard.addresses import AddressRange
-from ipguard.errors import DuplicateRestriction, TooManyRestrictions, UnknownUser
+from ipguard.errors import (
+    DuplicateRestriction,
+    StoreError,
+    TooManyRestrictions,
+    UnknownUser,
+    shortened,
+)
 from ipguard.model import (
     Action,
     Change,
@@ -42,7 +48,6 @@ from ipguard.stores._sql import (
     touched_text,
     user_of,
 )
-from ipguard.stores._sql_read import head
 
 
 def marks(names: str) -> str:
@@ -72,15 +77,20 @@ class SqlTransaction:
     Args:
         db: The connection, on which the writer's lock is held.
         now: The store's time when it was taken.
+        revision: The store's revision then.
         staged: Whether there are staged restrictions on this connection.
+
+    Attributes:
+        revision: The revision that the turn has come to.
+        touching: The last revision of this turn that touched a policy, or None.
     """
 
-    def __init__(self, db: Executor, now: datetime, *, staged: bool = False) -> None:
+    def __init__(self, db: Executor, now: datetime, *, revision: int, staged: bool = False) -> None:
         self._db = db
         self._now = now
         self._staged = staged
-        self.revision, _ = head(db)
-        self.touched = False
+        self.revision = revision
+        self.touching: int | None = None
 
     @property
     def now(self) -> datetime:
@@ -136,6 +146,9 @@ class SqlTransaction:
         )
 
     def add_restriction(self, restriction: Restriction) -> None:
+        # Asked for first: after a statement that failed, PostgreSQL lets no turn go on.
+        if self._db.rows("SELECT 1 FROM restrictions WHERE id = ?", (restriction.id,)):
+            raise StoreError(f"there is a restriction {shortened(restriction.id)} already")
         self._db.run(_INSERT_RESTRICTION, restriction_row(restriction))
 
     def remove_restriction(self, restriction_id: str) -> None:
@@ -183,7 +196,8 @@ class SqlTransaction:
         touching = int(touched is not None)
         self._db.run(_MOVE_HEAD, (change.revision, token, touching, change.revision))
         self.revision = change.revision
-        self.touched = self.touched or touched is not None
+        if touched is not None:
+            self.touching = change.revision
         return change
 
     def _find(self, sql: str, key: str) -> list[Row]:
@@ -236,9 +250,29 @@ def stage_restrictions(db: Executor, restrictions: Iterable[Restriction]) -> Non
         " id TEXT, first_ip BLOB, last_ip BLOB, label TEXT, created_at INTEGER, created_by TEXT,"
         " expires_at INTEGER)"
     )
-    db.run_many(
-        f"INSERT INTO staged_restrictions (seq, username, {RESTRICTION})"
-        f" VALUES (?, ?, {marks(RESTRICTION)})",
+    db.insert_many(
+        "staged_restrictions",
+        f"seq, username, {RESTRICTION}",
         ((seq, *restriction_row(each)) for seq, each in enumerate(restrictions)),
     )
     db.run("CREATE INDEX staged_addresses ON staged_restrictions (username, first_ip, last_ip)")
+
+
+# ------------------------------------------------------------------------- pruning
+
+_FIRST_KEPT: Final = """
+SELECT COALESCE((SELECT min(c.revision) FROM changes c WHERE c.revision > 0 AND c.at >= ?), h.revision)
+FROM head h WHERE h.id = 1
+"""
+
+
+def prune(db: Executor, before: datetime) -> int:
+    """Delete the changes before a moment, inside a transaction, and return how many.
+
+    A beginning of the trail and no more: were a row missing in the middle, a guard that stands
+    before it would not hear of it. And never the head's own row.
+    """
+    ((first,),) = db.rows(_FIRST_KEPT, (micros(before),))
+    ((count,),) = db.rows("SELECT count(*) FROM changes WHERE revision < ?", (first,))
+    db.run("DELETE FROM changes WHERE revision < ?", (first,))
+    return int(count)

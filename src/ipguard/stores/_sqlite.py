@@ -67,10 +67,11 @@ class Session:
     def run(self, sql: str, params: Params = ()) -> None:
         self.rows(sql, params)
 
-    def run_many(self, sql: str, rows: Iterable[Params]) -> None:
+    def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
+        marks = ", ".join("?" * len(columns.split(",")))
         try:
             # A cursor of its own: `rows` may come from queries on this connection.
-            self.connection.executemany(sql, rows)
+            self.connection.executemany(f"INSERT INTO {table} ({columns}) VALUES ({marks})", rows)
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
 

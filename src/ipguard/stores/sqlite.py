@@ -57,6 +57,7 @@ from ipguard.usernames import canonical_usernames
 __all__ = ["SQLiteStore", "migrations"]
 
 _POLL: Final = 0.005
+_POLICY: Final = read.POLICY % "NULL"
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -115,7 +116,7 @@ class SQLiteStore:
         # The one read that logins wait for: written out, without context managers.
         session = self._pool.take()
         try:
-            rows = session.rows(read.POLICY, (username, username))
+            rows = session.rows(_POLICY, (username, username))
         except BaseException:
             self._pool.discard(session)
             raise
@@ -145,7 +146,8 @@ class SQLiteStore:
             # reads what is there, and the token tells.
             session.run("PRAGMA shrink_memory")
             schema.check_version(session)
-            found = read.changes_since(session, cursor)
+            rows = session.rows(read.CHANGES_SINCE, read.changes_params(cursor))
+        found = read.changes_of(cursor, rows)
         if cursor is not None and replaced:
             found = found._replace(usernames=RESET)
         if found.usernames is RESET:
@@ -247,7 +249,8 @@ class SQLiteStore:
             db = _Turn(session)
             try:
                 schema.check_version(session)
-                turn = SqlTransaction(db, self.now(), staged=staged)
+                revision, _ = read.head(db)
+                turn = SqlTransaction(db, self.now(), revision=revision, staged=staged)
                 yield turn, db
                 self._commit(session, db)
             except BaseException:
@@ -309,8 +312,8 @@ class _Turn:
     def run(self, sql: str, params: Params = ()) -> None:
         self._usable().run(sql, params)
 
-    def run_many(self, sql: str, rows: Iterable[Params]) -> None:
-        self._usable().run_many(sql, rows)
+    def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
+        self._usable().insert_many(table, columns, rows)
 
     def among(self, column: str) -> str:
         return self._session.among(column)

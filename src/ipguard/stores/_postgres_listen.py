@@ -1,0 +1,204 @@
+"""Wake-ups: one connection of its own that listens, shared by all who wait on a store.
+
+It is a hint and no more: what is lost while it reconnects, or on the way through a pooler, costs
+time. So it may fail in any way; what it does then is to say so in the log once, and try again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import psycopg
+
+from ipguard.errors import StoreError, StoreUnavailable
+from ipguard.stores._postgres import Connection, Session, quoted, translated
+from ipguard.stores._postgres_options import Options
+from ipguard.stores._postgres_pool import connect
+from ipguard.stores._sql_read import TOUCHING
+
+_log = logging.getLogger("ipguard.stores.postgres")
+
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 1.0
+_SLICE: Final = 0.2  # how promptly the thread ends
+_HEARTBEAT: Final = 5.0  # a connection that is dead may be silent for ever
+_PROBE: Final = 1.0
+_PROBE_AGAIN: Final = 60.0
+_LONELY: Final = 30.0  # with nobody waiting for so long, the thread ends
+
+
+class Listener:
+    """Knows the last change that touched a policy, as far as it has been told.
+
+    Args:
+        options: What to listen on.
+        notify: Sends a notification with this payload over the store's pool.
+    """
+
+    def __init__(self, options: Options, notify: Callable[[str], None]) -> None:
+        self._options = options
+        self._notify = notify
+        self._closed = False
+        self._state = ""
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew: at first, and in a forked child, where the thread does not exist."""
+        self._pid = os.getpid()
+        self._told = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._waited_at = time.monotonic()
+        self.touching: int | None = None
+        self.count = 0  # how often it was told
+
+    # ------------------------------------------------------------------------- the waiting
+
+    def wait(self, revision: int, timeout: float) -> bool:
+        """Wait until a change after a revision touches a policy, as far as can be told."""
+        deadline = time.monotonic() + timeout
+        with self._told:
+            if self._options.listen is not None and timeout > 0:
+                self._start()
+            while not self._closed:
+                if self.touching is not None and self.touching > revision:
+                    return True
+                self._waited_at = time.monotonic()
+                left = deadline - self._waited_at
+                if left <= 0:
+                    return False
+                self._told.wait(left)
+        return False
+
+    def tell(self, touching: int, *, exactly: bool = False) -> None:
+        """Note a change that touched a policy.
+
+        Args:
+            touching: Its revision.
+            exactly: There is none after it: the store has read it so, and nothing came since.
+        """
+        with self._told:
+            new = self.touching is None or touching > self.touching
+            if new or (exactly and touching != self.touching):
+                self.touching = touching
+                self.count += 1
+                self._told.notify_all()
+
+    def close(self) -> None:
+        """Let the waiting go, and end the thread."""
+        self._closed = True
+        if self._pid != os.getpid():
+            return
+        with self._told:
+            self._told.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(5 * _SLICE)
+
+    # ------------------------------------------------------------------------- the thread
+
+    def _start(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="ipguard-listener", daemon=True)
+            self._thread.start()
+
+    def _over(self) -> bool:
+        with self._told:
+            if self._closed or time.monotonic() - self._waited_at > _LONELY:
+                self._thread = None
+                return True
+        return False
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._over():
+            began = time.monotonic()
+            try:
+                heard = self._listen()
+            except (StoreError, psycopg.Error) as exc:
+                self._say(logging.WARNING, "polling: cannot listen (%s)", exc)
+                heard = True
+            if not heard:
+                pause = _PROBE_AGAIN
+            elif time.monotonic() - began > _LONGEST_PAUSE:
+                pause = _FIRST_PAUSE
+            self._rest(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._over():
+            time.sleep(min(_SLICE, max(0.0, until - time.monotonic())))
+
+    def _say(self, level: int, message: str, *args: object) -> None:
+        """Log what wakes guards, when that changes."""
+        state = message % args
+        if state != self._state:
+            self._state = state
+            _log.log(level, "%s: %s", self._options.place, state)
+
+    def _listen(self) -> bool:
+        """Listen until the connection fails or the thread is to end; False if nothing arrives."""
+        connection = self._connected()
+        try:
+            session = Session(connection, self._options.schema)
+            session.script(f"LISTEN {quoted(self._options.schema)}")
+            # After that nothing is missed; what came before it is read.
+            ((touching,),) = session.rows(TOUCHING)
+            self.tell(touching)
+            if not self._arrives(connection):
+                self._say(
+                    logging.WARNING,
+                    "polling: notifications do not arrive, as through a transaction pooler; give a"
+                    " direct connection as listen=, or listen=off",
+                )
+                return False
+            self._say(logging.INFO, "listening for changes")
+            beat = time.monotonic()
+            while not self._over():
+                self._hear(connection, _SLICE)
+                if time.monotonic() - beat > _HEARTBEAT:
+                    connection.deadline = time.monotonic() + self._options.timeout
+                    ((touching,),) = session.rows(TOUCHING)
+                    self.tell(touching)
+                    beat = time.monotonic()
+        finally:
+            connection.close()
+        return True
+
+    def _connected(self) -> Connection:
+        failure: StoreError = StoreUnavailable("nothing to listen on")
+        for server in self._options.listen or ():
+            try:
+                return connect(server, time.monotonic() + self._options.timeout)
+            except StoreError as exc:
+                failure = exc
+        raise failure
+
+    def _arrives(self, connection: Connection) -> bool:
+        """Send a notification over the pool, and tell whether it is heard here."""
+        token = secrets.token_hex(8)
+        self._notify(token)
+        until = time.monotonic() + _PROBE
+        while time.monotonic() < until and not self._over():
+            if token in self._hear(connection, min(_SLICE, _PROBE)):
+                return True
+        return False
+
+    def _hear(self, connection: Connection, seconds: float) -> list[str]:
+        heard = []
+        connection.deadline = time.monotonic() + seconds + self._options.timeout
+        with translated():
+            for notification in connection.notifies(timeout=seconds, stop_after=1):
+                heard.append(notification.payload)
+        for payload in heard:
+            with suppress(ValueError):
+                if len(payload) < 20:
+                    self.tell(int(payload))
+        return heard

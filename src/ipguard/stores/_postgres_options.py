@@ -1,0 +1,203 @@
+"""What a `postgresql://` URL and the keywords beside it say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import quote, unquote, urlencode
+
+import attrs
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import Conninfo
+
+from ipguard.errors import StoreConfigError, shortened
+
+_LIBPQ: Final = frozenset(option.keyword.decode() for option in Conninfo.get_defaults())
+# What a connection gets that nobody has asked for otherwise. A peer that is gone is noticed soon,
+# also by a connection that is only listened on.
+_DEFAULTS: Final = {
+    "fallback_application_name": "ipguard",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+}
+_NAME_AT_MOST: Final = 63  # bytes of an identifier
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """How the store connects. Its `repr` shows no password.
+
+    Attributes:
+        servers: A connection string for each server that may be tried, in order.
+        listen: The same for the connection that listens; None: do not listen.
+        pool_size: How many connections this process may have at a time; one for the writer and one
+            for the listener come to it.
+        timeout: How long one call of the login path, or one step of a writer's turn, may take.
+        bulk_timeout: How long a step may take that reads or writes any number of rows.
+        schema: The schema that holds the tables; also the name of the channel.
+        prepare: After how many uses a statement is prepared; None: never; -1: as the connection
+            turns out to allow, see `_postgres_pool`.
+        replica: Whether a server in recovery may answer.
+        place: Where the store is, for messages.
+    """
+
+    servers: tuple[str, ...] = attrs.field(repr=False)
+    listen: tuple[str, ...] | None = attrs.field(repr=False)
+    pool_size: int
+    timeout: float
+    bulk_timeout: float
+    schema: str
+    prepare: int | None
+    replica: bool
+    place: str
+
+    @classmethod
+    def parse(cls, url: str, keywords: Mapping[str, Any]) -> Options:
+        """Read a URL; keywords say the same as its options, and None says nothing.
+
+        Raises:
+            StoreConfigError: Something in it makes no sense. The message repeats no secret.
+        """
+        dsn, given = _split(url)
+        for name, value in keywords.items():
+            if value is None:
+                continue
+            if name in given:
+                raise StoreConfigError(f"{name} is given twice: in the URL and beside it")
+            given[name] = value
+        params = _conninfo(dsn)
+        listen = given.get("listen", dsn)
+        if not isinstance(listen, str):
+            raise StoreConfigError('listen must be a URL, or "off"')
+        return cls(
+            servers=_servers(params),
+            listen=None if listen == "off" else _servers(_conninfo(listen)),
+            pool_size=_whole("pool_size", given.get("pool_size", 5), least=1),
+            timeout=_seconds("timeout", given.get("timeout", 2.0)),
+            bulk_timeout=_seconds("bulk_timeout", given.get("bulk_timeout", 300.0)),
+            schema=_schema(given.get("schema", "ipguard")),
+            prepare=_prepare(given),
+            replica=_one_of("replica", given.get("replica", "refuse"), ("refuse", "allow"))
+            == "allow",
+            place=_place(params),
+        )
+
+
+_OURS: Final = frozenset(
+    (
+        "pool_size",
+        "timeout",
+        "bulk_timeout",
+        "schema",
+        "prepare",
+        "prepare_threshold",
+        "listen",
+        "replica",
+    )
+)
+
+
+def _split(url: str) -> tuple[str, dict[str, Any]]:
+    """Part the library's own options from the URL that libpq is given."""
+    address, _, query = url.partition("?")
+    given: dict[str, Any] = {}
+    others: list[tuple[str, str]] = []
+    for pair in query.split("&") if query else ():
+        name, equals, value = pair.partition("=")
+        name, value = unquote(name), unquote(value)
+        if not equals or name in given or name in dict(others):
+            raise StoreConfigError("options are written ?name=value&name=value, each once")
+        if name in _OURS:
+            given[name] = value
+        elif name in _LIBPQ or name == "ssl":
+            others.append((name, value))
+        else:
+            raise StoreConfigError(
+                f"postgresql:// has no option {shortened(name)}; it has"
+                f" {', '.join(sorted(_OURS))}, and those of libpq"
+            )
+    return f"{address}?{urlencode(others, quote_via=quote)}" if others else address, given
+
+
+def _conninfo(dsn: str) -> dict[str, Any]:
+    try:
+        return _DEFAULTS | conninfo_to_dict(dsn)
+    except (ProgrammingError, UnicodeError, ValueError):
+        # libpq's own words may repeat the part with the password.
+        raise StoreConfigError(
+            "not a PostgreSQL URL: write postgresql://user@host:port/database?option=value,"
+            " with special characters percent-encoded"
+        ) from None
+
+
+def _servers(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a connection string for each of several hosts.
+
+    libpq would try them in turn too, but spend all the time that there is on the first one that
+    hangs.
+    """
+    lists = {name: str(params.get(name) or "").split(",") for name in ("host", "hostaddr", "port")}
+    count = max(len(lists["host"]), len(lists["hostaddr"]))
+    found = []
+    for at in range(count):
+        one = dict(params)
+        for name, values in lists.items():
+            if len(values) not in (1, count):
+                raise StoreConfigError("host, hostaddr and port must be as many each")
+            value = values[at] if len(values) == count else values[0]
+            if value:
+                one[name] = value
+            else:
+                one.pop(name, None)
+        found.append(make_conninfo("", **one))
+    return tuple(found)
+
+
+def _place(params: Mapping[str, Any]) -> str:
+    host = params.get("host") or params.get("hostaddr") or "localhost"
+    return f"{params.get('dbname') or 'the default database'} at {host}"
+
+
+def _whole(name: str, value: object, *, least: int) -> int:
+    try:
+        number = int(value) if isinstance(value, int | str) else None
+    except ValueError:
+        number = None
+    if number is None or number < least or isinstance(value, bool):
+        raise StoreConfigError(f"{name} must be a whole number of at least {least}")
+    return number
+
+
+def _seconds(name: str, value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float | str) else math.nan
+    except ValueError:
+        number = math.nan
+    # Above that, milliseconds do not fit the server's settings.
+    if isinstance(value, bool) or not 0 < number <= 2_000_000:
+        raise StoreConfigError(f"{name} must be a number of seconds above 0")
+    return number
+
+
+def _schema(value: object) -> str:
+    named = isinstance(value, str) and value and "\0" not in value
+    if not isinstance(value, str) or not named or len(value.encode()) > _NAME_AT_MOST:
+        raise StoreConfigError(f"schema must be a name of at most {_NAME_AT_MOST} bytes")
+    return value
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> object:
+    if value not in allowed:
+        raise StoreConfigError(f"{name} must be {' or '.join(allowed)}")
+    return value
+
+
+def _prepare(given: Mapping[str, Any]) -> int | None:
+    if _one_of("prepare", given.get("prepare", "auto"), ("auto", "on", "off")) == "off":
+        return None
+    if "prepare_threshold" in given:
+        return _whole("prepare_threshold", given["prepare_threshold"], least=0)
+    return 0 if given.get("prepare") == "on" else -1

@@ -1,0 +1,190 @@
+"""The schema in PostgreSQL: made, checked with each new connection, and who may do what in it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final, NamedTuple
+
+from psycopg import errors
+
+from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
+from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
+from ipguard.stores._postgres import Session, quoted
+from ipguard.stores._postgres_clock import ticks
+from ipguard.stores._postgres_options import Options
+
+_log = logging.getLogger("ipguard.stores.postgres")
+
+MICROS: Final = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+"""The server's time, as times are stored."""
+_PREPARED_AFTER: Final = 5
+_GREETING: Final = f"""
+SELECT pg_backend_pid(), pg_is_in_recovery(), current_setting('server_encoding'), {MICROS},
+    v.version, v.oldest
+FROM schema_version v WHERE v.id = 1
+"""
+_MISSING: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
+_NOT_ALLOWED: Final = (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction)
+_LOCK: Final = 0x49504764  # "IPGd"; with the schema's name it makes the advisory lock's number
+
+
+class Greeting(NamedTuple):
+    """What a new connection turned out to be."""
+
+    asked_at: float  # the `ticks` before it was asked
+    micros: int
+    version: int
+    oldest: int
+
+
+def greet(session: Session, options: Options) -> Greeting:
+    """Find out what a new connection leads to, and whether statements may be prepared on it.
+
+    Raises:
+        SchemaVersionError: There is no schema.
+        StoreConfigError: The database cannot be used, or not by this role.
+        StoreUnavailable: The server does not answer, or is in recovery.
+    """
+    connection = session.connection
+    auto = options.prepare == -1
+    connection.prepare_threshold = None if auto else options.prepare
+    asked_at = ticks()
+    try:
+        rows = session.rows(_GREETING)
+    except StoreError as exc:
+        if isinstance(exc.__cause__, _MISSING):
+            raise SchemaVersionError(None, SCHEMA_VERSION) from exc.__cause__
+        raise
+    if not rows:
+        raise SchemaVersionError(None, SCHEMA_VERSION)
+    backend, recovering, encoding, micros, version, oldest = rows[0]
+    if encoding != "UTF8":
+        raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
+    if recovering and not options.replica:
+        raise StoreUnavailable(
+            f"{options.place}: the server is in recovery; what it holds may be of any age"
+        )
+    # A pooler gives out a process number of its own invention. Behind it a prepared statement may
+    # be another client's by the next use, so there none is prepared.
+    if auto and backend == connection.info.backend_pid:
+        connection.prepare_threshold, connection.prepares = _PREPARED_AFTER, True
+    return Greeting(asked_at, micros, version, oldest)
+
+
+def check_version(version: int, oldest: int) -> None:
+    """See that the schema is still one that this library may use.
+
+    Raises:
+        StoreUnavailable: It is not, though it was when the store was opened.
+    """
+    try:
+        check_schema(version, oldest)
+    except SchemaVersionError as exc:
+        raise StoreUnavailable(str(exc)) from exc
+
+
+def prepare(session: Session, options: Options, *, migrate: bool | None) -> Greeting:
+    """Greet the first connection of a store, making the schema or bringing it up to date.
+
+    Args:
+        session: The connection.
+        options: What the store was opened with.
+        migrate: True: it must be possible. None: where the role may. False: only check.
+
+    Raises:
+        SchemaVersionError: The schema may not be used, and not be made so.
+        StoreConfigError: The database cannot be used, or not by this role.
+        StoreUnavailable: The server does not answer.
+    """
+    greeting: Greeting | None = None
+    try:
+        greeting = greet(session, options)
+        check_schema(greeting.version, greeting.oldest)
+    except SchemaVersionError as exc:
+        newer = greeting is not None and greeting.oldest > SCHEMA_VERSION
+        if migrate is False or newer:
+            raise
+        try:
+            _migrate(session, options)
+        except StoreError as failure:
+            if migrate is None and isinstance(failure.__cause__, _NOT_ALLOWED):
+                raise exc from failure
+            if isinstance(failure.__cause__, errors.DuplicateTable):
+                raise StoreConfigError(
+                    f"the schema {options.schema} has tables of another program"
+                ) from failure.__cause__
+            raise
+        greeting = greet(session, options)
+        check_schema(greeting.version, greeting.oldest)
+    return greeting
+
+
+def _migrate(session: Session, options: Options) -> None:
+    """Bring the schema up to date, in one transaction, one process at a time."""
+    schema, milliseconds = quoted(options.schema), int(options.bulk_timeout * 1000)
+    session.patience = options.bulk_timeout
+    try:
+        session.script(
+            f"BEGIN; SET LOCAL lock_timeout = {milliseconds};"
+            f" SET LOCAL statement_timeout = {milliseconds}"
+        )
+        session.rows(
+            f"SELECT pg_advisory_xact_lock({_LOCK}::int, hashtext(?::text))", (options.schema,)
+        )
+        # CREATE SCHEMA IF NOT EXISTS asks for more rights, whether it is there or not.
+        ((there,),) = session.rows(
+            "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = ?)", (options.schema,)
+        )
+        if not there:
+            session.script(f"CREATE SCHEMA {schema}")
+        session.script(f"SET LOCAL search_path TO {schema}, pg_temp")
+        ((version,),) = session.rows(
+            "SELECT COALESCE((SELECT c.oid::bigint FROM pg_class c WHERE c.oid ="
+            " to_regclass('schema_version')), 0)"
+        )
+        if version:
+            ((version,),) = session.rows("SELECT version FROM schema_version WHERE id = 1")
+        for number, text in migrations("postgresql"):
+            if number > version:
+                session.script(text)
+                _log.info("%s: schema brought to version %d", options.place, number)
+        session.script("COMMIT")
+    except BaseException:
+        session.connection.close()
+        raise
+
+
+# ----------------------------------------------------------------------------- roles
+
+_READER: Final = """
+GRANT SELECT ON {schema}.schema_version, {schema}.head, {schema}.restrictions TO {role};
+GRANT SELECT (revision, token, touched) ON {schema}.changes TO {role};
+GRANT SELECT (username, removed) ON {schema}.users TO {role};
+"""
+_WRITER: Final = """
+GRANT SELECT ON {schema}.schema_version TO {role};
+GRANT SELECT, UPDATE ON {schema}.head TO {role};
+GRANT SELECT, INSERT ON {schema}.changes TO {role};
+GRANT SELECT, INSERT, UPDATE ON {schema}.users, {schema}.requests, {schema}.failures TO {role};
+GRANT SELECT, INSERT, DELETE ON {schema}.restrictions, {schema}.search_terms TO {role};
+"""
+
+
+def grants(*, schema: str = "ipguard", reader: str | None = None, writer: str | None = None) -> str:
+    """Return the SQL that gives roles what they need and no more; the schema's owner runs it.
+
+    The owner itself is for migrations and `prune`. The roles must be there; running it again does
+    no harm.
+
+    Args:
+        schema: The schema that holds the tables.
+        reader: The role of login servers: it changes nothing, and sees no digest and no e-mail.
+        writer: The role of administration: it adds to the trail, and can neither change nor delete
+            what is there. It also needs TEMPORARY on the database, which everybody has by default.
+    """
+    place, text = quoted(schema), ""
+    for role, rights in ((reader, _READER), (writer, _WRITER)):
+        if role is not None:
+            text += f"GRANT USAGE ON SCHEMA {place} TO {quoted(role)};"
+            text += rights.format(schema=place, role=quoted(role))
+    return text
