@@ -3,8 +3,8 @@
     with running_server() as server:
         store = open_store(server.url(schema="mine"))
 
-Where `IPGUARD_TEST_POSTGRES` is set, a DSN with the right to create databases and roles, that server
-is used instead; tests that stop, freeze or restart a server always start one of their own.
+Where `IPGUARD_TEST_POSTGRES` is set, a URL with the right to create databases and roles, that
+server is used instead; tests that stop, freeze or restart a server always start one of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import psycopg
@@ -81,7 +82,7 @@ class Account:
             known = {entry.pw_name for entry in pwd.getpwall()}
             self.name = "postgres" if "postgres" in known else "nobody"
 
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         if self.name is None:
             return {}
         group = pwd.getpwnam(self.name).pw_gid
@@ -226,7 +227,9 @@ class Server:
         given = {"host": host, "port": port or self.port} | options
         return f"postgresql://{user}@/{database}?{urlencode(given)}"
 
-    def execute(self, statement: str, *params: object, database: str = "postgres") -> list[tuple]:
+    def execute(
+        self, statement: str, *params: object, database: str = "postgres"
+    ) -> list[tuple[Any, ...]]:
         """Run statements as the superuser."""
         return execute(self.url(database, connect_timeout=5), statement, *params)
 
@@ -247,11 +250,13 @@ class Given:
         query = "&".join(filter(None, (parts.query, urlencode(options))))
         return urlunsplit((parts.scheme, netloc, path, query, ""))
 
-    def execute(self, statement: str, *params: object, database: str | None = None) -> list[tuple]:
+    def execute(
+        self, statement: str, *params: object, database: str | None = None
+    ) -> list[tuple[Any, ...]]:
         return execute(self.url(database), statement, *params)
 
 
-def execute(url: str, statement: str, *params: object) -> list[tuple]:
+def execute(url: str, statement: str, *params: object) -> list[tuple[Any, ...]]:
     """Run statements on a connection of their own."""
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(statement, params or None)

@@ -296,7 +296,7 @@ def test_all_stores_answer_alike(
     tmp_path_factory: pytest.TempPathFactory,
     postgres: Server | Given,
 ) -> None:
-    """Whatever is written and asked, in whatever order, each store answers as the reference does."""
+    """Whatever is written and asked, in whatever order, each store answers as the memory does."""
     clock = FakeClock(START)
     folder = tmp_path_factory.mktemp("alike")
     with (

@@ -68,7 +68,7 @@ class Connection(psycopg.Connection[Row]):
         """Whether it is whole and in no transaction."""
         return not self.closed and self.info.transaction_status == TransactionStatus.IDLE
 
-    def __del__(self) -> None:
+    def __del__(self, *_: object) -> None:
         # The parent class warns, and a child that was forked has nothing to be warned of.
         if self.pid == os.getpid() and not self.closed:
             self.pgconn.finish()
@@ -144,11 +144,13 @@ class Session:
     def pipelined(self, statements: Sequence[tuple[str, Params]]) -> tuple[list[Row], str | None]:
         """Run statements in one round trip; return the last one's rows and command tag."""
         self._begin()
+        cursor = self.connection.cursor(binary=True)
+        *others, last = [(dialect(text, self.schema), params) for text, params in statements]
         with translated():
             with self.connection.pipeline():
-                for text, params in statements:
-                    cursor = self.connection.cursor(binary=True)
-                    cursor.execute(dialect(text, self.schema), params)
+                for text, params in others:
+                    self.connection.cursor(binary=True).execute(text, params)
+                cursor.execute(*last)
             return cursor.fetchall() if cursor.description else [], cursor.statusmessage
 
 

@@ -192,11 +192,13 @@ class Listener:
         return False
 
     def _hear(self, connection: Connection, seconds: float) -> list[str]:
-        heard = []
+        heard: list[str] = []
         connection.deadline = time.monotonic() + seconds + self._options.timeout
         with translated():
-            for notification in connection.notifies(timeout=seconds, stop_after=1):
-                heard.append(notification.payload)
+            heard += [
+                notification.payload
+                for notification in connection.notifies(timeout=seconds, stop_after=1)
+            ]
         for payload in heard:
             with suppress(ValueError):
                 if len(payload) < 20:

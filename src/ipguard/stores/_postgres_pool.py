@@ -52,9 +52,6 @@ class Pool:
         self._free = threading.Condition()
         self._idle: deque[Connection] = deque()
         self._open = 0  # idle, lent, or being opened
-        self.staging = threading.BoundedSemaphore(max(1, self.options.pool_size - 1))
-        self.writing = threading.Lock()
-        self.writer: int | None = None  # the thread that holds `writing`
 
     # ------------------------------------------------------------------------- lending
 
@@ -63,8 +60,8 @@ class Pool:
 
         Args:
             deadline: On the clock of `time.monotonic`; it holds for what is done with it, too.
-            writing: Whether this thread holds `writing`. One connection more is for who does: those
-                who stage wait for that lock with a connection in hand.
+            writing: Whether this thread has the writer's lock of this process. One connection more
+                is for who does: those who stage wait for that lock with a connection in hand.
 
         Raises:
             StoreUnavailable: The store is closed, or there is no connection in time.

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from typing import NamedTuple
 
 from ipguard.errors import StoreUnavailable
 from ipguard.stores._postgres import Session, quoted
-from ipguard.stores._postgres_schema import MICROS
-from ipguard.stores._sql import Params, Row
+from ipguard.stores._postgres_client import Client
+from ipguard.stores._postgres_clock import ticks
+from ipguard.stores._postgres_schema import MICROS, check_version
+from ipguard.stores._sql import Params, Row, moment
+from ipguard.stores._sql_write import SqlTransaction
 
 
 class Taken(NamedTuple):
@@ -111,3 +118,119 @@ class Turn:
     def _send(self, session: Session, *last: tuple[str, Params]) -> tuple[list[Row], str | None]:
         statements, self._waiting = [*self._waiting, *last], []
         return session.pipelined(statements)
+
+
+class Writer:
+    """Takes turns, one at a time in this process and then in the database.
+
+    Args:
+        client: The connections.
+        clock: Returns the current time; None: the server's own clock decides.
+        touched: Called with a revision that touched a policy, once it is committed.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        clock: Callable[[], datetime] | None,
+        touched: Callable[[int], None],
+    ) -> None:
+        self._client = client
+        self._clock = clock
+        self._touched = touched
+        client.pool.children.append(self.renew)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew: at first, and in a forked child, where the locks may be held."""
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # that holds the lock
+        # Logins find a connection, however many threads stage.
+        self._staging = threading.BoundedSemaphore(max(1, self._client.options.pool_size - 1))
+
+    def refuse_nested(self) -> None:
+        """Refuse a turn within a turn: it would wait for itself."""
+        if self._thread == threading.get_ident():
+            raise RuntimeError("this thread is in a transaction of this store already")
+
+    @contextmanager
+    def staging(self) -> Iterator[Session]:
+        """Lend a connection for a transaction that first reads any number of rows.
+
+        What is staged goes with the transaction, so this works through a transaction pooler.
+        """
+        slots, options = self._staging, self._client.options
+        if not slots.acquire(timeout=options.timeout):
+            raise StoreUnavailable("too many bulk changes at once")
+        try:
+            with self._client.begun("BEGIN") as (session, _):
+                session.patience = options.bulk_timeout
+                yield session
+        finally:
+            slots.release()
+
+    @contextmanager
+    def turn(self, staged: Session | None = None) -> Iterator[tuple[SqlTransaction, Turn]]:
+        """Take the writer's turn.
+
+        Args:
+            staged: The connection of `staging`, whose transaction becomes the turn's.
+        """
+        deadline = self._client.deadline()
+        # Threads of one process queue here, and not each with a connection in hand.
+        lock = self._lock
+        if not lock.acquire(timeout=self._client.options.timeout):
+            raise StoreUnavailable("another thread kept the writer's turn for too long")
+        try:
+            self._thread = threading.get_ident()
+            with self._taken(staged, deadline) as both:
+                yield both
+        finally:
+            if self._lock is lock:  # in a forked child it is another
+                self._thread = None
+            lock.release()
+
+    @contextmanager
+    def _taken(
+        self, staged: Session | None, deadline: float
+    ) -> Iterator[tuple[SqlTransaction, Turn]]:
+        client, options, asked_at = self._client, self._client.options, ticks()
+        patience = options.timeout if staged is None else options.bulk_timeout
+        take = taking(
+            options.schema,
+            # The server gives up on the lock before the client would, which keeps the connection.
+            lock=0.8 * (deadline - time.monotonic()),
+            statement=patience,
+            idle=2 * options.timeout,
+        )
+        if staged is None:
+            with client.begun("BEGIN;" + take, deadline=deadline, writing=True) as (session, found):
+                session.patience = patience
+                with self._inside(session, found, asked_at, staged=False) as both:
+                    yield both
+        else:
+            staged.patience, staged.connection.deadline = None, deadline
+            found = staged.script(take)
+            staged.patience = patience
+            with self._inside(staged, found, asked_at, staged=True) as both:
+                yield both
+
+    @contextmanager
+    def _inside(
+        self, session: Session, found: list[list[Row]], asked_at: float, *, staged: bool
+    ) -> Iterator[tuple[SqlTransaction, Turn]]:
+        taken = Taken(*found[-1][0])
+        if taken.recovering:
+            raise StoreUnavailable(f"{self._client.options.place}: the server is in recovery")
+        check_version(taken.version, taken.oldest)
+        self._client.clock.set(taken.micros, asked_at)
+        now = moment(taken.micros) if self._clock is None else self._clock()
+        db = Turn(session)
+        turn = SqlTransaction(db, now, revision=taken.revision, staged=staged)
+        try:
+            yield turn, db
+            db.commit(turn.touching)
+        finally:
+            db.over = True
+        if turn.touching is not None:
+            self._touched(turn.touching)

@@ -261,8 +261,9 @@ def stage_restrictions(db: Executor, restrictions: Iterable[Restriction]) -> Non
 # ------------------------------------------------------------------------- pruning
 
 _FIRST_KEPT: Final = """
-SELECT COALESCE((SELECT min(c.revision) FROM changes c WHERE c.revision > 0 AND c.at >= ?), h.revision)
-FROM head h WHERE h.id = 1
+SELECT COALESCE(
+    (SELECT min(c.revision) FROM changes c WHERE c.revision > 0 AND c.at >= ?), h.revision
+) FROM head h WHERE h.id = 1
 """
 
 

@@ -14,16 +14,13 @@ is stopped: fencing is the cluster manager's work.
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, Self
 
-from ipguard.errors import StoreError, StoreUnavailable
+from ipguard.errors import StoreUnavailable
 from ipguard.model import (
     Accounts,
     Change,
@@ -41,19 +38,18 @@ from ipguard.stores import _sql_read as read
 from ipguard.stores import _sql_users as users_of
 from ipguard.stores._migrations import migrations as _migrations
 from ipguard.stores._postgres import Session
-from ipguard.stores._postgres_clock import ServerClock, ticks
+from ipguard.stores._postgres_client import Client
+from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_listen import Listener
 from ipguard.stores._postgres_options import Options
-from ipguard.stores._postgres_pool import Pool
-from ipguard.stores._postgres_turn import Taken, Turn, taking
-from ipguard.stores._sql import Row, moment
+from ipguard.stores._postgres_turn import Writer
+from ipguard.stores._sql import Row
 from ipguard.stores._sql_write import SqlTransaction, prune, stage_restrictions
 from ipguard.usernames import canonical_username
 
 __all__ = ["PostgresStore", "grants", "migrations"]
 
 _log = logging.getLogger("ipguard.stores.postgres")
-T = TypeVar("T")
 _FETCHED: Final = 5_000
 
 grants = schema.grants
@@ -123,95 +119,36 @@ class PostgresStore:
             "listen": listen,
             "replica": replica,
         }
-        self._options = Options.parse(url, keywords)
+        options = Options.parse(url, keywords)
+        self._options = options
         self._clock = clock
-        self._server_clock = ServerClock()
-        self._pool = Pool(self._options, self._greet)
-        self._listener = Listener(self._options, self._notify)
-        self._pool.children.append(self._listener.renew)
-        if self._options.replica:
+        self._client = Client(options)
+        self._listener = Listener(options, self._notify)
+        self._client.pool.children.append(self._listener.renew)
+        self._writer = Writer(self._client, clock and self.now, self._listener.tell)
+        if options.replica:
             _log.warning(
-                "%s: replica=allow: answers of a server in recovery count, whatever their age;"
+                "%s: replica=allow: what servers in recovery answer counts, whatever its age;"
                 " nothing bounds how late a change takes effect",
-                self._options.place,
+                options.place,
             )
-        self._open(migrate)
+        self._client.open(migrate=migrate)
 
     def __repr__(self) -> str:
         return f"<PostgresStore {self._options.place}, schema {self._options.schema}>"
-
-    # -------------------------------------------------------------------------- opening
-
-    def _open(self, migrate: bool | None) -> None:
-        def prepare(session: Session) -> None:
-            self._note(schema.prepare(session, self._options, migrate=migrate))
-
-        self._pool.check = prepare
-        try:
-            with self._pool.session(self._deadline()):
-                pass
-        except StoreUnavailable as exc:
-            if migrate is True:
-                raise
-            _log.warning("%s: not there at opening, and tried again: %s", self._options.place, exc)
-        finally:
-            self._pool.check = self._greet
-        self._pool.forget()  # a fork then has nothing to inherit
-
-    def _greet(self, session: Session) -> None:
-        """Look at a new connection."""
-        try:
-            greeting = schema.greet(session, self._options)
-        except StoreUnavailable:
-            raise
-        except StoreError as exc:
-            raise StoreUnavailable(f"{self._options.place}: {exc}") from exc
-        self._note(greeting)
-        schema.check_version(greeting.version, greeting.oldest)
-
-    def _note(self, greeting: schema.Greeting) -> None:
-        self._server_clock.set(greeting.micros, greeting.asked_at)
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self._options.timeout
-
-    # -------------------------------------------------------------------------- reading
 
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC, without I/O."""
         if self._clock is not None:
             return checked_time("clock", self._clock())
-        return self._server_clock.now()
+        return self._client.clock.now()
 
-    def _read(self, reading: Callable[[Session], T]) -> T:
-        """Run a read, once more on a new connection where the one from the pool was dead."""
-        pool, deadline = self._pool, self._deadline()
-        session = pool.take(deadline)
-        try:
-            found = reading(session)
-        except StoreError as exc:
-            dead = session.connection.closed
-            if dead:
-                pool.forget()
-            pool.give(session)
-            if not dead or time.monotonic() >= deadline:
-                raise
-            # Closed while it lay idle, as by a server that was restarted.
-            _log.debug("%s: once more after: %s", self._options.place, exc)
-        except BaseException:
-            pool.discard(session)
-            raise
-        else:
-            pool.give(session)
-            return found
-        with pool.session(deadline) as fresh:
-            return reading(fresh)
+    # -------------------------------------------------------------------------- reading
 
     def load_policy(self, username: str) -> Policy:
         """Return what decides about a user, and the revision of that very snapshot."""
-        rows = self._read(lambda session: session.prepared_rows(_POLICY, (username, username)))
-        if rows[0][-1] and not self._options.replica:
-            raise StoreUnavailable(f"{self._options.place}: the server is in recovery")
+        rows = self._client.read(lambda it: it.prepared_rows(_POLICY, (username, username)))
+        self._client.refuse_recovering(rows[0][-1])
         return read.policy_of(username, rows)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
@@ -223,7 +160,7 @@ class PostgresStore:
         return revision, stream  # type: ignore[return-value]
 
     def _stream(self) -> Iterator[int | tuple[str, Policy]]:
-        with self._snapshot(self._options.bulk_timeout) as session:
+        with self._client.snapshot(self._options.bulk_timeout) as session:
             revision, _ = read.head(session)
             session.run(f"DECLARE policies NO SCROLL CURSOR FOR {read.ALL_POLICIES}")
             yield revision
@@ -233,72 +170,32 @@ class PostgresStore:
         """Return where the store is, and whose policy changed since a revision."""
         told = self._listener.count
         params = read.changes_params(cursor)
-        asked_at, rows = self._read(
+        asked_at, rows = self._client.read(
             lambda session: (ticks(), session.prepared_rows(_CHANGES, params))
         )
-        recovering, micros, version, oldest, touching = rows[0][-5:]
-        if recovering and not self._options.replica:
-            raise StoreUnavailable(f"{self._options.place}: the server is in recovery")
+        recovering, micros, version, oldest, touching = rows[0][4:]
+        self._client.refuse_recovering(recovering)
         schema.check_version(version, oldest)
-        self._server_clock.set(micros, asked_at)
-        found = read.changes_of(cursor, [row[:4] for row in rows])
+        self._client.clock.set(micros, asked_at)
         self._listener.tell(touching, exactly=told == self._listener.count)
-        return found
+        return read.changes_of(cursor, [row[:4] for row in rows])
 
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait until a change after `revision` touches a policy, or the store is closed."""
-        if self._pool.closed:
+        if self._client.pool.closed:
             raise StoreUnavailable("the store is closed")
         if self._listener.touching is None:
-            self._listener.tell(self._read(read.touching))
+            self._listener.tell(self._client.read(read.touching))
         return self._listener.wait(revision, timeout)
 
     def _notify(self, payload: str) -> None:
-        self._read(lambda session: session.rows(_NOTIFY, (self._options.schema, payload)))
-
-    @contextmanager
-    def _snapshot(self, patience: float) -> Iterator[Session]:
-        """Run the block's statements against one committed state."""
-        begin = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; SELECT pg_is_in_recovery()"
-        with self._begun(begin, self._deadline()) as (session, found):
-            if found[-1][0][0] and not self._options.replica:
-                raise StoreUnavailable(f"{self._options.place}: the server is in recovery")
-            session.patience = patience
-            yield session
-            session.script("COMMIT")
-
-    @contextmanager
-    def _begun(
-        self, begin: str, deadline: float, *, writing: bool = False
-    ) -> Iterator[tuple[Session, list[list[Row]]]]:
-        """Lend a connection in a transaction, and what its first statements returned."""
-        pool = self._pool
-        session = pool.take(deadline, writing=writing)
-        try:
-            try:
-                found = session.script(begin)
-            except StoreError:
-                # Closed while it lay idle, as by a server that was restarted.
-                if not session.connection.closed or time.monotonic() >= deadline:
-                    raise
-                pool.forget()
-                pool.discard(session)
-                session = pool.take(deadline, writing=writing)
-                found = session.script(begin)
-            yield session, found
-        except BaseException:
-            _roll_back(session, self._options.timeout)
-            raise
-        finally:
-            if session.connection.closed:
-                pool.forget()
-            pool.give(session)
+        self._client.read(lambda it: it.rows(_NOTIFY, (self._options.schema, payload)))
 
     def overview(
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username."""
-        with self._snapshot(self._options.timeout) as session:
+        with self._client.snapshot(self._options.timeout) as session:
             return read.overview(
                 session, self.now(), accounts, search=search, after=after, limit=limit
             )
@@ -312,10 +209,8 @@ class PostgresStore:
         limit: int = 100,
     ) -> Page[Change]:
         """Return changes, the newest first."""
-        return self._read(
-            lambda session: read.history(
-                session, accounts, username=username, before=before, limit=limit
-            )
+        return self._client.read(
+            lambda it: read.history(it, accounts, username=username, before=before, limit=limit)
         )
 
     # -------------------------------------------------------------------------- writing
@@ -323,35 +218,35 @@ class PostgresStore:
     @contextmanager
     def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
         """Take the writer's turn."""
-        self._refuse_nested()
+        self._writer.refuse_nested()
         if staged is None:
-            with self._turn() as (turn, _):
+            with self._writer.turn() as (turn, _):
                 yield turn
             return
-        with self._staging() as session:
+        with self._writer.staging() as session:
             stage_restrictions(session, staged)
-            with self._turn(session) as (turn, _):
+            with self._writer.turn(session) as (turn, _):
                 yield turn
 
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users, as one change; what is already so appends nothing."""
-        self._refuse_nested()
-        with self._staging() as session:
+        self._writer.refuse_nested()
+        with self._writer.staging() as session:
             put = users_of.StagedUsers(session, users)
             revision, changed = put.compare(session)
             if not changed:
                 session.script("ROLLBACK")
                 return revision
-            with self._turn(session) as (turn, db):
+            with self._writer.turn(session) as (turn, db):
                 change = put.apply(turn, db)
         return _told(turn, change)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
         """Remove users, as one change."""
-        self._refuse_nested()
-        with self._staging() as session:
+        self._writer.refuse_nested()
+        with self._writer.staging() as session:
             users_of.stage_names(session, (canonical_username(name) for name in usernames))
-            with self._turn(session) as (turn, db):
+            with self._writer.turn(session) as (turn, db):
                 change = users_of.remove_staged(turn, db)
         return _told(turn, change)
 
@@ -361,95 +256,16 @@ class PostgresStore:
         Only a beginning of the trail goes, and never its last row. A guard that has not synced
         since then starts over.
         """
-        with self._staging() as session:
+        with self._writer.staging() as session:
             count = prune(session, before)
             session.script("COMMIT")
         return count
-
-    def _refuse_nested(self) -> None:
-        if self._pool.writer == threading.get_ident():
-            raise RuntimeError("this thread is in a transaction of this store already")
-
-    @contextmanager
-    def _staging(self) -> Iterator[Session]:
-        """Lend a connection for a transaction that first reads any number of rows.
-
-        What is staged goes with the transaction, so this works through a transaction pooler.
-        """
-        pool, deadline = self._pool, self._deadline()
-        slot = pool.staging  # so that logins find a connection, however many stage
-        if not slot.acquire(timeout=self._options.timeout):
-            raise StoreUnavailable("too many bulk changes at once")
-        try:
-            with self._begun("BEGIN", deadline) as (session, _):
-                session.patience = self._options.bulk_timeout
-                yield session
-        finally:
-            slot.release()
-
-    @contextmanager
-    def _turn(self, staged: Session | None = None) -> Iterator[tuple[SqlTransaction, Turn]]:
-        pool, deadline = self._pool, self._deadline()
-        # Threads of one process queue here, and not each with a connection in hand.
-        lock = pool.writing
-        if not lock.acquire(timeout=self._options.timeout):
-            raise StoreUnavailable("another thread kept the writer's turn for too long")
-        try:
-            pool.writer = threading.get_ident()
-            asked_at = ticks()
-            if staged is not None:
-                staged.patience = None
-                staged.connection.deadline = deadline
-                found = staged.script(self._taking(deadline, self._options.bulk_timeout))
-                staged.patience = self._options.bulk_timeout
-                with self._taken(staged, found, asked_at, staged=True) as turn:
-                    yield turn
-            else:
-                begin = "BEGIN;" + self._taking(deadline, self._options.timeout)
-                with self._begun(begin, deadline, writing=True) as (session, found):
-                    session.patience = self._options.timeout
-                    with self._taken(session, found, asked_at, staged=False) as turn:
-                        yield turn
-        finally:
-            if pool.writing is lock:  # in a forked child it is another
-                pool.writer = None
-            lock.release()
-
-    def _taking(self, deadline: float, statement: float) -> str:
-        # The server gives up on the lock before the client does, which then keeps the connection.
-        left = deadline - time.monotonic()
-        return taking(
-            self._options.schema,
-            lock=left * 0.8,
-            statement=statement,
-            idle=2 * self._options.timeout,
-        )
-
-    @contextmanager
-    def _taken(
-        self, session: Session, found: list[list[Row]], asked_at: float, *, staged: bool
-    ) -> Iterator[tuple[SqlTransaction, Turn]]:
-        taken = Taken(*found[-1][0])
-        if taken.recovering:
-            raise StoreUnavailable(f"{self._options.place}: the server is in recovery")
-        schema.check_version(taken.version, taken.oldest)
-        self._server_clock.set(taken.micros, asked_at)
-        now = moment(taken.micros) if self._clock is None else self.now()
-        db = Turn(session)
-        try:
-            turn = SqlTransaction(db, now, staged=staged, revision=taken.revision)
-            yield turn, db
-            db.commit(turn.touching)
-        finally:
-            db.over = True
-        if turn.touching is not None:
-            self._listener.tell(turn.touching)
 
     # -------------------------------------------------------------------------- ending
 
     def close(self) -> None:
         """Let the waiting go and refuse every later call."""
-        self._pool.close()
+        self._client.pool.close()
         self._listener.close()
 
     def __enter__(self) -> Self:
@@ -485,11 +301,3 @@ def _told(turn: SqlTransaction, change: Change | None) -> int:
     if change is not None:
         log_change(change)
     return turn.revision
-
-
-def _roll_back(session: Session, patience: float) -> None:
-    connection = session.connection
-    if connection.pid == os.getpid() and not (connection.closed or connection.idle):
-        session.patience = patience
-        with suppress(StoreError):  # then the pool closes it, which undoes the same
-            session.script("ROLLBACK")

@@ -1,0 +1,172 @@
+"""How the PostgreSQL store asks: with a deadline, and once more where a connection was dead."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, TypeVar
+
+from ipguard.errors import StoreError, StoreUnavailable
+from ipguard.stores._postgres import Session
+from ipguard.stores._postgres_clock import ServerClock
+from ipguard.stores._postgres_options import Options
+from ipguard.stores._postgres_pool import Pool
+from ipguard.stores._postgres_schema import Greeting, check_version, greet, prepare
+from ipguard.stores._sql import Row
+
+_log = logging.getLogger("ipguard.stores.postgres")
+T = TypeVar("T")
+
+_SNAPSHOT: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; SELECT pg_is_in_recovery()"
+
+
+class Client:
+    """The connections of one store, and what is asked over them.
+
+    Args:
+        options: Where the database is.
+
+    Attributes:
+        options: The same.
+        pool: The connections.
+        clock: What the server's clock said.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.clock = ServerClock()
+        self.pool = Pool(options, self._greet)
+
+    def open(self, *, migrate: bool | None) -> None:
+        """Look at the database once, and see to its schema.
+
+        Raises:
+            SchemaVersionError: The schema may not be used.
+            StoreConfigError: The database cannot be used.
+            StoreUnavailable: It does not answer, and `migrate` is True; else that is only logged.
+        """
+
+        def first(session: Session) -> None:
+            self._note(prepare(session, self.options, migrate=migrate))
+
+        self.pool.check = first
+        try:
+            with self.pool.session(self.deadline()):
+                pass
+        except StoreUnavailable as exc:
+            if migrate is True:
+                raise
+            _log.warning("%s: not there at opening: %s", self.options.place, exc)
+        finally:
+            # Never again later: in a schema made anew nobody would be restricted.
+            self.pool.check = self._greet
+        self.pool.forget()  # a fork then has nothing to inherit
+
+    def _greet(self, session: Session) -> None:
+        try:
+            greeting = greet(session, self.options)
+        except StoreUnavailable:
+            raise
+        except StoreError as exc:
+            raise StoreUnavailable(f"{self.options.place}: {exc}") from exc
+        self._note(greeting)
+        check_version(greeting.version, greeting.oldest)
+
+    def _note(self, greeting: Greeting) -> None:
+        self.clock.set(greeting.micros, greeting.asked_at)
+
+    def deadline(self) -> float:
+        """Return until when a call that begins now may take."""
+        return time.monotonic() + self.options.timeout
+
+    def refuse_recovering(self, recovering: object) -> None:
+        """Refuse what a server in recovery has answered: it may be of any age.
+
+        No new connection leads to one, but behind a pooler the server may change.
+        """
+        if recovering and not self.options.replica:
+            raise StoreUnavailable(f"{self.options.place}: the server is in recovery")
+
+    # ------------------------------------------------------------------------- asking
+
+    def read(self, reading: Callable[[Session], T]) -> T:
+        """Run a read; once more, on a new connection, where the one from the pool was dead."""
+        # Each login that misses the cache comes through here, so it is written out.
+        pool, deadline = self.pool, self.deadline()
+        session = pool.take(deadline)
+        try:
+            found = reading(session)
+        except StoreError:
+            dead = session.connection.closed
+            if dead:
+                pool.forget()
+            pool.give(session)
+            # Closed while it lay idle, as by a server that was restarted.
+            if not dead or time.monotonic() >= deadline:
+                raise
+        except BaseException:
+            pool.discard(session)
+            raise
+        else:
+            pool.give(session)
+            return found
+        with pool.session(deadline) as fresh:
+            return reading(fresh)
+
+    @contextmanager
+    def snapshot(self, patience: float) -> Iterator[Session]:
+        """Run the block's statements against one committed state.
+
+        Args:
+            patience: How many seconds each of them may take.
+        """
+        with self.begun(_SNAPSHOT) as (session, found):
+            self.refuse_recovering(found[-1][0][0])
+            session.patience = patience
+            yield session
+            session.script("COMMIT")
+
+    @contextmanager
+    def begun(
+        self, begin: str, *, deadline: float | None = None, writing: bool = False
+    ) -> Iterator[tuple[Session, list[list[Row]]]]:
+        """Lend a connection in a transaction.
+
+        Args:
+            begin: The statements that begin it, for one round trip.
+            deadline: Until when they may take.
+            writing: Whether this thread has the writer's lock of this process.
+
+        Returns:
+            The connection, and the rows of each of those statements.
+        """
+        pool, deadline = self.pool, deadline or self.deadline()
+        session = pool.take(deadline, writing=writing)
+        try:
+            try:
+                found = session.script(begin)
+            except StoreError:
+                if not session.connection.closed or time.monotonic() >= deadline:
+                    raise
+                pool.forget()
+                pool.discard(session)
+                session = pool.take(deadline, writing=writing)
+                found = session.script(begin)
+            yield session, found
+        except BaseException:
+            self._roll_back(session)
+            raise
+        finally:
+            if session.connection.closed:
+                pool.forget()
+            pool.give(session)
+
+    def _roll_back(self, session: Session) -> None:
+        connection = session.connection
+        if connection.pid == os.getpid() and not (connection.closed or connection.idle):
+            session.patience = self.options.timeout
+            with suppress(StoreError):  # then the pool closes it, which undoes the same
+                session.script("ROLLBACK")
