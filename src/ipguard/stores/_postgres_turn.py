@@ -49,7 +49,7 @@ def taking(schema: str, *, lock: float, statement: float, idle: float) -> str:
         WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply');
     SELECT 1 FROM {place}.head WHERE id = 1 FOR UPDATE;
     SELECT h.revision, {MICROS}, pg_is_in_recovery(), v.version, v.oldest
-        FROM {place}.head h CROSS JOIN {place}.schema_version v"""
+        FROM {place}.head h JOIN {place}.schema_version v ON v.id = 1 WHERE h.id = 1"""
 
 
 def _milliseconds(seconds: float) -> int:
@@ -163,7 +163,7 @@ class Writer:
         if not slots.acquire(timeout=options.timeout):
             raise StoreUnavailable("too many bulk changes at once")
         try:
-            with self._client.begun("BEGIN") as (session, _):
+            with self._client.begun("BEGIN; SET LOCAL jit = off") as (session, _):
                 session.patience = options.bulk_timeout
                 yield session
         finally:

@@ -283,7 +283,7 @@ class PostgresStore:
 _POLICY: Final = read.POLICY % "pg_is_in_recovery()"
 _CHANGES: Final = f"""
 SELECT f.*, pg_is_in_recovery(), {schema.MICROS}, v.version, v.oldest, s.touching
-FROM ({read.CHANGES_SINCE}) f CROSS JOIN schema_version v CROSS JOIN head s
+FROM ({read.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
 """
 _NOTIFY: Final = "SELECT pg_notify(?, ?)"
 
