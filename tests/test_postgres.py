@@ -1,0 +1,654 @@
+"""The PostgreSQL store's own promises: opening, roles, round trips, pruning, children.
+
+What it promises like every store is in test_stores.py; how it fails and recovers is in
+test_postgres_failures.py; what wakes guards in test_postgres_listen.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+import ipguard
+from ipguard import Actor, SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
+from ipguard.model import RESET, Action
+from ipguard.stores import open_store
+from ipguard.stores._migrations import SCHEMA_VERSION
+from ipguard.stores._postgres import Session
+from ipguard.stores._postgres_options import Options
+from ipguard.stores.postgres import PostgresStore, grants, migrations
+from ipguard.testing import FakeClock, Outbox
+from tests.postgres import Given, Server, execute, fresh_schema
+from tests.proxy import Proxy
+
+START = datetime(2030, 1, 1, 12, tzinfo=UTC)
+EVERY = Actor.EVERY_ACCOUNT
+BOSS = Actor(username="boss", email="boss@example.com", manages=EVERY)
+
+
+def user(name: str) -> ipguard.User:
+    return ipguard.User(username=name, full_name="Some One", account_id="A1", email="s@example.com")
+
+
+def touch(store: PostgresStore, *names: str) -> int:
+    with store.transaction() as turn:
+        return turn.append(Action.IMPOSE, actor="boss", touches=frozenset(names)).revision
+
+
+@pytest.fixture
+def url(postgres: Server | Given) -> str:
+    """The URL of a schema that is not there yet."""
+    return postgres.url(schema=fresh_schema())
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[PostgresStore]:
+    with PostgresStore(url) as store:
+        yield store
+
+
+# ------------------------------------------------------------------------------- the URL
+
+
+def options(url: str = "postgresql://host/db", **keywords: Any) -> Options:
+    return Options.parse(url, keywords)
+
+
+def test_what_nobody_says() -> None:
+    """Without options the pool is small, waits end before a guard's lease, the schema is ours."""
+    found = options()
+    assert (found.pool_size, found.timeout, found.bulk_timeout) == (5, 2.0, 300.0)
+    assert (found.schema, found.prepare, found.replica) == ("ipguard", -1, False)
+    assert found.listen == found.servers
+
+
+def test_options_in_the_url_and_beside_it_are_the_same() -> None:
+    """Each option may be in the URL or a keyword."""
+    given = {
+        "pool_size": 3,
+        "timeout": 0.5,
+        "bulk_timeout": 7.0,
+        "schema": "other",
+        "prepare_threshold": 9,
+        "listen": "off",
+        "replica": "allow",
+    }
+    query = "&".join(f"{name}={value}" for name, value in given.items())
+    assert options(f"postgresql://host/db?{query}") == options(**given)
+    assert options(listen="off").listen is None
+    assert options(prepare="off").prepare is None
+    assert options(prepare="on").prepare == 0
+    assert options(prepare_threshold=9).prepare == 9
+
+
+def test_the_rest_is_libpqs() -> None:
+    """What is not the library's own goes to libpq, as it was written."""
+    (server,) = options("postgres://u%40x:p%2F@host:1/d?sslmode=require&timeout=1").servers
+    for part in ("user=u@x", "password=p/", "host=host", "port=1", "dbname=d", "sslmode=require"):
+        assert part in server
+    assert "timeout=1" not in server.replace("connect_timeout", "")
+
+
+def test_each_of_several_hosts_is_a_server() -> None:
+    """Hosts are tried one by one, with their own ports or the one for all."""
+    servers = options("postgresql://u@a:1,b:2/db").servers
+    assert ["host=a" in s and "port=1" in s for s in servers] == [True, False]
+    assert ["host=b" in s and "port=2" in s for s in servers] == [False, True]
+    assert len(options("postgresql://u@/db?host=a,b,c&port=7").servers) == 3
+    with pytest.raises(StoreConfigError):
+        options("postgresql://u@/db?host=a,b,c&port=7,8")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "timeout=0",
+        "timeout=-1",
+        "timeout=nan",
+        "timeout=inf",
+        "timeout=soon",
+        "timeout",
+        "timeout=1&timeout=2",
+        "sslmode=require&sslmode=require",
+        "bulk_timeout=0",
+        "pool_size=0",
+        "pool_size=1.5",
+        "schema=",
+        "schema=" + "x" * 64,
+        "prepare=maybe",
+        "prepare_threshold=-1",
+        "replica=yes",
+        "listen=nonsense",
+        "pool=5",
+        "sslmode",
+    ],
+)
+def test_a_bad_option_is_refused(query: str) -> None:
+    """An option that is unknown, given twice, or makes no sense is a StoreConfigError."""
+    with pytest.raises(StoreConfigError):
+        open_store(f"postgresql://host/db?{query}")
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"timeout": True},
+        {"pool_size": True},
+        {"pool_size": 2.0},
+        {"schema": 5},
+        {"schema": "a\0b"},
+        {"listen": 5},
+        {"timeout": object()},
+    ],
+)
+def test_a_bad_keyword_is_refused(keywords: dict[str, Any]) -> None:
+    """A keyword of the wrong type is a StoreConfigError as well."""
+    with pytest.raises(StoreConfigError):
+        PostgresStore("postgresql://host/db", **keywords)
+
+
+def test_an_option_given_twice_is_refused() -> None:
+    """In the URL and beside it is twice."""
+    with pytest.raises(StoreConfigError, match="twice"):
+        PostgresStore("postgresql://host/db?timeout=1", timeout=1.0)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:hunter2%@host/db",
+        "postgresql://u:hunter2@[/db",
+        "postgresql://u:hunter2@host:x/db?nonsense=1",
+        "postgresql://u:hunter2@host/db?listen=postgresql://v:hunter2%25@h/",
+        "postgresql://u:hunter2@127.0.0.1:1/db",
+    ],
+)
+def test_a_password_is_told_nowhere(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """No error, its traceback, a repr or a log line at DEBUG has the password."""
+    caplog.set_level(logging.DEBUG)
+    text = ""
+    try:
+        with PostgresStore(url, timeout=0.5) as store:
+            text += repr(store) + repr(store._options) + repr(vars(store._client))
+            store.load_policy("jo")
+    except StoreError as error:
+        text += "".join(traceback.format_exception(error)) + repr(error)
+    assert text
+    # The lines of this test itself are in the traceback, the URL is not.
+    assert "hunter2" not in text + caplog.text
+
+
+# ------------------------------------------------------------------------------- opening
+
+
+def test_opening_makes_the_schema(url: str) -> None:
+    """The first that opens a store makes its schema, the next finds it."""
+    with PostgresStore(url) as first, PostgresStore(url) as second:
+        assert first.changes_since(None) == second.changes_since(None)
+
+
+def test_opening_may_only_check(url: str) -> None:
+    """With `migrate=False` a schema that is not there is an error, and stays away."""
+    for _ in range(2):
+        with pytest.raises(SchemaVersionError) as raised:
+            PostgresStore(url, migrate=False)
+        assert raised.value.found is None
+    PostgresStore(url, migrate=True).close()
+    PostgresStore(url, migrate=False).close()
+
+
+def test_the_sql_alone_makes_the_same_schema(postgres: Server | Given, url: str) -> None:
+    """A host that runs `migrations()` itself gets what opening would have made."""
+    name = options(url).schema
+    text = "".join(text for _, text in migrations())
+    postgres.execute(f"CREATE SCHEMA {name}; SET search_path TO {name}; {text}")
+    assert [version for version, _ in migrations()] == list(range(1, SCHEMA_VERSION + 1))
+    with PostgresStore(url, migrate=False) as store:
+        assert store.put_users([user("jo")]) == 1
+
+
+def _open(url: str, answers: Any) -> None:
+    try:
+        with PostgresStore(url) as store:
+            answers.put(store.changes_since(None).token)
+    except BaseException as error:
+        answers.put(repr(error))
+
+
+def test_ten_processes_open_at_once(url: str) -> None:
+    """Ten processes that open a store whose schema is not there make it once, all can use it."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    children = [context.Process(target=_open, args=(url, answers)) for _ in range(10)]
+    for child in children:
+        child.start()
+    tokens = {answers.get(timeout=60) for _ in children}
+    for child in children:
+        child.join(60)
+    with PostgresStore(url, migrate=False) as store:
+        assert tokens == {store.changes_since(None).token}
+
+
+@pytest.mark.parametrize("versions", [(SCHEMA_VERSION + 1, SCHEMA_VERSION), (7, 1)])
+def test_a_newer_schema_that_says_so_may_be_used(
+    postgres: Server | Given, url: str, versions: tuple[int, int]
+) -> None:
+    """Old servers run on while a new schema is rolled out, and can be started, too."""
+    with PostgresStore(url) as store:
+        postgres.execute(
+            f"UPDATE {options(url).schema}.schema_version SET version = %s, oldest = %s", *versions
+        )
+        assert touch(store, "jo") == 1
+        with PostgresStore(url) as other:
+            assert other.changes_since(None).head == 1
+
+
+def test_a_schema_that_is_too_new_is_refused(postgres: Server | Given, url: str) -> None:
+    """Below the oldest library that a schema admits, opening fails, and open stores stop."""
+    with PostgresStore(url) as store:
+        store.load_policy("jo")
+        postgres.execute(
+            f"UPDATE {options(url).schema}.schema_version SET version = %s, oldest = %s",
+            SCHEMA_VERSION + 1,
+            SCHEMA_VERSION + 1,
+        )
+        for migrate in (None, False, True):
+            with pytest.raises(SchemaVersionError):
+                PostgresStore(url, migrate=migrate)
+        with pytest.raises(StoreUnavailable):
+            store.changes_since(None)
+        with pytest.raises(StoreUnavailable), store.transaction():
+            pass
+
+
+def test_a_schema_that_vanished_is_not_made_again(postgres: Server | Given, url: str) -> None:
+    """In a new and empty schema nobody would be restricted: an open store only fails."""
+    with PostgresStore(url) as store:
+        store.put_users([user("jo")])
+        postgres.execute(f"DROP SCHEMA {options(url).schema} CASCADE")
+        for _ in range(3):
+            with pytest.raises(StoreError):
+                store.changes_since(None)
+        with pytest.raises(StoreError):
+            store.load_policy("jo")
+
+
+def test_another_programs_tables_are_left_alone(postgres: Server | Given, url: str) -> None:
+    """A schema that has tables of these names, and no version, is another program's."""
+    name = options(url).schema
+    postgres.execute(f"CREATE SCHEMA {name}; CREATE TABLE {name}.users (id int)")
+    with pytest.raises(StoreConfigError, match="another program"):
+        PostgresStore(url)
+    assert postgres.execute(f"SELECT count(*) FROM {name}.users") == [(0,)]
+
+
+def test_another_encoding_is_refused(postgres: Server | Given) -> None:
+    """A database that cannot hold every name is refused at opening."""
+    name = fresh_schema()
+    postgres.execute(
+        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    with pytest.raises(StoreConfigError, match="LATIN1"):
+        PostgresStore(postgres.url(name))
+
+
+# ------------------------------------------------------------------------------- the roles
+
+
+@pytest.fixture
+def roles(postgres: Server | Given) -> dict[str, str]:
+    """A URL for each of the three roles, over one schema that the owner has made."""
+    schema = fresh_schema()
+    names = {kind: f"{schema}_{kind}" for kind in ("owner", "reader", "writer")}
+    for name in names.values():
+        postgres.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+    postgres.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {names['owner']}")
+    urls = {kind: postgres.url(user=name, schema=schema) for kind, name in names.items()}
+    PostgresStore(urls["owner"]).close()
+    text = grants(schema=schema, reader=names["reader"], writer=names["writer"])
+    plain = postgres.url(user=names["owner"])
+    execute(plain, text)
+    execute(plain, text)  # again is no error
+    return urls
+
+
+def test_each_role_can_do_its_part(roles: dict[str, str]) -> None:
+    """A guard works as the reader, users and a workflow as the writer, pruning as the owner."""
+    with (
+        PostgresStore(roles["writer"]) as writer,
+        PostgresStore(roles["reader"]) as reader,
+        PostgresStore(roles["owner"]) as owner,
+    ):
+        writer.put_users([user("jo"), user("al")])
+        outbox = Outbox()
+        flow = ipguard.Workflow(writer, outbox, key=bytes(32))
+        request = flow.request(BOSS, "jo", "203.0.113.7")
+        with pytest.raises(ipguard.WrongNumber):
+            flow.confirm(BOSS, request.id, "0")
+        applied = flow.confirm(BOSS, request.id, outbox.number_for(request.id))
+        flow.impose_many(BOSS, [("al", "203.0.113.8")], reason="import")
+        assert [o.user.username for o in flow.overview(BOSS, search="jo")] == ["jo"]
+        writer.remove_users(["al"])
+        with ipguard.Guard(reader) as guard:
+            assert guard.check("jo", "203.0.113.7", at_least=applied.revision)
+            assert not guard.is_allowed("jo", "203.0.113.8")
+            flow.delete(BOSS, applied.restriction.id)
+            assert guard.wait_for(writer.changes_since(None).head, 5.0)
+            assert guard.is_allowed("jo", "203.0.113.8")
+        assert dict(reader.load_all_policies()[1])["al"].known is False
+        assert owner.prune(datetime.now(UTC) + timedelta(days=1)) > 0
+
+
+FORBIDDEN = {
+    "reader": [
+        "SELECT * FROM {s}.requests",
+        "SELECT digest FROM {s}.requests",
+        "SELECT email FROM {s}.users",
+        "SELECT full_name FROM {s}.users",
+        "SELECT actor, detail FROM {s}.changes",
+        "SELECT * FROM {s}.failures",
+        "SELECT * FROM {s}.search_terms",
+        "SELECT * FROM {s}.head FOR UPDATE",
+        "INSERT INTO {s}.changes (revision, token, at, action, detail) VALUES (9, '', 0, '', '')",
+        "UPDATE {s}.head SET revision = 9",
+        "DELETE FROM {s}.restrictions",
+        "UPDATE {s}.users SET removed = 1",
+        "TRUNCATE {s}.restrictions",
+        "CREATE TABLE {s}.mine (id int)",
+        "DROP TABLE {s}.restrictions",
+    ],
+    "writer": [
+        "UPDATE {s}.changes SET detail = ''",
+        "UPDATE {s}.changes SET revision = revision",
+        "DELETE FROM {s}.changes",
+        "TRUNCATE {s}.changes",
+        "DELETE FROM {s}.head",
+        "INSERT INTO {s}.head (id, revision, token, touching) VALUES (1, 0, '', 0)",
+        "DELETE FROM {s}.users",
+        "DELETE FROM {s}.requests",
+        "UPDATE {s}.restrictions SET expires_at = NULL",
+        "UPDATE {s}.schema_version SET version = 9",
+        "ALTER TABLE {s}.changes ADD COLUMN more int",
+        "CREATE TABLE {s}.mine (id int)",
+        "DROP TABLE {s}.changes",
+    ],
+}
+
+
+def test_each_role_can_do_no_more(roles: dict[str, str], postgres: Server | Given) -> None:
+    """Each statement that a role has no business with is refused by the server itself."""
+    import psycopg
+
+    for kind, statements in FORBIDDEN.items():
+        parsed = options(roles[kind])
+        for statement in statements:
+            with psycopg.connect(parsed.servers[0]) as connection:
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute(statement.format(s=parsed.schema))
+                connection.rollback()
+
+
+def test_a_role_that_may_not_is_told_so(roles: dict[str, str]) -> None:
+    """What the reader may not, and pruning by the writer, are errors of this library."""
+    with PostgresStore(roles["reader"]) as reader, PostgresStore(roles["writer"]) as writer:
+        for call in (
+            lambda: reader.put_users([user("jo")]),
+            lambda: reader.overview(EVERY),
+            lambda: reader.history(EVERY),
+            lambda: writer.prune(START),
+            lambda: touch(reader, "jo"),
+        ):
+            with pytest.raises(StoreConfigError, match="denied"):
+                call()
+        assert touch(writer, "jo") == 1
+        assert reader.changes_since(None).head == 1
+
+
+def test_a_role_that_may_not_make_the_schema_checks_it(
+    roles: dict[str, str], postgres: Server | Given
+) -> None:
+    """Where there is no schema, and the role may not make one, that is what opening says."""
+    missing = roles["reader"].replace("schema=t", "schema=missing_t")
+    with pytest.raises(SchemaVersionError):
+        PostgresStore(missing)
+    with pytest.raises(StoreConfigError, match="denied"):
+        PostgresStore(missing, migrate=True)
+    PostgresStore(roles["reader"], migrate=True).close()  # there is nothing to do
+
+
+def test_names_are_quoted_in_grants() -> None:
+    """A schema and a role may be called anything."""
+    text = grants(schema='a"b', reader="x y", writer="Writer")
+    assert '"a""b"' in text
+    assert '"x y"' in text
+    assert '"Writer"' in text
+    assert grants() == ""
+
+
+# ------------------------------------------------------------------------------- round trips
+
+
+def test_round_trips(postgres: Server | Given) -> None:
+    """A policy load and a sync are one round trip each, a confirm is seven."""
+    if isinstance(postgres, Given):
+        pytest.fail("round trips are counted before a server of our own: unset the variable")
+    schema = fresh_schema()
+    with Proxy(postgres.port) as proxy:
+        url = postgres.url(
+            port=proxy.port, schema=schema, sslmode="disable", gssencmode="disable", listen="off"
+        )
+        with open_store(url) as store:
+            outbox = Outbox()
+            flow = ipguard.Workflow(store, outbox, key=bytes(32))
+            store.put_users([user("jo")])
+            cursor = store.changes_since(None)[:2]
+            counts: dict[str, int] = {}
+
+            def count(name: str, call: Any) -> None:
+                before = proxy.round_trips
+                call()
+                counts[name] = proxy.round_trips - before
+
+            for _ in range(2):  # the first time prepares
+                count("load", lambda: store.load_policy("jo"))
+                count("sync", lambda: store.changes_since(cursor))
+            request = flow.request(BOSS, "jo", "203.0.113.7")
+            number = outbox.number_for(request.id)
+            count("confirm", lambda: flow.confirm(BOSS, request.id, number))
+            assert counts == {"load": 1, "sync": 1, "confirm": 7}
+        assert proxy.connections <= 3
+
+
+# ------------------------------------------------------------------------------- time
+
+
+def test_the_servers_clock_decides(url: str, store: PostgresStore) -> None:
+    """Without a clock of its own the store tells the server's time, and rows carry it."""
+    ((server,),) = execute(url.partition("schema=")[0].rstrip("&?"), "SELECT clock_timestamp()")
+    assert abs(store.now() - server) < timedelta(seconds=1)
+    with store.transaction() as turn:
+        assert abs(turn.now - server) < timedelta(seconds=5)
+        change = turn.append(Action.IMPOSE, actor=None)
+    assert change.at == turn.now
+
+
+def test_now_does_no_io(url: str) -> None:
+    """The time goes on when the server is gone, and before it was ever there."""
+    with PostgresStore("postgresql://127.0.0.1:1/none?timeout=0.2") as store:
+        assert abs(store.now() - datetime.now(UTC)) < timedelta(seconds=1)
+
+
+def test_the_hosts_clock_does_not_matter(store: PostgresStore) -> None:
+    """What the server said last counts from then on, whatever the host believes."""
+    from ipguard.stores._postgres_clock import ServerClock, ticks
+
+    clock = ServerClock()
+    clock.set(0, ticks())
+    assert timedelta(0) <= clock.now() - datetime(1970, 1, 1, tzinfo=UTC) < timedelta(seconds=5)
+
+
+# ------------------------------------------------------------------------------- pruning
+
+
+def test_pruning_keeps_a_gapless_end(url: str) -> None:
+    """Rows before the moment go, but never the last one, nor one after a row that stays."""
+    clock = FakeClock(START)
+    with PostgresStore(url, clock=clock) as store:
+        old = store.changes_since(None)[:2]
+        for seconds in (10, 20, -15, 30):  # the third was written by a clock that was set back
+            clock.set(START + timedelta(seconds=seconds))
+            touch(store, "jo")
+        second = None
+        for change in store.history(EVERY):
+            if change.revision == 2:
+                second = change
+        assert second is not None
+        assert (
+            store.prune(START + timedelta(seconds=20)) == 2
+        )  # the empty store's row and the first
+        assert [c.revision for c in store.history(EVERY)] == [4, 3, 2]
+        assert store.changes_since(old).usernames is RESET
+        assert store.prune(START + timedelta(days=1)) == 2
+        assert [c.revision for c in store.history(EVERY)] == [4]
+        here = store.changes_since(None)[:2]
+        assert store.prune(START + timedelta(days=1)) == 0
+        assert store.changes_since(here).usernames == frozenset()
+        assert touch(store, "jo") == 5
+        assert store.put_users([user("jo")]) == 6
+
+
+# ------------------------------------------------------------------------------- lending
+
+
+def test_no_thread_before_it_is_needed(url: str) -> None:
+    """Opening, reading and writing start no thread; only waiting does, and closing ends it."""
+    before = set(threading.enumerate())
+    with PostgresStore(url) as store:
+        store.put_users([user("jo")])
+        store.load_policy("jo")
+        assert set(threading.enumerate()) == before
+        store.wait(10**6, 0.01)
+        assert len(set(threading.enumerate()) - before) == 1
+    assert set(threading.enumerate()) == before
+
+
+def test_a_pool_that_is_used_up_is_waited_for(url: str) -> None:
+    """Who finds every connection lent waits, and is refused at the deadline."""
+    with PostgresStore(url, pool_size=1, timeout=0.3) as store:
+        pool = store._client.pool
+        session = pool.take(time.monotonic() + 60)
+        with pytest.raises(StoreUnavailable, match="in use"):
+            store.load_policy("jo")
+        timer = threading.Timer(0.1, pool.give, (session,))
+        timer.start()
+        assert store.load_policy("jo").revision == 0
+        timer.join()
+
+
+def test_stagers_do_not_take_every_connection(url: str) -> None:
+    """However many read slow sources, logins and another writer find a connection."""
+    with PostgresStore(url, pool_size=2, timeout=1.0) as store:
+        staging, go_on = threading.Event(), threading.Event()
+
+        def slowly() -> Iterator[ipguard.User]:
+            yield user("jo")
+            staging.set()
+            assert go_on.wait(20)
+
+        thread = threading.Thread(target=lambda: store.put_users(slowly()))
+        thread.start()
+        assert staging.wait(20)
+        assert store.load_policy("jo").revision == 0
+        assert touch(store, "al") == 1
+        go_on.set()
+        thread.join(20)
+        assert store.load_policy("jo").known
+
+
+def test_connections_are_not_left_behind(url: str, postgres: Server | Given) -> None:
+    """After every kind of call, some of them failing, the pool is whole, and closing empties it."""
+    ask = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+    name = fresh_schema()
+    with PostgresStore(f"{url}&application_name={name}", listen="off") as store:
+        store.put_users([user(f"u{n}") for n in range(200)])
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), store.transaction(staged=[]):
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            store.put_users(user(f"u{1 // n}") for n in (1, 0))
+        _, policies = store.load_all_policies()
+        policies.close()
+        pool = store._client.pool
+        assert pool._open == len(pool._idle) == postgres.execute(ask, name)[0][0] <= 2
+    assert pool._open == 0
+
+
+def test_a_failed_statement_undoes_the_turn(url: str, store: PostgresStore) -> None:
+    """A caller that hides a server's error cannot commit what is left of its turn."""
+    with pytest.raises(StoreError), store.transaction() as turn:  # noqa: PT012
+        with contextlib.suppress(StoreError):
+            turn._db.rows("SELECT 1 / 0")
+        turn.append(Action.IMPOSE, actor=None)
+    assert store.changes_since(None).head == 0
+
+
+def test_what_is_written_waits_for_the_next_question(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes go out with the next read, or with the commit."""
+    sent: list[int] = []
+    pipelined = Session.pipelined
+    monkeypatch.setattr(
+        Session, "pipelined", lambda self, many: (sent.append(len(many)), pipelined(self, many))[1]
+    )
+    with store.transaction() as turn:
+        turn.set_failures("jo", 3)
+        turn.set_failures("al", 4)
+        assert sent == []
+        assert turn.failures("jo") == 3
+        assert sent == [3]
+        turn.append(Action.IMPOSE, actor=None, touches=frozenset({"jo"}))
+    assert sent == [3, 4]  # the row, the head, the notification, the commit
+
+
+# ------------------------------------------------------------------------------- children
+
+
+def test_a_child_has_connections_of_its_own(store: PostgresStore) -> None:
+    """A forked child abandons what it inherited, unclosed, and opens its own."""
+    store.put_users([user("jo")])
+    store.load_policy("jo")
+    store.wait(10**6, 0.05)  # the listener's connection is inherited as well
+    idle = store._client.pool._idle[0]
+    backend = idle.info.backend_pid
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            own = store._client.read(lambda s: s.rows("SELECT pg_backend_pid()"))[0][0]
+            revision = touch(store, "jo")
+            told = store.wait(revision - 1, 5.0)
+            store.close()
+            os.write(writer, f"{own != backend} {revision} {told}".encode())
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == b"True 2 True"
+    os.waitpid(child, 0)
+    assert store._client.pool._idle[0] is idle
+    assert store._client.read(lambda s: s.rows("SELECT pg_backend_pid()")) == [(backend,)]
+    assert store.wait(1, 5.0)

@@ -1,0 +1,224 @@
+"""What wakes guards over PostgreSQL: notifications, and what replaces them when they fail."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import ipguard
+from ipguard.model import Action
+from ipguard.stores.postgres import PostgresStore
+from tests.postgres import Given, Server, fresh_schema, until
+
+PATIENCE = 20.0
+
+
+def touch(store: PostgresStore, *names: str) -> int:
+    with store.transaction() as turn:
+        return turn.append(Action.IMPOSE, actor="boss", touches=frozenset(names)).revision
+
+
+@pytest.fixture
+def url(postgres: Server | Given) -> str:
+    return postgres.url(schema=fresh_schema(), application_name=fresh_schema())
+
+
+@pytest.fixture
+def writer(url: str) -> Iterator[PostgresStore]:
+    """The store as another process has it."""
+    with PostgresStore(url, listen="off") as store:
+        yield store
+
+
+@pytest.fixture
+def store(writer: PostgresStore, url: str) -> Iterator[PostgresStore]:
+    with PostgresStore(url) as store:
+        yield store
+
+
+def listening(store: PostgresStore) -> bool:
+    store.wait(10**6, 0.01)
+    return store._listener._state == "listening for changes"
+
+
+def backend(postgres: Server | Given, store: PostgresStore) -> int:
+    """The process that the store's listener talks to."""
+    ask = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT touching%%' AND query LIKE %s"
+    ((pid,),) = postgres.execute(ask, f"%{store._options.schema}%")
+    return int(pid)
+
+
+def wakes(store: PostgresStore, writer: PostgresStore) -> bool:
+    """Tell whether a change by the other wakes who waits, long before any fallback."""
+    head = writer.changes_since(None).head
+    threading.Timer(0.05, touch, (writer, "jo")).start()
+    return store.wait(head, PATIENCE)
+
+
+def test_a_change_elsewhere_wakes(store: PostgresStore, writer: PostgresStore) -> None:
+    """Who waits is woken by a commit of another process, within milliseconds."""
+    until(lambda: listening(store), "it listens")
+    for _ in range(5):
+        head = writer.changes_since(None).head
+        took: list[float] = []
+
+        def wait(head: int = head, took: list[float] = took) -> None:
+            assert store.wait(head, PATIENCE)
+            took.append(time.monotonic())
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        touch(writer, "jo")
+        committed = time.monotonic()
+        thread.join(PATIENCE)
+        assert took[0] - committed < 1.0
+
+
+def test_only_what_touches_a_policy_wakes(store: PostgresStore, writer: PostgresStore) -> None:
+    """A change that touches nobody, and one that is undone, send nothing."""
+    until(lambda: listening(store), "it listens")
+    count = store._listener.count
+    with writer.transaction() as turn:
+        turn.append(Action.WRONG_NUMBER, actor="boss")
+    with pytest.raises(ZeroDivisionError), writer.transaction() as turn:
+        turn.append(Action.IMPOSE, actor="boss", touches=frozenset({"jo"}))
+        raise ZeroDivisionError
+    assert wakes(store, writer)  # what was sent before would have come before
+    assert store._listener.count == count + 1
+    assert store._listener.touching == 2
+
+
+def test_all_who_wait_share_one_listener(
+    postgres: Server | Given, store: PostgresStore, writer: PostgresStore
+) -> None:
+    """Many waiters on one store are all woken, over one connection and one thread."""
+    until(lambda: listening(store), "it listens")
+    woken: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: woken.append(store.wait(0, PATIENCE))) for _ in range(10)
+    ]
+    for thread in threads:
+        thread.start()
+    assert sum(t.name == "ipguard-listener" for t in threading.enumerate()) == 1
+    assert backend(postgres, store)
+    touch(writer, "jo")
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert woken == [True] * 10
+
+
+def test_a_killed_listener_comes_back(
+    postgres: Server | Given, store: PostgresStore, writer: PostgresStore
+) -> None:
+    """After its backend is terminated it listens again, and misses nothing of the time between."""
+    until(lambda: listening(store), "it listens")
+    postgres.execute("SELECT pg_terminate_backend(%s)", backend(postgres, store))
+    revision = touch(writer, "jo")
+    assert store.wait(revision - 1, PATIENCE)
+    until(lambda: listening(store), "it listens again")
+    assert wakes(store, writer)
+
+
+def test_a_frozen_listener_costs_no_more_than_time(
+    postgres: Server | Given, url: str, writer: PostgresStore
+) -> None:
+    """While the listener's backend is stopped, a guard still syncs each second; then it is replaced."""
+    if isinstance(postgres, Given):
+        pytest.fail("a process is stopped in a server of our own: unset the variable")
+    with PostgresStore(url, timeout=0.5) as store, ipguard.Guard(store) as guard:
+        until(lambda: listening(store), "it listens")
+        frozen = backend(postgres, store)
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            revision = touch(writer, "jo")
+            assert guard.wait_for(revision, PATIENCE)
+            assert time.monotonic() - began < 1.5 + 1.0  # and a busy machine's slack
+            until(lambda: not listening(store) or backend(postgres, store) != frozen, "replaced")
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        until(lambda: listening(store), "it listens again")
+        assert wakes(store, writer)
+
+
+def test_without_a_listener_time_passes(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """With `listen=off` there is no thread, and a wait just waits; the log says so."""
+    caplog.set_level(logging.INFO, "ipguard")
+    with PostgresStore(url, listen="off") as store:
+        assert "polling" in caplog.text
+        began = time.monotonic()
+        assert not store.wait(0, 0.05)
+        assert time.monotonic() - began >= 0.05
+        assert store._listener._thread is None
+        assert store.wait(touch(store, "jo") - 1, 0.0)
+
+
+def test_a_listener_that_cannot_connect_says_so_once(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A listen URL that leads nowhere costs nothing but wake-ups, and one line in the log."""
+    with PostgresStore(url, listen="postgresql://u:hunter2@127.0.0.1:1/none") as store:
+        until(lambda: store.wait(10**6, 0.5) or "polling" in caplog.text, "it says so")
+        store.wait(10**6, 0.5)
+        assert caplog.text.count("polling") == 1
+        assert "hunter2" not in caplog.text
+        assert touch(store, "jo") == 1
+
+
+def test_a_listener_in_another_database_is_found_out(
+    postgres: Server | Given, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a notification sent over the pool does not arrive, the log says that it polls, and why."""
+    name = fresh_schema()
+    postgres.execute(f"CREATE DATABASE {name}")
+    schema = url.partition("schema=")[2].partition("&")[0]
+    PostgresStore(postgres.url(name, schema=schema)).close()
+    with PostgresStore(url, listen=postgres.url(name)) as store:
+        until(lambda: store.wait(10**6, 0.1) or "do not arrive" in caplog.text, "it says so")
+
+
+def test_notifications_of_others_do_no_harm(
+    postgres: Server | Given, store: PostgresStore, writer: PostgresStore
+) -> None:
+    """Whatever anybody sends on the channel is a hint at the most."""
+    until(lambda: listening(store), "it listens")
+    channel = store._options.schema
+    for payload in ("", "x", "-1", "1e9", "9" * 30, "999999999", "٣"):
+        postgres.execute("SELECT pg_notify(%s, %s)", channel, payload)
+    until(lambda: store.wait(0, 0.1), "the one that looks like a revision wakes")
+    assert store.changes_since(None).head == 0
+    assert not store.wait(0, 0.0)  # the sync has set it right
+    assert wakes(store, writer)
+
+
+def test_closing_ends_the_waiting_and_the_thread(store: PostgresStore) -> None:
+    """Who waits returns at once, and the listener's thread is gone."""
+    until(lambda: listening(store), "it listens")
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(store.wait(0, 3600.0)))
+    thread.start()
+    began = time.monotonic()
+    store.close()
+    thread.join(PATIENCE)
+    assert time.monotonic() - began < 2.0
+    assert answers in ([False], [])
+    assert not any(t.name == "ipguard-listener" for t in threading.enumerate())
+
+
+def test_a_store_that_nobody_waits_on_stops_listening(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread ends when nobody has waited for a while, and starts again with the next who does."""
+    from ipguard.stores import _postgres_listen
+
+    until(lambda: listening(store), "it listens")
+    monkeypatch.setattr(_postgres_listen, "_LONELY", 0.0)
+    until(lambda: store._listener._thread is None, "it stops")
+    monkeypatch.undo()
+    until(lambda: listening(store), "it listens again")
