@@ -164,7 +164,7 @@ class Server:
 
     def _answers(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, Path(f"{self.folder}.log").read_text()
+        assert self.process.poll() is None, Path(f"{self.folder}.log").read_text()[-1000:]
         with contextlib.suppress(psycopg.OperationalError):
             self.execute("SELECT 1")
             return True
@@ -195,19 +195,19 @@ class Server:
         """Stop it: SIGINT is a fast shutdown, SIGKILL a crash."""
         if self.process is None:
             return
-        if number == signal.SIGKILL:
-            children = self.backends()
-            self.process.kill()
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-        elif self.process.poll() is None:
+        children = self.backends() if number == signal.SIGKILL else []
+        if self.process.poll() is None:
             self.process.send_signal(number)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.process = None
+        # The next one finds their shared memory in use until all of them are gone.
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), "they end")
 
     def remove(self) -> None:
         """Stop it and leave nothing behind."""

@@ -26,7 +26,7 @@ def touch(store: PostgresStore, *names: str) -> int:
 
 @pytest.fixture
 def url(postgres: Server | Given) -> str:
-    return postgres.url(schema=fresh_schema(), application_name=fresh_schema())
+    return postgres.url(schema=fresh_schema())
 
 
 @pytest.fixture
@@ -49,7 +49,10 @@ def listening(store: PostgresStore) -> bool:
 
 def backend(postgres: Server | Given, store: PostgresStore) -> int:
     """The process that the store's listener talks to."""
-    ask = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT touching%%' AND query LIKE %s"
+    ask = (
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE application_name = 'ipguard listener' AND query LIKE %s"
+    )
     ((pid,),) = postgres.execute(ask, f"%{store._options.schema}%")
     return int(pid)
 
@@ -86,7 +89,7 @@ def test_only_what_touches_a_policy_wakes(store: PostgresStore, writer: Postgres
     count = store._listener.count
     with writer.transaction() as turn:
         turn.append(Action.WRONG_NUMBER, actor="boss")
-    with pytest.raises(ZeroDivisionError), writer.transaction() as turn:
+    with pytest.raises(ZeroDivisionError), writer.transaction() as turn:  # noqa: PT012
         turn.append(Action.IMPOSE, actor="boss", touches=frozenset({"jo"}))
         raise ZeroDivisionError
     assert wakes(store, writer)  # what was sent before would have come before
@@ -128,7 +131,7 @@ def test_a_killed_listener_comes_back(
 def test_a_frozen_listener_costs_no_more_than_time(
     postgres: Server | Given, url: str, writer: PostgresStore
 ) -> None:
-    """While the listener's backend is stopped, a guard still syncs each second; then it is replaced."""
+    """While the listener's backend is stopped, a guard syncs each second; then it is replaced."""
     if isinstance(postgres, Given):
         pytest.fail("a process is stopped in a server of our own: unset the variable")
     with PostgresStore(url, timeout=0.5) as store, ipguard.Guard(store) as guard:
@@ -174,7 +177,7 @@ def test_a_listener_that_cannot_connect_says_so_once(
 def test_a_listener_in_another_database_is_found_out(
     postgres: Server | Given, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a notification sent over the pool does not arrive, the log says that it polls, and why."""
+    """Where a notification sent over the pool does not arrive, the log says that it polls."""
     name = fresh_schema()
     postgres.execute(f"CREATE DATABASE {name}")
     schema = url.partition("schema=")[2].partition("&")[0]
@@ -214,7 +217,7 @@ def test_closing_ends_the_waiting_and_the_thread(store: PostgresStore) -> None:
 def test_a_store_that_nobody_waits_on_stops_listening(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread ends when nobody has waited for a while, and starts again with the next who does."""
+    """The thread ends when nobody has waited for a while, and starts again with the next."""
     from ipguard.stores import _postgres_listen
 
     until(lambda: listening(store), "it listens")

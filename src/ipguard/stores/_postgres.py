@@ -141,17 +141,16 @@ class Session:
                 if not cursor.nextset():
                     return found
 
-    def pipelined(self, statements: Sequence[tuple[str, Params]]) -> tuple[list[Row], str | None]:
-        """Run statements in one round trip; return the last one's rows and command tag."""
+    def pipelined(self, statements: Sequence[tuple[str, Params]]) -> str | None:
+        """Run statements in one round trip, and return the last one's command tag."""
         self._begin()
-        cursor = self.connection.cursor(binary=True)
-        *others, last = [(dialect(text, self.schema), params) for text, params in statements]
         with translated():
             with self.connection.pipeline():
-                for text, params in others:
-                    self.connection.cursor(binary=True).execute(text, params)
-                cursor.execute(*last)
-            return cursor.fetchall() if cursor.description else [], cursor.statusmessage
+                cursors = [
+                    self.connection.execute(dialect(text, self.schema), params)
+                    for text, params in statements
+                ]
+            return cursors[-1].statusmessage
 
 
 @lru_cache(maxsize=512)

@@ -131,20 +131,19 @@ class Client:
 
     @contextmanager
     def begun(
-        self, begin: str, *, deadline: float | None = None, writing: bool = False
+        self, begin: str, *, deadline: float | None = None
     ) -> Iterator[tuple[Session, list[list[Row]]]]:
         """Lend a connection in a transaction.
 
         Args:
             begin: The statements that begin it, for one round trip.
             deadline: Until when they may take.
-            writing: Whether this thread has the writer's lock of this process.
 
         Returns:
             The connection, and the rows of each of those statements.
         """
         pool, deadline = self.pool, deadline or self.deadline()
-        session = pool.take(deadline, writing=writing)
+        session = pool.take(deadline)
         try:
             try:
                 found = session.script(begin)
@@ -153,7 +152,7 @@ class Client:
                     raise
                 pool.forget()
                 pool.discard(session)
-                session = pool.take(deadline, writing=writing)
+                session = pool.take(deadline)
                 found = session.script(begin)
             yield session, found
         except BaseException:

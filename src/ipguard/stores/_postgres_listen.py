@@ -48,6 +48,8 @@ class Listener:
         self._closed = False
         self._state = ""
         self.renew()
+        if options.listen is None:
+            self._say(logging.INFO, "polling: listen=off")
 
     def renew(self) -> None:
         """Begin anew: at first, and in a forked child, where the thread does not exist."""

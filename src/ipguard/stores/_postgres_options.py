@@ -23,6 +23,7 @@ _DEFAULTS: Final = {
     "keepalives_interval": "2",
     "keepalives_count": "3",
 }
+_LISTENER: Final = {"fallback_application_name": "ipguard listener"}
 _NAME_AT_MOST: Final = 63  # bytes of an identifier
 
 
@@ -33,8 +34,7 @@ class Options:
     Attributes:
         servers: A connection string for each server that may be tried, in order.
         listen: The same for the connection that listens; None: do not listen.
-        pool_size: How many connections this process may have at a time; one for the writer and one
-            for the listener come to it.
+        pool_size: How many connections this process may have at a time, the listener's not counted.
         timeout: How long one call of the login path, or one step of a writer's turn, may take.
         bulk_timeout: How long a step may take that reads or writes any number of rows.
         schema: The schema that holds the tables; also the name of the channel.
@@ -74,7 +74,7 @@ class Options:
             raise StoreConfigError('listen must be a URL, or "off"')
         return cls(
             servers=_servers(params),
-            listen=None if listen == "off" else _servers(_conninfo(listen)),
+            listen=None if listen == "off" else _servers(_conninfo(listen) | _LISTENER),
             pool_size=_whole("pool_size", given.get("pool_size", 5), least=1),
             timeout=_seconds("timeout", given.get("timeout", 2.0)),
             bulk_timeout=_seconds("bulk_timeout", given.get("bulk_timeout", 300.0)),

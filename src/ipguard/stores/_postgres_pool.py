@@ -55,20 +55,17 @@ class Pool:
 
     # ------------------------------------------------------------------------- lending
 
-    def take(self, deadline: float, *, writing: bool = False) -> Session:
+    def take(self, deadline: float) -> Session:
         """Lend a connection to this thread.
 
         Args:
             deadline: On the clock of `time.monotonic`; it holds for what is done with it, too.
-            writing: Whether this thread has the writer's lock of this process. One connection more
-                is for who does: those who stage wait for that lock with a connection in hand.
 
         Raises:
             StoreUnavailable: The store is closed, or there is no connection in time.
         """
-        most = self.options.pool_size + writing
         with self._free:
-            while not self._closed and not self._idle and self._open >= most:
+            while not self._closed and not self._idle and self._open >= self.options.pool_size:
                 if not self._free.wait(deadline - time.monotonic()):
                     raise StoreUnavailable("PostgreSQL: every connection is in use")
             if self._closed:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 from ipguard.errors import StoreUnavailable
 from ipguard.stores._postgres import Session, quoted
@@ -56,11 +58,20 @@ def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1000))  # 0 would mean for ever
 
 
+_TABLES: Final = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(\w+)")
+
+
+@lru_cache(maxsize=512)
+def tables(sql: str) -> frozenset[str]:
+    """Return the tables that a statement of ours names."""
+    return frozenset(_TABLES.findall(sql))
+
+
 class Turn:
     """The `Executor` of one turn.
 
-    What is written waits here, and goes out with the next question or with the commit: one round
-    trip for all of it. It is of no use when the turn is over, or in a forked child.
+    What is written waits here until a question about the same tables, or the commit, and goes out
+    in one round trip. It is of no use when the turn is over, or in a forked child.
     """
 
     def __init__(self, session: Session) -> None:
@@ -81,9 +92,12 @@ class Turn:
 
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
         session = self._usable()
-        if not self._waiting:
-            return session.rows(sql, params)
-        return self._send(session, (sql, params))[0]
+        asked = tables(sql)
+        if not all(asked.isdisjoint(tables(text)) for text, _ in self._waiting):
+            self._send(session)
+        # Not together with what was waiting: the driver ends such a batch with a Flush, which turns
+        # off the server's timeout for a client that is idle in a transaction, and then vanishes.
+        return session.rows(sql, params)
 
     def run(self, sql: str, params: Params = ()) -> None:
         self._usable()
@@ -91,8 +105,7 @@ class Turn:
 
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         session = self._usable()
-        if self._waiting:
-            self._send(session)
+        self._send(session)
         session.insert_many(table, columns, rows)
 
     def among(self, column: str) -> str:
@@ -111,13 +124,14 @@ class Turn:
         if touching is not None:
             # The schema's name is the channel's; the row is sent by the commit itself.
             self.run("SELECT pg_notify(?, ?)", (session.schema, str(touching)))
-        _, tag = self._send(session, ("COMMIT", ()))
-        if tag != "COMMIT":
+        self.run("COMMIT")
+        if self._send(session) != "COMMIT":
             raise StoreUnavailable("PostgreSQL rolled the transaction back")
 
-    def _send(self, session: Session, *last: tuple[str, Params]) -> tuple[list[Row], str | None]:
-        statements, self._waiting = [*self._waiting, *last], []
-        return session.pipelined(statements)
+    def _send(self, session: Session) -> str | None:
+        """Send what is waiting, if anything is, and return the last command's tag."""
+        statements, self._waiting = self._waiting, []
+        return session.pipelined(statements) if statements else None
 
 
 class Writer:
@@ -143,14 +157,14 @@ class Writer:
 
     def renew(self) -> None:
         """Begin anew: at first, and in a forked child, where the locks may be held."""
-        self._lock = threading.Lock()
-        self._thread: int | None = None  # that holds the lock
+        self._queue = threading.Lock()
+        self._inside: set[int] = set()  # the threads in a turn
         # Logins find a connection, however many threads stage.
         self._staging = threading.BoundedSemaphore(max(1, self._client.options.pool_size - 1))
 
     def refuse_nested(self) -> None:
         """Refuse a turn within a turn: it would wait for itself."""
-        if self._thread == threading.get_ident():
+        if threading.get_ident() in self._inside:
             raise RuntimeError("this thread is in a transaction of this store already")
 
     @contextmanager
@@ -170,53 +184,46 @@ class Writer:
             slots.release()
 
     @contextmanager
-    def turn(self, staged: Session | None = None) -> Iterator[tuple[SqlTransaction, Turn]]:
-        """Take the writer's turn.
-
-        Args:
-            staged: The connection of `staging`, whose transaction becomes the turn's.
-        """
-        deadline = self._client.deadline()
-        # Threads of one process queue here, and not each with a connection in hand.
-        lock = self._lock
-        if not lock.acquire(timeout=self._client.options.timeout):
+    def turn(self) -> Iterator[tuple[SqlTransaction, Turn]]:
+        """Take the writer's turn."""
+        client, patience = self._client, self._client.options.timeout
+        deadline, queue = client.deadline(), self._queue
+        # Threads of one process queue here, and not each with a connection in hand. Who has staged
+        # has one, and goes straight for the row: whoever holds that needs nothing more.
+        if not queue.acquire(timeout=patience):
             raise StoreUnavailable("another thread kept the writer's turn for too long")
         try:
-            self._thread = threading.get_ident()
-            with self._taken(staged, deadline) as both:
-                yield both
+            asked_at = ticks()
+            begin = "BEGIN;" + self._taking(deadline, patience)
+            with client.begun(begin, deadline=deadline) as (session, found):
+                session.patience = patience
+                with self._taken(session, found, asked_at, staged=False) as both:
+                    yield both
         finally:
-            if self._lock is lock:  # in a forked child it is another
-                self._thread = None
-            lock.release()
+            queue.release()
 
     @contextmanager
-    def _taken(
-        self, staged: Session | None, deadline: float
-    ) -> Iterator[tuple[SqlTransaction, Turn]]:
-        client, options, asked_at = self._client, self._client.options, ticks()
-        patience = options.timeout if staged is None else options.bulk_timeout
-        take = taking(
+    def staged_turn(self, session: Session) -> Iterator[tuple[SqlTransaction, Turn]]:
+        """Take the writer's turn, in the transaction that `staging` began."""
+        deadline, patience, asked_at = self._client.deadline(), session.patience, ticks()
+        session.patience, session.connection.deadline = None, deadline
+        found = session.script(self._taking(deadline, self._client.options.bulk_timeout))
+        session.patience = patience
+        with self._taken(session, found, asked_at, staged=True) as both:
+            yield both
+
+    def _taking(self, deadline: float, patience: float) -> str:
+        options = self._client.options
+        return taking(
             options.schema,
             # The server gives up on the lock before the client would, which keeps the connection.
             lock=0.8 * (deadline - time.monotonic()),
             statement=patience,
             idle=2 * options.timeout,
         )
-        if staged is None:
-            with client.begun("BEGIN;" + take, deadline=deadline, writing=True) as (session, found):
-                session.patience = patience
-                with self._inside(session, found, asked_at, staged=False) as both:
-                    yield both
-        else:
-            staged.patience, staged.connection.deadline = None, deadline
-            found = staged.script(take)
-            staged.patience = patience
-            with self._inside(staged, found, asked_at, staged=True) as both:
-                yield both
 
     @contextmanager
-    def _inside(
+    def _taken(
         self, session: Session, found: list[list[Row]], asked_at: float, *, staged: bool
     ) -> Iterator[tuple[SqlTransaction, Turn]]:
         taken = Taken(*found[-1][0])
@@ -227,10 +234,13 @@ class Writer:
         now = moment(taken.micros) if self._clock is None else self._clock()
         db = Turn(session)
         turn = SqlTransaction(db, now, revision=taken.revision, staged=staged)
+        inside, thread = self._inside, threading.get_ident()
+        inside.add(thread)
         try:
             yield turn, db
             db.commit(turn.touching)
         finally:
             db.over = True
+            inside.discard(thread)
         if turn.touching is not None:
             self._touched(turn.touching)

@@ -76,8 +76,7 @@ class PostgresStore:
         clock: Returns the current time as an aware datetime; the server's clock without it.
         migrate: Whether to bring the schema up to date on opening. None: where the role may.
             False: only check. True: raise where that cannot be.
-        pool_size: How many connections this process may have; one for its writer and one that
-            listens come to it; 5.
+        pool_size: How many connections this process may have, the one that listens not counted; 5.
         timeout: How many seconds a read, or one step of a writer's turn, may take; 2.0. Keep it
             below the `max_staleness` of the guards.
         bulk_timeout: The same for a step with any number of rows; 300.0.
@@ -225,7 +224,7 @@ class PostgresStore:
             return
         with self._writer.staging() as session:
             stage_restrictions(session, staged)
-            with self._writer.turn(session) as (turn, _):
+            with self._writer.staged_turn(session) as (turn, _):
                 yield turn
 
     def put_users(self, users: Iterable[User]) -> int:
@@ -237,7 +236,7 @@ class PostgresStore:
             if not changed:
                 session.script("ROLLBACK")
                 return revision
-            with self._writer.turn(session) as (turn, db):
+            with self._writer.staged_turn(session) as (turn, db):
                 change = put.apply(turn, db)
         return _told(turn, change)
 
@@ -246,7 +245,7 @@ class PostgresStore:
         self._writer.refuse_nested()
         with self._writer.staging() as session:
             users_of.stage_names(session, (canonical_username(name) for name in usernames))
-            with self._writer.turn(session) as (turn, db):
+            with self._writer.staged_turn(session) as (turn, db):
                 change = users_of.remove_staged(turn, db)
         return _told(turn, change)
 
