@@ -46,12 +46,13 @@ class Desk:
 
     Attributes:
         path: The database file, or None where there is none.
+        url: Where the store is.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, url: str = "memory://") -> None:
         self.path = path
         self.clock = FakeClock()
-        self.url = "memory://" if path is None else f"sqlite:///{path}"
+        self.url = url if path is None else f"sqlite:///{path}"
         self.store: RestrictionStore = ipguard.open_store(self.url, clock=self.clock)
         self.outbox = Outbox()
         self.flow = Workflow(self.store, self.outbox, key=KEY)

@@ -18,9 +18,9 @@ import ipguard
 from ipguard import Action, Applied, PendingRequest, RequestClosed, TooManyAttempts, WrongNumber
 from tests.conftest import rounds
 from tests.flows import ADAM, ALICE, BOSS, KEY, Desk
+from tests.postgres import fresh_schema
 
 PATIENCE = 60.0
-WRITERS_WAIT = "?timeout=60"  # as long as the slowest machine needs for all of them
 
 
 class Crowd:
@@ -76,12 +76,28 @@ def crowd() -> Iterator[Callable[[int], Crowd]]:
         it.go_home()
 
 
+def patient(url: str) -> str:
+    """Return the URL of a store whose writers wait as long as the slowest machine needs."""
+    return url if url == "memory://" else f"{url}{'&' if '?' in url else '?'}timeout=60"
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Desk]:
+    """A desk over each store, the server's included."""
+    if request.param == "postgres":
+        it = Desk(url=request.getfixturevalue("postgres").url(schema=fresh_schema()))
+    else:
+        it = Desk(tmp_path / "desk.db" if request.param == "sqlite" else None)
+    with it.store:
+        yield it
+
+
 @pytest.fixture
 def busy(desk: Desk) -> Desk:
     """A desk with 64 impatient people before it: nobody is sent away, and all may ask on."""
-    if desk.path is not None:
+    if desk.url != "memory://":
         desk.store.close()
-        desk.store = ipguard.open_store(desk.url + WRITERS_WAIT, clock=desk.clock)
+        desk.store = ipguard.open_store(patient(desk.url), clock=desk.clock)
     desk.use(requests_per_hour=10**9, failures_per_actor=10**9, confirm_deletes=True)
     return desk
 
@@ -271,11 +287,17 @@ def _confirm_in_a_process(url: str, barrier: Any, tasks: Any, answers: Any) -> N
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_8_processes_confirm_one_number(tmp_path: Path, right: bool) -> None:
-    """Exactly one succeeds on one SQLite file, in each round; of wrong numbers five are counted."""
-    desk = Desk(tmp_path / "desk.db")
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_8_processes_confirm_one_number(
+    tmp_path: Path, right: bool, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """Exactly one succeeds on one database, in each round; of wrong numbers five are counted."""
+    if kind == "sqlite":
+        desk = Desk(tmp_path / "desk.db")
+    else:
+        desk = Desk(url=request.getfixturevalue("postgres").url(schema=fresh_schema()))
     desk.store.close()
-    url = desk.url + WRITERS_WAIT
+    url = patient(desk.url)
     desk.store = ipguard.open_store(url)
     desk.use(requests_per_hour=10**9)
     # Fresh interpreters: nothing is inherited but the file's name.
@@ -290,10 +312,10 @@ def test_8_processes_confirm_one_number(tmp_path: Path, right: bool) -> None:
         process.start()
     try:
         for n in range(rounds(5, 200) if right else 1):
-            request = desk.ask(f"10.0.{n}.1")
-            number = desk.number(request) if right else desk.wrong(request)
+            asked = desk.ask(f"10.0.{n}.1")
+            number = desk.number(asked) if right else desk.wrong(asked)
             for queue in tasks:
-                queue.put((request.id, number))
+                queue.put((asked.id, number))
             outcomes = Counter(answers.get(timeout=PATIENCE) for _ in processes)
             if right:
                 assert outcomes == {"applied": 1, "confirmed": 7}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -25,6 +26,7 @@ import ipguard
 from ipguard import Actor, Guard, User, Workflow, WorkflowSettings
 from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds
+from tests.postgres import Given, Server, fresh_schema
 
 KEY = bytes(range(32))
 STALE = 5
@@ -205,15 +207,16 @@ class Model:
 class Machine(RuleBasedStateMachine):
     """The real thing and the model, side by side."""
 
-    scheme: ClassVar[str]
+    def url(self) -> str:
+        """Where this machine's store is."""
+        raise NotImplementedError
 
     @initialize(deletes=st.sampled_from([False, "last", True]))
     def open(self, deletes: Any) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ipguard-"))
         self.clock = FakeClock()
         self.started = self.clock()
-        url = "memory://" if self.scheme == "memory" else f"sqlite:///{self.folder / 'a.db'}"
-        self.store = ipguard.open_store(url, clock=self.clock)
+        self.store = ipguard.open_store(self.url(), clock=self.clock)
         self.outbox = Outbox()
         self.flow = Workflow(
             self.store,
@@ -825,14 +828,30 @@ def carried_by(error: Exception) -> tuple[object, ...]:
 
 
 class MemoryMachine(Machine):
-    scheme = "memory"
+    def url(self) -> str:
+        return "memory://"
 
 
 class SQLiteMachine(Machine):
-    scheme = "sqlite"
+    def url(self) -> str:
+        return f"sqlite:///{self.folder / 'a.db'}"
+
+
+class PostgresMachine(Machine):
+    server: ClassVar[Server | Given]
+
+    def url(self) -> str:
+        return self.server.url(schema=fresh_schema(), listen="off")
+
+
+@pytest.fixture
+def _server(postgres: Server | Given) -> None:
+    PostgresMachine.server = postgres
 
 
 TestMemory = MemoryMachine.TestCase
 TestMemory.settings = settings(max_examples=rounds(100, 2000), stateful_step_count=50)
 TestSQLite = SQLiteMachine.TestCase
 TestSQLite.settings = settings(max_examples=rounds(20, 300), stateful_step_count=50)
+TestPostgres = pytest.mark.usefixtures("_server")(PostgresMachine.TestCase)
+TestPostgres.settings = settings(max_examples=rounds(10, 300), stateful_step_count=50)

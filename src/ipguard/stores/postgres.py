@@ -45,7 +45,7 @@ from ipguard.stores._postgres_options import Options
 from ipguard.stores._postgres_turn import Writer
 from ipguard.stores._sql import Row
 from ipguard.stores._sql_write import SqlTransaction, prune, stage_restrictions
-from ipguard.usernames import canonical_username
+from ipguard.usernames import canonical_usernames
 
 __all__ = ["PostgresStore", "grants", "migrations"]
 
@@ -244,7 +244,7 @@ class PostgresStore:
         """Remove users, as one change."""
         self._writer.refuse_nested()
         with self._writer.staging() as session:
-            users_of.stage_names(session, (canonical_username(name) for name in usernames))
+            users_of.stage_names(session, canonical_usernames(usernames))
             with self._writer.staged_turn(session) as (turn, db):
                 change = users_of.remove_staged(turn, db)
         return _told(turn, change)
