@@ -1,6 +1,6 @@
 """Figures of the PostgreSQL store, each beside what the bare driver does in the same run.
 
-    .venv/bin/python -m benchmarks.postgres [rounds]
+.venv/bin/python -m benchmarks.postgres [rounds]
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ def wakes(store: PostgresStore, writer: PostgresStore, dsn: str) -> None:
             heard: list[float] = []
 
             def hear(heard: list[float] = heard) -> None:
-                for _ in listener.notifies(stop_after=1):
-                    heard.append(time.perf_counter())
+                heard.extend(time.perf_counter() for _ in listener.notifies(stop_after=1))
 
             thread = threading.Thread(target=hear)
             thread.start()
