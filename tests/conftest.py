@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.flows import desk as desk  # noqa: PLC0414 - a fixture for every test
-from tests.postgres import Given, Server, running_server
+from tests.postgres import Given, Server, own_server, running_server
 from tests.secrets_watch import Watch, watching
 
 #: `dev.py test --long` sets it: the same tests, with the full number of rounds.
@@ -56,4 +56,14 @@ def watch() -> Iterator[Watch]:
 def postgres() -> Iterator[Server | Given]:
     """A PostgreSQL server for all tests of this process; it is not to be stopped."""
     with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def own_postgres(postgres: Server | Given) -> Iterator[Server]:
+    """One whose processes and port are ours to meddle with; it is not to be stopped either."""
+    if isinstance(postgres, Server):
+        yield postgres
+        return
+    with own_server() as server:
         yield server

@@ -17,6 +17,8 @@ class Proxy:
         lose: Bytes after which, once the server was sent them, nothing of its answer is passed on:
             the connection is cut as soon as the answer is there. None: nothing is lost.
         lost: How many connections were cut so.
+        cut_at: The round trip that is not to come to its end, counted from when this is set; and
+        cut_sent: whether the server is still sent it. Each connection after it works again.
         silent: Whether nothing is passed on at all, while connections stay open.
     """
 
@@ -25,6 +27,8 @@ class Proxy:
         self.connections = 0
         self.lose: bytes | None = None
         self.lost = 0
+        self.cut_at = 0
+        self.cut_sent = False
         self.silent = False
         self._server = port
         self._listening = socket.create_server(("127.0.0.1", 0))
@@ -78,6 +82,11 @@ class Link:
             while data := self.client.recv(65536):
                 if self.answered:
                     self.proxy.round_trips += 1
+                    self.proxy.cut_at -= 1
+                    if self.proxy.cut_at == 0:
+                        if not self.proxy.cut_sent:
+                            break
+                        self.doomed = True
                 self.answered = False
                 if self.proxy.lose is not None and self.proxy.lose in data:
                     self.doomed = True

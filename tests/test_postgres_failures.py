@@ -21,6 +21,7 @@ from ipguard import Actor, Reason, RequestClosed, StoreUnavailable
 from ipguard.model import RESET, Action
 from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import Outbox
+from tests.conftest import rounds
 from tests.pooler import transaction_pooler
 from tests.postgres import Server, execute, fresh_schema, own_server, until
 from tests.proxy import Proxy
@@ -270,6 +271,59 @@ def test_a_lost_acknowledgement_is_unavailable(server: Server, keep: bool) -> No
             else:
                 flow.confirm(BOSS, request.id, number)
             assert len(store.load_policy("jo").restrictions) == 1
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_confirm_cut_off_at_each_step(server: Server, sent: bool) -> None:
+    """Wherever the connection is cut, a confirm holds as a whole or not at all; it says which."""
+    schema = fresh_schema()
+    outbox, outcomes = Outbox(), []
+    with (
+        PostgresStore(server.url(schema=schema), listen="off") as sound,
+        Proxy(server.port) as proxy,
+        PostgresStore(
+            server.url(port=proxy.port, schema=schema, listen="off", **DIRECT), timeout=5.0
+        ) as store,
+    ):
+        settings = ipguard.WorkflowSettings(requests_per_hour=10**6)
+        flows = [
+            ipguard.Workflow(s, outbox, key=bytes(32), settings=settings) for s in (sound, store)
+        ]
+        sound.put_users([user("jo")])
+        for n in range(rounds(1, 15)):
+            for step in range(1, 9):  # begin, each question, the commit; then one that is not cut
+                store.load_policy("jo")  # a connection is there
+                request = flows[0].request(BOSS, "jo", f"10.{n}.{step}.1")
+                number = outbox.number_for(request.id)
+                before = sound.load_policy("jo")
+                proxy.cut_sent, proxy.cut_at = sent, step
+                try:
+                    flows[1].confirm(BOSS, request.id, number)
+                    acknowledged = True
+                except StoreUnavailable:
+                    acknowledged = False
+                proxy.cut_at = 0
+                until(lambda: works(lambda: touch(sound)), "the turn is free")
+                after = sound.load_policy("jo")
+                held = len(after.restrictions) - len(before.restrictions)
+                confirmed = sound_state(sound, request.id) == "confirmed"
+                assert confirmed == bool(held)
+                assert confirmed or not acknowledged
+                outcomes.append((step, acknowledged, confirmed))
+    # The first step is tried again on a new connection; the last is the commit; then nothing is cut.
+    assert {(step, *rest) for step, *rest in outcomes} == {
+        (1, True, True),
+        *((step, False, False) for step in range(2, 7)),
+        (7, False, sent),
+        (8, True, True),
+    }
+
+
+def sound_state(store: PostgresStore, request_id: str) -> str:
+    with store.transaction() as turn:
+        stored = turn.request(request_id)
+        assert stored is not None
+        return str(stored.request.state)
 
 
 def test_a_commit_is_durable(server: Server, store: PostgresStore) -> None:
