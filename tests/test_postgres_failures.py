@@ -310,7 +310,7 @@ def test_a_confirm_cut_off_at_each_step(server: Server, sent: bool) -> None:
                 assert confirmed == bool(held)
                 assert confirmed or not acknowledged
                 outcomes.append((step, acknowledged, confirmed))
-    # The first step is tried again on a new connection; the last is the commit; then nothing is cut.
+    # The first step is tried again on a new connection; the seventh is the commit.
     assert {(step, *rest) for step, *rest in outcomes} == {
         (1, True, True),
         *((step, False, False) for step in range(2, 7)),
