@@ -21,13 +21,13 @@ import pytest
 
 import ipguard
 from ipguard import Actor, SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
-from ipguard.model import RESET, Action
+from ipguard.model import Action
 from ipguard.stores import open_store
 from ipguard.stores._migrations import SCHEMA_VERSION
 from ipguard.stores._postgres import Session
 from ipguard.stores._postgres_options import Options
 from ipguard.stores.postgres import PostgresStore, grants, migrations
-from ipguard.testing import FakeClock, Outbox
+from ipguard.testing import Outbox
 from tests.postgres import Given, Server, execute, fresh_schema
 from tests.proxy import Proxy
 
@@ -495,36 +495,6 @@ def test_the_hosts_clock_does_not_matter(store: PostgresStore) -> None:
     clock = ServerClock()
     clock.set(0, ticks())
     assert timedelta(0) <= clock.now() - datetime(1970, 1, 1, tzinfo=UTC) < timedelta(seconds=5)
-
-
-# ------------------------------------------------------------------------------- pruning
-
-
-def test_pruning_keeps_a_gapless_end(url: str) -> None:
-    """Rows before the moment go, but never the last one, nor one after a row that stays."""
-    clock = FakeClock(START)
-    with PostgresStore(url, clock=clock) as store:
-        old = store.changes_since(None)[:2]
-        for seconds in (10, 20, -15, 30):  # the third was written by a clock that was set back
-            clock.set(START + timedelta(seconds=seconds))
-            touch(store, "jo")
-        second = None
-        for change in store.history(EVERY):
-            if change.revision == 2:
-                second = change
-        assert second is not None
-        assert (
-            store.prune(START + timedelta(seconds=20)) == 2
-        )  # the empty store's row and the first
-        assert [c.revision for c in store.history(EVERY)] == [4, 3, 2]
-        assert store.changes_since(old).usernames is RESET
-        assert store.prune(START + timedelta(days=1)) == 2
-        assert [c.revision for c in store.history(EVERY)] == [4]
-        here = store.changes_since(None)[:2]
-        assert store.prune(START + timedelta(days=1)) == 0
-        assert store.changes_since(here).usernames == frozenset()
-        assert touch(store, "jo") == 5
-        assert store.put_users([user("jo")]) == 6
 
 
 # ------------------------------------------------------------------------------- lending

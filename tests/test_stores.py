@@ -1,6 +1,7 @@
 """Every store keeps every promise of `ipguard.store`, and all of them answer alike."""
 
 import contextlib
+import re
 import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from ipguard.addresses import AddressRange
 from ipguard.errors import IPGuardError
 from ipguard.model import (
     EVERYBODY,
+    RESET,
     Action,
     Actor,
     PendingRequest,
@@ -27,6 +29,7 @@ from ipguard.model import (
 )
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
+from ipguard.stores._migrations import migrations as _migrations
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock, StoreConformance
 from tests.conftest import rounds
@@ -317,3 +320,58 @@ def test_all_stores_answer_alike(
                 assert question(store) == answer
                 assert _state(store, cursors[store]) == state
             clock.advance(timedelta(seconds=seconds))
+
+
+# ------------------------------------------------------------------------------- pruning
+
+
+def touched(store: RestrictionStore) -> int:
+    """Commit a change that touches a policy, and return its revision."""
+    with store.transaction() as turn:
+        return turn.append(Action.IMPOSE, actor="boss", touches=frozenset({"jo"})).revision
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_pruning_keeps_a_gapless_end(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Rows before the moment go, but never the last one, nor one after a row that stays."""
+    clock = FakeClock(START)
+    url = f"sqlite:///{tmp_path}/a.db"
+    if kind == "postgres":
+        url = request.getfixturevalue("postgres").url(schema=fresh_schema())
+    with open_store(url, clock=clock) as opened:
+        store: Any = opened
+        old = store.changes_since(None)[:2]
+        for seconds in (10, 20, -15, 30):  # the third was written by a clock that was set back
+            clock.set(START + timedelta(seconds=seconds))
+            touched(store)
+        # The empty store's row, and the first.
+        assert store.prune(START + timedelta(seconds=20)) == 2
+        assert [c.revision for c in store.history(Actor.EVERY_ACCOUNT)] == [4, 3, 2]
+        assert store.changes_since(old).usernames is RESET
+        assert store.prune(START + timedelta(days=1)) == 2
+        assert [c.revision for c in store.history(Actor.EVERY_ACCOUNT)] == [4]
+        here = store.changes_since(None)[:2]
+        assert store.prune(START + timedelta(days=1)) == 0
+        assert store.changes_since(here).usernames == frozenset()
+        assert touched(store) == 5
+        assert store.put_users([User(username="jo", full_name="Jo", account_id="A1")]) == 6
+
+
+# ------------------------------------------------------------------------------- the schemas
+
+TABLE = re.compile(r"^CREATE TABLE (\w+) \((.*?)^\)", re.MULTILINE | re.DOTALL)
+COLUMN = re.compile(r"^    ([a-z_]+) [A-Z]", re.MULTILINE)
+INDEX = re.compile(r"^CREATE (?:UNIQUE )?INDEX .*;", re.MULTILINE)
+
+
+def test_the_dialects_have_one_schema() -> None:
+    """SQLite's and PostgreSQL's migrations make the same tables, columns and indexes."""
+    texts = [_migrations(dialect) for dialect in ("sqlite", "postgresql")]
+    assert [number for number, _ in texts[0]] == [number for number, _ in texts[1]]
+    for (_, one), (_, other) in zip(*texts, strict=True):
+        assert {t: COLUMN.findall(c) for t, c in TABLE.findall(one)} == {
+            t: COLUMN.findall(c) for t, c in TABLE.findall(other)
+        }
+        assert INDEX.findall(one) == INDEX.findall(other)

@@ -82,13 +82,15 @@ class Session:
         schema: The schema that holds the tables.
         patience: How many seconds each statement may take from now on; None: all of them together
             may take until the connection's deadline.
+        new: Whether the connection was opened for this.
     """
 
-    __slots__ = ("connection", "patience", "schema")
+    __slots__ = ("connection", "new", "patience", "schema")
 
-    def __init__(self, connection: Connection, schema: str) -> None:
+    def __init__(self, connection: Connection, schema: str, *, new: bool = False) -> None:
         self.connection = connection
         self.schema = schema
+        self.new = new
         self.patience: float | None = None
 
     def _begin(self) -> None:

@@ -94,27 +94,25 @@ class Client:
 
     def read(self, reading: Callable[[Session], T]) -> T:
         """Run a read; once more, on a new connection, where the one from the pool was dead."""
-        # Each login that misses the cache comes through here, so it is written out.
-        pool, deadline = self.pool, self.deadline()
-        session = pool.take(deadline)
-        try:
-            found = reading(session)
-        except StoreError:
-            dead = session.connection.closed
-            if dead:
-                pool.forget()
-            pool.give(session)
-            # Closed while it lay idle, as by a server that was restarted.
-            if not dead or time.monotonic() >= deadline:
-                raise
-        except BaseException:
-            pool.discard(session)
-            raise
-        else:
-            pool.give(session)
-            return found
-        with pool.session(deadline) as fresh:
-            return reading(fresh)
+        session, found = self._asked(reading, self.deadline())
+        self.pool.give(session)
+        return found
+
+    def _asked(self, ask: Callable[[Session], T], deadline: float) -> tuple[Session, T]:
+        """Lend a connection on which a first question was answered."""
+        pool = self.pool
+        while True:
+            session = pool.take(deadline)
+            new = session.new
+            try:
+                return session, ask(session)
+            except BaseException as exc:
+                dead = session.connection.closed
+                self.give_up(session)
+                # Closed while it lay idle, as by a server that was restarted.
+                again = dead and not new and isinstance(exc, StoreError)
+                if not again or time.monotonic() >= deadline:
+                    raise
 
     @contextmanager
     def snapshot(self, patience: float) -> Iterator[Session]:
@@ -142,30 +140,24 @@ class Client:
         Returns:
             The connection, and the rows of each of those statements.
         """
-        pool, deadline = self.pool, deadline or self.deadline()
-        session = pool.take(deadline)
+        session, found = self._asked(lambda it: it.script(begin), deadline or self.deadline())
         try:
-            try:
-                found = session.script(begin)
-            except StoreError:
-                if not session.connection.closed or time.monotonic() >= deadline:
-                    raise
-                pool.forget()
-                pool.discard(session)
-                session = pool.take(deadline)
-                found = session.script(begin)
             yield session, found
         except BaseException:
-            self._roll_back(session)
+            self.give_up(session)
             raise
-        finally:
-            if session.connection.closed:
-                pool.forget()
-            pool.give(session)
+        if session.connection.closed:
+            self.pool.forget()
+        self.pool.give(session)
 
-    def _roll_back(self, session: Session) -> None:
+    def give_up(self, session: Session) -> None:
+        """Undo what a connection was in the middle of, and give it back if it is whole."""
         connection = session.connection
-        if connection.pid == os.getpid() and not (connection.closed or connection.idle):
-            session.patience = self.options.timeout
-            with suppress(StoreError):  # then the pool closes it, which undoes the same
-                session.script("ROLLBACK")
+        if connection.pid == os.getpid():
+            if connection.closed:
+                self.pool.forget()  # the others are no better, or hang
+            elif not connection.idle:
+                session.patience = self.options.timeout
+                with suppress(StoreError):  # then the pool closes it, which undoes the same
+                    session.script("ROLLBACK")
+        self.pool.give(session)

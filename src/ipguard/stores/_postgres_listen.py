@@ -15,8 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-import psycopg
-
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._postgres import Connection, Session, quoted, translated
 from ipguard.stores._postgres_options import Options
@@ -114,8 +112,8 @@ class Listener:
         with self._told:
             if self._closed or time.monotonic() - self._waited_at > _LONELY:
                 self._thread = None
-                return True
-        return False
+            # Whoever waits meanwhile may have started another.
+            return self._thread is not threading.current_thread()
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
@@ -123,7 +121,7 @@ class Listener:
             began = time.monotonic()
             try:
                 heard = self._listen()
-            except (StoreError, psycopg.Error) as exc:
+            except Exception as exc:
                 self._say(logging.WARNING, "polling: cannot listen (%s)", exc)
                 heard = True
             if not heard:

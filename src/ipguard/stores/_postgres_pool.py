@@ -104,6 +104,7 @@ class Pool:
                 connection.deadline = NEVER
             else:
                 old = connection
+                self._open -= 1
         if old is not None:
             old.close()
 
@@ -163,7 +164,7 @@ class Pool:
             until = deadline - left * (1 - 1 / (len(servers) - tried))
             session = None
             try:
-                session = Session(connect(servers[at], until), self.options.schema)
+                session = Session(connect(servers[at], until), self.options.schema, new=True)
                 self.check(session)
             except StoreUnavailable as exc:
                 failure = exc

@@ -49,7 +49,7 @@ from ipguard.stores import _sql_users as users_of
 from ipguard.stores import _sqlite_schema as schema
 from ipguard.stores._migrations import migrations as _migrations
 from ipguard.stores._sql import Params, Row, encodable
-from ipguard.stores._sql_write import SqlTransaction, stage_restrictions
+from ipguard.stores._sql_write import SqlTransaction, prune, stage_restrictions
 from ipguard.stores._sqlite import Session, file_id
 from ipguard.stores._sqlite_pool import Pool
 from ipguard.usernames import canonical_usernames
@@ -227,6 +227,16 @@ class SQLiteStore:
             with self._turn(session) as (turn, db):
                 change = users_of.remove_staged(turn, db)
         return _told(turn, change)
+
+    def prune(self, before: datetime) -> int:
+        """Delete the changes before a moment, and return how many.
+
+        Only a beginning of the trail goes, and never its last row. A guard that has not synced
+        since then starts over.
+        """
+        self._refuse_nested()
+        with self._pool.session() as session, self._turn(session) as (_, db):
+            return prune(db, before)
 
     def _refuse_nested(self) -> None:
         if self._pool.writer == threading.get_ident() and self._pool.pid == os.getpid():

@@ -89,6 +89,7 @@ CREATE TABLE requests (
     key_id BYTEA NOT NULL,
     digest BYTEA NOT NULL,
     resends BIGINT NOT NULL,
+    mails_failed BIGINT NOT NULL,
     sent_at BIGINT
 );
 CREATE INDEX requests_pending ON requests (username, requested_at, id) WHERE state = 'pending';
