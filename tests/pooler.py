@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 
 import psycopg
+import pytest
 
 from tests.postgres import Server, free_port, until
 
@@ -19,7 +21,11 @@ def transaction_pooler(server: Server) -> Iterator[int]:
     """Run pgbouncer before a server, and give its port."""
     program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if program is None:
-        raise RuntimeError(f"pgbouncer is not there; as root: {_COMMAND}")
+        missing = f"pgbouncer is not there; as root: {_COMMAND}"
+        # A machine with just Python runs all that it can; where the tests gate, nothing is left out.
+        if not os.environ.get("CI"):
+            pytest.skip(missing)
+        raise RuntimeError(missing)
     folder, port = server.account.folder(), free_port()
     users, settings = folder / "users.txt", folder / "pgbouncer.ini"
     users.write_text('"postgres" ""\n')
