@@ -22,7 +22,7 @@ def transaction_pooler(server: Server) -> Iterator[int]:
     program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if program is None:
         missing = f"pgbouncer is not there; as root: {_COMMAND}"
-        # A machine with just Python runs all that it can; where the tests gate, nothing is left out.
+        # A machine with just Python runs all that it can; where tests gate, all of them run.
         if not os.environ.get("CI"):
             pytest.skip(missing)
         raise RuntimeError(missing)
