@@ -173,7 +173,7 @@ class Guard:
         overridden = type(self).is_allowed is not Guard.is_allowed
         if not (report_only or observer is not None or overridden):
             # Shadows the method for this guard: what others pay for an observer, it does not.
-            self.__dict__["is_allowed"] = self._bind_is_allowed()
+            self.__dict__["is_allowed"] = self._bind_is_allowed(self.check)
         _fork.register(self)
 
     def is_allowed(self, username: str, address: str) -> bool:
@@ -190,13 +190,8 @@ class Guard:
         """
         return self.check(username, address).allowed
 
-    def _bind_is_allowed(self) -> Callable[[str, str], bool]:
-        lease, find, monotonic, check = (
-            self._lease,
-            self._cache.by_spelling.get,
-            self._monotonic,
-            self.check,
-        )
+    def _bind_is_allowed(self, check: Callable[[str, str], Decision]) -> Callable[[str, str], bool]:
+        lease, find, monotonic = self._lease, self._cache.by_spelling.get, self._monotonic
         nobody = Entry(_NOBODY, "", deny_unknown=True)
 
         def is_allowed(username: str, address: str) -> bool:
@@ -234,13 +229,20 @@ class Guard:
         Returns:
             The decision. It never raises for what a client sent.
         """
+        return self._tell(username, address, self._judge(username, address, at_least))
+
+    def _judge(self, username: str, address: str, at_least: int | None) -> Decision:
+        """Decide, and raise nothing. Nobody is told yet, and `report_only` changes nothing yet."""
         try:
-            decision = self._answer(username, address, at_least)
+            return self._answer(username, address, at_least)
         except Exception:
             # A defect, here or in a store. It must not become an allow, nor end the login server's
             # request with something that a client can provoke.
             _log.exception("a check failed; the login is not allowed")
-            decision = self._denied(Reason.STORE_UNAVAILABLE)
+            return self._denied(Reason.STORE_UNAVAILABLE)
+
+    def _tell(self, username: str, address: str, decision: Decision) -> Decision:
+        """Count a decision, tell the log and the observer, and return what the host is given."""
         if not decision.allowed:
             with self._lease.lock:
                 self._denials[decision.reason] += 1
@@ -265,17 +267,57 @@ class Guard:
                 decision.reason,
             )
 
-    def _answer(self, username: str, address: str, at_least: int | None) -> Decision:
+    def _parsed(
+        self, username: str, address: str
+    ) -> tuple[str, str, AddressRange] | Literal[Reason.BAD_USERNAME, Reason.BAD_ADDRESS]:
+        """Return the user's name, how to find it next time, and the address; or what is wrong."""
         try:
             name = canonical_username(username)
         except UsernameError:
-            return self._denied(Reason.BAD_USERNAME)
+            return Reason.BAD_USERNAME
         try:
             client = parse_address(address)
         except AddressError:
-            return self._denied(Reason.BAD_ADDRESS)
+            return Reason.BAD_ADDRESS
         # A str of a class of its own may hash and compare as it likes: it is not kept as a key.
-        spelling = username if type(username) is str else name
+        return name, username if type(username) is str else name, client
+
+    def _recall(
+        self, username: str, address: str, at_least: int | None, *, resting: bool | None = None
+    ) -> Decision | None:
+        """Answer without I/O and without waiting, as `_judge` would, for an event loop.
+
+        Args:
+            username: As for `check`.
+            address: As for `check`.
+            at_least: As for `check`.
+            resting: Whether the store is not to be asked now; None: what its health says.
+
+        Returns:
+            The decision, or None where it takes a sync or a load. Where the store is not to be
+            asked, it is always a decision.
+        """
+        parsed = self._parsed(username, address)
+        if not isinstance(parsed, tuple):
+            return self._denied(parsed)
+        name, spelling, client = parsed
+        wanted = 0 if at_least is None else at_least
+        until, revision = self._lease.deadline, self._lease.revision  # in this order: `_answer`
+        entry = self._cache.by_spelling.get(name)
+        if entry is not None and revision >= wanted:
+            self._spell(entry, spelling)
+            decision = self._decide(entry, client, until, revision)
+            if decision is not None:
+                return decision
+        if self._lease.health.resting() if resting is None else resting:
+            return self._in_grace(name, client, wanted)
+        return None
+
+    def _answer(self, username: str, address: str, at_least: int | None) -> Decision:
+        parsed = self._parsed(username, address)
+        if not isinstance(parsed, tuple):
+            return self._denied(parsed)
+        name, spelling, client = parsed
         wanted = 0 if at_least is None else at_least
         self._revive()
         for _ in range(_TRIES):
@@ -293,12 +335,19 @@ class Guard:
                 entry, until = loaded
             else:
                 self._spell(entry, spelling)
-            decision = decide(
-                entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown
-            )
-            if self._monotonic() < until:
-                return attrs.evolve(decision, revision=max(decision.revision, revision))
+            decision = self._decide(entry, client, until, revision)
+            if decision is not None:
+                return decision
         return self._denied(Reason.STORE_UNAVAILABLE)
+
+    def _decide(
+        self, entry: Entry, client: AddressRange, until: float, revision: int
+    ) -> Decision | None:
+        """Decide by an entry found after `until` and `revision` were read; None once it is over."""
+        decision = decide(entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown)
+        if self._monotonic() < until:
+            return attrs.evolve(decision, revision=max(decision.revision, revision))
+        return None
 
     def _spell(self, entry: Entry, spelling: str) -> None:
         if spelling not in entry.spellings:
