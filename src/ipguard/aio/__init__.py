@@ -276,10 +276,9 @@ class AsyncWorkflow:
     ) -> None:
         check_threads()
         if not isinstance(store, Workflow):
-            # The workflow says what it thinks of a None.
-            store = Workflow(
-                store, cast("Notifier", notifier), key=cast("bytes", key), settings=settings
-            )
+            # What is missing, the workflow refuses.
+            key = () if key is None else key
+            store = Workflow(store, cast("Notifier", notifier), key=key, settings=settings)
         elif any(each is not None for each in (notifier, key, settings)):
             raise InvalidValue("store", "is a workflow, which has its notifier, key and settings")
         self.flow: Workflow = store
