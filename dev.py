@@ -44,6 +44,7 @@ CORE = (
     "rules",
     "workflow",
     "guard",
+    "aio",
 )
 MUTATED = ("addresses", "usernames", "confirmation", "rules", "guard")
 

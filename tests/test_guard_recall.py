@@ -1,0 +1,108 @@
+"""What a guard answers without I/O, for an event loop: as `check` would, or that it takes more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ipguard.guard import Guard
+from ipguard.model import Decision, Reason
+from ipguard.stores.memory import MemoryStore
+from ipguard.testing import FakeClock
+from tests.guards import HOME, OFFICE, World
+
+
+@pytest.fixture
+def world() -> World:
+    clock = FakeClock()
+    it = World(MemoryStore(clock=clock), clock)
+    it.restrict("jsmith", HOME)
+    it.restrict("temp", HOME, expires_in=100)
+    return it
+
+
+def recall(guard: Guard, name: Any, address: Any = HOME, at_least: Any = None) -> Decision | None:
+    return guard._recall(name, address, at_least)
+
+
+def test_it_is_what_check_answers_and_reads_nothing(world: World) -> None:
+    """Remembered users, malformed text: the same decision, without a read, in any spelling."""
+    guard = world.guard()
+    for new in ("jsmith", "temp", "nobody"):
+        assert recall(guard, new) is None
+        guard.check(new, HOME)
+    reads = len(world.store.loads), len(world.store.syncs)
+    asked: tuple[Any, ...] = ("jsmith", "JSmith", "temp", "nobody", "", None)
+    for name in asked:
+        for address in (HOME, OFFICE, "nonsense", 5):
+            assert recall(guard, name, address) == guard.check(name, address)
+    assert (len(world.store.loads), len(world.store.syncs)) == reads
+    assert "JSmith" in guard._cache.by_spelling
+
+
+def test_it_tells_that_more_is_needed(world: World) -> None:
+    """Before the first sync, for a user not remembered, a later revision, and past the lease."""
+    guard = world.guard()
+    assert recall(guard, "jsmith") is None
+    guard.check("jsmith", HOME)
+    assert recall(guard, "adoe") is None
+    assert recall(guard, "jsmith", at_least=guard.revision) == guard.check("jsmith", HOME)
+    assert recall(guard, "jsmith", at_least=guard.revision + 1) is None
+    world.pass_time(4.99)
+    assert recall(guard, "jsmith")
+    world.pass_time(0.01)
+    assert recall(guard, "jsmith") is None
+
+
+@pytest.mark.parametrize("grace", [0.0, 10.0])
+def test_while_the_store_rests_it_answers_all(world: World, grace: float) -> None:
+    """After a failure, or where the caller says so: denied, or within the grace, stale."""
+    guard = world.guard(outage_grace=grace)
+    guard.check("jsmith", HOME)
+    world.pass_time(5)
+    assert recall(guard, "jsmith") is None
+    said = guard._recall("jsmith", HOME, None, resting=True)
+    world.store.down = OSError()
+    expected = guard.check("jsmith", HOME)
+    assert (expected.allowed, expected.stale) == (grace > 0, grace > 0)
+    assert recall(guard, "jsmith") == said == expected
+    assert guard._recall("jsmith", HOME, None, resting=False) is None
+    for other in (recall(guard, "adoe"), recall(guard, "jsmith", at_least=guard.revision + 1)):
+        assert other is not None
+        assert other.reason is Reason.STORE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_the_moment_is_taken_before_the_look_up(world: World, renewed: bool) -> None:
+    """A user dropped, or a lease that ended, between look-up and answer lets nobody in."""
+    guard = world.guard()
+    guard.check("temp", HOME)
+
+    def pause() -> None:
+        world.pass_time(5)
+        if renewed:
+            world.lift_all("temp")
+            world.restrict("temp", OFFICE)
+            guard.sync()
+
+    world.store.at_now.append(pause)
+    assert recall(guard, "temp") is None
+
+
+def test_a_change_between_the_moment_and_the_look_up_is_seen(world: World) -> None:
+    """A user dropped after the moment was taken is not found any more."""
+    guard = world.guard()
+    guard.check("jsmith", HOME)
+    find = guard._cache.by_spelling
+
+    class Slow(dict[str, Any]):
+        def get(self, *args: Any) -> Any:
+            guard._cache.by_spelling = find
+            world.lift_all("jsmith")
+            world.restrict("jsmith", OFFICE)
+            guard.sync()
+            return find.get(*args)
+
+    guard._cache.by_spelling = Slow()
+    assert recall(guard, "jsmith") is None
