@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import itertools
 import logging
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -527,7 +529,7 @@ def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any)
     guard = AsyncGuard(store, threads=3, waiting=4, max_staleness=0.05)
     flow = AsyncWorkflow(plain, threads=3, waiting=4)
     chance = random.Random(7)
-    ended: dict[str, int] = {}
+    ended: Counter[str] = Counter()
 
     async def call(n: int) -> None:
         which = n % 6
@@ -542,27 +544,31 @@ def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any)
         elif which == 4:
             await guard.wait_for(guard.revision + 1, 0.001)
         else:
-            applied = await flow.impose(BOSS, "jsmith", f"10.{n >> 8}.{n & 255}.9", reason="x")
+            applied = await flow.impose(
+                BOSS, "jsmith", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", reason="x"
+            )
             assert isinstance(applied, Applied)
             assert applied.restriction is not None
             await flow.lift(BOSS, applied.restriction.id, reason="x")
 
     async def main() -> None:
-        for batch in range(rounds(10, 500)):
+        wanted = rounds(200, 10_000)
+        for batch in itertools.takewhile(
+            lambda _: ended["CancelledError"] < wanted, itertools.count()
+        ):
             tasks = [asyncio.create_task(call(batch * 20 + n)) for n in range(20)]
             for task in chance.sample(tasks, len(tasks)):
-                for _ in range(int(chance.expovariate(0.05))):
+                for _ in range(int(chance.expovariate(0.1))):
                     await asyncio.sleep(0)
                 task.cancel()
             for result in await asyncio.gather(*tasks, return_exceptions=True):
-                name = type(result).__name__
-                ended[name] = ended.get(name, 0) + 1
+                ended[type(result).__name__] += 1
 
     asyncio.run(main())
     executors = (guard._answers, guard._others, flow._executor)
     comes_true(lambda: at_rest(*executors))
     assert set(ended) <= {"CancelledError", "NoneType", "StoreUnavailable"}
-    assert ended["CancelledError"]
+    assert ended["NoneType"]  # not all were cancelled at once: the points are spread
     pool = store._pool
     assert all(each._alive <= 3 for each in executors)
     comes_true(lambda: len(pool._idle) == len(pool._open))
