@@ -11,6 +11,7 @@ import pytest
 
 import ipguard
 from ipguard import InvalidValue, Workflow, WorkflowSettings
+from ipguard.stores.memory import MemoryStore
 from ipguard.testing import Outbox
 from tests.flows import ALICE, KEY, PEOPLE, Desk
 
@@ -163,3 +164,20 @@ def test_numbers_have_as_many_digits(desk: Desk, digits: int) -> None:
     assert len(desk.number(request).replace("-", "")) == digits
     assert max(map(len, desk.number(request).split("-"))) <= 5
     desk.confirm(request)
+
+
+@pytest.mark.parametrize(
+    ("store", "notifier", "said"),
+    [
+        (None, Outbox(), "store: is no restriction store; open_store opens one"),
+        ("memory://", Outbox(), "store: is no restriction store; open_store opens one"),
+        (MemoryStore(), None, "notifier: is no notifier"),
+        (MemoryStore(), print, "notifier: is no notifier"),
+    ],
+    ids=["no store", "a url", "no notifier", "a function"],
+)
+def test_a_workflow_of_the_wrong_parts(store: Any, notifier: Any, said: str) -> None:
+    """The mistake is told at construction, not at an administrator's first request."""
+    with pytest.raises(InvalidValue) as caught:
+        Workflow(store, notifier, key=bytes(32))
+    assert str(caught.value) == said
