@@ -287,8 +287,6 @@ def another_server(path: Path) -> Iterator[Any]:
 def follow(path: Path) -> None:
     """Be the second process: ask until the answer changes, and tell when that was."""
     with ipguard.open_store(url_of(path)) as store, Guard(store) as guard:
-        guard.is_allowed("jsmith", FROM_HOME)
-        time.sleep(0.3)  # a server that has been up for a while
         tell(guard)
         until = time.monotonic() + 20
         while guard.is_allowed("jsmith", FROM_HOME) and time.monotonic() < until:
