@@ -186,7 +186,7 @@ def check_wheel(built: Path, python: str | Path, *, lowest: bool = False) -> Non
         # The tests run on a copy: beside the source tree they might import it instead of the wheel.
         shutil.copytree(ROOT / "tests", folder / "tests")
         shutil.copy(ROOT / "pyproject.toml", folder)
-        pip(inside, "install", "-qq", "-c", pins, *group("test"))
+        pip(inside, "install", "-qq", "-c", pins, *group("core-test"))
         found = [p for name in CORE for p in sorted((folder / "tests").glob(f"test_{name}*.py"))]
         run(inside, "-m", "pytest", "-q", "-n", "2", *found, cwd=folder)
 
