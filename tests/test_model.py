@@ -490,6 +490,14 @@ class TestActor:
         with pytest.raises(AddressError):
             actor(address=given)
 
+    @pytest.mark.parametrize("given", [None, 7, "two\nlines", "x" * 401])
+    def test_the_way_is_a_line_of_text(self, given):
+        """What goes into the trail is checked when the actor is made."""
+        assert (actor().via, actor(via="x" * 400).via) == ("", "x" * 400)
+        with pytest.raises(InvalidValue) as refused:
+            actor(via=given)
+        assert refused.value.name == "via"
+
 
 @given(st.frozensets(st.text(max_size=5), max_size=5), st.text(max_size=5))
 def test_an_actor_manages_just_what_it_was_given(accounts, asked):

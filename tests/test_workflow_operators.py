@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import pytest
 
 import ipguard
@@ -60,6 +61,32 @@ def test_impose_holds_at_once(desk: Desk) -> None:
     (mail,) = desk.outbox.messages
     assert (mail.kind, mail.to) == ("change_applied", ("boss@bank.example", "jsmith@firm.example"))
     assert mail.change == row
+
+
+def test_each_row_says_by_what_way_the_actor_came(desk: Desk) -> None:
+    """With `via`, every row of that actor has it, as one pair that no label can forge."""
+    via = 'command line "x" reason=none'
+    boss, alice = attrs.evolve(BOSS, via=via), attrs.evolve(ALICE, via=via)
+    asked = desk.ask(actor=alice, label="via=page")
+    desk.guess(asked, actor=alice)
+    restriction = desk.confirm(asked, actor=alice).restriction
+    assert restriction is not None
+    desk.flow.lift(boss, restriction.id, reason="x")
+    desk.flow.impose_many(boss, [("jsmith", OFFICE)], reason="x")
+    desk.flow.unlock(boss, "alice", reason="x")
+    written = r'via="command line \"x\" reason=none"'
+    rows = desk.rows()[:-1]
+    assert [row.action for row in rows][::-1] == [
+        Action.REQUEST,
+        Action.WRONG_NUMBER,
+        Action.CONFIRM,
+        Action.LIFT,
+        Action.IMPOSE_MANY,
+        Action.UNLOCK,
+    ]
+    assert all(row.detail.endswith(" " + written) for row in rows)
+    desk.flow.unlock(BOSS, "alice", reason="x")
+    assert desk.rows()[0].detail == "failures=0 reason=x"
 
 
 def test_impose_obeys_the_rules(desk: Desk) -> None:

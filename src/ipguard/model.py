@@ -23,6 +23,7 @@ T = TypeVar("T")
 LABEL_LIMIT: Final = 100
 REASON_LIMIT: Final = 500
 _NAME_LIMIT: Final = 256
+_VIA_LIMIT: Final = 400
 _NOT_IN_EMAIL: Final = frozenset(',;:<>()[]\\"')
 _EMAIL_LIMIT: Final = 254  # RFC 5321 4.5.3.1.3, less the angle brackets
 # Line and paragraph separators break lines; the bidirectional controls can make "allow 1.2.3.4"
@@ -97,6 +98,10 @@ def _optional_email(value: object) -> str | None:
     return None if value is None else _email(value)
 
 
+def _via(value: object) -> str:
+    return checked_text("via", value, _VIA_LIMIT)
+
+
 def _optional_address(value: str | None) -> str | None:
     return None if value is None else str(parse_address(value))
 
@@ -156,6 +161,8 @@ class Actor:
         manages: A frozenset of account ids, or `Actor.EVERY_ACCOUNT`.
         address: The address that the actor comes from, for the lock-out check and the audit trail,
             or None.
+        via: How the actor reached the workflow, for the audit trail: a command line and who ran it,
+            say; up to 400 characters, empty for the host itself.
     """
 
     EVERY_ACCOUNT: ClassVar[_EveryAccount] = _EveryAccount.EVERY_ACCOUNT
@@ -164,6 +171,7 @@ class Actor:
     email: str = attrs.field(converter=_email)
     manages: Accounts = attrs.field(converter=_accounts, repr=False)
     address: str | None = attrs.field(default=None, converter=_optional_address)
+    via: str = attrs.field(default="", converter=_via)
 
 
 @attrs.frozen(kw_only=True)

@@ -115,7 +115,7 @@ class Operators(Base):
                 Action.IMPOSE_MANY,
                 actor=actor.username,
                 actor_address=actor.address,
-                detail=particulars(restrictions=count, reason=reason),
+                detail=particulars(restrictions=count, reason=reason, via=actor.via),
                 touches=EVERYBODY,
             )
             users = [] if len(told) > NAMED_AT_MOST else [tx.user(name) for name in sorted(told)]

@@ -228,6 +228,7 @@ def append(
     username: str | None = None,
 ) -> Change:
     """Append a change of one user to the trail, under the account that the user has now."""
+    detail = " ".join(filter(None, (detail, particulars(via=actor.via))))
     named = user.username if user is not None else username
     return tx.append(
         action,
