@@ -299,3 +299,11 @@ class TestMatches:
         kept = bytes(32)
         assert ring.matches(ring.minting, kept, "1-2", SUBJECT)
         assert compared == [(kept, ring.digest(ring.minting, "12", SUBJECT))]
+
+    def test_derived_keys_are_the_rings_own(self):
+        """Each key gives one for each purpose, in the ring's order, and none gives another's."""
+        both = Keyring([NEW, OLD]).derived("forms")
+        assert both == (*Keyring(NEW).derived("forms"), *Keyring(OLD).derived("forms"))
+        others = Keyring([NEW, OLD]).derived("cookies")
+        assert len({*both, *others, NEW, OLD}) == 6
+        assert {len(key) for key in (*both, *others)} == {32}

@@ -560,3 +560,11 @@ def test_a_workflow_is_a_context_manager(desk: Desk) -> None:
         assert flow is desk.flow
     flow.close()
     desk.ask()
+
+
+def test_servers_that_share_keys_derive_the_same(desk: Desk) -> None:
+    """What one server signs for a purpose, another verifies; time is the store's."""
+    assert desk.flow.derived_keys("forms") == desk.workflow().derived_keys("forms")
+    assert desk.flow.derived_keys("forms") != desk.flow.derived_keys("else")
+    desk.wait(hours=1)
+    assert desk.flow.now() == desk.clock()

@@ -80,6 +80,18 @@ class Keyring:
     def __contains__(self, key_id: object) -> bool:
         return key_id in self._keys
 
+    def derived(self, purpose: str) -> tuple[bytes, ...]:
+        """Make a key for another purpose from each key of this ring, in its order.
+
+        Args:
+            purpose: What the keys are for; another purpose has other keys.
+
+        Returns:
+            Keys of 32 bytes each: sign with the first, accept what any of them signed.
+        """
+        fields = [b"ipguard derived key", purpose.encode()]
+        return tuple(_hmac(key, fields) for key in self._keys.values())
+
     def digest(self, key_id: bytes, number: str, subject: Iterable[str]) -> bytes:
         """Digest a number together with what it confirms.
 

@@ -71,6 +71,23 @@ class Base:
         self._notifier = notifier
         self._keys = confirmation.Keyring(key)
 
+    def now(self) -> datetime:
+        """Return the store's time, by which all that ends is judged; without I/O."""
+        return self._store.now()
+
+    def derived_keys(self, purpose: str) -> tuple[bytes, ...]:
+        """Make keys for another purpose of those that the numbers have, for a page's forms, say.
+
+        All servers that share this workflow's keys make the same ones.
+
+        Args:
+            purpose: What they are for; another purpose has other keys.
+
+        Returns:
+            Keys of 32 bytes each, the newest first: sign with the first, accept what any signed.
+        """
+        return self._keys.derived(purpose)
+
     def _transaction(
         self, staged: Iterable[Restriction] | None = None
     ) -> AbstractContextManager[Transaction, None]:

@@ -1,0 +1,240 @@
+"""Asking for a restriction: the form, what its text was understood as, the request."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Final
+
+from ipguard.addresses import AddressRange, parse_address, typed
+from ipguard.admin import _texts
+from ipguard.admin._http import SAFE_HEADERS, Response
+from ipguard.admin._visit import Visit
+from ipguard.errors import (
+    AddressError,
+    DeliveryError,
+    DuplicateRestriction,
+    InvalidValue,
+    IPGuardError,
+    LockoutRisk,
+    StoreError,
+    UnknownUser,
+)
+from ipguard.model import LABEL_LIMIT, PendingRequest, User, checked_text
+
+_FIELDS: Final = ("user", "addresses", "label", "expires_at")
+_DROP_DOWN: Final = 100
+_MATCHES: Final = 20
+_NETWORK: Final = 64  # what one IPv6 subscriber has: privacy addresses change inside it
+
+MAIL_FAILED: Final = (
+    "The mail with the confirmation number could not be sent. The request waits; send a new number."
+)
+
+
+def mine(address: str | None) -> str:
+    """Propose a restriction for where the actor is: the address, or for IPv6 its /64."""
+    if address is None:
+        return ""
+    here = parse_address(address)
+    if here.version == 4:
+        return str(here)
+    first = here.first >> _NETWORK << _NETWORK
+    return str(AddressRange(version=6, first=first, last=first + (1 << _NETWORK) - 1))
+
+
+def show(visit: Visit) -> Response:
+    """Show the form, for a user if one is given."""
+    given = visit.request.asked().get("user", "")
+    if given:
+        visit.person(given)  # so that what is not there is no page
+    return _form(visit, dict.fromkeys(_FIELDS, "") | {"user": given}, {})
+
+
+def _form(
+    visit: Visit,
+    values: dict[str, str],
+    problems: dict[str, str],
+    choices: tuple[User, ...] | None = None,
+) -> Response:
+    everyone: tuple[User, ...] | None = choices
+    if everyone is None:
+        found = visit.flow.overview(visit.actor, limit=_DROP_DOWN)
+        if found.next is None:
+            everyone = tuple(line.user for line in found if not line.removed)
+        elif values["user"]:
+            try:
+                everyone = (visit.person(values["user"]).user,)
+            except UnknownUser:
+                everyone = None
+    return visit.page(
+        "add.html",
+        422 if problems else 200,
+        values=values,
+        problems=problems,
+        everyone=everyone,
+        mine=mine(visit.actor.address),
+        label_limit=LABEL_LIMIT,
+    )
+
+
+def submit(visit: Visit) -> Response:
+    """Ask for the restriction, once what was typed is right, understood and accepted."""
+    values = {name: visit.field(name) for name in _FIELDS}
+    if visit.field("do") == "mine":
+        return _form(visit, values | {"addresses": mine(visit.actor.address)}, {})
+    if visit.field("do") == "edit":
+        return _form(visit, values, {})
+    problems: dict[str, str] = {}
+    user, choices = _trader(visit, values["user"], problems)
+    addresses = _addresses(values["addresses"], problems)
+    expires_at = _time(values["expires_at"], problems)
+    try:
+        checked_text("label", values["label"], LABEL_LIMIT)
+    except InvalidValue as wrong:
+        problems["label"] = _texts.problem(wrong, visit.now).text
+    if problems or user is None or addresses is None:
+        return _form(visit, values, problems, choices)
+    if not (_plain(values["addresses"], addresses) or visit.field("seen") == str(addresses)):
+        return visit.page(
+            "review.html",
+            values=values,
+            user=user,
+            addresses=addresses,
+            expires_at=expires_at,
+        )
+    return _ask(visit, values, user, addresses, expires_at)
+
+
+def _ask(
+    visit: Visit,
+    values: dict[str, str],
+    user: User,
+    addresses: AddressRange,
+    expires_at: datetime | None,
+) -> Response:
+    try:
+        request = visit.flow.request(
+            visit.actor,
+            user.username,
+            addresses,
+            label=values["label"],
+            expires_at=expires_at,
+            allow_lockout=visit.field("lockout") == "accept",
+        )
+    except LockoutRisk as risk:
+        return visit.page(
+            "lockout.html",
+            422 if visit.field("asked") else 200,
+            address=risk.address,
+            action="add",
+            fields=values | {"seen": str(addresses)},
+            what=f"add {addresses} for {user.full_name}",
+            back=("add", {"user": user.username}),
+        )
+    except DeliveryError as failed:
+        return visit.go(
+            "confirm", MAIL_FAILED, "problem", user=user.username, request=failed.request_id
+        )
+    except DuplicateRestriction as wrong:
+        waiting = _waiting(visit, user.username, addresses)
+        if waiting is None:
+            return _form(visit, values, {"addresses": _texts.problem(wrong, visit.now).text})
+        return visit.go(
+            "confirm",
+            "You have asked for this already. Its number was sent to you by e-mail.",
+            "note",
+            user=user.username,
+            request=waiting.id,
+        )
+    except StoreError:
+        raise
+    except IPGuardError as wrong:
+        found = _texts.problem(wrong, visit.now)
+        return _form(visit, values, {found.field: found.text})
+    return visit.go(
+        "confirm",
+        "You will receive an email with a confirmation number. Enter it here.",
+        user=user.username,
+        request=request.id,
+    )
+
+
+def _waiting(visit: Visit, username: str, addresses: AddressRange) -> PendingRequest | None:
+    """Find the actor's own request for the same: a form that was sent twice."""
+    for request in visit.person(username).pending:
+        same = request.addresses == addresses and request.restriction_id is None
+        if same and request.requested_by == visit.actor.username:
+            return request
+    return None
+
+
+def understood(visit: Visit) -> Response:
+    """Tell the script what a text is understood as, or what is wrong with it."""
+    problems: dict[str, str] = {}
+    addresses = _addresses(visit.field("addresses"), problems)
+    answer = {
+        "canonical": "" if addresses is None else str(addresses),
+        "understood": "" if addresses is None else _texts.understood(addresses),
+        "problem": problems.get("addresses", ""),
+    }
+    return Response(
+        status=200,
+        headers=(
+            ("Content-Type", "application/json"),
+            ("Cache-Control", "no-store"),
+            *SAFE_HEADERS,
+        ),
+        body=json.dumps(answer).encode(),
+    )
+
+
+def _plain(text: str, addresses: AddressRange) -> bool:
+    """Tell whether a text is one address and can only mean what it says."""
+    return addresses.size == 1 and text.strip() == str(addresses)
+
+
+def _addresses(text: str, problems: dict[str, str]) -> AddressRange | None:
+    if not text.strip():
+        problems["addresses"] = "Type an IP address, a network or a first-last range."
+        return None
+    try:
+        return typed(text)
+    except AddressError as wrong:
+        problems["addresses"] = _texts.problem(wrong, datetime.now(UTC)).text
+        return None
+
+
+def _time(text: str, problems: dict[str, str]) -> datetime | None:
+    if not text.strip():
+        return None
+    try:
+        found = datetime.fromisoformat(text.strip())
+        return found.replace(tzinfo=UTC) if found.utcoffset() is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        problems["expires_at"] = "Write the time as 2030-12-31 18:00, in UTC."
+        return None
+
+
+def _trader(
+    visit: Visit, text: str, problems: dict[str, str]
+) -> tuple[User | None, tuple[User, ...] | None]:
+    """Find the user that was chosen; or those that a text may mean, where one was searched for."""
+    if not text.strip():
+        problems["user"] = "Choose a trader."
+        return None, None
+    try:
+        return visit.person(text.strip()).user, None
+    except UnknownUser:
+        pass
+    found: tuple[User, ...] = ()
+    try:
+        lines = visit.flow.overview(visit.actor, search=text.strip(), limit=_MATCHES)
+        found = tuple(line.user for line in lines if not line.removed)
+    except InvalidValue:
+        pass
+    if not found:
+        problems["user"] = "There is no such trader among yours."
+        return None, None
+    problems["user"] = "Choose the trader that you mean."
+    return None, found

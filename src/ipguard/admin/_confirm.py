@@ -1,0 +1,174 @@
+"""The second phase: the number is typed in, sent anew, or the request is cancelled."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ipguard.admin import _seen, _texts
+from ipguard.admin._add import MAIL_FAILED
+from ipguard.admin._http import Response
+from ipguard.admin._visit import Visit
+from ipguard.errors import (
+    DeliveryError,
+    IPGuardError,
+    LockoutRisk,
+    NumberExpired,
+    RequestClosed,
+    StoreError,
+    TooManyAttempts,
+    TooManyRequests,
+    UnknownRequest,
+    WrongNumber,
+)
+from ipguard.model import Applied, PendingRequest, RequestKind, User, UserOverview
+
+_ACTOR_LOCKED: Final = (
+    "You have given too many wrong numbers, over all your requests. No number is accepted from you "
+    "until an operator allows you new attempts. This one was not judged."
+)
+_EXPIRED: Final = "This number has expired. Send a new number; the request still waits."
+
+
+def show(visit: Visit) -> Response:
+    """Show what is to be confirmed, and the field for its number."""
+    asked = visit.request.asked()
+    return _form(visit, asked.get("user", ""), asked.get("request", ""))
+
+
+def _form(
+    visit: Visit,
+    username: str,
+    request_id: str,
+    problems: dict[str, str] | None = None,
+    changes: list[str] | None = None,
+) -> Response:
+    line, seen = _seen.look(visit, username)
+    request = _seen.pending(line, request_id)
+    if request is None:
+        return _seen.closed(visit, username, request_id)
+    return visit.page(
+        "confirm.html",
+        422 if problems else 409 if changes else 200,
+        line=line,
+        pending=request,
+        own=request.requested_by == visit.actor.username,
+        opens=opens(line, request),
+        number=visit.field("number"),
+        seen=seen,
+        changes=changes or [],
+        problems=problems or {},
+        expired=request.number_expires_at <= visit.now,
+    )
+
+
+def opens(line: UserOverview, request: PendingRequest) -> bool:
+    """Tell whether confirming would leave the user with no restriction at all."""
+    return request.kind is RequestKind.DELETE and len(line.restrictions) == 1
+
+
+def submit(visit: Visit) -> Response:
+    """Confirm."""
+    username, request_id = visit.field("user"), visit.field("request")
+    line = visit.person(username)
+    request = _seen.pending(line, request_id)
+    if request is None:
+        return _seen.closed(visit, username, request_id)
+    changes = _seen.since(visit, line, visit.field("seen"))
+    if changes:
+        return _form(visit, username, request_id, changes=changes)
+    if not visit.field("number").strip():
+        text = "Type the confirmation number from the mail."
+        return _form(visit, username, request_id, {"number": text})
+    return _confirm(visit, line.user, request)
+
+
+def _confirm(visit: Visit, user: User, request: PendingRequest) -> Response:
+    try:
+        applied = visit.flow.confirm(
+            visit.actor,
+            request.id,
+            visit.field("number"),
+            allow_lockout=visit.field("lockout") == "accept",
+        )
+    except LockoutRisk as risk:
+        return visit.page(
+            "lockout.html",
+            422 if visit.field("asked") else 200,
+            address=risk.address,
+            action="confirm",
+            fields={key: visit.field(key) for key in ("user", "request", "seen", "number")},
+            what=f"{_texts.wanted(request)} for {user.full_name}",
+            back=("confirm", {"user": user.username, "request": request.id}),
+        )
+    except (StoreError, UnknownRequest):
+        raise
+    except IPGuardError as wrong:
+        return _refused(visit, user.username, request.id, wrong)
+    return applied_page(visit, user, applied)
+
+
+def _refused(visit: Visit, username: str, request_id: str, wrong: IPGuardError) -> Response:
+    problems = {"number": _EXPIRED}
+    if isinstance(wrong, RequestClosed) or (
+        isinstance(wrong, WrongNumber) and not wrong.attempts_left
+    ):
+        return _seen.closed(visit, username, request_id)
+    if isinstance(wrong, WrongNumber):
+        text = f"This is not the number. {_texts.attempts(wrong.attempts_left)}."
+        problems = {"number": text}
+    elif isinstance(wrong, TooManyAttempts):
+        problems = {"number": _ACTOR_LOCKED}
+    elif not isinstance(wrong, NumberExpired):
+        problems = {"": _texts.problem(wrong, visit.now).text}
+    return _form(visit, username, request_id, problems)
+
+
+def applied_page(visit: Visit, user: User, applied: Applied) -> Response:
+    """Go on to the user's page, which shows what holds now, and say what was done."""
+    known = visit.caught_up(applied.revision)
+    assert applied.restriction is not None
+    line = visit.person(user.username)
+    added = any(kept.id == applied.restriction.id for kept in line.restrictions)
+    text = f"{applied.restriction.addresses} {'now holds' if added else 'was deleted'}. "
+    if applied.unrestricted:
+        text += f"{user.full_name} has no restrictions now and can log in from any address."
+    elif _texts.shut(line, visit.now):
+        text += f"{user.full_name} cannot log in from any address: what is left has expired."
+    else:
+        text += f"{user.full_name} can log in only from: {line.summary}."
+    if not known:
+        text += " Login servers will know of it within seconds."
+    return visit.go("user", text, user=user.username)
+
+
+def resend(visit: Visit) -> Response:
+    """Send a new number."""
+    username, request_id = visit.field("user"), visit.field("request")
+    visit.person(username)
+    text, level = "A new number was sent by e-mail. The one before it is no longer valid.", True
+    try:
+        visit.flow.resend(visit.actor, request_id)
+    except RequestClosed:
+        return _seen.closed(visit, username, request_id)
+    except TooManyRequests as wrong:
+        text, level = _texts.problem(wrong, visit.now).text, False
+    except DeliveryError:
+        text, level = MAIL_FAILED, False
+    return visit.go(
+        "confirm", text, "done" if level else "problem", user=username, request=request_id
+    )
+
+
+def cancel(visit: Visit) -> Response:
+    """Cancel a request."""
+    username, request_id = visit.field("user"), visit.field("request")
+    visit.person(username)
+    try:
+        request = visit.flow.cancel(visit.actor, request_id)
+    except RequestClosed:
+        return _seen.closed(visit, username, request_id)
+    return visit.go(
+        "user",
+        f"The request to {_texts.wanted(request)} was cancelled.",
+        user=request.username,
+    )

@@ -1,0 +1,130 @@
+"""Deleting a restriction: first what that means, then the change."""
+
+from __future__ import annotations
+
+from ipguard.admin import _seen, _texts
+from ipguard.admin._add import MAIL_FAILED
+from ipguard.admin._confirm import applied_page
+from ipguard.admin._http import Response
+from ipguard.admin._visit import Visit
+from ipguard.errors import (
+    DeliveryError,
+    DuplicateRestriction,
+    IPGuardError,
+    LockoutRisk,
+    StoreError,
+    UnknownRestriction,
+)
+from ipguard.model import REASON_LIMIT, Applied, Restriction, UserOverview
+
+
+def show(visit: Visit) -> Response:
+    """Show what a deletion means."""
+    asked = visit.request.asked()
+    return _form(visit, asked.get("user", ""), asked.get("restriction", ""))
+
+
+def _form(
+    visit: Visit,
+    username: str,
+    restriction_id: str,
+    problems: dict[str, str] | None = None,
+    changes: list[str] | None = None,
+) -> Response:
+    line, seen = _seen.look(visit, username)
+    restriction = _find(line, restriction_id)
+    if restriction is None:
+        return _seen.gone(visit, username, restriction_id)
+    left = [other for other in line.restrictions if other is not restriction]
+    return visit.page(
+        "delete.html",
+        422 if problems else 409 if changes else 200,
+        line=line,
+        restriction=restriction,
+        left=left,
+        opens=not left,
+        shuts=bool(left) and all(other.expired(visit.now) for other in left),
+        needs_number=_needs_number(visit, left),
+        reason=visit.field("reason"),
+        reason_limit=REASON_LIMIT,
+        seen=seen,
+        changes=changes or [],
+        problems=problems or {},
+    )
+
+
+def _needs_number(visit: Visit, left: list[Restriction]) -> bool:
+    """Tell what the workflow will ask for; what holds is what it says then."""
+    setting = visit.flow.settings.confirm_deletes
+    return not left if setting == "last" else setting
+
+
+def _find(line: UserOverview, restriction_id: str) -> Restriction | None:
+    return next((one for one in line.restrictions if one.id == restriction_id), None)
+
+
+def submit(visit: Visit) -> Response:
+    """Delete, once it is plain what that means."""
+    username, restriction_id = visit.field("user"), visit.field("restriction")
+    line = visit.person(username)
+    restriction = _find(line, restriction_id)
+    if restriction is None:
+        return _seen.gone(visit, username, restriction_id)
+    changes = _seen.since(visit, line, visit.field("seen"))
+    if changes:
+        return _form(visit, username, restriction_id, changes=changes)
+    if len(line.restrictions) == 1 and visit.field("open") != "accept":
+        text = "Say that you want this, or go back."
+        return _form(visit, username, restriction_id, {"open": text})
+    return _delete(visit, line, restriction)
+
+
+def _delete(visit: Visit, line: UserOverview, restriction: Restriction) -> Response:
+    name = line.user.username
+    try:
+        outcome = visit.flow.delete(
+            visit.actor,
+            restriction.id,
+            visit.field("reason"),
+            allow_lockout=visit.field("lockout") == "accept",
+        )
+    except LockoutRisk as risk:
+        kept = ("user", "restriction", "seen", "open", "reason")
+        return visit.page(
+            "lockout.html",
+            422 if visit.field("asked") else 200,
+            address=risk.address,
+            action="delete",
+            fields={key: visit.field(key) for key in kept},
+            what=f"delete {restriction.addresses} of {line.user.full_name}",
+            back=("delete", {"user": name, "restriction": restriction.id}),
+        )
+    except DeliveryError as failed:
+        return visit.go("confirm", MAIL_FAILED, "problem", user=name, request=failed.request_id)
+    except StoreError:
+        raise
+    except IPGuardError as wrong:
+        return _refused(visit, name, restriction, wrong)
+    if isinstance(outcome, Applied):
+        return applied_page(visit, line.user, outcome)
+    return visit.go(
+        "confirm",
+        "This deletion needs a number. You will receive an email with it. Enter it here.",
+        user=name,
+        request=outcome.id,
+    )
+
+
+def _refused(
+    visit: Visit, username: str, restriction: Restriction, wrong: IPGuardError
+) -> Response:
+    if isinstance(wrong, UnknownRestriction):
+        return _seen.gone(visit, username, restriction.id)
+    if not isinstance(wrong, DuplicateRestriction):
+        found = _texts.problem(wrong, visit.now)
+        return _form(visit, username, restriction.id, {found.field: found.text})
+    text = "It has been asked to delete this already. The request waits for its number."
+    for request in visit.person(username).pending:
+        if request.restriction_id == restriction.id:
+            return visit.go("confirm", text, "note", user=username, request=request.id)
+    return visit.go("user", text, "note", user=username)

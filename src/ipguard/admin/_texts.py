@@ -1,0 +1,250 @@
+"""What the page says: numbers, times, errors and changes in words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Final
+
+import attrs
+
+from ipguard.addresses import AddressRange
+from ipguard.errors import (
+    AddressError,
+    AddressTooBroad,
+    DuplicateRestriction,
+    InvalidValue,
+    IPGuardError,
+    TooManyRequests,
+    TooManyRestrictions,
+    UnknownUser,
+    UsernameError,
+)
+from ipguard.model import (
+    Action,
+    Change,
+    Explanation,
+    PendingRequest,
+    Reason,
+    RequestKind,
+    UserOverview,
+)
+
+_PAIR: Final = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
+_READABLE: Final = 10**12
+
+
+@attrs.frozen
+class Problem:
+    """What is wrong with a form.
+
+    Attributes:
+        field: The field that it belongs to, or "" for the form as a whole.
+        text: What is wrong, and what to do.
+    """
+
+    field: str
+    text: str
+
+
+def sentence(text: str) -> str:
+    """Make a sentence of a few words."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?')) else '.'}"
+
+
+def count(addresses: AddressRange) -> str:
+    """Say how many addresses a range holds."""
+    size = addresses.size
+    if size == 1:
+        return "1 address"
+    if size < _READABLE:
+        return f"{size:,} addresses"
+    power = size.bit_length() - 1
+    return f"{'' if size == 1 << power else 'more than '}2^{power} addresses"
+
+
+def understood(addresses: AddressRange) -> str:
+    """Say what a person's text was understood as."""
+    return f"{addresses}: {count(addresses)}"
+
+
+def shut(line: UserOverview, now: datetime) -> bool:
+    """Tell whether a user is restricted to nothing: all that there is has expired."""
+    return bool(line.restrictions) and all(one.expired(now) for one in line.restrictions)
+
+
+def wanted(request: PendingRequest) -> str:
+    """Say what a request asks for."""
+    return f"{'add' if request.kind is RequestKind.ADD else 'delete'} {request.addresses}"
+
+
+def moment(at: datetime) -> str:
+    """Write a time, with its zone."""
+    return f"{at.day} {at:%b %Y, %H:%M} UTC"
+
+
+def length(of: timedelta) -> str:
+    """Say how long something takes or lasts, in its largest unit, rounded up."""
+    seconds = max(1, -(-int(of.total_seconds() * 1000) // 1000))
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds > size:
+            return _plural(-(-seconds // size), unit)
+    return _plural(seconds, "second")
+
+
+def attempts(left: int) -> str:
+    """Say how many attempts are left."""
+    return f"{_plural(left, 'attempt')} left"
+
+
+def _plural(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def problem(error: IPGuardError, now: datetime) -> Problem:
+    """Say what an error of the workflow means for whoever filled a form in."""
+    for kind, tell in _PROBLEMS.items():
+        if isinstance(error, kind):
+            return tell(error, now)
+    return Problem("", sentence(str(error)))
+
+
+def _address(error: IPGuardError, _: datetime) -> Problem:
+    assert isinstance(error, AddressError)
+    hint = "" if error.hint is None else f" Did you mean {error.hint}?"
+    return Problem("addresses", sentence(error.reason) + hint)
+
+
+def _broad(error: IPGuardError, _: datetime) -> Problem:
+    assert isinstance(error, AddressTooBroad)
+    return Problem(
+        "addresses",
+        f"{error.addresses} holds more addresses than a restriction may. "
+        f"The widest network allowed is a /{error.widest}.",
+    )
+
+
+def _duplicate(error: IPGuardError, _: datetime) -> Problem:
+    assert isinstance(error, DuplicateRestriction)
+    return Problem(
+        "addresses",
+        f"{error.username} already has {error.addresses}, or a request for it is pending. "
+        "There is nothing left to ask for.",
+    )
+
+
+def _many(error: IPGuardError, _: datetime) -> Problem:
+    assert isinstance(error, TooManyRestrictions)
+    return Problem(
+        "addresses",
+        f"{error.username} already has {error.limit} restrictions, as many as are allowed. "
+        "Delete some first, or use a network in place of single addresses.",
+    )
+
+
+def _pace(error: IPGuardError, now: datetime) -> Problem:
+    assert isinstance(error, TooManyRequests)
+    return Problem(
+        "",
+        f"That was often enough for now. Try again in {length(error.retry_after)}, "
+        f"after {moment(now + error.retry_after)}.",
+    )
+
+
+_NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
+
+
+def _value(error: IPGuardError, _: datetime) -> Problem:
+    assert isinstance(error, InvalidValue)
+    return Problem(error.name, f"{_NAMES.get(error.name, 'This')} {error.reason}.")
+
+
+def _user(_: IPGuardError, __: datetime) -> Problem:
+    return Problem("user", "There is no such trader among yours. Choose one from the list.")
+
+
+_PROBLEMS: Final[Mapping[type[IPGuardError], Callable[[IPGuardError, datetime], Problem]]] = {
+    AddressError: _address,
+    AddressTooBroad: _broad,
+    DuplicateRestriction: _duplicate,
+    TooManyRestrictions: _many,
+    TooManyRequests: _pace,
+    InvalidValue: _value,
+    UsernameError: _user,
+    UnknownUser: _user,
+}
+
+
+# -- decisions -----------------------------------------------------------------------------------
+
+
+def verdict(found: Explanation) -> str:
+    """Say why a login would be let in or not."""
+    name = found.username
+    if found.decision.reason is Reason.NOT_LISTED and all(
+        restriction.expired(found.at) for restriction in found.restrictions
+    ):
+        return (
+            f"Every restriction of {name} has expired. Time never lifts a restriction: "
+            "until somebody adds or deletes one, no address is let in."
+        )
+    return {
+        Reason.UNRESTRICTED: f"{name} has no restrictions: any address is let in.",
+        Reason.LISTED: f"A restriction of {name} lists this address.",
+        Reason.NOT_LISTED: f"No restriction of {name} lists this address.",
+        Reason.BAD_ADDRESS: "This is no address.",
+        Reason.BAD_USERNAME: "This is no username.",
+        Reason.UNKNOWN_USER: f"{name} is not registered, and such users are not let in.",
+        Reason.STORE_UNAVAILABLE: "The store does not answer now.",
+    }[found.decision.reason]
+
+
+# -- changes -------------------------------------------------------------------------------------
+
+
+def particulars(change: Change) -> dict[str, str]:
+    """Read the `name=value` pairs of a change's detail."""
+    return {name: _plain(value) for name, value in _PAIR.findall(change.detail)}
+
+
+def _plain(value: str) -> str:
+    return str(json.loads(value)) if value.startswith('"') else value
+
+
+_DONE: Final[Mapping[tuple[Action, str], str]] = {
+    (Action.REQUEST, ""): "asked for {addresses}",
+    (Action.REQUEST, "delete"): "asked to delete {addresses}",
+    (Action.CONFIRM, ""): "confirmed {addresses}",
+    (Action.CONFIRM, "delete"): "confirmed the deletion of {addresses}",
+    (Action.CANCEL, ""): "cancelled the request for {addresses}",
+    (Action.CANCEL, "delete"): "cancelled the request to delete {addresses}",
+    (Action.RESEND, ""): "had a new number sent for {addresses}",
+    (Action.DELETE, ""): "deleted {addresses}",
+    (Action.IMPOSE, ""): "imposed {addresses} without a number",
+    (Action.IMPOSE_MANY, ""): "imposed many restrictions without numbers",
+    (Action.LIFT, ""): "lifted {addresses} without a number",
+    (Action.UNLOCK, ""): "allowed new attempts after too many wrong numbers",
+    (Action.PUT_USERS, ""): "registered or changed users",
+    (Action.REMOVE_USERS, ""): "removed users",
+    (Action.WRONG_NUMBER, ""): "gave a wrong number for {addresses}",
+    (Action.DELIVERY_FAILED, ""): "could not be sent the number for {addresses}",
+}
+
+
+def done(change: Change) -> str:
+    """Say what a change did, as the words after who did it."""
+    found = particulars(change)
+    kind = found.get("kind", "")
+    text = _DONE.get((change.action, kind)) or _DONE[change.action, ""]
+    return text.format(addresses=found.get("addresses", ""))
+
+
+def told(change: Change, me: str) -> str:
+    """Say who did what and when, in a sentence."""
+    who = "You" if change.actor == me else change.actor or "The system"
+    return f"{who} {done(change)} on {moment(change.at)}."

@@ -1,0 +1,76 @@
+// Comfort only: every page works without this.
+"use strict";
+
+// What a text is understood as, while it is typed.
+for (const field of document.querySelectorAll("[data-understood]")) {
+  const form = field.form;
+  const told = document.getElementById("addresses-understood");
+  let waiting = 0;
+  let asked = 0;
+  const show = async () => {
+    const mine = ++asked;
+    const text = field.value;
+    form.elements.seen.value = "";
+    if (!text.trim()) {
+      told.textContent = "";
+      return;
+    }
+    const body = new URLSearchParams({ token: form.elements.token.value, addresses: text });
+    try {
+      const answer = await fetch(field.dataset.understood, { method: "POST", body });
+      if (!answer.ok || mine !== asked) return;
+      const found = await answer.json();
+      told.textContent = found.problem || `Understood as ${found.understood}`;
+      told.classList.toggle("doubt", Boolean(found.problem));
+      form.elements.seen.value = found.canonical;
+    } catch {
+      told.textContent = "";
+    }
+  };
+  field.addEventListener("input", () => {
+    asked += 1;
+    form.elements.seen.value = "";
+    clearTimeout(waiting);
+    waiting = setTimeout(show, 300);
+  });
+  for (const button of form.querySelectorAll("[data-mine]")) {
+    button.addEventListener("click", (event) => {
+      event.preventDefault();
+      field.value = button.dataset.mine;
+      field.focus();
+      show();
+    });
+  }
+  if (field.value && !field.hasAttribute("aria-invalid")) show();
+}
+
+// How long a number is still valid. The server's clock counts, so only the difference is used.
+for (const part of document.querySelectorAll("[data-until]")) {
+  const opened = performance.now();
+  const given = Date.parse(part.dataset.until) - Date.parse(part.dataset.now);
+  const tick = () => {
+    const left = Math.ceil((given - (performance.now() - opened)) / 1000);
+    if (left <= 0) {
+      part.textContent = "over: send a new number";
+      return;
+    }
+    const minutes = Math.ceil(left / 60);
+    part.textContent =
+      left > 60
+        ? `${minutes} minutes left`
+        : `${left} second${left === 1 ? "" : "s"} left`;
+    setTimeout(tick, 1000);
+  };
+  tick();
+}
+
+// One click, one request.
+for (const form of document.querySelectorAll("form")) {
+  form.addEventListener("submit", (event) => {
+    if (form.dataset.sent) event.preventDefault();
+    form.dataset.sent = "yes";
+  });
+}
+addEventListener("pageshow", () => {
+  for (const form of document.querySelectorAll("form")) delete form.dataset.sent;
+});
