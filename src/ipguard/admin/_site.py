@@ -59,10 +59,10 @@ class Site:
     """
 
     def __init__(self, flow: Workflow, guard: Guard, brand: str) -> None:
-        if not hasattr(flow, "derived_keys"):
-            raise InvalidValue("flow", "is no Workflow")
-        if not hasattr(guard, "explain"):
-            raise InvalidValue("guard", "is no Guard")
+        if not isinstance(flow, Workflow):
+            raise InvalidValue("flow", "must be a Workflow; an AsyncWorkflow has one as .flow")
+        if not isinstance(guard, Guard):
+            raise InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
         self.flow = flow
         self.guard = guard
         self.brand = checked_text("brand", brand, 100, required=True)
