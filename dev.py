@@ -5,7 +5,8 @@
     python3 dev.py test [--long] [ARG ...]  the tests; with ARGs, which go to pytest, no coverage
     python3 dev.py lint | types | layers | docs | build | pythons
     python3 dev.py mutate [MODULE ...]      mutation testing, see docs/mutation.md
-    python3 dev.py pin                      renew constraints.txt
+    python3 dev.py bench [--quick]          measures, into docs/performance/; docs/performance.md
+    python3 dev.py pin                      renew constraints.txt and benchmarks/constraints.txt
 
 The first use makes `.venv`; later ones notice that nothing changed. Standard library only.
 """
@@ -31,6 +32,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "ipguard-setup"
 CONSTRAINTS = ROOT / "constraints.txt"
+BENCH_CONSTRAINTS = ROOT / "benchmarks" / "constraints.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # The rooms that must be covered to the last branch, and whose tests need no server: these tests,
@@ -247,22 +249,47 @@ def mutate(*modules: str) -> None:
         run(VENV / "bin" / "mutmut", "results", cwd=work)
 
 
-def pin() -> None:
-    """Resolve everything afresh for the oldest Python that may use it, and write that down."""
+def bench(*args: str) -> None:
+    """Measure beside what else there is; that is installed here and nowhere else."""
+    pins, needs = ("-c", CONSTRAINTS, "-c", BENCH_CONSTRAINTS), group("bench")
+    try:
+        pip(PYTHON, "install", "-qq", *pins, *needs)
+    except StepError:
+        # What cannot be installed on this machine is reported as that, beside the others.
+        for need in needs:
+            with contextlib.suppress(StepError):
+                pip(PYTHON, "install", "-qq", *pins, need)
+    run(PYTHON, "-m", "benchmarks", *args)
+
+
+def resolved(*args: str | Path) -> set[str]:
+    """Return the pins that pip would install."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        oldest = ("--python-version", "3.11.0", "--only-binary", ":all:", "--target", folder)
-        asked = ("--dry-run", "--ignore-installed", "--report", report, *oldest)
-        pip(PYTHON, "install", "-qq", *asked, *PROJECT["project"]["dependencies"], *group("dev"))
+        asked = ("--dry-run", "--ignore-installed", "--report", report, "--target", folder)
+        pip(PYTHON, "install", "-qq", *asked, *args)
         chosen = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
-    pins = [f"{found['name']}=={found['version']}" for found in chosen]
-    head = [line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("#")]
-    CONSTRAINTS.write_text("\n".join([*head, *sorted(pins, key=str.lower), ""]))
+    return {f"{found['name']}=={found['version']}" for found in chosen}
+
+
+def write_pins(file: Path, pins: set[str]) -> None:
+    """Replace the pins in a file, below the comment that it begins with."""
+    head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    file.write_text("\n".join([*head, *sorted(pins, key=str.lower), ""]))
+
+
+def pin() -> None:
+    """Resolve everything afresh for the oldest Python that may use it, and write that down."""
+    oldest = ("--python-version", "3.11.0", "--only-binary", ":all:")
+    pins = resolved(*oldest, *PROJECT["project"]["dependencies"], *group("dev"))
+    write_pins(CONSTRAINTS, pins)
+    # Some of it has no wheels, so pip resolves it for this Python alone.
+    write_pins(BENCH_CONSTRAINTS, resolved("-c", CONSTRAINTS, *group("bench")) - pins)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (demo, test, lint, types, layers, docs, build, pythons, mutate, pin)
+    for command in (demo, test, lint, types, layers, docs, build, pythons, mutate, bench, pin)
 }
 
 
