@@ -67,6 +67,14 @@ def programs() -> Path:
     )
 
 
+def _runs(pid: int) -> bool:
+    """Tell whether a process has not ended; one that nobody has asked about yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+    except OSError:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -85,8 +93,14 @@ class Account:
     def options(self) -> dict[str, Any]:
         if self.name is None:
             return {}
-        group = pwd.getpwnam(self.name).pw_gid
-        return {"user": self.name, "group": group, "extra_groups": []}
+        return {"user": self.name, "group": self.ids()[1], "extra_groups": []}
+
+    def ids(self) -> tuple[int, int]:
+        """Return the numbers of this account and of its group."""
+        if self.name is None:
+            return os.getuid(), os.getgid()
+        entry = pwd.getpwnam(self.name)
+        return entry.pw_uid, entry.pw_gid
 
     def run(self, *command: str | Path) -> None:
         done = subprocess.run(
@@ -101,8 +115,7 @@ class Account:
 
     def own(self, folder: Path) -> None:
         if self.name is not None:
-            entry = pwd.getpwnam(self.name)
-            os.chown(folder, entry.pw_uid, entry.pw_gid)
+            os.chown(folder, *self.ids())
 
     def folder(self) -> Path:
         """Make a folder that this account can reach and write to."""
@@ -149,16 +162,26 @@ class Server:
             "-h", primary.folder, "-p", str(primary.port), "-U", "postgres", "--no-sync",
         )  # fmt: skip
 
-    def start(self) -> None:
-        """Start it and wait until it answers."""
+    def start(self, *, inside: str | None = None) -> None:
+        """Start it and wait until it answers.
+
+        Args:
+            inside: The option of `nsenter` that names a network namespace for it to run in.
+        """
         options = _OPTIONS | {"port": str(self.port), "unix_socket_directories": str(self.folder)}
         command: list[str | Path] = [self.bin / "postgres", "-D", self.data]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
+        account = self.account.options()
+        if inside is not None:
+            # Only root may enter, so the account is changed inside.
+            ids = self.account.ids()
+            command = ["nsenter", inside, f"--setgid={ids[1]}", f"--setuid={ids[0]}", *command]
+            account = {}
         with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, **self.account.options(),
+                start_new_session=True, **account,
             )  # fmt: skip
         until(self._answers, f"the server answers; its log is {self.folder}.log")
 
@@ -207,7 +230,7 @@ class Server:
             self.process.kill()
         self.process = None
         # The next one finds their shared memory in use until all of them are gone.
-        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), "they end")
+        until(lambda: not any(map(_runs, children)), "they end")
 
     def remove(self) -> None:
         """Stop it and leave nothing behind."""

@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from typing import Final
 
 import psycopg
-from psycopg import errors, generators, waiting
+from psycopg import errors, pq, waiting
+from psycopg.abc import PQGenConn
+from psycopg.pq.abc import PGconn
 from psycopg.types.numeric import Int8BinaryDumper
 
 from ipguard.errors import StoreUnavailable
@@ -199,7 +201,7 @@ def connect(conninfo: str, deadline: float) -> Connection:
     left = max(0.0, deadline - time.monotonic())
     try:
         # The driver's own `connect` takes whole seconds, and no fewer than two.
-        pgconn = waiting.wait_conn(generators.connect(conninfo), interval=0.1, timeout=left)
+        pgconn = waiting.wait_conn(_opening(conninfo), interval=0.1, timeout=left)
     except errors._WaitTimeout as exc:  # noqa: SLF001
         raise StoreUnavailable("PostgreSQL cannot be reached in time") from exc
     except psycopg.Error as exc:
@@ -213,12 +215,44 @@ def connect(conninfo: str, deadline: float) -> Connection:
     return connection
 
 
+def _opening(conninfo: str) -> PQGenConn[PGconn]:
+    """Open a connection; the driver's own generator would not show it to a child before the end."""
+    pgconn = pq.PGconn.connect_start(conninfo.encode())
+    _opened.add(pgconn)
+    while pgconn.status != pq.ConnStatus.BAD:
+        status = pgconn.connect_poll()
+        if status == pq.PollingStatus.OK:
+            pgconn.nonblocking = 1
+            return pgconn
+        if status == pq.PollingStatus.FAILED:
+            break
+        reading = status == pq.PollingStatus.READING
+        while not (yield pgconn.socket, waiting.Wait.R if reading else waiting.Wait.W):
+            pass
+    raise psycopg.OperationalError(f"connection failed: {pgconn.get_error_message()}")
+
+
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_opened: weakref.WeakSet[PGconn] = weakref.WeakSet()
 
 
 def _in_child() -> None:
-    for pool in tuple(_pools):
-        pool.after_fork_in_child()
+    try:
+        _abandon()
+    finally:
+        for pool in tuple(_pools):
+            pool.after_fork_in_child()
+
+
+def _abandon() -> None:
+    # Not closed, which would end the parent's sessions. Nor kept: a session lives as long as its
+    # socket is open anywhere, so would that of a parent that was killed in its writer's turn.
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for pgconn in tuple(_opened):
+        if pgconn.status != pq.ConnStatus.BAD:
+            os.dup2(nowhere, pgconn.socket, inheritable=False)
+    _opened.clear()
+    os.close(nowhere)
 
 
 os.register_at_fork(after_in_child=_in_child)
