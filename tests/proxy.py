@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from typing import Self
+from collections.abc import Callable
+from typing import Literal, Self
 
 
 class Proxy:
@@ -18,7 +19,12 @@ class Proxy:
             the connection is cut as soon as the answer is there. None: nothing is lost.
         lost: How many connections were cut so.
         cut_at: The round trip that is not to come to its end, counted from when this is set; and
-        cut_sent: whether the server is still sent it. Each connection after it works again.
+        cut_when: `before` the server is sent it, or `after` it has answered, and nobody hears; or a
+            number: when the server was sent so many of its statements, and not the rest. Each
+            connection after it works again.
+        strike: Called at that moment, before the connection is cut.
+        struck: How often that was.
+        asked: What was sent in the last round trip.
         silent: Whether nothing is passed on at all, while connections stay open.
     """
 
@@ -28,7 +34,10 @@ class Proxy:
         self.lose: bytes | None = None
         self.lost = 0
         self.cut_at = 0
-        self.cut_sent = False
+        self.cut_when: Literal["before", "after"] | int = "before"
+        self.strike: Callable[[], object] = lambda: None
+        self.struck = 0
+        self.asked = b""
         self.silent = False
         self._server = port
         self._listening = socket.create_server(("127.0.0.1", 0))
@@ -41,7 +50,11 @@ class Proxy:
             while True:
                 client, _ = self._listening.accept()
                 self.connections += 1
-                server = socket.create_connection(("127.0.0.1", self._server))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server))
+                except OSError:
+                    client.close()
+                    continue
                 for each in (client, server):
                     each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._open += [client, server]
@@ -72,6 +85,7 @@ class Link:
         self.proxy, self.client, self.server = proxy, client, server
         self.answered = True
         self.doomed = False
+        self.left: int | None = None  # how many more statements the server is sent
 
     def start(self) -> None:
         threading.Thread(target=self._ask, daemon=True).start()
@@ -80,17 +94,30 @@ class Link:
     def _ask(self) -> None:
         with contextlib.suppress(OSError):
             while data := self.client.recv(65536):
+                proxy = self.proxy
                 if self.answered:
-                    self.proxy.round_trips += 1
-                    self.proxy.cut_at -= 1
-                    if self.proxy.cut_at == 0:
-                        if not self.proxy.cut_sent:
+                    proxy.round_trips += 1
+                    proxy.cut_at -= 1
+                    proxy.asked = b""
+                    if proxy.cut_at == 0:
+                        if proxy.cut_when == "before":
+                            self._strike()
                             break
-                        self.doomed = True
+                        self.doomed = proxy.cut_when == "after"
+                        self.left = None if self.doomed else int(proxy.cut_when)
                 self.answered = False
-                if self.proxy.lose is not None and self.proxy.lose in data:
+                proxy.asked += data
+                if self.left is not None:
+                    some = statements(data)[: self.left]
+                    self.left -= len(some)
+                    self.server.sendall(b"".join(some) if not self.left else data)
+                    if not self.left:
+                        self._strike()
+                        break
+                    continue
+                if proxy.lose is not None and proxy.lose in data:
                     self.doomed = True
-                if not self.proxy.silent:
+                if not proxy.silent:
                     self.server.sendall(data)
         self._end()
 
@@ -100,13 +127,30 @@ class Link:
                 self.answered = True
                 if self.doomed:
                     self.proxy.lost += 1
+                    self._strike()
                     break
                 if not self.proxy.silent:
                     self.client.sendall(data)
         self._end()
+
+    def _strike(self) -> None:
+        self.proxy.strike()
+        self.proxy.struck += 1
 
     def _end(self) -> None:
         for each in (self.client, self.server):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
+
+
+def statements(data: bytes) -> list[bytes]:
+    """Part a client's messages after each `Execute`; what follows the last one is left out."""
+    found, begin, at = [], 0, 0
+    while at < len(data):
+        kind = data[at : at + 1]
+        at += 1 + int.from_bytes(data[at + 1 : at + 5], "big")
+        if kind == b"E":
+            found.append(data[begin:at])
+            begin = at
+    return found

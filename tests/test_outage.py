@@ -1,0 +1,92 @@
+"""No allow rests on a state older than `max_staleness`, whatever has failed.
+
+Real servers and real login servers, as processes of their own; `tests/outages.py` says who does
+what.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import rounds
+from tests.outages import (
+    STALENESS,
+    TIMEOUT,
+    ListenerStopped,
+    ListenerTerminated,
+    Network,
+    NoNetwork,
+    NotifyLost,
+    Outage,
+    Outcome,
+    PacketsDropped,
+    ServerStopped,
+    crash,
+    run,
+    server_in,
+)
+from tests.postgres import Server, own_server
+
+USUAL = 5.0  # the default `max_staleness`, and
+USUAL_TIMEOUT = 2.0  # the default `timeout`
+SLACK = 5.0  # of a busy machine; a thread that hangs waits for ever
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server that these tests may treat as they like."""
+    with own_server() as server:
+        yield server
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """A network in which packets can be dropped."""
+    missing = [program for program in ("iptables", "ip") if not shutil.which(program)]
+    if missing and os.geteuid() == 0 and os.environ.get("CI"):
+        pytest.fail("missing; as root: apt-get install --yes iptables iproute2")
+    try:
+        network = Network()
+    except NoNetwork as exc:
+        pytest.skip(f"no packets can be dropped on this machine: {exc}")
+    with network:
+        yield network
+
+
+def judge(outcome: Outcome) -> None:
+    """Fail where anybody was let in too late, or waited too long."""
+    assert len(outcome.let_in) == len(outcome.held) >= 20
+    assert outcome.blows
+    assert max(outcome.let_in) <= STALENESS
+    assert max(outcome.let_in_usual) <= USUAL
+    # A sync and a load may each take the store's deadline.
+    assert outcome.slowest < 2 * TIMEOUT + SLACK
+    assert outcome.slowest_usual < 2 * USUAL_TIMEOUT + SLACK
+
+
+@pytest.mark.parametrize("kind", [ListenerTerminated, ListenerStopped, NotifyLost, ServerStopped])
+def test_no_allow_is_older_than_the_lease(server: Server, kind: type[Outage]) -> None:
+    """Deletions hold in time, though nobody is told of them, or nobody can ask."""
+    judge(run(kind(server), rounds(1, 10), 20))
+
+
+def test_no_allow_is_older_than_the_lease_where_packets_vanish(network: Network) -> None:
+    """The same where the server and the login servers work, and nothing comes through."""
+    with server_in(network) as server:
+        judge(run(PacketsDropped(server, network), rounds(1, 10), 20))
+
+
+def test_a_killed_server_lets_nobody_in(server: Server) -> None:
+    """kill -9 under logins as fast as they come: denials once the lease is over, and nobody hangs.
+
+    Then it comes back by itself.
+    """
+    for _ in range(rounds(1, 10)):
+        outcome = crash(server, threads=8, away=rounds(1, 5) * 0.5)
+        assert outcome.let_in <= STALENESS
+        assert outcome.denials
+        assert outcome.slowest < 2 * USUAL_TIMEOUT + SLACK
