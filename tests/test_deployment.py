@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-
 import ipguard
 from ipguard import Actor, Reason
 from ipguard.stores.postgres import PostgresStore
