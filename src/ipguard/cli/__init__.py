@@ -1,0 +1,121 @@
+"""The command line: `ipguard`, for operators. It translates, and owns no rule.
+
+A command is a function in one of the modules here: it asks the workflow, the guard or the store,
+and shows what they answer. `run` sees to what all have in common: what an error looks like, and the
+exit code. docs/cli.md is its manual.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated, Any, Final
+
+import typer
+
+import ipguard
+from ipguard.cli import checks, lists, operators, requests, setup, users
+from ipguard.cli._app import JsonOption, NobodyReads, StoreOption
+from ipguard.cli._codes import Exit, Problem, problem_of
+from ipguard.cli._output import Output
+from ipguard.errors import IPGuardError
+
+__all__ = ["run"]
+
+# Plain help: it is the same everywhere, and there at once.
+app: Final = typer.Typer(
+    name="ipguard",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:  # noqa: FBT001 - so it is called
+    if asked:
+        sys.stdout.write(f"ipguard {ipguard.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _ipguard(
+    context: typer.Context,
+    *,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    version: Annotated[  # noqa: ARG001 - what it does is done by then
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which it is.")
+    ] = False,
+) -> None:
+    """Restrict users of a trading platform to the addresses that they may log in from."""
+    context.obj = {"store": store, "as_json": as_json}
+
+
+for _module in (setup, users, lists, requests, checks, operators):
+    _module.add_to(app)
+
+# What is raised for wrong arguments is not public, but its subclass is.
+_UsageError: Final[Any] = typer.BadParameter.__mro__[2]
+
+
+def run(args: list[str]) -> int:
+    """Run one command.
+
+    Args:
+        args: The arguments, without the program's name.
+
+    Returns:
+        The exit code, one of `Exit`. Whatever is wrong is told on standard error.
+    """
+    if not args or args == ["users"]:
+        args = [*args, "--help"]
+    out = Output(as_json="--json" in args)
+    _log()
+    try:
+        code = _run(args, out)
+        sys.stdout.flush()
+    except (NobodyReads, BrokenPipeError):
+        # Who read has had enough. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.PIPE
+    return code
+
+
+def _run(args: list[str], out: Output) -> int:
+    try:
+        return app(args, prog_name="ipguard", standalone_mode=False) or Exit.OK
+    except NobodyReads:
+        raise
+    except (KeyboardInterrupt, typer.Abort):
+        return Exit.INTERRUPTED
+    except Exception as exc:
+        problem = _problem(exc)
+        if problem.code is Exit.DEFECT and os.environ.get("IPGUARD_DEBUG"):
+            raise
+        return out.fail(problem)
+
+
+def _problem(exc: Exception) -> Problem:
+    if isinstance(exc, Problem):
+        return exc
+    if isinstance(exc, IPGuardError):
+        return problem_of(exc)
+    if isinstance(exc, _UsageError):
+        return Problem(Exit.USAGE, exc.format_message(), hint="see --help")
+    if isinstance(exc, OSError):
+        place = f"{exc.filename}: " if exc.filename else ""
+        return Problem(Exit.FILE, f"{place}{exc.strerror or exc}")
+    message = f"a defect of ipguard: {type(exc).__name__}: {exc}"
+    return Problem(Exit.DEFECT, message, hint="IPGUARD_DEBUG=1 shows where")
+
+
+def _log() -> None:
+    """Write the library's log to a file, where the environment names one."""
+    path = os.environ.get("IPGUARD_LOG")
+    if path:
+        handler = logging.FileHandler(path, delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logger = logging.getLogger("ipguard")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

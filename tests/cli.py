@@ -1,0 +1,175 @@
+"""Running the command line as people and programs do: as a process, in a terminal or piped."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pexpect  # type: ignore[import-untyped]
+from jsonschema.validators import Draft202012Validator  # type: ignore[import-untyped]
+from referencing import Registry, Resource
+
+from ipguard.cli import run
+
+SCHEMAS = Path(__file__).resolve().parent.parent / "docs" / "schemas"
+PROGRAM = (sys.executable, "-m", "ipguard")
+PATIENCE = 60
+
+
+@cache
+def schemas() -> dict[str, Any]:
+    """Return the schemas of the docs by the name of their file, each one checked."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted(SCHEMAS.glob("*.json"))}
+    for schema in found.values():
+        Draft202012Validator.check_schema(schema)
+    return found
+
+
+@cache
+def validator(name: str) -> Draft202012Validator:
+    """Return what checks values against one of the schemas."""
+    known: Registry[Any] = Registry().with_resources(
+        (each, Resource.from_contents(schema)) for each, schema in schemas().items()
+    )
+    return Draft202012Validator(
+        schemas()[f"{name}.json"],
+        registry=known,
+        format_checker=jsonschema.FormatChecker(),
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> Any:
+        """What `--json` wrote to standard error, which its schema allows."""
+        found = json.loads(self.err)
+        validator("error").validate(found)
+        assert found["error"]["exit"] == self.code
+        return found["error"]
+
+
+class Shell:
+    """A folder, an environment, and a command line in it.
+
+    Args:
+        folder: The working directory; the store is `ipguard.db` in it unless `env` says otherwise.
+        env: Variables beside those of this process.
+    """
+
+    def __init__(self, folder: Path, **env: str) -> None:
+        self.folder = folder
+        self.env = {name: text for name, text in os.environ.items() if "IPGUARD" not in name}
+        self.env |= {
+            "TERM": "xterm-256color",
+            "COLUMNS": "200",
+            "IPGUARD_URL": f"sqlite:///{folder}/ipguard.db",
+            "IPGUARD_KEY_FILE": str(folder / "ipguard.key"),
+            "IPGUARD_EMAIL": "ops@bank.example",
+        }
+        self.env.pop("NO_COLOR", None)
+        self.env |= env
+
+    def __call__(
+        self, *args: str | Path, stdin: str | bytes = b"", env: Mapping[str, str] | None = None
+    ) -> Done:
+        """Run a command with nothing that is a terminal."""
+        done = subprocess.run(
+            [*PROGRAM, *map(str, args)],
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            cwd=self.folder,
+            env=self.env | dict(env or {}),
+            timeout=10 * PATIENCE,
+            check=False,
+        )
+        assert b"Traceback" not in done.stderr, done.stderr.decode()
+        return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def within(self, *args: str) -> Done:
+        """Run a command in this process: for what many arguments lead to."""
+        out, err, before = io.StringIO(), io.StringIO(), dict(os.environ)
+        try:
+            os.environ.update(self.env)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = run(list(args))
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    def good(self, *args: str | Path, **more: Any) -> str:
+        """Run a command that succeeds, and return what it wrote."""
+        done = self(*args, **more)
+        assert (done.code, done.err) == (0, "")
+        return done.out
+
+    def json(self, *args: str | Path, code: int = 0, **more: Any) -> Any:
+        """Run a command with `--json`; return the value, which the command's schema allows."""
+        done = self(*args, "--json", **more)
+        assert (done.code, done.err) == (code, "")
+        name = "-".join(map(str, args[:2] if args[0] == "users" else args[:1]))
+        assert done.out.count("\n") == 1
+        found = json.loads(done.out)
+        validator(name).validate(found)
+        return found
+
+    def bad(self, code: int, *args: str | Path, **more: Any) -> str:
+        """Run a command that fails; return the one line that says why."""
+        done = self(*args, **more)
+        assert (done.code, done.out) == (code, "")
+        assert done.err.startswith("ipguard: ")
+        assert done.err.count("\n") == 1
+        return done.err.removeprefix("ipguard: ").removesuffix("\n")
+
+    def terminal(self, *args: str | Path, **env: str) -> Terminal:
+        """Run a command in a terminal."""
+        return Terminal(self, [str(arg) for arg in args], env)
+
+
+class Terminal:
+    """A command in a terminal of 200 columns."""
+
+    def __init__(self, shell: Shell, args: list[str], env: Mapping[str, str]) -> None:
+        self.process: Any = pexpect.spawn(
+            PROGRAM[0],
+            [*PROGRAM[1:], *args],
+            cwd=str(shell.folder),
+            env=shell.env | dict(env),
+            encoding="utf-8",
+            dimensions=(50, 200),
+            timeout=PATIENCE,
+        )
+
+    def sees(self, pattern: str) -> None:
+        """Wait until the terminal shows what a pattern fits."""
+        self.process.expect(pattern)
+
+    def types(self, text: str) -> None:
+        """Type a line."""
+        self.process.sendline(text)
+
+    def ends(self, code: int = 0) -> str:
+        """Wait until the command has ended; return what it showed since the last `sees`."""
+        self.process.expect(pexpect.EOF)
+        shown: str = self.process.before
+        self.process.close()
+        assert "Traceback" not in shown
+        assert self.process.exitstatus == code, shown
+        return shown.replace("\r\n", "\n")

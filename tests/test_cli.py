@@ -1,0 +1,414 @@
+"""The command line as a process: what all commands share, `init`, `migrate`, `list`, `check`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import ipguard
+from ipguard.cli import _codes, _secret
+from ipguard.cli._output import clean
+from tests.cli import PROGRAM, Shell, schemas
+from tests.test_docs import table
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
+
+USERS = """username,full_name,account_id,email
+jsmith,John Smith,U1,jsmith@firm.example
+mlee,Mary Lee,U1,
+zed,Zed Zulu,U2,zed@other.example
+"""
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A store with three users, one of them restricted."""
+    it = Shell(tmp_path_factory.mktemp("cli"))
+    (it.folder / "ipguard.key").write_text("k" * 64)
+    with ipguard.open_store(it.env["IPGUARD_URL"]) as store:
+        rows = [line.split(",") for line in USERS.splitlines()[1:]]
+        store.put_users(
+            ipguard.User(username=u, full_name=n, account_id=a, email=e or None)
+            for u, n, a, e in rows
+        )
+        flow = ipguard.Workflow(store, _Nobody(), key=b"k" * 64)
+        boss = ipguard.Actor(
+            username="boss", email="boss@bank.example", manages=ipguard.Actor.EVERY_ACCOUNT
+        )
+        flow.impose(boss, "jsmith", "203.0.113.0/29", reason="x", label="head office")
+    return it
+
+
+class _Nobody:
+    def number_issued(self, *_: object, **__: object) -> None: ...
+
+    def change_applied(self, *_: object, **__: object) -> None: ...
+
+
+# -- what all commands share -------------------------------------------------------------------
+
+
+def test_the_exit_codes_are_documented():
+    """The table of the manual is the code's, and so is the table of errors."""
+    listed = {row[1]: int(row[0]) for row in table("docs/cli.md", "exit code")}
+    assert listed == {code.name.lower(): code.value for code in _codes.Exit}
+    errors = {
+        name
+        for name, error in vars(ipguard.errors).items()
+        if isinstance(error, type) and issubclass(error, ipguard.IPGuardError)
+    } - {"IPGuardError"}
+    told = {row[0]: row[1] for row in table("docs/cli.md", "error")}
+    assert set(told) == errors
+    for name, code in told.items():
+        kind = getattr(ipguard.errors, name)
+        found = next(code for base, code in _codes.ERRORS if issubclass(kind, base))
+        assert found.name.lower() == code, name
+
+
+def test_help_names_every_command_and_the_manual_has_each(shell: Shell):
+    """`--help` and no argument at all say what there is; so does the manual."""
+    plain, module = shell.good("--help"), shell.good()
+    assert plain == module
+    assert "\x1b" not in plain
+    found = set(_commands(plain)) - {"users"}
+    found |= {f"users {name}" for name in _commands(shell.good("users"))}
+    assert {row[0] for row in table("docs/cli.md", "command")} == found
+    named = {f"{name.replace(' ', '-')}.json" for name in found}
+    assert set(schemas()) == named | {"common.json", "error.json"}
+    assert shell.good("--version") == f"ipguard {ipguard.__version__}\n"
+
+
+def _commands(help_text: str) -> list[str]:
+    return re.findall(r"^  ([a-z]+)  ", help_text.split("Commands:")[1], re.MULTILINE)
+
+
+def test_the_script_and_the_module_are_the_same(shell: Shell):
+    """`ipguard` is installed beside the interpreter, and does what `python -m ipguard` does."""
+    script = Path(sys.executable).parent / "ipguard"
+    done = subprocess.run(
+        [script, "check", "mlee", "192.0.2.1"], env=shell.env, capture_output=True, check=True
+    )
+    assert done.stdout.decode() == shell.good("check", "mlee", "192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["nonsense"], 2, "No such command"),
+        (["list", "--nonsense"], 2, "nonsense"),
+        (["list", "--limit", "0"], 2, "limit"),
+        (["check", "jsmith"], 2, "from where"),
+        (["check", "jsmith", "1.2.3.4", "--unknown-users", "maybe"], 2, "allow or deny"),
+        (["list", "x" * 300], 3, "more than 256"),
+        (["history", "--user", "a\nb"], 3, "is not a username"),
+        (["cancel", "nothing"], 4, "no request"),
+        (["list", "--store", "memory://"], 7, "would end"),
+        (["list", "--store", "nowhere://x"], 7, "no store has the scheme"),
+        (["list", "--store", "sqlite:///gone/gone.db"], 7, "ipguard init"),
+        (["list", "--store", "sqlite:////dev/null"], 7, "is not a file"),
+        (["users", "import", "gone.csv"], 9, "No such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_code(shell: Shell, args, code, words):
+    """No traceback; with `--json`, which goes anywhere, the line is an object."""
+    done = shell.within(*args)
+    assert (done.code, done.out) == (code, "")
+    assert re.fullmatch(r"ipguard: .+\n", done.err)
+    assert words in done.err
+    told = shell.within("--json", *args)
+    assert (told.code, told.out) == (code, "")
+    assert words in told.error["message"] + told.error["hint"]
+
+
+def test_a_mistake_of_a_process(shell: Shell):
+    """The same as a program sees it."""
+    assert "no request" in shell.bad(4, "cancel", "nothing")
+    assert shell("cancel", "--json").error["type"] == "usage"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:hunter2@db/x",
+        "postgresql://u@db/x?password=hunter2",
+        "postgresql://u@db/x?sslmode=require&pass%77ord=hunter2",
+        "postgresql://u@db/x?listen=postgresql%3A%2F%2Fu%3Ahunter2%40db2%2Fx",
+        "postgresql://u@db/x?sslpassword=hunter2",
+        "host=db user=u password=hunter2",
+        "mine://u:hunter2@[broken/x",
+    ],
+)
+def test_a_password_in_the_arguments_is_refused(shell: Shell, url: str):
+    """Wherever it stands in the URL, before or after the command, and it is not repeated."""
+    assert _secret.holds_password(url)
+    if "listen" in url or "u:hunter2@db" in url:
+        before = shell.within("--store", url, "list")
+        after = shell.within("list", "--store", url, "--json")
+        assert (before.code, after.code) == (2, 2)
+        assert "IPGUARD_URL" in before.err
+        assert "PGPASSWORD" in after.error["hint"]
+        assert "hunter2" not in before.err + after.err + before.out + after.out
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u@db/x",
+        "postgresql://db:5432/x?sslmode=require&passfile=/etc/pgpass",
+        "sqlite:////var/lib/a@b:c.db",
+        "sqlite:///ipguard.db?timeout=2",
+        "smtp://127.0.0.1:25",
+        "postgresql://u@db/x?listen=postgresql%3A%2F%2Fu%40db2%2Fx",
+    ],
+)
+def test_what_is_no_password_is_not_refused(url: str):
+    """A user, a port, a password file."""
+    assert not _secret.holds_password(url)
+
+
+def test_where_the_store_is(shell: Shell, tmp_path: Path):
+    """`--store` before or after the command goes before the environment; without any: an error."""
+    other = f"sqlite:///{tmp_path}/other.db"
+    ipguard.open_store(other).close()
+    empty = "username\tfull_name\taccount_id\temail\n"
+    assert shell.within("users", "list", "--store", other).out == empty
+    assert shell.within("--store", other, "users", "list").out == empty
+    assert "IPGUARD_URL" in shell.bad(7, "list", env={"IPGUARD_URL": ""})
+
+
+def test_nobody_reads_to_the_end(shell: Shell):
+    """A broken pipe is quiet: `ipguard history | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*PROGRAM, "list"], stdout=writing, stderr=subprocess.PIPE, env=shell.env, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_control_characters_reach_no_terminal(shell: Shell, tmp_path: Path):
+    """A store may hold what ipguard would not have written; it is shown as what it is."""
+    path, hostile = tmp_path / "hostile.db", "\x1b[2Jgone\x07\t\u202eevil\n\u2066x"
+    url = f"sqlite:///{path}"
+    with ipguard.open_store(url) as store:
+        store.put_users([ipguard.User(username="eve", full_name="Eve", account_id="U1")])
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            "INSERT INTO restrictions (username, id, first_ip, last_ip, label, created_at,"
+            " created_by) VALUES ('eve', 'x', x'01020304', x'01020304', ?, 0, 'x')",
+            (hostile,),
+        )
+    shown = r"\x1b[2Jgone\x07\t\u202eevil\n\u2066x"
+    explain = ["explain", "eve", "1.2.3.4", "--store", url]
+    piped = shell.good(*explain)
+    assert piped.splitlines()[2].split("\t")[2] == shown
+    assert shell.json(*explain)["restrictions"][0]["label"] == hostile
+    terminal = shell.terminal(*explain).ends()
+    assert shown in terminal
+    assert re.sub(r"\x1b\[[0-9;]*m", "", terminal).replace("\n", "").isprintable()
+    asked = shell.within("check", "a\x1b[2Jb", "1.2.3.4")
+    assert asked.out == "not allowed: bad_username\n"
+    assert clean("déjà vu 漢字") == "déjà vu 漢字"
+
+
+def test_completion(shell: Shell):
+    """Shells complete commands and options."""
+    asked = {"_IPGUARD_COMPLETE": "complete_bash", "COMP_WORDS": "ipguard un", "COMP_CWORD": "1"}
+    assert shell.good(env=asked).split() == ["unlock"]
+    source = shell.good(env={"_IPGUARD_COMPLETE": "source_bash"})
+    assert "complete -o default -F" in source
+    assert "ipguard" in source
+
+
+def test_without_the_extra_it_says_what_is_missing(tmp_path: Path):
+    """With the library's own three packages alone: one line, and the code of a configuration."""
+    for name in ("ipguard", "attr", "attrs", "netaddr", "cachetools"):
+        module = __import__(name)
+        assert module.__file__ is not None
+        (tmp_path / name).symlink_to(Path(module.__file__).parent)
+    code = "import sys; sys.path.append(sys.argv.pop(1)); import ipguard.__main__ as m"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"{code}; sys.exit(m.main())", tmp_path, "list"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "ipguard[cli]"' in done.stderr
+
+
+# -- init and migrate --------------------------------------------------------------------------
+
+
+def test_init_makes_a_store_and_a_key_and_overwrites_nothing(tmp_path: Path):
+    """The key file is its owner's alone; a second `init` changes nothing, nor does a failed one."""
+    shell = Shell(tmp_path)
+    key = tmp_path / "ipguard.key"
+    assert "where should the key be kept" in shell.bad(2, "init", env={"IPGUARD_KEY_FILE": ""})
+    assert "not a file" in shell.bad(7, "init", "--store", "sqlite:////dev/null")
+    assert not key.exists()
+    old = os.umask(0)
+    try:
+        made = shell.json("init")
+    finally:
+        os.umask(old)
+    assert made["key_file"] == str(key)
+    assert made["revision"] == 0
+    assert key.stat().st_mode & 0o777 == 0o600
+    (text,) = key.read_bytes().split()
+    assert len(text) == 64
+    assert key.read_text().strip() not in json.dumps(made)
+    again = shell.bad(7, "init")
+    assert "is not overwritten" in again
+    assert key.read_bytes().split() == [text]
+    # A new key for a store that is there.
+    other = shell.good("init", "--key-file", "other.key")
+    assert "was there already" in other
+    assert (tmp_path / "other.key").read_bytes() != key.read_bytes()
+
+
+def test_migrate_makes_the_schema_or_prints_it(tmp_path: Path):
+    """What `--sql` prints makes by hand what `migrate` makes."""
+    shell = Shell(tmp_path)
+    script = shell.good("migrate", "--sql")
+    assert not (tmp_path / "ipguard.db").exists()
+    with closing(sqlite3.connect(tmp_path / "ipguard.db", isolation_level=None)) as db:
+        db.executescript(script)
+        db.execute("PRAGMA journal_mode = WAL")
+    assert shell.json("users", "list") == {"users": [], "next": None}
+    assert shell.json("migrate")["revision"] == 0
+    sql = shell.json("migrate", "--sql")
+    assert [part["sql"] in script for part in sql["migrations"]] == [True]
+    assert shell.good("migrate", "--sql", "--since", "1") == ""
+    assert "SQLite has no roles" in shell.bad(2, "migrate", "--sql", "--reader", "r")
+    assert "go with --sql" in shell.bad(2, "migrate", "--reader", "r")
+
+
+# -- users, list, history ----------------------------------------------------------------------
+
+
+def test_users_import_is_all_or_nothing(tmp_path: Path):
+    """Every bad row is named with its line, in both formats; what is so already changes nothing."""
+    shell = Shell(tmp_path)
+    ipguard.open_store(shell.env["IPGUARD_URL"]).close()
+    good = tmp_path / "users.csv"
+    good.write_text("\ufeff" + USERS)
+    bad = tmp_path / "bad.csv"
+    bad.write_bytes(
+        b'username,full_name,account_id,email\njsmith,John\n"two\nlines",Name,U1,\n\n'
+        b"ok,\xff,U1,\nok,Name,,\nok,Name,U1,x\n" + b'ok,"' + b"x" * 2**20 + b'",U1,\n'
+    )
+    lines = tmp_path / "bad.jsonl"
+    lines.write_text(
+        '{"username": "ok", "full_name": "Name", "account_id": "U1"}\n[]\n{\n'
+        '{"username": "ok", "full_name": "Name", "account_id": 7}\n'
+        '{"username": "ok", "full_name": "Name", "account": "U1"}\n'
+    )
+    done = shell("users", "import", bad)
+    assert (done.code, done.out) == (9, "")
+    assert [line.split(":")[0] for line in done.err.splitlines()] == [
+        "line 2", "line 3", "line 6", "line 7", "line 8", "line 9", "ipguard",
+    ]  # fmt: skip
+    told = shell("users", "import", lines, "--json")
+    assert [row["line"] for row in told.error["rows"]] == [2, 3, 4, 5]
+    assert shell.json("users", "list")["users"] == []
+    made = shell.json("users", "import", good)
+    assert made == {"rows": 3, "revision": 1, "changed": True}
+    assert shell.json("users", "import", "-", stdin=USERS)["changed"] is False
+    assert "registered so already" in shell.good("users", "import", good)
+    assert [user["username"] for user in shell.json("users", "list")["users"]] == [
+        "jsmith", "mlee", "zed",
+    ]  # fmt: skip
+    assert "no column" in shell.bad(
+        9, "users", "import", "-", stdin="username,full_name,account_id,x\n"
+    )
+    assert "is empty" in shell.bad(9, "users", "import", "-")
+
+
+def test_list_is_the_page(shell: Shell):
+    """In a terminal a table in colours or without; piped, lines that are never cut."""
+    head, *rows = shell.good("list").splitlines()
+    assert head.split("\t")[:4] == ["username", "full_name", "account_id", "restrictions"]
+    assert [row.split("\t")[3] for row in rows] == ["203.0.113.0/29"] + ["No restrictions"] * 2
+    shown = shell.terminal("list", "--limit", "2").ends()
+    assert re.search(
+        r"jsmith +John Smith +U1 +203\.0\.113\.0/29 head office \[[0-9a-f]{16}\]", shown
+    )
+    assert "there are more: --after mlee" in shown
+    assert "\x1b[" in shown
+    assert "zed" not in shown
+    narrow = shell.terminal("list", "203.0.113.1", NO_COLOR="1", COLUMNS="60").ends()
+    assert "head" in narrow
+    assert "mlee" not in narrow
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", narrow)
+
+
+def test_list_in_pages(shell: Shell):
+    """`--limit` and `--after` walk through; `--all` does so by itself; a search by address."""
+    first = shell.json("list", "--limit", "2")
+    rest = shell.json("list", "--limit", "2", "--after", first["next"])
+    assert [one["user"]["username"] for one in (*first["users"], *rest["users"])] == [
+        "jsmith", "mlee", "zed",
+    ]  # fmt: skip
+    assert rest["next"] is None
+    assert shell.json("list", "--all")["users"] == [*first["users"], *rest["users"]]
+    (found,) = shell.json("list", "203.0.113.2")["users"]
+    assert found["restrictions"][0]["label"] == "head office"
+    assert shell.json("list", "--removed")["users"] == []
+
+
+def test_history_is_the_trail(shell: Shell):
+    """The newest first, of one user or of all, in pages."""
+    first = shell.json("history", "--limit", "1")
+    assert [row["action"] for row in first["changes"]] == ["impose"]
+    rest = shell.json("history", "--before", str(first["next"]))
+    assert [row["action"] for row in rest["changes"]] == ["put_users"]
+    assert shell.good("history", "--user", "JSMITH").count("\n") == 2
+    assert "impose" in shell.terminal("history").ends()
+
+
+# -- check and explain -------------------------------------------------------------------------
+
+
+def test_check_answers_with_its_exit_code(shell: Shell):
+    """0 allowed, 1 not, whatever was asked; another code where there is no answer."""
+    assert shell.json("check", "JSmith", "203.0.113.2")["decision"]["reason"] == "listed"
+    assert shell.json("check", "jsmith", "203.0.113.9", code=1)["decision"]["allowed"] is False
+    for username, address, answer in (
+        ("jsmith", "203.0.113.02", (1, "not allowed: bad_address\n")),
+        ("", "203.0.113.2", (1, "not allowed: bad_username\n")),
+        ("nobody", "192.0.2.1", (0, "allowed: unrestricted\n")),
+    ):
+        done = shell.within("check", username, address)
+        assert (done.code, done.out) == answer
+    strict = shell("check", "nobody", "192.0.2.1", "--unknown-users", "deny")
+    assert (strict.code, strict.out) == (1, "not allowed: unknown_user\n")
+    gone = shell.bad(6, "check", "x", "192.0.2.1", "--store", "postgresql://127.0.0.1:1/x")
+    assert "the store" in gone
+
+
+def test_check_in_a_terminal(shell: Shell):
+    """Green or red, and the same words."""
+    assert "\x1b[32mallowed: listed" in shell.terminal("check", "jsmith", "203.0.113.2").ends()
+    assert "\x1b[31mnot allowed" in shell.terminal("check", "jsmith", "192.0.2.1").ends(1)
+
+
+def test_explain_shows_why(shell: Shell):
+    """The sentence and the restrictions; likewise for what is no address."""
+    told = shell.json("explain", "jsmith", "203.0.113.2")
+    assert told["known"]
+    assert [one["addresses"] for one in told["restrictions"]] == ["203.0.113.0/29"]
+    refused = shell("explain", "jsmith", "nonsense")
+    assert refused.code == 1
+    assert "203.0.113.0/29" in refused.out
+    assert "head office" in shell.terminal("explain", "jsmith", "192.0.2.1").ends(1)
