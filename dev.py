@@ -44,11 +44,12 @@ CORE = (
     "model",
     "confirmation",
     "rules",
+    "packed",
     "workflow",
     "guard",
     "aio",
 )
-MUTATED = ("addresses", "usernames", "confirmation", "rules", "guard")
+MUTATED = ("addresses", "usernames", "confirmation", "rules", "packed", "guard")
 
 
 class StepError(Exception):
