@@ -209,6 +209,9 @@ class RestrictionStore(Protocol):
 
         The iterator reads as it goes, so that a million users need not fit in memory twice. It is
         exhausted or closed by the caller, on the thread that called.
+
+        It may have a method `packed()`, which gives each user with what `ipguard.packed.pack` makes
+        of its policy instead: a guard that preloads asks for that where it is there.
         """
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:

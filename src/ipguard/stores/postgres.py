@@ -37,20 +37,18 @@ from ipguard.stores import _postgres_schema as schema
 from ipguard.stores import _sql_read as read
 from ipguard.stores import _sql_users as users_of
 from ipguard.stores._migrations import migrations as _migrations
-from ipguard.stores._postgres import Session
 from ipguard.stores._postgres_client import Client
 from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_listen import Listener
 from ipguard.stores._postgres_options import Options
+from ipguard.stores._postgres_stream import PolicyStream
 from ipguard.stores._postgres_turn import Writer
-from ipguard.stores._sql import Row
 from ipguard.stores._sql_write import SqlTransaction, prune, stage_restrictions
 from ipguard.usernames import canonical_usernames
 
 __all__ = ["PostgresStore", "grants", "migrations"]
 
 _log = logging.getLogger("ipguard.stores.postgres")
-_FETCHED: Final = 5_000
 
 grants = schema.grants
 
@@ -152,18 +150,8 @@ class PostgresStore:
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision, and the policy of each user with restrictions, from one snapshot."""
-        stream = self._stream()
-        # Started here, so that the snapshot is of now, and closing the iterator always ends it.
-        revision = next(stream)
-        assert isinstance(revision, int)
-        return revision, stream  # type: ignore[return-value]
-
-    def _stream(self) -> Iterator[int | tuple[str, Policy]]:
-        with self._client.snapshot(self._options.bulk_timeout) as session:
-            revision, _ = read.head(session)
-            session.run(f"DECLARE policies NO SCROLL CURSOR FOR {read.ALL_POLICIES}")
-            yield revision
-            yield from read.policies_of(revision, _fetched(session))
+        stream = PolicyStream(self._client.snapshot(self._options.bulk_timeout))
+        return stream.revision, stream
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
         """Return where the store is, and whose policy changed since a revision."""
@@ -285,14 +273,6 @@ SELECT f.*, pg_is_in_recovery(), {schema.MICROS}, v.version, v.oldest, s.touchin
 FROM ({read.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
 """
 _NOTIFY: Final = "SELECT pg_notify(?, ?)"
-
-
-def _fetched(session: Session) -> Iterator[Row]:
-    while True:
-        rows = session.rows(f"FETCH FORWARD {_FETCHED} FROM policies")
-        yield from rows
-        if len(rows) < _FETCHED:
-            return
 
 
 def _told(turn: SqlTransaction, change: Change | None) -> int:
