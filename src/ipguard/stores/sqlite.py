@@ -136,7 +136,10 @@ class SQLiteStore:
             revision, _ = read.head(session)
             yield revision
             with closing(session.stream(read.ALL_POLICIES)) as rows:
-                yield from read.policies_of(revision, rows)
+                for found in read.policies_of(revision, rows):
+                    if self._pool.moving:  # a fork waits for this connection
+                        raise StoreUnavailable(f"{self._path}: forking, or the store is closed")
+                    yield found
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
         """Return where the store is, and whose policy changed since a revision."""
