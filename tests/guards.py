@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -27,6 +29,8 @@ from ipguard.model import (
     User,
 )
 from ipguard.store import RestrictionStore
+from ipguard.stores import open_store
+from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 
 T = TypeVar("T")
@@ -99,7 +103,9 @@ def comes_true(condition: Callable[[], object]) -> None:
 class Held:
     """A store around a store: each of its reads can be held, failed or replaced, and is counted.
 
-    A hook in `before_load`, `after_load`, `before_sync`, `after_sync` is used up by one call.
+    A hook in `before_load`, `after_load`, `before_sync`, `after_sync` is used up by one call; so is
+    one in `before_stream` (before a snapshot is opened), `in_stream` (before its first user is
+    given) and `after_stream` (after its last).
     """
 
     def __init__(self, store: RestrictionStore) -> None:
@@ -108,10 +114,15 @@ class Held:
         self.after_load: deque[Hook] = deque()
         self.before_sync: deque[Hook] = deque()
         self.after_sync: deque[Hook] = deque()
+        self.before_stream: deque[Hook] = deque()
+        self.in_stream: deque[Hook] = deque()
+        self.after_stream: deque[Hook] = deque()
         self.at_now: deque[Hook] = deque()
         self.down: BaseException | None = None
         self.loads: list[str] = []
         self.syncs: list[tuple[int, str] | None] = []
+        self.streams: list[int] = []
+        self.snapshot: Callable[[int], Any] = lambda revision: revision
         self.policy: Callable[[Policy], Any] = lambda policy: policy
         self.changes: Callable[[Changes], Any] = lambda changes: changes
 
@@ -129,6 +140,19 @@ class Held:
         policy: Policy = self.policy(self.store.load_policy(username))
         _use(self.after_load)
         return policy
+
+    def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
+        _use(self.before_stream)
+        self._fail()
+        revision, policies = self.store.load_all_policies()
+        self.streams.append(revision)
+        return self.snapshot(revision), self._streamed(policies)
+
+    def _streamed(self, policies: Any) -> Iterator[tuple[str, Policy]]:
+        with closing(policies):
+            _use(self.in_stream)
+            yield from policies
+            _use(self.after_stream)
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
         self.syncs.append(cursor)
@@ -219,6 +243,47 @@ class World:
         """Append a change that touches nobody."""
         with self.inner.transaction() as turn:
             return turn.append(Action.WRONG_NUMBER, actor="admin").revision
+
+
+class Restorable(World):
+    """A world whose store can be put back to how it was."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / "live.db"
+        clock = FakeClock()
+        super().__init__(self._open(clock), clock)
+
+    def _open(self, clock: FakeClock) -> Any:
+        if self.path is None:
+            return MemoryStore(clock=clock)
+        return open_store(f"sqlite:///{self.path}", clock=clock)
+
+    def back_up(self) -> Callable[[], None]:
+        """Return the act of restoring what is there now."""
+        if self.path is None:
+            inner: Any = self.inner
+            state, rows = inner._state, list(inner._rows)
+
+            def restore() -> None:
+                copy = MemoryStore(clock=self.clock)
+                copy._state, copy._rows, copy._origin = state, list(rows), inner._origin
+                self.store.store = copy
+
+            return restore
+        self.inner.close()
+        backup = self.path.with_suffix(".bak")
+        shutil.copy(self.path, backup)
+        self.store.store = self._open(self.clock)
+
+        def restore_file() -> None:
+            assert self.path is not None
+            self.inner.close()
+            for name in ("live.db", "live.db-wal", "live.db-shm"):
+                self.path.with_name(name).unlink(missing_ok=True)
+            shutil.copy(backup, self.path)
+            self.store.store = self._open(self.clock)
+
+        return restore_file
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:

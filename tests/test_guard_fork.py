@@ -174,6 +174,63 @@ def test_the_refresher_starts_again_at_the_child_s_first_slow_call(sqlite: World
         assert not guard.is_allowed("jsmith", HOME)
 
 
+def test_a_child_has_the_table_and_keeps_it_up_to_date(sqlite: World) -> None:
+    """What a parent preloaded before it forked, its children share, and each follows changes."""
+    sqlite.restrict("jsmith", HOME)
+    guard = sqlite.guard(preload=True)
+    guard.sync()
+
+    def child() -> list[object]:
+        answers: list[object] = [guard.is_allowed("jsmith", OFFICE), guard.is_allowed("adoe", HOME)]
+        sqlite.restrict("adoe", OFFICE)
+        guard.sync()
+        return [*answers, guard.is_allowed("adoe", HOME), guard.stats().loads, guard.revision]
+
+    assert in_child(child) == [False, True, False, 1, 4]
+    assert guard.is_allowed("adoe", HOME)
+    guard.sync()
+    assert not guard.is_allowed("adoe", HOME)
+    assert len(sqlite.store.streams) == 1
+
+
+def test_a_child_preloads_by_itself_what_its_parent_had_begun(sqlite: World) -> None:
+    """The thread that streamed does not exist there; the parent's snapshot comes to its end."""
+    sqlite.restrict("jsmith", HOME)
+    with gate(sqlite.store.before_stream) as held, sqlite.guard(preload=True) as guard:
+        held.reached()
+
+        def child() -> list[object]:
+            first = guard.stats().preloaded
+            guard.sync()  # starts the refresher, which sees to it
+            comes_true(lambda: guard.stats().preloaded == 1)
+            return [first, guard.is_allowed("jsmith", OFFICE), guard.stats().loads]
+
+        assert in_child(child) == [None, False, 0]
+        held.let_go()
+        comes_true(lambda: guard.stats().preloaded == 1)
+        assert len(sqlite.store.streams) == 1
+
+
+def test_a_snapshot_in_a_file_gives_way_to_a_fork(sqlite: World) -> None:
+    """SQLite's locks are not inherited, so no connection may be open: the stream is given up."""
+    sqlite.restrict("jsmith", HOME)
+    inner: Any = sqlite.inner
+    with gate(sqlite.store.in_stream) as held, sqlite.guard(preload=True) as guard:
+        held.reached()
+
+        def child() -> list[object]:
+            guard.sync()
+            comes_true(lambda: guard.stats().preloaded == 1)
+            return [guard.is_allowed("jsmith", OFFICE), guard.stats().loads]
+
+        forking = Call(lambda: in_child(child))
+        comes_true(lambda: inner._pool.moving)
+        held.let_go()
+        assert forking.result() == [False, 0]
+        comes_true(lambda: guard.stats().preloaded == 1)
+        assert len(sqlite.store.streams) == 2
+
+
 def test_a_child_of_a_child_answers(sqlite: World) -> None:
     """The locks taken around the first fork are whole for the second."""
     guard = sqlite.guard()

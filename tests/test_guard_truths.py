@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from tests.guards import (
     PATIENCE,
     Call,
     Gate,
+    Restorable,
     World,
     comes_true,
     gate,
@@ -599,47 +599,6 @@ def test_a_lasting_restriction_beside_a_temporary_one_is_remembered(world: World
 
 
 # ---------------------------------------------------------------------------- 6. diverged history
-
-
-class Restorable(World):
-    """A world whose store can be put back to how it was."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.path = None if folder is None else folder / "live.db"
-        clock = FakeClock()
-        super().__init__(self._open(clock), clock)
-
-    def _open(self, clock: FakeClock) -> Any:
-        if self.path is None:
-            return MemoryStore(clock=clock)
-        return open_store(f"sqlite:///{self.path}", clock=clock)
-
-    def back_up(self) -> Callable[[], None]:
-        """Return the act of restoring what is there now."""
-        if self.path is None:
-            inner: Any = self.inner
-            state, rows = inner._state, list(inner._rows)
-
-            def restore() -> None:
-                copy = MemoryStore(clock=self.clock)
-                copy._state, copy._rows, copy._origin = state, list(rows), inner._origin
-                self.store.store = copy
-
-            return restore
-        self.inner.close()
-        backup = self.path.with_suffix(".bak")
-        shutil.copy(self.path, backup)
-        self.store.store = self._open(self.clock)
-
-        def restore_file() -> None:
-            assert self.path is not None
-            self.inner.close()
-            for name in ("live.db", "live.db-wal", "live.db-shm"):
-                self.path.with_name(name).unlink(missing_ok=True)
-            shutil.copy(backup, self.path)
-            self.store.store = self._open(self.clock)
-
-        return restore_file
 
 
 @pytest.fixture(params=["memory", "sqlite"])

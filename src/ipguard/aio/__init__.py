@@ -34,7 +34,8 @@ from typing import (
 
 from ipguard.aio._executor import Executor, check_threads
 from ipguard.errors import InvalidValue, StoreUnavailable
-from ipguard.guard import Guard, GuardStats, Observer, _check_seconds
+from ipguard.guard import Guard, GuardStats, Observer
+from ipguard.guard._settings import check_seconds
 from ipguard.model import Decision, Explanation, Reason
 from ipguard.notify import Notifier
 from ipguard.store import RestrictionStore
@@ -56,6 +57,7 @@ class GuardSettings(TypedDict, total=False):
     max_staleness: float
     outage_grace: float
     capacity: int
+    preload: bool
     unknown_users: Literal["allow", "deny"]
     report_only: bool
     observer: Observer | None
@@ -167,7 +169,7 @@ class AsyncGuard:
         Raises:
             InvalidValue: The timeout is no number of seconds.
         """
-        _check_seconds("timeout", timeout)
+        check_seconds("timeout", timeout)
         if self.guard.revision >= revision:
             return True
         # The thread keeps the time itself. This holds for a call that does not come to its turn.

@@ -6,8 +6,10 @@ How an answer comes about::
         └──first sight of an address──▶ parse, bisect                  (below)
         └──all else──▶ check ──▶ the lease        `_lease.py`: sync, one moment, one position
                              ├─▶ the cache        `_cache.py`: bounded, by spelling
+                             ├─▶ the table        `_table.py`: with `preload`, all restricted users
                              └─▶ a shared load    `_loads.py`: one read for all who miss
     start / with ──▶ `_refresher.py`: calls sync before anybody has to
+                             └─▶ `_preload.py`: streams the table in, reads again who changed
 
 Readers take no lock. What makes that safe: the lease's moment is read before the cache and tested
 after it; `sync` drops what changed before it moves that moment; an entry that was dropped can no
@@ -18,26 +20,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Literal, Self
 
 import attrs
 
 from ipguard.addresses import AddressRange, login_address, parse_address
-from ipguard.errors import AddressError, InvalidValue, StoreUnavailable, UsernameError, shortened
+from ipguard.errors import AddressError, StoreUnavailable, UsernameError, shortened
 from ipguard.guard import _fork
 from ipguard.guard._cache import Cache, Entry
+from ipguard.guard._explain import explain
 from ipguard.guard._lease import Lease, time_asleep
 from ipguard.guard._loads import Loads
+from ipguard.guard._preload import Preload
 from ipguard.guard._refresher import Refresher
+from ipguard.guard._settings import check_seconds, check_settings
+from ipguard.guard._stats import GuardStats
+from ipguard.guard._table import Table
 from ipguard.model import Decision, Explanation, Policy, Reason
-from ipguard.rules import decide, summarise
+from ipguard.rules import decide
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 
@@ -47,43 +55,8 @@ _log = logging.getLogger("ipguard.guard")
 
 _NOBODY: Final = Policy(revision=0, restrictions=(), known=False)
 _TRIES: Final = 2
-_LONGEST: Final = 1e9  # seconds; a lock can be waited for no longer on some systems
 
 Observer = Callable[[object, object, Decision], object]
-
-
-@attrs.frozen(kw_only=True)
-class GuardStats:
-    """How a guard is doing. It counts what leaves the hot path; hits are not counted.
-
-    Attributes:
-        revision: The store's revision that everything remembered is current to.
-        lease_remaining: For how many seconds it may answer without the store; 0.0 when the lease is
-            over.
-        last_sync_age: Seconds since the read that last renewed the lease began, or None before the
-            first.
-        error: What the store's last failure was, or None while it answers.
-        failures: How many attempts have failed in a row.
-        woken_by: `refresher` where that thread runs, else `callers`: syncs are made by those who
-            ask.
-        users: How many users are remembered.
-        loads: How many policies were read from the store.
-        evictions: How many users were forgotten to make room.
-        denials: How many answers denied, by reason.
-        ready: Whether it can answer from what it remembers.
-    """
-
-    revision: int
-    lease_remaining: float
-    last_sync_age: float | None
-    error: str | None
-    failures: int
-    woken_by: Literal["refresher", "callers"]
-    users: int
-    loads: int
-    evictions: int
-    denials: Mapping[Reason, int]
-    ready: bool
 
 
 class Guard:
@@ -100,6 +73,9 @@ class Guard:
             are still answered; such decisions are `stale`. An explicit choice: deleted restrictions
             may still let in meanwhile.
         capacity: How many users are remembered. Each costs about 1 kB plus its restrictions.
+        preload: Whether to hold every restricted user, at about 150 bytes each beside the name, so
+            that no login waits for the store. They are streamed in by the refresher, or by `sync`
+            where there is none; until then, users are read singly.
         unknown_users: `"allow"`: a user that is not registered and has no restrictions may log in
             from anywhere. `"deny"`, recommended once the host keeps its users registered: it may
             not.
@@ -121,29 +97,21 @@ class Guard:
         max_staleness: float = 5.0,
         outage_grace: float = 0.0,
         capacity: int = 100_000,
+        preload: bool = False,
         unknown_users: Literal["allow", "deny"] = "allow",
         report_only: bool = False,
         observer: Observer | None = None,
         monotonic: Callable[[], float] | None = None,
     ) -> None:
-        _check_seconds("max_staleness", max_staleness)
-        if max_staleness <= 0:
-            raise InvalidValue("max_staleness", "must be more than 0")
-        _check_seconds("outage_grace", outage_grace)
-        if outage_grace < 0:
-            raise InvalidValue("outage_grace", "must not be negative")
-        if not hasattr(store, "load_policy"):
-            raise InvalidValue("store", "is no restriction store; open_store opens one")
-        # Text such as "false" is true, and would let everybody in.
-        if not isinstance(report_only, bool):
-            raise InvalidValue("report_only", "must be True or False")
-        for name, function in (("observer", observer), ("monotonic", monotonic)):
-            if not (function is None or callable(function)):
-                raise InvalidValue(name, "must be callable")
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise InvalidValue("capacity", "must be a whole number of at least 1")
-        if unknown_users not in ("allow", "deny"):
-            raise InvalidValue("unknown_users", 'must be "allow" or "deny"')
+        check_settings(
+            store,
+            max_staleness=max_staleness,
+            outage_grace=outage_grace,
+            capacity=capacity,
+            switches={"preload": preload, "report_only": report_only},
+            unknown_users=unknown_users,
+            functions={"observer": observer, "monotonic": monotonic},
+        )
         self._store = store
         self._max_staleness = max_staleness
         self._outage_grace = outage_grace
@@ -151,7 +119,8 @@ class Guard:
         self._report_only = report_only
         self._observer = observer
         self._monotonic = monotonic or time.monotonic
-        self._cache = Cache(capacity, deny_unknown=self._deny_unknown)
+        table = Table(deny_unknown=self._deny_unknown) if preload else None
+        self._cache = Cache(capacity, deny_unknown=self._deny_unknown, table=table)
         self._lease = Lease(
             store,
             self._cache,
@@ -167,6 +136,7 @@ class Guard:
             max_staleness=max_staleness,
             monotonic=self._monotonic,
         )
+        self._preload = None if table is None else Preload(store, table, self._lease, self._loads)
         self._denials: Counter[Reason] = Counter()
         self._refreshing = False
         self._refresher: Refresher | None = None
@@ -303,14 +273,14 @@ class Guard:
         name, spelling, client = parsed
         wanted = 0 if at_least is None else at_least
         until, revision = self._lease.deadline, self._lease.revision  # in this order: `_answer`
-        entry = self._cache.by_spelling.get(name)
+        entry = self._held(name, spelling)
         if entry is not None and revision >= wanted:
             self._spell(entry, spelling)
             decision = self._decide(entry, client, until, revision)
             if decision is not None:
                 return decision
         if self._lease.health.resting() if resting is None else resting:
-            return self._in_grace(name, client, wanted)
+            return self._in_grace(name, spelling, client, wanted)
         return None
 
     def _answer(self, username: str, address: str, at_least: int | None) -> Decision:
@@ -322,7 +292,7 @@ class Guard:
         self._revive()
         for _ in range(_TRIES):
             if not self._lease.hold(wanted):
-                return self._in_grace(name, client, wanted)
+                return self._in_grace(name, spelling, client, wanted)
             # In this order: what is still found after the revision was read is current to it.
             until, revision = self._lease.deadline, self._lease.revision
             if revision < wanted:
@@ -349,15 +319,23 @@ class Guard:
             return attrs.evolve(decision, revision=max(decision.revision, revision))
         return None
 
+    def _held(self, name: str, spelling: str) -> Entry | None:
+        """Return what is remembered of a user, by the table too."""
+        entry = self._cache.by_spelling.get(name)
+        if entry is None and self._cache.table is not None:
+            with self._lease.lock:
+                entry = self._cache.find(name, spelling, self._lease.revision)
+        return entry
+
     def _spell(self, entry: Entry, spelling: str) -> None:
         if spelling not in entry.spellings:
             with self._lease.lock:
                 self._cache.spell(entry, spelling)
 
-    def _in_grace(self, name: str, client: AddressRange, wanted: int) -> Decision:
+    def _in_grace(self, name: str, spelling: str, client: AddressRange, wanted: int) -> Decision:
         """Answer from what is remembered though the lease is over, where that was chosen."""
         until, revision = self._lease.deadline, self._lease.revision
-        entry = self._cache.by_spelling.get(name)
+        entry = self._held(name, spelling)
         if entry is None or revision < wanted:
             return self._denied(Reason.STORE_UNAVAILABLE)
         decision = decide(entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown)
@@ -380,47 +358,19 @@ class Guard:
         Raises:
             StoreUnavailable: The store does not answer.
         """
-        now = self._store.now()
-        try:
-            client = parse_address(address)
-        except AddressError:
-            client = None
-        try:
-            name = canonical_username(username)
-        except UsernameError as exc:
-            return Explanation(
-                username=str(exc.text),
-                address=None if client is None else str(client),
-                decision=self._denied(Reason.BAD_USERNAME),
-                restrictions=(),
-                known=False,
-                at=now,
-                summary=str(exc),
-            )
-        try:
-            policy = self._store.load_policy(name)
-        except StoreUnavailable:
-            raise
-        except Exception as exc:
-            raise StoreUnavailable(f"the store does not answer: {exc}") from exc
-        decision = decide(policy, client, now, deny_unknown=self._deny_unknown)
-        verdict = "allowed" if decision else "not allowed"
-        return Explanation(
-            username=name,
-            address=None if client is None else str(client),
-            decision=decision,
-            restrictions=policy.restrictions,
-            known=policy.known,
-            at=now,
-            summary=(
-                f"{name} from {shortened(address) if client is None else client}: {verdict} "
-                f"({decision.reason}). {'Registered' if policy.known else 'Not registered'}; "
-                f"restricted to: {summarise(policy.restrictions, now)}."
-            ),
+        return explain(
+            self._store,
+            username,
+            address,
+            deny_unknown=self._deny_unknown,
+            revision=self._lease.revision,
         )
 
     def sync(self) -> int:
         """Read what has changed, now. Nobody has to call it: the guard does when its lease is over.
+
+        With `preload` and no refresher it also streams in, or reads again, what is missing: nobody
+        else does.
 
         Returns:
             The revision that the guard is at.
@@ -430,6 +380,9 @@ class Guard:
         """
         self._revive()
         self._lease.sync()
+        if self._preload is not None and not self._running():
+            self._preload.fill(threading.Event())
+            self._preload.read_again(math.inf)
         return self._lease.revision
 
     def wait_for(self, revision: int, timeout: float) -> bool:
@@ -445,7 +398,7 @@ class Guard:
         Raises:
             InvalidValue: The timeout is no number of seconds.
         """
-        _check_seconds("timeout", timeout)
+        check_seconds("timeout", timeout)
         until = time.monotonic() + timeout
         woken = False
         while (before := self._lease.revision) < revision:
@@ -473,6 +426,7 @@ class Guard:
             synced_at, health = self._lease.synced_at, self._lease.health
             remaining = max(0.0, self._lease.deadline - now)
             error = health.error
+            table = self._cache.table
             return GuardStats(
                 revision=self._lease.revision,
                 lease_remaining=remaining,
@@ -481,6 +435,7 @@ class Guard:
                 failures=health.failures,
                 woken_by="refresher" if self._running() else "callers",
                 users=len(self._cache),
+                preloaded=None if table is None or not table.whole else len(table),
                 loads=self._loads.count,
                 evictions=self._cache.evictions,
                 denials=dict(self._denials),
@@ -509,7 +464,10 @@ class Guard:
             with self._lease.lock:
                 if self._refreshing and not self._running():
                     self._refresher = Refresher(
-                        self._lease, weakref.ref(self), max_staleness=self._max_staleness
+                        self._lease,
+                        weakref.ref(self),
+                        max_staleness=self._max_staleness,
+                        preload=self._preload,
                     )
 
     def _revive(self) -> None:
@@ -543,11 +501,6 @@ class Guard:
         """Begin anew with what is remembered; called by the process itself."""
         self._lease.renew_locks()
         self._loads.forget()
+        if self._preload is not None:
+            self._preload.forget()
         self._refresher = None
-
-
-def _check_seconds(name: str, value: float) -> None:
-    # Asked this way round, because nothing is true of what is no number.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and -_LONGEST < value < _LONGEST):
-        raise InvalidValue(name, "must be a finite number of seconds")

@@ -7,11 +7,12 @@ that still holds it may add to it, but nobody will find it again, so a late addi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Final
 
 from cachetools import FIFOCache
 
+from ipguard.guard._table import Table
 from ipguard.model import Policy
 from ipguard.rules import lasting
 
@@ -67,11 +68,18 @@ class Cache:
     cachetools keeps the order in which users came, no more. Hits do not pass here, so the oldest
     goes first. Users that nobody registered and nobody restricted go before all others: invented
     usernames cannot push out real ones.
+
+    Args:
+        capacity: How many users.
+        deny_unknown: Whether users that nobody registered are refused.
+        table: Of a preloaded guard: where users are looked for that are not among these. It is kept
+            true as users are; evicting one leaves it alone.
     """
 
-    def __init__(self, capacity: int, *, deny_unknown: bool) -> None:
+    def __init__(self, capacity: int, *, deny_unknown: bool, table: Table | None = None) -> None:
         self.by_spelling: dict[str, Entry] = {}
         self.evictions = 0
+        self.table = table
         self._capacity = capacity
         self._deny_unknown = deny_unknown
         self._users: FIFOCache[str, None] = FIFOCache(capacity + 1)
@@ -85,25 +93,47 @@ class Cache:
         """Make an entry, without remembering it."""
         return Entry(policy, name, deny_unknown=self._deny_unknown)
 
+    def find(self, name: str, spelling: str, revision: int) -> Entry | None:
+        """Return a user that is remembered, or that the table has, which is then remembered.
+
+        Args:
+            name: The canonical username.
+            spelling: How the client's server spelt it.
+            revision: The guard's revision, which all of this is current to.
+        """
+        entry = self.by_spelling.get(name)
+        if entry is None and self.table is not None:
+            policy = self.table.policy(name, revision)
+            if policy is not None:
+                entry = self.entry(name, policy)
+                self._keep(entry, spelling)
+        return entry
+
     def put(self, entry: Entry, spelling: str, *, ahead: bool) -> None:
         """Remember a user in place of what was known, found by both spellings from now on.
 
         Args:
-            entry: The user.
+            entry: The user, as the store had it.
             spelling: How the client's server spelt it.
             ahead: Whether the policy is of a revision that no sync had come to when it was read.
         """
-        name, policy = entry.spellings[0], entry.policy
-        self.drop((name,))
+        name = entry.spellings[0]
+        if self.table is not None:
+            self.table.put(name, entry.policy, ahead=ahead)
+        self._forget(name)
         if ahead:
             self._ahead.add(name)
+        self._keep(entry, spelling)
+
+    def _keep(self, entry: Entry, spelling: str) -> None:
+        name, policy = entry.spellings[0], entry.policy
         stranger = not policy.known and not policy.restrictions
         (self._strangers if stranger else self._users)[name] = None
         self.by_spelling[name] = entry
         self.spell(entry, spelling)
         while len(self) > self._capacity:
             oldest, _ = (self._strangers or self._users).popitem()
-            self.drop((oldest,))
+            self._forget(oldest)
             self.evictions += 1
 
     def spell(self, entry: Entry, spelling: str) -> None:
@@ -113,20 +143,25 @@ class Cache:
             entry.spellings += (spelling,)
             self.by_spelling[spelling] = entry
 
-    def drop(self, names: Iterable[str]) -> None:
-        """Forget users, under every spelling.
+    def drop(self, names: Collection[str]) -> None:
+        """Forget users whose policy has changed, under every spelling, and in the table.
 
-        Safe to interrupt anywhere, as a signal handler that raises does, and to do again: readers
-        lose the user first, and what it was found by last.
+        Safe to interrupt anywhere, as a signal handler that raises does, and to do again.
         """
+        if self.table is not None:
+            self.table.mark(names)
         for name in names:
-            entry = self.by_spelling.get(name)
-            if entry is not None:  # an entry that has remembered no address yet is falsy
-                for spelling in reversed(entry.spellings):
-                    self.by_spelling.pop(spelling, None)
-            self._users.pop(name, None)
-            self._strangers.pop(name, None)
-            self._ahead.discard(name)
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        # Readers lose the user first, and what it was found by last: so this can be interrupted.
+        entry = self.by_spelling.get(name)
+        if entry is not None:  # an entry that has remembered no address yet is falsy
+            for spelling in reversed(entry.spellings):
+                self.by_spelling.pop(spelling, None)
+        self._users.pop(name, None)
+        self._strangers.pop(name, None)
+        self._ahead.discard(name)
 
     def drop_ahead(self) -> None:
         """Forget those who were read ahead of the last sync.
@@ -135,10 +170,13 @@ class Cache:
         a later revision, which these were read at, is still in the store's history: a backup that
         was restored meanwhile may have ended between the two.
         """
-        self.drop(tuple(self._ahead))
+        for name in tuple(self._ahead):
+            self._forget(name)
 
     def clear(self) -> None:
         """Forget everybody."""
+        if self.table is not None:
+            self.table.clear()
         self.by_spelling.clear()
         self._users.clear()
         self._strangers.clear()

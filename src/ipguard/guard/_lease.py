@@ -168,8 +168,12 @@ class Lease:
         self._turn_since = time.monotonic()
         return True
 
+    def runs(self) -> bool:
+        """Tell whether the lease has not ended."""
+        return self._monotonic() < self.deadline
+
     def _holds(self, revision: int) -> bool:
-        return self._monotonic() < self.deadline and self.revision >= revision
+        return self.runs() and self.revision >= revision
 
     def sync(self) -> None:
         """Read what changed, drop it, and renew the lease from the moment at which the read began.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from ipguard.guard._cache import Cache, Entry
 from ipguard.guard._lease import Lease
+from ipguard.guard._table import Table
+from ipguard.model import Policy
 from ipguard.store import RestrictionStore
 
 _TRIES = 2
@@ -77,7 +79,7 @@ class Loads:
             now = self._monotonic()
             with self._lease.lock:
                 # Another thread's read may have ended since the caller looked.
-                held = self._cache.by_spelling.get(name)
+                held = self._cache.find(name, spelling, self._lease.revision)
                 if held is not None and self._lease.revision >= revision:
                     return held, self._lease.deadline
                 load = self._under_way.get(name)
@@ -102,9 +104,7 @@ class Loads:
 
     def _read(self, load: _Load, name: str, spelling: str) -> None:
         try:
-            policy = self._store.load_policy(name)
-            if not isinstance(policy.restrictions, tuple):
-                raise TypeError("restrictions must be a tuple: None would read as unrestricted")
+            policy = self._policy(name)
             entry = self._cache.entry(name, policy)
             self._lease.health.succeeded()
             with self._lease.lock:
@@ -121,3 +121,29 @@ class Loads:
                 if self._under_way.get(name) is load:
                     del self._under_way[name]
             load.done.release()
+
+    def _policy(self, name: str) -> Policy:
+        policy = self._store.load_policy(name)
+        if not isinstance(policy.restrictions, tuple):
+            raise TypeError("restrictions must be a tuple: None would read as unrestricted")
+        return policy
+
+    def read_again(self, name: str, table: Table) -> bool:
+        """Read a user's policy for the table alone, and tell whether the store answered."""
+        with self._lease.lock:
+            revision, history = self._lease.revision, self._lease.history
+            if self._lease.health.resting():
+                return False
+            self.count += 1
+        try:
+            policy = self._policy(name)
+            self._lease.health.succeeded()
+        except Exception as exc:
+            self._lease.health.failed(exc)
+            return False
+        with self._lease.lock:
+            # At the guard's revision, then as now: else it stays unknown, and is read once more.
+            known = self._lease.revision, self._lease.history
+            if known == (revision, history) and policy.revision == revision:
+                table.put(name, policy, ahead=False)
+        return True

@@ -10,6 +10,7 @@ from typing import Final
 
 from ipguard.errors import StoreUnavailable
 from ipguard.guard._lease import Lease
+from ipguard.guard._preload import Preload
 
 _INTERVAL: Final = 1.0
 # How long one wait for a wake-up may last: this is how promptly the thread stops.
@@ -21,12 +22,24 @@ class Refresher:
 
     It is right without any wake-up: one that is lost costs time, never correctness. It ends when
     nobody holds its owner any more.
+
+    Args:
+        lease: What it renews.
+        owner: Returns the guard, or None once nobody holds that.
+        max_staleness: Of the guard.
+        preload: What it keeps full, where the guard is preloaded.
     """
 
     def __init__(
-        self, lease: Lease, owner: Callable[[], object | None], *, max_staleness: float
+        self,
+        lease: Lease,
+        owner: Callable[[], object | None],
+        *,
+        max_staleness: float,
+        preload: Preload | None = None,
     ) -> None:
         self._lease = lease
+        self._preload = preload
         self._owner = owner
         self._interval = min(_INTERVAL, max_staleness / 3)
         self._slice = min(_SLICE, self._interval)
@@ -42,6 +55,8 @@ class Refresher:
     def stop(self) -> None:
         """Stop the thread, waiting for it only as long as one wait lasts."""
         self._stop.set()
+        if self._preload is not None:
+            self._preload.stop()
         if self._thread is not threading.current_thread():
             self._thread.join(10 * _SLICE)
 
@@ -58,3 +73,7 @@ class Refresher:
                     # A store that calls for a sync that brings nothing must not make the thread
                     # spin.
                     self._stop.wait(self._slice)
+            if self._preload is not None:
+                self._preload.tend(self._slice)
+        if self._preload is not None:
+            self._preload.stop()

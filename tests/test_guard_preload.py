@@ -1,0 +1,968 @@
+"""A preloaded guard: whoever is absent from its table is unrestricted, so nobody may go missing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipguard.aio import AsyncGuard
+from ipguard.errors import StoreUnavailable
+from ipguard.guard import Guard
+from ipguard.guard._lease import Lease
+from ipguard.guard._preload import Preload
+from ipguard.guard._table import Table
+from ipguard.model import RESET, Policy, Reason
+from ipguard.packed import pack
+from ipguard.stores import open_store
+from ipguard.stores.memory import MemoryStore
+from ipguard.testing import FakeClock
+from tests.guards import (
+    ELSEWHERE,
+    HOME,
+    OFFICE,
+    Call,
+    Restorable,
+    World,
+    comes_true,
+    gate,
+    told,
+)
+from tests.twins import STEPS, compare
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    clock = FakeClock()
+    url = "memory://" if request.param == "memory" else f"sqlite:///{tmp_path / 'guard.db'}"
+    with open_store(url, clock=clock) as store:
+        yield World(store, clock)
+
+
+@pytest.fixture
+def memory() -> World:
+    clock = FakeClock()
+    return World(MemoryStore(clock=clock), clock)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restorable]:
+    world = Restorable(None if request.param == "memory" else tmp_path)
+    yield world
+    world.inner.close()
+
+
+def preloaded(world: World, **settings: Any) -> Guard:
+    """Return a guard whose table is whole."""
+    guard = world.guard(preload=True, **settings)
+    guard.sync()
+    assert guard.stats().preloaded is not None
+    world.store.loads.clear()
+    return guard
+
+
+def table(guard: Guard) -> Table:
+    assert guard._cache.table is not None
+    return guard._cache.table
+
+
+def preload(guard: Guard) -> Preload:
+    assert guard._preload is not None
+    return guard._preload
+
+
+# ----------------------------------------------------------------------------------- what it gives
+
+
+def test_no_login_reads_the_store(world: World) -> None:
+    """Restricted or not, registered or not, in any spelling: each is answered from the table."""
+    world.restrict("jsmith", HOME)
+    world.restrict("jsmith", "2001:db8::/32")
+    world.restrict("adoe", OFFICE)
+    world.register("mlee")
+    plain, guard = world.guard(), preloaded(world)
+    assert guard.stats().preloaded == 2
+    for name in ("jsmith", "JSmith", "\uff4asmith", "adoe", "mlee", "nobody"):
+        for address in (HOME, OFFICE, "2001:db8::7", "2001:db9::", "nonsense"):
+            expected = plain.check(name, address)
+            world.store.loads.clear()
+            assert guard.check(name, address) == expected
+            assert guard.is_allowed(name, address) is expected.allowed
+            assert world.store.loads == []
+    assert guard.stats().loads == 0
+    assert "JSmith" in guard._cache.by_spelling
+
+
+def test_entries_are_bounded_and_the_table_is_not(world: World) -> None:
+    """Users pushed out of a small cache come back without a read, as restricted as before."""
+    for name in ("jsmith", "adoe", "mlee"):
+        world.restrict(name, HOME)
+    guard = preloaded(world, capacity=1)
+    for _ in range(3):
+        for name in ("jsmith", "adoe", "mlee", "nobody"):
+            assert guard.is_allowed(name, HOME)
+            assert guard.is_allowed(name, OFFICE) is (name == "nobody")
+    assert (guard.stats().users, guard.stats().preloaded) == (1, 3)
+    assert world.store.loads == []
+
+
+def test_a_temporary_restriction_is_judged_by_the_store_s_time(world: World) -> None:
+    """It lets in until its moment, and goes on restricting after that."""
+    world.restrict("temp", HOME, expires_in=3)
+    world.restrict("adoe", HOME)
+    guard = preloaded(world, capacity=1)
+    for passing, allowed in ((2.9, True), (0.1, False)):
+        world.pass_time(passing)
+        assert guard.is_allowed("adoe", HOME)  # takes the only place
+        assert guard.is_allowed("temp", HOME) is allowed
+        assert guard.check("temp", HOME).allowed is allowed
+    assert not guard.is_allowed("temp", OFFICE)
+    assert world.store.loads == []
+
+
+def test_where_unknown_users_are_denied_the_unrestricted_are_read_singly(world: World) -> None:
+    """Absence does not tell whether a user is registered; the store does, once for each."""
+    world.restrict("jsmith", HOME)
+    world.restrict("gone", HOME)
+    world.inner.remove_users(["gone"])
+    world.register("mlee")
+    guard = preloaded(world, unknown_users="deny")
+    for _ in range(2):
+        assert guard.check("jsmith", HOME).reason is Reason.LISTED
+        assert guard.check("gone", HOME).reason is Reason.UNKNOWN_USER
+        assert guard.check("mlee", HOME).reason is Reason.UNRESTRICTED
+        assert guard.check("nobody", HOME).reason is Reason.UNKNOWN_USER
+        assert not guard.is_allowed("nobody", HOME)
+    assert world.store.loads == ["mlee", "nobody"]
+    world.register("nobody")
+    guard.sync()
+    assert guard.is_allowed("nobody", HOME)
+
+
+def test_report_only_and_an_observer_are_told_as_ever(world: World) -> None:
+    """The table changes where a policy comes from, and nothing else."""
+    world.restrict("jsmith", HOME)
+    seen: list[tuple[object, ...]] = []
+    guard = preloaded(
+        world, report_only=True, observer=lambda *each: seen.append((*each[:2], each[2].reason))
+    )
+    assert guard.is_allowed("jsmith", OFFICE)
+    assert guard.is_allowed("nobody", OFFICE)
+    assert seen == [
+        ("jsmith", OFFICE, Reason.NOT_LISTED),
+        ("nobody", OFFICE, Reason.UNRESTRICTED),
+    ]
+    assert world.store.loads == []
+
+
+def test_explain_reads_the_store_all_the_same(world: World) -> None:
+    """An operator sees labels and who created a restriction, which the table does not hold."""
+    world.restrict("jsmith", HOME)
+    guard = preloaded(world)
+    assert guard.is_allowed("jsmith", HOME)
+    assert guard.explain("jsmith", HOME).restrictions[0].created_by == "admin"
+    assert world.store.loads == ["jsmith"]
+
+
+def test_asyncio_is_answered_on_the_event_loop(memory: World) -> None:
+    """First questions too take no thread; a user that is unknown does."""
+    memory.restrict("jsmith", HOME)
+    guard = AsyncGuard(memory.store, preload=True, monotonic=memory.clock.monotonic)
+
+    async def main() -> None:
+        await guard.sync()
+        guard._answers.run = None  # type: ignore[assignment,method-assign]
+        for _ in range(2):
+            assert await guard.is_allowed("jsmith", HOME)
+            assert not await guard.is_allowed("JSmith", OFFICE)
+            assert await guard.is_allowed("nobody", OFFICE)
+        assert "JSmith" in guard.guard._cache.by_spelling
+        await guard.close()
+
+    asyncio.run(main())
+    assert memory.store.loads == []
+
+
+# ------------------------------------------------------------------------------ until it is whole
+
+
+def test_users_are_read_singly_until_the_snapshot_is_whole(world: World) -> None:
+    """While it streams, nobody is taken for unrestricted because it has not come yet."""
+    world.restrict("jsmith", HOME)
+    guard = world.guard(preload=True)
+    for step in (world.store.before_stream, world.store.in_stream, world.store.after_stream):
+        with gate(step) as held:
+            streaming = Call(guard.sync)
+            held.reached()
+            assert guard.stats().preloaded is None
+            assert not guard.is_allowed("jsmith", OFFICE)
+            assert guard.is_allowed("jsmith", HOME)
+            guard._cache._forget("jsmith")
+            assert guard.sync() == guard.revision  # another does not begin a second one
+            held.let_go()
+            streaming.result()
+        assert guard.stats().preloaded == 1
+        assert len(world.store.streams) == 1
+        world.store.streams.clear()
+        world.touch()
+        guard._lease.sync()
+        assert guard.stats().preloaded is None
+
+
+def test_without_sync_or_refresher_it_is_an_ordinary_guard(world: World) -> None:
+    """Questions alone stream nothing in: a login is not held up by a million others."""
+    world.restrict("jsmith", HOME)
+    guard = world.guard(preload=True)
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert guard.is_allowed("nobody", OFFICE)
+    assert guard.wait_for(guard.revision, 0)
+    assert world.store.loads == ["jsmith", "nobody"]
+    assert world.store.streams == []
+    assert guard.stats().preloaded is None
+
+
+def test_without_preload_there_is_no_table(world: World) -> None:
+    """`sync` then streams nothing."""
+    guard = world.guard()
+    guard.sync()
+    assert world.store.streams == []
+
+
+# -------------------------------------------------------------------------------- kept up to date
+
+
+def test_only_who_changed_is_read_again(world: World) -> None:
+    """A change costs the table one read, whoever and how many it holds."""
+    for name in ("jsmith", "adoe", "mlee"):
+        world.restrict(name, HOME)
+    guard = preloaded(world)
+    world.lift_all("jsmith")
+    world.restrict("adoe", OFFICE)
+    world.restrict("new", OFFICE)
+    guard.sync()
+    assert sorted(world.store.loads) == ["adoe", "jsmith", "new"]
+    assert len(world.store.streams) == 1
+    assert guard.stats().preloaded == 3
+    assert guard.is_allowed("jsmith", ELSEWHERE)
+    assert guard.is_allowed("adoe", OFFICE)
+    assert not guard.is_allowed("new", HOME)
+    assert not guard.is_allowed("mlee", ELSEWHERE)
+    assert len(world.store.loads) == 3
+
+
+class WatchedLease(Lease):
+    """A lease that notes what the table says of a user when its revision or moment moves."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("revision", "deadline") and "look" in self.__dict__:
+            self.__dict__["seen"].append((name, self.__dict__["look"]()))
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_who_changed_is_unknown_before_the_revision_moves(world: World, everybody: bool) -> None:
+    """Whoever sees the new revision finds no older policy, and no absence, in the table."""
+    guard = preloaded(world)
+    lease: Any = guard._lease
+    lease.__class__ = WatchedLease
+    lease.seen = []
+    lease.look = lambda: table(guard).policy("jsmith", 99)
+    assert lease.look() == Policy(revision=99, restrictions=(), known=False)
+    world.pass_time(1)
+    revision = world.restrict("jsmith")
+    if everybody:
+        world.touch()
+    lease.sync()
+    assert lease.seen == [("revision", None), ("deadline", None)]
+    assert revision
+
+
+def test_who_is_unknown_is_denied_while_the_store_is_down(world: World) -> None:
+    """A user whose change is known, and whose new policy is not, is not let in by the old one."""
+    guard = preloaded(world)
+    assert guard.is_allowed("jsmith", HOME)
+    world.restrict("jsmith", OFFICE)
+    guard._lease.sync()
+    world.store.down = StoreUnavailable("down")
+    assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
+    assert guard.check("jsmith", OFFICE).reason is Reason.STORE_UNAVAILABLE
+    assert guard.is_allowed("adoe", HOME)
+
+
+def test_a_login_reads_who_is_unknown_and_the_table_keeps_it(world: World) -> None:
+    """Whoever asks first need not wait for the refresher, nor does anybody after."""
+    world.restrict("adoe", HOME)
+    guard = preloaded(world, capacity=1)
+    world.restrict("jsmith", OFFICE)
+    guard._lease.sync()
+    assert table(guard).unknown == {"jsmith"}
+    assert not guard.is_allowed("jsmith", HOME)
+    assert table(guard).unknown == set()
+    guard.is_allowed("adoe", HOME)
+    assert not guard.is_allowed("jsmith", HOME)
+    assert world.store.loads == ["jsmith"]
+    world.lift_all("jsmith")
+    guard._lease.sync()
+    assert guard.is_allowed("jsmith", HOME)
+    assert guard.stats().preloaded == 1
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_everybody_is_unknown_until_a_new_snapshot_is_whole(world: World, reset: bool) -> None:
+    """EVERYBODY and RESET end the table; a new one is streamed in, users are read meanwhile."""
+    world.restrict("jsmith", HOME)
+    guard = preloaded(world)
+    assert guard.is_allowed("nobody", OFFICE)
+    world.restrict("nobody", HOME)
+    world.touch()
+    if reset:
+        world.store.changes = lambda changes: changes._replace(usernames=RESET)
+    with gate(world.store.in_stream) as held:
+        streaming = Call(guard.sync)
+        held.reached()
+        world.store.changes = lambda changes: changes
+        assert guard.stats().preloaded is None
+        for name in ("jsmith", "nobody"):
+            assert not guard.is_allowed(name, OFFICE)
+            assert guard.is_allowed(name, HOME)
+        assert world.store.loads == ["jsmith", "nobody"]
+        held.let_go()
+        streaming.result()
+    assert guard.stats().preloaded == 2
+    assert len(world.store.streams) == 2
+    guard.sync()
+    assert len(world.store.loads) == 2
+    assert table(guard).waste == {}
+
+
+def test_the_table_of_before_is_let_go(world: World) -> None:
+    """It is emptied by whoever fills the next one; until then nothing is read from it."""
+    world.restrict("jsmith", HOME)
+    guard = preloaded(world)
+    world.touch()
+    guard._lease.sync()
+    assert len(table(guard).waste) == 1
+    world.touch()
+    guard._lease.sync()
+    assert len(table(guard).waste) == 1
+    guard.sync()
+    assert (table(guard).waste, len(table(guard))) == ({}, 1)
+
+
+# -------------------------------------------------------------------------------- interleavings
+
+
+def test_a_stale_fill_is_not_kept(world: World) -> None:
+    """A policy read before a change, and come after the sync that told of it, stays out."""
+    guard = preloaded(world)
+    world.touch("jsmith")
+    guard._lease.sync()
+    with gate(world.store.after_load) as held:
+        late = Call(lambda: guard.is_allowed("jsmith", HOME))
+        held.reached()
+        world.restrict("jsmith", OFFICE)
+        guard._lease.sync()
+        held.let_go()
+        late.result()  # of the revision at which it began
+    assert table(guard).unknown == {"jsmith"}
+    assert not guard.is_allowed("jsmith", HOME)
+    assert guard.is_allowed("jsmith", OFFICE)
+
+
+@pytest.mark.parametrize("what", ["named", "everybody", "sync"])
+def test_what_is_read_again_and_overtaken_stays_unknown(world: World, what: str) -> None:
+    """A policy read for the table is kept at the revision at which it was begun, or not at all."""
+    guard = preloaded(world)
+    world.touch("jsmith")
+    guard._lease.sync()
+    with gate(world.store.after_load) as held:
+        reading = Call(lambda: preload(guard).read_again(float("inf")))
+        held.reached()
+        if what == "sync":
+            world.wrong_guess()
+        else:
+            world.restrict("jsmith", OFFICE)
+        if what == "everybody":
+            world.touch()
+        guard._lease.sync()
+        held.let_go()
+        reading.result()
+    assert table(guard).policy("jsmith", 99) is None
+    assert guard.is_allowed("jsmith", HOME) is (what == "sync")
+    guard.sync()
+    assert table(guard).policy("jsmith", 99) is not None
+    assert guard.is_allowed("jsmith", HOME) is (what == "sync")
+
+
+def test_a_sync_between_a_snapshot_and_its_installation_is_not_lost(world: World) -> None:
+    """Who is named while the snapshot streams is unknown in it, and read again."""
+    world.restrict("adoe", HOME)
+    guard = world.guard(preload=True)
+    for step, name in (
+        (world.store.before_stream, "early"),
+        (world.store.in_stream, "jsmith"),
+        (world.store.after_stream, "adoe"),
+    ):
+        with gate(step) as held:
+            streaming = Call(guard.sync)
+            held.reached()
+            world.restrict(name, OFFICE)
+            guard._lease.sync()
+            held.let_go()
+            streaming.result()
+        assert not guard.is_allowed(name, ELSEWHERE)
+        assert guard.is_allowed(name, OFFICE)
+        world.touch()
+        guard._lease.sync()
+
+
+def test_who_is_named_while_it_streams_is_unknown_at_its_end(memory: World) -> None:
+    """Though the snapshot holds a policy of it: that is from before the change."""
+    memory.restrict("jsmith", HOME)
+    guard = memory.guard(preload=True)
+
+    def change() -> None:
+        memory.lift_all("jsmith")
+        guard._lease.sync()
+
+    memory.store.after_stream.append(change)
+    guard._lease.sync()
+    preload(guard).fill(threading.Event())
+    assert guard.stats().preloaded == 1
+    assert table(guard).unknown == {"jsmith"}
+    assert table(guard).policy("jsmith", 9) is None
+    assert guard.is_allowed("jsmith", ELSEWHERE)
+    assert guard.stats().preloaded == 0
+
+
+def test_a_snapshot_older_than_the_guard_is_refused(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store that gives a snapshot from behind gives none; users are read singly, and it tells."""
+    world.restrict("jsmith", HOME)
+    world.store.snapshot = lambda revision: revision - 1
+    guard = world.guard(preload=True)
+    guard.sync()
+    assert guard.stats().preloaded is None
+    assert len(world.store.streams) == 10
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert [r.getMessage() for r in told(caplog)] == [
+        "preloading failed, users are loaded singly meanwhile: no snapshot was of its revision"
+    ]
+    guard.sync()
+    assert len(told(caplog)) == 1
+
+
+def test_a_snapshot_ahead_of_the_guard_is_opened_again(world: World) -> None:
+    """What changed between could be of a history that ends; a sync and another try cost little."""
+    guard = world.guard(preload=True)
+    world.store.before_stream.append(lambda: world.restrict("jsmith", HOME))
+    guard.sync()
+    revision = guard.revision
+    assert world.store.streams == [revision, revision]
+    assert guard.stats().preloaded == 1
+    assert world.store.loads == []
+    assert not guard.is_allowed("jsmith", OFFICE)
+
+
+def test_a_sync_while_the_snapshot_is_opened_makes_it_one_ahead(world: World) -> None:
+    """The revision that counts is the guard's before it was opened, not the one after."""
+    guard = world.guard(preload=True)
+
+    def change() -> None:
+        world.restrict("jsmith", HOME)
+        guard._lease.sync()
+
+    world.store.before_stream.append(change)
+    guard.sync()
+    assert len(world.store.streams) == 2
+    assert not guard.is_allowed("jsmith", OFFICE)
+
+
+def test_a_snapshot_of_a_history_that_ended_is_not_taken_over(restorable: Restorable) -> None:
+    """A backup is restored while it streams: the sync that finds out makes it worthless."""
+    world = restorable
+    world.restrict("jsmith", HOME)
+    restore = world.back_up()
+    world.lift_all("jsmith")
+    guard = world.guard(preload=True)
+    with gate(world.store.in_stream) as held:
+        streaming = Call(guard.sync)
+        held.reached()
+        restore()
+        world.touch("adoe")
+        guard._lease.sync()
+        held.let_go()
+        streaming.result()
+    assert len(world.store.streams) == 2
+    assert guard.stats().preloaded == 1
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert world.store.loads == []
+
+
+def test_a_history_found_to_have_ended_after_the_installation_ends_the_table(
+    restorable: Restorable,
+) -> None:
+    """A snapshot of the guard's revision may be of another history: the next sync tells."""
+    world = restorable
+    restore = world.back_up()
+    world.restrict("jsmith", HOME)
+    guard = world.guard(preload=True)
+    guard._lease.sync()
+    restore()
+    world.register("jsmith")
+    world.wrong_guess()
+    preload(guard).fill(threading.Event())
+    assert guard.stats().preloaded == 0
+    assert guard.is_allowed("jsmith", OFFICE)  # so it is, in the restored store
+    world.restrict("jsmith", HOME)
+    guard._lease.sync()
+    assert guard.stats().preloaded is None
+    assert not guard.is_allowed("jsmith", OFFICE)
+
+
+def test_a_backup_restored_between_the_guard_and_a_snapshot_ahead(restorable: Restorable) -> None:
+    """Changes that the guard never came to, and that are gone, are in no table."""
+    world = restorable
+    guard = world.guard(preload=True)
+    world.restrict("jsmith", HOME)
+    guard._lease.sync()
+    restore = world.back_up()
+
+    def lift() -> None:
+        world.lift_all("jsmith")
+
+    def put_back() -> None:
+        restore()
+        world.touch("adoe")
+        world.touch("adoe")
+
+    world.store.before_stream.append(lift)
+    world.store.before_sync.append(put_back)
+    preload(guard).fill(threading.Event())
+    guard._lease.sync()
+    assert guard.stats().preloaded == 1
+    assert not guard.is_allowed("jsmith", OFFICE)
+
+
+def test_what_a_login_read_ahead_is_not_kept_and_hides_what_is_older(
+    restorable: Restorable,
+) -> None:
+    """A policy ahead of the guard is of no history yet; evicted, it is not followed by an older."""
+    world = restorable
+    world.restrict("adoe", HOME)
+    guard = preloaded(world, capacity=1)
+    world.touch("jsmith")
+    guard._lease.sync()
+    restore = world.back_up()
+    world.restrict("jsmith", HOME)
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert table(guard).unknown == {"jsmith"}
+    guard.is_allowed("adoe", HOME)
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert world.store.loads == ["jsmith", "jsmith"]
+    restore()
+    world.touch("adoe")
+    world.touch("adoe")
+    guard.sync()
+    assert guard.is_allowed("jsmith", OFFICE)
+
+
+def test_who_turned_out_restricted_ahead_of_the_snapshot_is_unknown_in_it(memory: World) -> None:
+    """A login that read a later policy while the snapshot streamed is not answered from before."""
+    guard = memory.guard(preload=True, capacity=1)
+
+    def ahead() -> None:
+        memory.restrict("jsmith", HOME)
+        assert not guard.is_allowed("jsmith", OFFICE)
+        assert guard.is_allowed("stranger", OFFICE)
+
+    memory.restrict("adoe", HOME)
+    memory.store.in_stream.append(ahead)
+    guard._lease.sync()
+    preload(guard).fill(threading.Event())
+    assert table(guard).unknown == {"jsmith"}  # and no stranger, of whom there may be any number
+    guard.is_allowed("adoe", HOME)
+    assert not guard.is_allowed("jsmith", OFFICE)
+
+
+def test_a_user_of_the_table_read_ahead_is_unknown_from_then_on(memory: World) -> None:
+    """Restrictions lifted ahead of the guard: what the table had is not to come back."""
+    memory.restrict("adoe", HOME)
+    memory.restrict("jsmith", HOME)
+    guard = preloaded(memory, capacity=1)
+    memory.touch("jsmith")
+    guard._lease.sync()
+    memory.lift_all("jsmith")
+    assert guard.is_allowed("jsmith", OFFICE)
+    assert table(guard).unknown == {"jsmith"}
+    guard.is_allowed("adoe", HOME)
+    assert guard.is_allowed("jsmith", OFFICE)
+
+
+# ------------------------------------------------------------------------------------- outages
+
+
+@pytest.mark.parametrize("grace", [0.0, 10.0])
+def test_when_the_store_is_down(world: World, grace: float) -> None:
+    """Within the lease everybody is answered; past it nobody, but for the grace that was chosen."""
+    world.restrict("jsmith", HOME)
+    guard = preloaded(world, outage_grace=grace)
+    world.store.down = StoreUnavailable("down")
+    world.pass_time(4.9)
+    assert guard.check("JSmith", HOME).reason is Reason.LISTED
+    assert guard.check("nobody", OFFICE).reason is Reason.UNRESTRICTED
+    world.pass_time(0.1)
+    for name in ("jsmith", "nobody", "new"):
+        decision = guard.check(name, HOME)
+        assert (decision.allowed, decision.stale) == (grace > 0, grace > 0)
+        assert guard.check("jsmith", OFFICE).allowed is False
+    world.pass_time(10)
+    assert guard.check("new", HOME).reason is Reason.STORE_UNAVAILABLE
+    world.store.down = None
+    world.pass_time(1)
+    assert guard.is_allowed("jsmith", HOME)
+    assert guard.stats().preloaded == 1
+
+
+def test_at_least_is_not_answered_from_before(world: World) -> None:
+    """An answer that is to rest on a revision rests on it, by the table as well."""
+    guard = preloaded(world)
+    revision = world.restrict("jsmith", HOME)
+    assert guard.check("jsmith", OFFICE, at_least=revision).reason is Reason.NOT_LISTED
+    assert guard.check("adoe", OFFICE, at_least=revision).revision == revision
+    assert guard.check("adoe", OFFICE, at_least=revision + 1).reason is Reason.STORE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("when", ["open", "stream"])
+def test_a_stream_that_fails_is_told_once_and_tried_again(
+    world: World, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Users are read singly meanwhile; the next attempt that works tells that it has."""
+    caplog.set_level(logging.INFO, "ipguard.guard")
+    world.restrict("jsmith", HOME)
+    guard = world.guard(preload=True)
+
+    def fail() -> None:
+        raise StoreUnavailable("cut off")
+
+    steps = world.store.before_stream if when == "open" else world.store.after_stream
+    steps.extend([fail, fail])
+    for _ in range(2):
+        guard.sync()
+        assert guard.stats().preloaded is None
+        assert not guard.is_allowed("jsmith", OFFICE)
+    guard.sync()
+    assert guard.stats().preloaded == 1
+    lines = [r.getMessage() for r in caplog.records if "preload" in r.getMessage()]
+    assert len(lines) == 2
+    assert lines[0] == (
+        "preloading failed, users are loaded singly meanwhile: StoreUnavailable: cut off"
+    )
+    assert lines[1].startswith("preloaded 1 restricted users in ")
+    assert guard.stats().failures == 0
+    world.touch()
+    steps.append(fail)
+    guard.sync()
+    assert len(told(caplog)) == 2
+
+
+def test_the_pause_after_a_failure_grows(memory: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second, doubling to a minute; nothing is tried before it is over."""
+    now = [100.0]
+    monkeypatch.setattr("ipguard.guard._preload.time.monotonic", lambda: now[0])
+    guard = memory.guard(preload=True)
+    guard._lease.sync()
+    memory.store.snapshot = lambda revision: -1
+    pauses = []
+    for _ in range(8):
+        preload(guard).fill(threading.Event())
+        pauses.append(preload(guard)._retry_at - now[0])
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    memory.store.streams.clear()
+    now[0] += 59
+    preload(guard).tend(0.1)
+    assert not preload(guard)._busy
+    assert memory.store.streams == []
+    memory.store.snapshot = lambda revision: revision
+    now[0] += 1
+    preload(guard).tend(0.1)
+    comes_true(lambda: guard.stats().preloaded == 0)
+    comes_true(lambda: not preload(guard)._busy)
+    memory.touch()
+    guard._lease.sync()
+    memory.store.snapshot = lambda revision: -1
+    preload(guard).fill(threading.Event())
+    assert preload(guard)._retry_at - now[0] == 1
+
+
+def test_a_store_that_fails_while_users_are_read_again_is_left_alone(world: World) -> None:
+    """The rest stays unknown, and the failure counts as any other load's."""
+    guard = preloaded(world)
+    world.touch("jsmith", "adoe")
+    guard._lease.sync()
+    world.store.down = StoreUnavailable("down")
+    preload(guard).read_again(float("inf"))
+    assert len(world.store.loads) == 1
+    assert guard.stats().failures == 1
+    preload(guard).read_again(float("inf"))
+    assert len(world.store.loads) == 1
+    assert table(guard).unknown == {"jsmith", "adoe"}
+    world.store.down = None
+    world.pass_time(1)
+    world.store.policy = lambda policy: attrs.evolve(policy, restrictions=None)
+    preload(guard).read_again(float("inf"))
+    assert guard.stats().error == (
+        "TypeError: restrictions must be a tuple: None would read as unrestricted"
+    )
+    world.store.policy = lambda policy: policy
+    world.pass_time(1)
+    preload(guard).read_again(time.monotonic() - 1)
+    assert table(guard).unknown == {"jsmith", "adoe"}
+    preload(guard).read_again(float("inf"))
+    assert table(guard).unknown == set()
+    assert guard.stats().failures == 0
+    assert guard.stats().loads == 4
+
+
+# -------------------------------------------------------------------------------- odd stores
+
+
+class Packing:
+    """A stream of a store that packs, as PostgreSQL's does."""
+
+    def __init__(self, policies: Any, rows: list[tuple[str, bytes]]) -> None:
+        self._policies = policies
+        self._rows = rows
+        self.closed = False
+
+    def __iter__(self) -> Any:
+        raise AssertionError("the packed form is there")
+
+    def packed(self) -> Iterator[tuple[str, bytes]]:
+        return iter(self._rows)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def packs(world: World, change: Callable[[list[tuple[str, bytes]]], object]) -> list[Packing]:
+    """Let the world's store pack its streams, and change what they give."""
+    streams: list[Packing] = []
+    inner = world.inner
+
+    def load_all_policies() -> tuple[int, Packing]:
+        revision, policies = inner.load_all_policies()
+        rows = [(name, pack(policy)) for name, policy in policies]
+        change(rows)
+        streams.append(Packing(policies, rows))
+        return revision, streams[-1]
+
+    world.store.load_all_policies = load_all_policies  # type: ignore[assignment,method-assign]
+    return streams
+
+
+def test_a_store_that_packs_is_taken_at_its_word(world: World) -> None:
+    """The packed form is asked for where it is there, and the stream closed at its end."""
+    world.restrict("jsmith", HOME)
+    streams = packs(world, lambda rows: None)
+    guard = preloaded(world)
+    assert [stream.closed for stream in streams] == [True]
+    assert guard.stats().preloaded == 1
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert guard.check("jsmith", HOME).restriction_id == "r1"
+
+
+def test_a_damaged_row_is_read_from_the_store(world: World) -> None:
+    """What cannot be read back is unknown, and not unrestricted."""
+    world.restrict("jsmith", HOME)
+    packs(world, lambda rows: rows.__setitem__(0, ("jsmith", b"\1\0\1")))
+    guard = preloaded(world)
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert world.store.loads == ["jsmith"]
+
+
+@pytest.mark.parametrize("apart", [1, 1_500])
+def test_a_user_in_several_parts_is_refused(
+    memory: World, apart: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each part by itself would let in or keep out others than the whole does."""
+    memory.restrict("jsmith", HOME)
+    more = [(f"user{n}", b"\1") for n in range(apart)]
+    packs(memory, lambda rows: rows.extend([*more, rows[0]]))
+    guard = memory.guard(preload=True)
+    guard.sync()
+    assert guard.stats().preloaded is None
+    assert "several parts" in told(caplog)[0].getMessage()
+
+
+def test_an_id_that_cannot_be_packed_is_held_as_it_is(memory: World) -> None:
+    """An odd id costs memory, and changes no answer."""
+    memory.restrict("jsmith", HOME)
+    policy = memory.inner.load_policy("jsmith")
+    odd = attrs.evolve(policy, restrictions=(attrs.evolve(policy.restrictions[0], id="a\0b"),))
+    memory.store.load_all_policies = lambda: (  # type: ignore[method-assign]
+        policy.revision,
+        iter([("jsmith", odd)]),
+    )
+    guard = preloaded(memory)
+    memory.wrong_guess()
+    guard.sync()
+    decision = guard.check("jsmith", HOME)
+    assert (decision.restriction_id, decision.revision) == ("a\0b", guard.revision)
+    assert not guard.is_allowed("jsmith", OFFICE)
+    assert memory.store.loads == []
+
+
+# ---------------------------------------------------------------------------------- refresher
+
+
+def streaming() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "ipguard-preload"]
+
+
+def test_the_refresher_sees_to_the_table(world: World) -> None:
+    """It streams it in on a thread that then ends, and reads again who changed."""
+    world.restrict("jsmith", HOME)
+    with world.guard(preload=True, max_staleness=3600) as guard:
+        comes_true(lambda: guard.stats().preloaded == 1)
+        comes_true(lambda: not streaming())
+        revision = world.restrict("adoe", OFFICE)
+        comes_true(lambda: guard.revision == revision and not table(guard).unknown)
+        assert not guard.is_allowed("adoe", HOME)
+        assert set(world.store.loads) == {"adoe"}
+        world.touch()
+        comes_true(lambda: len(world.store.streams) == 2 and guard.stats().preloaded == 2)
+        guard.sync()  # leaves the table to the refresher
+    assert len(world.store.streams) == 2
+
+
+def test_syncs_go_on_while_it_streams(memory: World) -> None:
+    """The lease is renewed by the refresher, however long a snapshot takes."""
+    with (
+        gate(memory.store.in_stream) as held,
+        memory.guard(preload=True, max_staleness=0.3) as guard,
+    ):
+        held.reached()
+        (thread,) = streaming()
+        assert thread.daemon
+        count = len(memory.store.syncs)
+        comes_true(lambda: len(memory.store.syncs) >= count + 3)
+        held.let_go()
+        comes_true(lambda: guard.stats().preloaded == 0)
+
+
+def test_it_waits_for_the_store(memory: World) -> None:
+    """Nothing is streamed from a store that no sync has reached."""
+    memory.store.down = StoreUnavailable("down")
+    with memory.guard(preload=True) as guard:
+        comes_true(lambda: memory.store.syncs)
+        preload(guard).tend(0.1)
+        assert not preload(guard)._busy
+        memory.store.down = None
+        memory.pass_time(1)
+        comes_true(lambda: guard.stats().preloaded == 0)
+
+
+@pytest.mark.parametrize("how", ["close", "dropped"])
+def test_it_ends_with_the_refresher(memory: World, how: str) -> None:
+    """A snapshot that nobody wants any more is given up, and its connection given back."""
+    for n in range(1_500):
+        memory.restrict(f"user{n}", HOME)
+    with gate(memory.store.in_stream) as held:
+        guard = memory.guard(preload=True)
+        guard.start()
+        held.reached()
+        held_table = table(guard)
+        if how == "close":
+            guard.close()
+        else:
+            (thread,) = streaming()
+            gone = weakref.ref(guard)
+            del guard
+            gc.collect()
+            assert gone() is None
+            comes_true(lambda: not [t for t in threading.enumerate() if "refresher" in t.name])
+            del thread
+        held.let_go()
+        comes_true(lambda: not streaming())
+    assert not held_table.whole
+    assert held_table.filling is None
+    assert list(memory.store.after_stream) == []
+
+
+def test_after_close_it_is_begun_anew_by_start(memory: World) -> None:
+    """The same guard, started again, fills its table."""
+    guard = memory.guard(preload=True)
+    with gate(memory.store.in_stream) as held:
+        guard.start()
+        held.reached()
+        guard.close()
+        guard.start()
+        held.let_go()
+        comes_true(lambda: guard.stats().preloaded == 0)
+    guard.close()
+
+
+def test_where_no_thread_is_to_be_had_it_is_tried_again(
+    memory: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refresher goes on, and nothing is lost but time."""
+    guard = preloaded(memory)
+    memory.touch()
+    guard._lease.sync()
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        preload(guard).tend(0.1)
+    assert guard.stats().preloaded is None
+    preload(guard).tend(0.1)
+    comes_true(lambda: guard.stats().preloaded == 0)
+
+
+def test_progress_is_told(
+    memory: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every five seconds how far it has come, and at the end how many and how long."""
+    caplog.set_level(logging.INFO, "ipguard.guard")
+    packs(memory, lambda rows: rows.extend((f"user{n}", b"\1") for n in range(4_500)))
+    now = [0.0]
+
+    def monotonic() -> float:
+        now[0] += 1.25
+        return now[0]
+
+    monkeypatch.setattr("ipguard.guard._preload.time.monotonic", monotonic)
+    guard = memory.guard(preload=True)
+    guard._lease.sync()
+    preload(guard).fill(threading.Event())
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+        "preloading: 4000 restricted users so far",
+        "preloaded 4500 restricted users in 8.8 s",
+    ]
+
+
+# -------------------------------------------------------------------- against a guard without it
+
+
+@given(steps=STEPS, deny=st.booleans(), capacity=st.integers(1, 4))
+def test_it_answers_as_a_guard_without_a_table(
+    steps: list[tuple[Any, bool, list[Any]]], deny: bool, capacity: int
+) -> None:
+    """Whatever changes, before, between and while a snapshot streams: the same decisions."""
+    clock = FakeClock()
+    compare(World(MemoryStore(clock=clock), clock), steps, deny=deny, capacity=capacity)
