@@ -54,6 +54,48 @@ def hashed(password: str, salt: bytes) -> bytes:
     return hashlib.scrypt(password.encode(), salt=salt, **SCRYPT)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What came of a login: the record, if there is one, and the two outcomes."""
+
+    account: Account | None
+    password_is_right: bool
+    decision: ipguard.Decision
+
+    @property
+    def let_in(self) -> Account | None:
+        return self.account if self.password_is_right and self.decision else None
+
+
+class Door:
+    """Looks at who wants to come in: the same work, whatever will come of it.
+
+    Args:
+        guard: Who may log in from where.
+        accounts: The users.
+    """
+
+    def __init__(self, guard: ipguard.Guard, accounts: Iterable[Account]) -> None:
+        self._guard = guard
+        # As a database with a case-insensitive collation finds them.
+        self._by_name = {account.username.casefold(): account for account in accounts}
+        self._nobody = Account.new("", secrets.token_urlsafe())
+
+    def look(self, username: str, password: str, address: str) -> Attempt:
+        account = self._by_name.get(username.casefold())
+
+        # A user who does not exist costs a hash as well.
+        known = account or self._nobody
+        digest = hashed(password, known.salt)
+        password_is_right = hmac.compare_digest(digest, known.digest) and account is not None
+
+        # The record's own name: what was typed may differ from it in ways that the database
+        # forgives. Only where there is no record is the typed text asked about, so that both take
+        # the same way through the guard; that answer lets nobody in.
+        asked = username if account is None else account.username
+        return Attempt(account, password_is_right, self._guard.check(asked, address))
+
+
 class Login(BaseModel):
     username: Annotated[str, Field(max_length=256)]
     password: Annotated[str, Field(max_length=1024, repr=False)]
@@ -72,16 +114,15 @@ def create_app(guard: ipguard.Guard, accounts: Iterable[Account]) -> FastAPI:
         guard: Who may log in from where.
         accounts: The users.
     """
-    # As a database with a case-insensitive collation finds them.
-    by_name = {account.username.casefold(): account for account in accounts}
-    nobody = Account.new("", secrets.token_urlsafe())
+    door = Door(guard, accounts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with guard:  # its refresher: changes are known before anybody asks
             yield
 
-    app = FastAPI(lifespan=lifespan)
+    # Without the pages that describe it: a login server need not tell the world how it works.
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
 
     # FastAPI's own answer repeats what was sent, the password with it, and fails over some of it.
     @app.exception_handler(RequestValidationError)
@@ -92,29 +133,18 @@ def create_app(guard: ipguard.Guard, accounts: Iterable[Account]) -> FastAPI:
     # must not hold up the event loop. FastAPI runs such an endpoint on a thread.
     @app.post("/login")
     def login(attempt: Login, request: Request) -> Response:
-        account = by_name.get(attempt.username.casefold())
-
-        # A user who does not exist costs a hash as well.
-        known = account or nobody
-        digest = hashed(attempt.password, known.salt)
-        password_is_right = hmac.compare_digest(digest, known.digest) and account is not None
-
-        # The record's own name: what was typed may differ from it in ways that the database
-        # forgives. Only where there is no record is the typed text asked about, so that both take
-        # the same way through the guard; that answer lets nobody in.
-        username = attempt.username if account is None else account.username
         # The connection's peer. Behind a proxy let uvicorn replace it, and only for that proxy:
         #     uvicorn ... --proxy-headers --forwarded-allow-ips=10.0.0.5
         # Do not read X-Forwarded-For here: its leftmost entry is the client's to choose.
         address = request.client.host if request.client else ""
-        decision = guard.check(username, address)
+        came = door.look(attempt.username, attempt.password, address)
 
         # Before the password's outcome is looked at, so that an outage does not give it away.
-        if decision.reason is ipguard.Reason.STORE_UNAVAILABLE:
+        if came.decision.reason is ipguard.Reason.STORE_UNAVAILABLE:
             return JSONResponse({"detail": LATER}, 503, {"Retry-After": "5"})
-        if account is None or not password_is_right or not decision:
+        if came.let_in is None:
             return JSONResponse({"detail": REFUSED}, 401)
-        return JSONResponse({"username": account.username})  # a session would begin here
+        return JSONResponse({"username": came.let_in.username})  # a session would begin here
 
     return app
 
