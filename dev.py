@@ -2,6 +2,7 @@
 """Everything a developer of ipguard runs, on a machine that has just Python and pip.
 
     python3 dev.py demo [--keep]            the whole way once, in a terminal
+    python3 dev.py demo --serve [--port N]  a login server with the page in it, for a browser
     python3 dev.py test [--long] [ARG ...]  the tests; with ARGs, which go to pytest, no coverage
     python3 dev.py lint | types | layers | docs | build | pythons
     python3 dev.py mutate [MODULE ...]      mutation testing, see docs/mutation.md
@@ -98,13 +99,17 @@ def wanted() -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def setup(command: str) -> None:
-    # The demo is what a newcomer tries first, and needs a tenth of it all.
+def setup(command: str, *args: str) -> None:
+    # The demos are what a newcomer tries first, and need a tenth of it all.
     few = ["aiosmtpd", "editables", "hatchling"] if command == "demo" else []
+    kinds = ["", " served", " few"] if few else [""]
+    if few and "--serve" in args:
+        few += ["fastapi", "uvicorn", *PROJECT["project"]["optional-dependencies"]["admin"]]
+        kinds.remove(" few")
     with Path(__file__).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: the second finds the work done
         found = STAMP.read_text() if STAMP.exists() else ""
-        if found == wanted() or (few and found == f"{wanted()} few"):
+        if found in [wanted() + kind for kind in kinds]:
             return
         # An environment without a stamp was interrupted half way: start it anew.
         # One with an old stamp is whole, and pip changes only what differs.
@@ -114,7 +119,7 @@ def setup(command: str) -> None:
         needs = [*PROJECT["project"]["dependencies"], *(few or group("dev"))]
         pip(PYTHON, "install", "-qq", "-c", CONSTRAINTS, *needs)
         pip(PYTHON, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", ROOT)
-        STAMP.write_text(f"{wanted()} few" if few else wanted())
+        STAMP.write_text(wanted() + kinds[-1])
 
 
 @contextlib.contextmanager
@@ -129,6 +134,10 @@ def fresh_venv(python: str | Path) -> Iterator[Path]:
 
 
 def demo(*args: str) -> None:
+    if "--serve" in args:
+        # In this process's place: Ctrl-C is then the server's alone.
+        rest = [arg for arg in args if arg != "--serve"]
+        os.execv(PYTHON, [str(PYTHON), "examples/serve.py", *rest])
     run(PYTHON, "examples/demo.py", *args)
 
 
@@ -300,7 +309,7 @@ def main(name: str = "", *args: str) -> int:
         print(__doc__)
         return 2
     try:
-        setup(name)
+        setup(name, *args)
         COMMANDS[name](*args)
     except StepError as failure:
         print(f"dev.py {name}: {failure}", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""What the demo needs beside ipguard: a mail server, a report, and two listeners to the log."""
+"""What the demos need beside ipguard: mail servers, a report, and two listeners to the log."""
 
 from __future__ import annotations
 
 import asyncio
 import email
 import email.policy
+import itertools
 import logging
 import os
 import queue
@@ -12,7 +13,10 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.message import EmailMessage
 from typing import Any, Self, cast
 
@@ -55,8 +59,11 @@ class MailServer:
 
     async def handle_DATA(self, _: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802
         content = cast(bytes, envelope.content)
-        self._mails.put(email.message_from_bytes(content, policy=email.policy.default))
+        self._keep(email.message_from_bytes(content, policy=email.policy.default))
         return "250 accepted"
+
+    def _keep(self, mail: EmailMessage) -> None:
+        self._mails.put(mail)
 
     async def _listen(self) -> asyncio.Server:
         return await self._loop.create_server(self._protocol, "127.0.0.1", 0)
@@ -70,6 +77,36 @@ class MailServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A mail in the mailbox, numbered from 1, and when it came."""
+
+    id: int
+    at: datetime
+    mail: EmailMessage
+
+    def part(self, subtype: str) -> str:
+        """Return the text of one of the alternatives, `plain` or `html`."""
+        body = self.mail.get_body((subtype,))
+        return "" if body is None else str(body.get_content()).replace("\r\n", "\n")
+
+
+class Mailbox(MailServer):
+    """A mail server that keeps its last mails, to be looked at again and again."""
+
+    def __init__(self, size: int = 200) -> None:
+        super().__init__()
+        self._kept: deque[Received] = deque(maxlen=size)
+        self._ids = itertools.count(1)
+
+    def mails(self) -> list[Received]:
+        """Return the mails, the newest first."""
+        return list(self._kept)[::-1]
+
+    def _keep(self, mail: EmailMessage) -> None:
+        self._kept.append(Received(next(self._ids), datetime.now(UTC), mail))
 
 
 class Report:
