@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.flows import desk as desk  # noqa: PLC0414 - a fixture for every test
+from tests.browser import chromium as chromium  # noqa: PLC0414 - fixtures for every test
+from tests.browser import mails as mails  # noqa: PLC0414
+from tests.browser import pytest_generate_tests as pytest_generate_tests  # noqa: PLC0414
+from tests.browser import walk as walk  # noqa: PLC0414
+from tests.browser import windows as windows  # noqa: PLC0414
+from tests.browser import world as world  # noqa: PLC0414
+from tests.flows import desk as desk  # noqa: PLC0414
 from tests.postgres import Given, Server, own_server, running_server
 from tests.secrets_watch import Watch, watching
 

@@ -1,0 +1,301 @@
+"""A real browser on the page: fixtures, and a walk that notices what a person would.
+
+A test of a `walk` is run on the ASGI and the WSGI application, with JavaScript and without, wide
+and narrow: marked `everywhere`, or with `dev.py test --long`, in all eight combinations; else in
+two that are each other's opposite, and the four pairs of those take turns over the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import pytest
+
+from tests.browser_world import HOSTS, World
+from tests.flows import ALICE
+from tests.smtp_server import MailServer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_COMMAND = "apt-get install --yes --no-install-recommends chromium"
+_SWITCHES = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+WIDTHS = {"wide": (1280, 900), "narrow": (390, 844)}
+_PATIENCE = 20_000  # milliseconds
+
+T = TypeVar("T", bound=Callable[..., object])
+
+
+class Way(NamedTuple):
+    """One combination that a walk is taken in."""
+
+    host: str
+    scripts: bool
+    width: str
+
+    def __str__(self) -> str:
+        return f"{self.host}-{'js' if self.scripts else 'nojs'}-{self.width}"
+
+    def opposite(self) -> Way:
+        return next(w for w in WAYS if not any(a == b for a, b in zip(w, self, strict=True)))
+
+
+WAYS = tuple(itertools.starmap(Way, itertools.product(HOSTS, (True, False), WIDTHS)))
+
+
+def everywhere(test: T) -> T:
+    """Mark a walk that is taken in all combinations."""
+    test.everywhere = True  # type: ignore[attr-defined]
+    return test
+
+
+def settings(**figures: Any) -> Callable[[T], T]:
+    """Set the workflow's settings for a test."""
+
+    def mark(test: T) -> T:
+        test.settings = figures  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Choose the combinations of a walk."""
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "way" not in metafunc.fixturenames or "way" in given:
+        return
+    ways = WAYS
+    if not (getattr(metafunc.function, "everywhere", False) or os.environ.get("IPGUARD_LONG")):
+        way = WAYS[zlib.crc32(metafunc.function.__name__.encode()) % len(WAYS)]
+        ways = (way, way.opposite())
+    metafunc.parametrize("way", ways, ids=str)
+
+
+# ------------------------------------------------------------------ the browser
+
+
+def program() -> str:
+    """Return where the browser is; where tests gate, one that is missing fails them."""
+    for name in _NAMES:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    missing = f"Chromium is not there; as root: {_COMMAND}"
+    if not os.environ.get("CI"):
+        pytest.skip(missing)
+    pytest.fail(missing)
+
+
+# One for each file: an event loop of its own runs in this thread as long as Playwright does, and
+# other files have loops of theirs.
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """The browser."""
+    path = program()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=_SWITCHES)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def mails() -> Iterator[MailServer]:
+    """The mail server; each test's world reads only what came in its time."""
+    with MailServer() as server:
+        yield server
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest, tmp_path: Path, mails: MailServer) -> Iterator[World]:
+    """A host that is not served yet; `@settings(...)` says what its workflow goes by."""
+    it = World(tmp_path, mails, **getattr(request.function, "settings", {}))
+    with it.store, it.guard:
+        yield it
+
+
+class Windows(dict[tuple[bool, str, int], "BrowserContext"]):
+    """Browser windows of each kind, opened once; two of a kind are for two people."""
+
+    def __init__(self, chromium: Browser) -> None:
+        super().__init__()
+        self._chromium = chromium
+
+    def get_one(self, way: Way, number: int = 1) -> BrowserContext:
+        key = way.scripts, way.width, number
+        if key not in self:
+            self[key] = window(self._chromium, way)
+        return self[key]
+
+
+@pytest.fixture(scope="module")
+def windows(chromium: Browser) -> Windows:
+    """The windows of this file's walks."""
+    return Windows(chromium)
+
+
+@pytest.fixture
+def walk(windows: Windows, world: World, way: Way) -> Iterator[Walk]:
+    """Alice at the page, in one combination."""
+    with HOSTS[way.host](world) as world.url, walking(windows.get_one(way), world, way) as it:
+        yield it
+
+
+# ------------------------------------------------------------------ the walk
+
+
+class Walk:
+    """One person's browser. Whatever the browser complains of fails the walk at its end.
+
+    Attributes:
+        expected: HTTP statuses of pages, from 400 on, that the test means to see.
+    """
+
+    def __init__(self, page: Page, world: World, way: Way) -> None:
+        self.page = page
+        self.world = world
+        self.way = way
+        self.expected: set[int] = set()
+        self.complaints: list[str] = []
+        page.set_default_timeout(_PATIENCE)
+        page.on("pageerror", lambda error: self.complaints.append(f"script: {error}"))
+        page.on("requestfailed", self._failed)
+        page.on("response", self._answered)
+        page.on("console", self._said)
+
+    def _failed(self, request: Any) -> None:
+        # A navigation ends what the page before still asked for; nothing is wrong with that.
+        if request.failure != "net::ERR_ABORTED":
+            self.complaints.append(f"{request.method} {request.url}: {request.failure}")
+
+    def _answered(self, response: Any) -> None:
+        document = response.request.is_navigation_request()
+        if response.status >= 400 and not (document and response.status in self.expected):
+            self.complaints.append(f"{response.status} for {response.url}")
+
+    def _said(self, message: Any) -> None:
+        # That a page came with a status from 400 on is said too; that is judged above.
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.complaints.append(f"{message.type}: {message.text}")
+
+    # -- going about
+
+    def open(self, path: str = "") -> None:
+        """Go to a page, below where ours is mounted."""
+        self.page.goto(self.world.url + path)
+        self.look()
+
+    def look(self) -> None:
+        """Look at a page that has just come: one heading, a title, nothing that sticks out."""
+        title, headings, wide, room = self.page.evaluate(
+            "[document.title, document.querySelectorAll('h1').length,"
+            " document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
+        assert title.strip(), f"{self.page.url} has no title"
+        assert headings == 1, f"{title}: not one main heading"
+        assert wide <= room, f"{title}: {wide} pixels in a window of {room}"
+
+    def follow(self, name: str, within: Locator | None = None) -> None:
+        """Follow a link."""
+        self.go((within or self.page).get_by_role("link", name=name, exact=True))
+
+    def press(self, name: str, within: Locator | None = None) -> None:
+        """Press a button that sends a form."""
+        self.go((within or self.page).get_by_role("button", name=name, exact=True))
+
+    def go(self, what: Locator) -> None:
+        """Click what leads to another page."""
+        with self.page.expect_navigation():
+            what.click()
+        self.look()
+
+    def fill(self, label: str, text: str) -> None:
+        """Type into a field, which is found by its label."""
+        self.field(label).fill(text)
+
+    def submit_addresses(self) -> None:
+        """Send the form; without scripts, a page between says what the text was understood as."""
+        self.press("Submit")
+        if self.heading == "Is this what you mean?":
+            self.press("Submit")
+
+    def become(self, who: str) -> None:
+        """Be signed in as somebody else."""
+        self.page.context.add_cookies([{"name": "who", "value": who, "url": self.world.url}])
+
+    def field(self, label: str) -> Locator:
+        return self.page.get_by_label(label, exact=True)
+
+    def row(self, username: str = "jsmith") -> Locator:
+        """Return a user's row of the list."""
+        return self.page.get_by_role("row").filter(has=self.page.get_by_text(username, exact=True))
+
+    # -- seeing
+
+    def sees(self, *texts: str, within: Locator | None = None) -> None:
+        """Fail unless each text is on the page, to be seen."""
+        shown = (within or self.page.locator("body")).inner_text()
+        for text in texts:
+            assert text in shown, f"{text!r} is not in:\n{shown}"
+
+    def waits_for(self, text: str) -> None:
+        """Wait for a text that a script brings."""
+        self.page.get_by_text(text).wait_for()
+
+    def misses(self, *texts: str, within: Locator | None = None) -> None:
+        """Fail if one of the texts is on the page."""
+        shown = (within or self.page.locator("body")).inner_text()
+        for text in texts:
+            assert text not in shown, f"{text!r} is in:\n{shown}"
+
+    @property
+    def heading(self) -> str:
+        return self.page.locator("h1").inner_text()
+
+
+def window(chromium: Browser, way: Way, **more: Any) -> BrowserContext:
+    """Open a browser window with cookies of its own."""
+    width, height = WIDTHS[way.width]
+    return chromium.new_context(
+        java_script_enabled=way.scripts,
+        viewport={"width": width, "height": height},
+        is_mobile=way.width == "narrow",
+        has_touch=way.width == "narrow",
+        reduced_motion="reduce",
+        locale="en-GB",
+        **more,
+    )
+
+
+@contextlib.contextmanager
+def walking(
+    context: BrowserContext, world: World, way: Way, who: str = ALICE.username
+) -> Iterator[Walk]:
+    """Walk in a window, as somebody who is signed in; or as nobody where `who` is empty."""
+    context.clear_cookies()
+    page = context.new_page()
+    try:
+        it = Walk(page, world, way)
+        if who:
+            it.become(who)
+        yield it
+        assert not it.complaints, "\n".join(it.complaints)
+    finally:
+        page.close()

@@ -1,0 +1,176 @@
+"""A host with the page in it, served for real: what a browser's walk needs around it.
+
+The store is a database file, the mails go to a real mail server, and the clock stands still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ipguard
+from ipguard import Actor, Guard, PendingRequest, Restriction, User, Workflow, WorkflowSettings
+from ipguard.mail import EmailNotifier
+from ipguard.testing import FakeClock, Outbox
+from tests.flows import ADAM, ALICE, BOSS, KEY, OFFICE, PEOPLE
+from tests.smtp_server import MailServer
+
+PREFIX = "/accounts/ip-restrictions"
+BRAND = "Harbour Street Brokers"
+IRIS = Actor(
+    username="iris",
+    email="iris@firm.example",
+    manages=frozenset({"U1"}),
+    address="2001:db8:7:1:a:b:c:d",
+)
+ACTORS = {actor.username: actor for actor in (ALICE, ADAM, BOSS, IRIS)}
+NUMBER = re.compile(r"^ {4}([\d-]{11})$", re.MULTILINE)
+
+
+class World:
+    """One host: its users, its page, and its mails.
+
+    Args:
+        folder: Where the database goes.
+        mails: The mail server.
+        settings: Of the workflow.
+    """
+
+    def __init__(self, folder: Path, mails: MailServer, **settings: Any) -> None:
+        self.clock = FakeClock()
+        self.store = ipguard.open_store(f"sqlite:///{folder / 'world.db'}", clock=self.clock)
+        self.mails = mails
+        self._seen = len(mails.mails)
+        self.notifier = EmailNotifier(mails.url, sender="Brokers <no-reply@brokers.example>")
+        self.use(**settings)
+        self._quiet = Workflow(self.store, Outbox(), key=KEY)
+        self.guard = Guard(self.store, monotonic=self.clock.monotonic)
+        self.store.put_users(PEOPLE)
+        self.url = ""
+
+    def use(self, **settings: Any) -> None:
+        """Set the workflow's settings, before the page is served."""
+        self.flow = Workflow(
+            self.store, self.notifier, key=KEY, settings=WorkflowSettings(**settings)
+        )
+
+    # -- what a test prepares and asks
+
+    def add(self, addresses: str = OFFICE, username: str = "jsmith", **more: Any) -> Restriction:
+        """Let a restriction hold already; nobody is mailed."""
+        applied = self._quiet.impose(BOSS, username, addresses, reason="a test", **more)
+        assert applied.restriction is not None
+        return applied.restriction
+
+    def remove(self, restriction_id: str) -> None:
+        """Let a restriction be gone already; nobody is mailed."""
+        self._quiet.lift(BOSS, restriction_id, reason="a test")
+
+    def ask(
+        self, addresses: str = OFFICE, username: str = "jsmith", actor: Actor = ALICE, **more: Any
+    ) -> PendingRequest:
+        """Let a request wait already, its mail unread."""
+        return self.flow.request(actor, username, addresses, **more)
+
+    def crowd(self, size: int, account_id: str = "U1") -> None:
+        """Register more users: trader00001 and so on."""
+        self.store.put_users(
+            User(
+                username=f"trader{number:05}",
+                full_name=f"Trader Number{number:05}",
+                account_id=account_id,
+            )
+            for number in range(1, size + 1)
+        )
+
+    def held(self, username: str = "jsmith") -> list[str]:
+        """Return what a user is restricted to."""
+        return [str(r.addresses) for r in self.store.load_policy(username).restrictions]
+
+    def pending(self, username: str = "jsmith") -> list[str]:
+        """Return what is asked for a user."""
+        (line,) = (x for x in self.flow.overview(BOSS) if x.user.username == username)
+        return [str(request.addresses) for request in line.pending]
+
+    def wait(self, **length: float) -> None:
+        """Let time pass."""
+        self.clock.advance(timedelta(**length))
+
+    def number(self, recipient: str = ALICE.email) -> str:
+        """Return the number of the next mail with one, as its reader sees it."""
+        while True:
+            mail = self.mails.wait_for(self._seen + 1)[self._seen]
+            self._seen += 1
+            found = NUMBER.search(mail.part("plain"))
+            if found:
+                assert mail.recipients == (recipient,)
+                return found[1]
+
+    def notices(self) -> int:
+        """Return how many mails have come since the last that was read."""
+        return len(self.mails.mails) - self._seen
+
+
+def authenticate(request: Any) -> Actor | None:
+    """Be the host that knows who is signed in: in these tests a cookie says it."""
+    return ACTORS.get(request.cookies.get("who", ""))
+
+
+@contextlib.contextmanager
+def asgi(world: World) -> Iterator[str]:
+    """Serve the page in a Starlette application, by uvicorn, and give where."""
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    from ipguard.admin import asgi_app
+
+    page = asgi_app(world.flow, world.guard, authenticate=authenticate, brand=BRAND)
+    host = Starlette(routes=[Mount(PREFIX, page)])
+    config = uvicorn.Config(
+        host, lifespan="off", log_level="error", proxy_headers=False, timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}{PREFIX}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def wsgi(world: World) -> Iterator[str]:
+    """Serve the page below another WSGI application, by Werkzeug's threads, and give where."""
+    from werkzeug.exceptions import NotFound
+    from werkzeug.middleware.dispatcher import DispatcherMiddleware
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    from ipguard.admin import wsgi_app
+
+    class Quiet(WSGIRequestHandler):
+        def log_request(self, *_: object) -> None:
+            pass
+
+    page = wsgi_app(world.flow, world.guard, authenticate=authenticate, brand=BRAND)
+    host = DispatcherMiddleware(NotFound(), {PREFIX: page})
+    server = make_server("127.0.0.1", 0, host, threaded=True, request_handler=Quiet)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{PREFIX}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+HOSTS = {"asgi": asgi, "wsgi": wsgi}

@@ -1,0 +1,222 @@
+"""Accessibility by axe on every page, in light and in dark, wide and narrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import ipguard
+from tests.browser import Walk, Way, Windows, walking
+from tests.browser_world import HOSTS, World
+from tests.flows import HOME, OFFICE
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+#: WCAG 2.2 AA with all that it builds on, what axe calls best practice, and its newest rules.
+TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice", "experimental")
+
+
+def violations(page: Page) -> list[str]:
+    """Return what axe finds on the page as it is shown now."""
+    # Evaluated from outside the page, so the page's own policy need not let it in.
+    if not page.evaluate("typeof axe === 'object'"):
+        page.evaluate(resources.files("axe_playwright_python").joinpath("axe.min.js").read_text())
+    found: dict[str, Any] = page.evaluate(
+        "tags => axe.run(document, {runOnly: tags, resultTypes: ['violations']})", TAGS
+    )
+    assert len(found["passes"]) > 10, "axe has looked at next to nothing"
+    return [
+        f"{each['id']}: {node['html']}" for each in found["violations"] for node in each["nodes"]
+    ]
+
+
+class Pages:
+    """Goes to every page there is, and stops at each."""
+
+    def __init__(self, walk: Walk, world: World) -> None:
+        self.walk = walk
+        self.world = world
+
+    def all(self) -> Iterator[str]:
+        """Give the name of each page, when it is open."""
+        yield from self._adding()
+        yield from self._confirming()
+        yield from self._deleting()
+        yield from self._looking()
+        yield from self._going_wrong()
+
+    def _adding(self) -> Iterator[str]:
+        walk, world = self.walk, self.world
+        world.add("203.0.113.0/29", label="office")
+        world.add("2001:db8::/48", expires_at=world.clock().replace(year=2031))
+        world.ask(HOME, label="home")
+        world.ask("198.51.100.21", "mary")
+        world.number()
+        world.number()
+        walk.open()
+        yield "the list"
+        walk.follow("Add IP Address Restriction")
+        yield "add"
+        walk.expected.add(422)
+        walk.press("Submit")
+        yield "add, with errors"
+        walk.field("Trader").select_option("mary")
+        walk.fill("IP Address", "198.51.100.0/28")
+        walk.waits_for("Understood as")
+        yield "add, understood"
+        walk.page.route("**/understood", lambda route: route.abort())
+        walk.open("add")
+        walk.field("Trader").select_option("mary")
+        walk.fill("IP Address", "198.51.100.0/28")
+        walk.press("Submit")
+        walk.page.unroute("**/understood")
+        assert walk.heading == "Is this what you mean?"
+        yield "review"
+        walk.complaints.clear()  # of the route that was cut off
+        walk.open("add")
+        walk.field("Trader").select_option("alice")
+        walk.fill("IP Address", HOME)
+        walk.press("Submit")
+        assert walk.heading == "You would lock yourself out"
+        yield "lock-out"
+
+    def _confirming(self) -> Iterator[str]:
+        walk = self.walk
+        walk.open()
+        walk.follow(f"Confirm {HOME} for John Smith")
+        yield "the number"
+        walk.fill("Confirmation Number", "1")
+        walk.press("Submit")
+        yield "a wrong number"
+        walk.press("Send a new number")
+        yield "a new number, too soon"
+        walk.press("Cancel this request")
+        yield "one user, after a change"
+
+    def _deleting(self) -> Iterator[str]:
+        walk, world = self.walk, self.world
+        walk.open()
+        walk.follow("Delete 203.0.113.0/29 of John Smith")
+        yield "delete"
+        (restriction, *_) = world.store.load_policy("jsmith").restrictions
+        world.remove(restriction.id)
+        walk.expected.add(409)
+        walk.press("Delete")
+        yield "deleted by somebody else, or changed meanwhile"
+        world.add(OFFICE, "mary")
+        walk.open()
+        walk.follow(f"Delete {OFFICE} of Mary Major")
+        yield "delete the last"
+        walk.press("Delete")
+        yield "delete the last, not accepted"
+
+    def _looking(self) -> Iterator[str]:
+        walk, world = self.walk, self.world
+        walk.open("check?user=mary")
+        yield "check"
+        for typed in (OFFICE, HOME, "nonsense"):
+            walk.fill("IP Address", typed)
+            walk.press("Check")
+            yield f"checked {typed}"
+        walk.open("history")
+        yield "history"
+        walk.fill("Trader", "nobody")
+        walk.press("Show")
+        yield "history, with errors"
+        walk.open()
+        walk.fill("Search", "nobody")
+        walk.press("Search")
+        yield "nothing found"
+        world.crowd(120)
+        walk.open()
+        yield "a long list"
+        walk.open("add")
+        yield "add, with a search"
+
+    def _going_wrong(self) -> Iterator[str]:
+        walk, world = self.walk, self.world
+        walk.expected |= {401, 404, 500, 503}
+        walk.open("nothing-here")
+        yield "404"
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(world.flow, "overview", lambda *_, **__: 1 / 0)
+            walk.open()
+        yield "500"
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(world.flow, "overview", unavailable)
+            walk.open()
+        yield "503"
+        world.store.remove_users(["jsmith", "mary", "alice"])
+        world.store.remove_users(f"trader{number:05}" for number in range(1, 121))
+        walk.open()
+        yield "removed users"
+        walk.become("nobody")
+        walk.open()
+        yield "401"
+
+
+def unavailable(*_: object, **__: object) -> None:
+    raise ipguard.StoreUnavailable("not there")
+
+
+@pytest.mark.parametrize("way", [Way("asgi", True, "wide"), Way("wsgi", True, "narrow")], ids=str)
+def test_axe_finds_nothing(walk, world):
+    """Every page, in light and in dark: no violation of WCAG 2.2 AA, and none of good practice."""
+    seen = {}
+    for name in Pages(walk, world).all():
+        for scheme in ("light", "dark"):
+            walk.page.emulate_media(color_scheme=scheme)
+            seen[name, scheme] = violations(walk.page)
+        assert walk.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert len(seen) > 50
+    assert {where: found for where, found in seen.items() if found} == {}
+
+
+@pytest.mark.parametrize("way", [Way("asgi", True, "wide")], ids=str)
+def test_axe_finds_what_is_wrong(walk):
+    """The check can fail: a field without its label and a pale text are found."""
+    walk.open("add")
+    assert violations(walk.page) == []
+    walk.page.evaluate(
+        "document.querySelector('label[for=label]').remove();"
+        "document.querySelector('h1').style.color = '#ccc'"
+    )
+    found = " ".join(violations(walk.page))
+    assert 'label: <input id="label"' in found
+    assert "color-contrast: <h1" in found
+
+
+# ------------------------------------------------------------------ the walk itself
+
+
+INLINE = "document.body.append(Object.assign(document.createElement('script'), {textContent: '1'}))"
+
+
+@pytest.mark.parametrize("way", [Way("asgi", True, "narrow")], ids=str)
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (INLINE, "Content Security Policy"),
+        ("document.body.setAttribute('style', 'color: red')", "Content Security Policy"),
+        ("fetch('http://127.0.0.1:1/').catch(() => 0)", "Content Security Policy"),
+        ("fetch('nothing').catch(() => 0)", "404 for"),
+        ("setTimeout(() => { throw new Error('broken') })", "script: broken"),
+        ("document.querySelector('h1').textContent = 'x'.repeat(500)", "in a window of 390"),
+    ],
+)
+def test_a_walk_notices(windows: Windows, world: World, way: Way, wrong: str, told: str):
+    """What the policy stops, what is not found, a script that fails, and what sticks out."""
+
+    def walks() -> None:
+        with walking(windows.get_one(way), world, way) as walk:
+            walk.open()
+            walk.page.evaluate(wrong)
+            walk.page.evaluate("new Promise(go => setTimeout(go))")  # after what was set before
+            walk.look()
+
+    with HOSTS[way.host](world) as world.url, pytest.raises(AssertionError, match=told):
+        walks()
