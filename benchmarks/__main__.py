@@ -47,12 +47,12 @@ def measure(part: str, scale: Scale) -> Figures:
     """Measure one part, in processes of its own."""
     with tempfile.TemporaryDirectory(prefix="ipguard-bench-") as folder:
         told = Path(folder) / "told.jsonl"
-        processes = max(1, scale.processes // PARTS[part](scale).fewer)
-        slot = scale.slot * PARTS[part](scale).slot
+        what = PARTS[part](scale)
+        processes = max(1, scale.processes // what.fewer)
         command = [sys.executable, "-m", "benchmarks.measure", part, "--scale", scale.name]
         command += ["--told", str(told), "--copy-env", "--quiet", "--warmups", "1"]
-        command += ["--processes", str(processes), "--values", str(scale.rounds)]
-        command += ["--min-time", str(slot)]
+        command += ["--processes", str(processes), "--values", str(min(what.rounds, scale.rounds))]
+        command += ["--min-time", str(scale.slot * what.slot)]
         process = subprocess.Popen(
             command,
             cwd=ROOT,

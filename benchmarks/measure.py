@@ -4,8 +4,9 @@
 
 pyperf finds out how many calls of the floor make one turn, and starts the processes one after
 another. In each, every round gives everything of the part its turn, in an order that moves on, so a
-busy moment of the machine hits all alike. A ratio is of two figures of one round. What pyperf has
-no place for, the figures of everything but the floor, is told line by line in FILE.
+busy moment of the machine hits all alike. A ratio is of two figures of one round; for what is ours
+the other one is measured once more, right before or right after it. What pyperf has no place for,
+the figures of everything but the floor, is told line by line in FILE.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from benchmarks.work import Ask, Pair, nothing
 
 #: What a turn may take beside its slot; how many calls one by one that leaves time for.
 _SINGLES_FOR = 0.5
+
+
+#: A process and one of its rounds.
+Turn = tuple[int, int]
 
 
 class Work(Protocol):
@@ -121,6 +126,8 @@ class Part:
         facts: Figures that are no times: name to number; asked for last.
         slot: How many times longer a turn is than the scale says.
         fewer: By what the number of processes is divided.
+        rounds: How many rounds are enough, however many the scale says.
+        singles: Whether calls are timed one by one as well.
     """
 
     title: str
@@ -128,6 +135,8 @@ class Part:
     facts: Callable[[], dict[str, Any]] = dict
     slot: float = 1.0
     fewer: int = 1
+    rounds: int = 1000
+    singles: bool = True
 
 
 class Rounds:
@@ -182,22 +191,36 @@ class Rounds:
         """Make one round, tell it, and return what the floor took."""
         subjects = [s for s in self._part.subjects if s.name in self._works]
         start = self._round % len(subjects)
+        self._loops[self.floor.name] = loops
         told: dict[str, float] = {}
+        beside: dict[str, float] = {}
         for subject in subjects[start:] + subjects[:start]:
-            mine = loops if subject is self.floor else self._loops[subject.name]
+            per = subject.per or self.floor.name
+            pair = [subject.name]
+            if subject.kind == "ours" and per in self._works and per != subject.name:
+                pair.insert(self._round % 2, per)
             try:
-                self._works[subject.name].ready(mine)
-                told[subject.name] = self._works[subject.name].time(mine) / mine
+                for name in pair:
+                    took = self._turn(name)
+                    if name == subject.name:
+                        told[name] = took
+                    else:
+                        beside[subject.name] = took
             except Exception as exc:
                 self._failed(subject.name, exc)
                 del self._works[subject.name]
-        self._tell(round=self._round, seconds=told)
+        self._tell(round=self._round, seconds=told, beside=beside)
         self._round += 1
         return told[self.floor.name] * loops
 
+    def _turn(self, name: str) -> float:
+        work, loops = self._works[name], self._loops[name]
+        work.ready(loops)
+        return work.time(loops) / loops
+
     def last(self) -> None:
         """Time single calls, and ask for what is no time."""
-        for name, work in self._works.items():
+        for name, work in self._works.items() if self._part.singles else ():
             try:
                 each = self._slot / self._loops[name]
                 took = sorted(
@@ -237,12 +260,14 @@ class Figures:
 
     Attributes:
         seconds: For each subject, what a call took, by process and round.
+        beside: What it is a ratio to took right beside it; only for what is ours.
         singles: For each subject, the percentiles of single calls, one set of each process.
         facts: One of each process.
         failed: Why a subject has no figures.
     """
 
-    seconds: dict[str, dict[tuple[int, int], float]] = field(default_factory=dict)
+    seconds: dict[str, dict[Turn, float]] = field(default_factory=dict)
+    beside: dict[str, dict[Turn, float]] = field(default_factory=dict)
     singles: dict[str, list[dict[str, int]]] = field(default_factory=dict)
     facts: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -252,8 +277,9 @@ class Figures:
         figures = cls()
         for line in told.read_text().splitlines() if told.exists() else ():
             it = json.loads(line)
-            for subject, seconds in it.get("seconds", {}).items():
-                figures.seconds.setdefault(subject, {})[it["process"], it["round"]] = seconds
+            for kind, by_turn in (("seconds", figures.seconds), ("beside", figures.beside)):
+                for subject, seconds in it.get(kind, {}).items():
+                    by_turn.setdefault(subject, {})[it["process"], it["round"]] = seconds
             for subject, singles in it.get("singles", {}).items():
                 figures.singles.setdefault(subject, []).append(singles)
             if "facts" in it:
@@ -261,8 +287,13 @@ class Figures:
             figures.failed |= it.get("failed", {})
         return figures
 
+    def over_its_own(self, subject: str) -> dict[Turn, float]:
+        """Return the ratio of a subject of ours to what it is judged by, round by round."""
+        mine, other = self.seconds.get(subject, {}), self.beside.get(subject, {})
+        return {turn: seconds / other[turn] for turn, seconds in mine.items() if turn in other}
+
     def ratios(self, subject: str, per: str) -> list[float]:
-        """Return the ratio of two subjects in each round that has both."""
+        """Return the ratio of any two subjects in each round that has both."""
         mine, other = self.seconds.get(subject, {}), self.seconds.get(per, {})
         return [seconds / other[turn] for turn, seconds in mine.items() if turn in other]
 

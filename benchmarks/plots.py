@@ -67,6 +67,13 @@ def _times(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(written))
 
 
+def _counts(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: PLC0415
+
+    axis.set_major_locator(LogLocator(10))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
 def compared(plt: Any, results: Results) -> Any:
     """What one question costs ipguard, the floors, and everything it is compared with."""
     kinds = {
@@ -91,7 +98,7 @@ def compared(plt: Any, results: Results) -> Any:
     axes.set_yticks(range(len(subjects)), list(reversed(subjects)))
     axes.set_xlabel("median time of one question (logarithmic; left is faster)")
     axes.axhspan(len(subjects) - 2.5, len(subjects) - 1.5, color="#f0f0f0", zorder=0)
-    axes.legend(loc="lower right", framealpha=1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False)
     _grid(axes)
     axes.set_title("One question, side by side in the same process")
     return figure
@@ -107,7 +114,7 @@ def restrictions(plt: Any, results: Results) -> Any:
         points = _by_number(ours, rf"{kind}, ([\d,]+) restrictions?")
         axes.plot(*zip(*points, strict=True), f"{line}{mark}", color=colour, label=label, lw=2.5)
     peers = results["parts"].get("restrictions-peers", {"subjects": {}})["subjects"]
-    lines = ("--", ":", "-.")
+    lines = ("--", ":")
     marks = "svDPX*<>hd1"
     colours = (ORANGE, RED, PURPLE, SKY, GREY, BLACK)
     for number, peer in enumerate(results["peers"]):
@@ -115,7 +122,7 @@ def restrictions(plt: Any, results: Results) -> Any:
         if points:
             axes.plot(
                 *zip(*points, strict=True),
-                lines[number % 3],
+                lines[number // len(colours)],
                 marker=marks[number % len(marks)],
                 color=colours[number % len(colours)],
                 label=f"{peer['name']}, new address",
@@ -125,7 +132,8 @@ def restrictions(plt: Any, results: Results) -> Any:
     axes.set_xscale("log")
     axes.set_yscale("log")
     _times(axes.yaxis)
-    axes.set_xlabel("restrictions of the user")
+    _counts(axes.xaxis)
+    axes.set_xlabel("restrictions of the user (logarithmic, as is the time)")
     axes.set_ylabel("median time of one question")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     _grid(axes)
@@ -173,10 +181,13 @@ def users(plt: Any, results: Results) -> Any:
     left.set_ylabel("median time of one question, ns")
     right.set_xscale("log")
     right.set_yscale("log")
+    _counts(right.yaxis)
     right.set_xlabel("users in memory")
     right.set_ylabel("resident memory for them, MiB")
     for axes in (left, right):
-        axes.legend(framealpha=1)
+        _counts(axes.xaxis)
+        if axes.lines:
+            axes.legend(framealpha=1)
         _grid(axes)
     figure.suptitle("More users, asked about at random")
     figure.tight_layout()
@@ -268,6 +279,7 @@ def cold(plt: Any, results: Results) -> Any:
         axes.text(cost / 1e3, n, f" {cost / 1e3:.1f}", va="center")
     axes.set_yticks(range(len(rows)), [told for told, _ in rows])
     axes.invert_yaxis()
+    axes.set_xlim(0, max(cost for _, cost in rows) / 1e3 * 1.1)
     axes.set_xlabel("median time of one question or one read, µs")
     axes.set_title("A user who is not remembered (hatched: the bare driver)")
     _grid(axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -103,6 +104,7 @@ def results(
                 "wanted": goal.wanted(),
                 "measured": (measured := goal.measured(told)),
                 "reached": goal.reached(measured),
+                "about": goal.about(told),
             }
             for goal in goals.goals(scale)
         ],
@@ -116,7 +118,9 @@ def _part(name: str, scale: Scale, figures: Figures) -> dict[str, Any]:
     for subject in part.subjects:
         seconds = list(figures.seconds.get(subject.name, {}).values())
         per = None if subject.name == floor else subject.per or floor
-        ratios = sorted(figures.ratios(subject.name, per)) if per else []
+        ratios = figures.ratios(subject.name, per) if per else []
+        if subject.kind == "ours":
+            ratios = list(figures.over_its_own(subject.name).values())
         singles = figures.singles.get(subject.name, [])
         subjects[subject.name] = {
             "kind": subject.kind,
@@ -192,7 +196,12 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 def goals_as_rows(found: Results) -> list[list[str]]:
     said = {True: "yes", False: "**no**", None: "not measured"}
     return [
-        [goal["goal"], goal["wanted"], number(goal["measured"]), said[goal["reached"]]]
+        [
+            goal["goal"] + (f" ({goal['about']})" if goal["about"] else ""),
+            goal["wanted"],
+            number(goal["measured"]),
+            said[goal["reached"]],
+        ]
         for goal in found["goals"]
     ]
 
@@ -240,6 +249,7 @@ def as_markdown(found: Results) -> str:
             ],
         ),
         _ahead(found),
+        _expected(found),
         *(_section(part) for part in found["parts"].values()),
     ]
     return "\n".join(pieces)
@@ -271,6 +281,43 @@ def _ahead(found: Results) -> str:
     ]
     return "How many times ipguard's cost theirs is (below 1, they are faster):\n\n" + table(
         ["", *titles.values()], rows
+    )
+
+
+def _expected(found: Results) -> str:
+    """Return what to expect of one process, by how many users it holds."""
+    parts = found["parts"]
+    if not {"users", "memory"} <= parts.keys():
+        return ""
+    facts, speeds = parts["users"]["facts"], parts["memory"]["subjects"]
+    rows = []
+    for kind in ("remembered", "preloaded"):
+        costs = {
+            int(match[1].replace(",", "")): it["ratio"]
+            for told, it in parts["users"]["subjects"].items()
+            if (match := re.fullmatch(rf"{kind}, ([\d,]+) users", told)) and it["ratio"]
+        }
+        each = speeds[f"ipguard, {kind}"]["median_ns"]
+        if not costs or not each:
+            continue
+        for count in (10, 1_000, 100_000, 1_000_000, 10_000_000):
+            # The nearest that was measured speaks for the others.
+            near = min(costs, key=lambda had: abs(math.log(had / count)))
+            size = facts[f"bytes a user, {near:,} {kind}"] * count
+            rows.append(
+                [
+                    f"{count:,} {kind}",
+                    f"{number(costs[near])}{'' if near == count else f' (as with {near:,})'}",
+                    f"{number(size / 2**20)} MiB{'' if near == count else ' (reckoned)'}",
+                    f"{duration(each * count)} (reckoned)",
+                ]
+            )
+    heads = ["users in one process", "warm check ÷ floor", "memory", "until all are in memory"]
+    return (
+        "## What to expect as users grow\n\n"
+        "Two restrictions and one remembered address a user. What was not measured is reckoned from"
+        " the nearest that was. How long it takes leaves the store's own time out.\n\n"
+        + table(heads, rows)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from ipguard import AddressRange, Guard, Policy, Restriction
 from ipguard.model import Changes
@@ -46,14 +47,18 @@ def crowd(count: int) -> Policies:
     return {name(number): networks(number) for number in range(count)}
 
 
-def at_random(count: int, calls: int, seed: int = SEED) -> list[Pair]:
+def at_random(count: int, calls: int) -> list[Pair]:
     """Return who asks, and from where; the very objects again where a user comes again."""
-    homes = [(name(number), home(number)) for number in range(min(count, 200_000))]
-    if count > len(homes):
-        # Not all of a million users ask in one round, but any of them may.
-        numbers = random.Random(seed).sample(range(count), len(homes))
-        homes = [(name(number), home(number)) for number in numbers]
-    return random.Random(seed).choices(homes, k=calls)
+    return _random.choices(homes(count), k=calls)
+
+
+_random = random.Random(SEED)
+
+
+@lru_cache(maxsize=8)
+def homes(count: int) -> list[Pair]:
+    """Return everybody and their address: made once, the same objects each time."""
+    return [(name(number), home(number)) for number in range(count)]
 
 
 def from_the_wire(pairs: list[Pair]) -> list[Pair]:
@@ -153,12 +158,13 @@ def crowded(count: int, **settings: object) -> Guard:
 
 def fill(guard: Guard, count: int) -> None:
     for _ in range(2):  # the first answer of each comes from the store, the second is remembered
-        for number in range(count):
-            assert guard.is_allowed(name(number), home(number))
+        for user, ip in homes(count):
+            assert guard.is_allowed(user, ip)
 
 
-def look_up(table: dict[Pair, bool]) -> Ask:
+def look_up(pairs: list[Pair]) -> Ask:
     """Return the floor of a warm check: a plain function that looks one pair up in a dict."""
+    table = dict.fromkeys(pairs, True)
 
     def floor(user: str, ip: str) -> bool:
         return table[user, ip]

@@ -24,6 +24,7 @@ from benchmarks.work import (
     from_the_wire,
     guard_of,
     home,
+    homes,
     look_up,
     name,
     nothing,
@@ -54,7 +55,7 @@ def warm(scale: Scale) -> Part:  # noqa: ARG001
     return Part(
         title="Warm: one user, the same address again",
         subjects=[
-            Subject(name=FLOOR, kind="floor", make=lambda: Calls(look_up({pair: True}), pairs)),
+            Subject(name=FLOOR, kind="floor", make=lambda: Calls(look_up([pair]), pairs)),
             Subject(name=OURS, make=ours),
             Subject(name=CHECK, kind="aside", make=check, note="gives a reason; no fast path"),
             Subject(name=LOOP, kind="aside", make=lambda: Calls(nothing, pairs)),
@@ -77,7 +78,7 @@ def warm_many(scale: Scale) -> Part:
     made: list[Ask] = []
 
     def floor() -> Ask:
-        return look_up({(name(n), home(n)): True for n in range(count)})
+        return look_up(homes(count))
 
     def ours() -> Ask:
         if not made:

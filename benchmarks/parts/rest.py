@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.measure import Part, Subject
 from benchmarks.parts.cold import BOSS, SETTINGS, Strangers, filled, scratch
-from benchmarks.parts.growth import resident, wait_until_loaded
+from benchmarks.parts.growth import preloaded_guard, resident
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.databases import server
 from benchmarks.scale import Scale
@@ -25,8 +25,7 @@ from benchmarks.work import (
     crowd,
     crowded,
     dotted,
-    home,
-    name,
+    homes,
 )
 from ipguard import Guard, RestrictionStore, User, Workflow, open_store
 from ipguard.aio import AsyncGuard
@@ -85,10 +84,10 @@ def in_asyncio(scale: Scale) -> Part:
         return at_random(users, loops)
 
     def strangers(loops: int) -> list[Pair]:
-        return [(name(n), home(n)) for n in range(min(loops, count))]
+        return homes(count)[:loops]
 
     def floor() -> Awaited:
-        table = {(name(n), home(n)): True for n in range(users)}
+        table = dict.fromkeys(homes(users), True)
 
         async def ask(user: str, ip: str) -> bool:
             return table[user, ip]
@@ -204,7 +203,8 @@ def confirms(scale: Scale) -> Part:  # noqa: ARG001
                 make=lambda: Confirms(open_store(server())),
             ),
         ],
-        slot=5.0,
+        slot=25.0,
+        rounds=12,
     )
 
 
@@ -240,6 +240,7 @@ def imports(scale: Scale) -> Part:  # noqa: ARG001
             ),
             Subject(name="import ipguard", make=lambda: Imports("ipguard")),
         ],
+        rounds=12,
     )
 
 
@@ -262,7 +263,7 @@ class Fill:
 
 
 def _table(count: int) -> object:
-    return {(name(n), home(n)): True for n in range(count)}
+    return dict.fromkeys(homes(count), True)
 
 
 def _remembered(count: int) -> object:
@@ -270,10 +271,7 @@ def _remembered(count: int) -> object:
 
 
 def _preloaded(count: int) -> object:
-    rows = Rows(count=count)
-    guard = Guard(rows, preload=True)  # type: ignore[arg-type,call-arg,unused-ignore]
-    wait_until_loaded(guard, rows, count)
-    return guard
+    return preloaded_guard(Rows(count=count), count)
 
 
 def _peer(peer: Peer, count: int) -> object:
@@ -312,7 +310,9 @@ def memory(scale: Scale) -> Part:
             for told in ours
         ],
         facts=facts,
+        slot=10.0,
         fewer=3,
+        rounds=12,
     )
 
 

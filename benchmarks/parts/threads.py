@@ -221,7 +221,8 @@ def threads(scale: Scale) -> Part:
             for number, (count, writer) in enumerate(names)
         ],
         facts=facts,
-        slot=20.0,
+        slot=100.0,
+        rounds=12,
     )
 
 

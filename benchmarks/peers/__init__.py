@@ -46,7 +46,7 @@ class Peer:
             return f"not installed: {exc}"
 
 
-_USERS = "users (a dict of ours)"
+_USERS = "users (a dict of ours), how old what it knows is"
 
 PEERS = (
     Peer(
@@ -91,7 +91,7 @@ PEERS = (
         packages=("pycasbin",),
         load=engines.casbin_enforcer,
         how="`enforce(user, ip)` with the matcher `r.sub == p.sub && ipMatch(r.ip, p.net)`",
-        lacks="users without restrictions; ranges (split into networks)",
+        lacks="users without restrictions; ranges (split into networks); how old what it knows is",
         linear=True,
     ),
     Peer(
@@ -99,14 +99,14 @@ PEERS = (
         packages=("pycasbin",),
         load=engines.casbin_fast_enforcer,
         how="the same with `cache_key_order=[0, 1]`, which picks the user's rules first",
-        lacks="users without restrictions; ranges (split into networks)",
+        lacks="users without restrictions; ranges (split into networks); how old what it knows is",
     ),
     Peer(
         name="cedarpy",
         packages=("cedarpy",),
         load=engines.cedar,
         how="`is_authorized` with a PolicySet and Entities parsed before",
-        lacks="ranges (split into networks)",
+        lacks="ranges (split into networks); how old what it knows is",
         linear=True,
     ),
     Peer(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
 from benchmarks.peers import PEERS, Peer
 from benchmarks.work import Policies, guard_of
@@ -116,3 +117,8 @@ def _once(said: list[str], about: str) -> None:
 
 def ask_all() -> dict[str, Answers]:
     return {peer.name: ask(peer) for peer in PEERS}
+
+
+if __name__ == "__main__":
+    ours_is_right()
+    print(json.dumps({name: asdict(answers) for name, answers in ask_all().items()}))
