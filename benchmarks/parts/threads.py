@@ -221,8 +221,8 @@ def threads(scale: Scale) -> Part:
             for number, (count, writer) in enumerate(names)
         ],
         facts=facts,
-        slot=100.0,
-        rounds=12,
+        slot=50.0,
+        rounds=8,
     )
 
 
