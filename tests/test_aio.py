@@ -269,6 +269,101 @@ def test_beyond_its_places_it_denies_at_once(world: World) -> None:
     asyncio.run(main())
 
 
+def test_any_number_who_miss_on_one_user_take_one_place(world: World) -> None:
+    """Ten thousand at once are all answered after one read, though there is one thread and no line.
+
+    Each by its own address.
+    """
+    world.restrict("jsmith", HOME)
+    guard = guarded(world, threads=1, waiting=0)
+    wanted = [HOME, ELSEWHERE] * 5_000
+
+    async def main() -> None:
+        await guard.sync()
+        answers = await asyncio.gather(*(guard.is_allowed("jsmith", each) for each in wanted))
+        assert answers == [each == HOME for each in wanted]
+        assert not guard._asking
+
+    asyncio.run(main())
+    assert world.store.loads == ["jsmith"]
+
+
+@pytest.mark.parametrize("in_line", [True, False])
+def test_whoever_shares_a_call_does_not_share_its_end(memory: World, in_line: bool) -> None:
+    """The one who asked first is cancelled, in line or at work; the others are answered."""
+    guard = guarded(memory, threads=2, waiting=1)
+
+    async def main() -> None:
+        await guard.sync()
+        with gate(*[memory.store.before_load] * (2 if in_line else 1)) as hanging:
+            others = [await started(guard.check(f"{n}", HOME)) for n in range(2 * in_line)]
+            first = await started(guard.check("jsmith", HOME))
+            if not in_line:
+                hanging.reached()
+            crowd = [await started(guard.is_allowed("jsmith", HOME)) for _ in range(100)]
+            assert first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+        assert all(await asyncio.gather(*crowd, *others))
+        assert not guard._asking
+
+    asyncio.run(main())
+    assert memory.store.loads.count("jsmith") == 1
+
+
+def test_an_answer_that_was_not_to_be_shared_is_asked_for_by_each(memory: World) -> None:
+    """Who needs a later revision than was read asks for itself, once."""
+    revision = memory.restrict("jsmith", HOME)
+    guard = guarded(memory)
+
+    async def main() -> None:
+        await guard.sync()
+        with gate(memory.store.before_load) as hanging:
+            first = await started(guard.check("jsmith", HOME))
+            hanging.reached()
+            later = [
+                await started(guard.check("jsmith", HOME, at_least=revision + n)) for n in (1, 1, 2)
+            ]
+            memory.touch("somebody")
+        assert await first
+        decisions = await asyncio.gather(*later)
+        assert [bool(decision) for decision in decisions] == [True, True, False]
+        assert not guard._asking
+
+    asyncio.run(main())
+
+
+def test_behind_a_call_that_hangs_nobody_waits_for_long(memory: World) -> None:
+    """Who shares it gives up when others would, and is answered as where no place is left."""
+    guard = guarded(memory, threads=1, waiting=0, max_staleness=0.1)
+
+    async def main() -> None:
+        with gate(memory.store.before_load) as hanging:
+            first = await started(guard.check("jsmith", HOME))
+            hanging.reached()
+            decision = await guard.check("jsmith", HOME)
+            assert decision.reason is Reason.STORE_UNAVAILABLE
+            assert not first.done()
+        assert await first
+
+    asyncio.run(main())
+
+
+def test_a_name_of_a_class_of_its_own_is_no_key(memory: World) -> None:
+    """Whatever such a text does when it is hashed or compared, the answer is the guard's."""
+
+    class Loud(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            raise ZeroDivisionError
+
+    memory.restrict("jsmith", HOME)
+    guard = guarded(memory)
+    assert asyncio.run(guard.is_allowed(Loud("jsmith"), HOME))
+    assert not asyncio.run(guard.is_allowed(Loud("jsmith"), ELSEWHERE))
+
+
 def test_full_counts_as_down_for_outage_grace(memory: World) -> None:
     """The lease is over and no place is left: who is remembered is answered, marked stale."""
     memory.restrict("jsmith", HOME)
@@ -278,7 +373,7 @@ def test_full_counts_as_down_for_outage_grace(memory: World) -> None:
         await guard.is_allowed("jsmith", HOME)
         memory.pass_time(5)
         with gate(memory.store.before_sync) as hanging:
-            first = await started(guard.check("jsmith", HOME))
+            first = await started(guard.check("mary", HOME))
             hanging.reached()
             decision = await guard.check("jsmith", HOME)
             assert (decision.allowed, decision.stale) == (True, True)
@@ -521,9 +616,8 @@ def test_a_call_cancelled_just_as_a_thread_takes_it_is_not_made() -> None:
     assert calls == []
 
 
-def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any) -> None:
-    """Reads and writes over SQLite, cancelled anywhere: pool and threads are whole afterwards."""
-    store: Any = open_store(f"sqlite:///{tmp_path / 'cancel.db'}")
+def cancel_at_random_points(store: Any, wanted: int) -> None:
+    """Read and write, cancelled anywhere; threads and workflow must be whole afterwards."""
     plain = Workflow(store, Outbox(), key=KEY)
     store.put_users(PEOPLE)
     guard = AsyncGuard(store, threads=3, waiting=4, max_staleness=0.05)
@@ -552,7 +646,6 @@ def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any)
             await flow.lift(BOSS, applied.restriction.id, reason="x")
 
     async def main() -> None:
-        wanted = rounds(200, 10_000)
         for batch in itertools.takewhile(
             lambda _: ended["CancelledError"] < wanted, itertools.count()
         ):
@@ -569,10 +662,8 @@ def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any)
     comes_true(lambda: at_rest(*executors))
     assert set(ended) <= {"CancelledError", "NoneType", "StoreUnavailable"}
     assert ended["NoneType"]  # not all were cancelled at once: the points are spread
-    pool = store._pool
     assert all(each._alive <= 3 for each in executors)
-    comes_true(lambda: len(pool._idle) == len(pool._open))
-    assert not pool.writing.locked()
+    assert not guard._asking
 
     async def after() -> None:
         assert await guard.sync() == guard.revision
@@ -583,6 +674,15 @@ def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any)
         await flow.close()
 
     asyncio.run(after())
+
+
+def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any) -> None:
+    """Reads and writes over SQLite, cancelled anywhere: pool and threads are whole afterwards."""
+    store: Any = open_store(f"sqlite:///{tmp_path / 'cancel.db'}")
+    cancel_at_random_points(store, rounds(200, 10_000))
+    pool = store._pool
+    comes_true(lambda: len(pool._idle) == len(pool._open))
+    assert not pool.writing.locked()
     store.close()
     assert not pool._open
 

@@ -20,6 +20,7 @@ from ipguard.testing import Outbox
 from tests.conftest import rounds
 from tests.logins import ALLOWED, ROOT, LoginServer
 from tests.postgres import Given, Server, free_port, fresh_schema, until
+from tests.test_aio import cancel_at_random_points
 
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 HOME, ELSEWHERE = "203.0.113.7", "198.51.100.9"
@@ -140,3 +141,80 @@ def test_gunicorn_with_preload(own_postgres: Server) -> None:
             mine = {pid: sockets(pid) & to_server(own_postgres.port) for pid in (master, *told)}
             assert all(mine.values())  # every one of them is connected
             assert len(set.union(*mine.values())) == sum(map(len, mine.values()))
+
+
+# --------------------------------------------------------------------------- asyncio, gevent
+
+
+def test_cancelled_at_random_points_no_connection_is_left(postgres: Server | Given) -> None:
+    """Calls cancelled anywhere leak no connection, here or on the server, and the pool is whole."""
+    name = fresh_schema()
+    ask = (
+        "SELECT count(*), count(*) FILTER (WHERE state = 'idle') FROM pg_stat_activity"
+        " WHERE application_name = %s"
+    )
+    with PostgresStore(postgres.url(schema=name, application_name=name), timeout=20.0) as store:
+        cancel_at_random_points(store, rounds(200, 10_000))
+        pool = store._client.pool
+        until(lambda: len(pool._idle) == pool._open, "every connection is given back")
+        assert 0 < pool._open <= store._options.pool_size
+        most = pool._open + 1  # the one that listens
+        until(
+            lambda: postgres.execute(ask, name) in ([(pool._open, pool._open)], [(most, most)]),
+            "the server has no others, and none in a transaction",
+        )
+        assert store._writer._queue.acquire(blocking=False)
+        store._writer._queue.release()
+    until(lambda: postgres.execute(ask, name) == [(0, 0)], "closing leaves none")
+
+
+def test_gevent(postgres: Server | Given) -> None:
+    """All patched, guard and workflow go on in greenlets, which a query does not hold up."""
+    code = """
+import sys
+from gevent import monkey
+monkey.patch_all()
+import gevent, ipguard, psycopg.waiting
+from ipguard.aio import AsyncGuard, AsyncWorkflow
+from ipguard.testing import Outbox
+boss = ipguard.Actor(username="boss", email="b@x.example", manages=ipguard.Actor.EVERY_ACCOUNT)
+names = [f"user{n}" for n in range(50)]
+with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
+    flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+    store.put_users(
+        [ipguard.User(username=name, full_name="X", account_id="U1") for name in names]
+    )
+    def one(name):
+        applied = flow.impose(boss, name, "203.0.113.7", reason="x")
+        assert guard.wait_for(applied.revision, 60)
+        return guard.is_allowed(name, "203.0.113.7"), guard.is_allowed(name, "203.0.113.8")
+    jobs = [gevent.spawn(one, name) for name in names]
+    gevent.joinall(jobs, timeout=90)
+    assert [job.value for job in jobs] == [(True, False)] * 50
+    assert guard.stats().woken_by == "refresher"
+    ticks = 0
+    def tick():
+        global ticks
+        while True:
+            ticks += 1
+            gevent.sleep(0.001)
+    clock = gevent.spawn(tick)
+    before = ticks
+    store._client.read(lambda session: session.rows("SELECT pg_sleep(0.2)"))
+    assert ticks > before + 10, "a query held up the other greenlets"
+    for refused in (AsyncGuard, AsyncWorkflow):
+        try:
+            refused(guard if refused is AsyncGuard else flow)
+        except ipguard.InvalidValue as exc:
+            print(exc)
+    clock.kill()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, postgres.url(schema=fresh_schema(), timeout=20.0)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is patched by gevent") == 2

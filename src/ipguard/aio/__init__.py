@@ -110,6 +110,8 @@ class AsyncGuard:
         self.guard: Guard = store
         self._answers = Executor(threads, waiting)
         self._others = Executor(threads, waiting)
+        # By event loop and user: the first call about a user that is under way.
+        self._asking: dict[tuple[object, str | int], asyncio.Future[Decision]] = {}
         # Only a guard without an observer and `report_only` has this fast path.
         self._allows: Callable[[str, str], bool] = (
             store._bind_is_allowed(_not_remembered)
@@ -127,13 +129,31 @@ class AsyncGuard:
         """Decide whether a user may log in from an address, and say why; see `Guard.check`."""
         decision = self._recall(username, address, at_least, resting=None)
         if decision is None:
-            try:
-                decision = await self._answers.run(self.guard._judge, username, address, at_least)
-            except StoreUnavailable:  # no place, or no thread: `_judge` raises nothing
-                decision = self._recall(username, address, at_least, resting=True)
-                if decision is None:
-                    decision = self.guard._denied(Reason.STORE_UNAVAILABLE)
+            decision = await self._asked(username, address, at_least)
         return self.guard._tell(username, address, decision)
+
+    async def _asked(self, username: str, address: str, at_least: int | None) -> Decision:
+        """Ask on a thread. Whoever misses on a user whom another one has asked about waits first.
+
+        So that any number who miss on one user together take one place, not all there are.
+        """
+        # A str of a class of its own may hash and compare as it likes.
+        key = asyncio.get_running_loop(), username if type(username) is str else id(username)
+        while (other := self._asking.get(key)) is not None:
+            await asyncio.wait((other,), timeout=self.guard._lease.patience)
+            decision = self._recall(username, address, at_least, resting=None)
+            if decision is not None:
+                return decision
+            if not other.cancelled():
+                break  # it hangs, or what it found was not remembered
+        try:
+            asking = self._answers.begin(self.guard._judge, username, address, at_least)
+        except StoreUnavailable:  # no place, or no thread: `_judge` raises nothing
+            decision = self._recall(username, address, at_least, resting=True)
+            return self.guard._denied(Reason.STORE_UNAVAILABLE) if decision is None else decision
+        if self._asking.setdefault(key, asking) is asking:
+            asking.add_done_callback(lambda _: self._asking.pop(key))
+        return await asking
 
     def _recall(
         self, username: str, address: str, at_least: int | None, *, resting: bool | None

@@ -42,16 +42,25 @@ class Executor:
         self.after_fork_in_child()
         _fork.register(self)
 
-    async def run(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call a function on one of the threads, in the caller's context.
+    def begin(
+        self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> asyncio.Future[_T]:
+        """Have a function called on one of the threads, in the caller's context.
+
+        Returns:
+            What it will return, for the event loop that runs.
 
         Raises:
             StoreUnavailable: All threads are at work and the line is full.
         """
         context = contextvars.copy_context()
-        return await asyncio.wrap_future(
+        return asyncio.wrap_future(
             self._submit(functools.partial(context.run, function, *args, **kwargs))
         )
+
+    async def run(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call a function on one of the threads, as `begin` does, and wait for it."""
+        return await self.begin(function, *args, **kwargs)
 
     def retire(self) -> None:
         """Let threads that have nothing to do end now."""
