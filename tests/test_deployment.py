@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
+import tracemalloc
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import ipguard
 from ipguard import Actor, Reason
+from ipguard.stores._migrations import SCHEMA_VERSION
 from ipguard.stores.postgres import PostgresStore
-from ipguard.testing import Outbox
+from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds
 from tests.logins import ALLOWED, ROOT, LoginServer
 from tests.postgres import Given, Server, free_port, fresh_schema, until
@@ -62,6 +69,32 @@ def test_a_change_holds_on_every_server(postgres: Server | Given) -> None:
             assert each.restriction is not None
             flow.delete(BOSS, each.restriction.id)
         all_answer(ALLOWED)
+
+
+def test_a_flood_of_unknown_users() -> None:
+    """However many names are invented, memory stays within its bound, and real users remembered."""
+    clock = FakeClock()
+    store = ipguard.open_store("memory://", clock=clock)
+    real = [f"user{n}" for n in range(rounds(1_000, 10_000))]
+    flood, capacity = rounds(20_000, 1_000_000), rounds(3_000, 100_000)
+    store.put_users(map(user, real))
+    flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+    flow.impose_many(BOSS, [(name, HOME) for name in real], reason="to have some")
+    tracemalloc.start()
+    try:
+        guard = ipguard.Guard(store, capacity=capacity, monotonic=clock.monotonic)
+        assert all(guard.is_allowed(name, HOME) for name in real)
+        for n in range(flood):
+            guard.is_allowed(f"a-name-that-somebody-has-invented-{n}", ELSEWHERE)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    stats = guard.stats()
+    assert (stats.users, stats.loads) == (capacity, len(real) + flood)
+    # As `Guard` says: about 1 kB for each user, and the restrictions of those who have some.
+    assert taken < capacity * 1_000 + len(real) * 1_000
+    assert all(guard.is_allowed(name, HOME) for name in real)
+    assert guard.stats().loads == stats.loads  # not one was forgotten
 
 
 # ------------------------------------------------------------------------------ fork
@@ -176,7 +209,7 @@ from gevent import monkey
 monkey.patch_all()
 import gevent, ipguard, psycopg.waiting
 from ipguard.aio import AsyncGuard, AsyncWorkflow
-from ipguard.testing import Outbox
+from ipguard.testing import FakeClock, Outbox
 boss = ipguard.Actor(username="boss", email="b@x.example", manages=ipguard.Actor.EVERY_ACCOUNT)
 names = [f"user{n}" for n in range(50)]
 with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
@@ -218,3 +251,132 @@ with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is patched by gevent") == 2
+
+
+# ------------------------------------------------------------------------------ upgrades
+
+
+class Library:
+    """A copy of the library with more migrations than the present one.
+
+    Args:
+        folder: Where it is put.
+        dialect: Whose migrations; `sqlite` or `postgresql`.
+    """
+
+    def __init__(self, folder: Path, dialect: str) -> None:
+        self._folder, self.version = folder, SCHEMA_VERSION
+        self._package = shutil.copytree(Path(ipguard.__file__).parent, folder / "ipguard")
+        self._migrations = self._package / "stores" / "migrations" / dialect
+
+    def add(self, *statements: str) -> None:
+        """Add a migration."""
+        self.version += 1
+        statements = (*statements, f"UPDATE schema_version SET version = {self.version}")
+        text = "".join(f"{statement};\n" for statement in statements)
+        (self._migrations / f"{self.version:04}_next.sql").write_text(text)
+        module = self._package / "stores" / "_migrations.py"
+        changed, count = re.subn(
+            r"(?m)^(SCHEMA_VERSION: Final) = \d+$", rf"\1 = {self.version}", module.read_text()
+        )
+        assert count == 1
+        module.write_text(changed)
+
+    def run(self, code: str, url: str) -> None:
+        """Run code with this library, in a process of its own."""
+        found = f"assert ipguard.__file__.startswith({str(self._package)!r})"
+        code = f"import ipguard, sys\n{found}\n{code}"
+        done = subprocess.run(
+            [sys.executable, "-c", code, url],
+            cwd=self._folder, env=os.environ | {"PYTHONPATH": str(self._folder)},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+class Administration:
+    """A thread that imposes and lifts restrictions to HOME, until it may not any more."""
+
+    def __init__(self, flow: ipguard.Workflow, users: Sequence[str]) -> None:
+        self._flow, self._users = flow, users
+        self.count = 0
+        self.refused: ipguard.StoreUnavailable | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self.refused is None:
+            try:
+                for user in self._users:
+                    applied = self._flow.impose(BOSS, user, HOME, reason="on")
+                    assert applied.restriction is not None
+                    self._flow.lift(BOSS, applied.restriction.id, reason="off")
+                    self.count += 1
+            except ipguard.StoreUnavailable as exc:
+                self.refused = exc
+
+    def goes_on(self) -> None:
+        """Wait until it has done some more."""
+        wanted = self.count + 5
+        until(lambda: self.count >= wanted or not self._thread.is_alive(), "it goes on")
+        assert self.refused is None
+        assert self._thread.is_alive()
+
+    def ends(self) -> str:
+        """Wait until it may not go on; return why."""
+        self._thread.join(60)
+        return str(self.refused)
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+def test_the_next_migration_under_a_running_library(
+    request: pytest.FixtureRequest, dialect: str, tmp_path: Path
+) -> None:
+    """The next library migrates under this one, which runs on, until the schema says otherwise."""
+    if dialect == "sqlite":
+        url = f"sqlite:///{tmp_path / 'upgrade.db'}"
+    else:
+        url = request.getfixturevalue("postgres").url(schema=fresh_schema(), timeout=20.0)
+    coming = Library(tmp_path, dialect)
+    with ipguard.open_store(url) as store:
+        users = [f"user{n}" for n in range(5)]
+        everybody = [*users, "jsmith", "mary"]
+        store.put_users(map(user, everybody))
+        flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+        with LoginServer(url, everybody, ELSEWHERE, pace=0.01, max_staleness=1.0) as logins:
+            work = Administration(flow, users)
+            work.goes_on()
+            coming.add(
+                "ALTER TABLE restrictions ADD COLUMN remark TEXT NOT NULL DEFAULT 'none'",
+                "ALTER TABLE changes ADD COLUMN origin TEXT",
+                "CREATE TABLE remarks (username TEXT NOT NULL PRIMARY KEY, text TEXT)",
+                "CREATE INDEX restrictions_by_remark ON restrictions (remark, username)",
+            )
+            coming.run(NEXT, url)
+            until(
+                lambda: logins.report().all(Reason.NOT_LISTED, ["jsmith"]),
+                "what the next library changed holds on a login server of this one",
+            )
+            work.goes_on()
+            ipguard.open_store(url).close()  # a server of this one may be started again
+
+            oldest = coming.version + 1
+            coming.add(f"UPDATE schema_version SET oldest = {oldest}")
+            coming.run(NEXT.replace(HOME, "203.0.113.8"), url)
+            assert f"this library needs {oldest}" in work.ends()
+            until(
+                lambda: logins.report().all(Reason.STORE_UNAVAILABLE, ["mary"]),
+                "login servers of this one let nobody in",
+            )
+            with pytest.raises(ipguard.SchemaVersionError):
+                ipguard.open_store(url)
+
+
+NEXT = f"""
+boss = ipguard.Actor(username="boss", email="b@x.example", manages=ipguard.Actor.EVERY_ACCOUNT)
+from ipguard.testing import FakeClock, Outbox
+with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
+    flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+    applied = flow.impose(boss, "jsmith", "{HOME}", reason="by the next library")
+    assert guard.check("jsmith", "{HOME}", at_least=applied.revision)
+"""
