@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from http.cookies import SimpleCookie
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 
 import attrs
 import httpx
+import pytest
 import werkzeug.test
 
-from ipguard import Actor, Guard, Workflow
+from ipguard import Actor, Guard, PendingRequest, Workflow
 from ipguard.admin import asgi_app, wsgi_app
+from tests.flows import Desk
 
 ADAPTERS = ("asgi", "wsgi")
 HOST = "bank.example"
+CLIENT = "192.0.2.99"
 _VOID = {"meta", "link", "input", "br", "hr", "img"}
 
 
@@ -115,7 +119,7 @@ class Page(HTMLParser):
         if tag == "a":
             self.links.append((words, found["href"]))
         if tag == "label":
-            self.labels[words] = found["for"]
+            self.labels[words] = found.get("for", "")  # a host's own may be around its field
         if tag in ("h1", "h2", "h3", "th", "title"):
             self.headings.append((tag, words))
         if tag == "button" and self._form is not None:
@@ -123,6 +127,11 @@ class Page(HTMLParser):
             self._form.buttons.append((words, more))
         if tag == "form":
             self._form = None
+
+    def elements_with(self, attribute: str) -> dict[str, str]:
+        """Return the attributes of the one element that has an attribute."""
+        (found,) = (own for _, own in self.elements if attribute in own)
+        return found
 
     def part(self, name: str) -> str:
         """Return the words of the element with an id, empty where there is none."""
@@ -140,27 +149,15 @@ class Browser:
     """
 
     def __init__(
-        self,
-        flow: Workflow,
-        guard: Guard,
-        who: Actor | Callable[[Any], Any] | None,
-        adapter: str = "asgi",
-        *,
-        prefix: str = "",
-        https: bool = False,
+        self, app: Any, adapter: str = "asgi", *, prefix: str = "", https: bool = False
     ) -> None:
-        self.who = who
-        make = asgi_app if adapter == "asgi" else wsgi_app
-        self.app: Any = make(flow, guard, authenticate=self._authenticate, brand="Test Bank")
+        self.app = app
         self.adapter = adapter
         self.prefix = prefix
         self.https = https
         self.cookies: dict[str, str] = {}
         self.address = ""
         self.log: list[str] = []
-
-    def _authenticate(self, request: Any) -> Any:
-        return self.who(request) if callable(self.who) else self.who
 
     @property
     def text(self) -> str:
@@ -213,7 +210,9 @@ class Browser:
         for _ in range(5):
             if self.answer.status not in (302, 303, 307):
                 break
-            self.address = urljoin(self.address, self.answer.header("location"))
+            where = urlsplit(urljoin(self.address, self.answer.header("location")))
+            assert where.netloc in ("", HOST), where
+            self.address = where._replace(scheme="", netloc="").geturl()
             self.answer = self.send("GET", self.address)
         kind = self.answer.header("content-type")
         self.page = Page(self.answer.text if kind.startswith("text/html") else "")
@@ -250,6 +249,50 @@ class Browser:
         return self._arrive("POST", urljoin(self.address, action), urlencode(fields).encode())
 
 
+class Office(Desk):
+    """A desk over a file, with a guard and browsers of one adapter."""
+
+    def __init__(self, path: Path, adapter: str) -> None:
+        super().__init__(path)
+        self.adapter = adapter
+        self.guard = Guard(self.store, monotonic=self.clock.monotonic)
+
+    def request_of(self, request_id: str) -> PendingRequest:
+        """Return a request by its id."""
+        with self.store.transaction() as turn:
+            stored = turn.request(request_id)
+        assert stored is not None
+        return stored.request
+
+    def browser(
+        self, who: Actor | Callable[[Any], Any] | None, path: str = "/", **more: Any
+    ) -> Browser:
+        """Return a new browser of somebody, at a page."""
+        browser = self.stranger(who, **more)
+        browser.open(path)
+        return browser
+
+    def stranger(
+        self,
+        who: Actor | Callable[[Any], Any] | None,
+        flow: Workflow | None = None,
+        **more: Any,
+    ) -> Browser:
+        """Return a browser that has not been anywhere, perhaps of another server."""
+        make = asgi_app if self.adapter == "asgi" else wsgi_app
+        known = who if callable(who) else lambda _: who
+        app = make(flow or self.flow, self.guard, authenticate=known, brand="Test Bank")
+        return Browser(app, self.adapter, **more)
+
+
+@pytest.fixture(params=ADAPTERS)
+def office(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Office]:
+    """An office of each adapter."""
+    it = Office(tmp_path / "office.db", request.param)
+    with it.store:
+        yield it
+
+
 def asgi(
     app: Any,
     method: str,
@@ -263,7 +306,7 @@ def asgi(
     """Send a request to an ASGI application."""
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app, root_path=prefix, client=("192.0.2.99", 4711))
+        transport = httpx.ASGITransport(app, root_path=prefix, client=(CLIENT, 4711))
         base = f"{'https' if https else 'http'}://{HOST}"
         async with httpx.AsyncClient(transport=transport, base_url=base) as client:
             return await client.request(method, prefix + path, content=body, headers=headers)
@@ -291,6 +334,7 @@ def wsgi(
         query_string=parts.query,
         data=body,
         headers=headers,
+        environ_overrides={"REMOTE_ADDR": CLIENT},
         base_url=f"{'https' if https else 'http'}://{HOST}{prefix}",
     ) as answer:
         return Answer(answer.status_code, list(answer.headers), answer.get_data())

@@ -13,6 +13,7 @@ What stays as it is, for tests and scripts of adopters. Below where the page is 
     POST /search                      search
     GET  /user?user=                  one user: what holds, what waits
     GET  /add[?user=]     POST /add          user addresses label expires_at
+    POST /understood                  addresses; answers in JSON, for the script
     GET  /confirm?user=&request=  POST /confirm   user request number
     POST /resend                      user request
     POST /cancel                      user request
@@ -81,7 +82,7 @@ def asgi_app(
         InvalidValue: An argument makes no sense.
         ModuleNotFoundError: The extra `admin` is not installed.
     """
-    app: ASGIApp = _adapter("_asgi").make(Site(flow, guard, brand), authenticate)
+    app: ASGIApp = _adapter("_asgi").make(Site(flow, guard, brand, authenticate))
     return app
 
 
@@ -108,7 +109,7 @@ def wsgi_app(
         InvalidValue: An argument makes no sense.
         ModuleNotFoundError: The extra `admin` is not installed.
     """
-    app: WSGIApp = _adapter("_wsgi").make(Site(flow, guard, brand), authenticate)
+    app: WSGIApp = _adapter("_wsgi").make(Site(flow, guard, brand, authenticate))
     return app
 
 

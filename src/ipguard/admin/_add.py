@@ -236,5 +236,5 @@ def _trader(
     if not found:
         problems["user"] = "There is no such trader among yours."
         return None, None
-    problems["user"] = "Choose the trader that you mean."
+    problems["user"] = "Choose the trader that you mean; or none, to search again."
     return None, found

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Asked
 from starlette.responses import Response as Answer
 from starlette.routing import Router
@@ -20,7 +21,7 @@ from ipguard.model import Actor
 Authenticate = Callable[[Asked], Any]
 
 
-def make(site: Site, authenticate: Authenticate) -> ASGIApp:
+def make(site: Site) -> ASGIApp:
     """Make the application."""
 
     async def page(scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,11 +33,15 @@ def make(site: Site, authenticate: Authenticate) -> ASGIApp:
         request = _request(asked, prefix, path)
         answer = site.public(request)
         if answer is None:
-            actor = await _authenticated(authenticate, asked)
+            actor = await _authenticated(site.authenticate, asked)
             if actor is None:
                 answer = site.refuse(request)
             elif isinstance(actor, Actor):
-                request = _request(asked, prefix, path, await _body(asked))
+                try:
+                    body = await _body(asked)
+                except ClientDisconnect:
+                    return  # nobody is there to be answered
+                request = _request(asked, prefix, path, body)
                 answer = await run_in_threadpool(site.answer, request, actor)
             else:  # the host's own answer, a redirect perhaps
                 await cast("ASGIApp", actor)(scope, receive, send)

@@ -26,6 +26,7 @@ _ACTOR_LOCKED: Final = (
     "You have given too many wrong numbers, over all your requests. No number is accepted from you "
     "until an operator allows you new attempts. This one was not judged."
 )
+_SHOWN: Final = 200
 _EXPIRED: Final = "This number has expired. Send a new number; the request still waits."
 
 
@@ -135,7 +136,10 @@ def applied_page(visit: Visit, user: User, applied: Applied) -> Response:
     elif _texts.shut(line, visit.now):
         text += f"{user.full_name} cannot log in from any address: what is left has expired."
     else:
-        text += f"{user.full_name} can log in only from: {line.summary}."
+        what = line.summary
+        if len(what) > _SHOWN:
+            what = f"the {len(line.restrictions)} restrictions listed here"
+        text += f"{user.full_name} can log in only from: {what}."
     if not known:
         text += " Login servers will know of it within seconds."
     return visit.go("user", text, user=user.username)
@@ -144,7 +148,8 @@ def applied_page(visit: Visit, user: User, applied: Applied) -> Response:
 def resend(visit: Visit) -> Response:
     """Send a new number."""
     username, request_id = visit.field("user"), visit.field("request")
-    visit.person(username)
+    if _seen.pending(visit.person(username), request_id) is None:
+        return _seen.closed(visit, username, request_id)
     text, level = "A new number was sent by e-mail. The one before it is no longer valid.", True
     try:
         visit.flow.resend(visit.actor, request_id)
@@ -162,7 +167,8 @@ def resend(visit: Visit) -> Response:
 def cancel(visit: Visit) -> Response:
     """Cancel a request."""
     username, request_id = visit.field("user"), visit.field("request")
-    visit.person(username)
+    if _seen.pending(visit.person(username), request_id) is None:
+        return _seen.closed(visit, username, request_id)
     try:
         request = visit.flow.cancel(visit.actor, request_id)
     except RequestClosed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from datetime import datetime
@@ -77,9 +78,19 @@ class Templates:
             shut=_texts.shut,
             attempts=_texts.attempts,
             done=_texts.done,
-            particulars=_texts.particulars,
+            more=_texts.more,
         )
+
+        for name in self._environment.list_templates():
+            self._environment.get_template(name)  # now, and not before the first who asks for it
 
     def render(self, name: str, values: Mapping[str, Any]) -> str:
         """Render a template."""
         return self._environment.get_template(name).render(values)
+
+
+@functools.cache
+def loaded() -> tuple[Assets, Templates]:
+    """Return what is on disk, read once for all pages of this process."""
+    assets = Assets()
+    return assets, Templates(assets)

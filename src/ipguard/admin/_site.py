@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from ipguard.admin import _add, _confirm, _delete, _http, _list, _look
 from ipguard.admin._http import BadRequest, Request, Response
-from ipguard.admin._render import Assets, Templates
+from ipguard.admin._render import loaded
 from ipguard.admin._signing import PURPOSE, Signer
 from ipguard.admin._visit import Missing, Visit
 from ipguard.errors import (
@@ -53,22 +53,27 @@ class Site:
         flow: What changes restrictions.
         guard: What a login would be answered.
         brand: What stands at the top of each page.
+        authenticate: Who is signed in; the adapters ask it.
 
     Raises:
         InvalidValue: One of them is not what it should be.
     """
 
-    def __init__(self, flow: Workflow, guard: Guard, brand: str) -> None:
+    def __init__(
+        self, flow: Workflow, guard: Guard, brand: str, authenticate: Callable[[Any], Any]
+    ) -> None:
+        if not callable(authenticate):
+            raise InvalidValue("authenticate", "must be callable")
         if not isinstance(flow, Workflow):
             raise InvalidValue("flow", "must be a Workflow; an AsyncWorkflow has one as .flow")
         if not isinstance(guard, Guard):
             raise InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
+        self.authenticate = authenticate
         self.flow = flow
         self.guard = guard
         self.brand = checked_text("brand", brand, 100, required=True)
         self.signer = Signer(flow.derived_keys(PURPOSE))
-        self.assets = Assets()
-        self.templates = Templates(self.assets)
+        self.assets, self.templates = loaded()
 
     def public(self, request: Request) -> Response | None:
         """Answer what everybody may have, without asking who it is; None for all else."""

@@ -236,6 +236,31 @@ _DONE: Final[Mapping[tuple[Action, str], str]] = {
 }
 
 
+_MORE: Final = (
+    ("label", "label: {}"),
+    ("reason", "reason: {}"),
+    ("expires_at", "expires: {}"),
+    ("attempts_left", "attempts left: {}"),
+    ("locked", "the request is locked"),
+    ("unrestricted", "no restrictions left: any address"),
+    ("restricted_to_nothing", "all that is left has expired: no address"),
+    ("added", "added: {}"),
+    ("updated", "changed: {}"),
+    ("removed", "removed: {}"),
+    ("restrictions", "restrictions: {}"),
+    ("failures", "wrong numbers before: {}"),
+    ("via", "by way of: {}"),
+)
+
+
+def more(change: Change) -> str:
+    """Say what else is known of a change."""
+    found = particulars(change)
+    if "expires_at" in found:
+        found["expires_at"] = moment(datetime.fromisoformat(found["expires_at"]))
+    return "; ".join(text.format(found[name]) for name, text in _MORE if name in found)
+
+
 def done(change: Change) -> str:
     """Say what a change did, as the words after who did it."""
     found = particulars(change)

@@ -78,7 +78,7 @@ class Visit:
 
     def remember(self, name: str, value: object, seconds: int) -> None:
         """Keep something in the browser, for this actor and this browser alone."""
-        kept = json.dumps([int(time.time()) + seconds, value]).encode()
+        kept = json.dumps([int(time.time()) + seconds, value], ensure_ascii=False).encode()
         text = self._site.signer.sign(name, kept, self.session, self.actor.username)
         self._cookies[name] = (text, seconds)
 

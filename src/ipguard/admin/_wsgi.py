@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 from werkzeug.wrappers import Request as Asked
 from werkzeug.wrappers import Response as Answer
 
@@ -16,10 +16,8 @@ from ipguard.model import Actor
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-Authenticate = Callable[[Asked], Any]
 
-
-def make(site: Site, authenticate: Authenticate) -> WSGIApplication:
+def make(site: Site) -> WSGIApplication:
     """Make the application."""
 
     def page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -28,7 +26,7 @@ def make(site: Site, authenticate: Authenticate) -> WSGIApplication:
         answer = site.public(request)
         if answer is None:
             try:
-                actor = authenticate(asked)
+                actor = site.authenticate(asked)
             except HTTPException as raised:  # `abort` and redirects: answers that are raised
                 actor = raised
             if actor is None:
@@ -63,6 +61,8 @@ def _body(asked: Asked) -> bytes | None:
         return asked.get_data(cache=False)
     except RequestEntityTooLarge:
         return None
+    except ClientDisconnected:
+        return b""  # cut off; what is left of it is no form of ours
 
 
 def _sent(answer: Response) -> Answer:

@@ -1,0 +1,366 @@
+"""The page in its hosts: under a prefix, in four frameworks, with the host's own sign-in."""
+
+import base64
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.routing import Mount
+from werkzeug.exceptions import abort
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from werkzeug.utils import redirect
+
+import ipguard
+from ipguard import InvalidValue, admin
+from ipguard.admin import asgi_app, wsgi_app
+from ipguard.admin._asgi import _place
+from ipguard.admin._http import BODY_LIMIT, POLICY
+from ipguard.admin._site import ROUTES
+from ipguard.aio import AsyncWorkflow
+from tests.flows import ALICE, OFFICE
+from tests.pages import CLIENT, Browser, Office, asgi, query, wsgi
+from tests.pages import office as office  # noqa: PLC0414 - a fixture
+from tests.test_docs import table
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+MOUNT = "/ip-restrictions"
+
+
+# -- the examples
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples_are_beside_each_other() -> Iterator[None]:
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+HOSTS = {"starlette": "asgi", "fastapi": "asgi", "flask": "wsgi", "django": "wsgi"}
+Hosted = tuple[str, Browser, Office]
+
+
+@pytest.fixture(params=HOSTS)
+def hosted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hosted]:
+    """Each example's application, over an office."""
+    module = load(f"page_{request.param}")
+    if request.param == "django":
+        module.fill()
+    office = Office(tmp_path / "office.db", HOSTS[request.param])
+    trader = ipguard.User(username="trader", full_name="T. Rader", account_id="U1234567")
+    with office.store:
+        office.store.put_users([trader])
+        app = module.create_app(office.flow, office.guard)
+        yield request.param, Browser(app, office.adapter), office
+
+
+@pytest.fixture
+def asgi_office(tmp_path: Path) -> Iterator[Office]:
+    """An office for what ASGI alone has."""
+    it = Office(tmp_path / "office.db", "asgi")
+    with it.store:
+        yield it
+
+
+def sign_in(name: str, browser: Browser, password: str = "correct horse") -> None:
+    if name == "starlette":
+        basic = base64.b64encode(f"rjones:{password}".encode()).decode()
+        send = browser.send
+        browser.send = lambda method, path, body=b"", headers=None: send(  # type: ignore[method-assign]
+            method, path, body, {**(headers or {}), "Authorization": f"Basic {basic}"}
+        )
+        browser.open(f"{MOUNT}/")
+    else:
+        browser.open("/login")
+        browser.post("/login", {"username": "rjones", "password": password})
+
+
+def test_an_example_of_each_framework(hosted: Hosted):
+    """Who is not signed in is sent to the host's own sign-in; after it the whole way works."""
+    name, browser, office = hosted
+    browser.open(f"{MOUNT}/")
+    assert browser.answer.status == (401 if name == "starlette" else 200)
+    assert "Sign in" in browser.answer.text
+    assert "T. Rader" not in browser.answer.text
+    sign_in(name, browser)
+    assert browser.address == f"{MOUNT}/"
+    browser.follow("Add IP Address Restriction")
+    browser.press("Submit", user="trader", addresses=OFFICE)
+    assert browser.address.startswith(f"{MOUNT}/confirm?")
+    browser.press("Submit", number=office.outbox.number_for(query(browser.address)["request"]))
+    assert office.held("trader") == [OFFICE]
+    browser.follow("Delete")
+    browser.press("Delete", open="accept")
+    assert office.held("trader") == []
+    assert {row.actor for row in office.rows() if row.actor} == {"rjones"}
+    assert office.rows()[0].actor_address == CLIENT
+    style = next(
+        own["href"] for tag, own in browser.page.elements if own.get("rel") == "stylesheet"
+    )
+    assert browser.send("GET", f"{MOUNT}/{style.removeprefix('./')}").status == 200
+
+
+def test_a_wrong_password_of_an_example(hosted: Hosted):
+    """The examples do check it."""
+    name, browser, _ = hosted
+    sign_in(name, browser, "wrong")
+    browser.open(f"{MOUNT}/")
+    assert "T. Rader" not in browser.answer.text
+
+
+# -- where it is mounted
+
+
+def mounted(office: Office, where: str) -> Browser:
+    """Mount the page as each kind of host does."""
+    make: Any = asgi_app if office.adapter == "asgi" else wsgi_app
+    page = make(office.flow, office.guard, authenticate=lambda _: ALICE)
+    app: Any = page
+    if office.adapter == "asgi":
+        for part in reversed([part for part in where.split("/") if part]):
+            app = Starlette(routes=[Mount(f"/{part}", app)])
+    else:
+        app = DispatcherMiddleware(lambda e, s: [], {where: page})
+    return Browser(app, office.adapter)
+
+
+@pytest.mark.parametrize("where", ["/ip", "/bank/administration/ip"])
+def test_under_a_prefix(office: Office, where: str):
+    """Links, forms, redirects and files stay below the mount, however deep it is."""
+    browser = mounted(office, where)
+    browser.open(where)
+    assert browser.answer.status == 200
+    assert browser.address == f"{where}/"
+    for link in ("Add IP Address Restriction", "IP Restrictions", "History"):
+        browser.follow(link)
+        assert browser.answer.status == 200
+        assert browser.address.startswith(f"{where}/")
+    browser.open(f"{where}/add")
+    browser.press("Submit", user="jsmith", addresses=OFFICE)
+    assert browser.address.startswith(f"{where}/confirm?")
+    browser.open(f"{where}/some/where/else")
+    assert browser.answer.status == 404
+    style = next(
+        own["href"] for tag, own in browser.page.elements if own.get("rel") == "stylesheet"
+    )
+    assert style.startswith("../../static/")
+    browser.follow("Go to the list")
+    assert browser.answer.status == 200
+
+
+def test_the_mount_without_its_slash(office: Office):
+    """Relative links need the slash: whoever comes without it is sent there, on this host."""
+    call = asgi if office.adapter == "asgi" else wsgi
+    make: Any = asgi_app if office.adapter == "asgi" else wsgi_app
+    page = make(office.flow, office.guard, authenticate=lambda _: ALICE)
+    answer = call(page, "GET", "", b"", {}, prefix="/bank/i p")
+    assert (answer.status, answer.header("location")) == (303, "i%20p/")
+
+
+def test_a_path_outside_the_mount():
+    """A host that passes the whole path and a prefix that it lacks gets the path as it is."""
+    assert _place({"path": "/ipx/add", "root_path": "/ip"}) == ("/ip", "/ipx/add")
+    assert _place({"path": "/ip/add", "root_path": "/ip/"}) == ("/ip", "/add")
+    assert _place({"path": "/ip", "root_path": "/ip"}) == ("/ip", "")
+    assert _place({"path": "/add"}) == ("", "/add")
+
+
+# -- who it is
+
+
+def test_authenticate_gets_the_frameworks_request(office: Office):
+    """Starlette's or Werkzeug's, with the client's address and the host's cookies."""
+    asked: list[Any] = []
+
+    def who(request: Any) -> ipguard.Actor:
+        asked.append(request)
+        return ALICE
+
+    office.browser(who, "/user?user=jsmith")
+    kind = "starlette.requests" if office.adapter == "asgi" else "werkzeug.wrappers"
+    assert type(asked[-1]).__module__.startswith(kind)
+    assert str(asked[-1].url).endswith("/user?user=jsmith")
+
+
+def test_files_need_nobody(office: Office):
+    """The style sheet is for the sign-in's refusal too; nothing else is public."""
+
+    def nobody(request: Any) -> None:
+        return None
+
+    stranger = office.browser(nobody)
+    assert stranger.answer.status == 401
+    hrefs = [
+        own.get("href") or own["src"]
+        for tag, own in stranger.page.elements
+        if tag in ("link", "script")
+    ]
+    assert len(hrefs) == 3
+    for href in hrefs:
+        answer = stranger.send("GET", href.removeprefix("."))
+        assert answer.status == 200
+        assert answer.header("cache-control") == "public, max-age=31536000, immutable"
+        assert "nosniff" in answer.header("x-content-type-options")
+        kind = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+        assert answer.header("content-type").startswith(kind[href.rpartition(".")[2]])
+        assert stranger.send("POST", href.removeprefix(".")).status == 404
+    for path in ("/static/page.css", "/static/", "/static/../_site.py", "/static/page.0.css"):
+        assert stranger.send("GET", path).status in (401, 404)
+
+
+def test_a_coroutine_may_say_who(asgi_office: Office):
+    """`authenticate` may be async, plain, or an object whose call is async."""
+
+    async def who(request: Any) -> ipguard.Actor:
+        return ALICE
+
+    class Who:
+        async def __call__(self, request: Any) -> ipguard.Actor:
+            return ALICE
+
+    for each in (who, Who(), lambda _: ALICE):
+        assert "John Smith" in asgi_office.browser(each).text
+
+
+def test_an_answer_of_the_hosts_own(office: Office):
+    """What is returned in place of an actor is the answer."""
+
+    def elsewhere(request: Any) -> Any:
+        if office.adapter == "asgi":
+            return RedirectResponse("/sign-in", 307)
+        return redirect("/sign-in", 307)
+
+    answer = office.stranger(elsewhere).send("POST", "/delete", b"x")
+    assert (answer.status, answer.header("location")) == (307, "/sign-in")
+
+
+def test_what_the_host_raises_is_the_hosts(office: Office):
+    """An exception goes to the host's own handlers; Werkzeug's are answers by themselves."""
+    if office.adapter == "wsgi":
+        answer = office.stranger(lambda _: abort(403)).send("GET", "/")
+        assert answer.status == 403
+        with pytest.raises(LookupError):
+            office.stranger(raising(LookupError())).send("GET", "/")
+        return
+    page = asgi_app(office.flow, office.guard, authenticate=raising(LookupError()))
+    app = Starlette(
+        routes=[Mount("/ip", page)],
+        exception_handlers={LookupError: lambda r, e: PlainTextResponse("sign in", 418)},  # type: ignore[dict-item]
+    )
+    assert asgi(app, "GET", "/ip/", b"", {}).status == 418
+    page = asgi_app(
+        office.flow, office.guard, authenticate=raising(StarletteHTTPException(403, "no"))
+    )
+    app = Starlette(routes=[Mount("/ip", page)])
+    assert asgi(app, "GET", "/ip/", b"", {}).status == 403
+
+
+def raising(error: Exception) -> Any:
+    def authenticate(request: Any) -> None:
+        raise error
+
+    return authenticate
+
+
+@pytest.mark.parametrize("make", [asgi_app, wsgi_app])
+def test_arguments_that_make_no_sense(office: Office, make: Any):
+    """They are refused when the page is made, not when somebody opens it."""
+    for flow, guard, brand in (
+        (None, office.guard, "x"),
+        (AsyncWorkflow(office.flow), office.guard, "x"),
+        (office.flow, None, "x"),
+        (office.flow, office.guard, ""),
+        (office.flow, office.guard, "x" * 101),
+        (office.flow, office.guard, "a\nb"),
+        (office.flow, office.guard, None),
+    ):
+        with pytest.raises(InvalidValue):
+            make(flow, guard, authenticate=lambda _: ALICE, brand=brand)
+    with pytest.raises(InvalidValue):
+        make(office.flow, office.guard, authenticate=None)
+
+
+# -- what it needs and brings
+
+
+def test_without_the_extra(tmp_path: Path):
+    """The message says what to install; each adapter loads its own framework alone."""
+    script = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import ipguard
+from ipguard.testing import Outbox
+try:
+    from ipguard.admin import asgi_app, wsgi_app
+    store = ipguard.open_store("memory://")
+    flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+    print("starlette" in sys.modules, "werkzeug" in sys.modules)
+    for make in (asgi_app, wsgi_app):
+        try:
+            make(flow, ipguard.Guard(store), authenticate=lambda _: None)
+            print("made")
+        except ModuleNotFoundError as missing:
+            print(missing)
+except ModuleNotFoundError as missing:
+    print(missing)
+"""
+    needed = 'the administration page needs its extra: pip install "ipguard[admin]"'
+    for missing, said in (
+        ("jinja2", [needed]),
+        ("starlette", ["False False", needed, "made"]),
+        ("werkzeug", ["False False", "made", needed]),
+    ):
+        found = subprocess.run(
+            [sys.executable, "-c", script, missing], capture_output=True, text=True, check=True
+        )
+        assert found.stdout.splitlines() == said
+
+
+def test_what_the_pages_need_is_in_the_package():
+    """Templates and files lie beside the code, where the wheel takes everything from."""
+    folder = Path(ipguard.__file__).with_name("admin")
+    assert {path.suffix for path in (folder / "static").iterdir()} == {".css", ".js", ".svg"}
+    templates = {path.name for path in (folder / "templates").iterdir()}
+    assert {"layout.html", "macros.html", "list.html", "error.html"} <= templates
+
+
+def test_the_paths_are_those_that_are_promised():
+    """The package's docstring lists every path and how it is asked for, and no other."""
+    promised = set(re.findall(r"(GET|POST) +(/\w*)", admin.__doc__ or ""))
+    assert promised == {(method, path) for path, views in ROUTES.items() for method in views}
+
+
+def test_the_guide_lists_the_paths():
+    """The guide's table of pages has every path, once."""
+    assert [row[0] for row in table("docs/admin.md", "path")] == list(ROUTES)
+
+
+def test_the_guide_has_the_policy_that_is_sent():
+    """The guide quotes the Content-Security-Policy as it is."""
+    guide = " ".join((ROOT / "docs" / "admin.md").read_text().split())
+    assert f"Content-Security-Policy: {POLICY}" in guide
+    assert f"{BODY_LIMIT // 1024} KiB" in guide
