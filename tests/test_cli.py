@@ -16,8 +16,8 @@ import pytest
 import ipguard
 from ipguard.cli import _codes, _secret
 from ipguard.cli._output import clean
-from tests.cli import PROGRAM, Shell, schemas
-from tests.test_docs import table
+from tests.cli import PROGRAM, Shell, schemas, validator
+from tests.test_docs import ROOT, table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 
@@ -245,6 +245,61 @@ def test_without_the_extra_it_says_what_is_missing(tmp_path: Path):
     assert (done.returncode, done.stdout) == (7, "")
     assert done.stderr.count("\n") == 1
     assert 'pip install "ipguard[cli]"' in done.stderr
+
+
+def _blocks(kind: str, heading: str) -> list[str]:
+    """Return the code blocks of a section of the manual."""
+    section = (ROOT / "docs" / "cli.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_tutorial_is_what_happens(tmp_path: Path):
+    """Its commands, as they stand, by a shell; only the number and the id are those of now."""
+    settings, first, second = _blocks("sh", "From nothing to a first restriction")
+    shell = Shell(tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+    def bash(script: str) -> subprocess.CompletedProcess[str]:
+        console = "export IPGUARD_MAIL=console\n"
+        return subprocess.run(
+            ["bash", "-e", "-c", settings + console + script],
+            cwd=tmp_path,
+            env=shell.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    asked = bash(first)
+    assert asked.returncode == 0
+    told = _blocks("text", "From nothing to a first restriction")[0]
+    (given,) = re.findall(r"request (\w{16}) is", told)
+    (request,) = re.findall(r"request (\w{16}) is", asked.stdout)
+    assert told.replace(given, request) in asked.stdout
+    (number,) = re.findall(r"^ +(\d{5}-\d{5})$", asked.stderr, re.MULTILINE)
+    confirm, *rest = second.replace(given, request).splitlines()
+    done = bash(f"echo {number} | {confirm}")
+    assert done.returncode == 0
+    assert "203.0.113.0/29" in done.stdout
+    for line, code in zip(rest, (0, 0, 1, 0), strict=True):
+        assert bash(line.replace(" --send-test you@example.com", "")).returncode == code, line
+
+
+def test_the_manuals_json_is_what_its_schema_allows():
+    """The example of an error."""
+    (example,) = _blocks("json", "Reference")
+    validator("error").validate(json.loads(example))
+
+
+def test_the_manual_has_every_variable_and_option():
+    """The table of the environment is what the code reads, and the options are there."""
+    read = set()
+    for path in (ROOT / "src" / "ipguard" / "cli").glob("*.py"):
+        read |= set(re.findall(r'"(IPGUARD_[A-Z_]+)"', path.read_text()))
+    listed = {row[0]: row[1] for row in table("docs/cli.md", "variable")}
+    assert set(listed) == read | {"NO_COLOR"}
+    source = (ROOT / "src" / "ipguard" / "cli" / "_app.py").read_text()
+    for option in filter(None, listed.values()):
+        assert f'"{option}"' in source
 
 
 # -- init and migrate --------------------------------------------------------------------------

@@ -343,6 +343,22 @@ def test_address_beyond_ascii_goes_out_with_smtputf8():
 # ------------------------------------------------------------------ notices
 
 
+def test_a_trial_says_that_it_is_one():
+    """It arrives at the address asked for, changes nothing, and says when it cannot arrive."""
+    with MailServer(refuse=["nobody@example.com"]) as server:
+        notifier = EmailNotifier(server.url, sender=SENDER, product="Example Trading")
+        notifier.send_test("ops@example.com")
+        (mail,) = server.wait_for(1)
+        for address in ("nobody@example.com", "not an address"):
+            with pytest.raises(DeliveryError) as failed:
+                notifier.send_test(address)
+            assert failed.value.request_id is None
+    assert mail.recipients == ("ops@example.com",)
+    for subtype in ("plain", "html"):
+        assert "This is a test" in mail.part(subtype)
+        assert "Example Trading" in mail.part(subtype)
+
+
 def test_notice_goes_to_both_apart():
     """The actor and the user get a mail each, and neither shows the other's address."""
     with MailServer() as server:

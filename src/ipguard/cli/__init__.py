@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 import typer
 
 import ipguard
-from ipguard.cli import checks, lists, operators, requests, setup, users
+from ipguard.cli import checks, doctor, lists, operators, requests, setup, transfer, users, watching
 from ipguard.cli._app import JsonOption, NobodyReads, StoreOption
 from ipguard.cli._codes import Exit, Problem, problem_of
 from ipguard.cli._output import Output
@@ -52,7 +52,7 @@ def _ipguard(
     context.obj = {"store": store, "as_json": as_json}
 
 
-for _module in (setup, users, lists, requests, checks, operators):
+for _module in (setup, users, lists, requests, checks, operators, transfer, watching, doctor):
     _module.add_to(app)
 
 # What is raised for wrong arguments is not public, but its subclass is.

@@ -3,51 +3,101 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from json import dumps, loads
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO, Self, cast
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._output import Output
 
 
 class BadRows(Problem):
-    """Rows that cannot be used, however many: they are kept in a file, not in memory.
+    """Rows that cannot be used, however many: they are kept on disk, not in memory.
+
+    Args:
+        path: The file that they are in, for the message.
+        outcome: What their being there means.
 
     Attributes:
         count: How many.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, outcome: str = "nothing was changed") -> None:
         super().__init__(Exit.FILE, "", kind="BadRows")
         self._path = path
-        self._file: IO[str] | None = None
+        self._outcome = outcome
+        self._kept: Spool | None = None
         self.count = 0
 
     def add(self, line: int, reason: object) -> None:
         """Note a line, counted from 1, and why it cannot be used."""
-        if self._file is None:
-            self._file = tempfile.TemporaryFile("w+", encoding="ascii")  # noqa: SIM115 - see _read
+        if self._kept is None:
+            self._kept = Spool("line INTEGER, reason TEXT")
         self.count += 1
-        self._file.write(dumps({"line": line, "reason": str(reason)}) + "\n")
+        text = str(reason).encode("utf-8", "backslashreplace").decode()
+        self._kept.add((line, text))
 
     def raise_if_any(self) -> None:
         """Raise this, if there is any."""
-        if self._file is not None:
+        if self._kept is not None:
             rows = "row" if self.count == 1 else "rows"
-            self.message = f"{self._path}: {self.count:,} bad {rows}; nothing was changed"
-            self.rows = self._read(self._file)
+            self.message = f"{self._path}: {self.count:,} bad {rows}; {self._outcome}"
+            self.rows = self._read(self._kept)
             raise self
 
     @staticmethod
-    def _read(file: IO[str]) -> Iterator[Mapping[str, Any]]:
-        with file:
-            file.seek(0)
-            yield from map(loads, file)
+    def _read(kept: Spool) -> Iterator[Mapping[str, Any]]:
+        with kept:
+            for line, reason in kept.rows("SELECT line, reason FROM rows ORDER BY line, rowid"):
+                yield {"line": line, "reason": reason}
+
+
+class Spool:
+    """Rows of a file on the way, in a database of their own on disk that nobody else sees.
+
+    Args:
+        columns: Of its one table, `rows`.
+    """
+
+    def __init__(self, columns: str) -> None:
+        import sqlite3
+
+        self._db = sqlite3.connect("", isolation_level=None)  # a nameless temporary file
+        self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute(f"CREATE TABLE rows ({columns})")
+        marks = ", ".join("?" * len(columns.split(",")))
+        self._insert = f"INSERT INTO rows VALUES ({marks})"  # noqa: S608 - marks alone
+        self._db.execute("BEGIN")
+
+    def add(self, row: tuple[object, ...]) -> None:
+        """Add a row."""
+        self._db.execute(self._insert, row)
+
+    def rows(self, query: str) -> Iterator[Any]:
+        """Run a query over `rows`."""
+        return iter(self._db.execute(query))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+
+@contextmanager
+def rewindable(stream: BinaryIO) -> Iterator[BinaryIO]:
+    """Return a stream that can be read twice: what comes through a pipe is kept on disk."""
+    if stream.seekable():
+        yield stream
+        return
+    with tempfile.TemporaryFile() as kept:
+        shutil.copyfileobj(stream, kept)
+        kept.seek(0)
+        yield cast("BinaryIO", kept)
 
 
 @contextmanager
@@ -78,7 +128,11 @@ def progress(out: Output, what: str, stream: BinaryIO) -> Iterator[Callable[[int
         def tell(count: int) -> None:
             nonlocal done, rows
             done, rows = done + count, rows + 1
-            if rows % 500 == 0:
+            if done == size:
+                bar.update(
+                    task, completed=done, rows=rows, description=f"{what}: read, now applied"
+                )
+            elif rows % 500 == 0:
                 bar.update(task, completed=done, rows=rows)
 
         yield tell

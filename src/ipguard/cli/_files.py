@@ -11,13 +11,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Annotated, Any, BinaryIO, Final
 
 import attrs
+import typer
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.errors import shortened
 
+FileOption = Annotated[
+    str | None, typer.Option("--format", metavar="csv|jsonl", help="Of the file.")
+]
 FORMATS: Final = ("csv", "jsonl")
 _LINE_AT_MOST: Final = 2**20
 _SUFFIXES: Final = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
@@ -33,11 +37,17 @@ class Columns:
         needed: The columns that must be there.
         allowed: Those that may.
         ignored: Those that may, and are not looked at: an export has them.
+        others: Whether any others may be there, and are not looked at.
     """
 
     needed: Sequence[str]
     allowed: Sequence[str] = ()
     ignored: Sequence[str] = ()
+    others: bool = False
+
+    def used(self, name: str) -> bool:
+        """Tell whether a column is looked at."""
+        return name in self.needed or name in self.allowed
 
     def wrong(self, names: Sequence[str]) -> str | None:
         """Say what is wrong with the names of a row, or None."""
@@ -46,9 +56,9 @@ class Columns:
                 return f"there is no {name}"
         known = (*self.needed, *self.allowed, *self.ignored)
         for at, name in enumerate(names):
-            if name not in known:
+            if name not in known and not self.others:
                 return f"{shortened(name)} is no column; there is {', '.join(known)}"
-            if name in names[:at]:
+            if name in names[:at] and self.used(name):
                 return f"{name} is there twice"
         return None
 
@@ -153,7 +163,7 @@ class _Lines:
 def _csv_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | BadRow]]:
     reader = csv.reader(iter(lines), strict=True)
     names = _header(lines, reader, columns)
-    count, used = len(names), [name not in columns.ignored for name in names]
+    count, used = len(names), [columns.used(name) for name in names]
     while True:
         start = lines.number + 1
         try:
@@ -212,7 +222,7 @@ def _object(line: str, columns: Columns) -> Row | BadRow:
         return BadRow(wrong)
     row = {}
     for name, value in found.items():
-        if name in columns.ignored or value is None or value == "":
+        if not columns.used(name) or value is None or value == "":
             continue
         if not isinstance(value, str):
             return BadRow(f"its {name} is no text")

@@ -75,6 +75,11 @@ class Output:
         """Write text as it stands."""
         sys.stdout.write(text)
 
+    @staticmethod
+    def flush() -> None:
+        """Let who reads see what has been written so far."""
+        sys.stdout.flush()
+
     def line(self, text: str, style: str = "") -> None:
         """Write a sentence for people; nothing where JSON is asked for."""
         if self.as_json:

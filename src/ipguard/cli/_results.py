@@ -30,6 +30,9 @@ OpenOption = Annotated[
 LockoutOption = Annotated[
     bool, typer.Option("--allow-lockout", help="Also where that keeps somebody out.")
 ]
+ReasonOption = Annotated[
+    str, typer.Option("--reason", help="Why: it goes into the trail and the mails. Required.")
+]
 T = TypeVar("T")
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 

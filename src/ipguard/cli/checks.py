@@ -9,6 +9,8 @@ import typer
 from ipguard.cli._app import command
 from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
+from ipguard.cli._files import FileOption
+from ipguard.cli._logins import check_file, unavailable
 from ipguard.guard import Guard
 from ipguard.model import Decision, Reason
 
@@ -31,20 +33,35 @@ def check(
     username: Annotated[str | None, typer.Argument(help="Who wants to log in.")] = None,
     address: Annotated[str | None, typer.Argument(help="From where.")] = None,
     *,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help="A login log instead, CSV or JSON Lines, with username and address; - is standard"
+            " input.",
+        ),
+    ] = None,
+    kind: FileOption = None,
     unknown_users: UnknownOption = "allow",
 ) -> int:
     """Ask whether a user may log in from an address.
 
-    The exit code is 0 where that is allowed now, 1 where it is not.
+    The exit code is 0 where that is allowed now, 1 where it is not. With a file, every login in it
+    is asked as of now, and it is 1 where any would be refused.
     """
-    if username is None or address is None:
-        raise Problem(Exit.USAGE, "who, and from where? ipguard check USERNAME ADDRESS")
+    if file is not None and username is None:
+        with call.store() as store:
+            return check_file(call, Guard(store, unknown_users=_unknown(unknown_users)), file, kind)
+    if username is None or address is None or file is not None:
+        raise Problem(
+            Exit.USAGE, "who, and from where? ipguard check USERNAME ADDRESS, or --file FILE"
+        )
     with call.store() as store:
         guard = Guard(store, unknown_users=_unknown(unknown_users))
         decision = guard.check(username, address)
         if decision.reason is Reason.STORE_UNAVAILABLE:
-            error = guard.stats().error or "it does not answer"
-            raise Problem(Exit.UNAVAILABLE, f"the store: {error}", kind="StoreUnavailable")
+            raise unavailable(guard)
     if call.out.as_json:
         call.out.data({"username": username, "address": address, "decision": decision})
     else:

@@ -13,14 +13,11 @@ from ipguard.cli._results import (
     LabelOption,
     LockoutOption,
     OpenOption,
+    ReasonOption,
     moment_of,
     removal_allowed,
     show_applied,
 )
-
-ReasonOption = Annotated[
-    str, typer.Option("--reason", help="Why: it goes into the trail and the mails. Required.")
-]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -10,7 +10,7 @@ import typer
 from ipguard.cli._app import command
 from ipguard.cli._bulk import BadRows, progress
 from ipguard.cli._call import Call
-from ipguard.cli._files import BadRow, Columns, format_of, opened, rows
+from ipguard.cli._files import BadRow, Columns, FileOption, format_of, opened, rows
 from ipguard.cli.lists import AfterOption, AllOption, LimitOption, paged
 from ipguard.errors import IPGuardError
 from ipguard.model import User
@@ -30,9 +30,7 @@ def import_users(
     call: Call,
     file: Annotated[str, typer.Argument(help="CSV or JSON Lines; - is standard input.")],
     *,
-    kind: Annotated[
-        str | None, typer.Option("--format", metavar="csv|jsonl", help="Of the file.")
-    ] = None,
+    kind: FileOption = None,
 ) -> None:
     """Register users, or update those that are: all rows of the file, or none.
 

@@ -24,7 +24,7 @@ import attrs
 
 from ipguard.addresses import AddressRange, AddressSet
 from ipguard.errors import DeliveryError, InvalidValue
-from ipguard.mail._letters import Letter, notices, number_letter
+from ipguard.mail._letters import Letter, notices, number_letter, trial_letter
 from ipguard.mail._session import Failure, Session, failure_of
 from ipguard.model import Actor, Change, PendingRequest, User, checked_text
 
@@ -130,6 +130,19 @@ class EmailNotifier:
         if failures:
             reason = "; ".join(failure.reason for failure in failures)
             raise DeliveryError(reason) from failures[0].cause
+
+    def send_test(self, to: str) -> None:
+        """Mail a test, which says that it is one.
+
+        Args:
+            to: One e-mail address.
+
+        Raises:
+            DeliveryError: The server did not accept it.
+        """
+        failure = self._failure(trial_letter(to, self._product, datetime.now(UTC)))
+        if failure is not None:
+            raise DeliveryError(failure.reason) from failure.cause
 
     def _failure(self, letter: Letter, *secrets: str) -> Failure | None:
         # Returned, not raised: an error raised inside `except` keeps the other one as its context.

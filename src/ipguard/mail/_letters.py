@@ -107,6 +107,17 @@ def number_letter(request: PendingRequest, number: str, actor: Actor, product: s
     )
 
 
+def trial_letter(to: str, product: str, now: datetime) -> Letter:
+    """Write a mail that says no more than that mails arrive."""
+    return Letter(
+        to=to,
+        subject="A test of the mails about login addresses",
+        opening=f"This is a test: what {product} mails about login addresses arrives here.",
+        facts=(("Sent at", _moment(now)),),
+        closing="Nothing has changed, and there is nothing to do.",
+    )
+
+
 def notices(change: Change, actor: Actor, user: User | None, product: str) -> tuple[Letter, ...]:
     """Write the mails about a change: to the actor, and to the user where that is somebody else."""
     details = dict(_details(change.detail))

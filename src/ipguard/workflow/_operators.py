@@ -28,6 +28,7 @@ from ipguard.store import NAMED_AT_MOST, particulars
 from ipguard.usernames import canonical_username
 from ipguard.workflow import _steps
 from ipguard.workflow._base import Base, wanted_restriction
+from ipguard.workflow._settings import WorkflowSettings
 
 Row = Sequence[object] | Mapping[str, object]
 """A row of `impose_many`: `(username, addresses[, label[, expires_at]])`, or a mapping of those."""
@@ -130,20 +131,13 @@ class Operators(Base):
         now = self._store.now()
         for position, row in enumerate(rows, start=1):
             try:
-                wanted = wanted_restriction(actor, *_cells(row))
-                rules.check_width(
-                    wanted.addresses,
-                    widest_ipv4=self.settings.widest_ipv4,
-                    widest_ipv6=self.settings.widest_ipv6,
-                )
-                if wanted.expires_at is not None and wanted.expires_at <= now:
-                    raise InvalidValue("expires_at", "must be in the future")
+                wanted = wanted_row(actor, row, self.settings, now)
             except IPGuardError as exc:
                 exc.add_note(f"row {position}")
                 raise
             if len(told) <= NAMED_AT_MOST:
                 told.add(wanted.username)
-            yield attrs.evolve(wanted, created_at=now)
+            yield wanted
 
     def lift(self, actor: Actor, restriction_id: str, *, reason: str) -> Applied:
         """End a restriction at once.
@@ -208,6 +202,21 @@ class Operators(Base):
 
 
 _COLUMNS = ("username", "addresses", "label", "expires_at")
+
+
+def wanted_row(actor: Actor, row: Row, settings: WorkflowSettings, now: datetime) -> Restriction:
+    """Judge a row of `impose_many` by all that can be told without a store.
+
+    Raises:
+        IPGuardError: As `impose_many` raises for it.
+    """
+    wanted = wanted_restriction(actor, *_cells(row))
+    rules.check_width(
+        wanted.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
+    )
+    if wanted.expires_at is not None and wanted.expires_at <= now:
+        raise InvalidValue("expires_at", "must be in the future")
+    return attrs.evolve(wanted, created_at=now)
 
 
 def _cells(row: Row) -> tuple[object, ...]:

@@ -1,0 +1,217 @@
+"""What an import would do, row by row: for `--dry-run`, and to name every bad row.
+
+The workflow judges again, and it alone decides: what is told here is of a moment before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import groupby
+from json import dumps
+from typing import BinaryIO, Final
+
+import attrs
+
+from ipguard.addresses import AddressRange
+from ipguard.cli._bulk import BadRows, Spool, progress
+from ipguard.cli._call import Call
+from ipguard.cli._files import BadRow, Columns, Row, rows
+from ipguard.errors import (
+    DuplicateRestriction,
+    InvalidValue,
+    IPGuardError,
+    TooManyRestrictions,
+    UnknownUser,
+)
+from ipguard.model import Actor, Policy, UserOverview
+from ipguard.store import RestrictionStore
+from ipguard.workflow import Workflow
+from ipguard.workflow._operators import wanted_row
+
+COLUMNS: Final = Columns(
+    needed=("username", "addresses"),
+    allowed=("label", "expires_at"),
+    ignored=("id", "created_at", "created_by"),
+)
+_FEW: Final = 5_000  # up to so many users are looked up one by one
+_PAGE: Final = 1_000
+_SHOWN: Final = 50
+
+
+def values(row: Row) -> tuple[object, ...]:
+    """Return a row as the workflow takes it, which judges what it says.
+
+    Raises:
+        InvalidValue: Something is missing, or `expires_at` is no time.
+    """
+    for name in COLUMNS.needed:
+        if name not in row:
+            raise InvalidValue(name, "is missing")
+    until: datetime | None = None
+    if "expires_at" in row:
+        try:
+            until = datetime.fromisoformat(row["expires_at"])
+        except ValueError:
+            raise InvalidValue("expires_at", "is no time; write 2027-01-31T18:00Z") from None
+    return (row["username"], row["addresses"], row.get("label", ""), until)
+
+
+@attrs.define
+class Judged:
+    """What an import would do.
+
+    Attributes:
+        spool: The good rows.
+        added: How many restrictions would be added.
+        users: To how many users.
+        newly: How many of them are not restricted now, and could log in from nowhere else any more.
+        replaced: How many expired restrictions would be replaced.
+    """
+
+    spool: Spool
+    added: int = 0
+    users: int = 0
+    newly: int = 0
+    replaced: int = 0
+
+
+@contextmanager
+def judge(
+    call: Call,
+    store: RestrictionStore,
+    flow: Workflow,
+    actor: Actor,
+    stream: BinaryIO,
+    kind: str,
+    path: str,
+) -> Iterator[Judged]:
+    """Judge each row of a file.
+
+    Raises:
+        BadRows: Some cannot be imported.
+    """
+    bad, now = BadRows(path), store.now()
+    spool = Spool("line INTEGER, username TEXT, first BLOB, last BLOB, label TEXT, expires TEXT")
+    with spool:
+        judged = Judged(spool)
+        with progress(call.out, "checking", stream) as tell:
+            for line, row in rows(stream, kind, COLUMNS, tell):
+                try:
+                    if isinstance(row, BadRow):
+                        bad.add(line, row.reason)
+                        continue
+                    wanted = wanted_row(actor, values(row), flow.settings, now)
+                except IPGuardError as exc:
+                    bad.add(line, exc)
+                    continue
+                until = None if wanted.expires_at is None else wanted.expires_at.isoformat()
+                spool.add((line, wanted.username, *wanted.addresses.packed, wanted.label, until))
+        _compare(store, judged, bad, flow.settings.restrictions_per_user, now)
+        bad.raise_if_any()
+        yield judged
+
+
+def _compare(
+    store: RestrictionStore, judged: Judged, bad: BadRows, per_user: int, now: datetime
+) -> None:
+    """Compare the rows with each other and with the store, user by user."""
+    spool = judged.spool
+    ((count,),) = spool.rows("SELECT count(DISTINCT username) FROM rows")
+    names = spool.rows("SELECT DISTINCT username FROM rows ORDER BY username")
+    policies = _policies(store, (name for (name,) in names), few=count <= _FEW)
+    found = spool.rows(
+        "SELECT username, line, first, last FROM rows ORDER BY username, first, last, line"
+    )
+    for username, theirs in groupby(found, lambda row: row[0]):
+        policy = next(policies)
+        judged.users += 1
+        if not policy.known:
+            for _, line, _, _ in theirs:
+                bad.add(line, UnknownUser(username))
+            continue
+        judged.newly += not policy.restrictions
+        held = {r.addresses.packed: r for r in policy.restrictions}
+        total = len(held)
+        for packed, same in groupby(theirs, lambda row: (row[2], row[3])):
+            (_, line, _, _), *more = same
+            addresses = AddressRange.from_packed(*packed)
+            for _, later, _, _ in more:
+                bad.add(later, f"{username} {addresses} is there on line {line} already")
+            old = held.get(packed)
+            if old is not None and not old.expired(now):
+                bad.add(line, DuplicateRestriction(username, str(addresses)))
+                continue
+            judged.replaced += old is not None
+            judged.added += 1
+            total += old is None
+            if total > per_user:
+                bad.add(line, TooManyRestrictions(username, per_user))
+
+
+def _policies(store: RestrictionStore, names: Iterator[str], *, few: bool) -> Iterator[Policy]:
+    """Return the policy of each user, in the order of their names."""
+    if few:
+        yield from map(store.load_policy, names)
+        return
+    users = _users(store)
+    user = next(users, None)
+    for name in names:
+        while user is not None and user.user.username < name:
+            user = next(users, None)
+        if user is None or user.user.username != name:
+            yield Policy(revision=0, restrictions=(), known=False)
+        else:
+            yield Policy(revision=0, restrictions=user.restrictions, known=not user.removed)
+
+
+def _users(store: RestrictionStore) -> Iterator[UserOverview]:
+    after: str | None = None
+    while True:
+        page = store.overview(Actor.EVERY_ACCOUNT, after=after, limit=_PAGE)
+        yield from page
+        if page.next is None:
+            return
+        after = page.next
+
+
+def show(call: Call, judged: Judged) -> None:
+    """Show what would change."""
+    found = judged.spool.rows(
+        "SELECT username, first, last, label, expires, line FROM rows ORDER BY line"
+    )
+    adds = (
+        {
+            "line": line,
+            "username": username,
+            "addresses": str(AddressRange.from_packed(first, last)),
+            "label": label,
+            "expires_at": until,
+        }
+        for username, first, last, label, until, line in found
+    )
+    if call.out.as_json:
+        head = {
+            "dry_run": True,
+            "rows": judged.added,
+            "users": judged.users,
+            "newly_restricted": judged.newly,
+            "replaced": judged.replaced,
+        }
+        call.out.raw(dumps(head).removesuffix("}") + ', "adds": [')
+        for number, each in enumerate(adds):
+            call.out.raw((", " if number else "") + dumps(each))
+        call.out.raw("]}\n")
+        return
+    limit = _SHOWN if call.out.rich else judged.added
+    columns = ("line", "username", "addresses", "label", "expires_at")
+    shown = ([each[name] for name in columns] for each, _ in zip(adds, range(limit), strict=False))
+    call.out.table(columns, shown)
+    if limit < judged.added:
+        call.out.note(f"and {judged.added - limit:,} more: piped, all of them are listed")
+    call.out.note(
+        f"would add {judged.added:,} restrictions to {judged.users:,} users, of whom"
+        f" {judged.newly:,} are not restricted now; {judged.replaced:,} expired ones would be"
+        " replaced; nothing was changed"
+    )

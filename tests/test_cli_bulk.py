@@ -1,0 +1,266 @@
+"""The command line as a process: `import`, `export` and `check --file`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ipguard
+from tests.big_import import measure, place, write_restrictions, write_users
+from tests.cli import Shell, validator
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
+
+GOOD = """username,addresses,label,expires_at
+jsmith,203.0.113.7,"office, ground floor",
+mlee,2001:db8::/64,,2099-01-01T00:00Z
+mlee,203.0.113.5-203.0.113.9,,
+"""
+BAD = """username,addresses,label,expires_at
+jsmith,203.0.113.7,,
+mlee,10.0.0.1/24,,
+nobody,198.51.100.1,,
+mlee,198.51.100.4,,
+MLEE,198.51.100.4,,
+mlee,198.51.100.5,,2020-01-01T00:00Z
+mlee,198.51.100.6,,yesterday
+,198.51.100.7,,
+mlee,,,
+mlee,010.1.1.1,,
+mlee,198.51.100.8,"a\tb",
+mlee,198.0.0.0/8,,
+mlee,198.51.100.9
+mlee,198.51.100.10,fine,
+"""
+# What is wrong with each line of it, once `jsmith` has the first.
+WRONG = {
+    2: "already has",
+    3: "host bits",
+    4: "no user",
+    6: "on line 5",
+    7: "in the future",
+    8: "is no time",
+    9: "username: is missing",
+    10: "addresses: is missing",
+    11: "leading zero",
+    12: "control characters",
+    13: "holds more addresses",
+    14: "it has 2 columns",
+}
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """A store with two users."""
+    it = Shell(tmp_path, IPGUARD_MAIL="console")
+    with ipguard.open_store(it.env["IPGUARD_URL"]) as store:
+        store.put_users(
+            ipguard.User(username=name, full_name=name, account_id="U1")
+            for name in ("jsmith", "mlee")
+        )
+    return it
+
+
+def _state(shell: Shell) -> tuple[int, dict[str, list[str]]]:
+    """Return the store's revision, and what everybody is restricted to."""
+    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store:
+        revision, policies = store.load_all_policies()
+        return revision, {
+            name: sorted(str(r.addresses) for r in policy.restrictions) for name, policy in policies
+        }
+
+
+def test_import_and_export_there_and_back(shell: Shell, tmp_path: Path):
+    """A dry run shows it and changes nothing; then all of it is one revision; then it comes out."""
+    file = tmp_path / "rows.csv"
+    file.write_text(GOOD)
+    dry = shell.json("import", file, "--reason", "x", "--dry-run")
+    assert (dry["rows"], dry["users"], dry["newly_restricted"], dry["replaced"]) == (3, 2, 2, 0)
+    assert [each["line"] for each in dry["adds"]] == [2, 3, 4]
+    assert _state(shell) == (1, {})
+    shown = shell.terminal("import", file, "--reason", "x", "--dry-run").ends()
+    assert re.search(r"2 +jsmith +203\.0\.113\.7 +office, ground floor", shown)
+    assert "would add 3 restrictions to 2 users" in shown
+    done = shell("import", file, "--reason", "x", "--json")
+    assert done.code == 0
+    validator("import").validate(json.loads(done.out))
+    assert json.loads(done.out)["rows"] == 3
+    held = {"jsmith": ["203.0.113.7"], "mlee": ["2001:db8::/64", "203.0.113.5-203.0.113.9"]}
+    assert _state(shell) == (2, held)
+    lines = [json.loads(line) for line in shell.good("export", "--json").splitlines()]
+    for each in lines:
+        validator("export").validate(each)
+    assert {each["label"] for each in lines} == {"office, ground floor", ""}
+    table = shell.good("export")
+    for name, text in (("out.csv", table), ("out.jsonl", shell.good("export", "--json"))):
+        old = os.umask(0)
+        assert shell.json("export", "-o", name)["rows"] == 3
+        os.umask(old)
+        assert (tmp_path / name).read_text() == text
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+        assert "is not overwritten" in shell.bad(9, "export", "-o", name)
+        # What came out goes into a store that has the users.
+        other = {"IPGUARD_URL": f"sqlite:///{tmp_path}/{name}.db"}
+        with ipguard.open_store(other["IPGUARD_URL"]) as store:
+            store.put_users(
+                ipguard.User(username=user, full_name=user, account_id="U1") for user in held
+            )
+        assert shell("import", name, "--reason", "x", env=other).code == 0
+        with ipguard.open_store(other["IPGUARD_URL"]) as store:
+            assert len(store.load_policy("mlee").restrictions) == 2
+    assert "3 restrictions of revision 2" in shell.terminal("export", "-o", "third.csv").ends()
+    assert sorted(path.name for path in tmp_path.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_every_bad_row_is_named(shell: Shell, tmp_path: Path, kind: str):
+    """By its line, in the file's order, whoever finds it; the good ones change nothing either."""
+    first = tmp_path / "first.csv"
+    first.write_text("username,addresses\njsmith,203.0.113.7\n")
+    assert shell("import", first, "--reason", "x").code == 0
+    before = _state(shell)
+    text, wrong = BAD, WRONG
+    if kind == "jsonl":
+        rows = [line.split(",") for line in BAD.replace('"', "").splitlines()]
+        named = [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
+        named[12] = {"username": "mlee", "addresses": 7}  # type: ignore[dict-item]
+        text = "\n" + "".join(json.dumps(row) + "\n" for row in named)
+        wrong = WRONG | {14: "its addresses is no text"}
+    file = tmp_path / f"bad.{kind}"
+    file.write_text(text)
+    done = shell("import", file, "--reason", "x", "--json")
+    assert (done.code, done.out) == (9, "")
+    told = {row["line"]: row["reason"] for row in done.error["rows"]}
+    assert list(told) == list(wrong)
+    for line, words in wrong.items():
+        assert words in told[line]
+    assert _state(shell) == before
+    if kind == "csv":
+        shown = shell.terminal("import", file, "--reason", "x", "--dry-run").ends(9)
+        assert [int(line) for line in re.findall(r"line (\d+):", shown)] == list(told)
+        assert "12 bad rows; nothing was changed" in shown
+        piped = shell("import", "-", "--reason", "x", stdin=text)
+        assert piped.code == 9
+        assert piped.err.count("\n") == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "code", "words"),
+    [
+        (b"", [], 9, "is empty"),
+        (b"username\n", [], 9, "there is no addresses"),
+        (b"username,addresses,colour\n", [], 9, "'colour' is no column"),
+        (b"username,addresses,username\n", [], 9, "there twice"),
+        (b"username,addresses\n", [], 3, "there is none"),
+        (GOOD.encode(), ["--format", "xml"], 2, "csv or jsonl"),
+        (GOOD.encode(), ["--reason", ""], 3, "must not be empty"),
+        (GOOD.encode("utf-16"), [], 9, "UTF-8"),
+        (b'username,addresses\n"jsmith,203.0.113.7\n', [], 9, "line 2: it is not CSV"),
+        (b"username,addresses\njsmith,\xff\n", [], 9, "line 2: it is not UTF-8"),
+    ],
+)
+def test_a_file_that_is_none(shell: Shell, tmp_path: Path, text, args, code, words):
+    """What is wrong with it as a whole is one line too, and nothing is changed."""
+    file = tmp_path / "rows.csv"
+    file.write_bytes(text)
+    done = shell.within("import", str(file), "--reason", "x", *args)
+    assert (done.code, done.out) == (code, "")
+    assert words in done.err
+    assert _state(shell) == (1, {})
+
+
+def test_more_than_a_user_may_have_and_more_users_than_are_asked_one_by_one(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The figure of the settings holds; many users are compared with pages of the list."""
+    (tmp_path / "settings.toml").write_text("restrictions_per_user = 2\n")
+    rows = "".join(f"mlee,198.51.100.{n},\n" for n in range(1, 5)) + "zed,1.2.3.4,\nabe,1.2.3.4,\n"
+    file = tmp_path / "rows.csv"
+    file.write_text("username,addresses,label\n" + rows)
+    args = ["import", str(file), "--reason", "x", "--settings", str(tmp_path / "settings.toml")]
+    told = []
+    for few in (5_000, 0):
+        monkeypatch.setattr("ipguard.cli._judging._FEW", few)
+        monkeypatch.setattr("ipguard.cli._judging._PAGE", 1)
+        done = shell.within(*args, "--json")
+        told.append([(row["line"], row["reason"]) for row in done.error["rows"]])
+    assert told[0] == told[1]
+    assert [line for line, _ in told[0]] == [4, 5, 6, 7]
+    assert "as many as are allowed" in told[0][0][1]
+
+
+def test_check_a_whole_login_log(shell: Shell, tmp_path: Path):
+    """Who would have been refused, and why; columns that are of no interest may be there."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("username,addresses\njsmith,203.0.113.0/29\n")
+    assert shell("import", rows, "--reason", "x").code == 0
+    log = tmp_path / "log.csv"
+    log.write_text(
+        "when,username,address\n1,jsmith,203.0.113.1\n2,JSmith,192.0.2.1\n3,jsmith,192.0.2.1\n"
+        "4,jsmith,192.0.2.1\n5,mlee,192.0.2.1\n6,mlee,nonsense\n7,\x1b[2J,192.0.2.1\n"
+    )
+    report = shell.json("check", "--file", log, code=1)
+    assert (report["logins"], report["allowed"], report["refused"]) == (7, 2, 5)
+    assert report["by_reason"] == {"bad_address": 1, "bad_username": 1, "not_listed": 3}
+    worst = report["refused_logins"][1]
+    assert (worst["username"], worst["count"], worst["first_line"]) == ("jsmith", 2, 4)
+    shown = shell.terminal("check", "--file", log).ends(1)
+    assert "7 logins: 2 allowed, 5 refused (not_listed 3" in shown
+    assert "[2J" not in shown.replace("\\x1b[2J", "")
+    lines = '{"username": "mlee", "address": "192.0.2.1", "more": {}}\n[]\n'
+    done = shell("check", "--file", "-", "--format", "jsonl", stdin=lines)
+    assert done.code == 9
+    assert "1 logins: 1 allowed, 0 refused" in done.err
+    assert "line 2: it is no JSON object" in done.err
+    assert "USERNAME ADDRESS" in shell.bad(2, "check", "mlee", "1.2.3.4", "--file", log)
+    gone = ("--store", "postgresql://127.0.0.1:1/x")
+    assert "the store" in shell.bad(6, "check", "--file", log, *gone)
+
+
+# -- many rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_an_import_of_many_rows(kind: str, rounds: Any, record_property: Any):
+    """A million for a million users with `--long`: within 300 MB of the command's own memory."""
+    figures = measure(kind, rounds(5_000, 1_000_000))
+    record_property("figures", figures)
+    assert 0 < figures["peak_mb"] <= 300
+    assert 0 < figures["users_peak_mb"] <= 300
+    if rounds(0, 1):
+        print(json.dumps(figures))
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_an_import_that_is_killed_leaves_nothing(kind: str, rounds: Any):
+    """Half way through its rows, or at any moment: all of them hold or none does."""
+    count = rounds(5_000, 50_000)
+    with place(kind) as (shell, folder):
+        shell.env |= {"IPGUARD_MAIL": "console"}
+        assert shell("users", "import", write_users(folder / "u.csv", count)).code == 0
+        rows = write_restrictions(folder / "r.csv", count)
+        half = shell.terminal("import", rows, "--reason", "x")
+        half.sees(r"[1-9],[05]00 rows")
+        half.process.kill(signal.SIGKILL)
+        half.process.wait()
+        assert half.process.signalstatus == signal.SIGKILL
+        assert _state(shell) == (1, {})
+        for moment in range(rounds(1, 20)):
+            any_time = shell.terminal("import", rows, "--reason", "x")
+            for _ in range(1 + 3 * moment):  # a moment later each time, into the writing
+                any_time.sees("rows|revision")
+            any_time.process.kill(signal.SIGKILL)
+            any_time.process.wait()
+            revision, held = _state(shell)
+            assert (revision, len(held)) in ((1, 0), (2, count))
+            if revision == 2:
+                return
+        assert shell("import", rows, "--reason", "x").code == 0
+        assert len(_state(shell)[1]) == count
