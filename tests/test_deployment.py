@@ -29,6 +29,9 @@ from tests.logins import ALLOWED, ROOT, LoginServer
 from tests.postgres import Given, Server, free_port, fresh_schema, until
 from tests.test_aio import cancel_at_random_points
 
+# Many processes, and a machine that others may be busy on.
+pytestmark = pytest.mark.timeout(rounds(300, 3_600))
+
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 HOME, ELSEWHERE = "203.0.113.7", "198.51.100.9"
 

@@ -31,6 +31,9 @@ from tests.outages import (
 )
 from tests.postgres import Server, own_server
 
+# Many processes, and a machine that others may be busy on.
+pytestmark = pytest.mark.timeout(rounds(300, 3_600))
+
 USUAL = 5.0  # the default `max_staleness`, and
 USUAL_TIMEOUT = 2.0  # the default `timeout`
 SLACK = 5.0  # of a busy machine; a thread that hangs waits for ever
