@@ -12,7 +12,7 @@ import sys
 import threading
 import tracemalloc
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds
 from tests.logins import ALLOWED, ROOT, LoginServer
 from tests.postgres import Given, Server, free_port, fresh_schema, until
+from tests.proxy import Proxy
 from tests.test_aio import cancel_at_random_points
+from tests.test_guard_fork import in_child
 
 # Many processes, and a machine that others may be busy on.
 pytestmark = pytest.mark.timeout(rounds(300, 3_600))
@@ -177,6 +179,41 @@ def test_gunicorn_with_preload(own_postgres: Server) -> None:
             mine = {pid: sockets(pid) & to_server(own_postgres.port) for pid in (master, *told)}
             assert all(mine.values())  # every one of them is connected
             assert len(set.union(*mine.values())) == sum(map(len, mine.values()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_lets_go_of_what_it_inherits(own_postgres: Server) -> None:
+    """Sockets that are idle, lent, or being opened when the fork comes are the parent's alone."""
+    with Proxy(own_postgres.port) as proxy:
+        url = own_postgres.url(
+            port=proxy.port, schema=fresh_schema(), sslmode="disable", gssencmode="disable"
+        )
+        with PostgresStore(url, listen="off", timeout=20.0) as store:
+
+            def mine() -> set[str]:
+                return sockets(os.getpid()) & to_server(proxy.port)
+
+            with store.transaction() as turn:
+                store.load_policy("jsmith")
+                assert turn.user("jsmith") is None
+                store._client.pool.forget()
+                proxy.silent = True
+                load = threading.Thread(target=_try, args=(lambda: store.load_policy("jsmith"),))
+                load.start()
+                until(lambda: len(mine()) == 2, "one is lent, and one is being opened")
+                assert in_child(lambda: len(mine())) == 0
+                proxy.silent = False
+                assert len(mine()) == 2
+                assert turn.failures("jsmith") == 0  # the parent's session goes on
+            proxy.cut()
+            load.join(60)
+            assert not load.is_alive()
+            assert store.load_policy("jsmith").revision == 0
+
+
+def _try(call: Callable[[], object]) -> None:
+    with contextlib.suppress(ipguard.StoreUnavailable):
+        call()
 
 
 # --------------------------------------------------------------------------- asyncio, gevent
