@@ -400,6 +400,37 @@ def test_each_role_can_do_no_more(roles: dict[str, str], postgres: Server | Give
                 connection.rollback()
 
 
+def test_roles_of_the_first_schema_go_on(postgres: Server | Given) -> None:
+    """Who was granted what schema 1 needs, writes and lists users after it was brought up to date.
+
+    An open store of that role, which stands for an old server, does as well.
+    """
+    schema = fresh_schema()
+    owner, writer = f"{schema}_owner", f"{schema}_writer"
+    for name in (owner, writer):
+        postgres.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+    postgres.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {owner}")
+    ((_, first), *_) = migrations()
+    rights = "SELECT, INSERT, DELETE"
+    execute(
+        postgres.url(user=owner),
+        f"SET search_path TO {schema}; {first}"
+        f"GRANT USAGE ON SCHEMA {schema} TO {writer};"
+        f"GRANT SELECT ON schema_version TO {writer}; GRANT SELECT, UPDATE ON head TO {writer};"
+        f"GRANT SELECT, INSERT ON changes TO {writer};"
+        f"GRANT SELECT, INSERT, UPDATE ON users, requests, failures TO {writer};"
+        f"GRANT {rights} ON restrictions, search_terms TO {writer}",
+    )
+    PostgresStore(postgres.url(user=owner, schema=schema)).close()
+    with PostgresStore(postgres.url(user=writer, schema=schema)) as store:
+        store.put_users([user(f"jo{n:05d}") for n in range(2_500)])
+        store.put_users([user("jo")])
+        assert len(store.overview(EVERY, search="jo", limit=1_000)) == 1_000
+        assert [line.user.username for line in store.overview(EVERY, search="jo0249")] == [
+            f"jo{n:05d}" for n in range(2_490, 2_500)
+        ]
+
+
 def test_a_role_that_may_not_is_told_so(roles: dict[str, str]) -> None:
     """What the reader may not, and pruning by the writer, are errors of this library."""
     with PostgresStore(roles["reader"]) as reader, PostgresStore(roles["writer"]) as writer:

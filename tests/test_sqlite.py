@@ -29,6 +29,7 @@ from ipguard.errors import (
 )
 from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
 from ipguard.stores import _sqlite_schema, open_store
+from ipguard.stores._migrations import SCHEMA_VERSION
 from ipguard.stores._sqlite import Session
 from ipguard.stores.sqlite import SQLiteStore, migrations
 from tests.conftest import rounds
@@ -1133,7 +1134,7 @@ def test_checking_only_makes_nothing(path: Path) -> None:
     path.touch()
     with pytest.raises(SchemaVersionError) as raised:
         SQLiteStore(path, migrate=False)
-    assert (raised.value.found, raised.value.needed) == (None, 1)
+    assert (raised.value.found, raised.value.needed) == (None, SCHEMA_VERSION)
     assert path.read_bytes() == b""
     SQLiteStore(path).close()
     SQLiteStore(path, migrate=False).close()
@@ -1169,11 +1170,11 @@ def test_a_newer_schema_that_admits_this_library(store: SQLiteStore, path: Path)
 def test_a_newer_schema_that_does_not(store: SQLiteStore, path: Path) -> None:
     """Such a store cannot be opened, and one that is open stops answering."""
     store.load_policy("jo")
-    set_schema(path, 99, 2)
+    set_schema(path, 99, SCHEMA_VERSION + 1)
     for migrate in (None, True, False):
         with pytest.raises(SchemaVersionError) as raised:
             SQLiteStore(path, migrate=migrate)
-        assert (raised.value.found, raised.value.needed) == (99, 2)
+        assert (raised.value.found, raised.value.needed) == (99, SCHEMA_VERSION + 1)
     with pytest.raises(StoreUnavailable):
         store.changes_since(None)
     with pytest.raises(StoreUnavailable), store.transaction():
@@ -1186,7 +1187,7 @@ def test_an_older_schema_needs_a_migration(path: Path) -> None:
     set_schema(path, 0, 0)
     with pytest.raises(SchemaVersionError) as raised:
         SQLiteStore(path, migrate=False)
-    assert (raised.value.found, raised.value.needed) == (0, 1)
+    assert (raised.value.found, raised.value.needed) == (0, SCHEMA_VERSION)
 
 
 def test_a_faster_process_makes_the_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1207,8 +1208,8 @@ def test_a_faster_process_makes_the_schema(path: Path, monkeypatch: pytest.Monke
 
 def test_a_failed_migration_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A schema is there as a whole or not at all."""
-    ((version, sql),) = migrations()
-    broken = [(version, sql + "INSERT INTO missing VALUES (1);\n")]
+    *before, (version, sql) = migrations()
+    broken = [*before, (version, sql + "INSERT INTO missing VALUES (1);\n")]
     with monkeypatch.context() as patch:
         patch.setattr("ipguard.stores._sqlite_schema.migrations", lambda dialect: broken)
         with pytest.raises(StoreUnavailable, match="missing"):

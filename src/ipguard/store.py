@@ -33,6 +33,7 @@ from typing import Protocol, Self
 from ipguard.model import (
     Accounts,
     Action,
+    Actor,
     Change,
     Changes,
     Page,
@@ -92,6 +93,38 @@ def log_change(change: Change) -> None:
         )
         + (f" {change.detail}" if change.detail else ""),
     )
+
+
+def checked_accounts(accounts: Accounts) -> Accounts:
+    """Return whose rows are asked for; a store does this first in `overview` and `history`.
+
+    Raises:
+        TypeError: It is one text: `"U1" in "xU1"` holds, and a substring would become a right.
+    """
+    if accounts is Actor.EVERY_ACCOUNT:
+        return accounts
+    if isinstance(accounts, (str, bytes)):
+        raise TypeError("accounts must be a set of account ids, or Actor.EVERY_ACCOUNT")
+    return frozenset(accounts)
+
+
+class Closing:
+    """What has a `close`, and is closed by leaving its `with` block."""
+
+    def close(self) -> None:
+        """Give up every resource."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class Transaction(Protocol):
@@ -310,6 +343,7 @@ class RestrictionStore(Protocol):
 
         Raises:
             InvalidValue: `limit` is below 1.
+            TypeError: `accounts` is a str.
         """
 
     def history(
@@ -331,6 +365,7 @@ class RestrictionStore(Protocol):
 
         Raises:
             InvalidValue: `limit` is below 1.
+            TypeError: `accounts` is a str.
         """
 
     def close(self) -> None:

@@ -21,7 +21,8 @@ from ipguard.stores._sql import Params, Row
 
 _TABLES: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE)(\s+)"
-    r"(head|changes|users|search_terms|restrictions|requests|failures|schema_version)\b"
+    r"(head|changes|users|search_blocks|search_terms|restrictions|requests|failures"
+    r"|schema_version)\b"
 )
 _STAGED_AT_ONCE: Final = 5_000
 NEVER: Final = float("inf")
@@ -129,6 +130,9 @@ class Session:
 
     def among(self, column: str) -> str:
         return f"{column} = ANY(?)"
+
+    def each(self) -> str:
+        return "unnest(?::text[]) AS j (value)"
 
     def texts(self, values: Iterable[str]) -> object:
         return list(values)

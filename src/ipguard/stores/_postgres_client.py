@@ -115,14 +115,15 @@ class Client:
                     raise
 
     @contextmanager
-    def snapshot(self, patience: float) -> Iterator[Session]:
+    def snapshot(self, patience: float, settings: str = "") -> Iterator[Session]:
         """Run the block's statements against one committed state.
 
         Args:
             patience: How many seconds each of them may take.
+            settings: Further statements to begin with, in the same round trip.
         """
-        with self.begun(_SNAPSHOT) as (session, found):
-            self.refuse_recovering(found[-1][0][0])
+        with self.begun(f"{_SNAPSHOT}; {settings}") as (session, found):
+            self.refuse_recovering(found[1][0][0])
             session.patience = patience
             yield session
             session.script("COMMIT")

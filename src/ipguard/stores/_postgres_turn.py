@@ -111,6 +111,9 @@ class Turn:
     def among(self, column: str) -> str:
         return self._session.among(column)
 
+    def each(self) -> str:
+        return self._session.each()
+
     def texts(self, values: Iterable[str]) -> object:
         return self._session.texts(values)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
-from unicodedata import normalize
 
 from ipguard.addresses import AddressRange
 from ipguard.errors import StoreUnavailable
@@ -57,8 +56,11 @@ class Executor(Protocol):
     def among(self, column: str) -> str:
         """Return the condition that a column is one of the texts in one parameter."""
 
+    def each(self) -> str:
+        """Return a table `j` whose column `value` holds the texts in one parameter."""
+
     def texts(self, values: Iterable[str]) -> object:
-        """Return the parameter for `among`."""
+        """Return the parameter for `among` and `each`."""
 
 
 def micros(moment: datetime) -> int:
@@ -301,26 +303,3 @@ def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
             return EVERYBODY
         names.update(json.loads(text))
     return frozenset(names)
-
-
-def folded(text: str) -> str:
-    """Return text as it is searched for; two rounds make any username its canonical form."""
-    once = normalize("NFKC", text).casefold()
-    return " ".join(normalize("NFKC", once).casefold().split())
-
-
-def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
-    """Return what a search text may begin: a name counts from each of its words on."""
-    words = folded(full_name).split()
-    terms = {" ".join(words[at:]) for at in range(len(words))}
-    return {folded(username), folded(account_id), *terms} - {""}
-
-
-def prefix_range(start: str) -> tuple[str, str]:
-    """Return the bounds between which, by code point, just the texts with that beginning are."""
-    kept = start.rstrip("\U0010ffff")
-    if not kept:
-        return start, "\U0010ffff" * (len(start) + 1)
-    following = ord(kept[-1]) + 1
-    # Surrogates cannot be stored, nor bound as a parameter.
-    return start, kept[:-1] + chr(0xE000 if following == 0xD800 else following)

@@ -7,8 +7,9 @@ from typing import Final
 
 from ipguard.model import EVERYBODY, Action, Change, User
 from ipguard.store import NAMED_AT_MOST
-from ipguard.stores._sql import USER, Executor, Row, columns, search_terms, user_row
+from ipguard.stores._sql import USER, Executor, Row, columns, user_row
 from ipguard.stores._sql_read import head
+from ipguard.stores._sql_terms import TERM, Placing, add_blocks, cut_grown
 from ipguard.stores._sql_write import SqlTransaction
 
 _CHUNK: Final = 1_000
@@ -50,7 +51,10 @@ class StagedUsers:
             "CREATE TEMPORARY TABLE changed_users (username TEXT PRIMARY KEY, full_name TEXT,"
             " account_id TEXT, email TEXT, added INTEGER)"
         )
-        db.run("CREATE TEMPORARY TABLE changed_terms (term TEXT, username TEXT)")
+        db.run(
+            "CREATE TEMPORARY TABLE changed_terms (username TEXT, term TEXT, block INTEGER,"
+            " account_id TEXT)"
+        )
         rows = ((seq, *user_row(user)) for seq, user in enumerate(users))
         db.insert_many("staged_users", f"seq, {USER}", rows)
         _keep_last(db, "staged_users")
@@ -61,21 +65,22 @@ class StagedUsers:
         db.run("DELETE FROM changed_users")
         db.run("DELETE FROM changed_terms")
         db.run(_FIND_CHANGED)
-        db.insert_many("changed_terms", "term, username", self._changed_terms(db))
+        self._placing = Placing(db)
+        terms = self._placing.terms(self._changed(db))
+        db.insert_many("changed_terms", TERM, terms)
         ((count,),) = db.rows("SELECT count(*) FROM changed_users")
         return self._seen[0], count
 
     @staticmethod
-    def _changed_terms(db: Executor) -> Iterator[Row]:
+    def _changed(db: Executor) -> Iterator[Row]:
         last = ""
         while True:
             rows = db.rows(
-                "SELECT username, full_name, account_id FROM changed_users WHERE username > ?"
-                " ORDER BY username LIMIT ?",
+                "SELECT username, full_name, account_id, added FROM changed_users"
+                " WHERE username > ? ORDER BY username LIMIT ?",
                 (last, _CHUNK),
             )
-            for row in rows:
-                yield from ((term, row[0]) for term in search_terms(*row))
+            yield from rows
             if len(rows) < _CHUNK:
                 return
             last = rows[-1][0]
@@ -89,12 +94,13 @@ class StagedUsers:
         ((count, added),) = db.rows("SELECT count(*), count(nullif(added, 0)) FROM changed_users")
         if not count:
             return None
+        placing = self._placing
+        add_blocks(db, placing.new, placing.cut)
         db.run("DELETE FROM search_terms WHERE username IN (SELECT username FROM changed_users)")
-        db.run(
-            "INSERT INTO search_terms (term, username)"
-            " SELECT term, username FROM changed_terms ORDER BY username, term"
-        )
+        db.run(f"INSERT INTO search_terms ({TERM}) SELECT {TERM} FROM changed_terms")
         db.run(_APPLY_USERS)
+        for block in placing.touched:
+            cut_grown(db, block)
         # A login asks only whether a user is known: a new name or account decides nothing.
         return _append_users(
             turn,

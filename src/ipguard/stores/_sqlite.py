@@ -78,6 +78,9 @@ class Session:
     def among(self, column: str) -> str:
         return f"{column} IN (SELECT value FROM json_each(?))"
 
+    def each(self) -> str:
+        return "json_each(?) j"
+
     def texts(self, values: Iterable[str]) -> object:
         return dumps(list(values), ensure_ascii=False)
 

@@ -15,8 +15,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from types import TracebackType
-from typing import Self
 from unicodedata import normalize
 
 from ipguard import rules
@@ -39,14 +37,14 @@ from ipguard.model import (
     UserOverview,
     checked_time,
 )
-from ipguard.store import Transaction, log_change
+from ipguard.store import Closing, Transaction, checked_accounts, log_change
 from ipguard.stores._memory import Row, State, Turn, new_token, pending_of
 from ipguard.usernames import canonical_usernames
 
 __all__ = ["MemoryStore"]
 
 
-class MemoryStore:
+class MemoryStore(Closing):
     """A store that lives and dies with its process. See `ipguard.store.RestrictionStore`.
 
     Args:
@@ -130,6 +128,7 @@ class MemoryStore:
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username."""
         _check_limit(limit)
+        accounts = checked_accounts(accounts)
         state, now, matches = self._snapshot(), self.now(), _Search(search)
         found = sorted(
             name
@@ -151,6 +150,7 @@ class MemoryStore:
     ) -> Page[Change]:
         """Return changes, the newest first."""
         _check_limit(limit)
+        accounts = checked_accounts(accounts)
         head = self._snapshot().head
         found = []
         for revision in range(head if before is None else min(head, before - 1), 0, -1):
@@ -169,17 +169,6 @@ class MemoryStore:
         with self._touched:
             self._closed = True
             self._touched.notify_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _snapshot(self) -> State:
         # Before any lock: a thread of the parent may have held it, and in a child nobody lets go.

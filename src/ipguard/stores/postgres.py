@@ -17,8 +17,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from ipguard.errors import StoreUnavailable
 from ipguard.model import (
@@ -32,8 +31,9 @@ from ipguard.model import (
     UserOverview,
     checked_time,
 )
-from ipguard.store import Transaction, log_change
+from ipguard.store import Closing, Transaction, log_change
 from ipguard.stores import _postgres_schema as schema
+from ipguard.stores import _sql_pages as pages
 from ipguard.stores import _sql_read as read
 from ipguard.stores import _sql_users as users_of
 from ipguard.stores._migrations import migrations as _migrations
@@ -63,7 +63,7 @@ def migrations() -> list[tuple[int, str]]:
     return _migrations("postgresql")
 
 
-class PostgresStore:
+class PostgresStore(Closing):
     """A store in PostgreSQL. See `ipguard.store.RestrictionStore` for what each method does.
 
     Each keyword below but the first two may be an option of the URL instead; what else the URL
@@ -182,8 +182,8 @@ class PostgresStore:
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username."""
-        with self._client.snapshot(self._options.timeout) as session:
-            return read.overview(
+        with self._client.snapshot(self._options.timeout, _PAGES) as session:
+            return pages.overview(
                 session, self.now(), accounts, search=search, after=after, limit=limit
             )
 
@@ -196,9 +196,8 @@ class PostgresStore:
         limit: int = 100,
     ) -> Page[Change]:
         """Return changes, the newest first."""
-        return self._client.read(
-            lambda it: read.history(it, accounts, username=username, before=before, limit=limit)
-        )
+        with self._client.snapshot(self._options.timeout, _PAGES) as session:
+            return pages.history(session, accounts, username=username, before=before, limit=limit)
 
     # -------------------------------------------------------------------------- writing
 
@@ -255,23 +254,20 @@ class PostgresStore:
         self._client.pool.close()
         self._listener.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 _POLICY: Final = read.POLICY % "pg_is_in_recovery()"
 _CHANGES: Final = f"""
 SELECT f.*, pg_is_in_recovery(), {schema.MICROS}, v.version, v.oldest, s.touching
 FROM ({read.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
 """
+# The statements of a page say themselves in which order to go, by which index. The planner would
+# know better only with statistics, which a store that was filled just now does not have.
+_PAGES: Final = (
+    "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off;"
+    " SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;"
+    " SET LOCAL enable_material = off; SET LOCAL max_parallel_workers_per_gather = 0;"
+    " SET LOCAL join_collapse_limit = 1; SET LOCAL plan_cache_mode = force_custom_plan"
+)
 _NOTIFY: Final = "SELECT pg_notify(?, ?)"
 
 

@@ -27,8 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.model import (
@@ -43,7 +42,8 @@ from ipguard.model import (
     UserOverview,
     checked_time,
 )
-from ipguard.store import Transaction, log_change
+from ipguard.store import Closing, Transaction, log_change
+from ipguard.stores import _sql_pages as pages
 from ipguard.stores import _sql_read as read
 from ipguard.stores import _sql_users as users_of
 from ipguard.stores import _sqlite_schema as schema
@@ -70,7 +70,7 @@ def migrations() -> list[tuple[int, str]]:
     return _migrations("sqlite")
 
 
-class SQLiteStore:
+class SQLiteStore(Closing):
     """A store in one SQLite file. See `ipguard.store.RestrictionStore` for what each method does.
 
     Args:
@@ -179,7 +179,7 @@ class SQLiteStore:
         """Return users with their restrictions and live pending requests, by username."""
         now = self.now()
         with self._pool.session() as session, session.snapshot():
-            return read.overview(session, now, accounts, search=search, after=after, limit=limit)
+            return pages.overview(session, now, accounts, search=search, after=after, limit=limit)
 
     def history(
         self,
@@ -191,7 +191,7 @@ class SQLiteStore:
     ) -> Page[Change]:
         """Return changes, the newest first."""
         with self._pool.session() as session, session.snapshot():
-            return read.history(session, accounts, username=username, before=before, limit=limit)
+            return pages.history(session, accounts, username=username, before=before, limit=limit)
 
     # -------------------------------------------------------------------------- writing
 
@@ -290,17 +290,6 @@ class SQLiteStore:
         """Let the waiting go and refuse every later call."""
         self._pool.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class _Turn:
     """The `Executor` of one transaction: of no use when that is over, or in a forked child."""
@@ -330,6 +319,9 @@ class _Turn:
 
     def among(self, column: str) -> str:
         return self._session.among(column)
+
+    def each(self) -> str:
+        return self._session.each()
 
     def texts(self, values: Iterable[str]) -> object:
         return self._session.texts(values)

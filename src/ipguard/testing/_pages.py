@@ -89,6 +89,15 @@ class OverviewTests(Hooks):
         assert self._found(accounts=many) == []
         assert self._found(accounts=many | A1) == ["alice", "bob"]
 
+    def test_one_text_is_no_set_of_accounts(self) -> None:
+        """A str for the accounts is refused: any part of it would be taken for one of them."""
+        self.put("alice", account_id="A1")
+        for text in ("A1", "xA1", ""):
+            with raises(TypeError):
+                self.store.overview(text)  # type: ignore[arg-type]
+            with raises(TypeError):
+                self.store.history(text)  # type: ignore[arg-type]
+
     def test_pages_follow_one_another(self) -> None:
         """Pages hold each user once, in order; the last one says that it is the last."""
         names = [f"user{n:03d}" for n in range(12)]

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 import attrs
 
@@ -33,7 +32,7 @@ from ipguard.model import (
     checked_time,
 )
 from ipguard.notify import Notifier
-from ipguard.store import RestrictionStore, Transaction, log_change, particulars
+from ipguard.store import Closing, RestrictionStore, Transaction, log_change, particulars
 from ipguard.usernames import canonical_username
 from ipguard.workflow import _steps
 from ipguard.workflow._settings import WorkflowSettings
@@ -46,7 +45,7 @@ Asked = tuple[StoredRequest, str, Change]
 _UNSET = datetime.min.replace(tzinfo=UTC)
 
 
-class Base:
+class Base(Closing):
     """The store, the notifier and the keys of a workflow, and what its calls do with them."""
 
     def __init__(
@@ -212,17 +211,6 @@ class Base:
 
     def close(self) -> None:
         """Do nothing: a workflow holds nothing of its own. The store is the host's to close."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def wanted_restriction(

@@ -1,0 +1,74 @@
+-- ipguard, schema 2, for PostgreSQL: pages that cost the same however many users there are.
+-- Run it with the search path set to the schema that holds the tables.
+--
+-- Libraries written for schema 1 may use it. What they write is found: the new columns are NULL
+-- then, or made by the database. Only their own searches take longer.
+
+-- The users in the order of their names, cut into pieces of about a thousand; the first username
+-- that belongs to each.
+CREATE TABLE search_blocks (
+    first TEXT COLLATE "C" PRIMARY KEY,
+    id BIGINT NOT NULL UNIQUE CHECK (id > 0)
+);
+INSERT INTO search_blocks (first, id) VALUES ('', 1);
+INSERT INTO search_blocks (first, id)
+SELECT username, 1 + place / 1000
+FROM (SELECT username, row_number() OVER (ORDER BY username) AS place FROM users) u
+WHERE place % 1000 = 0;
+
+-- The block that the user is in: 0 where the term is the username, NULL where nobody has said yet.
+-- The account of the user; NULL where the term is its name, or the username.
+DROP INDEX search_terms_by_term;
+ALTER TABLE search_terms ADD COLUMN block BIGINT, ADD COLUMN account_id TEXT COLLATE "C";
+UPDATE search_terms t SET
+    block = CASE WHEN t.term = t.username THEN 0 ELSE u.block END,
+    account_id = CASE WHEN t.term IN (t.username, lower(u.account_id)) THEN NULL ELSE u.account_id END
+FROM (
+    SELECT username, account_id, 1 + row_number() OVER (ORDER BY username) / 1000 AS block FROM users
+) u
+WHERE t.username = u.username;
+CREATE INDEX search_terms_of_block ON search_terms (block, term, username) WHERE block > 0;
+CREATE INDEX search_terms_of_account ON search_terms (account_id, block, term, username)
+    WHERE account_id IS NOT NULL;
+CREATE INDEX search_terms_unplaced ON search_terms (term, username) WHERE block IS NULL;
+
+-- How many bytes of the first address the last one begins with, and 100 more for IPv6: runs of
+-- addresses that share as much, and hold an address, begin near it.
+DROP INDEX restrictions_by_address;
+ALTER TABLE restrictions ADD COLUMN shared BIGINT GENERATED ALWAYS AS (
+    (length(first_ip) = 16)::int * 100
+    + (substr(first_ip, 1, 1) = substr(last_ip, 1, 1))::int + (substr(first_ip, 1, 2) = substr(last_ip, 1, 2))::int
+    + (substr(first_ip, 1, 3) = substr(last_ip, 1, 3))::int + (substr(first_ip, 1, 4) = substr(last_ip, 1, 4))::int
+    + (length(first_ip) = 16)::int * (
+        (substr(first_ip, 1, 5) = substr(last_ip, 1, 5))::int + (substr(first_ip, 1, 6) = substr(last_ip, 1, 6))::int
+        + (substr(first_ip, 1, 7) = substr(last_ip, 1, 7))::int + (substr(first_ip, 1, 8) = substr(last_ip, 1, 8))::int
+        + (substr(first_ip, 1, 9) = substr(last_ip, 1, 9))::int + (substr(first_ip, 1, 10) = substr(last_ip, 1, 10))::int
+        + (substr(first_ip, 1, 11) = substr(last_ip, 1, 11))::int + (substr(first_ip, 1, 12) = substr(last_ip, 1, 12))::int
+        + (substr(first_ip, 1, 13) = substr(last_ip, 1, 13))::int + (substr(first_ip, 1, 14) = substr(last_ip, 1, 14))::int
+        + (substr(first_ip, 1, 15) = substr(last_ip, 1, 15))::int + (first_ip = last_ip)::int
+    )
+) STORED;
+CREATE INDEX restrictions_of_network ON restrictions (shared, first_ip, last_ip, username);
+
+DROP INDEX users_of_account;
+CREATE INDEX users_of_account ON users (account_id, removed, username);
+CREATE INDEX users_by_presence ON users (removed, username, account_id);
+
+-- Who could write terms goes on doing so, in blocks.
+DO $$
+DECLARE
+    role text;
+BEGIN
+    FOR role IN
+        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_class c, aclexplode(c.relacl) a
+        WHERE c.oid = 'search_terms'::regclass AND a.privilege_type = 'INSERT'
+            AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE format('GRANT SELECT, INSERT ON search_blocks TO %s', role);
+        EXECUTE format('GRANT UPDATE ON search_terms TO %s', role);
+    END LOOP;
+END
+$$;
+
+UPDATE schema_version SET version = 2;
