@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -12,11 +14,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ipguard
 from ipguard.cli import _codes, _secret
 from ipguard.cli._output import clean
 from tests.cli import PROGRAM, Shell, schemas, validator
+from tests.conftest import rounds
 from tests.test_docs import ROOT, table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
@@ -218,6 +223,53 @@ def test_control_characters_reach_no_terminal(shell: Shell, tmp_path: Path):
     asked = shell.within("check", "a\x1b[2Jb", "1.2.3.4")
     assert asked.out == "not allowed: bad_username\n"
     assert clean("déjà vu 漢字") == "déjà vu 漢字"
+
+
+def test_any_stream_will_do(shell: Shell, tmp_path: Path):
+    """An encoding without the letter, no standard output at all, a full disk."""
+    url = f"sqlite:///{tmp_path}/zoe.db"
+    with ipguard.open_store(url) as store:
+        store.put_users([ipguard.User(username="zoe", full_name="Zoë 漢", account_id="U1")])
+    env = {"IPGUARD_URL": url, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [*PROGRAM, "users", "list"], env=shell.env | env, capture_output=True, check=True
+    )
+    assert done.stdout.decode("latin-1").splitlines()[1].split("\t")[1] == "Zoë \\u6f22"
+    program = " ".join(map(shlex.quote, PROGRAM))
+    for way, code in ((">&-", 0), (">/dev/full", 9), (">&- 2>&-", 0)):
+        ended = subprocess.run(
+            f"{program} users list {way}",
+            shell=True,
+            env=shell.env | env,
+            capture_output=True,
+            check=False,
+        )
+        assert ended.returncode == code
+        assert b"Traceback" not in ended.stderr
+
+
+_WORDS = st.one_of(
+    st.sampled_from(
+        ["jsmith", "203.0.113.7", "--json", "--limit", "1", "--reason", "x", "--all", "--", "-",
+         "--expires", "9999d", "--as", "rita", "--every-account", "--mail", "console", "--removed",
+         "0x", "--before", "99999999999999999999", "--since", "--format", "csv", "--user"]
+    ),
+    st.text(max_size=8).filter(lambda text: "\0" not in text),
+)  # fmt: skip
+_COMMANDS = st.sampled_from(
+    ["list", "history", "check", "explain", "impose", "lift", "unlock", "request", "confirm",
+     "cancel", "resend", "delete", "doctor", "users list"]
+)  # fmt: skip
+
+
+@settings(max_examples=rounds(150, 5_000))
+@given(_COMMANDS, st.lists(_WORDS, max_size=6))
+def test_no_arguments_are_a_defect(shell: Shell, command: str, words: list[str]):
+    """Whatever is typed: a code of the table, and never that of a defect."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO("12345-67890\n"))
+        done = shell.within(*command.split(), *words)
+    assert done.code in set(_codes.Exit) - {_codes.Exit.DEFECT}, done.err
 
 
 def test_completion(shell: Shell):

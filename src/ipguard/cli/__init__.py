@@ -7,9 +7,11 @@ exit code. docs/cli.md is its manual.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -68,6 +70,7 @@ def run(args: list[str]) -> int:
     Returns:
         The exit code, one of `Exit`. Whatever is wrong is told on standard error.
     """
+    _make_streams()
     if not args or args == ["users"]:
         args = [*args, "--help"]
     out = Output(as_json="--json" in args)
@@ -80,6 +83,16 @@ def run(args: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.PIPE
     return code
+
+
+def _make_streams() -> None:
+    """See to it that whatever is written can be, by any terminal's encoding and by none at all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as we live
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(args: list[str], out: Output) -> int:

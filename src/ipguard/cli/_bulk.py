@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Self, cast
@@ -94,6 +92,9 @@ def rewindable(stream: BinaryIO) -> Iterator[BinaryIO]:
     if stream.seekable():
         yield stream
         return
+    import shutil
+    import tempfile
+
     with tempfile.TemporaryFile() as kept:
         shutil.copyfileobj(stream, kept)
         kept.seek(0)

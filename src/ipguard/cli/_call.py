@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -151,6 +150,8 @@ class Call:
         path = self._setting("settings", "IPGUARD_SETTINGS")
         if path is None:
             return ipguard.WorkflowSettings()
+        import tomllib
+
         try:
             found = tomllib.loads(Path(path).read_text("utf-8"))
         except OSError as exc:

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from ipguard.cli._codes import Exit, Problem
 
 _NUMBER_AT_MOST: Final = 200
+_KEYS_AT_MOST: Final = 2**16
 _SECRET_OPTIONS: Final = frozenset({"password", "sslpassword"})
 
 
@@ -56,7 +57,8 @@ def read_keys(path: str | None) -> list[bytes]:
     named = path or os.environ.get("IPGUARD_KEY_FILE")
     if named:
         try:
-            found = Path(named).read_bytes().split()
+            with Path(named).open("rb") as file:
+                found = file.read(_KEYS_AT_MOST).split()
         except OSError as exc:
             raise Problem(
                 Exit.CONFIG,

@@ -21,7 +21,6 @@ from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._secret import read_keys
 from ipguard.confirmation import Keyring
 from ipguard.errors import IPGuardError
-from ipguard.mail import EmailNotifier
 from ipguard.store import RestrictionStore
 
 _SKEW: Final = 2.0  # seconds that nobody would notice
@@ -202,6 +201,8 @@ def _settings(call: Call) -> Findings:
 
 
 def _mail(call: Call, send_test: str | None) -> Findings:
+    from ipguard.mail import EmailNotifier
+
     notifier = call.notifier()
     if not isinstance(notifier, EmailNotifier):
         yield Finding("mail", "warn", "is printed, not sent", "name a mail server")
