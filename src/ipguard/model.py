@@ -53,7 +53,11 @@ def checked_text(name: str, value: object, limit: int, *, required: bool = False
         raise InvalidValue(name, f"has more than {limit} characters")
     if required and not value.strip():
         raise InvalidValue(name, "must not be empty")
-    if any(c in _BIDI_CONTROLS or unicodedata.category(c) in _FORBIDDEN_CATEGORIES for c in value):
+    # In ASCII what is not printable is just what is refused, and that is found out at once.
+    plain = value.isascii() and value.isprintable()
+    if not plain and any(
+        c in _BIDI_CONTROLS or unicodedata.category(c) in _FORBIDDEN_CATEGORIES for c in value
+    ):
         raise InvalidValue(name, "must not hold control characters")
     return value
 
