@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ipguard
+from ipguard.cli import doctor
 from ipguard.model import Action
 from ipguard.stores.postgres import grants
 from tests.cli import PROGRAM, Shell, validator
@@ -169,6 +170,20 @@ def test_doctor_says_what_to_do(shell: Shell):
     assert failed == ["store", "key", "settings", "mail"]
     assert "ipguard init" in done.out
     assert not (shell.folder / "gone.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("ahead", "state", "words"),
+    [(1, "ok", "agree"), (60, "warn", "ahead of"), (-60, "warn", "behind")],
+)
+def test_doctor_compares_the_clocks(ahead: int, state: str, words: str):
+    """The store's decides; who reads the host's should know that they differ."""
+    with ipguard.open_store(
+        "memory://", clock=lambda: datetime.now(UTC) + timedelta(seconds=ahead)
+    ) as store:
+        (finding,) = doctor._clock(store)
+    assert finding.state == state
+    assert words in finding.found
 
 
 def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):

@@ -22,6 +22,7 @@ from ipguard.cli._secret import read_keys
 from ipguard.confirmation import Keyring
 from ipguard.errors import IPGuardError
 from ipguard.store import RestrictionStore
+from ipguard.stores._migrations import SCHEMA_VERSION
 
 _SKEW: Final = 2.0  # seconds that nobody would notice
 _NAMED: Final = 10
@@ -107,7 +108,8 @@ def _store(call: Call, tell: Callable[[Findings], None]) -> Findings:
         took = (time.perf_counter() - began) * 1000
         place = repr(store).strip("<>")
         yield Finding("store", "ok", f"{place} answers in {took:.0f} ms, revision {head}")
-        yield Finding("schema", "ok", "fits this library")
+        fits = f"fits this library, which is of version {SCHEMA_VERSION}"
+        yield Finding("schema", "ok", fits)
         tell(_guarded("clock", lambda: _clock(store)))
         scheme = call.url.partition("://")[0].lower()
         if scheme == "sqlite":
