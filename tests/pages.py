@@ -250,10 +250,10 @@ class Browser:
 
 
 class Office(Desk):
-    """A desk over a file, with a guard and browsers of one adapter."""
+    """A desk, over a file as a rule, with a guard and browsers of one adapter."""
 
-    def __init__(self, path: Path, adapter: str) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | None, adapter: str, *, url: str = "memory://") -> None:
+        super().__init__(path, url=url)
         self.adapter = adapter
         self.guard = Guard(self.store, monotonic=self.clock.monotonic)
 
