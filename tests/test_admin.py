@@ -329,6 +329,15 @@ def test_errors_are_beside_their_field(office: Office, fields, field, text):
     assert title.startswith("Error: ")
 
 
+def test_a_trader_who_was_removed(office: Office):
+    """Nobody can ask for a restriction of a user that the host removed."""
+    office.add(HOME)
+    boss = office.browser(BOSS, "/add")
+    office.store.remove_users(["jsmith"])
+    boss.press("Submit", user="jsmith", addresses=OFFICE)
+    assert "There is no such trader among yours." in boss.page.part("user-problem")
+
+
 def test_several_errors_at_once(office: Office):
     """All that is wrong is said at once."""
     alice = office.browser(ALICE, "/add")
@@ -608,6 +617,7 @@ def test_a_delete_that_waits_already(office: Office):
     """Asking twice leads to the request that waits, also somebody else's; a failed mail is said."""
     office.use(confirm_deletes=True)
     restriction = office.add(OFFICE)
+    office.ask(HOME)
     office.outbox.fail = True
     alice = office.browser(ALICE, f"/delete?user=jsmith&restriction={restriction.id}")
     alice.press("Delete", open="accept")

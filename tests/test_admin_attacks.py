@@ -10,6 +10,7 @@ import pytest
 from ipguard import Actor, IPGuardError, StoreUnavailable, User, Workflow
 from ipguard.admin import asgi_app
 from ipguard.admin._http import BODY_LIMIT
+from ipguard.admin._signing import Signer
 from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, KEY, OFFICE
 from tests.pages import Browser, Office, asgi
 from tests.pages import office as office  # noqa: PLC0414 - a fixture
@@ -113,6 +114,11 @@ def test_what_is_signed_for_a_cookie_is_no_token(office: Office):
     alice = office.browser(ALICE)
     alice.press("Search", search="smith")
     forged(office, alice, {"token": alice.cookies["ipguard-search"]})
+
+
+def test_keys_are_not_shown():
+    """Who prints the signer learns how many keys there are, no more."""
+    assert repr(Signer([b"secret" * 6, b"x" * 32])) == "<Signer of 2 keys>"
 
 
 def test_the_servers_of_a_balancer_agree(office: Office):

@@ -1,5 +1,6 @@
 """The page in its hosts: under a prefix, in four frameworks, with the host's own sign-in."""
 
+import asyncio
 import base64
 import importlib.util
 import re
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import werkzeug.test
+import werkzeug.wrappers
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import PlainTextResponse, RedirectResponse
@@ -21,7 +24,7 @@ from werkzeug.utils import redirect
 
 import ipguard
 from ipguard import InvalidValue, admin
-from ipguard.admin import asgi_app, wsgi_app
+from ipguard.admin import _wsgi, asgi_app, wsgi_app
 from ipguard.admin._asgi import _place
 from ipguard.admin._http import BODY_LIMIT, POLICY
 from ipguard.admin._site import ROUTES
@@ -364,3 +367,42 @@ def test_the_guide_has_the_policy_that_is_sent():
     guide = " ".join((ROOT / "docs" / "admin.md").read_text().split())
     assert f"Content-Security-Policy: {POLICY}" in guide
     assert f"{BODY_LIMIT // 1024} KiB" in guide
+
+
+# -- what servers do besides requests
+
+
+def test_the_servers_start_and_end(asgi_office: Office):
+    """Served by itself, it takes part in a server's start and end; there are no web sockets."""
+    page: Any = asgi_app(asgi_office.flow, asgi_office.guard, authenticate=lambda _: ALICE)
+    sent: list[str] = []
+
+    async def run(scope: dict[str, Any], *received: str) -> None:
+        waiting = list(received)
+
+        async def receive() -> dict[str, Any]:
+            return {"type": waiting.pop(0)}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message["type"])
+
+        await page(scope, receive, send)
+
+    asyncio.run(run({"type": "lifespan"}, "lifespan.startup", "lifespan.shutdown"))
+    asyncio.run(run({"type": "websocket", "path": "/"}, "websocket.connect"))
+    assert sent == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+        "websocket.close",
+    ]
+    # A client that leaves before its form is there gets no answer, and does no harm.
+    scope = {"type": "http", "method": "POST", "path": "/cancel", "headers": [], "scheme": "http"}
+    asyncio.run(run({**scope, "server": ("h", 80), "query_string": b""}, "http.disconnect"))
+    assert len(sent) == 3
+
+
+def test_a_body_that_is_cut_off():
+    """What is left of a form whose client went away is no form."""
+    environ = werkzeug.test.create_environ(method="POST", data=b"token=x")
+    environ["CONTENT_LENGTH"] = "70"
+    assert _wsgi._body(werkzeug.wrappers.Request(environ)) == b""

@@ -31,13 +31,11 @@ class Assets:
         self._files: dict[str, tuple[str, bytes]] = {}
         self.names: dict[str, str] = {}
         for path in sorted((_HERE / "static").iterdir()):
-            kind = _TYPES.get(path.suffix)
-            if kind is not None:
-                content = path.read_bytes()
-                digest = hashlib.sha256(content).hexdigest()[:16]
-                name = f"{path.stem}.{digest}{path.suffix}"
-                self.names[path.name] = name
-                self._files[name] = (f"{kind}; charset=utf-8", content)
+            content = path.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            name = f"{path.stem}.{digest}{path.suffix}"
+            self.names[path.name] = name
+            self._files[name] = (f"{_TYPES[path.suffix]}; charset=utf-8", content)
 
     def get(self, name: str) -> Response | None:
         """Return a file under the name that holds its digest; it may be kept for ever."""

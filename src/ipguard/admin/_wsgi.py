@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 from werkzeug.wrappers import Request as Asked
@@ -13,14 +13,14 @@ from ipguard.admin._http import BODY_LIMIT, Request, Response
 from ipguard.admin._site import Site
 from ipguard.model import Actor
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+Environ = dict[str, Any]
+StartResponse = Callable[..., Any]
 
 
-def make(site: Site) -> WSGIApplication:
+def make(site: Site) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
     """Make the application."""
 
-    def page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def page(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         asked = Asked(environ)
         request = _request(asked)
         answer = site.public(request)
