@@ -28,8 +28,8 @@ import pyperf
 from benchmarks.scale import SCALES, Scale
 from benchmarks.work import Ask, Pair, nothing
 
-#: What a turn may take beside its slot; how many calls one by one that leaves time for.
-_SINGLES_FOR = 0.5
+#: For how many seconds calls of one subject are timed one by one.
+_SINGLES_FOR = 0.2
 
 
 #: A process and one of its rounds.
@@ -128,6 +128,7 @@ class Part:
         fewer: By what the number of processes is divided.
         rounds: How many rounds are enough, however many the scale says.
         singles: Whether calls are timed one by one as well.
+        a_second: What there are so many of in a second, where that is asked.
     """
 
     title: str
@@ -137,6 +138,7 @@ class Part:
     fewer: int = 1
     rounds: int = 1000
     singles: bool = True
+    a_second: str = ""
 
 
 class Rounds:

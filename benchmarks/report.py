@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -36,14 +37,27 @@ def machine() -> dict[str, str]:
         "processor": cpu[1] if cpu else platform.processor() or "unknown",
         "cores": str(os.cpu_count()),
         "memory": f"{int(memory[1]) / 2**20:.0f} GiB" if memory else "unknown",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {_kernel()} {platform.machine()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "compiler": platform.python_compiler(),
         "ipguard": ipguard.__version__,
+        **{name: _version(name) for name in ("attrs", "cachetools", "netaddr", "pyperf")},
         "sqlite": sqlite3.sqlite_version,
         "postgresql": _postgres(),
         "load before": f"{os.getloadavg()[0]:.1f}",
     }
+
+
+def _kernel() -> str:
+    # Who built it for whom is nobody's business.
+    return ".".join(re.findall(r"\d+", platform.release())[:2])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _text(path: str) -> str:
@@ -58,7 +72,7 @@ def _postgres() -> str:
         from tests.postgres import programs  # noqa: PLC0415 - it needs the driver
 
         command = [str(programs() / "postgres"), "--version"]
-        return subprocess.check_output(command, text=True).split()[-1]
+        return subprocess.check_output(command, text=True).split()[2]
     except Exception as exc:
         return f"none: {exc}".splitlines()[0]
 
@@ -114,7 +128,7 @@ def results(
 def _part(name: str, scale: Scale, figures: Figures) -> dict[str, Any]:
     part = PARTS[name](scale)
     floor = part.subjects[0].name
-    subjects = {}
+    subjects: dict[str, dict[str, Any]] = {}
     for subject in part.subjects:
         seconds = list(figures.seconds.get(subject.name, {}).values())
         per = None if subject.name == floor else subject.per or floor
@@ -144,6 +158,11 @@ def _part(name: str, scale: Scale, figures: Figures) -> dict[str, Any]:
         "facts": {
             told: _median([facts[told] for facts in figures.facts if facts.get(told) is not None])
             for told in (figures.facts[0] if figures.facts else ())
+        }
+        | {
+            f"{told}: {part.a_second} a second": 1e9 / it["median_ns"]
+            for told, it in subjects.items()
+            if part.a_second and it["median_ns"]
         },
         "failed": {who: why for who, why in figures.failed.items() if who in ("the part", "facts")},
     }
@@ -242,7 +261,7 @@ def as_markdown(found: Results) -> str:
         table(
             ["", "lets in what must stay out", "keeps out what may come in", "raises an exception"],
             [
-                [peer["name"], *(", ".join(peer[key]) or "-" for key in _DIFFERENCES)]
+                [peer["name"], *(_grouped(peer[key]) for key in _DIFFERENCES)]
                 if peer["error"] is None
                 else [peer["name"], f"could not be asked: {peer['error']}", "", ""]
                 for peer in found["peers"]
@@ -262,6 +281,13 @@ def _made(found: Results) -> str:
         f" hand. What it means: [Performance](../performance.md). Way of running: {scale['name']},"
         f" up to {scale['processes']} processes with {scale['rounds']} rounds each.\n"
     )
+
+
+def _grouped(questions: list[list[str]]) -> str:
+    by_what: dict[str, list[str]] = {}
+    for about, ip in questions:
+        by_what.setdefault(about, []).append(f"`{ip!r}`")
+    return "; ".join(f"{about}: {', '.join(ips)}" for about, ips in by_what.items()) or "-"
 
 
 _DIFFERENCES = ("lets in", "keeps out", "raises")

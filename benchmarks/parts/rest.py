@@ -203,6 +203,7 @@ def confirms(scale: Scale) -> Part:  # noqa: ARG001
                 make=lambda: Confirms(open_store(server())),
             ),
         ],
+        a_second="commits",
         slot=25.0,
         rounds=12,
     )

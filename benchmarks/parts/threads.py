@@ -221,6 +221,7 @@ def threads(scale: Scale) -> Part:
             for number, (count, writer) in enumerate(names)
         ],
         facts=facts,
+        a_second="answers",
         slot=50.0,
         rounds=8,
     )

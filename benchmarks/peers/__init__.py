@@ -54,7 +54,7 @@ PEERS = (
         packages=("cachetools", "netaddr"),
         load=written.ttl_cache_over_netaddr,
         how="answers in a TTLCache of 5 s, under a lock; else a list of IPNetwork is asked",
-        lacks="all but the matching, which is ours",
+        lacks="all of it is written for this; the packages cache and match",
         cached=True,
     ),
     Peer(
@@ -62,7 +62,7 @@ PEERS = (
         packages=("cachetools",),
         load=written.ttl_cache_over_ipaddress,
         how="the same over the standard library's ip_network",
-        lacks="all but the matching, which is ours",
+        lacks="all of it is written for this; the packages cache and match",
         cached=True,
     ),
     Peer(
@@ -76,7 +76,7 @@ PEERS = (
         name="pytricia",
         packages=("pytricia",),
         load=tries.pytricia,
-        how="`ip in PyTricia`, one for each user and version",
+        how="`ip in PyTricia`, frozen, one for each user and version",
         lacks=f"{_USERS}; ranges (split into networks)",
     ),
     Peer(

@@ -46,10 +46,14 @@ TABLE: tuple[tuple[str, str, str, bool], ...] = (
     ("range", "between", "198.51.100.10", False),
     ("no restrictions", "free", "203.0.113.5", True),
     ("no restrictions", "free", "2001:db8:8::1", True),
-    ("malformed, no restrictions", "free", "203.0.113.5.evil", False),
+    ("malformed, for who may come from anywhere", "free", "203.0.113.5.evil", False),
     ("username in capitals", "DESK", "203.0.113.5", True),
     ("username in capitals", "DESK", "203.0.113.8", False),
 )
+
+
+#: What is asked about, and the address.
+Question = tuple[str, str]
 
 
 @dataclass
@@ -58,15 +62,16 @@ class Answers:
 
     Attributes:
         right: How many questions it answers as ipguard does.
-        wrong: For the others, what is asked about: the answers that let in who must not come in,
-            that keep out who may, and that are an exception instead.
+        lets_in: The others; here those who must not come in and are let in.
+        keeps_out: Those who may come in and are kept out.
+        raises: Those where the answer is an exception.
         error: Why it could not be asked at all.
     """
 
     right: int = 0
-    lets_in: list[str] = field(default_factory=list)
-    keeps_out: list[str] = field(default_factory=list)
-    raises: list[str] = field(default_factory=list)
+    lets_in: list[Question] = field(default_factory=list)
+    keeps_out: list[Question] = field(default_factory=list)
+    raises: list[Question] = field(default_factory=list)
     error: str | None = None
 
 
@@ -84,7 +89,7 @@ def ours_is_right() -> None:
 
 def ask(peer: Peer) -> Answers:
     """Let a peer answer the table."""
-    answers = Answers()
+    answers, left_out = Answers(), ""
     try:
         put = peer.load({user: list(texts) for user, texts in POLICIES.items()})
     except Exception:
@@ -94,25 +99,18 @@ def ask(peer: Peer) -> Answers:
         except Exception as exc:
             answers.error = f"{type(exc).__name__}: {exc}".splitlines()[0][:300]
             return answers
-        answers.raises.append("IPv4-mapped restriction")
+        left_out = "mapped"
     for about, user, ip, wanted in TABLE:
-        if about in answers.raises and about == "IPv4-mapped restriction":
-            continue
         try:
-            got = bool(put(user, ip))
+            got = None if user == left_out else bool(put(user, ip))
         except Exception:
-            _once(answers.raises, about)
-            continue
+            got = None
         if got is wanted:
             answers.right += 1
         else:
-            _once(answers.lets_in if got else answers.keeps_out, about)
+            where = {True: answers.lets_in, False: answers.keeps_out, None: answers.raises}
+            where[got].append((about, ip))
     return answers
-
-
-def _once(said: list[str], about: str) -> None:
-    if about not in said:
-        said.append(about)
 
 
 def ask_all() -> dict[str, Answers]:

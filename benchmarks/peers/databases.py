@@ -41,6 +41,7 @@ def postgres_inet(policies: Policies) -> Ask:
                     for network in as_networks(text):
                         copy.write_row((user, network))
         connection.execute("CREATE INDEX ON bench_peer (username, network)")
+        connection.execute("CREATE INDEX ON bench_peer USING gist (network inet_ops)")
         connection.execute("ANALYZE bench_peer")
 
     def ask(user: str, ip: str) -> bool:

@@ -18,6 +18,8 @@ def pytricia(policies: Policies) -> Ask:
             for network in as_networks(text):
                 (six if ":" in network else four).insert(network, True)
         if texts:
+            four.freeze()  # compacts it, for faster access
+            six.freeze()
             held[user] = four, six
 
     def ask(user: str, ip: str) -> bool:
