@@ -55,7 +55,7 @@ def test_a_change_holds_on_every_server(postgres: Server | Given) -> None:
         flow = ipguard.Workflow(store, outbox, key=bytes(32), settings=settings)
         store.put_users(map(user, users))
         servers = [
-            stack.enter_context(LoginServer(url, users, ELSEWHERE, pace=0.02)) for _ in range(8)
+            stack.enter_context(LoginServer(url, users, ELSEWHERE, pace=0.05)) for _ in range(8)
         ]
 
         def all_answer(reason: str) -> None:
@@ -80,8 +80,8 @@ def test_a_flood_of_unknown_users() -> None:
     """However many names are invented, memory stays within its bound, and real users remembered."""
     clock = FakeClock()
     store = ipguard.open_store("memory://", clock=clock)
-    real = [f"user{n}" for n in range(rounds(1_000, 10_000))]
-    flood, capacity = rounds(20_000, 1_000_000), rounds(3_000, 100_000)
+    real = [f"user{n}" for n in range(rounds(500, 10_000))]
+    flood, capacity = rounds(10_000, 1_000_000), rounds(1_500, 100_000)
     store.put_users(map(user, real))
     flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
     flow.impose_many(BOSS, [(name, HOME) for name in real], reason="to have some")
