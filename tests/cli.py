@@ -96,7 +96,7 @@ class Shell:
             capture_output=True,
             cwd=self.folder,
             env=self.env | dict(env or {}),
-            timeout=10 * PATIENCE,
+            timeout=60 * PATIENCE,
             check=False,
         )
         assert b"Traceback" not in done.stderr, done.stderr.decode()

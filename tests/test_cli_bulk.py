@@ -115,7 +115,10 @@ def test_import_and_export_there_and_back(shell: Shell, tmp_path: Path):
         assert shell("import", name, "--reason", "x", env=other).code == 0
         with ipguard.open_store(other["IPGUARD_URL"]) as store:
             assert len(store.load_policy("mlee").restrictions) == 2
-    assert "3 restrictions of revision 2" in shell.terminal("export", "-o", "third.csv").ends()
+    written = shell.terminal("export", "-o", "third.csv").ends()
+    assert "3 restrictions of revision 2" in written
+    assert " rows" in written, "progress is shown"
+    assert shell.terminal("export").ends().startswith("username,addresses")
     assert sorted(path.name for path in tmp_path.glob("*.part")) == []
 
 
@@ -163,7 +166,7 @@ def test_every_bad_row_is_named(shell: Shell, tmp_path: Path, kind: str):
         (GOOD.encode(), ["--reason", ""], 3, "must not be empty"),
         (GOOD.encode("utf-16"), [], 9, "UTF-8"),
         (b'username,addresses\n"jsmith,203.0.113.7\n', [], 9, "line 2: it is not CSV"),
-        (b"username,addresses\njsmith,\xff\n", [], 9, "line 2: it is not UTF-8"),
+        (b"username,addresses\njsmith,203.0.113.7\nmlee,\xff\n", [], 9, "line 3: it is not UTF-8"),
     ],
 )
 def test_a_file_that_is_none(shell: Shell, tmp_path: Path, text, args, code, words):
@@ -213,6 +216,7 @@ def test_check_a_whole_login_log(shell: Shell, tmp_path: Path):
     assert (worst["username"], worst["count"], worst["first_line"]) == ("jsmith", 2, 4)
     shown = shell.terminal("check", "--file", log).ends(1)
     assert "7 logins: 2 allowed, 5 refused (not_listed 3" in shown
+    assert " rows" in shown, "progress is shown"
     assert "[2J" not in shown.replace("\\x1b[2J", "")
     lines = '{"username": "mlee", "address": "192.0.2.1", "more": {}}\n[]\n'
     done = shell("check", "--file", "-", "--format", "jsonl", stdin=lines)

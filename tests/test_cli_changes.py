@@ -94,7 +94,9 @@ def test_the_two_phases_in_a_terminal(shell: Shell, mail: MailServer):
 def test_the_two_phases_piped(shell: Shell, mail: MailServer):
     """The same for programs; the number is read from standard input and never an argument."""
     before = len(mail.mails)
-    asked = shell.json("request", "jsmith", "203.0.113.7", *RITA, "--expires", "30d")
+    wanted = ("request", "jsmith", "203.0.113.7", *RITA, "--expires", "30d")
+    assert "from nowhere" in shell.bad(10, *wanted)
+    asked = shell.json(*wanted, "--allow-lockout")
     number = _number(mail, before)
     said = shell("confirm", asked["id"], number, *RITA)
     assert (said.code, said.out) == (2, "")
@@ -198,6 +200,14 @@ def test_impose_and_unlock_in_a_terminal(shell: Shell, mail: MailServer):
         "notices_failed": 0,
     }
     assert _rows(shell)[0].action == "unlock"
+    # For jsmith nothing lasts; for zed something does.
+    temporary = ("198.51.100.7", "--reason", "x", "--expires", "2099-01-01T00:00Z")
+    asked = shell.terminal("impose", "jsmith", *temporary)
+    asked.sees("once this has ended, jsmith can log in from nowhere. Go on")
+    asked.types("n")
+    asked.ends(10)
+    assert _held(shell) == []
+    assert shell.within("impose", "zed", *temporary).code == 0
     assert "is not a username" in shell.bad(3, "unlock", " ", "--reason", "x")
 
 
@@ -231,7 +241,8 @@ def test_a_notice_that_fails_is_told(shell: Shell):
         (["--from", "nowhere"], {}, 3, "nowhere"),
         (["--expires", "tomorrow"], {}, 2, "with its zone"),
         (["--expires", "2027-01-01T00:00"], {}, 2, "with its zone"),
-        (["--expires", "2020-01-01T00:00Z"], {}, 3, "in the future"),
+        (["--expires", "2020-01-01T00:00Z", "--allow-lockout"], {}, 3, "in the future"),
+        (["--expires", "1h", "--account", "U2"], {}, 4, "no user"),
         (["--settings", "gone.toml"], {}, 7, "No such file"),
         (["--settings", "settings.toml"], {}, 7, "nonsense"),
     ],

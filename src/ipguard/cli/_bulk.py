@@ -102,11 +102,13 @@ def rewindable(stream: BinaryIO) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def progress(out: Output, what: str, stream: BinaryIO) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how much of a file has been read.
+def progress(
+    out: Output, what: str, stream: BinaryIO | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how much of a file has been read, or how many rows were written.
 
     Yields:
-        What to tell the number of bytes that were read.
+        What to tell each row, as the number of bytes that were read for it.
     """
     if out.as_json or not sys.stderr.isatty():
         yield lambda _: None
@@ -114,7 +116,7 @@ def progress(out: Output, what: str, stream: BinaryIO) -> Iterator[Callable[[int
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    size = _size(stream)
+    size = None if stream is None else _size(stream)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

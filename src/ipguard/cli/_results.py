@@ -14,6 +14,7 @@ from ipguard.cli._codes import Exit, Problem
 from ipguard.errors import LockoutRisk
 from ipguard.model import Actor, Applied, PendingRequest
 from ipguard.store import RestrictionStore
+from ipguard.usernames import canonical_username
 
 LabelOption = Annotated[str, typer.Option("--label", help="What to call it.")]
 ExpiresOption = Annotated[
@@ -100,6 +101,43 @@ def removal_allowed(
             call,
             f"without {found.addresses}, {found.username} can log in from no address:"
             " the other restrictions have expired",
+            "--allow-lockout",
+        )
+
+
+def ending_allowed(
+    call: Call,
+    store: RestrictionStore,
+    actor: Actor,
+    username: str,
+    until: datetime | None,
+    *,
+    lockout: bool,
+) -> None:
+    """Ask the person before a user is left with nothing but what ends.
+
+    Time lifts no restriction: once all have ended, the user can log in from nowhere.
+
+    Args:
+        call: The call.
+        store: The store.
+        actor: Who acts.
+        username: Who is restricted.
+        until: When the new restriction ends, or None.
+        lockout: Whether it may come to that.
+    """
+    if until is None or lockout:
+        return
+    name = canonical_username(username)
+    with store.transaction() as turn:
+        user = turn.user(name)
+        if user is None or user.user.account_id not in actor.manages:
+            return
+        lasting = any(r.expires_at is None for r in turn.restrictions(name))
+    if not lasting:
+        confirmed(
+            call,
+            f"{name} has nothing that lasts: once this has ended, {name} can log in from nowhere",
             "--allow-lockout",
         )
 

@@ -14,6 +14,7 @@ from ipguard.cli._results import (
     LockoutOption,
     OpenOption,
     ReasonOption,
+    ending_allowed,
     moment_of,
     removal_allowed,
     show_applied,
@@ -34,18 +35,16 @@ def impose(
     reason: ReasonOption,
     label: LabelOption = "",
     expires: ExpiresOption = None,
+    allow_lockout: LockoutOption = False,
 ) -> None:
     """Restrict a user at once, without a number. The user is told by mail."""
     actor = call.operator()
     with call.store() as store:
         flow = call.workflow(store)
+        until = moment_of(expires, store.now())
+        ending_allowed(call, store, actor, username, until, lockout=allow_lockout)
         applied = flow.impose(
-            actor,
-            username,
-            addresses,
-            reason=reason,
-            label=label,
-            expires_at=moment_of(expires, store.now()),
+            actor, username, addresses, reason=reason, label=label, expires_at=until
         )
     show_applied(call, applied)
 

@@ -15,6 +15,7 @@ from ipguard.cli._results import (
     LockoutOption,
     OpenOption,
     daring,
+    ending_allowed,
     moment_of,
     removal_allowed,
     show_applied,
@@ -49,6 +50,7 @@ def request(
     with call.store() as store:
         flow = call.workflow(store, numbers=True)
         until = moment_of(expires, store.now())
+        ending_allowed(call, store, actor, username, until, lockout=allow_lockout)
         asked = daring(
             call,
             lambda allowed: flow.request(

@@ -6,7 +6,7 @@ import csv
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from json import dumps
 from typing import Annotated, Any, Final, TextIO
 
@@ -115,14 +115,21 @@ def export(
         revision, policies = store.load_all_policies()
         with closing(policies), _target(output) as target:  # type: ignore[type-var]
             write = _csv(target) if kind == "csv" else _lines(target)
-            for _, policy in policies:
-                for restriction in policy.restrictions:
-                    write(restriction)
-                    count += 1
+            # In a terminal, rows on their way to it would run into the bar.
+            shown = nullcontext(_nobody) if call.out.rich and not output else progress(call.out, "")
+            with shown as tell:
+                for _, policy in policies:
+                    for restriction in policy.restrictions:
+                        write(restriction)
+                        tell(0)
+                        count += 1
     if output and call.out.as_json:
         call.out.data({"file": os.path.abspath(output), "rows": count, "revision": revision})  # noqa: PTH100
     elif output:
         call.out.line(f"{count:,} restrictions of revision {revision}: {output}", "green")
+
+
+def _nobody(_: int) -> None: ...
 
 
 def _csv(target: TextIO) -> Any:
