@@ -96,11 +96,21 @@ def scattered(count: int) -> list[str]:
     return [*low, WIDE4, *high]
 
 
-def restriction(user: str, text: str, number: int) -> Restriction:
+def _ranges(number: int) -> list[AddressRange]:
+    """Return what `networks` says, without reading text: a million users are to come soon."""
+    four = (10 << 24) + 8 * number
+    six = (0x20010DB8 << 96) + ((number >> 16) << 80) + ((number & 65535) << 64)
+    return [
+        AddressRange(version=4, first=four, last=four + 7),
+        AddressRange(version=6, first=six, last=six + 2**64 - 1),
+    ]
+
+
+def restriction(user: str, addresses: AddressRange, number: int) -> Restriction:
     return Restriction(
         id=f"{user}-{number}",
         username=user,
-        addresses=AddressRange.parse(text),
+        addresses=addresses,
         label="",
         created_at=BEGUN,
         created_by="boss",
@@ -125,11 +135,14 @@ class Rows:
     def load_policy(self, username: str) -> Policy:
         self.loads += 1
         texts = self._policies.get(username)
-        if texts is None and username.startswith("user"):
-            number = int(username[4:])
-            texts = networks(number) if number < self._count else None
-        held = [restriction(username, text, n) for n, text in enumerate(texts or ())]
-        return Policy(revision=1, restrictions=tuple(held), known=texts is not None)
+        if texts is not None:
+            ranges = [AddressRange.parse(text) for text in texts]
+        elif username.startswith("user") and int(username[4:]) < self._count:
+            ranges = _ranges(int(username[4:]))
+        else:
+            return Policy(revision=1, restrictions=(), known=False)
+        held = [restriction(username, addresses, n) for n, addresses in enumerate(ranges)]
+        return Policy(revision=1, restrictions=tuple(held), known=True)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         names = [*self._policies, *map(name, range(self._count))]
