@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import attrs
 import psycopg
@@ -332,14 +332,21 @@ class Outcome:
     blows: int
 
 
-def run(outage: Outage, batches: int, size: int) -> Outcome:
-    """Delete a restriction of `batches * size` users while something fails."""
+def run(outage: Outage, batches: int, size: int, **guard: Any) -> Outcome:
+    """Delete a restriction of `batches * size` users while something fails.
+
+    Args:
+        outage: What fails.
+        batches: How many times it does.
+        size: How many users are concerned each time.
+        guard: Settings of the login server with `max_staleness` STALENESS.
+    """
     with (
         contextlib.closing(outage),
         Office(outage.server, batches * size) as office,
         LoginServer(
             outage.url(office.schema, timeout=TIMEOUT), office.users, HOME,
-            threads=2, enter=outage.enter(), max_staleness=STALENESS,
+            threads=2, enter=outage.enter(), max_staleness=STALENESS, **guard,
         ) as quick,
         LoginServer(
             outage.url(office.schema), office.users, HOME, enter=outage.enter()

@@ -71,10 +71,19 @@ def judge(outcome: Outcome) -> None:
     assert outcome.slowest_usual < 2 * USUAL_TIMEOUT + SLACK
 
 
-@pytest.mark.parametrize("kind", [ListenerTerminated, ListenerStopped, NotifyLost, ServerStopped])
+KINDS = [ListenerTerminated, ListenerStopped, NotifyLost, ServerStopped]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_allow_is_older_than_the_lease(server: Server, kind: type[Outage]) -> None:
     """Deletions hold in time, though nobody is told of them, or nobody can ask."""
     judge(run(kind(server), rounds(1, 10), 20))
+
+
+@pytest.mark.parametrize("kind", KINDS[rounds(3, 0) :])
+def test_nor_is_one_with_preload(server: Server, kind: type[Outage]) -> None:
+    """The same of a guard that holds every restricted user."""
+    judge(run(kind(server), rounds(1, 10), 20, preload=True))
 
 
 def test_no_allow_is_older_than_the_lease_where_packets_vanish(network: Network) -> None:
