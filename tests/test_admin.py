@@ -587,6 +587,19 @@ def test_a_delete_that_leaves_only_what_has_expired(office: Office):
     assert "cannot log in from any address: what is left has expired." in alice.page.part("note")
 
 
+def test_a_delete_that_leaves_only_what_ends(office: Office):
+    """The page before it says when no address will be left."""
+    office.add(HOME, expires_at=office.later(hours=1))
+    office.add("192.0.2.9", expires_at=office.later(hours=3))
+    office.add(OFFICE)
+    alice = office.browser(ALICE)
+    alice.follow(f"Delete {HOME}")
+    assert "all that is left is temporary" not in alice.text
+    alice.open("/")
+    alice.follow(f"Delete {OFFICE}")
+    assert "is temporary and ends on 1 Jan 2030, 15:00 UTC" in alice.text
+
+
 @pytest.mark.parametrize(("setting", "first"), [("last", False), (True, True)])
 def test_deletes_that_need_a_number(office: Office, setting, first: bool):
     """The page says that a number is needed, and asks for it; confirming deletes."""

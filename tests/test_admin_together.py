@@ -157,6 +157,23 @@ def test_a_delete_in_between(office: Office, monkeypatch):
     assert "adam deleted 203.0.113.7" in alice.page.part("over")
 
 
+def test_the_last_two_in_the_same_moment(office: Office, monkeypatch):
+    """Who deletes one of two, while another goes at that moment, is told at once what that did."""
+    first, second = office.add(OFFICE), office.add(HOME)
+    alice = office.browser(ALICE, f"/delete?user=jsmith&restriction={first.id}")
+    real = office.flow.delete
+
+    def after(*args, **more):
+        office.workflow().delete(ADAM, second.id)
+        return real(*args, **more)
+
+    monkeypatch.setattr(office.flow, "delete", after)
+    alice.press("Delete")
+    assert "has no restrictions now and can log in from any address." in alice.page.part("note")
+    (note,) = (own for _, own in alice.page.elements if own.get("id") == "note")
+    assert note["class"] == "notice problem"
+
+
 def test_a_deletion_asked_for_and_closed_in_between(office: Office, monkeypatch):
     """Where the request that stood in the way is over already, the user's page is shown."""
     office.use(confirm_deletes=True)

@@ -142,7 +142,9 @@ def applied_page(visit: Visit, user: User, applied: Applied) -> Response:
         text += f"{user.full_name} can log in only from: {what}."
     if not known:
         text += " Login servers will know of it within seconds."
-    return visit.go("user", text, user=user.username)
+    # Whoever deleted one of two was not asked, where somebody deleted the other at that moment.
+    asked = visit.field("open") == "accept" or not applied.unrestricted
+    return visit.go("user", text, "done" if asked else "problem", user=user.username)
 
 
 def resend(visit: Visit) -> Response:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from ipguard.admin import _seen, _texts
 from ipguard.admin._add import MAIL_FAILED
 from ipguard.admin._confirm import applied_page
@@ -44,6 +46,7 @@ def _form(
         left=left,
         opens=not left,
         shuts=bool(left) and all(other.expired(visit.now) for other in left),
+        ends=_end(left),
         needs_number=_needs_number(visit, left),
         reason=visit.field("reason"),
         reason_limit=REASON_LIMIT,
@@ -51,6 +54,12 @@ def _form(
         changes=changes or [],
         problems=problems or {},
     )
+
+
+def _end(left: list[Restriction]) -> datetime | None:
+    """Return when the last of these restrictions ends, or None where one lasts."""
+    ends = [other.expires_at for other in left if other.expires_at is not None]
+    return max(ends) if left and len(ends) == len(left) else None
 
 
 def _needs_number(visit: Visit, left: list[Restriction]) -> bool:

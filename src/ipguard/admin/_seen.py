@@ -77,7 +77,6 @@ def closed(visit: Visit, username: str, request_id: str) -> Response:
 
 
 def _newest(visit: Visit, username: str, wanted: Callable[[Change], bool]) -> Change:
-    visit.person(username)
     for row in visit.flow.history(visit.actor, username=username, limit=_ROWS):
         if wanted(row):
             return row

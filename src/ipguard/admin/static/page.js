@@ -20,6 +20,11 @@ for (const field of document.querySelectorAll("[data-understood]")) {
       const answer = await fetch(field.dataset.understood, { method: "POST", body });
       if (!answer.ok || mine !== asked) return;
       const found = await answer.json();
+      // Half an address is wrong all the time: a doubt waits until the typing stops.
+      if (found.problem && document.activeElement === field) {
+        await new Promise((resolve) => setTimeout(resolve, 900));
+        if (mine !== asked) return;
+      }
       told.textContent = found.problem || `Understood as ${found.understood}`;
       told.classList.toggle("doubt", Boolean(found.problem));
       form.elements.seen.value = found.canonical;
