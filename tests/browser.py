@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import pytest
 
@@ -23,11 +23,11 @@ from tests.flows import ALICE
 from tests.smtp_server import MailServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _COMMAND = "apt-get install --yes --no-install-recommends chromium"
-_SWITCHES = (
+SWITCHES = (
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -111,7 +111,7 @@ def chromium() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_SWITCHES)
+        browser = playwright.chromium.launch(executable_path=path, args=SWITCHES)
         yield browser
         browser.close()
 
@@ -131,14 +131,17 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, mails: MailServer) -> 
         yield it
 
 
-class Windows(dict[tuple[bool, str, int], "BrowserContext"]):
-    """Browser windows of each kind, opened once; two of a kind are for two people."""
+class Windows(dict[tuple[bool, str, int], "Page"]):
+    """Browser windows of each kind, opened once: that takes longer than most of what they show.
+
+    Two of a kind are for two people.
+    """
 
     def __init__(self, chromium: Browser) -> None:
         super().__init__()
         self._chromium = chromium
 
-    def get_one(self, way: Way, number: int = 1) -> BrowserContext:
+    def get_one(self, way: Way, number: int = 1) -> Page:
         key = way.scripts, way.width, number
         if key not in self:
             self[key] = window(self._chromium, way)
@@ -174,15 +177,31 @@ class Walk:
         self.way = way
         self.expected: set[int] = set()
         self.complaints: list[str] = []
+        self._origin = "/".join(world.url.split("/")[:3]) + "/"
+        self._listeners: dict[Any, Callable[[Any], None]] = {
+            "pageerror": lambda error: self.complaints.append(f"script: {error}"),
+            "requestfailed": self._failed,
+            "response": self._answered,
+            "console": self._said,
+        }
         page.set_default_timeout(_PATIENCE)
-        page.on("pageerror", lambda error: self.complaints.append(f"script: {error}"))
-        page.on("requestfailed", self._failed)
-        page.on("response", self._answered)
-        page.on("console", self._said)
+
+    def __enter__(self) -> Self:
+        for event, listener in self._listeners.items():
+            self.page.on(event, listener)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
+
+    def _before(self, url: str) -> bool:
+        """Tell whether this is the window's last walk, at a host that is gone."""
+        return url.startswith("http://127.0.0.1:") and not url.startswith(self._origin)
 
     def _failed(self, request: Any) -> None:
         # A navigation ends what the page before still asked for; nothing is wrong with that.
-        if request.failure != "net::ERR_ABORTED":
+        if request.failure != "net::ERR_ABORTED" and not self._before(request.url):
             self.complaints.append(f"{request.method} {request.url}: {request.failure}")
 
     def _answered(self, response: Any) -> None:
@@ -192,7 +211,8 @@ class Walk:
 
     def _said(self, message: Any) -> None:
         # That a page came with a status from 400 on is said too; that is judged above.
-        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+        judged = "Failed to load resource" in message.text
+        if message.type in ("error", "warning") and not judged:
             self.complaints.append(f"{message.type}: {message.text}")
 
     # -- going about
@@ -270,32 +290,27 @@ class Walk:
         return self.page.locator("h1").inner_text()
 
 
-def window(chromium: Browser, way: Way, **more: Any) -> BrowserContext:
+def window(chromium: Browser, way: Way) -> Page:
     """Open a browser window with cookies of its own."""
     width, height = WIDTHS[way.width]
-    return chromium.new_context(
+    context = chromium.new_context(
         java_script_enabled=way.scripts,
         viewport={"width": width, "height": height},
         is_mobile=way.width == "narrow",
         has_touch=way.width == "narrow",
         reduced_motion="reduce",
         locale="en-GB",
-        **more,
     )
+    return context.new_page()
 
 
 @contextlib.contextmanager
-def walking(
-    context: BrowserContext, world: World, way: Way, who: str = ALICE.username
-) -> Iterator[Walk]:
+def walking(page: Page, world: World, way: Way, who: str = ALICE.username) -> Iterator[Walk]:
     """Walk in a window, as somebody who is signed in; or as nobody where `who` is empty."""
-    context.clear_cookies()
-    page = context.new_page()
-    try:
-        it = Walk(page, world, way)
+    page.context.clear_cookies()
+    page.emulate_media(color_scheme="light")
+    with Walk(page, world, way) as it:
         if who:
             it.become(who)
         yield it
-        assert not it.complaints, "\n".join(it.complaints)
-    finally:
-        page.close()
+    assert not it.complaints, "\n".join(it.complaints)

@@ -22,7 +22,7 @@ from tests.flows import ADAM, ALICE, BOSS, KEY, OFFICE, PEOPLE
 from tests.smtp_server import MailServer
 
 PREFIX = "/accounts/ip-restrictions"
-BRAND = "Harbour Street Brokers"
+BRAND = "Harbour Street"
 IRIS = Actor(
     username="iris",
     email="iris@firm.example",
@@ -39,17 +39,23 @@ class World:
     Args:
         folder: Where the database goes.
         mails: The mail server.
+        clock: What the store and the guard go by.
         settings: Of the workflow.
+
+    Attributes:
+        quiet: A workflow over the same store, for what is so already: it mails nobody.
     """
 
-    def __init__(self, folder: Path, mails: MailServer, **settings: Any) -> None:
-        self.clock = FakeClock()
+    def __init__(
+        self, folder: Path, mails: MailServer, *, clock: FakeClock | None = None, **settings: Any
+    ) -> None:
+        self.clock = clock or FakeClock()
         self.store = ipguard.open_store(f"sqlite:///{folder / 'world.db'}", clock=self.clock)
         self.mails = mails
         self._seen = len(mails.mails)
         self.notifier = EmailNotifier(mails.url, sender="Brokers <no-reply@brokers.example>")
         self.use(**settings)
-        self._quiet = Workflow(self.store, Outbox(), key=KEY)
+        self.quiet = Workflow(self.store, Outbox(), key=KEY)
         self.guard = Guard(self.store, monotonic=self.clock.monotonic)
         self.store.put_users(PEOPLE)
         self.url = ""
@@ -63,14 +69,14 @@ class World:
     # -- what a test prepares and asks
 
     def add(self, addresses: str = OFFICE, username: str = "jsmith", **more: Any) -> Restriction:
-        """Let a restriction hold already; nobody is mailed."""
-        applied = self._quiet.impose(BOSS, username, addresses, reason="a test", **more)
+        """Let a restriction hold already."""
+        applied = self.quiet.impose(BOSS, username, addresses, reason="a test", **more)
         assert applied.restriction is not None
         return applied.restriction
 
     def remove(self, restriction_id: str) -> None:
-        """Let a restriction be gone already; nobody is mailed."""
-        self._quiet.lift(BOSS, restriction_id, reason="a test")
+        """Let a restriction be gone already."""
+        self.quiet.lift(BOSS, restriction_id, reason="a test")
 
     def ask(
         self, addresses: str = OFFICE, username: str = "jsmith", actor: Actor = ALICE, **more: Any

@@ -1,0 +1,85 @@
+"""The page without a mouse: Tab, Enter and typing, and the focus always shows."""
+
+import pytest
+
+from tests.browser import Walk
+
+
+class Keys:
+    """Somebody who uses no mouse."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self.page = walk.page
+
+    def to(self, name: str) -> None:
+        """Press Tab until what has this name has the focus, and see that it shows."""
+        for _ in range(60):
+            self.page.keyboard.press("Tab")
+            if self.focused() == name:
+                self.shows()
+                return
+        pytest.fail(f"Tab does not lead to {name!r}")
+
+    def focused(self) -> str:
+        """Return the name of what has the focus, as a screen reader would say it."""
+        text: str = self.page.evaluate(
+            "(e => (e.labels && e.labels.length ? e.labels[0].textContent : e.textContent)"
+            ".replace(/\\s+/g, ' ').trim())(document.activeElement)"
+        )
+        return text
+
+    def shows(self) -> None:
+        """Fail unless the focus is to be seen: an outline, and inside the window."""
+        style, width, top, bottom, height = self.page.evaluate(
+            "(e => [getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth),"
+            " e.getBoundingClientRect().top, e.getBoundingClientRect().bottom, innerHeight])"
+            "(document.activeElement)"
+        )
+        assert style != "none", f"{self.focused()} shows no focus"
+        assert width >= 2
+        assert top >= 0
+        assert bottom <= height
+
+    def enter(self) -> None:
+        """Press Enter, which leads to another page."""
+        with self.page.expect_navigation():
+            self.page.keyboard.press("Enter")
+        self.walk.look()
+
+
+def test_keyboard_alone(walk, world):
+    """The first procedure and a deletion with Tab, Enter and typing; the focus always shows."""
+    walk.open()
+    keys = Keys(walk)
+    keys.to("Skip to main content")
+    keys.page.keyboard.press("Enter")
+    keys.to("Add IP Address Restriction")
+    keys.enter()
+    keys.to("Trader")
+    keys.page.keyboard.type("John")
+    keys.to("IP Address")
+    keys.page.keyboard.type("203.0.113.07")
+    walk.expected.add(422)
+    keys.enter()
+    # The summary of what is wrong has the focus; its first link leads to the field.
+    keys.page.keyboard.press("Tab")
+    keys.shows()
+    keys.page.keyboard.press("Enter")
+    assert keys.focused() == "IP Address"
+    keys.page.keyboard.press("Control+A")
+    keys.page.keyboard.type("203.0.113.7")
+    keys.enter()
+    keys.to("Confirmation Number")
+    keys.page.keyboard.type(world.number())
+    keys.enter()
+    assert world.held() == ["203.0.113.7"]
+
+    walk.open()
+    keys.to("Delete 203.0.113.7 of John Smith")
+    keys.enter()
+    keys.to("John Smith shall be able to log in from any address")
+    keys.page.keyboard.press("Space")
+    keys.to("Delete")
+    keys.enter()
+    assert world.held() == []
