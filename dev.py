@@ -159,6 +159,11 @@ def test(*args: str) -> None:
     tool("coverage", "report", f"--include={core}", "--fail-under=100", "--skip-covered")
 
 
+def screenshots() -> None:
+    """Make the pictures of the administration page in docs/ anew; it needs Chromium."""
+    run(PYTHON, "-m", "tests.screenshots")
+
+
 def lint() -> None:
     tool("ruff", "check", ".")
     tool("ruff", "format", "--check", ".")
@@ -299,7 +304,20 @@ def pin() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (demo, test, lint, types, layers, docs, build, pythons, mutate, bench, pin)
+    for command in (
+        demo,
+        test,
+        screenshots,
+        lint,
+        types,
+        layers,
+        docs,
+        build,
+        pythons,
+        mutate,
+        bench,
+        pin,
+    )
 }
 
 

@@ -1,0 +1,112 @@
+"""Makes the pictures of the page in docs/screenshots/: `python3 dev.py screenshots`.
+
+The data and the clock are always the same, so on one machine the pictures are, to the byte. Fonts
+differ between machines.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+from ipguard import Actor, User
+from ipguard.testing import FakeClock
+from tests.browser import SWITCHES, Walk, Way, program, walking, window
+from tests.browser_world import ACTORS, HOSTS, World
+from tests.smtp_server import MailServer
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "screenshots"
+WIDE, NARROW = Way("asgi", True, "wide"), Way("asgi", True, "narrow")
+RITA = Actor(
+    username="rjones",
+    email="rita.jones@example.com",
+    manages=frozenset({"U1234567"}),
+    address="192.0.2.10",
+)
+OPERATOR = Actor(username="operator", email="desk@example.com", manages=Actor.EVERY_ACCOUNT)
+NAMES = {
+    "aokafor": "Adaeze Okafor",
+    "bmartin": "Benoît Martin",
+    "cweber": "Clara Weber",
+    "jsmith": "John Smith",
+    "mlee": "Mei Lee",
+    "tnovak": "Tereza Nováková",
+}
+
+
+def fill(world: World) -> None:
+    """Register users, restrict some, and let one request wait."""
+    ACTORS[RITA.username] = RITA
+    world.store.remove_users(["jsmith", "mary", "alice", "zed"])
+    world.store.put_users(
+        User(username=name, full_name=full, account_id="U1234567") for name, full in NAMES.items()
+    )
+    impose = functools.partial(world.quiet.impose, OPERATOR, reason="by their contracts")
+    impose("aokafor", "192.0.2.10", label="head office")
+    impose("jsmith", "203.0.113.0/29", label="branch office")
+    world.wait(days=3)
+    impose("jsmith", "2001:db8:7::/64", label="home")
+    world.wait(minutes=1)  # what was added at one moment comes in any order
+    until = world.clock() + timedelta(days=5)
+    impose("jsmith", "198.51.100.7", label="hotel", expires_at=until)
+    impose("tnovak", "203.0.113.16-203.0.113.25", label="trading floor")
+    world.wait(hours=2, minutes=17)
+    world.ask("198.51.100.20", "cweber", RITA, label="new office")
+    world.wait(minutes=2)
+
+
+def pictures(walk: Walk) -> Iterator[str]:
+    """Give the name of each picture, when its page is open in a wide window."""
+    walk.open()
+    yield "list"
+    walk.page.emulate_media(color_scheme="dark")
+    yield "list-dark"
+    walk.page.emulate_media(color_scheme="light")
+    walk.follow("Add IP Address Restriction")
+    walk.field("Trader").select_option("mlee")
+    walk.fill("IP Address", "203.0.113.5-203.0.113.9")
+    walk.fill("Label (optional)", "branch office")
+    walk.waits_for("Understood as")
+    yield "add"
+    walk.press("Submit")
+    yield "number"
+    walk.open()
+    walk.follow("Delete 192.0.2.10 of Adaeze Okafor")
+    yield "delete-last"
+
+
+def take(browser: Browser, folder: Path) -> None:
+    """Take all pictures."""
+    clock = FakeClock(datetime(2027, 5, 4, 7, 30, tzinfo=UTC))
+    with tempfile.TemporaryDirectory() as place, MailServer() as mails:
+        world = World(Path(place), mails, clock=clock, confirm_deletes="last")
+        with world.store, world.guard, HOSTS["asgi"](world) as world.url:
+            fill(world)
+            with walking(window(browser, WIDE), world, WIDE, RITA.username) as walk:
+                for name in pictures(walk):
+                    walk.page.screenshot(path=folder / f"{name}.png", full_page=True)
+            with walking(window(browser, NARROW), world, NARROW, RITA.username) as walk:
+                walk.open()
+                walk.page.screenshot(path=folder / "phone.png")
+
+
+def main() -> int:
+    """Make them all anew."""
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=program(), args=SWITCHES) as browser,
+    ):
+        take(browser, FOLDER)
+    for path in sorted(FOLDER.glob("*.png")):
+        print(f"{path.relative_to(FOLDER.parent.parent)}  {path.stat().st_size / 1024:.0f} KiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
