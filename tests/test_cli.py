@@ -395,8 +395,12 @@ def test_migrate_makes_the_schema_or_prints_it(tmp_path: Path):
     assert shell.json("users", "list") == {"users": [], "next": None}
     assert shell.json("migrate")["revision"] == 0
     sql = shell.json("migrate", "--sql")
-    assert [part["sql"] in script for part in sql["migrations"]] == [True]
-    assert shell.good("migrate", "--sql", "--since", "1") == ""
+    assert all(part["sql"] in script for part in sql["migrations"])
+    versions = [part["version"] for part in sql["migrations"]]
+    assert versions == list(range(1, len(versions) + 1))
+    last = shell.good("migrate", "--sql", "--since", str(versions[-2]))
+    assert re.findall("^-- version ([0-9]+)$", last, re.MULTILINE) == [str(versions[-1])]
+    assert shell.good("migrate", "--sql", "--since", str(versions[-1])) == ""
     assert "SQLite has no roles" in shell.bad(2, "migrate", "--sql", "--reader", "r")
     assert "go with --sql" in shell.bad(2, "migrate", "--reader", "r")
 
