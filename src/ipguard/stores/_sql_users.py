@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Final
 
 from ipguard.model import EVERYBODY, Action, Change, User
 from ipguard.store import NAMED_AT_MOST
 from ipguard.stores._sql import USER, Executor, Row, columns, user_row
 from ipguard.stores._sql_read import head
-from ipguard.stores._sql_terms import TERM, Placing, add_blocks, cut_grown
-from ipguard.stores._sql_write import SqlTransaction
+from ipguard.stores._sql_terms import (
+    TERM,
+    Placing,
+    add_blocks,
+    blocks_of,
+    cut_grown,
+    placed_terms,
+)
+from ipguard.stores._sql_write import SqlTransaction, marks
 
 _CHUNK: Final = 1_000
+_FEW: Final = 100
 
 _DIFFERS: Final = """
 u.username IS NULL OR u.removed = 1 OR u.full_name <> s.full_name OR u.account_id <> s.account_id
@@ -24,14 +33,73 @@ SELECT {columns(USER, "s")}, CASE WHEN u.username IS NULL OR u.removed = 1 THEN 
 FROM staged_users s LEFT JOIN users u ON u.username = s.username
 WHERE {_DIFFERS}
 """
-_APPLY_USERS: Final = f"""
-INSERT INTO users ({USER}, removed) SELECT {USER}, 0 FROM changed_users WHERE true
+_APPLIED: Final = """
 ON CONFLICT (username) DO UPDATE SET full_name = excluded.full_name,
     account_id = excluded.account_id, email = excluded.email, removed = 0
 """
+_APPLY_USERS: Final = f"""
+INSERT INTO users ({USER}, removed) SELECT {USER}, 0 FROM changed_users WHERE true {_APPLIED}
+"""
+_APPLY_USER: Final = f"INSERT INTO users ({USER}, removed) VALUES ({marks(USER)}, 0) {_APPLIED}"
+_ADD_TERM: Final = f"INSERT INTO search_terms ({TERM}) VALUES ({marks(TERM)})"
 _USERS_MOVED: Final = """
 SELECT 1 FROM changes WHERE revision > ? AND action IN ('put_users', 'remove_users') LIMIT 1
 """
+
+
+class FewUsers:
+    """A few users on their way into the store, as many as a login or a sign-up brings.
+
+    They are compared here, in one read; only what differs takes a turn.
+    """
+
+    def __init__(self, users: Iterable[User]) -> None:
+        self._users = {user.username: user for user in users}
+
+    def compare(self, db: Executor) -> tuple[int, int]:
+        """Return the store's revision and how many users differ, by one statement."""
+        revision, stored = self._stored(db)
+        return revision, len(self._changed(stored))
+
+    def _stored(self, db: Executor) -> tuple[int, dict[str, Row]]:
+        rows = db.rows(
+            f"SELECT h.revision, u.removed, {columns(USER, 'u')} FROM head h"
+            f" LEFT JOIN users u ON {db.among('u.username')} WHERE h.id = 1",
+            (db.texts(self._users),),
+        )
+        return rows[0][0], {row[2]: row[1:] for row in rows}
+
+    def _changed(self, stored: dict[str, Row]) -> list[User]:
+        return [
+            user
+            for name, user in self._users.items()
+            if name not in stored or stored[name] != (0, *user_row(user))
+        ]
+
+    def apply(self, turn: SqlTransaction, db: Executor) -> Change | None:
+        """Write what changes, under the lock, and return the one row that says so, if any."""
+        _, stored = self._stored(db)
+        changed = self._changed(stored)
+        if not changed:
+            return None
+        names = [user.username for user in changed]
+        added = [name for name in names if name not in stored or stored[name][0]]
+        blocks = blocks_of(db, names)
+        db.run(f"DELETE FROM search_terms WHERE {db.among('username')}", (db.texts(names),))
+        for user in changed:
+            block = blocks[user.username]
+            for term in placed_terms(user.username, user.full_name, user.account_id, block):
+                db.run(_ADD_TERM, term)
+            db.run(_APPLY_USER, user_row(user))
+        for block in {blocks[name] for name in added}:
+            cut_grown(db, block)
+        return _append_users(
+            turn,
+            Action.PUT_USERS,
+            concerned=[(user.username, user.account_id) for user in changed],
+            touched=[(name,) for name in added],
+            detail=f"added={len(added)} updated={len(changed) - len(added)}",
+        )
 
 
 class StagedUsers:
@@ -111,6 +179,13 @@ class StagedUsers:
             ),
             detail=f"added={added} updated={count - added}",
         )
+
+
+def few(users: Iterable[User]) -> tuple[FewUsers | None, Iterable[User]]:
+    """Tell whether users are a few; else return all of them, the first ones read already."""
+    source = iter(users)
+    first = list(islice(source, _FEW + 1))
+    return (FewUsers(first), ()) if len(first) <= _FEW else (None, chain(first, source))
 
 
 def stage_names(db: Executor, usernames: Iterable[str]) -> None:

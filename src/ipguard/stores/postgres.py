@@ -217,8 +217,16 @@ class PostgresStore(Closing):
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users, as one change; what is already so appends nothing."""
         self._writer.refuse_nested()
+        few, many = users_of.few(users)
+        if few is not None:
+            revision, changed = self._client.read(few.compare)
+            if not changed:
+                return revision
+            with self._writer.turn() as (turn, db):
+                change = few.apply(turn, db)
+            return _told(turn, change)
         with self._writer.staging() as session:
-            put = users_of.StagedUsers(session, users)
+            put = users_of.StagedUsers(session, many)
             revision, changed = put.compare(session)
             if not changed:
                 session.script("ROLLBACK")

@@ -210,9 +210,18 @@ class SQLiteStore(Closing):
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users, as one change; what is already so appends nothing."""
         self._refuse_nested()
+        few, many = users_of.few(users)
+        if few is not None:
+            with self._pool.session() as session:
+                revision, changed = few.compare(session)
+                if not changed:
+                    return revision
+                with self._turn(session) as (turn, db):
+                    change = few.apply(turn, db)
+            return _told(turn, change)
         with self._pool.session(keep=False) as session:
             with session.snapshot():
-                put = users_of.StagedUsers(session, users)
+                put = users_of.StagedUsers(session, many)
             with session.snapshot():
                 revision, changed = put.compare(session)
             if not changed:
