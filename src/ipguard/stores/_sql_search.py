@@ -15,6 +15,7 @@ A page costs the same however many users there are, because nothing is sorted th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Final, Protocol
 
 from ipguard.addresses import AddressRange, parse_address
@@ -50,11 +51,57 @@ class _Source(Protocol):
     def everywhere(self, after: str, limit: int) -> Found:
         """Return the first users of the store after a name; fewer than `limit` are all."""
 
-    def own(self, accounts: frozenset[str], after: str, limit: int) -> Found:
+    def own(self, mine: _Mine, after: str, limit: int) -> Found:
         """Return the first users of these accounts after a name."""
 
-    def quick(self, accounts: frozenset[str]) -> bool:
+    def quick(self, mine: _Mine) -> bool:
         """Tell whether `own` costs little for certain."""
+
+    def among(self, users: Found) -> Iterable[str]:
+        """Return who among a few users matches."""
+
+
+class _Mine:
+    """The accounts that a page is for.
+
+    Args:
+        db: The connection.
+        accounts: Their ids.
+        after: The name that the page begins after.
+        start: What the ids have to begin with, folded.
+    """
+
+    def __init__(self, db: Executor, accounts: frozenset[str], after: str, start: str = "") -> None:
+        self._db = db
+        self._accounts = accounts
+        self._start = start
+        self.after = after
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def __contains__(self, account_id: str) -> bool:
+        return account_id in self._accounts and folded(account_id).startswith(self._start)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Those that a store can have."""
+        return [each for each in storable(self._accounts) if folded(each).startswith(self._start)]
+
+    @cached_property
+    def texts(self) -> object:
+        """The same, as a parameter for `Executor.each`."""
+        return self._db.texts(self.ids)
+
+    @cached_property
+    def few(self) -> Found | None:
+        """All their users that the page could have, where those are a few."""
+        some = self._db.rows(
+            f"SELECT u.username, u.account_id FROM {self._db.each()} CROSS JOIN users u"
+            " WHERE u.account_id = j.value AND u.removed = 0 AND u.username > ? LIMIT ?",
+            (self.texts, self.after, _SMALL + 1),
+        )
+        return some if len(some) <= _SMALL else None
 
 
 def listed(
@@ -62,32 +109,25 @@ def listed(
 ) -> list[str]:
     """Return the usernames of a page; see `RestrictionStore.overview`."""
     start, last = folded(search), "" if after is None else _bound(after)
-    bounds = prefix_range(start) if encodable(start) else None
+    everyone = accounts is Actor.EVERY_ACCOUNT
+    sources: list[_Source] = [] if start else [_Users(db, removed=everyone)]
+    if start and encodable(start):
+        bounds = prefix_range(start)
+        sources += [_Users(db, bounds, removed=everyone), _Terms(db, bounds, removed=everyone)]
     address = _address(search)
-    if accounts is Actor.EVERY_ACCOUNT:
-        sources: list[_Source] = [_Users(db, removed=True)] if not start else []
-        if start and bounds is not None:
-            sources += [_Users(db, bounds, removed=True), _Terms(db, bounds, removed=True)]
-        if address is not None:
-            sources.append(_Holders(db, address, removed=True))
-        return _first((source.everywhere(last, limit) for source in sources), limit)
-    everyone = _Users(db)
-    if not start:
-        return _first([_of_accounts(everyone, accounts, last, limit)], limit)
-    if len(accounts) <= _MANY:
-        few = everyone.some(accounts, last, _SMALL + 1)
-        if len(few) <= _SMALL:
-            return _among(db, few, bounds, address)[:limit]
-    # Which accounts are called so is found out here: what is theirs is then no search at all.
-    called = _called(accounts, start)
-    found = [_of_accounts(everyone, called, last, limit)] if called else []
-    if bounds is not None:
-        found += [
-            _of_accounts(_Users(db, bounds), accounts, last, limit),
-            _of_accounts(_Terms(db, bounds), accounts, last, limit),
-        ]
     if address is not None:
-        found.append(_of_accounts(_Holders(db, address), accounts, last, limit))
+        sources.append(_Holders(db, address, removed=everyone))
+    if accounts is Actor.EVERY_ACCOUNT:
+        return _first((source.everywhere(last, limit) for source in sources), limit)
+    mine = _Mine(db, accounts, last)
+    found = [_of_accounts(source, mine, limit) for source in sources]
+    if start:
+        # Which accounts are called so is found out here: what is theirs is then no search at all.
+        called = _called(accounts, start)
+        theirs = (
+            _Mine(db, called, last) if len(called) <= _MANY else _Mine(db, accounts, last, start)
+        )
+        found.append(_of_accounts(_Users(db), theirs, limit))
     return _first(found, limit)
 
 
@@ -95,42 +135,28 @@ def _first(found: Iterable[Found], limit: int) -> list[str]:
     return sorted({row[0] for some in found for row in some})[:limit]
 
 
-def _of_accounts(source: _Source, accounts: frozenset[str], after: str, limit: int) -> Found:
+def _of_accounts(source: _Source, mine: _Mine, limit: int) -> Found:
     """Return the first users of these accounts, by the way that turns out to be the shorter."""
+    if len(mine) <= _MANY and mine.few is not None:
+        return _matching(source, mine.few)
+    if source.quick(mine):
+        return source.own(mine, mine.after, limit)
     found: Found = []
-    looked_at, look = 0, _FIRST_LOOK
-    while not source.quick(accounts) and looked_at < LOOKED_AT:
+    after, looked_at, look = mine.after, 0, _FIRST_LOOK
+    while looked_at < LOOKED_AT:
         rows = source.everywhere(after, look)
-        found += [row for row in rows if row[1] in accounts]
+        found += [row for row in rows if row[1] in mine]
         if len(found) >= limit or len(rows) < look:
             return found[:limit]
         after, looked_at, look = rows[-1][0], looked_at + look, look * 4
-    return found + source.own(accounts, after, limit - len(found))
+    if mine.few is not None:
+        return _matching(source, mine.few)
+    return found + source.own(mine, after, limit - len(found))
 
 
-def _among(
-    db: Executor, users: Found, bounds: tuple[str, str] | None, address: AddressRange | None
-) -> list[str]:
-    """Return who among a few users matches."""
-    names, found = db.texts(row[0] for row in users), set[str]()
-    if bounds is not None:
-        found |= _column(
-            db,
-            f"SELECT username FROM search_terms WHERE {db.among('username')}"
-            " AND term >= ? AND term < ?",
-            (names, *bounds),
-        )
-    if address is not None:
-        found |= _column(
-            db,
-            f"SELECT r.username FROM restrictions r WHERE {db.among('r.username')} AND {_HOLDS}",
-            (names, *_held(address)),
-        )
-    return sorted(found)
-
-
-def _column(db: Executor, sql: str, params: Params) -> set[str]:
-    return {row[0] for row in db.rows(sql, params)}
+def _matching(source: _Source, users: Found) -> Found:
+    names = set(source.among(users))
+    return [row for row in users if row[0] in names]
 
 
 def _bound(text: str) -> str:
@@ -145,13 +171,8 @@ def _address(text: str) -> AddressRange | None:
         return None
 
 
-def _held(address: AddressRange) -> Row:
-    packed = address.packed[0]
-    return packed, packed, len(packed)
-
-
 def _called(accounts: frozenset[str], start: str) -> frozenset[str]:
-    """Return the accounts whose id begins so, when folded."""
+    """Return the accounts whose id begins so, when folded; not all of them, where it is many."""
     # One text is searched much sooner than a hundred thousand. What is not an account after all,
     # because one of them has the separator in it, is none of theirs.
     text = "\n".join(accounts)
@@ -159,8 +180,8 @@ def _called(accounts: frozenset[str], start: str) -> frozenset[str]:
         return frozenset(each for each in accounts if folded(each).startswith(start))
     text = f"\n{text}\n"
     lower, mark = text.lower(), f"\n{start}"
-    found, at = set(), lower.find(mark)
-    while at >= 0:
+    found, at = set[str](), lower.find(mark)
+    while at >= 0 and len(found) <= 2 * _MANY:
         end = text.index("\n", at + 1)
         found.add(text[at + 1 : end])
         at = lower.find(mark, end)
@@ -222,33 +243,30 @@ class _Users:
             )
         return sorted(found)[:limit]
 
-    def own(self, accounts: frozenset[str], after: str, limit: int) -> Found:
+    def own(self, mine: _Mine, after: str, limit: int) -> Found:
         db, (span, params) = self._db, self._span(after)
-        if len(accounts) <= FEW:
+        if len(mine) <= FEW:
             one = (
                 "SELECT u.username, u.account_id FROM users u"
                 f" WHERE u.account_id = ? AND u.removed = 0 AND {span} ORDER BY u.username"
             )
-            each = [(one, (account, *params)) for account in storable(accounts)]
+            each = [(one, (account, *params)) for account in mine.ids]
             return sorted(merged(db, each, limit))[:limit]
         return db.rows(
             f"SELECT u.username, u.account_id FROM {db.each()} CROSS JOIN users u"
             f" WHERE u.account_id = j.value AND u.removed = 0 AND {span}"
             f" ORDER BY {_SORTED} LIMIT ?",
-            (db.texts(storable(accounts)), *params, limit),
+            (mine.texts, *params, limit),
         )
 
-    def quick(self, accounts: frozenset[str]) -> bool:
-        return len(accounts) <= FEW
+    def quick(self, mine: _Mine) -> bool:
+        return len(mine) <= FEW
 
-    def some(self, accounts: frozenset[str], after: str, limit: int) -> Found:
-        """Return any users of these accounts after a name; fewer than `limit` are all."""
-        db, (span, params) = self._db, self._span(after)
-        return db.rows(
-            f"SELECT u.username, u.account_id FROM {db.each()} CROSS JOIN users u"
-            f" WHERE u.account_id = j.value AND u.removed = 0 AND {span} LIMIT ?",
-            (db.texts(storable(accounts)), *params, limit),
-        )
+    def among(self, users: Found) -> Iterable[str]:
+        if self._bounds is None:
+            return (row[0] for row in users)
+        start, end = self._bounds
+        return (row[0] for row in users if start <= row[0] < end)
 
 
 class _Terms:
@@ -266,57 +284,60 @@ class _Terms:
     def everywhere(self, after: str, limit: int) -> Found:
         return self._with_unplaced(self._by_blocks("", (), after, limit), after, limit)
 
-    def own(self, accounts: frozenset[str], after: str, limit: int) -> Found:
+    def own(self, mine: _Mine, after: str, limit: int) -> Found:
         db = self._db
-        if self.quick(accounts):
-            known = db.texts(storable(accounts))
-            found = self._by_blocks(f"{db.each()} CROSS JOIN", (known,), after, limit)
+        if self.quick(mine):
+            found = self._by_blocks(f"{db.each()} CROSS JOIN", (mine.texts,), after, limit)
         else:
             found = db.rows(
                 f"SELECT DISTINCT {_SORTED}, u.account_id FROM {db.each()}"
                 " CROSS JOIN search_terms t CROSS JOIN users u"
                 " WHERE t.account_id = j.value AND t.term >= ? AND t.term < ? AND t.username > ?"
                 f" AND u.username = t.username AND {self._listed} ORDER BY 1 LIMIT ?",
-                (db.texts(storable(accounts)), *self._bounds, after, limit),
+                (mine.texts, *self._bounds, after, limit),
             )
-        return self._with_unplaced(found, after, limit, accounts)
+        return self._with_unplaced(found, after, limit, mine)
 
-    def quick(self, accounts: frozenset[str]) -> bool:
-        return len(accounts) <= _SEVERAL
+    def quick(self, mine: _Mine) -> bool:
+        return len(mine) <= _SEVERAL
+
+    def among(self, users: Found) -> Iterable[str]:
+        db = self._db
+        rows = db.rows(
+            f"SELECT username FROM search_terms WHERE {db.among('username')}"
+            " AND term >= ? AND term < ?",
+            (db.texts(row[0] for row in users), *self._bounds),
+        )
+        return (row[0] for row in rows)
 
     def _by_blocks(self, each: str, accounts: Params, after: str, limit: int) -> Found:
         db, found = self._db, list[Row]()
+        terms = f"{each} search_terms t"
+        # Each of the two indexes is over a part of the terms, and the condition has to say so.
+        part = "t.account_id = j.value" if each else "t.block > 0"
+        matching = f"{part} AND t.term >= ? AND t.term < ?"
         ((first,),) = db.rows("SELECT max(first) FROM search_blocks WHERE first <= ?", (after,))
-        same_account = "AND t.account_id = j.value" if each else ""
-        blocks = 1
+        from_here, blocks = ">=", 2
         while True:
-            firsts = db.rows(
-                "SELECT first FROM search_blocks WHERE first >= ? ORDER BY first LIMIT ?",
-                (first, blocks + 1),
+            some = db.rows(
+                f"SELECT b.id, b.first FROM search_blocks b WHERE b.first {from_here} ?"
+                f" AND (SELECT 1 FROM {terms} WHERE t.block = b.id AND {matching} LIMIT 1) = 1"
+                " ORDER BY b.first LIMIT ?",
+                (first, *accounts, *self._bounds, blocks),
             )
-            following = firsts[blocks][0] if len(firsts) > blocks else None
+            numbers = ", ".join(str(int(row[0])) for row in some) or "0"
             found += db.rows(
-                f"SELECT DISTINCT {_SORTED}, u.account_id"
-                f" FROM search_blocks b CROSS JOIN {each} search_terms t CROSS JOIN users u"
-                f" WHERE b.first >= ? {'' if following is None else 'AND b.first < ?'}"
-                f" AND t.block = b.id AND t.block > 0 {same_account}"
-                " AND t.term >= ? AND t.term < ? AND t.username > ?"
+                f"SELECT DISTINCT {_SORTED}, u.account_id FROM {terms} CROSS JOIN users u"
+                f" WHERE t.block IN ({numbers}) AND {matching} AND t.username > ?"
                 f" AND u.username = t.username AND {self._listed} ORDER BY 1 LIMIT ?",
-                (
-                    *accounts,
-                    first,
-                    *(() if following is None else (following,)),
-                    *self._bounds,
-                    after,
-                    limit - len(found),
-                ),
+                (*accounts, *self._bounds, after, limit - len(found)),
             )
-            if following is None or len(found) >= limit:
+            if len(some) < blocks or len(found) >= limit:
                 return found
-            first, blocks = following, blocks * 4
+            first, from_here, blocks = some[-1][1], ">", blocks * 4
 
     def _with_unplaced(
-        self, found: Found, after: str, limit: int, accounts: frozenset[str] | None = None
+        self, found: Found, after: str, limit: int, mine: _Mine | None = None
     ) -> Found:
         """Add those whose terms were written by a library that knows no blocks."""
         look = max(limit, _FIRST_LOOK)
@@ -328,7 +349,7 @@ class _Terms:
                 f" AND u.username = t.username AND {self._listed} ORDER BY 1 LIMIT ?",
                 (*self._bounds, after, look),
             )
-            more += [row for row in rows if accounts is None or row[1] in accounts]
+            more += [row for row in rows if mine is None or row[1] in mine]
             if len(rows) < look:
                 break
             after = rows[-1][0]
@@ -340,7 +361,8 @@ class _Holders:
 
     def __init__(self, db: Executor, address: AddressRange, *, removed: bool = False) -> None:
         self._db = db
-        self._held = _held(address)
+        packed = address.packed[0]
+        self._held = (packed, packed, len(packed))
         self._listed = "" if removed else "AND u.removed = 0"
         self._runs: list[Row] | None = None
 
@@ -355,28 +377,36 @@ class _Holders:
         lists = [(one, (*run, after)) for run in self._runs]
         return sorted(set(merged(self._db, lists, limit)))[:limit]
 
-    def own(self, accounts: frozenset[str], after: str, limit: int) -> Found:
+    def own(self, mine: _Mine, after: str, limit: int) -> Found:
         db = self._db
         condition = (
             "u.removed = 0 AND u.username > ? AND EXISTS"
             f" (SELECT 1 FROM restrictions r WHERE r.username = u.username AND {_HOLDS})"
         )
-        if len(accounts) <= FEW:
+        if len(mine) <= FEW:
             one = (
                 "SELECT u.username, u.account_id FROM users u"
                 f" WHERE u.account_id = ? AND {condition} ORDER BY u.username"
             )
-            each = [(one, (account, after, *self._held)) for account in storable(accounts)]
+            each = [(one, (account, after, *self._held)) for account in mine.ids]
             return sorted(merged(db, each, limit))[:limit]
         return db.rows(
             f"SELECT u.username, u.account_id FROM {db.each()} CROSS JOIN users u"
             f" WHERE u.account_id = j.value AND {condition} ORDER BY {_SORTED} LIMIT ?",
-            (db.texts(storable(accounts)), after, *self._held, limit),
+            (mine.texts, after, *self._held, limit),
         )
 
-    def quick(self, accounts: frozenset[str]) -> bool:
-        del accounts
+    def quick(self, mine: _Mine) -> bool:
+        del mine
         return False
+
+    def among(self, users: Found) -> Iterable[str]:
+        db = self._db
+        rows = db.rows(
+            f"SELECT r.username FROM restrictions r WHERE {db.among('r.username')} AND {_HOLDS}",
+            (db.texts(row[0] for row in users), *self._held),
+        )
+        return (row[0] for row in rows)
 
 
 _RUNS: Final = """
