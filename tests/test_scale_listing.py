@@ -242,3 +242,45 @@ def test_pages_are_the_references_whoever_wrote(
     finally:
         for store in stores:
             store.close()
+
+
+@pytest.mark.usefixtures("edges")
+@settings(max_examples=rounds(25, 1_000))
+@given(
+    rows=st.lists(
+        st.tuples(st.none() | st.sampled_from(NAMES[:3]), st.none() | st.sampled_from(ACCOUNTS)),
+        max_size=20,
+    ),
+    asked=st.lists(
+        st.tuples(
+            accounts,
+            st.none() | st.sampled_from([*NAMES[:3], "nobody", "\ud800"]),
+            st.none() | st.integers(-1, 22),
+            st.integers(1, 5),
+        ),
+        min_size=5,
+        max_size=25,
+    ),
+)
+def test_the_trail_is_the_references(
+    rows: list[tuple[str | None, str | None]],
+    asked: list[tuple[Any, str | None, int | None, int]],
+    tmp_path_factory: pytest.TempPathFactory,
+    postgres: Server | Given,
+) -> None:
+    """Whose rows are asked for, many or few, each page has those that the reference has."""
+    folder = tmp_path_factory.mktemp("trail")
+    with (
+        MemoryStore(clock=FakeClock(START)) as memory,
+        open_store(f"sqlite:///{folder}/a.db", clock=FakeClock(START)) as sqlite,
+        open_store(postgres.url(schema=fresh_schema()), clock=FakeClock(START)) as server,
+    ):
+        for store in (memory, sqlite, server):
+            with store.transaction() as turn:
+                for username, account in rows:
+                    turn.append(Action.IMPOSE, actor=None, username=username, account_id=account)
+        for whose, username, before, limit in asked:
+            wanted = {"username": username, "before": before, "limit": limit}
+            expected = memory.history(whose, **wanted)  # type: ignore[arg-type]
+            for store in (sqlite, server):
+                assert store.history(whose, **wanted) == expected  # type: ignore[arg-type]

@@ -183,6 +183,46 @@ class OverviewTests(Hooks):
         }.items():
             assert self._found(search) == names, search
 
+    def test_search_follows_what_users_become(self) -> None:
+        """Another name or account is found at once, and the one before no more, removed or not."""
+        self.store.put_users([user("jo", full_name="Ann Bell Ann", account_id="X9")])
+        others = [user(f"user{n}", full_name="Bella Ann", account_id="B2") for n in range(3)]
+        self.store.put_users(others)
+        assert self._found("ann", frozenset({"X9"})) == ["jo"]
+        assert self._found("bell") == ["jo", *(other.username for other in others)]
+        self.store.put_users([user("jo", full_name="Ann Carr \uff22ell", account_id="Y9")])
+        assert self._found("bell ann") == []
+        assert self._found("carr") == self._found("carr bell") == self._found("bell", A1 | {"Y9"})
+        assert self._found("x9") == self._found("ann", frozenset({"X9"})) == []
+        assert self._found("y9") == self._found("y9", frozenset({"Y9"})) == ["jo"]
+        self.add(self.restriction("jo"))
+        self.store.remove_users(["jo", "user1"])
+        assert self._found("carr") == ["jo"]
+        assert self._found("bella") == ["user0", "user2"]
+        assert self._found("carr", frozenset({"Y9"})) == []
+        self.store.put_users([user("jo", full_name="Dee", account_id="Y9")])
+        assert self._found("carr") == []
+        assert self._found("dee", frozenset({"Y9"})) == ["jo"]
+
+    def test_search_among_many(self) -> None:
+        """What only few have is found among many, what many have is found page by page."""
+        names = [f"user{n:05d}" for n in range(self.many * 10)]
+        some = {names[0]: "Early", names[len(names) // 2]: "Middle", names[-1]: "Late"}
+        self.store.put_users(
+            [
+                user(name, full_name=f"{some.get(name, 'Any')} One", account_id=f"A{number % 3}")
+                for number, name in enumerate(names)
+            ]
+        )
+        for name, word in some.items():
+            assert self._found(word) == [name]
+            assert self._found(word, frozenset({"A0", "A1", "A2"})) == [name]
+        assert self._found("one", limit=3) == names[:3]
+        assert self._found("any", after=names[-5]) == names[-4:-1]
+        assert self._found("one", A1, after=names[-7]) == [
+            name for number, name in enumerate(names) if number % 3 == 1 and name > names[-7]
+        ]
+
     def test_search_takes_characters_for_what_they_are(self) -> None:
         """Nothing in a search text is a pattern or a piece of SQL."""
         self.put("a%b", "a_b", "axb", "a'b", "a\\b", 'a"b', "a*b", "a?b", "a[x]b")

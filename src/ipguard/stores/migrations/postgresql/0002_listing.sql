@@ -32,6 +32,10 @@ CREATE INDEX search_terms_of_account ON search_terms (account_id, block, term, u
     WHERE account_id IS NOT NULL;
 CREATE INDEX search_terms_unplaced ON search_terms (term, username) WHERE block IS NULL;
 
+-- Who reads policies waits for what follows, so the users' indexes are made before.
+CREATE INDEX users_of_account_present ON users (account_id, removed, username);
+CREATE INDEX users_by_presence ON users (removed, username, account_id);
+
 -- How many bytes of the first address the last one begins with, and 100 more for IPv6: runs of
 -- addresses that share as much, and hold an address, begin near it.
 DROP INDEX restrictions_by_address;
@@ -51,8 +55,7 @@ ALTER TABLE restrictions ADD COLUMN shared BIGINT GENERATED ALWAYS AS (
 CREATE INDEX restrictions_of_network ON restrictions (shared, first_ip, last_ip, username);
 
 DROP INDEX users_of_account;
-CREATE INDEX users_of_account ON users (account_id, removed, username);
-CREATE INDEX users_by_presence ON users (removed, username, account_id);
+ALTER INDEX users_of_account_present RENAME TO users_of_account;
 
 -- Who could write terms goes on doing so, in blocks.
 DO $$
