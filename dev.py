@@ -5,6 +5,7 @@
     python3 dev.py demo --serve [--port N]  a login server with the page in it, for a browser
     python3 dev.py test [--long] [ARG ...]  the tests; with ARGs, which go to pytest, no coverage
     python3 dev.py lint | types | layers | docs | build | pythons
+    python3 dev.py screenshots              makes the pictures in docs/screenshots/ anew
     python3 dev.py mutate [MODULE ...]      mutation testing, see docs/mutation.md
     python3 dev.py bench [--quick]          measures, into docs/performance/; docs/performance.md
     python3 dev.py pin                      renew constraints.txt and benchmarks/constraints.txt
