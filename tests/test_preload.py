@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ipguard
-from ipguard.guard import Guard
-from ipguard.model import Reason
 from ipguard.packed import pack
 from ipguard.stores.postgres import PostgresStore
 from ipguard.stores.sqlite import SQLiteStore
-from ipguard.testing import FakeClock, Outbox
+from ipguard.testing import FakeClock
 from tests.conftest import rounds
-from tests.guards import HOME, OFFICE, World, comes_true
+from tests.guards import HOME, OFFICE, World
 from tests.postgres import Given, Server, fresh_schema
+from tests.turnover import another_history, turned_over
 from tests.twins import STEPS, compare
-
-BOSS = ipguard.Actor(username="boss", email="b@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
 
 
 @pytest.fixture
@@ -106,102 +100,15 @@ def test_over_postgresql_it_answers_as_a_guard_without_a_table(
     check()
 
 
-class Logins:
-    """Threads that log users in without end, and note each answer that cannot be right.
-
-    Args:
-        guard: Who is asked.
-        users: How many; `user0`, `user1`, …
-        imported: Returns the revision from which on all may log in from `HOME` alone, and when its
-            commit had returned; None before.
-    """
-
-    def __init__(
-        self, guard: Guard, users: int, imported: Callable[[], tuple[int, float] | None]
-    ) -> None:
-        self._guard = guard
-        self._users = users
-        self._imported = imported
-        self._stop = threading.Event()
-        self.wrong: list[object] = []
-        self.answers = 0
-        self.unavailable = 0
-        self._threads = [threading.Thread(target=self._run, args=(at,)) for at in (0, 1)]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, at: int) -> None:
-        step = 7919
-        while not self._stop.is_set():
-            at = (at + step) % self._users
-            self._judge(f"user{at}")
-
-    def _judge(self, name: str) -> None:
-        imported, began = self._imported(), time.monotonic()
-        home = self._guard.check(name, HOME)
-        office = self._guard.check(name, OFFICE)
-        self.answers += 2
-        self.unavailable += (home.reason, office.reason).count(Reason.STORE_UNAVAILABLE)
-        if not home and home.reason is not Reason.STORE_UNAVAILABLE:
-            self.wrong.append(home)
-        # An allow has to rest on what was so before the import, and that not too long ago.
-        late = imported is not None and began > imported[1] + 5.0
-        now = self._imported()
-        if office and (late or (now is not None and office.revision >= now[0])):
-            self.wrong.append(office)
-
-
-def turned_over(store: PostgresStore, users: int, forge: Callable[[], object]) -> Logins:
-    """Import a restriction for each user, then make another history of it, under logins."""
-    flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
-    store.put_users(
-        ipguard.User(username=f"user{n}", full_name="U", account_id="A") for n in range(users)
-    )
-    done: list[tuple[int, float]] = []
-    with (
-        ipguard.Guard(store, preload=True, capacity=2_000) as guard,
-        Logins(guard, users, lambda: done[0] if done else None) as logins,
-    ):
-        comes_true(lambda: guard.stats().preloaded == 0)
-        applied = flow.impose_many(
-            BOSS, ((f"user{n}", HOME) for n in range(users)), reason="import"
-        )
-        done.append((applied.revision, time.monotonic()))
-        assert guard.wait_for(applied.revision, 30)
-        comes_true(lambda: guard.stats().preloaded == users)
-        forge()
-        comes_true(lambda: guard.stats().preloaded is None)
-        comes_true(lambda: guard.stats().preloaded == users)
-        seen = logins.answers
-        comes_true(lambda: logins.answers > seen + 200)
-    return logins
-
-
 def test_an_import_and_another_history_under_logins(
     postgres: Server | Given, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody gets in who should not, nor is kept out, while the whole table is filled anew."""
     schema = fresh_schema()
     with PostgresStore(postgres.url(), schema=schema) as store:
-
-        def forge() -> None:
-            for table, where in (("changes", "revision = (SELECT revision FROM s.head)"),
-                                 ("head", "id = 1")):  # fmt: skip
-                postgres.execute(
-                    f"UPDATE s.{table} SET token = 'another' WHERE {where}".replace(
-                        "s.", f"{schema}."
-                    )
-                )
-
-        logins = turned_over(store, rounds(3_000, 50_000), forge)
+        logins = turned_over(
+            store, rounds(3_000, 50_000), lambda: another_history(postgres.execute, schema)
+        )
     assert logins.wrong == []
     assert logins.answers > 1_000
     assert "history is not the one known" in caplog.text
