@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import socket
+import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
@@ -666,6 +667,20 @@ def test_a_c_library_that_is_lenient_in_one_family(family, monkeypatch):
 
     monkeypatch.setattr(_text, "inet_pton", half_lenient)
     assert _text.reads_leading_zeros()
+
+
+def test_the_quick_reader_refuses_what_login_address_refuses(monkeypatch):
+    """`strict_pton` is the C library's where that is strict, and else looks at the text before."""
+    assert _text.strict_pton is (
+        socket.inet_pton if sys.platform == "linux" else _text._checked_pton
+    )
+    monkeypatch.setattr(_text, "inet_pton", lenient_inet_pton)
+    for text in ("1.2.3.04", "::1.2.3.04", "fe80::1%lo", "fe80::1%1"):
+        family = socket.AF_INET6 if ":" in text else socket.AF_INET
+        with pytest.raises(ValueError, match="no C library"):
+            _text._checked_pton(family, text)
+    assert _text._checked_pton(socket.AF_INET, "1.2.3.4") == bytes([1, 2, 3, 4])
+    assert _text._checked_pton(socket.AF_INET6, "::1.2.3.4") == bytes([*[0] * 12, 1, 2, 3, 4])
 
 
 # ---- ranges as values ----------------------------------------------------------------------------

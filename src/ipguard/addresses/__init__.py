@@ -22,10 +22,17 @@ from netaddr import INET_PTON, AddrFormatError, IPAddress  # type: ignore[import
 
 from ipguard.addresses import _text
 from ipguard.addresses._refusals import why
-from ipguard.addresses._text import login_address, written
+from ipguard.addresses._text import login_address, strict_pton, written
 from ipguard.errors import AddressError
 
-__all__ = ["AddressRange", "AddressSet", "login_address", "parse_address", "typed"]
+__all__ = [
+    "AddressRange",
+    "AddressSet",
+    "login_address",
+    "parse_address",
+    "strict_pton",
+    "typed",
+]
 
 _BITS = {4: 32, 6: 128}
 _VERSIONS = {4: 4, 16: 6}  # by the number of bytes
