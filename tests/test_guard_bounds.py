@@ -223,7 +223,7 @@ def test_a_late_address_of_a_dropped_user_is_lost(world: World) -> None:
     old = guard._cache.by_spelling["jsmith"]
     world.restrict("jsmith", OFFICE)
     guard.sync()
-    old.remember(HOME)
+    old.add(HOME)
     assert not guard.is_allowed("jsmith", HOME)
     assert not guard.is_allowed("jsmith", HOME)
 

@@ -153,6 +153,20 @@ def test_a_child_can_note_that_the_store_fails(memory: World) -> None:
         assert in_child(lambda: guard.check("jsmith", HOME).reason) == "store_unavailable"
 
 
+def test_a_child_can_count_a_denial(memory: World) -> None:
+    """The lock of the figures may be held at the fork by a thread that the child lacks."""
+    memory.restrict("jsmith", HOME)
+    guard = memory.guard()
+    guard.check("jsmith", OFFICE)
+
+    def child() -> int:
+        guard.check("jsmith", OFFICE)
+        return guard.stats().denials[Reason.NOT_LISTED]
+
+    with guard._tally._lock:
+        assert in_child(child) == 2
+
+
 def test_the_refresher_starts_again_at_the_child_s_first_slow_call(sqlite: World) -> None:
     """A forked child has no thread; a cached answer needs none, the next sync brings it back."""
     with sqlite.guard() as guard:

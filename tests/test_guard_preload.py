@@ -63,6 +63,17 @@ def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Resto
     world.inner.close()
 
 
+def streaming() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "ipguard-preload"]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays() -> Iterator[None]:
+    """Every snapshot that a test has begun ends with it."""
+    yield
+    comes_true(lambda: not streaming())
+
+
 def preloaded(world: World, **settings: Any) -> Guard:
     """Return a guard whose table is whole."""
     guard = world.guard(preload=True, **settings)
@@ -826,10 +837,6 @@ def test_an_id_that_cannot_be_packed_is_held_as_it_is(memory: World) -> None:
 
 
 # ---------------------------------------------------------------------------------- refresher
-
-
-def streaming() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "ipguard-preload"]
 
 
 def test_the_refresher_sees_to_the_table(world: World) -> None:

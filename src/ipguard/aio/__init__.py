@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import (
     Any,
     Concatenate,
-    Final,
     Literal,
     ParamSpec,
     Self,
@@ -47,8 +46,6 @@ _log = logging.getLogger("ipguard.aio")
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-_NOT_REMEMBERED: Final = Decision(allowed=False, reason=Reason.STORE_UNAVAILABLE, revision=0)
 
 
 class GuardSettings(TypedDict, total=False):
@@ -112,18 +109,14 @@ class AsyncGuard:
         self._others = Executor(threads, waiting)
         # By event loop and user: the first call about a user that is under way.
         self._asking: dict[tuple[object, str | int], asyncio.Future[Decision]] = {}
-        # Only a guard without an observer and `report_only` has this fast path.
-        self._allows: Callable[[str, str], bool] = (
-            store._bind_is_allowed(_not_remembered)
-            if "is_allowed" in vars(store)
-            else _never_remembered
-        )
+        self._hot = store._bind_is_allowed(_not_remembered) or _not_remembered
 
     async def is_allowed(self, username: str, address: str) -> bool:
         """Tell whether a user may log in from an address, now; see `Guard.is_allowed`."""
-        if self._allows(username, address):
-            return True
-        return (await self.check(username, address)).allowed
+        allowed = self._hot(username, address)
+        if allowed is None:
+            allowed = (await self.check(username, address)).allowed
+        return allowed
 
     async def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
         """Decide whether a user may log in from an address, and say why; see `Guard.check`."""
@@ -238,12 +231,8 @@ class AsyncGuard:
         await self.close()
 
 
-def _not_remembered(_username: str, _address: str) -> Decision:
-    return _NOT_REMEMBERED
-
-
-def _never_remembered(_username: str, _address: str) -> bool:
-    return False
+def _not_remembered(_username: str, _address: str) -> None:
+    return None
 
 
 def _awaited(

@@ -2,8 +2,7 @@
 
 How an answer comes about::
 
-    is_allowed ──hit──▶ the deadline, two look-ups, the clock          (below)
-        └──first sight of an address──▶ parse, bisect                  (below)
+    is_allowed ──of a remembered user──▶ `_hot.py`: the deadline, two look-ups, the clock
         └──all else──▶ check ──▶ the lease        `_lease.py`: sync, one moment, one position
                              ├─▶ the cache        `_cache.py`: bounded, by spelling
                              ├─▶ the table        `_table.py`: with `preload`, all restricted users
@@ -11,9 +10,7 @@ How an answer comes about::
     start / with ──▶ `_refresher.py`: calls sync before anybody has to
                              └─▶ `_preload.py`: streams the table in, reads again who changed
 
-Readers take no lock. What makes that safe: the lease's moment is read before the cache and tested
-after it; `sync` drops what changed before it moves that moment; an entry that was dropped can no
-longer be found, so what a late reader still adds to it is lost and harms nobody.
+Readers take no lock; `_hot.py` says what makes that safe.
 """
 
 from __future__ import annotations
@@ -24,27 +21,26 @@ import math
 import threading
 import time
 import weakref
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Literal, Self
 
 import attrs
 
-from ipguard.addresses import AddressRange, login_address, parse_address
-from ipguard.errors import AddressError, StoreUnavailable, UsernameError, shortened
+from ipguard.addresses import AddressRange, login_address
+from ipguard.errors import StoreUnavailable, UsernameError, shortened
 from ipguard.guard import _fork
 from ipguard.guard._cache import Cache, Entry
 from ipguard.guard._explain import explain
+from ipguard.guard._hot import bind
 from ipguard.guard._lease import Lease, time_asleep
 from ipguard.guard._loads import Loads
 from ipguard.guard._preload import Preload
 from ipguard.guard._refresher import Refresher
 from ipguard.guard._settings import check_seconds, check_settings
-from ipguard.guard._stats import GuardStats
+from ipguard.guard._stats import GuardStats, Tally
 from ipguard.guard._table import Table
-from ipguard.model import Decision, Explanation, Policy, Reason
+from ipguard.model import Decision, Explanation, Reason
 from ipguard.rules import decide
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
@@ -53,7 +49,6 @@ __all__ = ["Guard", "GuardStats"]
 
 _log = logging.getLogger("ipguard.guard")
 
-_NOBODY: Final = Policy(revision=0, restrictions=(), known=False)
 _TRIES: Final = 2
 
 Observer = Callable[[object, object, Decision], object]
@@ -137,13 +132,14 @@ class Guard:
             monotonic=self._monotonic,
         )
         self._preload = None if table is None else Preload(store, table, self._lease, self._loads)
-        self._denials: Counter[Reason] = Counter()
+        self._tally = Tally()
         self._refreshing = False
         self._refresher: Refresher | None = None
-        overridden = type(self).is_allowed is not Guard.is_allowed
-        if not (report_only or observer is not None or overridden):
+        hot = self._bind_is_allowed(lambda username, address: self.check(username, address).allowed)
+        if hot is not None:
             # Shadows the method for this guard: what others pay for an observer, it does not.
-            self.__dict__["is_allowed"] = self._bind_is_allowed(self.check)
+            hot.__doc__ = Guard.is_allowed.__doc__
+            self.__dict__["is_allowed"] = hot
         _fork.register(self)
 
     def is_allowed(self, username: str, address: str) -> bool:
@@ -160,31 +156,16 @@ class Guard:
         """
         return self.check(username, address).allowed
 
-    def _bind_is_allowed(self, check: Callable[[str, str], Decision]) -> Callable[[str, str], bool]:
-        lease, find, monotonic = self._lease, self._cache.by_spelling.get, self._monotonic
-        nobody = Entry(_NOBODY, "", deny_unknown=True)
-
-        def is_allowed(username: str, address: str) -> bool:
-            # A subclass of str may hash and compare as it likes: it takes the slow path.
-            if not type(username) is type(address) is str:
-                return check(username, address).allowed
-            until = lease.deadline  # before the look-up, so a drop meanwhile cannot be missed
-            try:
-                entry = find(username, nobody)
-                if address in entry:
-                    if monotonic() < until:
-                        return True
-                elif (parsed := login_address(address)) is not None:
-                    bounds = entry.ipv4 if parsed[0] == 4 else entry.ipv6
-                    if bisect_right(bounds, parsed[1]) & 1 and monotonic() < until:
-                        entry.remember(address)
-                        return True
-            except Exception:
-                _log.debug("the fast path gave up", exc_info=True)
-            return check(username, address).allowed
-
-        is_allowed.__doc__ = Guard.is_allowed.__doc__
-        return is_allowed
+    def _bind_is_allowed(
+        self, otherwise: Callable[[str, str], bool | None]
+    ) -> Callable[[str, str], bool | None] | None:
+        """Return the hot path, or None where each question has to go through `check`."""
+        kind = type(self)
+        overridden = not (kind.is_allowed is Guard.is_allowed and kind.check is Guard.check)
+        if overridden or self._report_only or self._observer is not None:
+            return None
+        users = self._cache.by_spelling
+        return bind(self._lease, users, self._monotonic, self._tally, otherwise)
 
     def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
         """Decide whether a user may log in from an address, now, and say why.
@@ -214,8 +195,7 @@ class Guard:
     def _tell(self, username: str, address: str, decision: Decision) -> Decision:
         """Count a decision, tell the log and the observer, and return what the host is given."""
         if not decision.allowed:
-            with self._lease.lock:
-                self._denials[decision.reason] += 1
+            self._tally.add(decision.reason)
             if self._report_only:
                 self._report(username, address, decision)
         if self._report_only:
@@ -245,10 +225,11 @@ class Guard:
             name = canonical_username(username)
         except UsernameError:
             return Reason.BAD_USERNAME
-        try:
-            client = parse_address(address)
-        except AddressError:
+        found = login_address(address)
+        if found is None:
             return Reason.BAD_ADDRESS
+        version, value = found
+        client = AddressRange(version=version, first=value, last=value)
         # A str of a class of its own may hash and compare as it likes: it is not kept as a key.
         return name, username if type(username) is str else name, client
 
@@ -438,7 +419,7 @@ class Guard:
                 preloaded=None if table is None or not table.whole else len(table),
                 loads=self._loads.count,
                 evictions=self._cache.evictions,
-                denials=dict(self._denials),
+                denials=self._tally.counts(),
                 ready=remaining > 0,
             )
 
@@ -501,6 +482,7 @@ class Guard:
         """Begin anew with what is remembered; called by the process itself."""
         self._lease.renew_locks()
         self._loads.forget()
+        self._tally.renew_lock()
         if self._preload is not None:
             self._preload.forget()
         self._refresher = None

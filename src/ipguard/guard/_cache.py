@@ -13,11 +13,10 @@ from typing import Final
 from cachetools import FIFOCache
 
 from ipguard.guard._table import Table
-from ipguard.model import Policy
+from ipguard.model import Policy, Reason
 from ipguard.rules import lasting
 
 _SPELLINGS: Final = 8
-_ADDRESSES: Final = 64
 _ALL: Final = (0,)
 _NONE: Final[tuple[int, ...]] = ()
 
@@ -30,10 +29,11 @@ class Entry(set[str]):
         ipv4: Flat sorted bounds of the IPv4 addresses allowed whatever the time: an address is in
             when `bisect_right` of them is odd.
         ipv6: Likewise.
+        otherwise: Why all other addresses are denied; None where that depends on the time.
         spellings: The keys of `Cache.by_spelling` that lead here; the first is canonical.
     """
 
-    __slots__ = ("ipv4", "ipv6", "policy", "spellings")
+    __slots__ = ("ipv4", "ipv6", "otherwise", "policy", "spellings")
 
     def __init__(self, policy: Policy, name: str, *, deny_unknown: bool) -> None:
         super().__init__()
@@ -41,8 +41,10 @@ class Entry(set[str]):
         self.spellings: tuple[str, ...] = (name,)
         self.ipv4: tuple[int, ...]
         self.ipv6: tuple[int, ...]
+        self.otherwise: Reason | None = Reason.NOT_LISTED
         if deny_unknown and not policy.known:
             self.ipv4 = self.ipv6 = _NONE
+            self.otherwise = Reason.UNKNOWN_USER
         elif not policy.restrictions:
             self.ipv4 = self.ipv6 = _ALL
         else:
@@ -50,16 +52,8 @@ class Entry(set[str]):
             addresses = lasting(policy.restrictions)
             self.ipv4 = tuple(addresses.bounds(4))
             self.ipv6 = tuple(addresses.bounds(6))
-
-    def remember(self, text: str) -> None:
-        """Remember the text of an address that this entry allows. Needs no lock.
-
-        A client may own 2**64 addresses. A full entry starts anew, so one that roams is answered as
-        fast as ever and costs no more memory.
-        """
-        if len(self) >= _ADDRESSES:
-            self.clear()
-        self.add(text)
+            if any(r.expires_at is not None for r in policy.restrictions):
+                self.otherwise = None
 
 
 class Cache:

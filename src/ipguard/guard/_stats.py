@@ -1,18 +1,22 @@
-"""The figures of a guard."""
+"""The figures of a guard, and how its denials are counted."""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
 from ipguard.model import Reason
 
+_UNCOUNTED: Final = 1_000
+
 
 @attrs.frozen(kw_only=True)
 class GuardStats:
-    """How a guard is doing. It counts what leaves the hot path; hits are not counted.
+    """How a guard is doing. It counts denials and what leaves the hot path; hits are not counted.
 
     Attributes:
         revision: The store's revision that everything remembered is current to.
@@ -45,3 +49,38 @@ class GuardStats:
     evictions: int
     denials: Mapping[Reason, int]
     ready: bool
+
+
+class Tally:
+    """Counts denials by reason, each of them, and takes a lock only once in a thousand.
+
+    Each is one item more in a list, which needs no lock: `append` is atomic. Now and then, under a
+    lock, as many items as a list has are taken off its front and added to the count; what others
+    append meanwhile stays behind those.
+    """
+
+    def __init__(self) -> None:
+        self._uncounted: dict[Reason, list[None]] = {reason: [] for reason in Reason}
+        self._counts: Counter[Reason] = Counter()
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Make the lock anew: at first, and in a forked child, where the old one may be held."""
+        self._lock = threading.Lock()
+
+    def add(self, reason: Reason) -> None:
+        """Count one denial."""
+        uncounted = self._uncounted[reason]
+        uncounted.append(None)
+        if len(uncounted) >= _UNCOUNTED:
+            self.counts()
+
+    def counts(self) -> dict[Reason, int]:
+        """Return how many denials there have been for each reason that there was."""
+        with self._lock:
+            for reason, uncounted in self._uncounted.items():
+                count = len(uncounted)
+                if count:
+                    del uncounted[:count]
+                    self._counts[reason] += count
+            return dict(self._counts)
