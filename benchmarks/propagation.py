@@ -139,7 +139,9 @@ def main() -> int:
     processes = int(sys.argv[2]) if len(sys.argv) > 2 else 8
     print(f"{processes} processes, {count} restrictions, load {os.getloadavg()[0]:.1f}")
     with running_server() as server:
-        url, dsn = server.url(schema="propagation"), server.url()
+        # In one database a notification wakes every session that listens, whatever its channel.
+        server.execute("CREATE DATABASE bare")
+        url, dsn = server.url(schema="propagation"), server.url("bare")
         with Noting(url, listen="off") as store:
             listening = [
                 subprocess.Popen(
