@@ -1,0 +1,136 @@
+"""Asking for a restriction: what the form proposes, understands, and refuses."""
+
+from datetime import timedelta
+
+from tests.flows import ADAM, OFFICE
+
+TWO_DAYS = timedelta(days=2)
+
+
+def test_use_my_current_address(walk):
+    """The actor's own address is filled in; of IPv6 its /64, as privacy addresses change in it."""
+    for who, proposed, meaning in (
+        ("alice", OFFICE, f"{OFFICE}: 1 address"),
+        ("iris", "2001:db8:7:1::/64", "2^64 addresses"),
+    ):
+        walk.become(who)
+        walk.open("add")
+        walk.field("Trader").select_option("jsmith")
+        mine = walk.page.get_by_role("button", name="Use my current address")
+        if walk.way.scripts:
+            mine.click()
+            walk.waits_for(f"Understood as {proposed}: ")
+        else:
+            walk.go(mine)
+        assert walk.field("IP Address").input_value() == proposed
+        assert walk.field("Trader").input_value() == "jsmith"
+        walk.submit_addresses()
+        walk.sees("Confirm the restriction", meaning)
+    walk.become(ADAM.username)  # of whom the host knows no address
+    walk.open("add")
+    walk.misses("Use my current address")
+
+
+def test_label_and_expiry(walk, world):
+    """A label and an end are kept, shown, and the end is not what lifts the restriction."""
+    until = world.clock() + TWO_DAYS
+    walk.open("add")
+    walk.field("Trader").select_option("jsmith")
+    walk.fill("IP Address", OFFICE)
+    walk.fill("Label (optional)", "two <weeks> & more")
+    walk.fill("Expires (UTC, optional)", until.strftime("%Y-%m-%dT%H:%M"))
+    walk.press("Submit")
+    walk.sees("two <weeks> & more", "3 Jan 2030, 12:00 UTC")
+    walk.fill("Confirmation Number", world.number())
+    walk.press("Submit")
+    (restriction,) = world.store.load_policy("jsmith").restrictions
+    assert (restriction.label, restriction.expires_at) == ("two <weeks> & more", until)
+    walk.open()
+    walk.sees("two <weeks> & more", "Until 3 Jan 2030, 12:00 UTC", within=walk.row())
+    world.wait(days=3)
+    walk.open()
+    walk.sees("Expired 3 Jan 2030, 12:00 UTC", within=walk.row())
+    walk.misses("No restrictions", within=walk.row())
+    assert not world.guard.is_allowed("jsmith", OFFICE)
+
+
+def test_what_was_understood(walk, world):
+    """Before anything is asked for, the page says what the text means: while typing, or apart."""
+    walk.open("add")
+    walk.field("Trader").select_option("jsmith")
+    walk.fill("IP Address", " 203.0.113.5-203.0.113.9 ")
+    if walk.way.scripts:
+        walk.waits_for("Understood as 203.0.113.5-203.0.113.9: 5 addresses")
+        walk.press("Submit")
+    else:
+        walk.press("Submit")
+        assert walk.heading == "Is this what you mean?"
+        walk.sees("203.0.113.5-203.0.113.9: 5 addresses")
+        assert world.pending() == []
+        walk.press("Change it")
+        assert walk.field("IP Address").input_value().strip() == "203.0.113.5-203.0.113.9"
+        walk.press("Submit")
+        walk.press("Submit")
+    walk.sees("Confirm the restriction", "203.0.113.5-203.0.113.9: 5 addresses")
+    assert world.pending() == ["203.0.113.5-203.0.113.9"]
+
+
+def test_errors_stand_beside_their_fields(walk, world):
+    """All that is wrong is said at once, each beside its field, and nothing typed is lost."""
+    walk.open("add")
+    typed = {"IP Address": "203.0.113.3/29", "Label (optional)": "my “office”"}
+    for label, text in typed.items():
+        walk.fill(label, text)
+    walk.fill("Expires (UTC, optional)", "2029-12-31T10:00")
+    walk.expected.add(422)
+    walk.press("Submit")
+    assert walk.page.title().startswith("Error: ")
+    walk.sees("There is a problem", "Choose a trader")
+    walk.sees("Did you mean 203.0.113.0/29?", within=walk.page.locator("#addresses-problem"))
+    for label, text in typed.items():
+        assert walk.field(label).input_value() == text
+    assert walk.field("Expires (UTC, optional)").input_value() == "2029-12-31T10:00"
+    assert walk.field("IP Address").get_attribute("aria-invalid") == "true"
+    assert "addresses-problem" in (walk.field("IP Address").get_attribute("aria-describedby") or "")
+    walk.page.locator("#problems a[href='#addresses']").click()
+    assert walk.page.evaluate("document.activeElement.id") == "addresses"
+
+    walk.field("Trader").select_option("jsmith")
+    walk.fill("IP Address", "203.0.113.0/29")
+    walk.submit_addresses()
+    walk.sees("The time", within=walk.page.locator("#expires_at-problem"))
+    walk.misses("Choose a trader")
+    assert walk.field("Trader").input_value() == "jsmith"
+    assert walk.field("Label (optional)").input_value() == "my “office”"
+    assert world.pending() == []
+
+
+def test_addresses_that_are_refused(walk):
+    """Whatever is wrong with an address is said beside it, in words."""
+    walk.open("add")
+    walk.expected.add(422)
+    for text, told in (
+        ("", "Type an IP address"),
+        ("010.8.8.8", "leading zero"),
+        ("10.0.0.0/8", "The widest network allowed is a /16"),
+        ("224.0.0.1", "multicast"),
+    ):
+        walk.field("Trader").select_option("jsmith")
+        walk.fill("IP Address", text)
+        walk.submit_addresses()
+        walk.sees(told, within=walk.page.locator("#addresses-problem"))
+        assert walk.field("IP Address").input_value() == text
+
+
+def test_asked_for_twice(walk, world):
+    """Who asks for the same again is taken to the request that waits."""
+    world.ask(OFFICE)
+    walk.open("add")
+    walk.field("Trader").select_option("jsmith")
+    walk.fill("IP Address", OFFICE)
+    walk.press("Submit")
+    walk.sees("You have asked for this already")
+    assert world.pending() == [OFFICE]
+    walk.fill("Confirmation Number", world.number())
+    walk.press("Submit")
+    assert world.held() == [OFFICE]
