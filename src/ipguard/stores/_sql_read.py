@@ -86,8 +86,6 @@ LEFT JOIN changes t ON t.revision > ? AND t.touched IS NOT NULL
 WHERE h.id = 1
 LIMIT ?
 """
-
-
 """What `changes_of` reads, with the parameters of `changes_params`."""
 
 
