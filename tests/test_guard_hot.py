@@ -260,3 +260,19 @@ def test_what_is_uncounted_is_bounded() -> None:
         assert len(tally._uncounted[Reason.BAD_ADDRESS]) < 1_000
     assert tally.counts() == {Reason.BAD_ADDRESS: 10_000}
     assert tally.counts() == {Reason.BAD_ADDRESS: 10_000}
+
+
+def test_a_denial_that_comes_while_others_are_folded_is_counted_later() -> None:
+    """What is appended between the count and the taking off stays behind."""
+
+    class Meanwhile(list[None]):
+        def __len__(self) -> int:
+            count = super().__len__()
+            if count == 1:
+                self.append(None)
+            return count
+
+    tally = Tally()
+    tally._uncounted[Reason.NOT_LISTED] = Meanwhile([None])
+    assert tally.counts() == {Reason.NOT_LISTED: 1}
+    assert tally.counts()[Reason.NOT_LISTED] >= 2

@@ -622,6 +622,29 @@ def test_a_user_of_the_table_read_ahead_is_unknown_from_then_on(memory: World) -
     assert guard.is_allowed("jsmith", OFFICE)
 
 
+def test_what_is_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
+    """Though no sync came in between: its revision may turn out to be of another history."""
+    guard = preloaded(world)
+    world.touch("jsmith")
+    guard._lease.sync()
+    world.store.before_load.append(lambda: world.restrict("jsmith", OFFICE))
+    preload(guard).read_again(float("inf"))
+    assert table(guard).unknown == {"jsmith"}
+    assert table(guard).policy("jsmith", 99) is None
+
+
+def test_a_policy_ahead_hides_what_the_table_has(world: World) -> None:
+    """Whether it has restrictions or not; a user that the table does not have stays absent."""
+    world.restrict("jsmith", HOME)
+    held = table(preloaded(world))
+    nobody = Policy(revision=9, restrictions=(), known=False)
+    for name in ("jsmith", "stranger"):
+        held.put(name, nobody, ahead=True)
+    assert held.unknown == {"jsmith"}
+    assert held.policy("jsmith", 9) is None
+    assert held.policy("stranger", 9) == nobody
+
+
 # ------------------------------------------------------------------------------------- outages
 
 
