@@ -140,6 +140,14 @@ def test_a_bad_option_is_refused(query: str) -> None:
         open_store(f"postgresql://host/db?{query}")
 
 
+@pytest.mark.parametrize("url", ["u:hunter2/x@db/x", "u@db/x?port=hunter2", "u@db:1,db2:hunter2/x"])
+def test_no_part_of_a_password_is_taken_for_a_port(url: str) -> None:
+    """Where a `/` in it was not encoded: libpq would name the port in its error, and so in logs."""
+    with pytest.raises(StoreConfigError, match="percent-encoded") as caught:
+        open_store(f"postgresql://{url}")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "keywords",
     [

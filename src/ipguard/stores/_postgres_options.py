@@ -122,15 +122,18 @@ def _split(url: str) -> tuple[str, dict[str, Any]]:
     return f"{address}?{urlencode(others, quote_via=quote)}" if others else address, given
 
 
+_NO_URL: Final = (
+    "not a PostgreSQL URL: write postgresql://user@host:port/database?option=value,"
+    " with special characters percent-encoded"
+)
+
+
 def _conninfo(dsn: str) -> dict[str, Any]:
     try:
         return _DEFAULTS | conninfo_to_dict(dsn)
     except (ProgrammingError, UnicodeError, ValueError):
         # libpq's own words may repeat the part with the password.
-        raise StoreConfigError(
-            "not a PostgreSQL URL: write postgresql://user@host:port/database?option=value,"
-            " with special characters percent-encoded"
-        ) from None
+        raise StoreConfigError(_NO_URL) from None
 
 
 def _servers(params: Mapping[str, Any]) -> tuple[str, ...]:
@@ -148,6 +151,9 @@ def _servers(params: Mapping[str, Any]) -> tuple[str, ...]:
             if len(values) not in (1, count):
                 raise StoreConfigError("host, hostaddr and port must be as many each")
             value = values[at] if len(values) == count else values[0]
+            if name == "port" and value and not (value.isascii() and value.isdecimal()):
+                # Part of a password with a `/` in it; libpq would repeat it when it connects.
+                raise StoreConfigError(_NO_URL)
             if value:
                 one[name] = value
             else:
