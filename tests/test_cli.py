@@ -149,6 +149,10 @@ def test_a_mistake_of_a_process(shell: Shell):
         "postgresql://u@db/x?sslpassword=hunter2",
         "host=db user=u password=hunter2",
         "mine://u:hunter2@[broken/x",
+        "postgresql://u:hunter2#x@db/x",
+        "postgresql://u:hunter2/x@db/x",
+        "postgresql://u:x?hunter2@db/x",
+        "u:hunter2@db/x",
     ],
 )
 def test_a_password_in_the_arguments_is_refused(shell: Shell, url: str):
@@ -172,6 +176,8 @@ def test_a_password_in_the_arguments_is_refused(shell: Shell, url: str):
         "sqlite:///ipguard.db?timeout=2",
         "smtp://127.0.0.1:25",
         "postgresql://u@db/x?listen=postgresql%3A%2F%2Fu%40db2%2Fx",
+        "postgresql://db:5432/x?listen=postgresql://u@db2/x",
+        "postgresql://u@db:5432/x?application_name=a@b",
     ],
 )
 def test_what_is_no_password_is_not_refused(url: str):

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ipguard.cli._codes import Exit, Problem
 
 _NUMBER_AT_MOST: Final = 200
 _KEYS_AT_MOST: Final = 2**16
 _SECRET_OPTIONS: Final = frozenset({"password", "sslpassword"})
+# libpq reads `#` and `?` as part of a password; and a `/` is what somebody forgot to encode.
+_USER_AND_PASSWORD: Final = re.compile(r"[^/@]*:([^?@]*|[^/@]*)@")
 
 
 def holds_password(url: str) -> bool:
     """Tell whether a URL has a password in it, as far as anybody would read one there."""
-    address, _, query = url.partition("?")
-    try:
-        parts = urlsplit(address)
-        if parts.password is not None or (not parts.scheme and "@" in address):
-            return True
-    except ValueError:
-        return "@" in address
+    _, scheme, rest = url.partition("://")
+    if _USER_AND_PASSWORD.match(rest) if scheme else "@" in url:
+        return True
+    query = url.partition("?")[2]
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
         value = unquote(value)
