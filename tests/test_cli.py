@@ -254,6 +254,16 @@ def test_any_stream_will_do(shell: Shell, tmp_path: Path):
         assert b"Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("place", ["no such folder/x.log", "."])
+def test_a_log_that_cannot_be_written_stops_a_change_before_it(shell: Shell, place: str):
+    """Not after it, with an exit code that says nothing was done and its mails not sent."""
+    env = {"IPGUARD_LOG": str(shell.folder / place), "IPGUARD_MAIL": "console"}
+    before = shell.json("history")
+    error = shell.bad(9, "impose", "zed", "203.0.113.9", "--reason", "x", env=env)
+    assert str(shell.folder) in error
+    assert shell.json("history") == before
+
+
 _WORDS = st.one_of(
     st.sampled_from(
         ["jsmith", "203.0.113.7", "--json", "--limit", "1", "--reason", "x", "--all", "--", "-",

@@ -74,7 +74,6 @@ def run(args: list[str]) -> int:
     if not args or args == ["users"]:
         args = [*args, "--help"]
     out = Output(as_json="--json" in args)
-    _log()
     try:
         code = _run(args, out)
         sys.stdout.flush()
@@ -97,6 +96,7 @@ def _make_streams() -> None:
 
 def _run(args: list[str], out: Output) -> int:
     try:
+        _log()
         return app(args, prog_name="ipguard", standalone_mode=False) or Exit.OK
     except NobodyReads:
         raise
@@ -124,10 +124,14 @@ def _problem(exc: Exception) -> Problem:
 
 
 def _log() -> None:
-    """Write the library's log to a file, where the environment names one."""
+    """Write the library's log to a file, where the environment names one.
+
+    It is opened before anything is done: one that cannot be would fail after the change, with the
+    mails still to be sent.
+    """
     path = os.environ.get("IPGUARD_LOG")
     if path:
-        handler = logging.FileHandler(path, delay=True)
+        handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         logger = logging.getLogger("ipguard")
         logger.addHandler(handler)
