@@ -587,6 +587,31 @@ def test_a_delete_that_leaves_only_what_has_expired(office: Office):
     assert "cannot log in from any address: what is left has expired." in alice.page.part("note")
 
 
+def test_what_a_deletion_comes_to_stands_beside_its_number(office: Office):
+    """Where what is left has expired by the time that the number is typed in, and before."""
+    office.use(confirm_deletes=True)
+    office.add(HOME, expires_at=office.later(hours=1))
+    request = office.ask_to_delete(office.add(OFFICE))
+    where = f"/confirm?user=jsmith&request={request.id}"
+    assert "is temporary and ends on 1 Jan 2030, 13:00 UTC" in office.browser(ALICE, where).text
+    office.wait(hours=2)
+    assert "cannot log in from anywhere" in office.browser(ALICE, where).text
+    added = office.ask("192.0.2.9")
+    there = office.browser(ALICE, f"/confirm?user=jsmith&request={added.id}").text
+    assert "cannot log in from anywhere" not in there
+
+
+def test_who_has_no_full_name_is_called_by_the_username(office: Office):
+    """In what the page warns of and says was done."""
+    office.use(confirm_deletes=True)
+    office.store.put_users([User(username="anon", full_name="", account_id="U1")])
+    request = office.ask_to_delete(office.add(OFFICE, "anon"))
+    alice = office.browser(ALICE, f"/confirm?user=anon&request={request.id}")
+    assert "the only restriction of anon. Once it is deleted, anon can log in" in alice.text
+    alice.press("Submit", number=office.number(request))
+    assert "anon has no restrictions now" in alice.page.part("note")
+
+
 def test_a_delete_that_leaves_only_what_ends(office: Office):
     """The page before it says when no address will be left."""
     office.add(HOME, expires_at=office.later(hours=1))

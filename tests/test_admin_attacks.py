@@ -459,6 +459,32 @@ def test_requests_that_are_over(office: Office):
         assert "nobody confirmed it in time" in alice.page.part("over")
 
 
+def test_what_ended_a_request_is_not_made_up(office: Office):
+    """One wrong number locks nothing, and what an operator lifted nobody was too late for."""
+    office.use(confirm_deletes=True)
+    late = office.ask()
+    office.guess(late)
+    restriction = office.add(HOME)
+    lifted = office.ask_to_delete(restriction)
+    office.flow.lift(BOSS, restriction.id, reason="a ticket")
+    alice = office.browser(ALICE, f"/confirm?user=jsmith&request={lifted.id}")
+    assert "or what it was about has changed" in alice.page.part("over")
+    office.wait(hours=25)
+    alice.open(f"/confirm?user=jsmith&request={late.id}")
+    assert "locked" not in alice.page.part("over")
+    assert "nobody confirmed it in time" in alice.page.part("over")
+
+
+@pytest.mark.parametrize("user", ["", "%00", "+jsmith", "nobody", "zed"])
+def test_a_name_that_is_none_is_unknown_too(office: Office, user: str):
+    """Everywhere in the same words: 404."""
+    alice = office.browser(ALICE)
+    for path in ("/user?", "/check?", "/confirm?request=1&", "/delete?restriction=1&"):
+        alice.open(f"{path}user={user}")
+        assert alice.answer.status == 404, path
+        assert "There is no such thing here" in alice.text
+
+
 # -- forms that no browser sends
 
 

@@ -129,7 +129,7 @@ def _ask(
             address=risk.address,
             action="add",
             fields=values | {"seen": str(addresses)},
-            what=f"add {addresses} for {user.full_name}",
+            what=f"add {addresses} for {user.full_name or user.username}",
             back=("add", {"user": user.username}),
         )
     except DeliveryError as failed:

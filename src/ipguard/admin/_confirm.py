@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from datetime import datetime
+from typing import Any, Final
 
 from ipguard.admin import _seen, _texts
 from ipguard.admin._add import MAIL_FAILED
@@ -20,7 +21,7 @@ from ipguard.errors import (
     UnknownRequest,
     WrongNumber,
 )
-from ipguard.model import Applied, PendingRequest, RequestKind, User, UserOverview
+from ipguard.model import Applied, PendingRequest, User, UserOverview
 
 _ACTOR_LOCKED: Final = (
     "You have given too many wrong numbers, over all your requests. No number is accepted from you "
@@ -53,7 +54,7 @@ def _form(
         line=line,
         pending=request,
         own=request.requested_by == visit.actor.username,
-        opens=opens(line, request),
+        **outcome(line, request.restriction_id, visit.now),
         number=visit.field("number"),
         seen=seen,
         changes=changes or [],
@@ -62,9 +63,22 @@ def _form(
     )
 
 
-def opens(line: UserOverview, request: PendingRequest) -> bool:
-    """Tell whether confirming would leave the user with no restriction at all."""
-    return request.kind is RequestKind.DELETE and len(line.restrictions) == 1
+def outcome(line: UserOverview, deleted: str | None, now: datetime) -> dict[str, Any]:
+    """Tell what is left to a user once a restriction is deleted; None is for none being deleted.
+
+    Returns:
+        `left`; whether that `opens` the user to every address, or `shuts` out all; and when the
+        last of what is left `ends`, or None where one lasts.
+    """
+    left = [other for other in line.restrictions if other.id != deleted]
+    ends = [other.expires_at for other in left if other.expires_at is not None]
+    temporary = deleted is not None and bool(left) and len(ends) == len(left)
+    return {
+        "left": left,
+        "opens": deleted is not None and not left,
+        "shuts": temporary and max(ends) <= now,
+        "ends": max(ends) if temporary else None,
+    }
 
 
 def submit(visit: Visit) -> Response:
@@ -98,7 +112,7 @@ def _confirm(visit: Visit, user: User, request: PendingRequest) -> Response:
             address=risk.address,
             action="confirm",
             fields={key: visit.field(key) for key in ("user", "request", "seen", "number")},
-            what=f"{_texts.wanted(request)} for {user.full_name}",
+            what=f"{_texts.wanted(request)} for {user.full_name or user.username}",
             back=("confirm", {"user": user.username, "request": request.id}),
         )
     except (StoreError, UnknownRequest):
@@ -130,16 +144,17 @@ def applied_page(visit: Visit, user: User, applied: Applied) -> Response:
     assert applied.restriction is not None
     line = visit.person(user.username)
     added = any(kept.id == applied.restriction.id for kept in line.restrictions)
+    name = user.full_name or user.username
     text = f"{applied.restriction.addresses} {'now holds' if added else 'was deleted'}. "
     if applied.unrestricted:
-        text += f"{user.full_name} has no restrictions now and can log in from any address."
+        text += f"{name} has no restrictions now and can log in from any address."
     elif _texts.shut(line, visit.now):
-        text += f"{user.full_name} cannot log in from any address: what is left has expired."
+        text += f"{name} cannot log in from any address: what is left has expired."
     else:
         what = line.summary
         if len(what) > _SHOWN:
             what = f"the {len(line.restrictions)} restrictions listed here"
-        text += f"{user.full_name} can log in only from: {what}."
+        text += f"{name} can log in only from: {what}."
     if not known:
         text += " Login servers will know of it within seconds."
     # Whoever deleted one of two was not asked, where somebody deleted the other at that moment.

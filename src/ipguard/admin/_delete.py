@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 from ipguard.admin import _seen, _texts
 from ipguard.admin._add import MAIL_FAILED
-from ipguard.admin._confirm import applied_page
+from ipguard.admin._confirm import applied_page, outcome
 from ipguard.admin._http import Response
 from ipguard.admin._visit import Visit
 from ipguard.errors import (
@@ -37,29 +35,20 @@ def _form(
     restriction = _find(line, restriction_id)
     if restriction is None:
         return _seen.gone(visit, username, restriction_id)
-    left = [other for other in line.restrictions if other is not restriction]
+    found = outcome(line, restriction.id, visit.now)
     return visit.page(
         "delete.html",
         422 if problems else 409 if changes else 200,
         line=line,
         restriction=restriction,
-        left=left,
-        opens=not left,
-        shuts=bool(left) and all(other.expired(visit.now) for other in left),
-        ends=_end(left),
-        needs_number=_needs_number(visit, left),
+        **found,
+        needs_number=_needs_number(visit, found["left"]),
         reason=visit.field("reason"),
         reason_limit=REASON_LIMIT,
         seen=seen,
         changes=changes or [],
         problems=problems or {},
     )
-
-
-def _end(left: list[Restriction]) -> datetime | None:
-    """Return when the last of these restrictions ends, or None where one lasts."""
-    ends = [other.expires_at for other in left if other.expires_at is not None]
-    return max(ends) if left and len(ends) == len(left) else None
 
 
 def _needs_number(visit: Visit, left: list[Restriction]) -> bool:
@@ -91,7 +80,7 @@ def submit(visit: Visit) -> Response:
 def _delete(visit: Visit, line: UserOverview, restriction: Restriction) -> Response:
     name = line.user.username
     try:
-        outcome = visit.flow.delete(
+        done = visit.flow.delete(
             visit.actor,
             restriction.id,
             visit.field("reason"),
@@ -105,7 +94,7 @@ def _delete(visit: Visit, line: UserOverview, restriction: Restriction) -> Respo
             address=risk.address,
             action="delete",
             fields={key: visit.field(key) for key in kept},
-            what=f"delete {restriction.addresses} of {line.user.full_name}",
+            what=f"delete {restriction.addresses} of {line.user.full_name or name}",
             back=("delete", {"user": name, "restriction": restriction.id}),
         )
     except DeliveryError as failed:
@@ -114,13 +103,13 @@ def _delete(visit: Visit, line: UserOverview, restriction: Restriction) -> Respo
         raise
     except IPGuardError as wrong:
         return _refused(visit, name, restriction, wrong)
-    if isinstance(outcome, Applied):
-        return applied_page(visit, line.user, outcome)
+    if isinstance(done, Applied):
+        return applied_page(visit, line.user, done)
     return visit.go(
         "confirm",
         "This deletion needs a number. You will receive an email with it. Enter it here.",
         user=name,
-        request=outcome.id,
+        request=done.id,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Final
 from ipguard.admin import _texts
 from ipguard.admin._http import Response
 from ipguard.admin._visit import Missing, Visit
+from ipguard.errors import UsernameError
 from ipguard.model import Action, Change, PendingRequest, UserOverview
 
 _ROWS: Final = 200
@@ -20,7 +21,10 @@ _CHANGING: Final = frozenset(
 def look(visit: Visit, username: str) -> tuple[UserOverview, str]:
     """Return a user, and what a form about it carries so that changes are noticed later."""
     # The revision first: what is read after it may be newer, and is then told once too often.
-    rows = visit.flow.history(visit.actor, username=username, limit=1).items
+    try:
+        rows = visit.flow.history(visit.actor, username=username, limit=1).items
+    except UsernameError:
+        raise Missing from None
     line = visit.person(username)
     return line, f"{rows[0].revision if rows else 0}.{_digest(line)}"
 
@@ -69,10 +73,14 @@ def closed(visit: Visit, username: str, request_id: str) -> Response:
     """
     row = _newest(visit, username, lambda row: _texts.particulars(row).get("request") == request_id)
     text = "This request is not pending any more."
-    if row.action is Action.WRONG_NUMBER:
+    if "locked" in _texts.particulars(row):
         text = "This request is locked, after too many wrong numbers. Ask again."
-    elif row.action in (Action.REQUEST, Action.RESEND, Action.DELIVERY_FAILED):
-        text = "This request is over: nobody confirmed it in time. Ask again."
+    elif row.action not in (Action.CONFIRM, Action.CANCEL):
+        # No row names what a request to delete was cancelled by: the restriction's own end.
+        text = (
+            "This request is over: nobody confirmed it in time, or what it was about has changed. "
+            "Look at what holds now, and ask again if you still want it."
+        )
     return _over(visit, username, text, row)
 
 
