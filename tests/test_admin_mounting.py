@@ -401,6 +401,23 @@ def test_the_servers_start_and_end(asgi_office: Office):
     assert len(sent) == 3
 
 
+def test_a_query_of_any_bytes(asgi_office: Office):
+    """Some servers hand on what is neither ASCII nor UTF-8; it is answered, signed in or not."""
+    page: Any = asgi_app(asgi_office.flow, asgi_office.guard, authenticate=lambda _: ALICE)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "scheme": "http"}
+    asked = {**scope, "server": ("h", 80), "query_string": b"after=\xff"}
+    asyncio.run(page(asked, receive, send))
+    assert sent[0]["status"] == 200
+
+
 def test_a_body_that_is_cut_off():
     """What is left of a form whose client went away is no form."""
     environ = werkzeug.test.create_environ(method="POST", data=b"token=x")

@@ -74,7 +74,7 @@ def _request(asked: Asked, prefix: str, path: str, body: bytes | None = b"") -> 
         query=asked.scope.get("query_string", b"").decode("latin-1"),
         headers=dict(asked.headers.items()),
         cookies=asked.cookies,
-        https=asked.url.scheme == "https",
+        https=asked.scope.get("scheme") == "https",
         body=body,
     )
 
