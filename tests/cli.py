@@ -84,6 +84,7 @@ class Shell:
             "IPGUARD_EMAIL": "ops@bank.example",
         }
         self.env.pop("NO_COLOR", None)
+        self.env.pop("PYTHONUNBUFFERED", None)  # what is not flushed shall not be seen
         self.env |= env
 
     def __call__(

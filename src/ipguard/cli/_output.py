@@ -156,6 +156,7 @@ class Output:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             return None
         self._err(f"{clean(question)} [y/N] ")
+        sys.stderr.flush()  # the line is not over, so a terminal would not show it yet
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @staticmethod
