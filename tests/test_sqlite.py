@@ -575,6 +575,7 @@ def test_a_file_that_vanishes_at_the_last_moment(
     store: SQLiteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite itself is told to make no file."""
+    store._pool.forget()
     remove(path)
     monkeypatch.setattr("ipguard.stores._sqlite_pool.file_id", lambda path: store._pool._file)
     with pytest.raises(StoreUnavailable):
@@ -859,6 +860,7 @@ def test_a_connection_given_back_at_the_last_moment_is_closed(store: SQLiteStore
             store.close()
             super().append(session)
 
+    store._pool.forget()
     store._pool._idle = Idle()
     assert store.load_policy("jo").known
     assert not store._pool._open

@@ -78,10 +78,17 @@ def run(args: list[str]) -> int:
         code = _run(args, out)
         sys.stdout.flush()
     except (NobodyReads, BrokenPipeError):
-        # Who read has had enough. Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()  # who read has had enough
         return Exit.PIPE
+    except OSError as exc:  # a full disk, perhaps
+        _give_up_output()
+        return out.fail(_problem(exc))
     return code
+
+
+def _give_up_output() -> None:
+    """Let what is still to be written go nowhere: Python would complain once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _make_streams() -> None:
