@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import sqlite3
 import subprocess
 import sys
@@ -123,14 +124,16 @@ class Confirms:
     """Confirmations, one after another, each durable when it returns."""
 
     def __init__(self, store: RestrictionStore) -> None:
-        store.put_users([User(username="jsmith", full_name="John Smith", account_id="U1")])
+        # Another one in each of the benchmark's processes: those share the server.
+        self._user = f"trader{os.getpid()}"
+        store.put_users([User(username=self._user, full_name="John Smith", account_id="U1")])
         self._outbox = Outbox()
         self._flow = Workflow(store, self._outbox, key=bytes(32), settings=SETTINGS)
         self._next = itertools.count(1)
 
     def ready(self, loops: int) -> None:
         asked = [
-            self._flow.request(BOSS, "jsmith", dotted((10 << 24) + 2 * next(self._next)))
+            self._flow.request(BOSS, self._user, dotted((10 << 24) + 2 * next(self._next)))
             for _ in range(loops)
         ]
         self._ids = [(request.id, self._outbox.number_for(request.id)) for request in asked]
