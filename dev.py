@@ -138,7 +138,7 @@ def demo(*args: str) -> None:
     if "--serve" in args:
         # In this process's place: Ctrl-C is then the server's alone.
         rest = [arg for arg in args if arg != "--serve"]
-        os.execv(PYTHON, [str(PYTHON), "examples/serve.py", *rest])
+        os.execv(PYTHON, [str(PYTHON), str(ROOT / "examples" / "serve.py"), *rest])
     run(PYTHON, "examples/demo.py", *args)
 
 

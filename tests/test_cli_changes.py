@@ -247,11 +247,11 @@ def test_a_notice_that_fails_is_told(shell: Shell):
         (["--settings", "settings.toml"], {}, 7, "nonsense"),
     ],
 )
-def test_what_a_request_needs(shell: Shell, args, env, code, words):
+def test_what_a_request_needs(shell: Shell, args, env, code, words, monkeypatch):
     """Without it nothing is changed, and the line says what to do; no password is repeated."""
     (shell.folder / "settings.toml").write_text("nonsense = 1\n")
     shell.env |= env
-    os.chdir(shell.folder)
+    monkeypatch.chdir(shell.folder)
     done = shell.within("request", "jsmith", "203.0.113.7", *args)
     assert (done.code, done.out) == (code, "")
     assert words in done.err

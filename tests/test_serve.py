@@ -313,8 +313,9 @@ def test_it_ends_cleanly(tmp_path, sent):
     assert served.folders() == []
 
 
-def test_it_is_started_by_one_command(tmp_path):
-    """`dev.py demo --serve` becomes the server: Ctrl-C is the server's alone."""
+def test_it_is_started_by_one_command(tmp_path, monkeypatch):
+    """`dev.py demo --serve` becomes the server, from any folder: Ctrl-C is the server's alone."""
+    monkeypatch.chdir(tmp_path)
     dev = runpy.run_path(str(ROOT / "dev.py"))
     if not (dev["STAMP"].exists() and dev["STAMP"].read_text() == dev["wanted"]()):
         pytest.skip("dev.py would set its environment up first")
