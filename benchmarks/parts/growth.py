@@ -160,9 +160,9 @@ def crowd_name(kind: str, count: int) -> str:
 
 def preloaded_guard(rows: Rows, count: int) -> Guard:
     """Return a guard that holds everybody before anybody has asked."""
-    guard = Guard(rows, preload=True)  # type: ignore[arg-type,call-arg,unused-ignore]
+    guard = Guard(rows, preload=True)  # type: ignore[arg-type]
     guard.sync()
-    held = getattr(guard.stats(), "preloaded", None)
+    held = guard.stats().preloaded
     if held != count:
         raise RuntimeError(f"{held} of {count:,} users were preloaded")
     return guard
