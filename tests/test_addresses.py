@@ -21,6 +21,7 @@ from ipguard import addresses
 from ipguard.addresses import (
     AddressRange,
     AddressSet,
+    _grammar,
     _refusals,
     _text,
     login_address,
@@ -381,7 +382,7 @@ def test_over_long_text_is_not_looked_at(text, monkeypatch):
         raise AssertionError("over-long text was read")
 
     for holder, name in [
-        (addresses, "_read"),
+        (_grammar, "read"),
         (addresses, "why"),
         (_text, "inet_pton"),
         (_text, "LEADING_ZERO"),
@@ -408,7 +409,7 @@ def test_one_address_has_45_characters(text, monkeypatch):
 
         return reading
 
-    monkeypatch.setattr(addresses, "IPAddress", bounded(netaddr.IPAddress))
+    monkeypatch.setattr(_grammar, "IPAddress", bounded(netaddr.IPAddress))
     monkeypatch.setattr(_text, "inet_pton", bounded(socket.inet_pton))
     for whole in (text, f"{text}/8"[:91], f"::1-{text}"[:91], f"{text}-::1"[:91]):
         assert isinstance(attempt(parse, whole), AddressError)

@@ -1,10 +1,10 @@
 """Strict text to addresses: `AddressRange`, `AddressSet`, and a login's address.
 
-There are two readers. What people write (a restriction) is validated by netaddr and refused with a
-reason and, where it is obvious, with what was perhaps meant. What a login brings (`login_address`)
-goes through the C library and gets no explanation. The tests prove that the two accept the same
-addresses. Both unwrap IPv4-mapped IPv6 (`::ffff:0:0/96`, RFC 4291 section 2.5.5.2) and nothing
-else: 6to4, NAT64 and `::1.2.3.4` stay the IPv6 addresses that they are.
+There are two readers. What people write (a restriction: `_grammar.py`) is validated by netaddr and
+refused with a reason and, where it is obvious, with what was perhaps meant. What a login brings
+(`login_address`) goes through the C library and gets no explanation. The tests prove that the two
+accept the same addresses. Both unwrap IPv4-mapped IPv6 (`::ffff:0:0/96`, RFC 4291 section 2.5.5.2)
+and nothing else: 6to4, NAT64 and `::1.2.3.4` stay the IPv6 addresses that they are.
 
 Inputs that other parsers read in different ways are refused throughout. Octal, hexadecimal and
 short IPv4 were CVE-2021-29921, CVE-2021-28918, CVE-2021-29923 and CVE-2021-29922.
@@ -12,15 +12,14 @@ short IPv4 were CVE-2021-29921, CVE-2021-28918, CVE-2021-29923 and CVE-2021-2992
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import final
 
 import attrs
-from netaddr import INET_PTON, AddrFormatError, IPAddress  # type: ignore[import-untyped]
 
-from ipguard.addresses import _text
+from ipguard.addresses import _grammar, _text
+from ipguard.addresses._grammar import BITS, MAX
 from ipguard.addresses._refusals import why
 from ipguard.addresses._text import login_address, strict_pton, written
 from ipguard.errors import AddressError
@@ -34,15 +33,8 @@ __all__ = [
     "typed",
 ]
 
-_BITS = {4: 32, 6: 128}
 _VERSIONS = {4: 4, 16: 6}  # by the number of bytes
-_MAX = {4: 2**32 - 1, 6: 2**128 - 1}
-_MAPPED_FIRST, _MAPPED_LAST = 0xFFFF << 32, (0xFFFF << 32) + 2**32 - 1
-_MULTICAST = {4: (0xE0 << 24, (0xF0 << 24) - 1), 6: (0xFF << 120, 2**128 - 1)}
-
 _LONGEST_TYPED = 2 * _text.LONGEST
-_ADDRESS = re.compile(r"[0-9A-Fa-f:.]{2,45}")
-_PREFIX = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
 @final
@@ -68,13 +60,13 @@ class AddressRange:
 
     def __attrs_post_init__(self) -> None:
         version, first, last = self.version, self.first, self.last
-        if type(version) is not int or version not in _MAX:
+        if type(version) is not int or version not in MAX:
             raise AddressError(version, "the version is 4 or 6")
         if type(first) is not int or type(last) is not int:
             raise AddressError(first, "the ends of a range are integers")
-        if not 0 <= first <= last <= _MAX[version]:
+        if not 0 <= first <= last <= MAX[version]:
             raise AddressError(first, "the ends of a range are in order and within its version")
-        if version == 6 and _splits_mapped(first, last):
+        if version == 6 and _grammar.splits_mapped(first, last):
             raise AddressError(first, "it holds a part of ::ffff:0:0/96, whose addresses are IPv4")
 
     @classmethod
@@ -96,13 +88,13 @@ class AddressRange:
                 from: only multicast ones, exactly the unspecified or the broadcast address.
         """
         exact = _text.bounded(text)
-        found = _read(exact)
+        found = _grammar.read(exact)
         if found is None:
             raise AddressError(exact, *why(exact, _accepted))
-        unfit = _unfit(found)
+        unfit = _grammar.unfit(*found)
         if unfit is not None:
             raise AddressError(exact, unfit)
-        return found
+        return _range(*found)
 
     @classmethod
     def from_packed(cls, first: bytes, last: bytes) -> AddressRange:
@@ -129,7 +121,7 @@ class AddressRange:
     @property
     def packed(self) -> tuple[bytes, bytes]:
         """First and last in network byte order: bytes of one version compare as addresses do."""
-        length = _BITS[self.version] // 8
+        length = BITS[self.version] // 8
         return self.first.to_bytes(length, "big"), self.last.to_bytes(length, "big")
 
     @property
@@ -153,7 +145,7 @@ class AddressRange:
         span = self.first ^ self.last
         if span & (span + 1) or self.first & span:
             return f"{first}-{written(self.version, self.last)}"
-        return f"{first}/{_BITS[self.version] - span.bit_length()}"
+        return f"{first}/{BITS[self.version] - span.bit_length()}"
 
     def __repr__(self) -> str:
         return f"<AddressRange {self}>"
@@ -192,7 +184,7 @@ class AddressSet:
                 if run.version == version
                 for bound in (run.first, run.last + 1)
             )
-            for version in _BITS
+            for version in BITS
         }
 
     def bounds(self, version: int) -> tuple[int, ...]:
@@ -243,7 +235,7 @@ def parse_address(text: str) -> AddressRange:
     if found is not None:
         return AddressRange(version=found[0], first=found[1], last=found[1])
     exact = _text.bounded(text)
-    if _read(exact) is not None:
+    if _grammar.read(exact) is not None:
         raise AddressError(exact, "it is a network or a range, not one address")
     reason, hint = why(exact, _accepted)
     raise AddressError(exact, reason, hint if login_address(hint) else None)
@@ -272,71 +264,11 @@ def _ends(item: object) -> tuple[int, int, int]:
     return version, value, value
 
 
-def _splits_mapped(first: int, last: int) -> bool:
-    covers = first <= _MAPPED_FIRST and last >= _MAPPED_LAST
-    touches = first <= _MAPPED_LAST and last >= _MAPPED_FIRST
-    return touches and (not covers or (first, last) == (_MAPPED_FIRST, _MAPPED_LAST))
-
-
-# The whole grammar of restrictions is in the next four functions.
-
-
-def _address(text: str) -> tuple[int, int] | None:
-    """Read one address as it is written: an IPv4-mapped one is still IPv6 here."""
-    if not _ADDRESS.fullmatch(text) or _text.LEADING_ZERO.search(text):
-        return None
-    version = 6 if ":" in text else 4
-    try:
-        return version, int(IPAddress(text, version, flags=INET_PTON))
-    except AddrFormatError:
-        return None
-
-
-def _network(text: str) -> tuple[int, int, int] | None:
-    head, _, prefix = text.partition("/")
-    address = _address(head)
-    if address is None or not _PREFIX.fullmatch(prefix) or int(prefix) > _BITS[address[0]]:
-        return None
-    version, first = address
-    hosts = _MAX[version] >> int(prefix)
-    return None if first & hosts else (version, first, first | hosts)
-
-
-def _span(text: str) -> tuple[int, int, int] | None:
-    head, dash, tail = text.partition("-")
-    start = _address(head)
-    end = _address(tail) if dash else start
-    if start is None or end is None or start[0] != end[0] or start[1] > end[1]:
-        return None
-    return *start, end[1]
-
-
-def _read(text: str) -> AddressRange | None:
-    """Read an address, a network or a range, and unwrap what is IPv4-mapped."""
-    found = _network(text) if "/" in text else _span(text)
-    if found is None:
-        return None
-    version, first, last = found
-    if version == 6 and first >= _MAPPED_FIRST and last <= _MAPPED_LAST:
-        version, first, last = 4, first & _MAX[4], last & _MAX[4]
-    elif version == 6 and _splits_mapped(first, last):
-        return None
-    return AddressRange(version=version, first=first, last=last)
-
-
-def _unfit(found: AddressRange) -> str | None:
-    """Say why no login comes from these addresses; None where one may."""
-    lowest, highest = _MULTICAST[found.version]
-    if lowest <= found.first and found.last <= highest:
-        return "it is multicast, and no login comes from there"
-    if found.last == 0:
-        return "it is the unspecified address, and no login comes from there"
-    if found.version == 4 and found.first == _MAX[4]:
-        return "it is the broadcast address, and no login comes from there"
-    return None
-
-
 def _accepted(text: str) -> str | None:
     """Give the canonical text of a restriction that would be accepted; None for anything else."""
-    found = _read(text)
-    return None if found is None or _unfit(found) else str(found)
+    found = _grammar.read(text)
+    return None if found is None or _grammar.unfit(*found) else str(_range(*found))
+
+
+def _range(version: int, first: int, last: int) -> AddressRange:
+    return AddressRange(version=version, first=first, last=last)
