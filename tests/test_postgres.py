@@ -10,6 +10,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import threading
 import time
 import traceback
@@ -17,16 +18,19 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg.sql import Literal
 
 import ipguard
 from ipguard import Actor, SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
-from ipguard.model import Action
+from ipguard.addresses import AddressRange
+from ipguard.model import EVERYBODY, Action, Restriction
 from ipguard.stores import open_store
 from ipguard.stores._migrations import SCHEMA_VERSION
-from ipguard.stores._postgres import Session
+from ipguard.stores._postgres import Session, dialect, quoted
 from ipguard.stores._postgres_options import Options
-from ipguard.stores.postgres import PostgresStore, grants, migrations
+from ipguard.stores.postgres import _CHANGES, _POLICY, PostgresStore, grants, migrations
 from ipguard.testing import Outbox
 from tests.postgres import Given, Server, execute, fresh_schema
 from tests.proxy import Proxy
@@ -38,6 +42,17 @@ BOSS = Actor(username="boss", email="boss@example.com", manages=EVERY)
 
 def user(name: str) -> ipguard.User:
     return ipguard.User(username=name, full_name="Some One", account_id="A1", email="s@example.com")
+
+
+def restriction(n: int) -> Restriction:
+    return Restriction(
+        id=f"id{n}",
+        username=f"user{n}",
+        addresses=AddressRange.parse("203.0.113.7"),
+        label="",
+        created_at=START,
+        created_by="boss",
+    )
 
 
 def touch(store: PostgresStore, *names: str) -> int:
@@ -506,6 +521,62 @@ def test_round_trips(own_postgres: Server) -> None:
             count("confirm", lambda: flow.confirm(BOSS, request.id, number))
             assert counts == {"load": 1, "sync": 1, "confirm": 7}
         assert proxy.connections <= 3
+
+
+@pytest.mark.parametrize("analyzed", [False, True], ids=["no statistics", "statistics"])
+@pytest.mark.parametrize(
+    ("statement", "given"),
+    [
+        (_POLICY, ("user1", "user1")),
+        (_CHANGES, (3_000, 3_000, 10_001)),
+    ],
+    ids=["policy", "changes"],
+)
+def test_what_logins_wait_for_is_found_by_keys(
+    store: PostgresStore,
+    statement: str,
+    given: tuple[object, ...],
+    analyzed: bool,
+) -> None:
+    """Planned without its values, as what is prepared comes to be, nothing reads a whole table."""
+    store.put_users(user(f"user{n}") for n in range(3_000))
+    for start in range(0, 3_000, 500):
+        with store.transaction() as turn:
+            for n in range(start, start + 500):
+                turn.append(Action.IMPOSE, actor="boss", touches=frozenset({f"user{n}"}))
+    with store.transaction(staged=(restriction(n) for n in range(3_000))) as turn:
+        turn.add_staged(per_user=1)
+        turn.append(Action.IMPOSE_MANY, actor="boss", touches=EVERYBODY)
+    schema = store._options.schema
+    tables = ("changes", "users", "restrictions")
+    text = re.sub("%s|%%", lambda it: "%" if it[0] == "%%" else "$n", dialect(statement, schema))
+    for number in range(len(given)):
+        text = text.replace("$n", f"${number + 1}", 1)
+    server = store._options.servers[0]
+    with psycopg.connect(server, autocommit=True, prepare_threshold=None) as connection:
+        if analyzed:
+            for table in tables:
+                connection.execute(f"ANALYZE {quoted(schema)}.{table}")
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        kinds = ", ".join("text" if isinstance(each, str) else "bigint" for each in given)
+        connection.execute(f"PREPARE it ({kinds}) AS {text}")
+        values = ", ".join(Literal(each).as_string() for each in given)
+        ((plan,),) = connection.execute(f"EXPLAIN (FORMAT JSON) EXECUTE it ({values})").fetchall()
+    found = list(nodes(plan[0]["Plan"]))
+    assert {node["Relation Name"] for node in found} & set(tables)
+    assert [
+        (node["Node Type"], node["Relation Name"])
+        for node in found
+        if node["Node Type"] == "Seq Scan" and node["Relation Name"] in tables
+    ] == []
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give the parts of a plan that read a table."""
+    if "Relation Name" in plan:
+        yield plan
+    for part in plan.get("Plans", ()):
+        yield from nodes(part)
 
 
 # ------------------------------------------------------------------------------- time

@@ -30,6 +30,7 @@ from ipguard.errors import (
 from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
 from ipguard.stores import _sqlite_schema, open_store
 from ipguard.stores._migrations import SCHEMA_VERSION
+from ipguard.stores._sql_read import CHANGES_SINCE
 from ipguard.stores._sqlite import Session
 from ipguard.stores.sqlite import SQLiteStore, migrations
 from tests.conftest import rounds
@@ -1066,6 +1067,16 @@ def test_one_statement_is_a_policy(store: SQLiteStore) -> None:
         session.connection.set_trace_callback(None)
         plan = session.rows("EXPLAIN QUERY PLAN " + seen[0])
     assert all(row[3].startswith("SEARCH") for row in plan)
+
+
+def test_a_sync_reads_nothing_but_what_changed(store: SQLiteStore) -> None:
+    """However long the trail is, a sync finds its rows in it by keys."""
+    impose(store, "jo", 1)
+    with store._pool.session() as session:
+        plan = session.rows("EXPLAIN QUERY PLAN " + CHANGES_SINCE, (1, 1, 10))
+    steps = [row[3] for row in plan if row[3].split()[1] != "t"]  # t: what has been found
+    assert len(steps) == 3
+    assert all(step.startswith("SEARCH") for step in steps)
 
 
 # ------------------------------------------------------------------------------------ opening
