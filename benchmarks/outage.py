@@ -17,17 +17,14 @@ import sys
 from collections.abc import Sequence
 
 from tests.outages import (
+    KINDS,
     STALENESS,
     Crash,
-    ListenerStopped,
-    ListenerTerminated,
     Network,
     NoNetwork,
-    NotifyLost,
     Outage,
     Outcome,
     PacketsDropped,
-    ServerStopped,
     crash,
     run,
     server_in,
@@ -80,7 +77,7 @@ def tell_crash(threads: int, outcome: Crash) -> None:
 def main() -> int:
     print(f"{BATCHES * SIZE} deletions of each kind, load {os.getloadavg()[0]:.1f}")
     with own_server() as server:
-        for kind in (Outage, ListenerTerminated, ListenerStopped, NotifyLost, ServerStopped):
+        for kind in (Outage, *KINDS):
             outage = kind(server)
             tell(outage, run(outage, BATCHES, SIZE))
         for threads in (1, 8):

@@ -286,6 +286,32 @@ class Restorable(World):
         return restore_file
 
 
+def new_world() -> World:
+    """Make a world in memory."""
+    clock = FakeClock()
+    return World(MemoryStore(clock=clock), clock)
+
+
+@pytest.fixture
+def memory() -> World:
+    return new_world()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    clock = FakeClock()
+    url = "memory://" if request.param == "memory" else f"sqlite:///{tmp_path / 'guard.db'}"
+    with open_store(url, clock=clock) as store:
+        yield World(store, clock)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restorable]:
+    world = Restorable(None if request.param == "memory" else tmp_path)
+    yield world
+    world.inner.close()
+
+
 def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Return what the guard has told an operator, whatever else the log was set to hold."""
     return [r for r in caplog.records if r.name == "ipguard.guard" and r.levelno > logging.INFO]

@@ -245,6 +245,10 @@ class PacketsDropped(Outage):
         self._network.run("iptables", "-F", "INPUT")
 
 
+KINDS = (ListenerTerminated, ListenerStopped, NotifyLost, ServerStopped)
+"""What a server alone can be made to suffer; packets are dropped in a network."""
+
+
 def _send(pids: Iterator[int] | Sequence[int] | set[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +34,12 @@ from ipguard import (
 )
 from ipguard.aio import AsyncGuard, AsyncWorkflow, GuardSettings, _executor
 from ipguard.aio._executor import Executor
-from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock, Outbox
 from tests.flows import ALICE, BOSS, KEY, PEOPLE, Desk
 from tests.guards import ELSEWHERE, HOME, OFFICE, Gate, World, comes_true, gate
+from tests.guards import memory as memory  # noqa: PLC0414
+from tests.guards import world as world  # noqa: PLC0414
 from tests.test_guard_fork import in_child
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    clock = FakeClock()
-    if request.param == "memory":
-        yield World(MemoryStore(clock=clock), clock)
-    else:
-        with open_store(f"sqlite:///{tmp_path / 'aio.db'}", clock=clock) as store:
-            yield World(store, clock)
-
-
-@pytest.fixture
-def memory() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
 
 
 def guarded(world: World, *, threads: int = 4, waiting: int = 64, **settings: Any) -> AsyncGuard:

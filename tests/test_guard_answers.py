@@ -24,7 +24,6 @@ from ipguard.guard._lease import time_asleep
 from ipguard.model import Decision, Policy, Reason
 from ipguard.rules import decide
 from ipguard.stores.memory import MemoryStore
-from ipguard.testing import FakeClock
 from tests.guards import (
     ELSEWHERE,
     HOME,
@@ -34,14 +33,10 @@ from tests.guards import (
     World,
     comes_true,
     gate,
+    new_world,
     reasons,
     told,
 )
-
-
-def new_world() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
 
 
 @pytest.fixture

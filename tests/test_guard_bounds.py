@@ -17,14 +17,7 @@ from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
 from ipguard.guard._cache import Cache, Entry
 from ipguard.model import RESET, Policy
-from ipguard.stores.memory import MemoryStore
-from ipguard.testing import FakeClock
-from tests.guards import ELSEWHERE, HOME, OFFICE, World
-
-
-def new_world() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
+from tests.guards import ELSEWHERE, HOME, OFFICE, World, new_world
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 from ipguard.guard import Guard, _fork
 from ipguard.model import Reason
 from ipguard.stores import open_store
-from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.guards import HOME, OFFICE, PATIENCE, Call, Gate, World, comes_true, gate
+from tests.guards import memory as memory  # noqa: PLC0414
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
@@ -45,12 +45,6 @@ def in_child(function: Callable[[], Any]) -> Any:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     return json.loads(text)
-
-
-@pytest.fixture
-def memory() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
 
 
 @pytest.fixture

@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from ipguard.guard import Guard
 from ipguard.guard._stats import Tally
 from ipguard.model import Decision, Reason
-from ipguard.stores.memory import MemoryStore
-from ipguard.testing import FakeClock
-from tests.guards import ELSEWHERE, HOME, OFFICE, Call, World
+from tests.guards import ELSEWHERE, HOME, OFFICE, Call, World, new_world
 
 SLOW = "slow"
-
-
-def new_world() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
 
 
 @pytest.fixture

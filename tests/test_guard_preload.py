@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -25,7 +24,6 @@ from ipguard.guard._preload import Preload
 from ipguard.guard._table import Table
 from ipguard.model import RESET, Policy, Reason
 from ipguard.packed import pack
-from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.guards import (
@@ -39,28 +37,10 @@ from tests.guards import (
     gate,
     told,
 )
+from tests.guards import memory as memory  # noqa: PLC0414
+from tests.guards import restorable as restorable  # noqa: PLC0414
+from tests.guards import world as world  # noqa: PLC0414
 from tests.twins import STEPS, compare
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    clock = FakeClock()
-    url = "memory://" if request.param == "memory" else f"sqlite:///{tmp_path / 'guard.db'}"
-    with open_store(url, clock=clock) as store:
-        yield World(store, clock)
-
-
-@pytest.fixture
-def memory() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restorable]:
-    world = Restorable(None if request.param == "memory" else tmp_path)
-    yield world
-    world.inner.close()
 
 
 def streaming() -> list[threading.Thread]:

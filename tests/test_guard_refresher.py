@@ -14,15 +14,12 @@ import pytest
 
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
-from ipguard.stores.memory import MemoryStore
-from ipguard.testing import FakeClock
-from tests.guards import HOME, OFFICE, PATIENCE, Call, World, comes_true, told
+from tests.guards import HOME, OFFICE, PATIENCE, Call, World, comes_true, new_world, told
 
 
 @pytest.fixture
 def world() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
+    return new_world()
 
 
 def refreshers() -> list[threading.Thread]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,6 @@ from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
 from ipguard.guard._lease import Lease
 from ipguard.model import RESET, Reason
-from ipguard.stores import open_store
-from ipguard.stores.memory import MemoryStore
-from ipguard.testing import FakeClock
 from tests.guards import (
     ELSEWHERE,
     HOME,
@@ -33,20 +29,9 @@ from tests.guards import (
     gate,
     told,
 )
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    clock = FakeClock()
-    url = "memory://" if request.param == "memory" else f"sqlite:///{tmp_path / 'guard.db'}"
-    with open_store(url, clock=clock) as store:
-        yield World(store, clock)
-
-
-@pytest.fixture
-def memory() -> World:
-    clock = FakeClock()
-    return World(MemoryStore(clock=clock), clock)
+from tests.guards import memory as memory  # noqa: PLC0414
+from tests.guards import restorable as restorable  # noqa: PLC0414
+from tests.guards import world as world  # noqa: PLC0414
 
 
 class WatchedLease(Lease):
@@ -599,13 +584,6 @@ def test_a_lasting_restriction_beside_a_temporary_one_is_remembered(world: World
 
 
 # ---------------------------------------------------------------------------- 6. diverged history
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restorable]:
-    world = Restorable(None if request.param == "memory" else tmp_path)
-    yield world
-    world.inner.close()
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -14,17 +14,14 @@ import pytest
 
 from tests.conftest import rounds
 from tests.outages import (
+    KINDS,
     STALENESS,
     TIMEOUT,
-    ListenerStopped,
-    ListenerTerminated,
     Network,
     NoNetwork,
-    NotifyLost,
     Outage,
     Outcome,
     PacketsDropped,
-    ServerStopped,
     crash,
     run,
     server_in,
@@ -69,9 +66,6 @@ def judge(outcome: Outcome) -> None:
     # A sync and a load may each take the store's deadline.
     assert outcome.slowest < 2 * TIMEOUT + SLACK
     assert outcome.slowest_usual < 2 * USUAL_TIMEOUT + SLACK
-
-
-KINDS = [ListenerTerminated, ListenerStopped, NotifyLost, ServerStopped]
 
 
 @pytest.mark.parametrize("kind", KINDS)
