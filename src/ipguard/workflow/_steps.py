@@ -118,6 +118,14 @@ def check_lockout(
     rules.check_lockout(parse_address(actor.address), before, left, tx.now)
 
 
+def check_removal(
+    tx: Transaction, actor: Actor, restriction: Restriction, *, allow_lockout: bool
+) -> None:
+    """Refuse to take a restriction away where that locks out the actor itself."""
+    left = (r for r in tx.restrictions(restriction.username) if r.id != restriction.id)
+    check_lockout(tx, actor, restriction.username, left, allowed=allow_lockout)
+
+
 def with_added(
     tx: Transaction, settings: WorkflowSettings, new: Restriction
 ) -> tuple[tuple[Restriction, ...], Restriction | None]:
