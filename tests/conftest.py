@@ -1,6 +1,7 @@
 """What all tests share: the two profiles, and how many rounds each has."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -33,6 +34,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.differing_executors],
 )
 settings.load_profile("long" if LONG else "short")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C; what they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rounds(short: int, long: int) -> int:
