@@ -12,12 +12,15 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from psycopg.sql import Literal
+
 from ipguard.errors import StoreUnavailable
 from ipguard.stores._postgres import Session, quoted
 from ipguard.stores._postgres_client import Client
 from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_schema import MICROS, check_version
 from ipguard.stores._sql import Params, Row, moment
+from ipguard.stores._sql_staged import StagedRestrictions
 from ipguard.stores._sql_write import SqlTransaction
 
 
@@ -58,6 +61,7 @@ def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1000))  # 0 would mean for ever
 
 
+_USERS_LOCK: Final = 0x49504755  # "IPGU"; with the schema's name it makes the number
 _TABLES: Final = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(\w+)")
 
 
@@ -164,6 +168,7 @@ class Writer:
         self._inside: set[int] = set()  # the threads in a turn
         # Logins find a connection, however many threads stage.
         self._staging = threading.BoundedSemaphore(max(1, self._client.options.pool_size - 1))
+        self._users = threading.Lock()
 
     def refuse_nested(self) -> None:
         """Refuse a turn within a turn: it would wait for itself."""
@@ -187,32 +192,57 @@ class Writer:
             slots.release()
 
     @contextmanager
-    def turn(self) -> Iterator[tuple[SqlTransaction, Turn]]:
-        """Take the writer's turn."""
+    def turn(self, *, users: bool = False) -> Iterator[tuple[SqlTransaction, Turn]]:
+        """Take the writer's turn; where it is for `users`, once nobody else is about them."""
         client, patience = self._client, self._client.options.timeout
-        deadline, queue = client.deadline(), self._queue
+        deadline, queue = client.deadline(), self._users if users else self._queue
         # Threads of one process queue here, and not each with a connection in hand. Who has staged
         # has one, and goes straight for the row: whoever holds that needs nothing more.
         if not queue.acquire(timeout=patience):
-            raise StoreUnavailable("another thread kept the writer's turn for too long")
+            raise _kept_too_long()
         try:
             asked_at = ticks()
-            begin = "BEGIN;" + self._taking(deadline, patience)
+            begin = "BEGIN;" + (self._taking_users(deadline) if users else "")
+            begin += self._taking(deadline, patience)
             with client.begun(begin, deadline=deadline) as (session, found):
                 session.patience = patience
-                with self._taken(session, found, asked_at, staged=False) as both:
+                with self._taken(session, found, asked_at) as both:
                     yield both
         finally:
             queue.release()
 
     @contextmanager
-    def staged_turn(self, session: Session) -> Iterator[tuple[SqlTransaction, Turn]]:
+    def users(self, session: Session) -> Iterator[None]:
+        """Keep others from putting and removing users, in the transaction that `staging` began.
+
+        So users are written ahead of the turn: whoever has the turn waits for nothing that was
+        written so, and whoever neither puts nor removes users does not wait for this.
+        """
+        patience, queue = self._client.options.bulk_timeout, self._users
+        if not queue.acquire(timeout=patience):
+            raise _kept_too_long()
+        try:
+            session.script(self._taking_users(time.monotonic() + patience))
+            yield
+        finally:
+            queue.release()
+
+    def _taking_users(self, deadline: float) -> str:
+        name = Literal(self._client.options.schema).as_string(None)
+        return f"""
+        SET LOCAL lock_timeout = {_milliseconds(0.8 * (deadline - time.monotonic()))};
+        SELECT pg_advisory_xact_lock({_USERS_LOCK}::int, hashtext({name}::text));"""
+
+    @contextmanager
+    def staged_turn(
+        self, session: Session, staged: StagedRestrictions | None = None
+    ) -> Iterator[tuple[SqlTransaction, Turn]]:
         """Take the writer's turn, in the transaction that `staging` began."""
         deadline, patience, asked_at = self._client.deadline(), session.patience, ticks()
         session.patience, session.connection.deadline = None, deadline
         found = session.script(self._taking(deadline, self._client.options.bulk_timeout))
         session.patience = patience
-        with self._taken(session, found, asked_at, staged=True) as both:
+        with self._taken(session, found, asked_at, staged) as both:
             yield both
 
     def _taking(self, deadline: float, patience: float) -> str:
@@ -227,7 +257,11 @@ class Writer:
 
     @contextmanager
     def _taken(
-        self, session: Session, found: list[list[Row]], asked_at: float, *, staged: bool
+        self,
+        session: Session,
+        found: list[list[Row]],
+        asked_at: float,
+        staged: StagedRestrictions | None = None,
     ) -> Iterator[tuple[SqlTransaction, Turn]]:
         taken = Taken(*found[-1][0])
         if taken.recovering:
@@ -241,9 +275,14 @@ class Writer:
         inside.add(thread)
         try:
             yield turn, db
+            turn.withdraw()
             db.commit(turn.touching)
         finally:
             db.over = True
             inside.discard(thread)
         if turn.touching is not None:
             self._touched(turn.touching)
+
+
+def _kept_too_long() -> StoreUnavailable:
+    return StoreUnavailable("another thread kept the writer's turn for too long")

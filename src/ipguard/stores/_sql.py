@@ -1,8 +1,9 @@
 """What the SQL stores share: how values are laid out in rows, and what a dialect has to provide.
 
-The statements are in the modules that run them (`_sql_read`, `_sql_write`, `_sql_users`). They are
-portable SQL with `?` for each parameter; an `Executor` adapts that to its driver. Times are stored
-as microseconds, addresses as packed bytes, so that reading them back parses no text.
+The statements are in the modules that run them (`_sql_read`, `_sql_write`, `_sql_staged`,
+`_sql_users`). They are portable SQL with `?` for each parameter; an `Executor` adapts that to its
+driver. Times are stored as microseconds, addresses as packed bytes, so that reading them back
+parses no text.
 """
 
 from __future__ import annotations

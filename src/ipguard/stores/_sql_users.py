@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Final
 
+from ipguard.errors import StoreUnavailable
 from ipguard.model import EVERYBODY, Action, Change, User
 from ipguard.store import NAMED_AT_MOST
 from ipguard.stores._sql import USER, Executor, Row, columns, user_row
@@ -28,10 +29,11 @@ u.username IS NULL OR u.removed = 1 OR u.full_name <> s.full_name OR u.account_i
 OR COALESCE(u.email, '') <> COALESCE(s.email, '')
 """
 _FIND_CHANGED: Final = f"""
-INSERT INTO changed_users ({USER}, added)
-SELECT {columns(USER, "s")}, CASE WHEN u.username IS NULL OR u.removed = 1 THEN 1 ELSE 0 END
+INSERT INTO changed_users ({USER}, added, present)
+SELECT {columns(USER, "s")}, CASE WHEN u.username IS NULL OR u.removed = 1 THEN 1 ELSE 0 END,
+    CASE WHEN u.username IS NULL THEN 0 ELSE 1 END
 FROM staged_users s LEFT JOIN users u ON u.username = s.username
-WHERE {_DIFFERS}
+WHERE {_DIFFERS} ORDER BY s.username
 """
 _APPLIED: Final = """
 ON CONFLICT (username) DO UPDATE SET full_name = excluded.full_name,
@@ -111,13 +113,14 @@ class StagedUsers:
 
     def __init__(self, db: Executor, users: Iterable[User]) -> None:
         self._seen: tuple[int, str] = (-1, "")
+        self._written = False
         db.run(
             "CREATE TEMPORARY TABLE staged_users (seq INTEGER PRIMARY KEY, username TEXT,"
             " full_name TEXT, account_id TEXT, email TEXT)"
         )
         db.run(
             "CREATE TEMPORARY TABLE changed_users (username TEXT PRIMARY KEY, full_name TEXT,"
-            " account_id TEXT, email TEXT, added INTEGER)"
+            " account_id TEXT, email TEXT, added INTEGER, present INTEGER)"
         )
         db.run(
             "CREATE TEMPORARY TABLE changed_terms (username TEXT, term TEXT, block INTEGER,"
@@ -153,22 +156,24 @@ class StagedUsers:
                 return
             last = rows[-1][0]
 
+    def write_ahead(self, db: Executor) -> None:
+        """Write what changes before the lock is taken, where nobody puts or removes users."""
+        if self._moved(db):
+            self.compare(db)
+        self._write(db)
+        self._written = True
+
     def apply(self, turn: SqlTransaction, db: Executor) -> Change | None:
         """Write what changes, under the lock, and return the one row that says so, if any."""
-        revision, token = self._seen
-        own = db.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
-        if own != [(token,)] or db.rows(_USERS_MOVED, (revision,)):
+        if self._moved(db):
+            if self._written:  # by a library that does not know what is written ahead
+                raise StoreUnavailable("users were changed meanwhile; nothing was put")
             self.compare(db)
+        if not self._written:
+            self._write(db)
         ((count, added),) = db.rows("SELECT count(*), count(nullif(added, 0)) FROM changed_users")
         if not count:
             return None
-        placing = self._placing
-        add_blocks(db, placing.new, placing.cut)
-        db.run("DELETE FROM search_terms WHERE username IN (SELECT username FROM changed_users)")
-        db.run(f"INSERT INTO search_terms ({TERM}) SELECT {TERM} FROM changed_terms")
-        db.run(_APPLY_USERS)
-        for block in placing.touched:
-            cut_grown(db, block)
         # A login asks only whether a user is known: a new name or account decides nothing.
         return _append_users(
             turn,
@@ -179,6 +184,24 @@ class StagedUsers:
             ),
             detail=f"added={added} updated={count - added}",
         )
+
+    def _moved(self, db: Executor) -> bool:
+        """Tell whether users were put or removed since they were compared."""
+        revision, token = self._seen
+        own = db.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
+        return own != [(token,)] or bool(db.rows(_USERS_MOVED, (revision,)))
+
+    def _write(self, db: Executor) -> None:
+        placing = self._placing
+        add_blocks(db, placing.new, placing.cut)
+        db.run(
+            "DELETE FROM search_terms"
+            " WHERE username IN (SELECT username FROM changed_users WHERE present = 1)"
+        )
+        db.run(f"INSERT INTO search_terms ({TERM}) SELECT {TERM} FROM changed_terms")
+        db.run(_APPLY_USERS)
+        for block in placing.touched:
+            cut_grown(db, block)
 
 
 def few(users: Iterable[User]) -> tuple[FewUsers | None, Iterable[User]]:

@@ -1,22 +1,17 @@
 """The writer's turn of the SQL stores.
 
-What can be many is staged first, in temporary tables of the connection that will write, before the
-writer's lock is taken; under the lock it is applied set by set. Users are in `_sql_users`.
+What can be many is staged first, before the writer's lock is taken: restrictions in `_sql_staged`,
+users in `_sql_users`.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 
-from ipguard.addresses import AddressRange
 from ipguard.errors import (
-    DuplicateRestriction,
     StoreError,
-    TooManyRestrictions,
-    UnknownUser,
     shortened,
 )
 from ipguard.model import (
@@ -48,6 +43,7 @@ from ipguard.stores._sql import (
     touched_text,
     user_of,
 )
+from ipguard.stores._sql_staged import StagedRestrictions
 
 
 def marks(names: str) -> str:
@@ -78,14 +74,21 @@ class SqlTransaction:
         db: The connection, on which the writer's lock is held.
         now: The store's time when it was taken.
         revision: The store's revision then.
-        staged: Whether there are staged restrictions on this connection.
+        staged: The restrictions that are staged on this connection, if any.
 
     Attributes:
         revision: The revision that the turn has come to.
         touching: The last revision of this turn that touched a policy, or None.
     """
 
-    def __init__(self, db: Executor, now: datetime, *, revision: int, staged: bool = False) -> None:
+    def __init__(
+        self,
+        db: Executor,
+        now: datetime,
+        *,
+        revision: int,
+        staged: StagedRestrictions | None = None,
+    ) -> None:
         self._db = db
         self._now = now
         self._staged = staged
@@ -102,12 +105,14 @@ class SqlTransaction:
         return None
 
     def restriction(self, restriction_id: str) -> Restriction | None:
+        self.withdraw()
         sql = f"SELECT username, {RESTRICTION} FROM restrictions WHERE id = ?"
         for row in self._find(sql, restriction_id):
             return restriction_of(row[0], row[1:])
         return None
 
     def restrictions(self, username: str) -> tuple[Restriction, ...]:
+        self.withdraw()
         sql = f"SELECT {RESTRICTION} FROM restrictions WHERE username = ? ORDER BY created_at, id"
         return tuple(restriction_of(username, row) for row in self._find(sql, username))
 
@@ -146,29 +151,20 @@ class SqlTransaction:
         )
 
     def add_restriction(self, restriction: Restriction) -> None:
+        self.withdraw()
         # Asked for first: after a statement that failed, PostgreSQL lets no turn go on.
         if self._db.rows("SELECT 1 FROM restrictions WHERE id = ?", (restriction.id,)):
             raise StoreError(f"there is a restriction {shortened(restriction.id)} already")
         self._db.run(_INSERT_RESTRICTION, restriction_row(restriction))
 
     def remove_restriction(self, restriction_id: str) -> None:
+        self.withdraw()
         self._db.run("DELETE FROM restrictions WHERE id = ?", (restriction_id,))
 
     def add_staged(self, *, per_user: int) -> int:
-        if not self._staged:
+        if self._staged is None:
             return 0
-        # Everything is tested before anything is written: a caller may catch the error and go on.
-        for (username,) in self._db.rows(_STAGED_UNKNOWN):
-            raise UnknownUser(username)
-        for sql, params in ((_STAGED_TWICE, ()), (_STAGED_HELD, (micros(self._now),))):
-            for username, first, last in self._db.rows(sql, params):
-                raise DuplicateRestriction(username, str(AddressRange.from_packed(first, last)))
-        for (username,) in self._db.rows(_STAGED_TOO_MANY, (per_user,)):
-            raise TooManyRestrictions(username, per_user)
-        self._db.run(_STAGED_REPLACE)
-        self._db.run(_STAGED_ADD)
-        ((count,),) = self._db.rows("SELECT count(*) FROM staged_restrictions")
-        return int(count)
+        return self._staged.add(self._db, self._now, per_user=per_user)
 
     def append(
         self,
@@ -200,62 +196,14 @@ class SqlTransaction:
             self.touching = change.revision
         return change
 
+    def withdraw(self) -> None:
+        """Take back what was written ahead of `add_staged`, where that was not called."""
+        if self._staged is not None:
+            self._staged.withdraw(self._db)
+
     def _find(self, sql: str, key: str) -> list[Row]:
         # An id comes from outside: what cannot be stored is not there.
         return self._db.rows(sql, (key,)) if encodable(key) else []
-
-
-# ------------------------------------------------------------------------- staged restrictions
-
-_STAGED_UNKNOWN: Final = """
-SELECT s.username FROM staged_restrictions s LEFT JOIN users u ON u.username = s.username
-WHERE u.username IS NULL OR u.removed = 1 ORDER BY s.seq LIMIT 1
-"""
-_STAGED_TWICE: Final = """
-SELECT username, first_ip, last_ip FROM staged_restrictions
-GROUP BY username, first_ip, last_ip HAVING count(*) > 1 ORDER BY min(seq) LIMIT 1
-"""
-# CROSS JOIN: SQLite then keeps the order, which begins with the fewer rows.
-_SAME: Final = """
-FROM staged_restrictions s CROSS JOIN restrictions r
-WHERE r.username = s.username AND r.first_ip = s.first_ip AND r.last_ip = s.last_ip
-"""
-_STAGED_HELD: Final = f"""
-SELECT s.username, s.first_ip, s.last_ip {_SAME}
-AND (r.expires_at IS NULL OR r.expires_at > ?) ORDER BY s.seq LIMIT 1
-"""
-_STAGED_TOO_MANY: Final = """
-SELECT n.username FROM (
-    SELECT username, count(*) AS added, min(seq) AS seq FROM staged_restrictions GROUP BY username
-) n
-WHERE n.added + (
-    SELECT count(*) FROM restrictions r WHERE r.username = n.username AND NOT EXISTS (
-        SELECT 1 FROM staged_restrictions s
-        WHERE s.username = r.username AND s.first_ip = r.first_ip AND s.last_ip = r.last_ip
-    )
-) > ?
-ORDER BY n.seq LIMIT 1
-"""
-_STAGED_REPLACE: Final = f"DELETE FROM restrictions WHERE id IN (SELECT r.id {_SAME})"
-_STAGED_ADD: Final = f"""
-INSERT INTO restrictions (username, {RESTRICTION})
-SELECT username, {RESTRICTION} FROM staged_restrictions ORDER BY username, created_at, id
-"""
-
-
-def stage_restrictions(db: Executor, restrictions: Iterable[Restriction]) -> None:
-    """Read restrictions to the end into a temporary table of the connection."""
-    db.run(
-        "CREATE TEMPORARY TABLE staged_restrictions (seq INTEGER PRIMARY KEY, username TEXT,"
-        " id TEXT, first_ip BLOB, last_ip BLOB, label TEXT, created_at INTEGER, created_by TEXT,"
-        " expires_at INTEGER)"
-    )
-    db.insert_many(
-        "staged_restrictions",
-        f"seq, username, {RESTRICTION}",
-        ((seq, *restriction_row(each)) for seq, each in enumerate(restrictions)),
-    )
-    db.run("CREATE INDEX staged_addresses ON staged_restrictions (username, first_ip, last_ip)")
 
 
 # ------------------------------------------------------------------------- pruning

@@ -43,7 +43,8 @@ from ipguard.stores._postgres_listen import Listener
 from ipguard.stores._postgres_options import Options
 from ipguard.stores._postgres_stream import PolicyStream
 from ipguard.stores._postgres_turn import Writer
-from ipguard.stores._sql_write import SqlTransaction, prune, stage_restrictions
+from ipguard.stores._sql_staged import StagedRestrictions
+from ipguard.stores._sql_write import SqlTransaction, prune
 from ipguard.usernames import canonical_usernames
 
 __all__ = ["PostgresStore", "grants", "migrations"]
@@ -210,8 +211,10 @@ class PostgresStore(Closing):
                 yield turn
             return
         with self._writer.staging() as session:
-            stage_restrictions(session, staged)
-            with self._writer.staged_turn(session) as (turn, _):
+            many = StagedRestrictions(session, staged)
+            if many.judge(session, self.now()):
+                many.write_ahead(session)
+            with self._writer.staged_turn(session, many) as (turn, _):
                 yield turn
 
     def put_users(self, users: Iterable[User]) -> int:
@@ -222,7 +225,7 @@ class PostgresStore(Closing):
             revision, changed = self._client.read(few.compare)
             if not changed:
                 return revision
-            with self._writer.turn() as (turn, db):
+            with self._writer.turn(users=True) as (turn, db):
                 change = few.apply(turn, db)
             return _told(turn, change)
         with self._writer.staging() as session:
@@ -231,8 +234,10 @@ class PostgresStore(Closing):
             if not changed:
                 session.script("ROLLBACK")
                 return revision
-            with self._writer.staged_turn(session) as (turn, db):
-                change = put.apply(turn, db)
+            with self._writer.users(session):
+                put.write_ahead(session)
+                with self._writer.staged_turn(session) as (turn, db):
+                    change = put.apply(turn, db)
         return _told(turn, change)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
@@ -240,7 +245,7 @@ class PostgresStore(Closing):
         self._writer.refuse_nested()
         with self._writer.staging() as session:
             users_of.stage_names(session, canonical_usernames(usernames))
-            with self._writer.staged_turn(session) as (turn, db):
+            with self._writer.users(session), self._writer.staged_turn(session) as (turn, db):
                 change = users_of.remove_staged(turn, db)
         return _told(turn, change)
 

@@ -49,7 +49,8 @@ from ipguard.stores import _sql_users as users_of
 from ipguard.stores import _sqlite_schema as schema
 from ipguard.stores._migrations import migrations as _migrations
 from ipguard.stores._sql import Params, Row, encodable
-from ipguard.stores._sql_write import SqlTransaction, prune, stage_restrictions
+from ipguard.stores._sql_staged import StagedRestrictions
+from ipguard.stores._sql_write import SqlTransaction, prune
 from ipguard.stores._sqlite import Session, file_id
 from ipguard.stores._sqlite_pool import Pool
 from ipguard.usernames import canonical_usernames
@@ -57,6 +58,9 @@ from ipguard.usernames import canonical_usernames
 __all__ = ["SQLiteStore", "migrations"]
 
 _POLL: Final = 0.005
+_BULK_CACHE: Final = (
+    131_072  # KiB: the indexes' pages that an import of a million rows comes back to
+)
 _POLICY: Final = read.POLICY % "NULL"
 
 
@@ -199,12 +203,17 @@ class SQLiteStore(Closing):
     def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
         """Take the writer's turn."""
         self._refuse_nested()
-        # What was staged goes with its connection.
-        with self._pool.session(keep=staged is None) as session:
-            if staged is not None:
-                with session.snapshot():
-                    stage_restrictions(session, staged)
-            with self._turn(session, staged=staged is not None) as (turn, _):
+        if staged is None:
+            with self._pool.session() as session, self._turn(session) as (turn, _):
+                yield turn
+            return
+        with self._staging() as session:
+            with session.snapshot():
+                many = StagedRestrictions(session, staged)
+                many.arrange(session)
+            with session.snapshot():
+                many.judge(session, self.now())
+            with self._turn(session, many) as (turn, _):
                 yield turn
 
     def put_users(self, users: Iterable[User]) -> int:
@@ -219,7 +228,7 @@ class SQLiteStore(Closing):
                 with self._turn(session) as (turn, db):
                     change = few.apply(turn, db)
             return _told(turn, change)
-        with self._pool.session(keep=False) as session:
+        with self._staging() as session:
             with session.snapshot():
                 put = users_of.StagedUsers(session, many)
             with session.snapshot():
@@ -233,7 +242,7 @@ class SQLiteStore(Closing):
     def remove_users(self, usernames: Iterable[str]) -> int:
         """Remove users, as one change."""
         self._refuse_nested()
-        with self._pool.session(keep=False) as session:
+        with self._staging() as session:
             with session.snapshot():
                 users_of.stage_names(session, canonical_usernames(usernames))
             with self._turn(session) as (turn, db):
@@ -255,8 +264,15 @@ class SQLiteStore(Closing):
             raise RuntimeError("this thread is in a transaction of this store already")
 
     @contextmanager
+    def _staging(self) -> Iterator[Session]:
+        """Lend a connection for many rows at once; what was staged goes with it."""
+        with self._pool.session(keep=False) as session:
+            session.run(f"PRAGMA cache_size = -{_BULK_CACHE}")
+            yield session
+
+    @contextmanager
     def _turn(
-        self, session: Session, *, staged: bool = False
+        self, session: Session, staged: StagedRestrictions | None = None
     ) -> Iterator[tuple[SqlTransaction, _Turn]]:
         pool, deadline = self._pool, time.monotonic() + self._timeout
         # Threads of one process queue here, which is fairer and faster than polling the file.
