@@ -201,10 +201,10 @@ def test_a_late_spelling_of_a_dropped_user_is_not_kept(world: World) -> None:
     old = guard._cache.by_spelling["jsmith"]
     world.restrict("jsmith", OFFICE)
     guard.sync()
-    guard._spell(old, "JSmith")
+    guard._answers._spell(old, "JSmith")
     assert guard._cache.by_spelling == {}
     guard.check("jsmith", HOME)
-    guard._spell(old, "JSmith")
+    guard._answers._spell(old, "JSmith")
     assert "JSmith" not in guard._cache.by_spelling
     assert not guard.is_allowed("JSmith", HOME)
 

@@ -23,7 +23,7 @@ def world() -> World:
 
 
 def recall(guard: Guard, name: Any, address: Any = HOME, at_least: Any = None) -> Decision | None:
-    return guard._recall(name, address, at_least)
+    return guard._answers.recall(name, address, at_least)
 
 
 def test_it_is_what_check_answers_and_reads_nothing(world: World) -> None:
@@ -62,12 +62,12 @@ def test_while_the_store_rests_it_answers_all(world: World, grace: float) -> Non
     guard.check("jsmith", HOME)
     world.pass_time(5)
     assert recall(guard, "jsmith") is None
-    said = guard._recall("jsmith", HOME, None, resting=True)
+    said = guard._answers.recall("jsmith", HOME, None, resting=True)
     world.store.down = OSError()
     expected = guard.check("jsmith", HOME)
     assert (expected.allowed, expected.stale) == (grace > 0, grace > 0)
     assert recall(guard, "jsmith") == said == expected
-    assert guard._recall("jsmith", HOME, None, resting=False) is None
+    assert guard._answers.recall("jsmith", HOME, None, resting=False) is None
     for other in (recall(guard, "adoe"), recall(guard, "jsmith", at_least=guard.revision + 1)):
         assert other is not None
         assert other.reason is Reason.STORE_UNAVAILABLE

@@ -113,7 +113,11 @@ class AsyncGuard(AsyncClosing):
             asking = self._answers.begin(self.guard._judge, username, address, at_least)
         except StoreUnavailable:  # no place, or no thread: `_judge` raises nothing
             decision = self._recall(username, address, at_least, resting=True)
-            return self.guard._denied(Reason.STORE_UNAVAILABLE) if decision is None else decision
+            return (
+                self.guard._answers.denied(Reason.STORE_UNAVAILABLE)
+                if decision is None
+                else decision
+            )
         if self._asking.setdefault(key, asking) is asking:
             asking.add_done_callback(lambda _: self._asking.pop(key))
         return await asking
@@ -122,7 +126,7 @@ class AsyncGuard(AsyncClosing):
         self, username: str, address: str, at_least: int | None, *, resting: bool | None
     ) -> Decision | None:
         try:
-            return self.guard._recall(username, address, at_least, resting=resting)
+            return self.guard._answers.recall(username, address, at_least, resting=resting)
         except Exception:
             _log.debug("what is remembered could not be used", exc_info=True)
             return None

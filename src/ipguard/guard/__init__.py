@@ -3,7 +3,8 @@
 How an answer comes about::
 
     is_allowed ──of a remembered user──▶ `_hot.py`: the deadline, two look-ups, the clock
-        └──all else──▶ check ──▶ the lease        `_lease.py`: sync, one moment, one position
+        └──all else──▶ check ──▶ an answer        `_answers.py`: from all these, in their order
+                             ├─▶ the lease        `_lease.py`: sync, one moment, one position
                              ├─▶ the cache        `_cache.py`: bounded, by spelling
                              ├─▶ the table        `_table.py`: with `preload`, all restricted users
                              └─▶ a shared load    `_loads.py`: one read for all who miss
@@ -22,15 +23,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Literal, Self
 
 import attrs
 
-from ipguard.addresses import AddressRange, login_address
-from ipguard.errors import StoreUnavailable, UsernameError, shortened
+from ipguard.errors import StoreUnavailable, shortened
 from ipguard.guard import _fork
-from ipguard.guard._cache import Cache, Entry
+from ipguard.guard._answers import Answers
+from ipguard.guard._cache import Cache
 from ipguard.guard._explain import explain
 from ipguard.guard._hot import bind
 from ipguard.guard._lease import Lease, time_asleep
@@ -41,20 +41,16 @@ from ipguard.guard._settings import check_seconds, check_settings
 from ipguard.guard._stats import GuardStats, Tally
 from ipguard.guard._table import Table
 from ipguard.model import Decision, Explanation, Reason
-from ipguard.rules import decide
-from ipguard.store import RestrictionStore
-from ipguard.usernames import canonical_username
+from ipguard.store import Closing, RestrictionStore
 
 __all__ = ["Guard", "GuardStats"]
 
 _log = logging.getLogger("ipguard.guard")
 
-_TRIES: Final = 2
-
 Observer = Callable[[object, object, Decision], object]
 
 
-class Guard:
+class Guard(Closing):
     """Answers whether a user may log in from an address, from memory where it can.
 
     No answer rests on a state of the store older than `max_staleness`, whatever has failed.
@@ -109,7 +105,6 @@ class Guard:
         )
         self._store = store
         self._max_staleness = max_staleness
-        self._outage_grace = outage_grace
         self._deny_unknown = unknown_users == "deny"
         self._report_only = report_only
         self._observer = observer
@@ -129,6 +124,15 @@ class Guard:
             self._cache,
             self._lease,
             max_staleness=max_staleness,
+            monotonic=self._monotonic,
+        )
+        self._answers = Answers(
+            store,
+            self._cache,
+            self._lease,
+            self._loads,
+            outage_grace=outage_grace,
+            deny_unknown=self._deny_unknown,
             monotonic=self._monotonic,
         )
         self._preload = None if table is None else Preload(store, table, self._lease, self._loads)
@@ -185,12 +189,13 @@ class Guard:
     def _judge(self, username: str, address: str, at_least: int | None) -> Decision:
         """Decide, and raise nothing. Nobody is told yet, and `report_only` changes nothing yet."""
         try:
-            return self._answer(username, address, at_least)
+            self._revive()
+            return self._answers.answer(username, address, at_least)
         except Exception:
             # A defect, here or in a store. It must not become an allow, nor end the login server's
             # request with something that a client can provoke.
             _log.exception("a check failed; the login is not allowed")
-            return self._denied(Reason.STORE_UNAVAILABLE)
+            return self._answers.denied(Reason.STORE_UNAVAILABLE)
 
     def _tell(self, username: str, address: str, decision: Decision) -> Decision:
         """Count a decision, tell the log and the observer, and return what the host is given."""
@@ -216,118 +221,6 @@ class Guard:
                 shortened(address),
                 decision.reason,
             )
-
-    def _parsed(
-        self, username: str, address: str
-    ) -> tuple[str, str, AddressRange] | Literal[Reason.BAD_USERNAME, Reason.BAD_ADDRESS]:
-        """Return the user's name, how to find it next time, and the address; or what is wrong."""
-        try:
-            name = canonical_username(username)
-        except UsernameError:
-            return Reason.BAD_USERNAME
-        found = login_address(address)
-        if found is None:
-            return Reason.BAD_ADDRESS
-        version, value = found
-        client = AddressRange(version=version, first=value, last=value)
-        # A str of a class of its own may hash and compare as it likes: it is not kept as a key.
-        return name, username if type(username) is str else name, client
-
-    def _recall(
-        self, username: str, address: str, at_least: int | None, *, resting: bool | None = None
-    ) -> Decision | None:
-        """Answer without I/O and without waiting, as `_judge` would, for an event loop.
-
-        Args:
-            username: As for `check`.
-            address: As for `check`.
-            at_least: As for `check`.
-            resting: Whether the store is not to be asked now; None: what its health says.
-
-        Returns:
-            The decision, or None where it takes a sync or a load. Where the store is not to be
-            asked, it is always a decision.
-        """
-        parsed = self._parsed(username, address)
-        if not isinstance(parsed, tuple):
-            return self._denied(parsed)
-        name, spelling, client = parsed
-        wanted = 0 if at_least is None else at_least
-        until, revision = self._lease.deadline, self._lease.revision  # in this order: `_answer`
-        entry = self._held(name, spelling)
-        if entry is not None and revision >= wanted:
-            self._spell(entry, spelling)
-            decision = self._decide(entry, client, until, revision)
-            if decision is not None:
-                return decision
-        if self._lease.health.resting() if resting is None else resting:
-            return self._in_grace(name, spelling, client, wanted)
-        return None
-
-    def _answer(self, username: str, address: str, at_least: int | None) -> Decision:
-        parsed = self._parsed(username, address)
-        if not isinstance(parsed, tuple):
-            return self._denied(parsed)
-        name, spelling, client = parsed
-        wanted = 0 if at_least is None else at_least
-        self._revive()
-        for _ in range(_TRIES):
-            if not self._lease.hold(wanted):
-                return self._in_grace(name, spelling, client, wanted)
-            # In this order: what is still found after the revision was read is current to it.
-            until, revision = self._lease.deadline, self._lease.revision
-            if revision < wanted:
-                break  # another history was taken over just now
-            entry = self._cache.by_spelling.get(name)
-            if entry is None:
-                loaded = self._loads.load(name, spelling, revision)
-                if loaded is None:
-                    break
-                entry, until = loaded
-            else:
-                self._spell(entry, spelling)
-            decision = self._decide(entry, client, until, revision)
-            if decision is not None:
-                return decision
-        return self._denied(Reason.STORE_UNAVAILABLE)
-
-    def _decide(
-        self, entry: Entry, client: AddressRange, until: float, revision: int
-    ) -> Decision | None:
-        """Decide by an entry found after `until` and `revision` were read; None once it is over."""
-        decision = decide(entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown)
-        if self._monotonic() < until:
-            return attrs.evolve(decision, revision=max(decision.revision, revision))
-        return None
-
-    def _held(self, name: str, spelling: str) -> Entry | None:
-        """Return what is remembered of a user, by the table too."""
-        entry = self._cache.by_spelling.get(name)
-        if entry is None and self._cache.table is not None:
-            with self._lease.lock:
-                entry = self._cache.find(name, spelling, self._lease.revision)
-        return entry
-
-    def _spell(self, entry: Entry, spelling: str) -> None:
-        if spelling not in entry.spellings:
-            with self._lease.lock:
-                self._cache.spell(entry, spelling)
-
-    def _in_grace(self, name: str, spelling: str, client: AddressRange, wanted: int) -> Decision:
-        """Answer from what is remembered though the lease is over, where that was chosen."""
-        until, revision = self._lease.deadline, self._lease.revision
-        entry = self._held(name, spelling)
-        if entry is None or revision < wanted:
-            return self._denied(Reason.STORE_UNAVAILABLE)
-        decision = decide(entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown)
-        now = self._monotonic()
-        if now >= until + self._outage_grace:
-            return self._denied(Reason.STORE_UNAVAILABLE)
-        # Another thread may have renewed the lease meanwhile: then the answer is as good as any.
-        return attrs.evolve(decision, revision=max(decision.revision, revision), stale=now >= until)
-
-    def _denied(self, reason: Reason) -> Decision:
-        return Decision(allowed=False, reason=reason, revision=self._lease.revision)
 
     def explain(self, username: str, address: str) -> Explanation:
         """Tell an operator how a question is answered and why. Always reads the store.
@@ -461,14 +354,6 @@ class Guard:
     def __enter__(self) -> Self:
         self.start()
         return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def before_fork(self) -> None:
         """Hold still; called by the process itself."""
