@@ -22,6 +22,7 @@ from ipguard.cli import _codes, _secret
 from ipguard.cli._output import clean
 from tests.cli import PROGRAM, Shell, schemas, validator
 from tests.conftest import rounds
+from tests.postgres import fresh_schema
 from tests.test_docs import ROOT, table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
@@ -229,6 +230,46 @@ def test_control_characters_reach_no_terminal(shell: Shell, tmp_path: Path):
     asked = shell.within("check", "a\x1b[2Jb", "1.2.3.4")
     assert asked.out == "not allowed: bad_username\n"
     assert clean("déjà vu 漢字") == "déjà vu 漢字"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_a_user_that_another_program_wrote(
+    shell: Shell, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+):
+    """Control characters in a row of `users` are shown escaped, and the list comes out whole."""
+    url, server = f"sqlite:///{tmp_path}/users.db", None
+    if kind == "postgres":
+        server = request.getfixturevalue("postgres")
+        schema = fresh_schema()
+        url = server.url(schema=schema)
+    with ipguard.open_store(url, migrate=True) as store:
+        store.put_users(
+            ipguard.User(username=name, full_name="N", account_id="U1", email="a@b.example")
+            for name in ("ann", "bob", "cyd")
+        )
+    for statement in (
+        "UPDATE {}users SET full_name = 'N\x1b[2J\u202e' WHERE username = 'ann'",
+        "UPDATE {}users SET username = 'b\x07b', email = 'a\rb' WHERE username = 'bob'",
+    ):
+        if server is not None:
+            server.execute(statement.format(f"{schema}."))
+        else:
+            with closing(sqlite3.connect(tmp_path / "users.db")) as db, db:
+                db.execute(statement.format(""))
+    rows = [
+        line.split("\t")
+        for line in shell.good("users", "list", "--all", "--store", url).splitlines()[1:]
+    ]
+    assert rows == [
+        ["ann", r"N\x1b[2J\u202e", "U1", "a@b.example"],
+        [r"b\x07b", "N", "U1", ""],
+        ["cyd", "N", "U1", "a@b.example"],
+    ]
+    assert len(shell.json("list", "--store", url)["users"]) == 3
+    impose = ("impose", "ann", "1.2.3.4", "--reason", "x", "--mail", "console", "--store", url)
+    done = shell(*impose)
+    assert done.code == 0
+    assert "\x1b" not in done.out + done.err
 
 
 def test_any_stream_will_do(shell: Shell, tmp_path: Path):

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 
+import attrs
+
 from ipguard.addresses import AddressRange
-from ipguard.errors import StoreUnavailable
+from ipguard.errors import InvalidValue, StoreUnavailable, UsernameError
 from ipguard.model import (
     EVERYBODY,
     Action,
@@ -37,6 +40,7 @@ Params = Sequence[object]
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _VERSIONS: Final = {(4, 4): 4, (16, 16): 6}
+_SHOWN: Final = 256
 _EVERYBODY: Final = "*"  # no JSON, so it cannot be taken for a list of usernames
 BIGGEST: Final = 2**63 - 1
 """What a column holds at the most; numbers from outside are cut down to it."""
@@ -236,9 +240,25 @@ USER: Final = "username, full_name, account_id, email"
 
 @reads_rows
 def user_of(row: Row) -> User:
-    """Return a user from the columns of `USER`."""
+    """Return a user from the columns of `USER`.
+
+    What another program wrote there, and ipguard would have refused, must not keep a whole page
+    from being shown: such characters are escaped, and an e-mail address that is none is left out.
+    """
     username, full_name, account_id, email = row
-    return User(username=username, full_name=full_name, account_id=account_id, email=email)
+    try:
+        return User(username=username, full_name=full_name, account_id=account_id, email=email)
+    except (InvalidValue, UsernameError):
+        username, full_name, account_id = map(_escaped, (username, full_name, account_id))
+    user = User(username=username, full_name=full_name, account_id=account_id)
+    with suppress(InvalidValue):
+        user = attrs.evolve(user, email=email)
+    return user
+
+
+def _escaped(text: str) -> str:
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)[:_SHOWN]
 
 
 def user_row(user: User) -> Row:
