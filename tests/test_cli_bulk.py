@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import stat
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ipguard
+from ipguard.model import Action
 from tests.big_import import measure, place, write_restrictions, write_users
 from tests.cli import Shell, validator
 
@@ -180,6 +182,64 @@ def test_a_file_that_is_none(shell: Shell, tmp_path: Path, text, args, code, wor
     assert _state(shell) == (1, {})
 
 
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["import", "--reason", "x"], '{"username": "mlee", "addresses": "1.2.3.4"%s}'),
+        (["users", "import"], '{"username": "mlee", "full_name": "x", "account_id": "U1"%s}'),
+        (["check", "--file"], '{"username": "mlee", "address": "1.2.3.4"%s}'),
+    ],
+)
+def test_a_name_twice_in_one_object(shell: Shell, tmp_path: Path, args: list[str], line: str):
+    """JSON leaves open which of the two counts: the line is bad, whatever it would have said."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(line % "" + "\n" + line % ', "username": "jsmith"' + "\n")
+    done = shell(*args, file, "--json")
+    assert done.code == 9
+    before, _, told = done.err.partition('"rows": ')
+    assert json.loads(told.removesuffix("}}\n")) == [
+        {"line": 2, "reason": "'username' is there twice"}
+    ]
+    assert before
+    assert _state(shell) == (1, {})
+
+
+def test_users_import_of_a_file_without_users(shell: Shell):
+    """Nothing but a header is most likely not the file that was meant."""
+    header = "username,full_name,account_id\n"
+    assert shell.bad(9, "users", "import", "-", stdin=header) == "standard input holds no users"
+
+
+def test_what_has_expired_is_not_exported(shell: Shell, tmp_path: Path):
+    """An export can be imported as it is; who is left out by it is told beside it."""
+    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as turn:
+        for number, (username, days) in enumerate((("jsmith", -1), ("mlee", -1), ("mlee", 1))):
+            turn.add_restriction(
+                ipguard.Restriction(
+                    id=str(number),
+                    username=username,
+                    addresses=ipguard.AddressRange.parse(f"203.0.113.{number}"),
+                    label="",
+                    created_at=turn.now,
+                    created_by="x",
+                    expires_at=turn.now + timedelta(days=days),
+                )
+            )
+        turn.append(Action.IMPOSE, actor="x", touches=frozenset({"jsmith", "mlee"}))
+    done = shell("export")
+    assert (done.code, done.out.count("\n"), "mlee,203.0.113.2," in done.out) == (0, 2, True)
+    assert "left out, as they have expired: 2" in done.err
+    assert "users who have no other: 1; they can log in from nowhere here" in done.err
+    told = shell.json("export", "-o", "out.csv")
+    assert (told["rows"], told["expired"], told["users_left_out"]) == (1, 2, 1)
+    other = f"sqlite:///{tmp_path}/other.db"
+    with ipguard.open_store(other) as store:
+        store.put_users([ipguard.User(username="mlee", full_name="M", account_id="U1")])
+    assert shell("import", "out.csv", "--reason", "x", "--store", other).code == 0
+    with ipguard.open_store(other) as store:
+        assert [str(r.addresses) for r in store.load_policy("mlee").restrictions] == ["203.0.113.2"]
+
+
 def test_more_than_a_user_may_have_and_more_users_than_are_asked_one_by_one(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -224,6 +284,12 @@ def test_check_a_whole_login_log(shell: Shell, tmp_path: Path):
     assert done.code == 9
     assert "1 logins: 1 allowed, 0 refused" in done.err
     assert "line 2: it is no JSON object" in done.err
+    for empty in ("", "username,address\n", "username,address\n\n"):
+        assert shell("check", "--file", "-", stdin=empty).code == 9
+    assert shell.bad(9, "check", "--file", "-", stdin="username,address\n") == (
+        "standard input holds no logins"
+    )
+    assert "holds no logins" in shell.bad(9, "check", "--file", "-", "--format", "jsonl")
     assert "USERNAME ADDRESS" in shell.bad(2, "check", "mlee", "1.2.3.4", "--file", log)
     gone = ("--store", "postgresql://127.0.0.1:1/x")
     assert "the store" in shell.bad(6, "check", "--file", log, *gone)

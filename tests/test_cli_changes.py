@@ -194,9 +194,9 @@ def test_impose_and_unlock_in_a_terminal(shell: Shell, mail: MailServer):
     assert "already has" in shell.terminal("impose", "zed", "2001:db8::/64", "--reason", "x").ends(
         3
     )
-    assert "unlocked" in shell.terminal("unlock", "rita", "--reason", "x").ends()
-    assert shell.json("unlock", "rita", "--reason", "x") == {
-        "username": "rita",
+    assert "unlocked" in shell.terminal("unlock", "zed", "--reason", "x").ends()
+    assert shell.json("unlock", "zed", "--reason", "x") == {
+        "username": "zed",
         "notices_failed": 0,
     }
     assert _rows(shell)[0].action == "unlock"
@@ -209,6 +209,37 @@ def test_impose_and_unlock_in_a_terminal(shell: Shell, mail: MailServer):
     assert _held(shell) == []
     assert shell.within("impose", "zed", *temporary).code == 0
     assert "is not a username" in shell.bad(3, "unlock", " ", "--reason", "x")
+
+
+def test_unlock_of_nobody(shell: Shell, mail: MailServer):
+    """A typing error unlocks nobody and says so; who gave wrong numbers need not be registered."""
+    before = _rows(shell)
+    assert "no user 'ritta'" in shell.bad(4, "unlock", "Ritta", "--reason", "x")
+    refused = shell("unlock", "ritta", "--reason", "x", "--json").error
+    assert (refused["type"], refused["details"]) == ("UnknownUser", {"username": "ritta"})
+    assert _rows(shell) == before
+    asked = shell.json("request", "jsmith", "203.0.113.7", *RITA)
+    assert shell("confirm", asked["id"], *RITA, stdin="12345-67890\n").code == 5
+    assert shell.json("unlock", "rita", "--reason", "x")["username"] == "rita"
+    assert "failures=1" in _rows(shell)[0].detail
+    assert "no user 'rita'" in shell.bad(4, "unlock", "rita", "--reason", "x")
+
+
+def test_what_is_mailed_to_nobody_needs_no_address(shell: Shell, mail: MailServer):
+    """`cancel` tells nobody, and a new number goes to where the first one went."""
+    before = len(mail.mails)
+    asked = shell.json("request", "jsmith", "203.0.113.7", *RITA)
+    _number(mail, before)
+    (shell.folder / "settings.toml").write_text("resend_interval = 0\n")
+    shell.env |= {
+        "IPGUARD_EMAIL": "",
+        "IPGUARD_SETTINGS": str(shell.folder / "settings.toml"),
+    }
+    nameless = [each for each in RITA if "mail" not in each and "@" not in each]
+    assert shell.json("resend", asked["id"], *nameless)["state"] == "pending"
+    _number(mail, before + 1)
+    assert shell.json("cancel", asked["id"], *nameless)["state"] == "cancelled"
+    assert "your address is needed" in shell.bad(7, "request", "jsmith", "203.0.113.7", *nameless)
 
 
 def test_a_notice_that_fails_is_told(shell: Shell):

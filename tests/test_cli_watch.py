@@ -85,6 +85,17 @@ def test_watch_piped(shell: Shell):
     assert "is not a username" in shell.bad(3, "watch", "--user", " ")
 
 
+def test_watch_from_a_revision_of_another_history(shell: Shell):
+    """A revision that is yet to come is another store's: it says so, and begins at the head."""
+    terminal = shell.terminal("watch", "--since", "99")
+    terminal.sees("revision 99 belongs to another history.*: this one is at revision 1")
+    terminal.sees("watching from revision 1; Ctrl-C ends it")
+    _write(shell, "new")
+    terminal.sees("2  20.*  new")
+    terminal.process.sendintr()
+    terminal.ends()
+
+
 def test_watch_outlives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: Path):
     """It says so once, goes on when the store is back, and notices another history."""
     path, away = tmp_path / "ipguard.db", tmp_path / "away.db"
@@ -149,6 +160,17 @@ def test_doctor_says_what_to_do(shell: Shell):
         turn.append(Action.IMPOSE, actor="x", touches=frozenset({"jsmith"}))
     path.chmod(0o644)
     (shell.folder / "ipguard.key").chmod(0o640)
+    asked = {
+        one["check"]: one
+        for one in shell.json("doctor", "--send-test", "a@b.example", code=11)["findings"]
+    }
+    assert (asked["mail"]["state"], asked["mail"]["found"]) == (
+        "fail",
+        "no test was sent to a@b.example: mail is printed, not sent",
+    )
+    without = shell("doctor", "--send-test", "a@b.example", env={"IPGUARD_MAIL": ""})
+    assert without.code == 11
+    assert "fail  mail: " in without.out
     warned = shell.json("doctor")
     states = _states(warned)
     for check in ("permissions", "restrictions", "key", "settings", "mail"):

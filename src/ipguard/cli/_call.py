@@ -115,12 +115,16 @@ class Call:
         """Return the operator, as an actor of every account."""
         return _who.operator(self._setting("email", "IPGUARD_EMAIL"))
 
-    def actor(self) -> Actor:
-        """Return whom the operator acts for."""
+    def actor(self, *, mailed: bool = True) -> Actor:
+        """Return whom the operator acts for.
+
+        Args:
+            mailed: Whether what it does is told to it by mail, so that its address is needed.
+        """
         accounts = self.given.get("account") or os.environ.get("IPGUARD_ACCOUNTS", "").split()
         return _who.actor(
             self._setting("acting", "IPGUARD_ACTOR"),
-            self._setting("email", "IPGUARD_EMAIL"),
+            self._setting("email", "IPGUARD_EMAIL") or (None if mailed else _who.NO_EMAIL),
             list(accounts),
             every_account=bool(self.given.get("every_account")),
             address=self._setting("address_of_actor", "IPGUARD_ACTOR_ADDRESS"),

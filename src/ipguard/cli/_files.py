@@ -210,9 +210,26 @@ def _json_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | Bad
             yield lines.number, _object(line, columns)
 
 
+class _Twice(Exception):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its members; readers of JSON differ in which of two they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _object(line: str, columns: Columns) -> Row | BadRow:
     try:
-        found: Any = json.loads(line)
+        found: Any = json.loads(line, object_pairs_hook=_unambiguous)
+    except _Twice as exc:
+        return BadRow(f"{shortened(exc.name)} is there twice")
     except (ValueError, RecursionError) as exc:
         return BadRow(f"it is not JSON: {type(exc).__name__}")
     if not isinstance(found, dict):

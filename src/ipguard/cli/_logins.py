@@ -45,6 +45,7 @@ def check_file(call: Call, guard: Guard, path: str, kind: str | None) -> int:
 
     Raises:
         BadRows: Some rows are none; it is raised after the rest has been shown.
+        Problem: There is no row at all: a log in which nobody logged in is most likely not the log.
     """
     kind, bad = format_of(path, kind), BadRows(path, "the others were checked")
     reasons: Counter[str] = Counter()
@@ -71,6 +72,8 @@ def check_file(call: Call, guard: Guard, path: str, kind: str | None) -> int:
                 refused[key].count += 1
             else:
                 more += 1
+    if not (allowed or reasons or bad.count):
+        raise Problem(Exit.FILE, f"{'standard input' if path == '-' else path} holds no logins")
     _show(call, path, allowed, reasons, refused.values(), more, bad.count)
     bad.raise_if_any()
     return Exit.NOT_ALLOWED if reasons else Exit.OK

@@ -15,6 +15,8 @@ from ipguard.store import particulars
 
 _NOBODY: Final = 2**32 - 1  # a login that was never set (see proc_pid_loginuid(5))
 _LONGEST: Final = 64
+NO_EMAIL: Final = "-@localhost"
+"""What an actor has for an address where nothing is mailed to it."""
 
 
 def _name(uid: int) -> str:

@@ -207,7 +207,12 @@ def _mail(call: Call, send_test: str | None) -> Findings:
 
     notifier = call.notifier()
     if not isinstance(notifier, EmailNotifier):
-        yield Finding("mail", "warn", "is printed, not sent", "name a mail server")
+        todo = "name a mail server: --mail smtp://127.0.0.1, or IPGUARD_MAIL"
+        if send_test is None:
+            yield Finding("mail", "warn", "is printed, not sent", todo)
+        else:
+            found = f"no test was sent to {send_test}: mail is printed, not sent"
+            yield Finding("mail", "fail", found, todo)
         return
     if send_test is None:
         yield Finding("mail", "ok", f"{notifier!r}".strip("<>") + ", not tried: --send-test")

@@ -11,6 +11,7 @@ import typer
 from ipguard.cli._app import command
 from ipguard.cli._call import Call
 from ipguard.cli._output import Cell, begun, plain
+from ipguard.cli._who import NO_EMAIL
 from ipguard.model import Actor, Page, Restriction, UserOverview, checked_text
 from ipguard.store import RestrictionStore
 
@@ -168,7 +169,7 @@ def history(
     with call.store() as store:
         flow = call.workflow(store, mails=False)
         # Any actor of every account will do: nothing is done in its name.
-        actor = Actor(username="-", email="-@localhost", manages=Actor.EVERY_ACCOUNT)
+        actor = Actor(username="-", email=NO_EMAIL, manages=Actor.EVERY_ACCOUNT)
         left = None if everything else limit
         following = before
 

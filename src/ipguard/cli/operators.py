@@ -8,6 +8,7 @@ import typer
 
 from ipguard.cli._app import OPERATOR, command
 from ipguard.cli._call import Call
+from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._results import (
     ExpiresOption,
     LabelOption,
@@ -19,6 +20,8 @@ from ipguard.cli._results import (
     removal_allowed,
     show_applied,
 )
+from ipguard.errors import shortened
+from ipguard.usernames import canonical_username
 
 
 def add_to(app: typer.Typer) -> None:
@@ -74,8 +77,19 @@ def unlock(
 ) -> None:
     """Accept numbers again after too many wrong ones."""
     actor = call.operator()
+    name = canonical_username(username)
     with call.store() as store:
-        call.workflow(store).unlock(actor, username, reason=reason)
+        flow = call.workflow(store)
+        with store.transaction() as turn:
+            # Administrators need not be registered; but then they have failed, or it is a typo.
+            if turn.user(name) is None and not turn.failures(name):
+                raise Problem(
+                    Exit.UNKNOWN,
+                    f"no user {shortened(name)}, and nobody of that name gave a wrong number",
+                    kind="UnknownUser",
+                    details={"username": name},
+                )
+        flow.unlock(actor, name, reason=reason)
     failed = call.tell_failures()
     if call.out.as_json:
         call.out.data({"username": username, "notices_failed": failed})

@@ -98,7 +98,7 @@ def confirm(
 
 def cancel(call: Call, request: RequestArgument) -> None:
     """Withdraw a request."""
-    actor = call.actor()
+    actor = call.actor(mailed=False)
     with call.store() as store:
         cancelled = call.workflow(store, mails=False).cancel(actor, request)
     show_request(call, cancelled)
@@ -106,7 +106,7 @@ def cancel(call: Call, request: RequestArgument) -> None:
 
 def resend(call: Call, request: RequestArgument) -> None:
     """Mail a new number; the old one is dead."""
-    actor = call.actor()
+    actor = call.actor(mailed=False)  # it goes to where the first one went
     with call.store() as store:
         asked = call.workflow(store, numbers=True).resend(actor, request)
     show_request(call, asked, "A new number was mailed to where the first one went")

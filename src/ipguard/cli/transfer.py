@@ -20,6 +20,7 @@ from ipguard.cli._files import BadRow, FileOption, format_of, opened, rows
 from ipguard.cli._judging import COLUMNS, judge, show, values
 from ipguard.cli._output import plain
 from ipguard.cli._results import ReasonOption
+from ipguard.cli._who import NO_EMAIL
 from ipguard.errors import InvalidValue, IPGuardError, StoreError
 from ipguard.model import Actor, Restriction
 
@@ -50,7 +51,7 @@ def import_(
     is wrong is told of every row, with its line.
     """
     kind = format_of(file, kind)
-    actor = Actor(username="-", email="-@localhost", manages=Actor.EVERY_ACCOUNT)
+    actor = Actor(username="-", email=NO_EMAIL, manages=Actor.EVERY_ACCOUNT)
     actor = actor if dry_run else call.operator()
     with opened(file) as given, rewindable(given) as stream, call.store() as store:
         flow = call.workflow(store, mails=not dry_run)
@@ -107,26 +108,41 @@ def export(
 ) -> None:
     """Write every restriction: CSV, or JSON Lines.
 
-    They are of one moment. `ipguard import` reads them.
+    They are of one moment. `ipguard import` reads them. Those that have expired are left out, as no
+    import takes them.
     """
     kind = format_of(output or "", kind or ("jsonl" if call.out.as_json and not output else None))
-    count = 0
+    count = expired = nothing = 0
     with call.store() as store:
         revision, policies = store.load_all_policies()
+        now = store.now()
         with closing(policies), _target(output) as target:  # type: ignore[type-var]
             write = _csv(target) if kind == "csv" else _lines(target)
             # In a terminal, rows on their way to it would run into the bar.
             shown = nullcontext(_nobody) if call.out.rich and not output else progress(call.out, "")
             with shown as tell:
                 for _, policy in policies:
-                    for restriction in policy.restrictions:
+                    holding = [r for r in policy.restrictions if not r.expired(now)]
+                    expired += len(policy.restrictions) - len(holding)
+                    nothing += not holding
+                    for restriction in holding:
                         write(restriction)
                         tell(0)
                         count += 1
     if output and call.out.as_json:
-        call.out.data({"file": os.path.abspath(output), "rows": count, "revision": revision})  # noqa: PTH100
-    elif output:
+        told: dict[str, object] = {"file": os.path.abspath(output), "rows": count}  # noqa: PTH100
+        told |= {"revision": revision, "expired": expired, "users_left_out": nothing}
+        call.out.data(told)
+        return
+    if output:
         call.out.line(f"{count:,} restrictions of revision {revision}: {output}", "green")
+    if expired:
+        call.out.note(f"restrictions left out, as they have expired: {expired:,}")
+    if nothing:
+        call.out.note(
+            f"users who have no other: {nothing:,}; they can log in from nowhere here, and from"
+            " every address where only this is imported; `ipguard doctor` names them"
+        )
 
 
 def _nobody(_: int) -> None: ...

@@ -10,6 +10,7 @@ import typer
 from ipguard.cli._app import command
 from ipguard.cli._bulk import BadRows, progress
 from ipguard.cli._call import Call
+from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._files import BadRow, Columns, FileOption, format_of, opened, rows
 from ipguard.cli.lists import AfterOption, AllOption, LimitOption, paged
 from ipguard.errors import IPGuardError
@@ -55,6 +56,8 @@ def import_users(
             except IPGuardError as exc:
                 bad.add(line, exc)
         bad.raise_if_any()
+        if not count:
+            raise Problem(Exit.FILE, f"{'standard input' if file == '-' else file} holds no users")
 
     with opened(file) as stream, call.store() as store:
         before = store.changes_since(None).head

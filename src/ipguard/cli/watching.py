@@ -45,6 +45,12 @@ def watch(
     with call.store() as store:
         head, token, _ = store.changes_since(None)
         cursor, seen = (head, token), head if since is None else since
+        if seen > head:
+            call.out.note(
+                f"revision {seen} belongs to another history (a restored backup, or another"
+                f" store): this one is at revision {head}"
+            )
+            seen = head
         call.out.note(f"watching from revision {seen}; Ctrl-C ends it")
         down = False
         try:
