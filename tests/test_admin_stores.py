@@ -1,5 +1,6 @@
 """The page over each store: the same everywhere, whoever the users are called."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ipguard import Actor, UnknownUser, User, UsernameError, canonical_username
 from ipguard.admin._http import Request
 from ipguard.admin._site import Site
 from ipguard.admin._visit import Visit
-from tests.flows import ALICE, BOSS, CAROL, HOME, OFFICE
+from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, OFFICE
 from tests.pages import Office, query
 from tests.postgres import fresh_schema
 
@@ -51,6 +52,36 @@ def test_the_whole_way(office: Office):
     assert office.held() == []
     alice.open("/history?user=jsmith")
     assert "reason: moved" in alice.text
+
+
+def test_the_last_two_deleted_by_two_at_once(office: Office, rounds: Any, monkeypatch: Any):
+    """Two administrators at one instant: one restriction goes, and who sent the other is asked."""
+    met, real = threading.Barrier(2, timeout=60), office.flow.delete
+
+    def delete(*args: Any, **more: Any) -> Any:
+        met.wait()  # by now each form was found to be as its sender saw it
+        return real(*args, **more)
+
+    for _ in range(rounds(5, 200)):
+        monkeypatch.setattr(office.flow, "delete", real)
+        for restriction in office.store.load_policy("jsmith").restrictions:
+            office.delete(restriction)
+        browsers = [
+            office.browser(who, f"/delete?user=jsmith&restriction={office.add(what).id}")
+            for who, what in ((ALICE, OFFICE), (ADAM, HOME))
+        ]
+        for browser in browsers:
+            browser.open(browser.address)  # once both are there
+        monkeypatch.setattr(office.flow, "delete", delete)
+        threads = [threading.Thread(target=b.press, args=("Delete",)) for b in browsers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(office.held()) == 1
+        (asked,) = (b for b in browsers if b.answer.status == 409)
+        assert "Every address" in asked.text
+        assert "deleted" in asked.page.part("changed")
 
 
 def visit(office: Office, actor: Actor) -> Visit:

@@ -158,7 +158,7 @@ def test_a_delete_in_between(office: Office, monkeypatch):
 
 
 def test_the_last_two_in_the_same_moment(office: Office, monkeypatch):
-    """Who deletes one of two, while another goes at that moment, is told at once what that did."""
+    """Who deletes one of two, while another goes at that moment, is asked whether to go on."""
     first, second = office.add(OFFICE), office.add(HOME)
     alice = office.browser(ALICE, f"/delete?user=jsmith&restriction={first.id}")
     real = office.flow.delete
@@ -168,10 +168,38 @@ def test_the_last_two_in_the_same_moment(office: Office, monkeypatch):
         return real(*args, **more)
 
     monkeypatch.setattr(office.flow, "delete", after)
-    alice.press("Delete")
+    alice.press("Delete", reason="kept")
+    assert alice.answer.status == 409
+    assert "adam deleted 198.51.100.20" in alice.page.part("changed")
+    assert "Every address" in alice.text
+    assert alice.page.inputs["reason"]["value"] == "kept"
+    assert office.held() == [OFFICE]
+    monkeypatch.setattr(office.flow, "delete", real)
+    alice.press("Delete", open="accept")
     assert "has no restrictions now and can log in from any address." in alice.page.part("note")
-    (note,) = (own for _, own in alice.page.elements if own.get("id") == "note")
-    assert note["class"] == "notice problem"
+
+
+def test_the_last_two_confirmed_in_the_same_moment(office: Office, monkeypatch):
+    """The same where each deletion needs a number: the number stays good for the second answer."""
+    office.use(confirm_deletes=True)
+    first, second = office.add(OFFICE), office.add(HOME)
+    request = office.ask_to_delete(first)
+    alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
+    assert "Every address" not in alice.text
+    real = office.flow.confirm
+
+    def after(*args, **more):
+        office.workflow().lift(BOSS, second.id, reason="x")
+        return real(*args, **more)
+
+    monkeypatch.setattr(office.flow, "confirm", after)
+    alice.press("Submit", number=office.number(request))
+    assert alice.answer.status == 409
+    assert "Every address" in alice.text
+    assert office.held() == [OFFICE]
+    monkeypatch.setattr(office.flow, "confirm", real)
+    alice.press("Submit")
+    assert office.held() == []
 
 
 def test_a_deletion_asked_for_and_closed_in_between(office: Office, monkeypatch):

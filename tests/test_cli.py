@@ -237,7 +237,7 @@ def test_a_user_that_another_program_wrote(
     shell: Shell, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ):
     """Control characters in a row of `users` are shown escaped, and the list comes out whole."""
-    url, server = f"sqlite:///{tmp_path}/users.db", None
+    url, server, schema = f"sqlite:///{tmp_path}/users.db", None, ""
     if kind == "postgres":
         server = request.getfixturevalue("postgres")
         schema = fresh_schema()

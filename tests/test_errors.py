@@ -19,6 +19,7 @@ from ipguard.errors import (
     IPGuardError,
     LockoutRisk,
     NumberExpired,
+    OpeningRisk,
     RequestClosed,
     SchemaVersionError,
     StoreConfigError,
@@ -66,6 +67,11 @@ CASES: list[tuple[IPGuardError, dict[str, object], str]] = [
         LockoutRisk("192.0.2.1"),
         {"address": "192.0.2.1"},
         "after this change you could not log in from 192.0.2.1, where you are now",
+    ),
+    (
+        OpeningRisk("jsmith"),
+        {"username": "jsmith"},
+        "after this change jsmith could log in from every address",
     ),
     (
         DuplicateRestriction("jsmith", "192.0.2.1"),

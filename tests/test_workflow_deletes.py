@@ -11,6 +11,7 @@ from ipguard import (
     Action,
     Applied,
     DuplicateRestriction,
+    OpeningRisk,
     RequestClosed,
     RequestKind,
     RequestState,
@@ -45,6 +46,44 @@ def test_deleting_the_last_opens_the_user_and_says_so(desk: Desk) -> None:
     assert "unrestricted=true" in desk.rows()[0].detail
     guard = ipguard.Guard(desk.store)
     assert guard.check("jsmith", HOME, at_least=applied.revision).reason == "unrestricted"
+
+
+@pytest.mark.parametrize("how", ["delete", "lift", "confirm"])
+def test_who_does_not_accept_an_opening_leaves_the_last(desk: Desk, how: str) -> None:
+    """One of two goes, the last stays, with nothing written; accepted, it goes as well."""
+    if how == "confirm":
+        desk.use(confirm_deletes=True)
+
+    def end(restriction: ipguard.Restriction, **more: bool) -> Applied:
+        if how == "lift":
+            return desk.flow.lift(BOSS, restriction.id, reason="x", **more)
+        outcome = desk.flow.delete(ALICE, restriction.id, **({} if how == "confirm" else more))
+        if isinstance(outcome, Applied):
+            return outcome
+        return desk.confirm(outcome, **more)
+
+    first, second = desk.add(OFFICE), desk.add(HOME)
+    assert end(first, allow_opening=False).unrestricted is False
+    if how == "confirm":
+        request = desk.ask_to_delete(second)
+        for _ in range(7):  # more often than a number may be guessed: none of them is a guess
+            with desk.unchanged(), pytest.raises(OpeningRisk):
+                desk.confirm(request, allow_opening=False)
+        assert desk.confirm(request, allow_opening=True).unrestricted is True
+        return
+    with desk.unchanged(), pytest.raises(OpeningRisk) as refused:
+        end(second, allow_opening=False)
+    assert refused.value.username == "jsmith"
+    assert desk.held() == [HOME]
+    assert end(second, allow_opening=True).unrestricted is True
+
+
+def test_a_deletion_by_number_is_asked_for_whatever_it_opens(desk: Desk) -> None:
+    """A request opens nobody: where the last needs a number, that is still what `delete` makes."""
+    desk.use(confirm_deletes="last")
+    outcome = desk.flow.delete(ALICE, desk.add(OFFICE).id, allow_opening=False)
+    assert isinstance(outcome, ipguard.PendingRequest)
+    assert desk.held() == [OFFICE]
 
 
 def test_an_expired_restriction_counts_for_unrestricted(desk: Desk) -> None:

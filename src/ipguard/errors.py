@@ -121,6 +121,21 @@ class LockoutRisk(IPGuardError):
         return f"after this change you could not log in from {self.address}, where you are now"
 
 
+class OpeningRisk(IPGuardError):
+    """The change would end a user's last restriction, and the caller had not accepted that.
+
+    Attributes:
+        username: The user, in canonical form, who could log in from every address.
+    """
+
+    def __init__(self, username: str) -> None:
+        super().__init__(username)
+        self.username = username
+
+    def __str__(self) -> str:
+        return f"after this change {self.username} could log in from every address"
+
+
 class DuplicateRestriction(IPGuardError):
     """The user already has this restriction, or a request for it is pending.
 

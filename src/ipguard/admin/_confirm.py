@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, Final
 
 from ipguard.admin import _seen, _texts
 from ipguard.admin._add import MAIL_FAILED
+from ipguard.admin._form import Form, outcome
 from ipguard.admin._http import Response
 from ipguard.admin._visit import Visit
 from ipguard.errors import (
@@ -14,6 +14,7 @@ from ipguard.errors import (
     IPGuardError,
     LockoutRisk,
     NumberExpired,
+    OpeningRisk,
     RequestClosed,
     StoreError,
     TooManyAttempts,
@@ -31,79 +32,46 @@ _SHOWN: Final = 200
 _EXPIRED: Final = "This number has expired. Send a new number; the request still waits."
 
 
-def show(visit: Visit) -> Response:
-    """Show what is to be confirmed, and the field for its number."""
-    asked = visit.request.asked()
-    return _form(visit, asked.get("user", ""), asked.get("request", ""))
-
-
-def _form(
-    visit: Visit,
-    username: str,
-    request_id: str,
-    problems: dict[str, str] | None = None,
-    changes: list[str] | None = None,
-) -> Response:
-    line, seen = _seen.look(visit, username)
-    request = _seen.pending(line, request_id)
-    if request is None:
-        return _seen.closed(visit, username, request_id)
-    return visit.page(
-        "confirm.html",
-        422 if problems else 409 if changes else 200,
-        line=line,
-        pending=request,
-        own=request.requested_by == visit.actor.username,
-        **outcome(line, request.restriction_id, visit.now),
-        number=visit.field("number"),
-        seen=seen,
-        changes=changes or [],
-        problems=problems or {},
-        expired=request.number_expires_at <= visit.now,
-    )
-
-
-def outcome(line: UserOverview, deleted: str | None, now: datetime) -> dict[str, Any]:
-    """Tell what is left to a user once a restriction is deleted; None is for none being deleted.
-
-    Returns:
-        `left`; whether that `opens` the user to every address, or `shuts` out all; and when the
-        last of what is left `ends`, or None where one lasts.
-    """
-    left = [other for other in line.restrictions if other.id != deleted]
-    ends = [other.expires_at for other in left if other.expires_at is not None]
-    temporary = deleted is not None and bool(left) and len(ends) == len(left)
+def _values(visit: Visit, line: UserOverview, request: PendingRequest) -> dict[str, Any]:
     return {
-        "left": left,
-        "opens": deleted is not None and not left,
-        "shuts": temporary and max(ends) <= now,
-        "ends": max(ends) if temporary else None,
+        "pending": request,
+        "own": request.requested_by == visit.actor.username,
+        "number": visit.field("number"),
+        "expired": request.number_expires_at <= visit.now,
+        **outcome(line, request.restriction_id, visit.now),
     }
+
+
+_FORM: Final = Form(
+    field="request",
+    template="confirm.html",
+    find=_seen.pending,
+    gone=_seen.closed,
+    values=_values,
+)
+show = _FORM.show
 
 
 def submit(visit: Visit) -> Response:
     """Confirm."""
-    username, request_id = visit.field("user"), visit.field("request")
-    line = visit.person(username)
-    request = _seen.pending(line, request_id)
-    if request is None:
-        return _seen.closed(visit, username, request_id)
-    changes = _seen.since(visit, line, visit.field("seen"))
-    if changes:
-        return _form(visit, username, request_id, changes=changes)
+    sent = _FORM.sent(visit)
+    if isinstance(sent, Response):
+        return sent
+    line, request = sent
     if not visit.field("number").strip():
-        text = "Type the confirmation number from the mail."
-        return _form(visit, username, request_id, {"number": text})
-    return _confirm(visit, line.user, request)
+        return _FORM.again(visit, {"number": "Type the confirmation number from the mail."})
+    return _confirm(visit, line, request)
 
 
-def _confirm(visit: Visit, user: User, request: PendingRequest) -> Response:
+def _confirm(visit: Visit, line: UserOverview, request: PendingRequest) -> Response:
+    user = line.user
     try:
         applied = visit.flow.confirm(
             visit.actor,
             request.id,
             visit.field("number"),
             allow_lockout=visit.field("lockout") == "accept",
+            allow_opening=outcome(line, request.restriction_id, visit.now)["opens"],
         )
     except LockoutRisk as risk:
         return visit.page(
@@ -115,6 +83,8 @@ def _confirm(visit: Visit, user: User, request: PendingRequest) -> Response:
             what=f"{_texts.wanted(request)} for {user.full_name or user.username}",
             back=("confirm", {"user": user.username, "request": request.id}),
         )
+    except OpeningRisk:
+        return _FORM.changed(visit)
     except (StoreError, UnknownRequest):
         raise
     except IPGuardError as wrong:
@@ -135,7 +105,7 @@ def _refused(visit: Visit, username: str, request_id: str, wrong: IPGuardError) 
         problems = {"number": _ACTOR_LOCKED}
     elif not isinstance(wrong, NumberExpired):
         problems = {"": _texts.problem(wrong, visit.now).text}
-    return _form(visit, username, request_id, problems)
+    return _FORM.again(visit, problems)
 
 
 def applied_page(visit: Visit, user: User, applied: Applied) -> Response:
@@ -157,9 +127,7 @@ def applied_page(visit: Visit, user: User, applied: Applied) -> Response:
         text += f"{name} can log in only from: {what}."
     if not known:
         text += " Login servers will know of it within seconds."
-    # Whoever deleted one of two was not asked, where somebody deleted the other at that moment.
-    asked = visit.field("open") == "accept" or not applied.unrestricted
-    return visit.go("user", text, "done" if asked else "problem", user=user.username)
+    return visit.go("user", text, user=user.username)
 
 
 def resend(visit: Visit) -> Response:

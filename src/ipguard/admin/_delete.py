@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from ipguard.admin import _seen, _texts
 from ipguard.admin._add import MAIL_FAILED
-from ipguard.admin._confirm import applied_page, outcome
+from ipguard.admin._confirm import applied_page
+from ipguard.admin._form import Form, outcome
 from ipguard.admin._http import Response
 from ipguard.admin._visit import Visit
 from ipguard.errors import (
@@ -12,43 +15,11 @@ from ipguard.errors import (
     DuplicateRestriction,
     IPGuardError,
     LockoutRisk,
+    OpeningRisk,
     StoreError,
     UnknownRestriction,
 )
 from ipguard.model import REASON_LIMIT, Applied, Restriction, UserOverview
-
-
-def show(visit: Visit) -> Response:
-    """Show what a deletion means."""
-    asked = visit.request.asked()
-    return _form(visit, asked.get("user", ""), asked.get("restriction", ""))
-
-
-def _form(
-    visit: Visit,
-    username: str,
-    restriction_id: str,
-    problems: dict[str, str] | None = None,
-    changes: list[str] | None = None,
-) -> Response:
-    line, seen = _seen.look(visit, username)
-    restriction = _find(line, restriction_id)
-    if restriction is None:
-        return _seen.gone(visit, username, restriction_id)
-    found = outcome(line, restriction.id, visit.now)
-    return visit.page(
-        "delete.html",
-        422 if problems else 409 if changes else 200,
-        line=line,
-        restriction=restriction,
-        **found,
-        needs_number=_needs_number(visit, found["left"]),
-        reason=visit.field("reason"),
-        reason_limit=REASON_LIMIT,
-        seen=seen,
-        changes=changes or [],
-        problems=problems or {},
-    )
 
 
 def _needs_number(visit: Visit, left: list[Restriction]) -> bool:
@@ -61,19 +32,35 @@ def _find(line: UserOverview, restriction_id: str) -> Restriction | None:
     return next((one for one in line.restrictions if one.id == restriction_id), None)
 
 
+def _values(visit: Visit, line: UserOverview, restriction: Restriction) -> dict[str, Any]:
+    found = outcome(line, restriction.id, visit.now)
+    return {
+        "restriction": restriction,
+        "needs_number": _needs_number(visit, found["left"]),
+        "reason": visit.field("reason"),
+        "reason_limit": REASON_LIMIT,
+        **found,
+    }
+
+
+_FORM: Final = Form(
+    field="restriction",
+    template="delete.html",
+    find=_find,
+    gone=_seen.gone,
+    values=_values,
+)
+show = _FORM.show
+
+
 def submit(visit: Visit) -> Response:
     """Delete, once it is plain what that means."""
-    username, restriction_id = visit.field("user"), visit.field("restriction")
-    line = visit.person(username)
-    restriction = _find(line, restriction_id)
-    if restriction is None:
-        return _seen.gone(visit, username, restriction_id)
-    changes = _seen.since(visit, line, visit.field("seen"))
-    if changes:
-        return _form(visit, username, restriction_id, changes=changes)
+    sent = _FORM.sent(visit)
+    if isinstance(sent, Response):
+        return sent
+    line, restriction = sent
     if len(line.restrictions) == 1 and visit.field("open") != "accept":
-        text = "Say that you want this, or go back."
-        return _form(visit, username, restriction_id, {"open": text})
+        return _FORM.again(visit, {"open": "Say that you want this, or go back."})
     return _delete(visit, line, restriction)
 
 
@@ -85,6 +72,8 @@ def _delete(visit: Visit, line: UserOverview, restriction: Restriction) -> Respo
             restriction.id,
             visit.field("reason"),
             allow_lockout=visit.field("lockout") == "accept",
+            # Asked for what the actor has seen: it may be the last by the time of this.
+            allow_opening=len(line.restrictions) == 1,
         )
     except LockoutRisk as risk:
         kept = ("user", "restriction", "seen", "open", "reason")
@@ -97,6 +86,8 @@ def _delete(visit: Visit, line: UserOverview, restriction: Restriction) -> Respo
             what=f"delete {restriction.addresses} of {line.user.full_name or name}",
             back=("delete", {"user": name, "restriction": restriction.id}),
         )
+    except OpeningRisk:
+        return _FORM.changed(visit)
     except DeliveryError as failed:
         return visit.go("confirm", MAIL_FAILED, "problem", user=name, request=failed.request_id)
     except StoreError:
@@ -120,7 +111,7 @@ def _refused(
         return _seen.gone(visit, username, restriction.id)
     if not isinstance(wrong, DuplicateRestriction):
         found = _texts.problem(wrong, visit.now)
-        return _form(visit, username, restriction.id, {found.field: found.text})
+        return _FORM.again(visit, {found.field: found.text})
     text = "It has been asked to delete this already. The request waits for its number."
     for request in visit.person(username).pending:
         if request.restriction_id == restriction.id:

@@ -90,7 +90,7 @@ class Site:
     def refuse(self, request: Request) -> Response:
         """Answer who is not signed in."""
         return self._error(
-            request, 401, "You are not signed in", "Sign in, then open this page again."
+            request, None, 401, "You are not signed in", "Sign in, then open this page again."
         )
 
     def answer(self, request: Request, actor: Actor) -> Response:
@@ -98,14 +98,14 @@ class Site:
         try:
             return self._answer(request, actor)
         except BadRequest as wrong:
-            return self._error(request, wrong.status, "That did not work", wrong.text)
+            return self._error(request, actor, wrong.status, "That did not work", wrong.text)
         except _UNKNOWN:
-            return self._not_found(request)
+            return self._not_found(request, actor)
         except StoreError as failure:
             _log.error("the store does not answer: %s", type(failure).__name__)
-            return self._unavailable(request)
+            return self._unavailable(request, actor)
         except IPGuardError as refused:
-            return self._error(request, 409, "That did not work", str(refused))
+            return self._error(request, actor, 409, "That did not work", str(refused))
         except Exception as failure:
             # Without its message: that may hold what was typed.
             _log.error(
@@ -115,6 +115,7 @@ class Site:
             )
             return self._error(
                 request,
+                actor,
                 500,
                 "Something went wrong",
                 "It has been recorded. Go back to the list and see whether your change was made "
@@ -130,7 +131,12 @@ class Site:
         if view is None:
             allowed = ", ".join(views)
             return self._error(
-                request, 405, "That did not work", "Go back to the list.", (("Allow", allowed),)
+                request,
+                actor,
+                405,
+                "That did not work",
+                "Go back to the list.",
+                (("Allow", allowed),),
             )
         visit = Visit(self, request, actor)
         if method == "POST":
@@ -138,6 +144,7 @@ class Site:
             if not visit.is_ours():
                 return self._error(
                     request,
+                    actor,
                     403,
                     "This form is not one that you opened here",
                     "Nothing was changed. Perhaps you signed in anew since you opened it, or your "
@@ -145,23 +152,25 @@ class Site:
                 )
         return view(visit)
 
-    def _not_found(self, request: Request) -> Response:
+    def _not_found(self, request: Request, actor: Actor) -> Response:
         return self._error(
             request,
+            actor,
             404,
             "There is no such thing here",
             "It may have been deleted or closed meanwhile. The list shows what there is.",
         )
 
-    def _unavailable(self, request: Request) -> Response:
+    def _unavailable(self, request: Request, actor: Actor) -> Response:
         text = "The restrictions cannot be read or changed at the moment. Try again shortly."
         if request.method == "POST":
             text += " Look at the list before you repeat a change: it may have been made."
-        return self._error(request, 503, "Not available now", text, (("Retry-After", "5"),))
+        return self._error(request, actor, 503, "Not available now", text, (("Retry-After", "5"),))
 
     def _error(
         self,
         request: Request,
+        actor: Actor | None,
         status: int,
         title: str,
         text: str,
@@ -176,7 +185,8 @@ class Site:
                 "text": text,
                 "link": lambda name: _http.link(request.base, name),
                 "status": status,
-                "actor": None,
+                "actor": actor,
+                "now": None,  # it is the store's, which may not answer
                 "note": None,
                 "problems": {},
             },

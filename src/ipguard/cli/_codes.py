@@ -40,6 +40,7 @@ ERRORS: Final[tuple[tuple[type[errors.IPGuardError], Exit], ...]] = (
     (errors.UnknownRequest, Exit.UNKNOWN),
     (errors.UnknownRestriction, Exit.UNKNOWN),
     (errors.LockoutRisk, Exit.NOT_CONFIRMED),
+    (errors.OpeningRisk, Exit.NOT_CONFIRMED),
     (errors.DeliveryError, Exit.MAIL),
     (errors.StoreConfigError, Exit.CONFIG),
     (errors.SchemaVersionError, Exit.CONFIG),
@@ -82,6 +83,7 @@ class Problem(Exception):
 _HINTS: Final[dict[type[Exception], str]] = {
     errors.NumberExpired: "`ipguard resend` sends a new number",
     errors.LockoutRisk: "--allow-lockout does it all the same",
+    errors.OpeningRisk: "--allow-open does it all the same",
     errors.DeliveryError: "the request waits: `ipguard resend` once mail works",
 }
 

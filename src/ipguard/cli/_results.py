@@ -66,7 +66,7 @@ def removal_allowed(
     request_id: str | None = None,
     opens: bool,
     lockout: bool,
-) -> None:
+) -> bool:
     """Ask the person before a restriction ends that is all that keeps others out, or lets one in.
 
     What is not there for this actor is the workflow's to refuse.
@@ -79,6 +79,10 @@ def removal_allowed(
         request_id: Or the request to delete one.
         opens: Whether it may open a user to every address.
         lockout: Whether it may leave a user with no address.
+
+    Returns:
+        Whether it may open a user to every address: the person was asked, or had said so. Without
+        that the workflow will refuse, should the restriction be the last by then.
     """
     with store.transaction() as turn:
         if request_id is not None:
@@ -87,7 +91,7 @@ def removal_allowed(
         found = None if restriction_id is None else turn.restriction(restriction_id)
         user = None if found is None else turn.user(found.username)
         if found is None or user is None or user.user.account_id not in actor.manages:
-            return
+            return opens
         left = [r for r in turn.restrictions(found.username) if r.id != restriction_id]
         now = turn.now
     if not left and not opens:
@@ -96,13 +100,15 @@ def removal_allowed(
             f"without {found.addresses}, {found.username} can log in from every address",
             "--allow-open",
         )
-    elif left and all(r.expired(now) for r in left) and not (lockout or found.expired(now)):
+        return True
+    if left and all(r.expired(now) for r in left) and not (lockout or found.expired(now)):
         confirmed(
             call,
             f"without {found.addresses}, {found.username} can log in from no address:"
             " the other restrictions have expired",
             "--allow-lockout",
         )
+    return opens
 
 
 def ending_allowed(

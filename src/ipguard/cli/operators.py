@@ -64,8 +64,10 @@ def lift(
     actor = call.operator()
     with call.store() as store:
         flow = call.workflow(store)
-        removal_allowed(call, store, actor, restriction, opens=allow_open, lockout=allow_lockout)
-        applied = flow.lift(actor, restriction, reason=reason)
+        opens = removal_allowed(
+            call, store, actor, restriction, opens=allow_open, lockout=allow_lockout
+        )
+        applied = flow.lift(actor, restriction, reason=reason, allow_opening=opens)
     show_applied(call, applied)
 
 

@@ -84,13 +84,15 @@ def confirm(
     actor = call.actor()
     with call.store() as store:
         flow = call.workflow(store, numbers=True)
-        removal_allowed(
+        opens = removal_allowed(
             call, store, actor, request_id=request, opens=allow_open, lockout=allow_lockout
         )
         given = read_number()
         applied = daring(
             call,
-            lambda allowed: flow.confirm(actor, request, given, allow_lockout=allowed),
+            lambda allowed: flow.confirm(
+                actor, request, given, allow_lockout=allowed, allow_opening=opens
+            ),
             allowed=allow_lockout,
         )
     show_applied(call, applied)
@@ -127,7 +129,7 @@ def delete(
     actor = call.actor()
     with call.store() as store:
         flow = call.workflow(store, numbers=True)
-        removal_allowed(
+        opens = removal_allowed(
             call,
             store,
             actor,
@@ -137,7 +139,9 @@ def delete(
         )
         outcome = daring(
             call,
-            lambda allowed: flow.delete(actor, restriction, reason, allow_lockout=allowed),
+            lambda allowed: flow.delete(
+                actor, restriction, reason, allow_lockout=allowed, allow_opening=opens
+            ),
             allowed=allow_lockout,
         )
     if isinstance(outcome, Applied):

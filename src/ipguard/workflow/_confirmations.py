@@ -30,7 +30,13 @@ class Confirmations(Base):
     """The call of a workflow that a number is given to."""
 
     def confirm(
-        self, actor: Actor, request_id: str, number: str, *, allow_lockout: bool = False
+        self,
+        actor: Actor,
+        request_id: str,
+        number: str,
+        *,
+        allow_lockout: bool = False,
+        allow_opening: bool = True,
     ) -> Applied:
         """Let a request hold, given its number.
 
@@ -39,6 +45,7 @@ class Confirmations(Base):
             request_id: Its id.
             number: As it was mailed; spaces and hyphens do not matter.
             allow_lockout: Accept that the actor itself could not get in any more.
+            allow_opening: Accept that a deletion may be of the user's last restriction.
 
         Returns:
             What holds now, and since which revision.
@@ -61,7 +68,14 @@ class Confirmations(Base):
             failures = self._check_open(tx, actor, stored)
             outcome: tuple[Applied | int, Change]
             if self._keys.matches(stored.key_id, stored.digest, number, subject_of(stored.request)):
-                outcome = self._apply(tx, actor, user, stored, allow_lockout=allow_lockout)
+                outcome = self._apply(
+                    tx,
+                    actor,
+                    user,
+                    stored,
+                    allow_lockout=allow_lockout,
+                    allow_opening=allow_opening,
+                )
             else:
                 outcome = self._count_guess(tx, actor, user, stored, failures)
         result, change = outcome
@@ -122,6 +136,7 @@ class Confirmations(Base):
         stored: StoredRequest,
         *,
         allow_lockout: bool,
+        allow_opening: bool,
     ) -> tuple[Applied, Change]:
         request = stored.request
         tx.save_request(_steps.advance(stored, rules.Step.CONFIRM, tx.now))
@@ -154,6 +169,7 @@ class Confirmations(Base):
             user,
             restriction,
             Action.CONFIRM,
+            allow_opening=allow_opening,
             kind=RequestKind.DELETE,
             request=request.id,
             reason=request.reason,

@@ -139,7 +139,9 @@ class Operators(Base):
                 told.add(wanted.username)
             yield wanted
 
-    def lift(self, actor: Actor, restriction_id: str, *, reason: str) -> Applied:
+    def lift(
+        self, actor: Actor, restriction_id: str, *, reason: str, allow_opening: bool = True
+    ) -> Applied:
         """End a restriction at once.
 
         For actors of every account; to others none exists here.
@@ -148,6 +150,7 @@ class Operators(Base):
             actor: Who lifts it.
             restriction_id: The restriction.
             reason: Why; required, up to 500 characters.
+            allow_opening: Accept that it is the user's last.
 
         Returns:
             What was applied; `unrestricted` tells whether the user may now log in from anywhere.
@@ -155,6 +158,7 @@ class Operators(Base):
         Raises:
             UnknownRestriction: There is no such restriction for this actor.
             InvalidValue: There is no reason.
+            OpeningRisk: It is the user's last, and `allow_opening` is False.
             StoreUnavailable: Nothing is known to have been changed.
         """
         checked_text("reason", reason, REASON_LIMIT, required=True)
@@ -162,7 +166,13 @@ class Operators(Base):
         with self._transaction() as tx:
             restriction, user = _steps.restriction_and_user(tx, actor, restriction_id)
             applied, change = _steps.remove(
-                tx, actor, user, restriction, Action.LIFT, reason=reason
+                tx,
+                actor,
+                user,
+                restriction,
+                Action.LIFT,
+                allow_opening=allow_opening,
+                reason=reason,
             )
         self._announce(change, actor, user)
         return applied

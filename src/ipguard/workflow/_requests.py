@@ -149,18 +149,26 @@ class Requests(Base):
         return stored.request
 
     def delete(
-        self, actor: Actor, restriction_id: str, reason: str = "", *, allow_lockout: bool = False
+        self,
+        actor: Actor,
+        restriction_id: str,
+        reason: str = "",
+        *,
+        allow_lockout: bool = False,
+        allow_opening: bool = True,
     ) -> Applied | PendingRequest:
         """End a restriction: at once, or by a number where `confirm_deletes` asks for one.
 
         Deleting the last restriction opens the user to every address; `Applied.unrestricted` says
-        so.
+        so. Who asks people before that passes `allow_opening=False` where they were not asked: what
+        was one of two when they looked may be the last by now.
 
         Args:
             actor: Who deletes.
             restriction_id: The restriction.
             reason: Why, up to 500 characters.
             allow_lockout: Accept that the actor itself could not get in any more.
+            allow_opening: Accept that it is the user's last.
 
         Returns:
             What was applied; or the request that waits for its number.
@@ -169,6 +177,7 @@ class Requests(Base):
             UnknownRestriction: There is no such restriction for this actor.
             InvalidValue: The reason makes no sense.
             LockoutRisk: The actor could not get in from where it is.
+            OpeningRisk: It would end the user's last at once, and `allow_opening` is False.
             DuplicateRestriction: Its deletion is asked for already.
             TooManyRequests: The actor made too many requests within the hour.
             DeliveryError: The mail could not be sent; the request waits, and `resend` works.
@@ -183,7 +192,15 @@ class Requests(Base):
                     tx, actor, user, restriction, reason
                 )
             else:
-                outcome = _steps.remove(tx, actor, user, restriction, Action.DELETE, reason=reason)
+                outcome = _steps.remove(
+                    tx,
+                    actor,
+                    user,
+                    restriction,
+                    Action.DELETE,
+                    allow_opening=allow_opening,
+                    reason=reason,
+                )
         if len(outcome) == 3:
             return self._deliver(actor, *outcome)
         applied, change = outcome

@@ -13,6 +13,7 @@ from ipguard.addresses import AddressRange, parse_address
 from ipguard.errors import (
     DuplicateRestriction,
     InvalidValue,
+    OpeningRisk,
     TooManyRequests,
     TooManyRestrictions,
     UnknownRequest,
@@ -190,11 +191,15 @@ def remove(
     user: User,
     restriction: Restriction,
     action: Action,
+    *,
+    allow_opening: bool,
     **more: object,
 ) -> tuple[Applied, Change]:
     """End a restriction."""
     _take_away(tx, restriction)
     left = tx.restrictions(user.username)
+    if not (left or allow_opening):
+        raise OpeningRisk(user.username)
     change = append(
         tx,
         action,
