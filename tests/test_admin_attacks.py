@@ -589,6 +589,40 @@ def test_an_error_of_a_later_version(office: Office, monkeypatch):
     assert "That is new." in alice.page.part("problems")
 
 
+def test_every_error_leads_back_to_the_list(office: Office, monkeypatch):
+    """Whatever went wrong, the page's own navigation is there; not for who is not signed in."""
+    alice = office.browser(ALICE)
+    token = office.browser(ALICE, "/add").form("Submit")[0].fields["token"]
+    big = "x" * 40_000
+
+    def errors():
+        yield 404, lambda: alice.open("/nothing")
+        yield 404, lambda: alice.open("/user?user=nobody")
+        yield 400, lambda: alice.open("/user?user=%ff")
+        yield 403, lambda: alice.post("/add", {"token": "x"})
+        yield 405, lambda: alice.open("/cancel")
+        yield 413, lambda: alice.post("/add", {"token": token, "label": big})
+        monkeypatch.setattr(office.flow, "overview", _down)
+        yield 503, lambda: alice.open("/")
+        monkeypatch.setattr(office.flow, "overview", None)
+        yield 500, lambda: alice.open("/")
+
+    for status, send in errors():
+        send()
+        assert alice.answer.status == status
+        assert ("IP Restrictions", "./") in alice.page.links, status
+        assert ("History", "./history") in alice.page.links, status
+        assert "Signed in as alice" in alice.text
+        assert "aria-current" in alice.answer.text
+    nobody = office.browser(None)
+    assert nobody.answer.status == 401
+    assert "History" not in nobody.text
+
+
+def _down(*_: object, **__: object) -> None:
+    raise StoreUnavailable("down")
+
+
 # -- headers
 
 

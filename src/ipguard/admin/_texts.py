@@ -117,7 +117,7 @@ def problem(error: IPGuardError, now: datetime) -> Problem:
 def _address(error: IPGuardError, _: datetime) -> Problem:
     assert isinstance(error, AddressError)
     hint = "" if error.hint is None else f" Did you mean {error.hint}?"
-    return Problem("addresses", sentence(error.reason) + hint)
+    return Problem("addresses", f"{error.text} is not accepted: {error.reason}.{hint}")
 
 
 def _broad(error: IPGuardError, _: datetime) -> Problem:
