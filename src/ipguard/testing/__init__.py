@@ -10,7 +10,17 @@ if sys.modules.get("pytest"):
     sys.modules["pytest"].register_assert_rewrite(
         *(
             f"ipguard.testing._{part}"
-            for part in ("base", "changes", "life", "pages", "rows", "staging", "turns", "users")
+            for part in (
+                "base",
+                "changes",
+                "history",
+                "life",
+                "overview",
+                "rows",
+                "staging",
+                "turns",
+                "users",
+            )
         )
     )
 

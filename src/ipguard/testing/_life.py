@@ -1,4 +1,4 @@
-"""Conformance, part 7: opened again, forked, closed."""
+"""Conformance, part 8: opened again, forked, closed."""
 
 from __future__ import annotations
 

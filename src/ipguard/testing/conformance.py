@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ipguard.testing._changes import ChangeTests
+from ipguard.testing._history import HistoryTests
 from ipguard.testing._life import LifeTests
-from ipguard.testing._pages import HistoryTests, OverviewTests
+from ipguard.testing._overview import OverviewTests
 from ipguard.testing._rows import RowTests
 from ipguard.testing._staging import StagingTests
 from ipguard.testing._turns import TurnTests
