@@ -50,7 +50,7 @@ def test_sqlite_with_an_absolute_path(tmp_path: Path) -> None:
     with open_store(f"sqlite:///{tmp_path}/a.db?timeout=0.25", clock=lambda: moment) as store:
         assert isinstance(store, SQLiteStore)
         assert store.now() == moment
-        assert store._timeout == 0.25
+        assert store._pool.timeout == 0.25
     assert (tmp_path / "a.db").exists()
 
 

@@ -28,7 +28,7 @@ from ipguard.errors import (
     StoreUnavailable,
 )
 from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
-from ipguard.stores import _sqlite_schema, open_store
+from ipguard.stores import _sqlite_schema, _sqlite_turn, open_store
 from ipguard.stores._migrations import SCHEMA_VERSION
 from ipguard.stores._sql_read import CHANGES_SINCE
 from ipguard.stores._sqlite import Session
@@ -320,7 +320,7 @@ def test_a_child_does_not_commit_for_its_parent(store: SQLiteStore) -> None:
         session = next(iter(store._pool._open))
 
         def leave() -> None:
-            store._commit(session, turn._db)  # type: ignore[attr-defined]
+            _sqlite_turn._commit(store._pool, session, turn._db)  # type: ignore[attr-defined]
 
         assert in_child(leave) == "StoreUnavailable"
         assert store.load_policy("jo").restrictions == ()

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime
 from typing import Final
 
-from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
+from ipguard.errors import StoreConfigError, StoreUnavailable
 from ipguard.model import (
     RESET,
     Accounts,
@@ -48,11 +47,12 @@ from ipguard.stores import _sql_read as read
 from ipguard.stores import _sql_users as users_of
 from ipguard.stores import _sqlite_schema as schema
 from ipguard.stores._migrations import migrations as _migrations
-from ipguard.stores._sql import Params, Row, encodable
+from ipguard.stores._sql import encodable
 from ipguard.stores._sql_staged import StagedRestrictions
 from ipguard.stores._sql_write import SqlTransaction, prune
-from ipguard.stores._sqlite import Session, file_id
+from ipguard.stores._sqlite import Session
 from ipguard.stores._sqlite_pool import Pool
+from ipguard.stores._sqlite_turn import Turn, refuse_nested, take_turn
 from ipguard.usernames import canonical_usernames
 
 __all__ = ["SQLiteStore", "migrations"]
@@ -102,7 +102,6 @@ class SQLiteStore(Closing):
             raise StoreConfigError("timeout must be a number of seconds above 0")
         self._path = _checked_path(path)
         self._clock = clock or (lambda: datetime.now(UTC))
-        self._timeout = timeout
         self._pool = Pool(self._path, timeout, schema.check)
         schema.prepare(self._pool, migrate=migrate is not False)
 
@@ -202,7 +201,7 @@ class SQLiteStore(Closing):
     @contextmanager
     def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
         """Take the writer's turn."""
-        self._refuse_nested()
+        refuse_nested(self._pool)
         if staged is None:
             with self._pool.session() as session, self._turn(session) as (turn, _):
                 yield turn
@@ -218,7 +217,7 @@ class SQLiteStore(Closing):
 
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users, as one change; what is already so appends nothing."""
-        self._refuse_nested()
+        refuse_nested(self._pool)
         few, many = users_of.few(users)
         if few is not None:
             with self._pool.session() as session:
@@ -241,7 +240,7 @@ class SQLiteStore(Closing):
 
     def remove_users(self, usernames: Iterable[str]) -> int:
         """Remove users, as one change."""
-        self._refuse_nested()
+        refuse_nested(self._pool)
         with self._staging() as session:
             with session.snapshot():
                 users_of.stage_names(session, canonical_usernames(usernames))
@@ -255,13 +254,9 @@ class SQLiteStore(Closing):
         Only a beginning of the trail goes, and never its last row. A guard that has not synced
         since then starts over.
         """
-        self._refuse_nested()
+        refuse_nested(self._pool)
         with self._pool.session() as session, self._turn(session) as (_, db):
             return prune(db, before)
-
-    def _refuse_nested(self) -> None:
-        if self._pool.writer == threading.get_ident() and self._pool.pid == os.getpid():
-            raise RuntimeError("this thread is in a transaction of this store already")
 
     @contextmanager
     def _staging(self) -> Iterator[Session]:
@@ -270,44 +265,10 @@ class SQLiteStore(Closing):
             session.run(f"PRAGMA cache_size = -{_BULK_CACHE}")
             yield session
 
-    @contextmanager
     def _turn(
         self, session: Session, staged: StagedRestrictions | None = None
-    ) -> Iterator[tuple[SqlTransaction, _Turn]]:
-        pool, deadline = self._pool, time.monotonic() + self._timeout
-        # Threads of one process queue here, which is fairer and faster than polling the file.
-        lock = pool.writing
-        if not lock.acquire(timeout=self._timeout):
-            raise StoreUnavailable(f"{self._path}: no writer's turn within {self._timeout:g} s")
-        try:
-            pool.writer = threading.get_ident()
-            session.run("PRAGMA shrink_memory")  # see `changes_since`
-            left = max(0.0, deadline - time.monotonic())
-            session.patiently("BEGIN IMMEDIATE", (), left)
-            db = _Turn(session)
-            try:
-                schema.check_version(session)
-                revision, _ = read.head(db)
-                turn = SqlTransaction(db, self.now(), revision=revision, staged=staged)
-                yield turn, db
-                self._commit(session, db)
-            except BaseException:
-                _roll_back(session)
-                raise
-            finally:
-                db.over = True
-        finally:
-            if pool.writing is lock:  # in a forked child it is another
-                pool.writer = None
-            lock.release()
-
-    def _commit(self, session: Session, db: _Turn) -> None:
-        db.check_process()
-        if file_id(self._path) != session.file:
-            raise StoreUnavailable(f"{self._path}: replaced during the transaction")
-        session.patiently("COMMIT", (), self._timeout)
-        if file_id(self._path) != session.file:
-            raise StoreUnavailable(f"{self._path}: replaced during the commit, which may be lost")
+    ) -> AbstractContextManager[tuple[SqlTransaction, Turn]]:
+        return take_turn(self._pool, session, self.now, staged)
 
     # -------------------------------------------------------------------------- ending
 
@@ -316,53 +277,11 @@ class SQLiteStore(Closing):
         self._pool.close()
 
 
-class _Turn:
-    """The `Executor` of one transaction: of no use when that is over, or in a forked child."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.over = False
-
-    def check_process(self) -> None:
-        if self._session.pid != os.getpid():
-            raise StoreUnavailable(f"{self._session.path}: the transaction is the parent process's")
-
-    def _usable(self) -> Session:
-        self.check_process()
-        if self.over:
-            raise RuntimeError("this transaction is over")
-        return self._session
-
-    def rows(self, sql: str, params: Params = ()) -> list[Row]:
-        return self._usable().rows(sql, params)
-
-    def run(self, sql: str, params: Params = ()) -> None:
-        self._usable().run(sql, params)
-
-    def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
-        self._usable().insert_many(table, columns, rows)
-
-    def among(self, column: str) -> str:
-        return self._session.among(column)
-
-    def each(self) -> str:
-        return self._session.each()
-
-    def texts(self, values: Iterable[str]) -> object:
-        return self._session.texts(values)
-
-
 def _told(turn: SqlTransaction, change: Change | None) -> int:
     """Log a change that has been committed; return the revision."""
     if change is not None:
         log_change(change)
     return turn.revision
-
-
-def _roll_back(session: Session) -> None:
-    if session.pid == os.getpid() and session.connection.in_transaction:
-        with suppress(StoreError):  # then the pool closes it, which undoes the same
-            session.run("ROLLBACK")
 
 
 def _checked_path(path: str | os.PathLike[str]) -> str:

@@ -1,0 +1,126 @@
+"""The writer's turn in SQLite: waited for, taken, and committed or undone as a whole."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+
+from ipguard.errors import StoreError, StoreUnavailable
+from ipguard.stores import _sql_read as read
+from ipguard.stores import _sqlite_schema as schema
+from ipguard.stores._sql import Params, Row
+from ipguard.stores._sql_staged import StagedRestrictions
+from ipguard.stores._sql_write import SqlTransaction
+from ipguard.stores._sqlite import Session, file_id
+from ipguard.stores._sqlite_pool import Pool
+
+
+class Turn:
+    """The `Executor` of one transaction: of no use when that is over, or in a forked child."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.over = False
+
+    def check_process(self) -> None:
+        if self._session.pid != os.getpid():
+            raise StoreUnavailable(f"{self._session.path}: the transaction is the parent process's")
+
+    def _usable(self) -> Session:
+        self.check_process()
+        if self.over:
+            raise RuntimeError("this transaction is over")
+        return self._session
+
+    def rows(self, sql: str, params: Params = ()) -> list[Row]:
+        return self._usable().rows(sql, params)
+
+    def run(self, sql: str, params: Params = ()) -> None:
+        self._usable().run(sql, params)
+
+    def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
+        self._usable().insert_many(table, columns, rows)
+
+    def among(self, column: str) -> str:
+        return self._session.among(column)
+
+    def each(self) -> str:
+        return self._session.each()
+
+    def texts(self, values: Iterable[str]) -> object:
+        return self._session.texts(values)
+
+
+def refuse_nested(pool: Pool) -> None:
+    """See that this thread is in no turn already: it would wait for itself.
+
+    Raises:
+        RuntimeError: It is in one.
+    """
+    if pool.writer == threading.get_ident() and pool.pid == os.getpid():
+        raise RuntimeError("this thread is in a transaction of this store already")
+
+
+@contextmanager
+def take_turn(
+    pool: Pool,
+    session: Session,
+    now: Callable[[], datetime],
+    staged: StagedRestrictions | None = None,
+) -> Iterator[tuple[SqlTransaction, Turn]]:
+    """Take the writer's turn for the block, which commits when it is left.
+
+    Args:
+        pool: Whose turn it is.
+        session: A connection of this thread's.
+        now: Asked for the store's time once the turn is taken.
+        staged: The restrictions that wait in the connection to be added.
+
+    Raises:
+        StoreUnavailable: The turn could not be had in time, or the outcome of the commit is lost.
+    """
+    deadline = time.monotonic() + pool.timeout
+    # Threads of one process queue here, which is fairer and faster than polling the file.
+    lock = pool.writing
+    if not lock.acquire(timeout=pool.timeout):
+        raise StoreUnavailable(f"{pool.path}: no writer's turn within {pool.timeout:g} s")
+    try:
+        pool.writer = threading.get_ident()
+        session.run("PRAGMA shrink_memory")  # see `SQLiteStore.changes_since`
+        left = max(0.0, deadline - time.monotonic())
+        session.patiently("BEGIN IMMEDIATE", (), left)
+        db = Turn(session)
+        try:
+            schema.check_version(session)
+            revision, _ = read.head(db)
+            turn = SqlTransaction(db, now(), revision=revision, staged=staged)
+            yield turn, db
+            _commit(pool, session, db)
+        except BaseException:
+            _roll_back(session)
+            raise
+        finally:
+            db.over = True
+    finally:
+        if pool.writing is lock:  # in a forked child it is another
+            pool.writer = None
+        lock.release()
+
+
+def _commit(pool: Pool, session: Session, db: Turn) -> None:
+    db.check_process()
+    if file_id(pool.path) != session.file:
+        raise StoreUnavailable(f"{pool.path}: replaced during the transaction")
+    session.patiently("COMMIT", (), pool.timeout)
+    if file_id(pool.path) != session.file:
+        raise StoreUnavailable(f"{pool.path}: replaced during the commit, which may be lost")
+
+
+def _roll_back(session: Session) -> None:
+    if session.pid == os.getpid() and session.connection.in_transaction:
+        with suppress(StoreError):  # then the pool closes it, which undoes the same
+            session.run("ROLLBACK")
