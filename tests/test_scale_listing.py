@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from hypothesis import strategies as st
 from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, Action, Actor, Restriction, User
 from ipguard.store import RestrictionStore
-from ipguard.stores import _sql_pages, _sql_search, _sql_terms, open_store
+from ipguard.stores import (
+    _sql_holders,
+    _sql_pages,
+    _sql_search,
+    _sql_sources,
+    _sql_terms,
+    open_store,
+)
 from ipguard.stores._migrations import migrations
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
@@ -87,13 +95,15 @@ def add(store: RestrictionStore, rows: list[tuple[str, str]], mark: str) -> None
 def edges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few users, looks at a few rows: every way is gone, and left half way."""
     monkeypatch.setattr(_sql_terms, "BLOCK", 2)
-    for name, figure in {
-        "FEW": 2, "_SEVERAL": 1, "_MANY": 3, "_SMALL": 2, "_FIRST_LOOK": 1, "LOOKED_AT": 3,
-        "_TOGETHER": 2,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(_sql_search, name, figure)
-    for name, figure in {"FEW": 2, "LOOKED_AT": 3, "_AT_ONCE": 2}.items():
-        monkeypatch.setattr(_sql_pages, name, figure)
+    figures: dict[ModuleType, dict[str, int]] = {
+        _sql_search: {"_MANY": 3, "_FIRST_LOOK": 1, "LOOKED_AT": 3},
+        _sql_sources: {"FEW": 2, "_SEVERAL": 1, "_SMALL": 2, "_UNPLACED": 1, "_TOGETHER": 2},
+        _sql_holders: {"FEW": 2},
+        _sql_pages: {"FEW": 2, "LOOKED_AT": 3, "_AT_ONCE": 2},
+    }
+    for module, names in figures.items():
+        for name, figure in names.items():
+            monkeypatch.setattr(module, name, figure)
 
 
 # ------------------------------------------------------------------------- the library before

@@ -129,13 +129,18 @@ class Session:
             self.run(f"ANALYZE {table}")  # nobody else does so with a temporary table
 
     def among(self, column: str) -> str:
-        return f"{column} = ANY(?)"
+        return f"{column} = ANY(?::text[])"
 
     def each(self) -> str:
         return "unnest(?::text[]) AS j (value)"
 
     def texts(self, values: Iterable[str]) -> object:
-        return list(values)
+        # A hundred thousand account ids take the driver a tenth of a second.
+        texts = list(values)
+        joined = '","'.join(texts)
+        if "\\" in joined or joined.count('"') != 2 * len(texts) - 2:
+            return texts
+        return f'{{"{joined}"}}'
 
     def script(self, text: str) -> list[list[Row]]:
         """Run several statements without parameters in one round trip; return each one's rows."""

@@ -32,7 +32,8 @@ from ipguard.stores._sql import (
     restriction_of,
     user_of,
 )
-from ipguard.stores._sql_search import FEW, LOOKED_AT, listed, merged, storable
+from ipguard.stores._sql_search import LOOKED_AT, listed
+from ipguard.stores._sql_sources import FEW, merged, storable
 
 _AT_ONCE: Final = 500
 
@@ -146,9 +147,10 @@ def _revisions(
             return found[:limit]
         before, looked_at, look = rows[-1][0], looked_at + look, look * 4
     rows = db.rows(
-        f"SELECT c.revision FROM {db.each()} CROSS JOIN changes c WHERE c.account_id = j.value"
-        f" AND c.revision > 0 AND c.revision < ? {about} ORDER BY c.revision + 0 DESC LIMIT ?",
-        (db.texts(storable(accounts)), before, *whom, limit - len(found)),
+        f"SELECT c.revision FROM {db.each()} LEFT JOIN changes c ON c.account_id = j.value"
+        f" AND c.revision > 0 AND c.revision < ? {about} WHERE coalesce(c.revision, 0) > 0"
+        " ORDER BY c.revision + 0 DESC LIMIT ?",
+        (db.texts(sorted(storable(accounts))), before, *whom, limit - len(found)),
     )
     return found + [row[0] for row in rows]
 

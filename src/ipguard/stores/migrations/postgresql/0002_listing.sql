@@ -2,7 +2,7 @@
 -- Run it with the search path set to the schema that holds the tables.
 --
 -- Libraries written for schema 1 may use it. What they write is found: the new columns are NULL
--- then, or made by the database. Only their own searches take longer.
+-- then. Only their own searches take longer.
 
 -- The users in the order of their names, cut into pieces of about a thousand; the first username
 -- that belongs to each.
@@ -32,30 +32,40 @@ CREATE INDEX search_terms_of_account ON search_terms (account_id, block, term, u
     WHERE account_id IS NOT NULL;
 CREATE INDEX search_terms_unplaced ON search_terms (term, username) WHERE block IS NULL;
 
--- Who reads policies waits for what follows, so the users' indexes are made before.
 CREATE INDEX users_of_account_present ON users (account_id, removed, username);
 CREATE INDEX users_by_presence ON users (removed, username, account_id);
 
 -- How many bytes of the first address the last one begins with, and 100 more for IPv6: runs of
--- addresses that share as much, and hold an address, begin near it.
-DROP INDEX restrictions_by_address;
-ALTER TABLE restrictions ADD COLUMN shared BIGINT GENERATED ALWAYS AS (
-    (length(first_ip) = 16)::int * 100
-    + (substr(first_ip, 1, 1) = substr(last_ip, 1, 1))::int + (substr(first_ip, 1, 2) = substr(last_ip, 1, 2))::int
-    + (substr(first_ip, 1, 3) = substr(last_ip, 1, 3))::int + (substr(first_ip, 1, 4) = substr(last_ip, 1, 4))::int
-    + (length(first_ip) = 16)::int * (
-        (substr(first_ip, 1, 5) = substr(last_ip, 1, 5))::int + (substr(first_ip, 1, 6) = substr(last_ip, 1, 6))::int
-        + (substr(first_ip, 1, 7) = substr(last_ip, 1, 7))::int + (substr(first_ip, 1, 8) = substr(last_ip, 1, 8))::int
-        + (substr(first_ip, 1, 9) = substr(last_ip, 1, 9))::int + (substr(first_ip, 1, 10) = substr(last_ip, 1, 10))::int
-        + (substr(first_ip, 1, 11) = substr(last_ip, 1, 11))::int + (substr(first_ip, 1, 12) = substr(last_ip, 1, 12))::int
-        + (substr(first_ip, 1, 13) = substr(last_ip, 1, 13))::int + (substr(first_ip, 1, 14) = substr(last_ip, 1, 14))::int
-        + (substr(first_ip, 1, 15) = substr(last_ip, 1, 15))::int + (first_ip = last_ip)::int
-    )
-) STORED;
-CREATE INDEX restrictions_of_network ON restrictions (shared, first_ip, last_ip, username);
-
-DROP INDEX users_of_account;
-ALTER INDEX users_of_account_present RENAME TO users_of_account;
+-- addresses that share as much, and hold an address, begin near it. The queries say the same words.
+CREATE INDEX restrictions_of_network ON restrictions (
+    (CASE length(first_ip)
+        WHEN 16 THEN CASE
+            WHEN substr(first_ip, 1, 1) <> substr(last_ip, 1, 1) THEN 100
+            WHEN substr(first_ip, 1, 2) <> substr(last_ip, 1, 2) THEN 101
+            WHEN substr(first_ip, 1, 3) <> substr(last_ip, 1, 3) THEN 102
+            WHEN substr(first_ip, 1, 4) <> substr(last_ip, 1, 4) THEN 103
+            WHEN substr(first_ip, 1, 5) <> substr(last_ip, 1, 5) THEN 104
+            WHEN substr(first_ip, 1, 6) <> substr(last_ip, 1, 6) THEN 105
+            WHEN substr(first_ip, 1, 7) <> substr(last_ip, 1, 7) THEN 106
+            WHEN substr(first_ip, 1, 8) <> substr(last_ip, 1, 8) THEN 107
+            WHEN substr(first_ip, 1, 9) <> substr(last_ip, 1, 9) THEN 108
+            WHEN substr(first_ip, 1, 10) <> substr(last_ip, 1, 10) THEN 109
+            WHEN substr(first_ip, 1, 11) <> substr(last_ip, 1, 11) THEN 110
+            WHEN substr(first_ip, 1, 12) <> substr(last_ip, 1, 12) THEN 111
+            WHEN substr(first_ip, 1, 13) <> substr(last_ip, 1, 13) THEN 112
+            WHEN substr(first_ip, 1, 14) <> substr(last_ip, 1, 14) THEN 113
+            WHEN substr(first_ip, 1, 15) <> substr(last_ip, 1, 15) THEN 114
+            WHEN substr(first_ip, 1, 16) <> substr(last_ip, 1, 16) THEN 115
+            ELSE 116 END
+        ELSE CASE
+            WHEN substr(first_ip, 1, 1) <> substr(last_ip, 1, 1) THEN 0
+            WHEN substr(first_ip, 1, 2) <> substr(last_ip, 1, 2) THEN 1
+            WHEN substr(first_ip, 1, 3) <> substr(last_ip, 1, 3) THEN 2
+            WHEN substr(first_ip, 1, 4) <> substr(last_ip, 1, 4) THEN 3
+            ELSE 4 END
+    END),
+    first_ip, last_ip, username
+);
 
 -- Who could write terms goes on doing so, in blocks.
 DO $$
@@ -73,5 +83,10 @@ BEGIN
     END LOOP;
 END
 $$;
+
+-- Who reads policies waits for what follows, until the commit.
+DROP INDEX users_of_account;
+ALTER INDEX users_of_account_present RENAME TO users_of_account;
+DROP INDEX restrictions_by_address;
 
 UPDATE schema_version SET version = 2;
