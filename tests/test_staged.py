@@ -113,6 +113,7 @@ class Between(Hooks):
 
         def change() -> None:
             self.touch("alice")
+            self.touch("alice")
             self.add(self.restriction("bob", "203.0.113.7"))
 
         self.between(change)

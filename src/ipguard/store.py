@@ -240,8 +240,9 @@ class RestrictionStore(Protocol):
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision, and the policy of each user with restrictions, from one snapshot.
 
-        The iterator reads as it goes, so that a million users need not fit in memory twice. It is
-        exhausted or closed by the caller, on the thread that called.
+        The users come in the order of their names, by code point. The iterator reads as it goes, so
+        that a million users need not fit in memory twice. It is exhausted or closed by the caller,
+        on the thread that called.
 
         It may have a method `packed()`, which gives each user with what `ipguard.packed.pack` makes
         of its policy instead: a guard that preloads asks for that where it is there.

@@ -5,12 +5,12 @@ The workflow judges again, and it alone decides: what is told here is of a momen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime
 from itertools import groupby
 from json import dumps
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Generic, TypeVar
 
 import attrs
 
@@ -30,6 +30,7 @@ from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow
 from ipguard.workflow._operators import wanted_row
 
+T = TypeVar("T")
 COLUMNS: Final = Columns(
     needed=("username", "addresses"),
     allowed=("label", "expires_at"),
@@ -118,6 +119,7 @@ def _compare(
 ) -> None:
     """Compare the rows with each other and with the store, user by user."""
     spool = judged.spool
+    spool.rows("CREATE INDEX by_name ON rows (username, first, last, line)")  # sorted but once
     ((count,),) = spool.rows("SELECT count(DISTINCT username) FROM rows")
     names = spool.rows("SELECT DISTINCT username FROM rows ORDER BY username")
     policies = _policies(store, (name for (name,) in names), few=count <= _FEW)
@@ -155,15 +157,37 @@ def _policies(store: RestrictionStore, names: Iterator[str], *, few: bool) -> It
     if few:
         yield from map(store.load_policy, names)
         return
-    users = _users(store)
-    user = next(users, None)
-    for name in names:
-        while user is not None and user.user.username < name:
-            user = next(users, None)
-        if user is None or user.user.username != name:
-            yield Policy(revision=0, restrictions=(), known=False)
-        else:
-            yield Policy(revision=0, restrictions=user.restrictions, known=not user.removed)
+    _, found = store.load_all_policies()
+    with closing(found):  # type: ignore[type-var]
+        restricted = _Walk(found, lambda each: each[0])
+        # Whoever is restricted has been found by then: often no page is read.
+        users = _Walk(_users(store), lambda each: each.user.username)
+        for name in names:
+            if (policy := restricted.at(name)) is not None:
+                yield policy[1]
+            else:
+                user = users.at(name)
+                known = user is not None and not user.removed
+                yield Policy(revision=0, restrictions=(), known=known)
+
+
+class _Walk(Generic[T]):
+    """Looks up names, one after the other in their order, among what comes in that order."""
+
+    def __init__(self, found: Iterator[T], name: Callable[[T], str]) -> None:
+        self._found = found
+        self._name = name
+        self._next: T | None = None
+        self._begun = False
+
+    def at(self, name: str) -> T | None:
+        if not self._begun:
+            self._next, self._begun = next(self._found, None), True
+        while self._next is not None and self._name(self._next) < name:
+            self._next = next(self._found, None)
+        if self._next is None or self._name(self._next) != name:
+            return None
+        return self._next
 
 
 def _users(store: RestrictionStore) -> Iterator[UserOverview]:

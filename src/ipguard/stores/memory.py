@@ -78,7 +78,7 @@ class MemoryStore(Closing):
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision, and the policy of each user with restrictions."""
         state = self._snapshot()
-        return state.head, ((name, state.policy(name)) for name in state.restrictions)
+        return state.head, ((name, state.policy(name)) for name in sorted(state.restrictions))
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
         """Return where the store is, and whose policy changed since a revision."""

@@ -120,14 +120,15 @@ class ChangeTests(Hooks):
         assert call.result() is True
 
     def test_policies_of_all_with_restrictions(self) -> None:
-        """`load_all_policies` gives whoever has a restriction, as `load_policy` does."""
+        """`load_all_policies` gives whoever has a restriction, as `load_policy` does, by name."""
         self.put("alice", "bob", "carol")
-        self.add(self.restriction("alice"), self.restriction("bob"), self.restriction("bob"))
+        self.add(self.restriction("bob"), self.restriction("alice"), self.restriction("bob"))
         self.store.remove_users(["bob"])
         revision, policies = self.store.load_all_policies()
         found = dict(policies)
         assert revision == 3
         assert found == {name: self.store.load_policy(name) for name in ("alice", "bob")}
+        assert list(found) == ["alice", "bob"]
         assert found["alice"].known
         assert not found["bob"].known
         assert {policy.revision for policy in found.values()} == {3}
