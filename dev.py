@@ -153,7 +153,9 @@ def test(*args: str) -> None:
         old.unlink(missing_ok=True)
     limit = ["-o", "timeout=3600"] if long else []
     # A file stays with one process: the blocks of a document are one program.
-    tool("coverage", "run", "-m", "pytest", "-n", "2", "--dist", "loadfile", *limit)
+    # They come in the order of `tests/conftest.py`, the longest first.
+    spread = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    tool("coverage", "run", "-m", "pytest", *spread, *limit)
     tool("coverage", "combine", "-q")
     tool("coverage", "report", "--skip-covered")
     core = ",".join(room(name) for name in CORE)

@@ -38,6 +38,34 @@ settings.load_profile("long" if LONG else "short")
 # A shell that starts the tests in the background has them ignore Ctrl-C; what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+#: The files that take longest. They are begun first, or at the end one process would be left alone
+#: with the last of them.
+LONGEST = (
+    "test_cli.py",
+    "test_cli_changes.py",
+    "test_browser_axe.py",
+    "test_browser_confirming.py",
+    "test_stores.py",
+    "test_races.py",
+    "test_outage_confirm.py",
+    "test_serve.py",
+    "test_postgres_failures.py",
+    "test_cli_watch.py",
+    "test_scale_listing.py",
+    "test_cli_bulk.py",
+    "test_outage.py",
+    "test_state_machine.py",
+    "test_postgres.py",
+    "test_deployment.py",
+    "test_benchmarks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; within a file, and among the others, the order stays."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 def rounds(short: int, long: int) -> int:
     """Return how often a test repeats itself in the profile that is running."""

@@ -8,6 +8,8 @@ import tomllib
 from importlib import metadata, resources
 from pathlib import Path
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -37,6 +39,12 @@ def test_every_requirement_is_pinned():
     pins = text.lower().replace("_", "-").splitlines()
     pinned = {pin.partition("==")[0] for pin in pins if "==" in pin}
     assert {re.split(r">=|\[", need)[0] for need in needs} <= pinned
+
+
+def test_the_longest_files_are_there():
+    """A file that is renamed, or split, keeps its place in the order of the run."""
+    assert len(set(LONGEST)) == len(LONGEST)
+    assert {name for name in LONGEST if not (ROOT / "tests" / name).is_file()} == set()
 
 
 def test_import_loads_nothing_heavy():
