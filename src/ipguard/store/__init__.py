@@ -22,8 +22,6 @@ there).
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -33,7 +31,6 @@ from typing import Protocol, Self
 from ipguard.model import (
     Accounts,
     Action,
-    Actor,
     Change,
     Changes,
     Page,
@@ -46,85 +43,20 @@ from ipguard.model import (
     User,
     UserOverview,
 )
+from ipguard.store._shared import Closing, checked_accounts, log_change, particulars
 
-_audit = logging.getLogger("ipguard.audit")
+__all__ = [  # noqa: RUF022 - the order of the reference
+    "RestrictionStore",
+    "Transaction",
+    "NAMED_AT_MOST",
+    "Closing",
+    "checked_accounts",
+    "log_change",
+    "particulars",
+]
 
 NAMED_AT_MOST = 100
 """A change that touches more users than this says `EVERYBODY` instead of naming them."""
-
-
-def particulars(**pairs: object) -> str:
-    """Write `name=value` pairs on one line; those that are None, empty or False are left out.
-
-    A value that could be taken for more than one, or would break the line, is written as JSON: what
-    people named themselves forges no entry of the trail.
-    """
-    return " ".join(
-        f"{name}={_value(value)}"
-        for name, value in pairs.items()
-        if not (value is None or value is False or value == "")
-    )
-
-
-def _value(value: object) -> str:
-    if value is True:
-        return "true"
-    text = value.isoformat() if isinstance(value, datetime) else str(value)
-    if text.isprintable() and not any(c in ' "=\\' for c in text):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-def log_change(change: Change) -> None:
-    """Write one line for a change to the log `ipguard.audit`, once it has been committed.
-
-    The workflow does this for what it changes; a store does it for `put_users` and `remove_users`.
-    """
-    _audit.info(
-        "%s",
-        particulars(
-            revision=change.revision,
-            at=change.at,
-            action=change.action,
-            actor=change.actor,
-            address=change.actor_address,
-            username=change.username,
-            account=change.account_id,
-        )
-        + (f" {change.detail}" if change.detail else ""),
-    )
-
-
-def checked_accounts(accounts: Accounts) -> Accounts:
-    """Return whose rows are asked for; a store does this first in `overview` and `history`.
-
-    Raises:
-        TypeError: It is one text: `"U1" in "xU1"` holds, and a substring would become a right.
-    """
-    if accounts is Actor.EVERY_ACCOUNT:
-        return accounts
-    if isinstance(accounts, (str, bytes)):
-        raise TypeError("accounts must be a set of account ids, or Actor.EVERY_ACCOUNT")
-    return frozenset(accounts)
-
-
-class Closing:
-    """What has a `close`, and is closed by leaving its `with` block."""
-
-    def close(self) -> None:
-        """Give up every resource."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Transaction(Protocol):
