@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pwd
 import shutil
 import signal
 import sqlite3
@@ -16,6 +17,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -1104,13 +1106,25 @@ def test_a_place_that_cannot_hold_the_file(tmp_path: Path) -> None:
         SQLiteStore(tmp_path / "missing" / "a.db")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_file_that_may_not_be_written(path: Path) -> None:
+@may_fork
+def test_a_file_that_may_not_be_written() -> None:
     """A store needs to write, even to read: WAL keeps its readers' marks in a file."""
-    SQLiteStore(path).close()
-    path.chmod(0o400)
-    with pytest.raises(StoreConfigError, match="may"):
-        SQLiteStore(path)
+    with TemporaryDirectory() as folder:  # that others can reach, as they cannot reach `tmp_path`
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "a.db"
+        SQLiteStore(path).close()
+        path.chmod(0o444)
+
+        def use() -> str:
+            if os.geteuid() == 0:  # root may write everywhere
+                nobody = pwd.getpwnam("nobody")
+                os.setegid(nobody.pw_gid)
+                os.seteuid(nobody.pw_uid)
+            with pytest.raises(StoreConfigError) as caught:
+                SQLiteStore(path)
+            return str(caught.value).removeprefix(f"{path}: ")
+
+        assert "may" in in_child(use, at_once=True)
 
 
 @pytest.mark.parametrize("content", [b"hello", b"not a database" * 1000])
