@@ -129,13 +129,18 @@ BREAKAGES: list[tuple[str, str, str]] = [
         "the_policies_are_of_one_snapshot",
     ),
     (
-        "for name in state.restrictions)",
-        "for name in state.users)",
+        "for name in sorted(state.restrictions))",
+        "for name in sorted(state.users))",
         "policies_of_all_with_restrictions",
     ),
     (
-        "((name, state.policy(name)) for name in state.restrictions)",
-        "map(lambda n: (n, state.policy(n)), state.restrictions)",
+        "in sorted(state.restrictions))",
+        "in state.restrictions)",
+        "policies_of_all_with_restrictions",
+    ),
+    (
+        "((name, state.policy(name)) for name in sorted(state.restrictions))",
+        "map(lambda n: (n, state.policy(n)), sorted(state.restrictions))",
         "the_policies_can_be_left_half_read",
     ),
     (
