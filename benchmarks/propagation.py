@@ -111,8 +111,9 @@ def change(store: Noting, dsn: str, count: int) -> tuple[dict[int, float], dict[
             committed[applied.revision] = store.committed_at
             one(2 * n)
             assert applied.restriction is not None
-            applied = flow.delete(BOSS, applied.restriction.id)
-            committed[applied.revision] = store.committed_at
+            deleted = flow.delete(BOSS, applied.restriction.id)
+            assert isinstance(deleted, ipguard.Applied)
+            committed[deleted.revision] = store.committed_at
             one(2 * n + 1)
     return committed, told
 
