@@ -104,8 +104,8 @@ def test_one_unmet_expectation_is_enough(capsys):
             id="a guard that lets everybody in",
         ),
         pytest.param(
-            "import ipguard.guard\nparse = ipguard.guard.login_address\n"
-            "ipguard.guard.login_address = lambda text: parse(text.strip())",
+            "from ipguard.guard import _answers\nparse = _answers.login_address\n"
+            "_answers.login_address = lambda text: parse(text.strip())",
             id="a guard that forgives a blank",
         ),
         pytest.param(

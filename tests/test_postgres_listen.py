@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,48 @@ def test_all_who_wait_share_one_listener(
     for thread in threads:
         thread.join(PATIENCE)
     assert woken == [True] * 10
+
+
+def test_whoever_waits_reads_and_another_reads_on(
+    store: PostgresStore, writer: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of those who wait reads; when it leaves, one of the others does."""
+    until(lambda: listening(store), "it listens")
+    listener, readers = store._listener, list[threading.Thread]()
+    hear = listener._hear
+
+    def noting(*given: Any) -> list[str]:
+        readers.append(threading.current_thread())
+        return hear(*given)
+
+    monkeypatch.setattr(listener, "_hear", noting)
+    leave = threading.Event()
+
+    def leaves() -> None:
+        while not leave.is_set():
+            store.wait(0, 0.05)
+
+    first = threading.Thread(target=leaves)
+    first.start()
+    until(lambda: first in readers, "the first reads")
+    second = threading.Thread(target=store.wait, args=(0, PATIENCE))
+    second.start()
+    leave.set()
+    until(lambda: second in readers, "the second reads on")
+    touch(writer, "jo")
+    for thread in (first, second):
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert {thread.name for thread in readers} == {first.name, second.name}
+
+
+def test_what_nobody_waits_for_is_read_all_the_same(
+    store: PostgresStore, writer: PostgresStore
+) -> None:
+    """The server's own queue does not fill up behind a guard that is busy, or closed."""
+    until(lambda: listening(store), "it listens")
+    revision = touch(writer, "jo")
+    until(lambda: store._listener.touching == revision, "it is read")
 
 
 def test_a_killed_listener_comes_back(

@@ -2,6 +2,9 @@
 
 It is a hint and no more: what is lost while it reconnects, or on the way through a pooler, costs
 time. So it may fail in any way; what it does then is to say so in the log once, and try again.
+
+A thread sees to the connection. While it is good, one of those who wait reads from it and tells the
+others: so that what it hears it acts upon, without a change of threads in between.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from ipguard.errors import StoreError, StoreUnavailable
@@ -55,6 +58,9 @@ class Listener:
         self._told = threading.Condition()
         self._thread: threading.Thread | None = None
         self._waited_at = time.monotonic()
+        self._source: Connection | None = None  # what those who wait may read from
+        self._reading = threading.Lock()
+        self._failure: Exception | None = None  # of the one who read
         self.touching: int | None = None
         self.count = 0  # how often it was told
 
@@ -66,15 +72,32 @@ class Listener:
         with self._told:
             if self._options.listen is not None and timeout > 0:
                 self._start()
-            while not self._closed:
+        while not self._closed:
+            with self._told:
                 if self.touching is not None and self.touching > revision:
                     return True
                 self._waited_at = time.monotonic()
                 left = deadline - self._waited_at
                 if left <= 0:
                     return False
-                self._told.wait(left)
+                source = self._source
+                if source is None or not self._reading.acquire(blocking=False):
+                    self._told.wait(left)
+                    continue
+            self._read(source, min(left, _SLICE))
         return False
+
+    def _read(self, source: Connection, seconds: float) -> None:
+        """Read for all who wait; `_reading` is held, and given up."""
+        try:
+            if source is self._source:
+                self._hear(source, seconds)
+        except Exception as exc:  # the thread says so, and sees to it
+            self._source, self._failure = None, exc
+        finally:
+            self._reading.release()
+            with self._told:
+                self._told.notify()  # another one reads on
 
     def tell(self, touching: int, *, exactly: bool = False) -> None:
         """Note a change that touched a policy.
@@ -159,18 +182,41 @@ class Listener:
                     " direct connection as listen=, or listen=off",
                 )
                 return False
+            self._failure = None
+            self._lend(connection)
             self._say(logging.INFO, "listening for changes")
             beat = time.monotonic()
             while not self._over():
-                self._hear(connection, _SLICE)
-                if time.monotonic() - beat > _HEARTBEAT:
-                    connection.deadline = time.monotonic() + self._options.timeout
-                    ((touching,),) = session.rows(TOUCHING)
+                time.sleep(_SLICE)
+                now = time.monotonic()
+                if self._failure is not None:
+                    raise self._failure
+                if now - beat > _HEARTBEAT:
+                    with self._to_itself(connection):
+                        connection.deadline = now + self._options.timeout
+                        ((touching,),) = session.rows(TOUCHING)
                     self.tell(touching)
-                    beat = time.monotonic()
+                    beat = now
+                elif now - self._waited_at > 2 * _SLICE:  # nobody reads what has come
+                    with self._to_itself(connection):
+                        self._hear(connection, 0)
         finally:
-            connection.close()
+            with self._to_itself(None):
+                connection.close()
         return True
+
+    def _lend(self, connection: Connection | None) -> None:
+        with self._told:
+            self._source = connection
+            self._told.notify_all()
+
+    @contextmanager
+    def _to_itself(self, connection: Connection | None) -> Iterator[None]:
+        """Let nobody else read for the block; after it they read from this connection."""
+        self._source = None
+        with self._reading:
+            yield
+        self._lend(connection)
 
     def _connected(self) -> Connection:
         failure: StoreError = StoreUnavailable("nothing to listen on")
