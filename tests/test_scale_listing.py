@@ -24,6 +24,8 @@ from ipguard.stores import (
     open_store,
 )
 from ipguard.stores._migrations import migrations
+from ipguard.stores._sql import encodable
+from ipguard.stores._sql_search import _bound
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.conftest import rounds
@@ -294,3 +296,12 @@ def test_the_trail_is_the_references(
             expected = memory.history(whose, **wanted)  # type: ignore[arg-type]
             for store in (sqlite, server):
                 assert store.history(whose, **wanted) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("after", ["\ud800", "jo\ud900x", "\udfff", "jo\0\ud800", "\0"])
+def test_a_page_may_begin_after_what_no_store_has(after: str) -> None:
+    """What takes its place can be stored, and has the same usernames after it."""
+    names = ["a", "jo", "jo한", "jo\ud7a3x", "jo😀", "한", "\ud7a3", "😀", "\ufb50"]
+    bound = _bound(after)
+    assert encodable(bound)
+    assert [name for name in names if name > bound] == [name for name in names if name > after]

@@ -1,6 +1,6 @@
 """Whom a page of the SQL stores lists: usernames in order, whatever is asked for.
 
-A page costs the same however many users there are, because nothing is sorted that grows with them:
+What a page costs hardly grows with the users, because nothing is sorted that grows with them:
 
 * Each way to match is a source, which gives the next users in the order of their names: see
   `_sql_sources` and `_sql_holders`. A page is the beginning of what its sources give together.
@@ -12,6 +12,7 @@ A page costs the same however many users there are, because nothing is sorted th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -23,6 +24,7 @@ from ipguard.stores._sql_holders import Holders
 from ipguard.stores._sql_sources import Found, Mine, Source, Terms, Users
 from ipguard.stores._sql_terms import folded, prefix_range
 
+_STORED_NOWHERE: Final = re.compile("[\0\ud800-\udfff]")
 _MANY: Final = 5_000
 """For more accounts than that it takes longer to count their users than to begin."""
 _FIRST_LOOK: Final = 250
@@ -85,7 +87,11 @@ def _matching(source: Source, users: Found) -> Found:
 
 def _bound(text: str) -> str:
     """Return a text that can be stored and has the same usernames after it."""
-    return text.partition("\0")[0].encode("utf-8", "replace").decode()
+    found = _STORED_NOWHERE.search(text)
+    if found is None:
+        return text
+    # No username has a U+10FFFF in it: what follows is the last before the surrogates.
+    return text[: found.start()] + ("\ud7ff\U0010ffff" if found[0] > "\0" else "")
 
 
 def _address(text: str) -> AddressRange | None:
