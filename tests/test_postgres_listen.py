@@ -14,6 +14,8 @@ import pytest
 
 import ipguard
 from ipguard.model import Action
+from ipguard.stores._postgres_listen import Listener
+from ipguard.stores._postgres_options import Options
 from ipguard.stores.postgres import PostgresStore
 from tests.postgres import Given, Server, fresh_schema, until
 
@@ -148,6 +150,35 @@ def test_whoever_waits_reads_and_another_reads_on(
         thread.join(PATIENCE)
         assert not thread.is_alive()
     assert {thread.name for thread in readers} == {first.name, second.name}
+
+
+def test_who_leaves_when_it_was_to_read_has_another_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the time of the one who was told to read on is over, another one reads at once."""
+    listener = Listener(Options.parse("postgresql://127.0.0.1/nowhere", {}), lambda _: None)
+    monkeypatch.setattr(listener, "_start", lambda: None)  # nobody else sees to it
+    monkeypatch.setattr(listener, "_hear", lambda *_: listener.tell(1))
+    source: Any = object()
+    gone: Any = None
+    listener._source = source
+    listener._reading.acquire()
+    results: list[bool] = []
+
+    def wait(seconds: float) -> None:
+        results.append(listener.wait(0, seconds))
+
+    threads = [threading.Thread(target=wait, args=[s], daemon=True) for s in (1.0, PATIENCE)]
+    waiting: Any = listener._told
+    for thread in threads:
+        others = len(waiting._waiters)
+        thread.start()
+        until(lambda: len(waiting._waiters) > others, "it waits")  # noqa: B023
+    with listener._told:  # the first one's time is over, but it has not gone yet
+        late = time.monotonic() + 1.0
+        until(lambda: time.monotonic() > late, "its time is over")
+        listener._read(gone, 0)
+    for thread in threads:
+        thread.join(PATIENCE / 2)
+    assert results == [False, True]
 
 
 def test_what_nobody_waits_for_is_read_all_the_same(

@@ -79,6 +79,7 @@ class Listener:
                 self._waited_at = time.monotonic()
                 left = deadline - self._waited_at
                 if left <= 0:
+                    self._told.notify()  # who was told to read on may be this one
                     return False
                 source = self._source
                 if source is None or not self._reading.acquire(blocking=False):
