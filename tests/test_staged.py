@@ -21,6 +21,8 @@ from ipguard.errors import (
 from ipguard.model import EVERYBODY, Action, Actor, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
+from ipguard.stores._postgres_turn import Turn
+from ipguard.stores._sql import Params, Row
 from ipguard.stores._sql_staged import StagedRestrictions
 from ipguard.stores._sql_users import StagedUsers
 from ipguard.testing import FakeClock
@@ -254,6 +256,42 @@ class TestPostgres(Between):
         with self.written_ahead(meanwhile):
             assert self.store.put_users(many) == 2
         assert hasty.put_users([many[7], user("zoe")]) == 3
+
+    def test_a_client_that_hangs_keeps_nobody_from_signing_up(self) -> None:
+        """Whoever puts many users, and stops half way, loses its place to the next."""
+        self.put("alice")
+        separator = "&" if "?" in self.url else "?"
+        hanging = open_store(f"{self.url}{separator}timeout=0.3")
+        self._opened.append(hanging)
+        revisions: list[int] = []
+        with (
+            self.written_ahead(lambda: revisions.append(self.store.put_users([user("zoe")]))),
+            raises(StoreUnavailable),
+        ):
+            hanging.put_users([user(f"u{number:03}") for number in range(MANY)])
+        assert revisions == [2]
+        assert len(self.store.overview(Actor.EVERY_ACCOUNT).items) == 2
+
+    def test_a_trail_that_is_pruned_meanwhile(self) -> None:
+        """Whose policies have changed is not known then, so all are judged again."""
+        self.put("alice", "bob")
+        rows = Turn.rows
+
+        def change() -> None:
+            self.add(self.restriction("bob", "203.0.113.7"))
+            self.touch("alice")
+            self.patch.setattr(Turn, "rows", pruned)
+
+        def pruned(turn: Turn, sql: str, params: Params = ()) -> list[Row]:
+            found = rows(turn, sql, params)
+            if "FROM changes" in sql:
+                self.patch.setattr(Turn, "rows", rows)
+                before = self.clock() + timedelta(seconds=1)
+                assert Call(lambda: self.store.prune(before)).result() == 3  # type: ignore[attr-defined]
+            return found
+
+        self.between(change)
+        self.refused(DuplicateRestriction, self.restriction("bob", "203.0.113.7"))
 
     def test_a_library_that_knows_nothing_of_it(self) -> None:
         """Users that are put past the import, as an older library does, make it say so."""

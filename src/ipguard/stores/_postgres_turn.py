@@ -37,8 +37,6 @@ class Taken(NamedTuple):
 def taking(schema: str, *, lock: float, statement: float, idle: float) -> str:
     """Return the statements that take the turn, all of one round trip, within a transaction.
 
-    The server's own timeouts are for a client that is gone: nobody would release its lock.
-
     Args:
         schema: Where the tables are.
         lock: How many seconds to wait for the turn.
@@ -46,15 +44,20 @@ def taking(schema: str, *, lock: float, statement: float, idle: float) -> str:
         idle: After how many seconds without a statement the server gives the turn to others.
     """
     place = quoted(schema)
-    return f"""
-    SET LOCAL lock_timeout = {_milliseconds(lock)};
-    SET LOCAL statement_timeout = {_milliseconds(statement)};
-    SET LOCAL idle_in_transaction_session_timeout = {_milliseconds(idle)};
+    return f"""{_limits(lock=lock, statement=statement, idle=idle)}
     SELECT set_config('synchronous_commit', 'on', true)
         WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply');
     SELECT 1 FROM {place}.head WHERE id = 1 FOR UPDATE;
     SELECT h.revision, {MICROS}, pg_is_in_recovery(), v.version, v.oldest
         FROM {place}.head h JOIN {place}.schema_version v ON v.id = 1 WHERE h.id = 1"""
+
+
+def _limits(*, lock: float, statement: float, idle: float) -> str:
+    """Return the server's own timeouts, for a client that is gone: nobody would free its lock."""
+    return f"""
+    SET LOCAL lock_timeout = {_milliseconds(lock)};
+    SET LOCAL statement_timeout = {_milliseconds(statement)};
+    SET LOCAL idle_in_transaction_session_timeout = {_milliseconds(idle)};"""
 
 
 def _milliseconds(seconds: float) -> int:
@@ -202,7 +205,7 @@ class Writer:
             raise _kept_too_long()
         try:
             asked_at = ticks()
-            begin = "BEGIN;" + (self._taking_users(deadline) if users else "")
+            begin = "BEGIN;" + (self._taking_users(deadline, patience) if users else "")
             begin += self._taking(deadline, patience)
             with client.begun(begin, deadline=deadline) as (session, found):
                 session.patience = patience
@@ -222,15 +225,16 @@ class Writer:
         if not queue.acquire(timeout=patience):
             raise _kept_too_long()
         try:
-            session.script(self._taking_users(time.monotonic() + patience))
+            session.script(self._taking_users(time.monotonic() + patience, patience))
             yield
         finally:
             queue.release()
 
-    def _taking_users(self, deadline: float) -> str:
-        name = Literal(self._client.options.schema).as_string(None)
-        return f"""
-        SET LOCAL lock_timeout = {_milliseconds(0.8 * (deadline - time.monotonic()))};
+    def _taking_users(self, deadline: float, patience: float) -> str:
+        options = self._client.options
+        name = Literal(options.schema).as_string(None)
+        lock, idle = 0.8 * (deadline - time.monotonic()), 2 * options.timeout
+        return f"""{_limits(lock=lock, statement=patience, idle=idle)}
         SELECT pg_advisory_xact_lock({_USERS_LOCK}::int, hashtext({name}::text));"""
 
     @contextmanager

@@ -121,7 +121,11 @@ class StagedRestrictions:
         self._ahead = True
 
     def withdraw(self, db: Executor) -> None:
-        """Take back what was written ahead, unless it has been added."""
+        """Take back what was written ahead, unless it has been added.
+
+        The turn reads or writes by itself before it adds them: so all are asked about again.
+        """
+        self._seen = _NEVER
         if self._ahead:
             db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM staged_restrictions)")
             self._ahead = False
@@ -159,9 +163,10 @@ class StagedRestrictions:
     def _moved(self, db: Executor) -> frozenset[str] | Touched:
         """Return whose policy may have changed since they were judged."""
         revision, token = self._seen
+        rows = db.rows(_MOVED, (revision, MOVED_AT_MOST + 1))
+        # Asked last: where this row is there still, none of those was pruned.
         if db.rows("SELECT token FROM changes WHERE revision = ?", (revision,)) != [(token,)]:
             return EVERYBODY
-        rows = db.rows(_MOVED, (revision, MOVED_AT_MOST + 1))
         return EVERYBODY if len(rows) > MOVED_AT_MOST else touched_of(row[0] for row in rows)
 
     def _check(self, db: Executor, now: datetime, about: str = "", names: Params = ()) -> None:

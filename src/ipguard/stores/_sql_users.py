@@ -188,8 +188,10 @@ class StagedUsers:
     def _moved(self, db: Executor) -> bool:
         """Tell whether users were put or removed since they were compared."""
         revision, token = self._seen
+        moved = bool(db.rows(_USERS_MOVED, (revision,)))
+        # Asked last: where this row is there still, none of those was pruned.
         own = db.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
-        return own != [(token,)] or bool(db.rows(_USERS_MOVED, (revision,)))
+        return moved or own != [(token,)]
 
     def _write(self, db: Executor) -> None:
         placing = self._placing

@@ -55,6 +55,21 @@ class StagingTests(Hooks):
         with self.store.transaction() as turn:
             assert turn.restriction(staged[-1].id) == staged[-1]
 
+    def test_what_the_turn_added_before_counts(self) -> None:
+        """What the same turn has added is in the way of the staged, and takes room, like others."""
+        self.put("alice")
+        staged = [self.restriction(addresses="203.0.113.7")]
+        for per_user, addresses, kind in (
+            (10, "203.0.113.7", DuplicateRestriction),
+            (1, "203.0.113.8", TooManyRestrictions),
+        ):
+            with raises(Interrupted), self.store.transaction(staged=staged) as turn:
+                turn.add_restriction(self.restriction(addresses=addresses))
+                with raises(kind):
+                    turn.add_staged(per_user=per_user)
+                raise Interrupted
+        assert self._stage(staged, per_user=1) == 1
+
     def test_nothing_staged_adds_nothing(self) -> None:
         """Without staged restrictions, or with none, `add_staged` adds 0."""
         assert self._stage([]) == 0
