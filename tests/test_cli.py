@@ -434,6 +434,7 @@ def test_init_makes_a_store_and_a_key_and_overwrites_nothing(tmp_path: Path):
     assert key.read_text().strip() not in json.dumps(made)
     again = shell.bad(7, "init")
     assert "is not overwritten" in again
+    assert "ipguard migrate" in again
     assert key.read_bytes().split() == [text]
     # A new key for a store that is there.
     other = shell.good("init", "--key-file", "other.key")
@@ -543,6 +544,49 @@ def test_history_is_the_trail(shell: Shell):
     assert [row["action"] for row in rest["changes"]] == ["put_users"]
     assert shell.good("history", "--user", "JSMITH").count("\n") == 2
     assert "impose" in shell.terminal("history").ends()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["list", "jsmiht"], "found nobody for 'jsmiht'"),
+        (["list", "10.9.9.9"], "found nobody for '10.9.9.9'"),
+        (["list", "--after", "zzz"], "found nobody after 'zzz'"),
+        (["list", "jsmith", "--after", "zzz"], "found nobody for 'jsmith' after 'zzz'"),
+        (["list", "--removed"], "found nobody who was removed and has restrictions\n"),
+        (
+            ["list", "--removed", "mlee"],
+            "found nobody who was removed and has restrictions for 'mlee'",
+        ),
+        (["users", "list", "--search", "jsmiht"], "found nobody for 'jsmiht'"),
+        (["history", "--user", "jsmiht"], "no user 'jsmiht' is registered"),
+        (["history", "--user", "mlee"], "nothing was done about 'mlee' yet"),
+        (["history", "--user", "jsmith", "--before", "1"], "about 'jsmith' below revision 1"),
+        (["history", "--before", "1"], "in this store below revision 1"),
+    ],
+)
+def test_who_finds_nothing_is_told(shell: Shell, args: list[str], words: str):
+    """Beside the empty result and with 0, as to have found nothing is an answer; not in JSON."""
+    done = shell.within(*args)
+    assert done.code == 0
+    assert done.out.count("\n") == 1  # the columns' names
+    assert re.fullmatch(r"ipguard: .+\n", done.err)
+    assert words in done.err
+    told = shell.within("--json", *args)
+    assert (told.code, told.err) == (0, "")
+    assert [] in json.loads(told.out).values()
+
+
+def test_who_finds_nothing_in_a_terminal_is_told(shell: Shell, tmp_path: Path):
+    """There the table is not shown at all; a store without users says what to do."""
+    assert shell.terminal("list", "jsmiht").ends().startswith("ipguard: found nobody for 'jsmiht'")
+    shown = shell.terminal("history", "--user", "jsmiht").ends()
+    assert shown.startswith("ipguard: no user 'jsmiht'")
+    other = f"sqlite:///{tmp_path}/other.db"
+    ipguard.open_store(other).close()
+    for args in (["list"], ["users", "list"]):
+        assert "ipguard users import FILE" in shell.within(*args, "--store", other).err
+    assert "nothing was done in this store yet" in shell.within("history", "--store", other).err
 
 
 # -- check and explain -------------------------------------------------------------------------

@@ -91,6 +91,35 @@ def test_the_two_phases_in_a_terminal(shell: Shell, mail: MailServer):
     assert all(f"command_line={ME}" in row.detail for row in rows)
 
 
+def test_a_request_that_is_not_there_asks_for_no_number(shell: Shell):
+    """Nor does another's: it is the workflow that says whose a request is."""
+    terminal = shell.terminal("confirm", "nothing", *RITA)
+    shown = terminal.ends(4)
+    assert "no request 'nothing'" in shown
+    assert "Confirmation number" not in shown
+    asked = shell.json("request", "jsmith", "203.0.113.7", *RITA)
+    shown = shell.terminal("confirm", asked["id"]).ends(4)  # the operator did not ask for it
+    assert f"no request '{asked['id']}'" in shown
+    assert "Confirmation number" not in shown
+    assert "no request" in shell.bad(4, "confirm", "nothing", *RITA)
+
+
+def test_an_id_that_is_none_says_where_ids_are(shell: Shell):
+    """Most often an address or a name was given for it."""
+    for args in (
+        ("lift", "10.0.0.5", "--reason", "x"),
+        ("delete", "10.0.0.5", *RITA),
+        ("cancel", "10.0.0.5", *RITA),
+        ("resend", "10.0.0.5", *RITA),
+    ):
+        told = shell(*args, "--json")
+        assert told.code == 4
+        assert "ipguard list" in told.error["hint"]
+        assert "--json" in told.error["hint"]
+    told = shell("impose", "jsmiht", "10.0.0.5", "--reason", "x", "--json")
+    assert "ipguard users list" in told.error["hint"]
+
+
 def test_the_two_phases_piped(shell: Shell, mail: MailServer):
     """The same for programs; the number is read from standard input and never an argument."""
     before = len(mail.mails)

@@ -64,6 +64,15 @@ def test_watch_shows_changes_as_they_happen(shell: Shell):
     assert terminal.ends().replace("^C", "").strip() == ""
 
 
+def test_watch_of_a_name_that_is_mistyped_says_so(shell: Shell):
+    """It waits all the same: the name may come to be registered."""
+    terminal = shell.terminal("watch", "--user", "jsmiht")
+    terminal.sees("no user 'jsmiht' is registered")
+    terminal.sees("watching from revision 1; Ctrl-C ends it")
+    terminal.process.sendintr()
+    terminal.ends()
+
+
 def test_watch_piped(shell: Shell):
     """One object on a line, at once; a line of cells without `--json`; only a user's, if asked."""
     _write(shell, "another's", username="zed")
@@ -226,6 +235,8 @@ def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):
         found = shell.within("doctor", "--store", own_postgres.url(user=user, schema=schema))
         assert found.code == 0
         assert f"{user} {words}" in found.out
+    readers = own_postgres.url(user=reader, schema=schema)
+    assert "the writer's" in shell.within("list", "--store", readers, "--json").error["hint"]
     none = shell.within("doctor", "--store", own_postgres.url(user=f"{schema}_none", schema=schema))
     assert none.code == 11
     assert "permission denied" in none.out

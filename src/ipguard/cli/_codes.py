@@ -80,10 +80,14 @@ class Problem(Exception):
         self.details = details or {}
 
 
+_IDS: Final = "ids are in brackets in `ipguard list` in a terminal, and in `ipguard list --json`"
 _HINTS: Final[dict[type[Exception], str]] = {
     errors.NumberExpired: "`ipguard resend` sends a new number",
     errors.LockoutRisk: "--allow-lockout does it all the same",
     errors.OpeningRisk: "--allow-open does it all the same",
+    errors.UnknownUser: "`ipguard users list --search` finds users",
+    errors.UnknownRequest: _IDS,
+    errors.UnknownRestriction: _IDS,
     errors.DeliveryError: "the request waits: `ipguard resend` once mail works",
 }
 
@@ -98,6 +102,8 @@ def problem_of(error: errors.IPGuardError) -> Problem:
             hint = "`ipguard migrate` brings it up to date"
     if isinstance(error, errors.StoreConfigError) and "No such file" in str(error):
         hint = "`ipguard init` makes a new store"
+    if isinstance(error, errors.StoreConfigError) and "permission denied" in str(error):
+        hint = "`ipguard doctor` says what this role may; whatever shows names needs the writer's"
     details = {
         name: value.total_seconds() if isinstance(value, timedelta) else value
         for name, value in vars(error).items()

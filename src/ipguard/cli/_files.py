@@ -93,6 +93,11 @@ def opened(path: str) -> Iterator[BinaryIO]:
         yield stream
 
 
+def holds_no(path: str, what: str) -> Problem:
+    """Return what to end with where a file has no row: most likely it is not the one meant."""
+    return Problem(Exit.FILE, f"{'standard input' if path == '-' else path} holds no {what}")
+
+
 def rows(
     stream: BinaryIO,
     kind: str,

@@ -17,7 +17,7 @@ import attrs
 from ipguard.addresses import AddressRange
 from ipguard.cli._bulk import BadRows, Spool, progress
 from ipguard.cli._call import Call
-from ipguard.cli._files import BadRow, Columns, Row, rows
+from ipguard.cli._files import BadRow, Columns, Row, holds_no, rows
 from ipguard.errors import (
     DuplicateRestriction,
     InvalidValue,
@@ -92,6 +92,7 @@ def judge(
 
     Raises:
         BadRows: Some cannot be imported.
+        Problem: There is none.
     """
     bad, now = BadRows(path), store.now()
     spool = Spool("line INTEGER, username TEXT, first BLOB, last BLOB, label TEXT, expires TEXT")
@@ -111,6 +112,8 @@ def judge(
                 spool.add((line, wanted.username, *wanted.addresses.packed, wanted.label, until))
         _compare(store, judged, bad, flow.settings.restrictions_per_user, now)
         bad.raise_if_any()
+        if not judged.users:
+            raise holds_no(path, "restrictions")
         yield judged
 
 

@@ -10,7 +10,7 @@ import attrs
 from ipguard.cli._bulk import BadRows, progress
 from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._files import BadRow, Columns, format_of, opened, rows
+from ipguard.cli._files import BadRow, Columns, format_of, holds_no, opened, rows
 from ipguard.guard import Guard
 from ipguard.model import Reason
 
@@ -73,7 +73,7 @@ def check_file(call: Call, guard: Guard, path: str, kind: str | None) -> int:
             else:
                 more += 1
     if not (allowed or reasons or bad.count):
-        raise Problem(Exit.FILE, f"{'standard input' if path == '-' else path} holds no logins")
+        raise holds_no(path, "logins")
     _show(call, path, allowed, reasons, refused.values(), more, bad.count)
     bad.raise_if_any()
     return Exit.NOT_ALLOWED if reasons else Exit.OK

@@ -15,6 +15,7 @@ from ipguard.errors import LockoutRisk
 from ipguard.model import Actor, Applied, PendingRequest
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
+from ipguard.workflow._steps import request_and_user
 
 LabelOption = Annotated[str, typer.Option("--label", help="What to call it.")]
 ExpiresOption = Annotated[
@@ -69,7 +70,7 @@ def removal_allowed(
 ) -> bool:
     """Ask the person before a restriction ends that is all that keeps others out, or lets one in.
 
-    What is not there for this actor is the workflow's to refuse.
+    A restriction that is not there for this actor is the workflow's to refuse.
 
     Args:
         call: The call.
@@ -83,11 +84,14 @@ def removal_allowed(
     Returns:
         Whether it may open a user to every address: the person was asked, or had said so. Without
         that the workflow will refuse, should the restriction be the last by then.
+
+    Raises:
+        UnknownRequest: There is no such request of this actor's own: nobody need type a number.
     """
     with store.transaction() as turn:
         if request_id is not None:
-            asked = turn.request(request_id)
-            restriction_id = None if asked is None else asked.request.restriction_id
+            asked, _ = request_and_user(turn, actor, request_id, own=True)
+            restriction_id = asked.request.restriction_id
         found = None if restriction_id is None else turn.restriction(restriction_id)
         user = None if found is None else turn.user(found.username)
         if found is None or user is None or user.user.account_id not in actor.manages:

@@ -167,7 +167,7 @@ def _restrictions(store: RestrictionStore) -> Findings:
                 count += 1
                 if count <= _NAMED:
                     nowhere.append(username)
-    yield Finding("restrictions", "ok", f"{restrictions:,} of {users:,} users")
+    yield Finding("restrictions", "ok", f"{restrictions:,}, for {users:,} users")
     if count:
         more = f" and {count - _NAMED:,} more" if count > _NAMED else ""
         yield Finding(

@@ -12,8 +12,10 @@ from ipguard.cli._app import command
 from ipguard.cli._call import Call
 from ipguard.cli._output import Cell, begun, plain
 from ipguard.cli._who import NO_EMAIL
+from ipguard.errors import shortened
 from ipguard.model import Actor, Page, Restriction, UserOverview, checked_text
 from ipguard.store import RestrictionStore
+from ipguard.usernames import canonical_username
 
 _AT_ONCE = 1000
 _SEARCH_LIMIT = 256
@@ -58,6 +60,7 @@ def list_(
             _cells if call.out.rich else _line,
             as_json=lambda each: each,
             keep=(lambda each: each.removed) if removed else (lambda _: True),
+            whom=" who was removed and has restrictions" if removed else "",
             search=search,
             after=after,
             limit=None if everything else limit,
@@ -104,14 +107,15 @@ def paged(
     search: str,
     after: str | None,
     limit: int | None,
+    whom: str = "",
 ) -> None:
     """Show users as they are read, a page at a time, up to a limit or all of them."""
     checked_text("search", search, _SEARCH_LIMIT)
     last: str | None = None
+    count = 0
 
     def kept() -> Iterator[UserOverview]:
-        nonlocal last
-        count = 0
+        nonlocal last, count
         for each, following in _overview(store, search.strip(), after, limit):
             if not keep(each):
                 continue
@@ -129,14 +133,26 @@ def paged(
             call.out.raw((", " if number else "") + dumps(plain(as_json(each))))
         call.out.raw(f'], "next": {dumps(last)}}}\n')
         return
-    if not call.out.rich:
-        call.out.table(columns, map(cells, found))
-    else:
-        # A table knows its widths only when it has all of its rows: so many at a time.
-        while some := [cells(each) for each, _ in zip(found, range(_AT_ONCE), strict=False)]:
-            call.out.table(columns, some)
+    _table(call, columns, map(cells, found))
     if last is not None:
         call.out.note(f"there are more: --after {last}, or --all")
+    if not count:
+        call.out.note(_nobody(whom, search, after))
+
+
+def _table(call: Call, columns: Sequence[str], cells: Iterator[Sequence[Cell]]) -> None:
+    if not call.out.rich:
+        call.out.table(columns, cells)
+        return
+    # A table knows its widths only when it has all of its rows: so many at a time.
+    while some := [row for row, _ in zip(cells, range(_AT_ONCE), strict=False)]:
+        call.out.table(columns, some)
+
+
+def _nobody(whom: str, search: str, after: str | None) -> str:
+    whom += f" for {shortened(search)}" if search.strip() else ""
+    whom += f" after {shortened(after)}" if after else ""
+    return f"found nobody{whom or '; `ipguard users import FILE` registers users'}"
 
 
 def _overview(
@@ -172,12 +188,14 @@ def history(
         actor = Actor(username="-", email=NO_EMAIL, manages=Actor.EVERY_ACCOUNT)
         left = None if everything else limit
         following = before
+        count = 0
 
         def changes() -> Iterator[Any]:
-            nonlocal left, following
+            nonlocal left, following, count
             while left is None or left > 0:
                 size = _AT_ONCE if left is None else min(_AT_ONCE, left)
                 page = flow.history(actor, username=user, before=following, limit=size)
+                count += len(page)
                 yield from page
                 following = page.next
                 left = None if left is None else left - len(page)
@@ -196,10 +214,25 @@ def history(
             (c.revision, c.at, c.actor or "", c.action.value, c.username or "", c.detail)
             for c in found
         )
-        if call.out.rich:
-            while some := [row for row, _ in zip(cells, range(_AT_ONCE), strict=False)]:
-                call.out.table(columns, some)
-        else:
-            call.out.table(columns, cells)
+        _table(call, columns, cells)
         if following is not None:
             call.out.note(f"there are more: --before {following}, or --all")
+        if not count:
+            call.out.note(_nothing_done(store, user, before))
+
+
+def _nothing_done(store: RestrictionStore, user: str | None, before: int | None) -> str:
+    if user is not None and (wrong := unregistered(store, user)):
+        return wrong
+    about = "in this store" if user is None else f"about {shortened(user)}"
+    return f"nothing was done {about} {'yet' if before is None else f'below revision {before}'}"
+
+
+def unregistered(store: RestrictionStore, username: str) -> str:
+    """Say that nobody of this name is registered, if so: most likely it was mistyped."""
+    if store.load_policy(canonical_username(username)).known:
+        return ""
+    return (
+        f"no user {shortened(username)} is registered, and nothing is shown of that name"
+        " (`ipguard users list --search` finds users)"
+    )

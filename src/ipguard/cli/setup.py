@@ -70,7 +70,7 @@ def _write_key(path: str) -> None:
         raise Problem(
             Exit.CONFIG,
             f"{path} is there already, and is not overwritten",
-            hint="name another file, or use the key that you have",
+            hint="name another file; or use this key, and `ipguard migrate` makes the store alone",
         ) from None
     with os.fdopen(handle, "w") as file:
         os.fchmod(handle, 0o600)

@@ -16,7 +16,7 @@ from ipguard.cli._app import OPERATOR, command
 from ipguard.cli._bulk import progress, rewindable
 from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._files import BadRow, FileOption, format_of, opened, rows
+from ipguard.cli._files import BadRow, FileOption, format_of, holds_no, opened, rows
 from ipguard.cli._judging import COLUMNS, judge, show, values
 from ipguard.cli._output import plain
 from ipguard.cli._results import ReasonOption
@@ -68,6 +68,8 @@ def import_(
                     raise _Stop
                 count += 1
                 yield values(row)
+            if not count:
+                raise holds_no(file, "restrictions")
 
         try:
             with progress(call.out, "restrictions", stream) as tell:

@@ -10,8 +10,7 @@ import typer
 from ipguard.cli._app import command
 from ipguard.cli._bulk import BadRows, progress
 from ipguard.cli._call import Call
-from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._files import BadRow, Columns, FileOption, format_of, opened, rows
+from ipguard.cli._files import BadRow, Columns, FileOption, format_of, holds_no, opened, rows
 from ipguard.cli.lists import AfterOption, AllOption, LimitOption, paged
 from ipguard.errors import IPGuardError
 from ipguard.model import User
@@ -57,7 +56,7 @@ def import_users(
                 bad.add(line, exc)
         bad.raise_if_any()
         if not count:
-            raise Problem(Exit.FILE, f"{'standard input' if file == '-' else file} holds no users")
+            raise holds_no(file, "users")
 
     with opened(file) as stream, call.store() as store:
         before = store.changes_since(None).head

@@ -12,6 +12,7 @@ from ipguard.cli._app import command
 from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit
 from ipguard.cli._output import clean
+from ipguard.cli.lists import unregistered
 from ipguard.errors import StoreUnavailable
 from ipguard.model import RESET, Actor, Change
 from ipguard.store import RestrictionStore
@@ -51,6 +52,8 @@ def watch(
                 f" store): this one is at revision {head}"
             )
             seen = head
+        if name is not None and (wrong := unregistered(store, name)):
+            call.out.note(wrong)
         call.out.note(f"watching from revision {seen}; Ctrl-C ends it")
         down = False
         try:
