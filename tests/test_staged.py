@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
@@ -27,7 +29,7 @@ from ipguard.stores._sql_staged import StagedRestrictions
 from ipguard.stores._sql_users import StagedUsers
 from ipguard.testing import FakeClock
 from ipguard.testing._base import Call, Hooks, raises, user
-from tests.postgres import Given, Server, fresh_schema
+from tests.postgres import Given, Server, fresh_schema, until
 
 MANY = 150  # users; so many are staged, and not compared one by one
 
@@ -292,6 +294,34 @@ class TestPostgres(Between):
 
         self.between(change)
         self.refused(DuplicateRestriction, self.restriction("bob", "203.0.113.7"))
+
+    def test_a_database_that_isolates_more_by_default(self) -> None:
+        """A turn rests on what was committed before it, not on what its transaction saw first."""
+        self.put("alice")
+        separator = "&" if "?" in self.url else "?"
+        default = quote("-c default_transaction_isolation=serializable")
+        store = open_store(f"{self.url}{separator}options={default}", clock=self.clock)
+        self._opened.append(store)
+        self.between(lambda: self.add(self.restriction()))
+        with store.transaction(staged=[self.restriction()]) as turn:
+            assert turn.add_staged(per_user=2) == 1
+            self.note(turn, frozenset({"alice"}))
+        entered, leave = Event(), Event()
+
+        def first() -> None:
+            with self.store.transaction() as turn:
+                entered.set()
+                assert leave.wait(20)
+                self.note(turn)
+
+        calls = [Call(first)]
+        assert entered.wait(20)
+        calls.append(Call(lambda: self.touch("alice", store=store)))
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
+        schema = parse_qs(urlsplit(self.url).query)["schema"][0]
+        until(lambda: self.server.execute(waiting, f"%{schema}%"), "the second waits")
+        leave.set()
+        assert [call.result() for call in calls] == [None, 5]
 
     def test_a_library_that_knows_nothing_of_it(self) -> None:
         """Users that are put past the import, as an older library does, make it say so."""

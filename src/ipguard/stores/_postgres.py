@@ -26,6 +26,8 @@ _TABLES: Final = re.compile(
 )
 _STAGED_AT_ONCE: Final = 5_000
 NEVER: Final = float("inf")
+BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+"""Whatever the database's default is: once a lock is had, all that its last holder did is seen."""
 
 
 class Connection(psycopg.Connection[Row]):

@@ -9,7 +9,7 @@ from psycopg import errors
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
-from ipguard.stores._postgres import Session, quoted
+from ipguard.stores._postgres import BEGIN, Session, quoted
 from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_options import Options
 
@@ -125,7 +125,7 @@ def _migrate(session: Session, options: Options) -> None:
     session.patience = options.bulk_timeout
     try:
         session.script(
-            f"BEGIN; SET LOCAL lock_timeout = {milliseconds};"
+            f"{BEGIN}; SET LOCAL lock_timeout = {milliseconds};"
             f" SET LOCAL statement_timeout = {milliseconds}"
         )
         session.rows(

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from psycopg.sql import Literal
 
 from ipguard.errors import StoreUnavailable
-from ipguard.stores._postgres import Session, quoted
+from ipguard.stores._postgres import BEGIN, Session, quoted
 from ipguard.stores._postgres_client import Client
 from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_schema import MICROS, check_version
@@ -188,7 +188,7 @@ class Writer:
         if not slots.acquire(timeout=options.timeout):
             raise StoreUnavailable("too many bulk changes at once")
         try:
-            with self._client.begun("BEGIN; SET LOCAL jit = off") as (session, _):
+            with self._client.begun(f"{BEGIN}; SET LOCAL jit = off") as (session, _):
                 session.patience = options.bulk_timeout
                 yield session
         finally:
@@ -205,8 +205,8 @@ class Writer:
             raise _kept_too_long()
         try:
             asked_at = ticks()
-            begin = "BEGIN;" + (self._taking_users(deadline, patience) if users else "")
-            begin += self._taking(deadline, patience)
+            first = self._taking_users(deadline, patience) if users else ""
+            begin = f"{BEGIN};{first}{self._taking(deadline, patience)}"
             with client.begun(begin, deadline=deadline) as (session, found):
                 session.patience = patience
                 with self._taken(session, found, asked_at) as both:
