@@ -181,6 +181,35 @@ def test_who_leaves_when_it_was_to_read_has_another_read(monkeypatch: pytest.Mon
     assert results == [False, True]
 
 
+def test_a_signal_ends_the_wait_and_not_the_listening(
+    store: PostgresStore, writer: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a signal's handler raises in the one who reads comes out of its wait, and is no more."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the host's own")
+
+    until(lambda: listening(store), "it listens")
+    listener = store._listener
+    hear = listener._hear
+
+    def hears(*given: Any) -> list[str]:
+        if threading.current_thread() is threading.main_thread():
+            monkeypatch.setattr(listener, "_hear", hear)
+            signal.raise_signal(signal.SIGALRM)
+        return hear(*given)
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        monkeypatch.setattr(listener, "_hear", hears)
+        with pytest.raises(TimeoutError, match="the host's own"):
+            store.wait(0, PATIENCE)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    until(lambda: listening(store) and listener._source is not None, "it listens again")
+    assert wakes(store, writer)
+
+
 def test_what_nobody_waits_for_is_read_all_the_same(
     store: PostgresStore, writer: PostgresStore
 ) -> None:

@@ -93,8 +93,12 @@ class Listener:
         try:
             if source is self._source:
                 self._hear(source, seconds)
-        except Exception as exc:  # the thread says so, and sees to it
+        except StoreError as exc:  # the thread says so, and sees to it
             self._source, self._failure = None, exc
+        except BaseException as exc:  # not of the connection: as from the handler of a signal
+            failure = StoreUnavailable(f"{type(exc).__name__} ended a wait")
+            self._source, self._failure = None, failure
+            raise
         finally:
             self._reading.release()
             with self._told:
