@@ -525,7 +525,8 @@ def test_resending_too_soon(office: Office):
     """How long to wait is said."""
     alice, _ = confirming(office)
     alice.press("Send a new number")
-    assert "Try again in 30 seconds" in alice.page.part("note")
+    # A moment has no seconds: "after 12:00 UTC", told at 12:00, would help nobody.
+    assert "Try again in 30 seconds." in alice.page.part("note")
 
 
 def test_an_actor_who_failed_too_often(office: Office):
@@ -821,6 +822,12 @@ def test_history(office: Office):
         assert alice.answer.status == 422
         assert alice.page.inputs["user"]["value"] == text
     assert not any(OFFICE in url for url in alice.log)
+
+
+def test_history_of_nobody(office: Office):
+    """Whom a link names, of whom there is nothing."""
+    alice = office.browser(ALICE, "/history?user=jsmiht")
+    assert "Nothing is recorded about “jsmiht”." in alice.text
 
 
 def test_history_of_who_is_gone(office: Office):

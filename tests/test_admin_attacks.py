@@ -482,7 +482,7 @@ def test_a_name_that_is_none_is_unknown_too(office: Office, user: str):
     for path in ("/user?", "/check?", "/confirm?request=1&", "/delete?restriction=1&"):
         alice.open(f"{path}user={user}")
         assert alice.answer.status == 404, path
-        assert "There is no such thing here" in alice.text
+        assert "Not found" in alice.text
 
 
 # -- forms that no browser sends

@@ -57,7 +57,7 @@ def test_new_number(walk, world):
     walk.sees("Try again in 30 seconds")
     world.wait(seconds=31)
     walk.press("Send a new number")
-    walk.sees("A new number was sent by e-mail")
+    walk.sees("A new number was sent by email")
     new = world.number()
     walk.expected.add(422)
     walk.fill("Confirmation Number", old)
@@ -129,7 +129,7 @@ def test_delete_the_last(walk, world):
     walk.sees("this is the only restriction of John Smith", "can log in from any address")
     walk.expected.add(422)
     walk.press("Delete")
-    walk.sees("Say that you want this, or go back")
+    walk.sees("Tick the box if you want this, or keep the restriction")
     assert world.held() == [OFFICE]
     walk.field("John Smith shall be able to log in from any address").check()
     walk.press("Delete")

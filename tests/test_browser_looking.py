@@ -1,6 +1,48 @@
 """Finding users, checking an address and reading the history, in a real browser."""
 
+import pytest
+
+from tests.browser import Way
 from tests.flows import BOSS, HOME, OFFICE
+
+# ------------------------------------------------------------------ what is not broken
+
+NARROW = pytest.mark.parametrize("way", [Way("asgi", True, "narrow")], ids=str)
+_LINES = """all => all.map(one => {
+  const range = document.createRange();
+  range.selectNodeContents(one);
+  const tops = [...range.getClientRects()].map(rect => Math.round(rect.top));
+  return [new Set(tops).size, one.textContent];
+})"""
+
+
+@NARROW
+def test_addresses_are_not_broken(walk, world):
+    """An address stays in one piece beside what can be done with it, however long its label."""
+    world.add("203.0.113.128/25", "jsmith")
+    world.ask("198.51.100.128/25", label="a long label " * 5)
+    walk.open()
+    _whole(walk.page.locator(".address"), "203.0.113.128/25", "198.51.100.128/25")
+    walk.open("check?user=jsmith")
+    walk.fill("IP Address", "203.0.113.129")
+    walk.press("Check")
+    _whole(walk.page.get_by_role("rowheader"), "203.0.113.128/25")
+    walk.open("add")
+    _whole(walk.page.locator(".together"), "203.0.113.5-203.0.113.9")
+
+
+@pytest.mark.parametrize("way", [Way("asgi", True, "wide")], ids=str)
+def test_names_are_not_broken_in_the_history(walk, world):
+    """However long what stands beside them is."""
+    world.crowd(1)
+    world.add(OFFICE, "trader00001", label="a long label " * 7)
+    walk.open("history")
+    _whole(walk.page.locator("td .username").first, "trader00001")
+
+
+def _whole(found, *addresses):
+    assert found.evaluate_all(_LINES) == [[1, address] for address in addresses]
+
 
 # ------------------------------------------------------------------ finding
 

@@ -142,7 +142,7 @@ def _ask(
             return _form(visit, values, {"addresses": _texts.problem(wrong, visit.now).text})
         return visit.go(
             "confirm",
-            "You have asked for this already. Its number was sent to you by e-mail.",
+            "You have asked for this already. Its number was sent to you by email.",
             "note",
             user=user.username,
             request=waiting.id,

@@ -135,7 +135,7 @@ def resend(visit: Visit) -> Response:
     username, request_id = visit.field("user"), visit.field("request")
     if _seen.pending(visit.person(username), request_id) is None:
         return _seen.closed(visit, username, request_id)
-    text, level = "A new number was sent by e-mail. The one before it is no longer valid.", True
+    text, level = "A new number was sent by email. The one before it is no longer valid.", True
     try:
         visit.flow.resend(visit.actor, request_id)
     except RequestClosed:

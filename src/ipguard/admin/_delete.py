@@ -60,7 +60,9 @@ def submit(visit: Visit) -> Response:
         return sent
     line, restriction = sent
     if len(line.restrictions) == 1 and visit.field("open") != "accept":
-        return _FORM.again(visit, {"open": "Say that you want this, or go back."})
+        return _FORM.again(
+            visit, {"open": "Tick the box if you want this, or keep the restriction."}
+        )
     return _delete(visit, line, restriction)
 
 

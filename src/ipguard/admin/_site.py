@@ -157,7 +157,7 @@ class Site:
             request,
             actor,
             404,
-            "There is no such thing here",
+            "Not found",
             "It may have been deleted or closed meanwhile. The list shows what there is.",
         )
 

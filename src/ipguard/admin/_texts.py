@@ -149,11 +149,10 @@ def _many(error: IPGuardError, _: datetime) -> Problem:
 
 def _pace(error: IPGuardError, now: datetime) -> Problem:
     assert isinstance(error, TooManyRequests)
-    return Problem(
-        "",
-        f"That was often enough for now. Try again in {length(error.retry_after)}, "
-        f"after {moment(now + error.retry_after)}.",
-    )
+    wait = f"Too many requests for now. Try again in {length(error.retry_after)}"
+    if error.retry_after <= timedelta(minutes=1):  # a moment has no seconds
+        return Problem("", f"{wait}.")
+    return Problem("", f"{wait}, after {moment(now + error.retry_after)}.")
 
 
 _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
