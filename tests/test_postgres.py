@@ -684,6 +684,32 @@ def test_a_failed_statement_undoes_the_turn(url: str, store: PostgresStore) -> N
     assert store.changes_since(None).head == 0
 
 
+def test_changes_are_taken_again_once_they_can_be(
+    postgres: Server | Given, url: str, store: PostgresStore
+) -> None:
+    """A database that refused some for a while, as with a full disk, keeps nothing from others."""
+    place = f'"{store._options.schema}"'
+
+    def touch() -> int:
+        with store.transaction() as turn:
+            return turn.append(Action.IMPOSE, actor="boss", touches=frozenset({"jo"})).revision
+
+    with pytest.raises(ZeroDivisionError), store.transaction():
+        raise ZeroDivisionError
+    assert [touch(), touch()] == [1, 2]
+    postgres.execute(
+        f"CREATE FUNCTION {place}.refused() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'disk_full'; END $$;"
+        f" CREATE TRIGGER refused BEFORE INSERT ON {place}.changes"
+        f" EXECUTE FUNCTION {place}.refused()"
+    )
+    for _ in range(8):  # more often than a statement is run before it is prepared
+        with pytest.raises(StoreUnavailable):
+            touch()
+    postgres.execute(f"DROP TRIGGER refused ON {place}.changes")
+    assert touch() == 3
+
+
 def test_what_is_written_waits_for_the_next_question(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,12 +43,14 @@ class Connection(psycopg.Connection[Row]):
             driver's `prepare_threshold` says when, or never.
         pid: The process that opened it; in a forked child it is never used and never closed.
         used_at: When it was last given back.
+        spoilt: Whether it is not to be used again.
     """
 
     deadline: float = NEVER
     prepares: bool | None = None
     pid: int = 0
     used_at: float = 0.0
+    spoilt: bool = False
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run a generator of the driver to its end, but no longer than the deadline."""
@@ -69,7 +71,9 @@ class Connection(psycopg.Connection[Row]):
     @property
     def idle(self) -> bool:
         """Whether it is whole and in no transaction."""
-        return not self.closed and self.info.transaction_status == TransactionStatus.IDLE
+        if self.closed or self.spoilt:
+            return False
+        return self.info.transaction_status == TransactionStatus.IDLE
 
     def __del__(self, *_: object) -> None:
         # The parent class warns, and a child that was forked has nothing to be warned of.
@@ -157,13 +161,19 @@ class Session:
     def pipelined(self, statements: Sequence[tuple[str, Params]]) -> str | None:
         """Run statements in one round trip, and return the last one's command tag."""
         self._begin()
-        with translated():
-            with self.connection.pipeline():
-                cursors = [
-                    self.connection.execute(dialect(text, self.schema), params)
-                    for text, params in statements
-                ]
-            return cursors[-1].statusmessage
+        try:
+            with translated():
+                with self.connection.pipeline():
+                    cursors = [
+                        self.connection.execute(dialect(text, self.schema), params)
+                        for text, params in statements
+                    ]
+                return cursors[-1].statusmessage
+        except BaseException:
+            # What follows the statement that failed was not run, but the driver may take it for
+            # prepared, now and for as long as the connection lives.
+            self.connection.spoilt = True
+            raise
 
 
 @lru_cache(maxsize=512)
