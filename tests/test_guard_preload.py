@@ -418,6 +418,18 @@ def test_a_sync_between_a_snapshot_and_its_installation_is_not_lost(world: World
         guard._lease.sync()
 
 
+def test_a_snapshot_from_before_the_first_sync_is_not_kept(memory: World) -> None:
+    """A new store's revision is the one that a guard begins with; that makes nothing current."""
+    guard = memory.guard(preload=True)
+    memory.store.in_stream.append(lambda: memory.restrict("jsmith", HOME))
+    preload(guard).fill(threading.Event())
+    assert guard.revision == 0
+    assert not guard.is_allowed("jsmith", OFFICE)
+    guard.sync()
+    assert guard.stats().preloaded == 1
+    assert not guard.is_allowed("jsmith", OFFICE)
+
+
 def test_who_is_named_while_it_streams_is_unknown_at_its_end(memory: World) -> None:
     """Though the snapshot holds a policy of it: that is from before the change."""
     memory.restrict("jsmith", HOME)
@@ -821,8 +833,10 @@ def test_a_user_in_several_parts_is_refused(
     assert "several parts" in told(caplog)[0].getMessage()
 
 
-def test_an_id_that_cannot_be_packed_is_held_as_it_is(memory: World) -> None:
-    """An odd id costs memory, and changes no answer."""
+def test_an_id_that_cannot_be_packed_is_held_as_it_is(
+    memory: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An odd id costs memory, and changes no answer; a stream need not have anything to close."""
     memory.restrict("jsmith", HOME)
     policy = memory.inner.load_policy("jsmith")
     odd = attrs.evolve(policy, restrictions=(attrs.evolve(policy.restrictions[0], id="a\0b"),))
@@ -837,6 +851,23 @@ def test_an_id_that_cannot_be_packed_is_held_as_it_is(memory: World) -> None:
     assert (decision.restriction_id, decision.revision) == ("a\0b", guard.revision)
     assert not guard.is_allowed("jsmith", OFFICE)
     assert memory.store.loads == []
+    assert told(caplog) == []
+
+
+@pytest.mark.parametrize("restriction_id", ["r1", "a\0b"], ids=["packed", "as it is"])
+def test_the_table_gives_the_policy_that_was_put(memory: World, restriction_id: str) -> None:
+    """In either form: the same restrictions of the same user, at the guard's revision."""
+    memory.restrict("jsmith", HOME)
+    policy = memory.inner.load_policy("jsmith")
+    (held,) = policy.restrictions
+    policy = attrs.evolve(policy, restrictions=(attrs.evolve(held, id=restriction_id),))
+    guard = preloaded(memory)
+    table(guard).put("jsmith", policy, ahead=False)
+    found = table(guard).policy("jsmith", 17)
+    assert found is not None
+    assert found.revision == 17
+    ((name, addresses, found_id),) = [(r.username, r.addresses, r.id) for r in found.restrictions]
+    assert (name, addresses, found_id) == ("jsmith", held.addresses, restriction_id)
 
 
 # ---------------------------------------------------------------------------------- refresher

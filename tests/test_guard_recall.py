@@ -55,6 +55,29 @@ def test_it_tells_that_more_is_needed(world: World) -> None:
     assert recall(guard, "jsmith") is None
 
 
+def test_a_store_in_which_nothing_has_happened_is_enough() -> None:
+    """At revision 0 nobody is restricted, and that is remembered like all else."""
+    clock = FakeClock()
+    guard = World(MemoryStore(clock=clock), clock).guard()
+    guard.check("jsmith", HOME)
+    assert guard.revision == 0
+    assert recall(guard, "jsmith")
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_who_was_preloaded_is_found_by_spelling_next_time(world: World, rests: bool) -> None:
+    """What comes out of the table is remembered as it was asked for, for the hot path."""
+    guard = world.guard(preload=True, outage_grace=10.0)
+    guard.sync()
+    assert guard.stats().preloaded == 2
+    if rests:
+        world.pass_time(5)
+        assert guard._answers.recall("JSmith", HOME, None, resting=True)
+    else:
+        assert recall(guard, "JSmith")
+    assert set(guard._cache.by_spelling) == {"jsmith", "JSmith"}
+
+
 @pytest.mark.parametrize("grace", [0.0, 10.0])
 def test_while_the_store_rests_it_answers_all(world: World, grace: float) -> None:
     """After a failure, or where the caller says so: denied, or within the grace, stale."""

@@ -88,15 +88,15 @@ class Answers:
             return self.denied(parsed)
         name, spelling, client = parsed
         wanted = 0 if at_least is None else at_least
-        until, revision = self._lease.deadline, self._lease.revision  # in this order: `_answer`
-        entry = self._held(name, spelling)
+        until, revision = self._lease.deadline, self._lease.revision  # in this order: `answer`
+        entry = self._held(name)
         if entry is not None and revision >= wanted:
             self._spell(entry, spelling)
             decision = self._decide(entry, client, until, revision)
             if decision is not None:
                 return decision
         if self._lease.health.resting() if resting is None else resting:
-            return self._in_grace(name, spelling, client, wanted)
+            return self._in_grace(name, client, wanted)
         return None
 
     def answer(self, username: str, address: str, at_least: int | None) -> Decision:
@@ -108,7 +108,7 @@ class Answers:
         wanted = 0 if at_least is None else at_least
         for _ in range(_TRIES):
             if not self._lease.hold(wanted):
-                return self._in_grace(name, spelling, client, wanted)
+                return self._in_grace(name, client, wanted)
             # In this order: what is still found after the revision was read is current to it.
             until, revision = self._lease.deadline, self._lease.revision
             if revision < wanted:
@@ -135,12 +135,12 @@ class Answers:
             return attrs.evolve(decision, revision=max(decision.revision, revision))
         return None
 
-    def _held(self, name: str, spelling: str) -> Entry | None:
+    def _held(self, name: str) -> Entry | None:
         """Return what is remembered of a user, by the table too."""
         entry = self._cache.by_spelling.get(name)
         if entry is None and self._cache.table is not None:
             with self._lease.lock:
-                entry = self._cache.find(name, spelling, self._lease.revision)
+                entry = self._cache.find(name, name, self._lease.revision)
         return entry
 
     def _spell(self, entry: Entry, spelling: str) -> None:
@@ -148,10 +148,10 @@ class Answers:
             with self._lease.lock:
                 self._cache.spell(entry, spelling)
 
-    def _in_grace(self, name: str, spelling: str, client: AddressRange, wanted: int) -> Decision:
+    def _in_grace(self, name: str, client: AddressRange, wanted: int) -> Decision:
         """Answer from what is remembered though the lease is over, where that was chosen."""
         until, revision = self._lease.deadline, self._lease.revision
-        entry = self._held(name, spelling)
+        entry = self._held(name)
         if entry is None or revision < wanted:
             return self.denied(Reason.STORE_UNAVAILABLE)
         decision = decide(entry.policy, client, self._store.now(), deny_unknown=self._deny_unknown)

@@ -239,7 +239,9 @@ class Lease:
         diverged = False
         with self.lock:
             known, position = self.revision, self._position()
-            if usernames is RESET:
+            # The first reading of all tells of no changes: what was read before it, such as a
+            # snapshot at a revision that happened to be the guard's, is of unknown age.
+            if usernames is RESET or position is None:
                 self._cache.clear()
                 self.history += 1
             if position not in {cursor, (head, token)}:
