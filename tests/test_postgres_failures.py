@@ -238,7 +238,7 @@ def test_a_lost_acknowledgement_is_unavailable(server: Server, keep: bool) -> No
             flow = ipguard.Workflow(store, outbox, key=bytes(32))
             request = flow.request(BOSS, "jo", "203.0.113.7")
             number = outbox.number_for(request.id)
-            proxy.lose = b"COMMIT" if keep else b"INSERT INTO"
+            proxy.lose = b"COMMIT\0" if keep else b"INSERT INTO"
             if not keep:
                 proxy.silent = True
             with pytest.raises(StoreUnavailable):
