@@ -98,7 +98,8 @@ class Asked:
     state: str = "pending"
     left: int = ATTEMPTS
     sent: int = 1
-    sent_at: float | None = None
+    failed: int = 0  # in a row
+    tried_at: float = 0.0
     numbers: list[str] = attrs.field(factory=list)
 
     def state_at(self, now: float) -> str:
@@ -438,12 +439,12 @@ class Machine(RuleBasedStateMachine):
             number_ends=model.now + NUMBER_LIVES,
             until=until,
             target=target,
-            sent_at=model.now,
+            tried_at=model.now,
         )
         model.note("request", actor, user)
         if isinstance(request, str):
             model.asked[request] = asked
-            asked.sent, asked.sent_at = 0, None
+            asked.sent, asked.failed = 0, 1
             model.note("delivery_failed", actor, user)
         else:
             model.asked[request.id] = asked
@@ -481,19 +482,22 @@ class Machine(RuleBasedStateMachine):
                 raise Refused("RequestClosed", asked.state_at(model.now))
             if asked.sent > RESENDS:
                 raise Refused("TooManyRequests", asked.ends - model.now)
-            if asked.sent_at is not None and model.now < asked.sent_at + INTERVAL:
-                raise Refused("TooManyRequests", asked.sent_at + INTERVAL - model.now)
+            # What failed does not count, until as many have failed in a row as may be resent.
+            at_once = 0 < asked.failed <= RESENDS
+            if not at_once and model.now < asked.tried_at + INTERVAL:
+                raise Refused("TooManyRequests", asked.tried_at + INTERVAL - model.now)
 
             def then(outcome: Any) -> None:
                 asked.left = ATTEMPTS
                 asked.number_ends = min(model.now + NUMBER_LIVES, asked.ends)
                 asked.numbers.append("")  # what was sent before is dead
                 model.note("resend", actor, asked.user)
+                asked.tried_at = model.now
                 if isinstance(outcome, str):
-                    asked.sent_at = None
+                    asked.failed += 1
                     model.note("delivery_failed", actor, asked.user)
                 else:
-                    asked.sent, asked.sent_at = asked.sent + 1, model.now
+                    asked.sent, asked.failed = asked.sent + 1, 0
                     asked.numbers.append(self.outbox.number_for(key))
                     assert outcome.attempts_left == ATTEMPTS
 
