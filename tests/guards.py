@@ -148,8 +148,14 @@ class Held:
         self.streams.append(revision)
         return self.snapshot(revision), self._streamed(policies)
 
-    def _streamed(self, policies: Any) -> Iterator[tuple[str, Policy]]:
+    def _streamed(self, policies: Any) -> Iterator[Any]:
+        stream = self._stream(policies)
+        next(stream)  # begun: so that to close it, unread, closes what is underneath
+        return stream
+
+    def _stream(self, policies: Any) -> Iterator[Any]:
         with closing(policies):
+            yield None
             _use(self.in_stream)
             yield from policies
             _use(self.after_stream)

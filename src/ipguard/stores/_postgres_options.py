@@ -23,6 +23,7 @@ _DEFAULTS: Final = {
     "keepalives_interval": "2",
     "keepalives_count": "3",
 }
+_ENCODING: Final = {"client_encoding": "utf8"}  # any other could not give every name
 _LISTENER: Final = {"fallback_application_name": "ipguard listener"}
 _NAME_AT_MOST: Final = 63  # bytes of an identifier
 
@@ -130,7 +131,7 @@ _NO_URL: Final = (
 
 def _conninfo(dsn: str) -> dict[str, Any]:
     try:
-        return _DEFAULTS | conninfo_to_dict(dsn)
+        return _DEFAULTS | conninfo_to_dict(dsn) | _ENCODING
     except (ProgrammingError, UnicodeError, ValueError):
         # libpq's own words may repeat the part with the password.
         raise StoreConfigError(_NO_URL) from None

@@ -18,10 +18,11 @@ from ipguard.stores._sql import Row
 
 _FETCHED: Final = 5_000
 
-# Written so that most rows need the fewest steps: no expiry, and three values joined.
+# Written so that most rows need the fewest steps: no expiry, and three values joined. `textsend`
+# gives the connection's encoding, which is UTF-8.
 _PACKED: Final = """
 SELECT q.username,
-    CASE WHEN u.removed = 0 THEN decode('01', 'hex') ELSE decode('00', 'hex') END || q.packed
+    CASE WHEN u.username IS NULL THEN decode('00', 'hex') ELSE decode('01', 'hex') END || q.packed
 FROM (
     SELECT o.username, string_agg(o.packed, decode('00', 'hex')) || decode('00', 'hex') AS packed
     FROM (
@@ -30,18 +31,18 @@ FROM (
             THEN
                 CASE WHEN length(r.first_ip) = 4
                 THEN decode('00', 'hex') ELSE decode('01', 'hex') END
-                || r.first_ip || r.last_ip || convert_to(r.id, 'UTF8')
+                || r.first_ip || r.last_ip || textsend(r.id)
             ELSE
                 CASE WHEN length(r.first_ip) = 4
                 THEN decode('02', 'hex') ELSE decode('03', 'hex') END
-                || r.first_ip || r.last_ip || int8send(r.expires_at) || convert_to(r.id, 'UTF8')
+                || r.first_ip || r.last_ip || int8send(r.expires_at) || textsend(r.id)
             END AS packed
         FROM restrictions r
         ORDER BY r.username, r.created_at, r.id
     ) o
     GROUP BY o.username
 ) q
-LEFT JOIN users u ON u.username = q.username
+LEFT JOIN users u ON u.username = q.username AND u.removed = 0
 """
 
 
