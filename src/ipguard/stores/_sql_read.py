@@ -78,22 +78,23 @@ def touching(db: Executor) -> int:
 
 
 TOUCHING: Final = "SELECT touching FROM head WHERE id = 1"
-CHANGES_SINCE: Final = """
-SELECT h.revision, h.token, c.token, t.touched
-FROM head h
-LEFT JOIN changes c ON c.revision = ?
-LEFT JOIN (
-    SELECT touched FROM changes
-    WHERE revision > ? AND touched IS NOT NULL
-    ORDER BY revision LIMIT ?
-) t ON 1 = 1
-WHERE h.id = 1
-"""
-"""What `changes_of` reads, with the parameters of `changes_params`.
+TOUCHED_SINCE: Final = (
+    "SELECT touched FROM changes WHERE revision > ? AND touched IS NOT NULL"
+    " ORDER BY revision LIMIT ?"
+)
+"""Whose policies changed after a revision, by at most so many changes.
 
 It is asked for an order so that it is read from the index: a planner that does not know the
 revision takes a third of the trail to be after it, and would look through all of it each time.
 """
+CHANGES_SINCE: Final = f"""
+SELECT h.revision, h.token, c.token, t.touched
+FROM head h
+LEFT JOIN changes c ON c.revision = ?
+LEFT JOIN ({TOUCHED_SINCE}) t ON 1 = 1
+WHERE h.id = 1
+"""
+"""What `changes_of` reads, with the parameters of `changes_params`."""
 
 
 def changes_params(cursor: tuple[int, str] | None) -> Row:

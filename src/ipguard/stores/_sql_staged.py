@@ -21,7 +21,7 @@ from ipguard.stores._sql import (
     restriction_row,
     touched_of,
 )
-from ipguard.stores._sql_read import head
+from ipguard.stores._sql_read import TOUCHED_SINCE, head
 
 _COLUMNS: Final = f"seq, username, {RESTRICTION}"
 _TABLE: Final = (
@@ -65,10 +65,6 @@ _MOST: Final = f"SELECT max(number) FROM ({_NUMBERS}) m"
 _TOO_MANY: Final = f"SELECT username FROM ({_NUMBERS}) m WHERE number > ? ORDER BY seq LIMIT 1"
 _REPLACED: Final = f"INSERT INTO replaced_restrictions (id) SELECT r.id {_SAME}"
 _ADD: Final = f"INSERT INTO restrictions (username, {RESTRICTION})"
-_MOVED: Final = (
-    "SELECT touched FROM changes WHERE revision > ? AND touched IS NOT NULL"
-    " ORDER BY revision LIMIT ?"
-)
 
 
 class StagedRestrictions:
@@ -163,7 +159,7 @@ class StagedRestrictions:
     def _moved(self, db: Executor) -> frozenset[str] | Touched:
         """Return whose policy may have changed since they were judged."""
         revision, token = self._seen
-        rows = db.rows(_MOVED, (revision, MOVED_AT_MOST + 1))
+        rows = db.rows(TOUCHED_SINCE, (revision, MOVED_AT_MOST + 1))
         # Asked last: where this row is there still, none of those was pruned.
         if db.rows("SELECT token FROM changes WHERE revision = ?", (revision,)) != [(token,)]:
             return EVERYBODY
