@@ -90,7 +90,7 @@ class Pages:
         walk.open()
         walk.follow(f"Confirm {HOME} for John Smith")
         yield "the number"
-        walk.fill("Confirmation Number", "1")
+        walk.fill("Confirmation Number", "00000-00000")
         walk.press("Submit")
         yield "a wrong number"
         walk.press("Send a new number")

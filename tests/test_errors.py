@@ -19,6 +19,7 @@ from ipguard.errors import (
     IPGuardError,
     LockoutRisk,
     NumberExpired,
+    NumberFormatError,
     OpeningRisk,
     RequestClosed,
     SchemaVersionError,
@@ -57,6 +58,11 @@ CASES: list[tuple[IPGuardError, dict[str, object], str]] = [
         InvalidValue("label", "is too long"),
         {"name": "label", "reason": "is too long"},
         "label: is too long",
+    ),
+    (
+        NumberFormatError(10, "must have 10 digits, not 5"),
+        {"name": "number", "reason": "must have 10 digits, not 5", "digits": 10},
+        "the confirmation number must have 10 digits, not 5; no attempt was counted",
     ),
     (
         AddressTooBroad("10.0.0.0/8", 16),

@@ -358,7 +358,7 @@ def test_each_role_can_do_its_part(roles: dict[str, str]) -> None:
         flow = ipguard.Workflow(writer, outbox, key=bytes(32))
         request = flow.request(BOSS, "jo", "203.0.113.7")
         with pytest.raises(ipguard.WrongNumber):
-            flow.confirm(BOSS, request.id, "0")
+            flow.confirm(BOSS, request.id, "0" * 10)
         applied = flow.confirm(BOSS, request.id, outbox.number_for(request.id))
         flow.impose_many(BOSS, [("al", "203.0.113.8")], reason="import")
         assert [o.user.username for o in flow.overview(BOSS, search="jo")] == ["jo"]

@@ -576,7 +576,7 @@ class Machine(RuleBasedStateMachine):
         applied = self.carry_out(
             foretell,
             lambda: self.flow.confirm(
-                self.actor(actor), key, number or "0-0", allow_lockout=insist
+                self.actor(actor), key, number or "00000-00000", allow_lockout=insist
             ),
         )
         if applied is not None:

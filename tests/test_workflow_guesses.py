@@ -10,6 +10,7 @@ from ipguard import (
     Actor,
     DuplicateRestriction,
     NumberExpired,
+    NumberFormatError,
     RequestClosed,
     RequestState,
     TooManyAttempts,
@@ -181,6 +182,53 @@ def test_resending_restores_the_attempts_and_kills_the_old_number(desk: Desk) ->
     with pytest.raises(WrongNumber) as caught:
         desk.flow.confirm(ALICE, request.id, old)
     assert caught.value.attempts_left == 4
+    desk.confirm(request)
+
+
+# -- typing errors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("digits", [6, 10, 18])
+def test_a_typing_error_costs_no_attempt(desk: Desk, digits: int) -> None:
+    """Half a number, letters, two numbers: none of them is a guess, and the number stays valid."""
+    desk.use(number_digits=digits, attempts_per_number=1)
+    request = desk.ask()
+    number = desk.number(request).replace("-", "")
+    head = desk.store.changes_since(None).head
+    for text in ("", number[:5], number[:-1] + "O", number + number, f"{number}."):
+        with desk.unchanged(), pytest.raises(NumberFormatError) as caught:
+            desk.flow.confirm(ALICE, request.id, text)
+        assert caught.value.digits == digits
+    assert desk.store.changes_since(None).head == head
+    assert desk.failures() == 0
+    desk.confirm(request)
+
+
+def test_a_number_in_other_digits_confirms(desk: Desk) -> None:
+    """The digits and dashes of other keyboards are the number that was mailed."""
+    request = desk.ask()
+    typed = desk.number(request).translate({0x30 + n: 0x06F0 + n for n in range(10)})
+    desk.flow.confirm(ALICE, request.id, typed.replace("-", "\u2212\ufeff"))
+    assert desk.held() == [OFFICE]
+
+
+def test_a_wrong_number_in_other_digits_is_counted(desk: Desk) -> None:
+    """A guess in full-width digits is a guess: it gives nobody more attempts."""
+    request = desk.ask()
+    guess = desk.wrong(request).translate({0x30 + n: 0xFF10 + n for n in range(10)})
+    with pytest.raises(WrongNumber) as caught:
+        desk.flow.confirm(ALICE, request.id, guess)
+    assert caught.value.attempts_left == 4
+
+
+def test_the_length_of_numbers_changed_meanwhile(desk: Desk) -> None:
+    """A number of the former length is refused without counting it; a new one can be sent."""
+    request = desk.ask()
+    desk.use(number_digits=8)
+    with desk.unchanged(), pytest.raises(NumberFormatError):
+        desk.confirm(request)
+    desk.wait(seconds=30)
+    desk.flow.resend(ALICE, request.id)
     desk.confirm(request)
 
 

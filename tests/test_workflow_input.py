@@ -196,7 +196,7 @@ def test_text_that_lies_about_itself(desk: Desk) -> None:
     """A str that claims to equal everything opens nothing."""
     request, restriction = desk.ask(), desk.add(HOME)
     with pytest.raises(ipguard.WrongNumber):
-        desk.flow.confirm(ALICE, request.id, Sly("0"))
+        desk.flow.confirm(ALICE, request.id, Sly(desk.wrong(request)))
     for call, error in (
         (lambda: desk.flow.confirm(ALICE, Sly("0"), desk.number(request)), UnknownRequest),
         (lambda: desk.flow.delete(ALICE, Sly("0")), UnknownRestriction),

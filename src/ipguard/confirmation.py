@@ -14,11 +14,18 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ipguard.errors import InvalidValue
+from ipguard.errors import InvalidValue, NumberFormatError, shortened
 
 _KEY_BYTES: Final = 32
 _GROUP: Final = 5
 _LONGEST_TYPED: Final = 256
+_IGNORED_CATEGORIES: Final = frozenset({"Cf", "Pd"})
+# Characters that people see as a dash or as nothing at all, but that Unicode puts in other
+# categories: minus signs, the hyphen bullet, the long-vowel mark that a Japanese keyboard types for
+# a hyphen; fillers, joiners, variation selectors, the blank Braille pattern.
+_IGNORED: Final = frozenset(
+    "\u02d7\u2043\u2212\u30fc\u034f\u115f\u1160\u2800" + "".join(map(chr, range(0xFE00, 0xFE10)))
+)
 
 
 def mint(digits: int) -> str:
@@ -38,16 +45,39 @@ def spaced(number: str) -> str:
     return "-".join(number[i : i + _GROUP] for i in range(0, len(number), _GROUP))
 
 
-def typed(text: str) -> str:
-    """Return what a person typed, less the blanks and hyphens that do not matter.
+def typed(text: str, digits: int) -> str:
+    """Read a number as a person typed or pasted it.
 
-    A mail program may have made other dashes of the hyphens, so every dash counts as one. Text that
-    is far too long to be a number comes back empty, which matches none: it is compared while the
-    writer's lock is held, so its length must not cost anything.
+    Spaces, dashes and invisible characters of any kind are ignored: mail programs and clipboards
+    add them. Decimal digits of any script are read, such as the full-width digits of a Japanese
+    keyboard. Anything else cannot be the number that was mailed, so it is a typing error and not a
+    guess.
+
+    Args:
+        text: What the person typed.
+        digits: How many digits the number has.
+
+    Returns:
+        Exactly that many ASCII digits.
+
+    Raises:
+        NumberFormatError: The text cannot be a number of that length.
     """
-    if len(text) > _LONGEST_TYPED:
-        return ""
-    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Pd")
+    if len(text) > _LONGEST_TYPED:  # read under the writer's lock, so bound the work
+        raise NumberFormatError(digits, f"must have {digits} digits; this is far longer")
+    read = ""
+    for char in unicodedata.normalize("NFKC", text):
+        if char.isspace() or char in _IGNORED or unicodedata.category(char) in _IGNORED_CATEGORIES:
+            continue
+        value = unicodedata.decimal(char, None)
+        if value is None:
+            raise NumberFormatError(
+                digits, f"must have {digits} digits and nothing else; {shortened(char)} is no digit"
+            )
+        read += str(value)
+    if len(read) != digits:
+        raise NumberFormatError(digits, f"must have {digits} digits, not {len(read)}")
+    return read
 
 
 class Keyring:
@@ -106,24 +136,23 @@ class Keyring:
         Raises:
             KeyError: The ring does not hold that key.
         """
-        # What a person typed may hold any code point, lone surrogates too: it is then a wrong
-        # number.
+        # The fields of a stored request may hold lone surrogates.
         fields = [text.encode("utf-8", "surrogatepass") for text in (number, *subject)]
         return _hmac(self._keys[key_id], fields)
 
-    def matches(self, key_id: bytes, digest: bytes, text: str, subject: Iterable[str]) -> bool:
-        """Tell whether what a person typed is the number of this digest, in constant time.
+    def matches(self, key_id: bytes, digest: bytes, number: str, subject: Iterable[str]) -> bool:
+        """Compare a number with a digest, in constant time.
 
         Args:
-            key_id: Under which key the digest was made.
-            digest: The digest kept.
-            text: What the person typed; spaces and hyphens do not matter.
+            key_id: The key that the digest was made with.
+            digest: The stored digest.
+            number: The digits, as `typed` returns them.
             subject: As it was given to `digest`.
 
         Raises:
             KeyError: The ring does not hold that key.
         """
-        return hmac.compare_digest(digest, self.digest(key_id, typed(text), subject))
+        return hmac.compare_digest(digest, self.digest(key_id, number, subject))
 
 
 def _hmac(key: bytes, fields: Iterable[bytes]) -> bytes:

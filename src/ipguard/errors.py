@@ -89,6 +89,23 @@ class InvalidValue(IPGuardError, ValueError):
         return f"{self.name}: {self.reason}"
 
 
+class NumberFormatError(InvalidValue):
+    """Text that cannot be a confirmation number. It is a typing error: no attempt is counted.
+
+    Attributes:
+        digits: How many digits a number has.
+        reason: What is wrong with the text, in a few words.
+    """
+
+    def __init__(self, digits: int, reason: str) -> None:
+        super().__init__("number", reason)
+        self.args = (digits, reason)
+        self.digits = digits
+
+    def __str__(self) -> str:
+        return f"the confirmation number {self.reason}; no attempt was counted"
+
+
 class AddressTooBroad(IPGuardError):
     """A restriction that would hold more addresses than the settings allow.
 

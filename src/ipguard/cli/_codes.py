@@ -34,6 +34,7 @@ class Exit(IntEnum):
 ERRORS: Final[tuple[tuple[type[errors.IPGuardError], Exit], ...]] = (
     (errors.WrongNumber, Exit.NUMBER),
     (errors.NumberExpired, Exit.NUMBER),
+    (errors.NumberFormatError, Exit.NUMBER),
     (errors.RequestClosed, Exit.NUMBER),
     (errors.TooManyAttempts, Exit.NUMBER),
     (errors.UnknownUser, Exit.UNKNOWN),
@@ -83,6 +84,7 @@ class Problem(Exception):
 _IDS: Final = "ids are in brackets in `ipguard list` in a terminal, and in `ipguard list --json`"
 _HINTS: Final[dict[type[Exception], str]] = {
     errors.NumberExpired: "`ipguard resend` sends a new number",
+    errors.NumberFormatError: "run `ipguard confirm` again and type the number from the mail",
     errors.LockoutRisk: "--allow-lockout does it all the same",
     errors.OpeningRisk: "--allow-open does it all the same",
     errors.UnknownUser: "`ipguard users list --search` finds users",

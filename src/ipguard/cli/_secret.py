@@ -77,10 +77,10 @@ def read_keys(path: str | None) -> list[bytes]:
 
 
 def read_number() -> str:
-    """Return the confirmation number that a person types or a program writes to standard input.
+    """Read the confirmation number from the terminal or from standard input.
 
-    It is shown while it is typed: it is good for one change and dead once that holds, and a typing
-    error costs one of few attempts.
+    The terminal echoes it: the number is valid for one change only, and a wrong digit costs one of
+    a few attempts.
     """
     if sys.stdin.isatty():
         sys.stderr.write("Confirmation number: ")

@@ -6,7 +6,7 @@ import logging
 
 import attrs
 
-from ipguard import rules
+from ipguard import confirmation, rules
 from ipguard.errors import InvalidValue, NumberExpired, TooManyAttempts, WrongNumber
 from ipguard.model import (
     Action,
@@ -43,7 +43,8 @@ class Confirmations(Base):
         Args:
             actor: Who made the request.
             request_id: Its id.
-            number: As it was mailed; spaces and hyphens do not matter.
+            number: As it was mailed. Spaces, dashes and invisible characters are ignored, and
+                decimal digits of any script are read.
             allow_lockout: Accept that the actor itself could not get in any more.
             allow_opening: Accept that a deletion may be of the user's last restriction.
 
@@ -55,6 +56,7 @@ class Confirmations(Base):
             RequestClosed: It was confirmed, cancelled or has expired.
             NumberExpired: The number's time is over; nothing is counted.
             TooManyAttempts: The request is locked, or the actor failed too often.
+            NumberFormatError: The text cannot be a number; no attempt is counted.
             WrongNumber: It is not the number. The guess is counted.
             IPGuardError: As `request` and `delete` raise, by the rules as things are now: no
                 attempt is counted, and the number stays usable.
@@ -67,7 +69,8 @@ class Confirmations(Base):
             stored, user = _steps.request_and_user(tx, actor, request_id, own=True)
             failures = self._check_open(tx, actor, stored)
             outcome: tuple[Applied | int, Change]
-            if self._keys.matches(stored.key_id, stored.digest, number, subject_of(stored.request)):
+            digits = confirmation.typed(number, self.settings.number_digits)
+            if self._keys.matches(stored.key_id, stored.digest, digits, subject_of(stored.request)):
                 outcome = self._apply(
                     tx,
                     actor,

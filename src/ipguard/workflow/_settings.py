@@ -50,7 +50,7 @@ class WorkflowSettings:
 
     Attributes:
         number_digits: Digits of a confirmation number, 6 to 18. 10 are 33 bits; ASVS 6.5.4 asks for
-            20.
+            20. After a change of this setting, `resend` replaces numbers that were mailed before.
         number_lifetime: How long a number is valid; ASVS 6.5.5 has 10 minutes as the most.
         request_lifetime: How long a request waits; NIST SP 800-63A-4 3.8 has 24 hours for e-mail.
         attempts_per_number: Wrong guesses before the request is locked.
