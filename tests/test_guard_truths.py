@@ -432,6 +432,69 @@ def test_who_joins_does_not_take_an_older_load(world: World) -> None:
     assert (decision.reason, decision.revision) == (Reason.NOT_LISTED, revision)
 
 
+def test_a_waiter_does_not_use_a_load_of_a_revision_that_was_lost(restorable: Restorable) -> None:
+    """A policy read ahead does not answer a call that began after a later sync.
+
+    The revision has been replaced by another commit, and `at_least` means that one.
+    """
+    world = restorable
+    world.restrict("jsmith", OFFICE)
+    guard = world.guard()
+    guard.sync()
+    restore = world.back_up()
+    lost = world.lift_all("jsmith")
+    joined = threading.Event()
+    with gate(world.store.after_load) as held:
+        first = Call(lambda: guard.check("jsmith", HOME))
+        held.reached()
+        restore()
+        assert world.touch("adoe") == lost
+        assert guard.sync() == lost
+        (load,) = guard._loads._under_way.values()
+        done = load.done
+
+        class Done:
+            def acquire(self, timeout: float) -> bool:
+                joined.set()
+                return done.acquire(timeout=PATIENCE)
+
+            def release(self) -> None:
+                done.release()
+
+        load.done = Done()  # type: ignore[assignment]
+        second = Call(lambda: guard.check("jsmith", HOME, at_least=lost))
+        assert joined.wait(PATIENCE)
+        held.let_go()
+        assert first.result()  # it began when the commit was there
+        assert second.result().reason is Reason.NOT_LISTED
+    assert world.store.loads == ["jsmith"] * 2
+
+
+def test_a_load_overtaken_by_a_sync_is_not_remembered_and_hides_what_is_older(
+    world: World,
+) -> None:
+    """A policy read ahead is not remembered after a sync, nor is the older one answered again."""
+    guard = world.guard(preload=True)
+    world.restrict("jsmith", OFFICE)
+    guard.sync()
+    table = guard._cache.table
+    assert table is not None
+    table.mark(["jsmith"])
+    behind = world.inner.changes_since(None)._replace(usernames=frozenset())
+    world.lift_all("jsmith")
+    with gate(world.store.after_load) as held:
+        call = Call(lambda: guard.check("jsmith", HOME))
+        held.reached()
+        # A server that is one commit behind answers the sync: the guard's revision stays.
+        world.store.changes = lambda _: behind
+        guard._lease.sync()
+        held.let_go()
+        assert call.result()
+    assert "jsmith" not in guard._cache.by_spelling
+    assert table.policy("jsmith", guard.revision) is None
+    assert guard.check("jsmith", HOME)
+
+
 def test_a_load_that_took_longer_than_max_staleness_answers_nothing(world: World) -> None:
     """A policy that took five seconds to come may be five seconds old."""
     guard = world.guard()

@@ -103,20 +103,29 @@ class Cache:
                 self._keep(entry, spelling)
         return entry
 
-    def put(self, entry: Entry, spelling: str, *, ahead: bool) -> None:
-        """Remember a user in place of what was known, found by both spellings from now on.
+    def supersede(self, entry: Entry, *, ahead: bool) -> None:
+        """Forget what is older than an entry, without remembering the entry itself.
 
         Args:
             entry: The user, as the store had it.
-            spelling: How the client's server spelt it.
             ahead: Whether the policy is of a revision that no sync had come to when it was read.
         """
         name = entry.spellings[0]
         if self.table is not None:
             self.table.put(name, entry.policy, ahead=ahead)
         self._forget(name)
+
+    def put(self, entry: Entry, spelling: str, *, ahead: bool) -> None:
+        """Remember a user in place of what was known, found by both spellings from now on.
+
+        Args:
+            entry: The user, as the store had it.
+            spelling: How the client's server spelt it.
+            ahead: As for `supersede`. The next sync drops such an entry.
+        """
+        self.supersede(entry, ahead=ahead)
         if ahead:
-            self._ahead.add(name)
+            self._ahead.add(entry.spellings[0])
         self._keep(entry, spelling)
 
     def _keep(self, entry: Entry, spelling: str) -> None:

@@ -97,6 +97,8 @@ class Lease:
         revision: The revision up to which everything remembered is known to be current.
         history: A number that changes when the store turns out to have another history: a policy
             that was being read meanwhile may be of the old one.
+        syncs: How many readings have been applied. A reading names the changes after the guard's
+            revision only, so it cannot name a revision ahead of it that a failover has lost.
         lock: The guard's lock: whoever writes the cache or this object holds it, and never during
             I/O.
         synced_at: When the read that last renewed the lease began.
@@ -114,6 +116,7 @@ class Lease:
         self.deadline = _OVER
         self.revision = 0
         self.history = 0
+        self.syncs = 0
         self.synced_at: float | None = None
         self.health = Health(monotonic)
         # Others wait for a sync no longer than this, so a hanging store does not gather a queue.
@@ -257,6 +260,7 @@ class Lease:
             else:
                 self._cache.drop(usernames)
                 self._cache.drop_ahead()
+            self.syncs += 1
             self.revision, self._token = head, token
             slept_meanwhile = self._asleep() - slept > _SLEEP_NOTICED
             if slept_meanwhile:

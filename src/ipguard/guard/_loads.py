@@ -16,14 +16,15 @@ _TRIES = 2
 
 
 class _Load:
-    """One read under way; `done` is held until it has ended."""
+    """One read in progress; `done` is held until it ends. Positions are from its beginning."""
 
-    __slots__ = ("_began", "done", "entry", "history", "revision", "started")
+    __slots__ = ("_began", "done", "entry", "history", "revision", "started", "syncs")
 
-    def __init__(self, started: float, revision: int, history: int) -> None:
+    def __init__(self, started: float, lease: Lease) -> None:
         self.started = started
-        self.revision = revision
-        self.history = history
+        self.revision = lease.revision
+        self.history = lease.history
+        self.syncs = lease.syncs
         self.entry: Entry | None = None
         self.done = threading.Lock()
         self.done.acquire()
@@ -32,6 +33,15 @@ class _Load:
     def left(self, patience: float) -> float:
         """Return how long this read may still be waited for; a hanging one gathers no queue."""
         return max(0.0, self._began + patience - time.monotonic())
+
+    def current(self, policy: Policy, syncs: int) -> bool:
+        """Return whether the policy may be used after `syncs` readings have been applied.
+
+        A policy read ahead of the guard's revision may be of a revision that a failover has lost
+        since. A sync applied after the read began cannot name that revision, so it proves nothing
+        about the policy.
+        """
+        return policy.revision <= self.revision or syncs <= self.syncs
 
 
 class Loads:
@@ -75,9 +85,12 @@ class Loads:
             What decides, and the moment from which it may not be used; or None where the store does
             not answer, or not with that revision.
         """
+        syncs: int | None = None
         for _ in range(_TRIES):
             now = self._monotonic()
             with self._lease.lock:
+                if syncs is None:
+                    syncs = self._lease.syncs
                 # Another thread's read may have ended since the caller looked.
                 held = self._cache.find(name, spelling, self._lease.revision)
                 if held is not None and self._lease.revision >= revision:
@@ -88,7 +101,7 @@ class Loads:
                 if load is None or not joins:
                     if self._lease.health.resting():
                         return None
-                    load = _Load(now, self._lease.revision, self._lease.history)
+                    load = _Load(now, self._lease)
                     self._under_way[name] = load
                     self.count += 1
             if not joins:
@@ -98,7 +111,12 @@ class Loads:
             entry = load.entry
             if entry is None:
                 return None
-            if load.history == self._lease.history and entry.policy.revision >= revision:
+            same_history = load.history == self._lease.history
+            if (
+                same_history
+                and entry.policy.revision >= revision
+                and load.current(entry.policy, syncs)
+            ):
                 return entry, load.started + self._max_staleness
         return None
 
@@ -112,7 +130,10 @@ class Loads:
                 # nothing would ever drop it (the stale fill).
                 known, history = self._lease.revision, self._lease.history
                 if load.history == history and policy.revision >= known:
-                    self._cache.put(entry, spelling, ahead=policy.revision > load.revision)
+                    if load.current(policy, self._lease.syncs):
+                        self._cache.put(entry, spelling, ahead=policy.revision > load.revision)
+                    else:
+                        self._cache.supersede(entry, ahead=True)
             load.entry = entry
         except Exception as exc:
             self._lease.health.failed(exc)
