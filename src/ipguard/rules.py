@@ -15,7 +15,7 @@ There is no other step. One that is not in the table raises `RequestClosed` and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
@@ -29,9 +29,13 @@ from ipguard.model import (
     Reason,
     RequestState,
     Restriction,
+    StoredRequest,
 )
 
 NO_RESTRICTIONS: Final = "No restrictions"
+
+_FIRST: Final = datetime.min.replace(tzinfo=UTC)
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
 
 
 def decide(
@@ -113,6 +117,43 @@ def state_at(request: PendingRequest, now: datetime) -> RequestState:
     if request.state is RequestState.PENDING and request.expires_at <= now:
         return after(request.state, Step.EXPIRE)
     return request.state
+
+
+def number_expired(stored: StoredRequest, now: datetime) -> bool:
+    """Return whether a request's number can no longer be confirmed.
+
+    A number issued in the future was issued by a clock that ran ahead and has been set right: how
+    old it is cannot be known, so it counts as expired.
+    """
+    ahead = stored.sent_at is not None and stored.sent_at > now
+    return ahead or stored.request.number_expires_at <= now
+
+
+def wait_left(times: Iterable[datetime], most: int, period: timedelta, now: datetime) -> timedelta:
+    """Return how long to wait until fewer than `most` of some times lie within a period.
+
+    Times in the future come from a clock that ran ahead and has been set right. They are not
+    counted: otherwise the wait would last until the clock reaches them again.
+
+    Args:
+        times: When something was done, in any order.
+        most: How often it may be done within the period; at least 1.
+        period: The period, which ends now.
+        now: The store's time.
+
+    Returns:
+        The wait; zero if it may be done now.
+    """
+    ages = sorted(age for at in times if timedelta(0) <= (age := now - at) < period)
+    return timedelta(0) if len(ages) < most else period - ages[most - 1]
+
+
+def shifted(moment: datetime, by: timedelta) -> datetime:
+    """Add a duration to a time in UTC, ending at the first or the last time that there is."""
+    try:
+        return moment + by
+    except OverflowError:
+        return _FIRST if by < timedelta(0) else _LAST
 
 
 def check_lockout(

@@ -55,9 +55,13 @@ def checked_time(name: str, value: object) -> datetime:
     """
     if not isinstance(value, datetime):
         raise InvalidValue(name, f"must be a datetime, not {type(value).__name__}")
-    if value.utcoffset() is None:
-        raise InvalidValue(name, "must be an aware datetime")
     try:
+        if value.utcoffset() is None:
+            raise InvalidValue(name, "must be an aware datetime")
         return value.astimezone(UTC)
     except OverflowError:
         raise InvalidValue(name, "is beyond what a time in UTC can be") from None
+    except InvalidValue:
+        raise
+    except Exception as exc:  # a tzinfo of the caller's own may raise anything
+        raise InvalidValue(name, f"has a time zone that fails: {type(exc).__name__}") from exc

@@ -10,7 +10,7 @@ from typing import cast
 
 import attrs
 
-from ipguard import confirmation
+from ipguard import confirmation, rules
 from ipguard.addresses import AddressRange, typed
 from ipguard.errors import (
     DeliveryError,
@@ -114,7 +114,7 @@ class Base(Closing):
             label=wanted.label,
             requested_by=actor.username,
             requested_at=tx.now,
-            expires_at=tx.now + self.settings.request_lifetime,
+            expires_at=rules.shifted(tx.now, self.settings.request_lifetime),
             number_expires_at=tx.now,
             attempts_left=0,
             state=RequestState.PENDING,
@@ -147,7 +147,9 @@ class Base(Closing):
         number = confirmation.mint(self.settings.number_digits)
         request = attrs.evolve(
             request,
-            number_expires_at=min(now + self.settings.number_lifetime, request.expires_at),
+            number_expires_at=min(
+                rules.shifted(now, self.settings.number_lifetime), request.expires_at
+            ),
             attempts_left=self.settings.attempts_per_number,
         )
         stored = StoredRequest(

@@ -95,7 +95,7 @@ class Confirmations(Base):
         if state is RequestState.LOCKED:
             raise TooManyAttempts
         rules.after(state, rules.Step.CONFIRM)
-        if stored.request.number_expires_at <= tx.now:
+        if rules.number_expired(stored, tx.now):
             raise NumberExpired
         if stored.key_id not in self._keys:
             _log.error(

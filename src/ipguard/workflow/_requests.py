@@ -103,14 +103,20 @@ class Requests(Base):
             limit = self.settings.resends_per_request
             resends = stored.resends + (stored.mails_failed == 0)
             if resends > limit:
-                raise TooManyRequests(stored.request.expires_at - tx.now)
+                raise TooManyRequests(
+                    min(stored.request.expires_at - tx.now, self.settings.request_lifetime)
+                )
             at_once = 0 < stored.mails_failed <= max(1, limit)
             if not at_once and stored.sent_at is not None:
-                due = stored.sent_at + self.settings.resend_interval
-                if tx.now < due:
-                    raise TooManyRequests(due - tx.now)
-            failed = stored.mails_failed
-            stored, number = self._numbered(stored.request, stored.email, tx.now, resends)
+                interval = self.settings.resend_interval
+                wait = rules.wait_left([stored.sent_at], 1, interval, tx.now)
+                if wait:
+                    raise TooManyRequests(wait)
+            failed, request = stored.mails_failed, stored.request
+            if request.requested_at > tx.now:  # by a clock that ran ahead
+                expires_at = rules.shifted(tx.now, self.settings.request_lifetime)
+                request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
+            stored, number = self._numbered(request, stored.email, tx.now, resends)
             tx.save_request(stored)
             change = _steps.append(
                 tx,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Final
 
 import attrs
 
@@ -34,6 +35,8 @@ from ipguard.model import (
 )
 from ipguard.store import Transaction, particulars
 from ipguard.workflow._settings import WorkflowSettings
+
+_HOUR: Final = timedelta(hours=1)
 
 
 def new_id() -> str:
@@ -93,10 +96,10 @@ def advance(stored: StoredRequest, step: rules.Step, now: datetime) -> StoredReq
 
 def check_pace(tx: Transaction, actor: Actor, settings: WorkflowSettings) -> None:
     """Refuse another request of an actor who has made too many within the hour."""
-    hour = timedelta(hours=1)
-    times = tx.request_times(actor.username, tx.now - hour)
-    if len(times) >= settings.requests_per_hour:
-        raise TooManyRequests(times[-settings.requests_per_hour] + hour - tx.now)
+    times = tx.request_times(actor.username, rules.shifted(tx.now, -_HOUR))
+    wait = rules.wait_left(times, settings.requests_per_hour, _HOUR, tx.now)
+    if wait:
+        raise TooManyRequests(wait)
 
 
 def check_not_pending(
