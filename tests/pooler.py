@@ -17,8 +17,13 @@ _COMMAND = "apt-get install --yes --no-install-recommends pgbouncer"
 
 
 @contextlib.contextmanager
-def transaction_pooler(server: Server) -> Iterator[int]:
-    """Run pgbouncer before a server, and give its port."""
+def transaction_pooler(server: Server, *, user: str = "postgres") -> Iterator[int]:
+    """Run pgbouncer in front of a server, and give its port.
+
+    Args:
+        server: The server.
+        user: The role of every session on the server, whoever logs in to pgbouncer.
+    """
     program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if program is None:
         missing = f"pgbouncer is not there; as root: {_COMMAND}"
@@ -32,7 +37,7 @@ def transaction_pooler(server: Server) -> Iterator[int]:
     settings.write_text(
         f"""
         [databases]
-        * = host=127.0.0.1 port={server.port} user=postgres
+        * = host=127.0.0.1 port={server.port} user={user}
         [pgbouncer]
         listen_addr = 127.0.0.1
         listen_port = {port}

@@ -24,10 +24,28 @@ _TABLES: Final = re.compile(
     r"(head|changes|users|search_blocks|search_terms|restrictions|requests|failures"
     r"|schema_version)\b"
 )
+_TEMPORARY: Final = re.compile(
+    r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"
+    r"((?:staged|sorted|replaced|changed)_(?:restrictions|users|names|terms))\b"
+)
+_STATEMENT_FAILED: Final = (psycopg.IntegrityError, psycopg.DataError, errors.LockNotAvailable)
+"""The errors after which a connection is used again. The others may come from its session."""
 _STAGED_AT_ONCE: Final = 5_000
 NEVER: Final = float("inf")
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 """Whatever the database's default is: once a lock is had, all that its last holder did is seen."""
+SETTINGS: Final = {
+    # Functions, operators and types are those of PostgreSQL, whatever else has their names.
+    "search_path": "pg_catalog, pg_temp",
+    # A policy that hides rows makes a query fail. Without this, a user whose restrictions are
+    # hidden would be unrestricted.
+    "row_security": "off",
+    # The driver's text form of bytes depends on it.
+    "standard_conforming_strings": "on",
+    # A read outside of a transaction neither fails nor waits because of other transactions.
+    "default_transaction_isolation": "read committed",
+}
+"""What the queries depend on, whatever the role, the database or the server has as its default."""
 
 
 class Connection(psycopg.Connection[Row]):
@@ -41,13 +59,18 @@ class Connection(psycopg.Connection[Row]):
         deadline: On the clock of `time.monotonic`.
         prepares: True where what logins wait for is prepared at its first use; None where the
             driver's `prepare_threshold` says when, or never.
+        settled: Whether `SETTINGS` hold for the whole session. Otherwise each transaction sets
+            them: through a transaction pooler, a session's settings would reach other clients.
         pid: The process that opened it; in a forked child it is never used and never closed.
         used_at: When it was last given back.
-        spoilt: Whether it is not to be used again.
+        spoilt: Whether it is not to be used again: after an error that a new connection may not
+            have. A session keeps the defaults of its role and database, such as read-only, from
+            when it began.
     """
 
     deadline: float = NEVER
     prepares: bool | None = None
+    settled: bool = False
     pid: int = 0
     used_at: float = 0.0
     spoilt: bool = False
@@ -69,11 +92,14 @@ class Connection(psycopg.Connection[Row]):
             raise
 
     @property
+    def usable(self) -> bool:
+        """Whether it may be used again, once its transaction has ended."""
+        return not (self.closed or self.spoilt)
+
+    @property
     def idle(self) -> bool:
-        """Whether it is whole and in no transaction."""
-        if self.closed or self.spoilt:
-            return False
-        return self.info.transaction_status == TransactionStatus.IDLE
+        """Whether it is usable and in no transaction."""
+        return self.usable and self.info.transaction_status == TransactionStatus.IDLE
 
     def __del__(self, *_: object) -> None:
         # The parent class warns, and a child that was forked has nothing to be warned of.
@@ -106,17 +132,39 @@ class Session:
 
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
         self._begin()
-        with translated():
-            cursor = self.connection.cursor(binary=True)
-            cursor.execute(dialect(sql, self.schema), params)
-            return cursor.fetchall() if cursor.description else []
+        return self._rows(sql, params)
 
     def prepared_rows(self, sql: str, params: Params) -> list[Row]:
         """Run one of the queries that logins wait for."""
-        with translated():
-            cursor = self.connection.cursor(binary=True)
-            cursor.execute(dialect(sql, self.schema), params, prepare=self.connection.prepares)
-            return cursor.fetchall()
+        return self._rows(sql, params, prepare=self.connection.prepares)
+
+    def _rows(self, sql: str, params: Params, *, prepare: bool | None = None) -> list[Row]:
+        connection = self.connection
+        text = dialect(sql, self.schema)
+        cursor = connection.cursor(binary=True)
+        if connection.settled or not connection.idle:
+            with self._translated():
+                cursor.execute(text, params, prepare=prepare)
+        else:
+            # A batch outside of a transaction is a transaction, and one round trip.
+            with self._pipeline():
+                connection.execute(self._settings())
+                cursor.execute(text, params, prepare=prepare)
+        return cursor.fetchall() if cursor.description else []
+
+    def _settings(self) -> str:
+        """Return the statement that sets `SETTINGS`.
+
+        They last for the session on a direct connection, and for the transaction behind a pooler,
+        which reports a process number that is not the server's.
+        """
+        pid = self.connection.info.backend_pid
+        settings = ", ".join(
+            f"pg_catalog.set_config('{name}', '{value}', l.local)"
+            for name, value in SETTINGS.items()
+        )
+        local = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) {pid}"
+        return f"SELECT {settings} FROM (SELECT {local} AS local) l"
 
     def run(self, sql: str, params: Params = ()) -> None:
         self.rows(sql, params)
@@ -124,15 +172,19 @@ class Session:
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         # A COPY for each so many rows: they may come slowly, or from queries on this connection.
         source, total = iter(rows), 0
-        statement = f"COPY {table} ({columns}) FROM STDIN"
+        statement = f"COPY pg_temp.{table} ({columns}) FROM STDIN"
         while some := list(islice(source, _STAGED_AT_ONCE)):
             self._begin()
-            with translated(), self.connection.cursor() as cursor, cursor.copy(statement) as copy:
+            with (
+                self._translated(),
+                self.connection.cursor() as cursor,
+                cursor.copy(statement) as copy,
+            ):
                 for row in some:
                     copy.write_row(row)
             total += len(some)
         if total > _STAGED_AT_ONCE:
-            self.run(f"ANALYZE {table}")  # nobody else does so with a temporary table
+            self.run(f"ANALYZE pg_temp.{table}")  # autovacuum skips temporary tables
 
     def among(self, column: str) -> str:
         return f"{column} = ANY(?::text[])"
@@ -151,24 +203,46 @@ class Session:
     def script(self, text: str) -> list[list[Row]]:
         """Run several statements without parameters in one round trip; return each one's rows."""
         self._begin()
-        with translated():
+        with self._translated():
             cursor, found = self.connection.execute(text, prepare=False), []
             while True:
                 found.append(cursor.fetchall() if cursor.description else [])
                 if not cursor.nextset():
                     return found
 
+    def begin(self, text: str) -> list[list[Row]]:
+        """Run a script whose first statement begins a transaction."""
+        if self.connection.settled:
+            return self.script(text)
+        begin, _, rest = text.partition(";")
+        found = self.script(f"{begin}; {self._settings()}; {rest}")
+        return [found[0], *found[2:]]
+
     def pipelined(self, statements: Sequence[tuple[str, Params]]) -> str | None:
         """Run statements in one round trip, and return the last one's command tag."""
         self._begin()
+        with self._pipeline():
+            cursors = [
+                self.connection.execute(dialect(text, self.schema), params)
+                for text, params in statements
+            ]
+        return cursors[-1].statusmessage
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
         try:
             with translated():
-                with self.connection.pipeline():
-                    cursors = [
-                        self.connection.execute(dialect(text, self.schema), params)
-                        for text, params in statements
-                    ]
-                return cursors[-1].statusmessage
+                yield
+        except StoreError as exc:
+            if not isinstance(exc.__cause__, _STATEMENT_FAILED):
+                self.connection.spoilt = True
+            raise
+
+    @contextmanager
+    def _pipeline(self) -> Iterator[None]:
+        try:
+            with translated(), self.connection.pipeline():
+                yield
         except BaseException:
             # What follows the statement that failed was not run, but the driver may take it for
             # prepared, now and for as long as the connection lives.
@@ -180,15 +254,16 @@ class Session:
 def dialect(text: str, schema: str) -> str:
     """Return a portable statement as PostgreSQL and its driver take it.
 
-    The tables carry the schema's name, because a search path set on a connection does not survive
-    a transaction pooler.
+    The tables carry the schema's name, so that no search path decides which tables are meant.
     """
+    place = quoted(schema).replace("%", "%%")
     text = text.replace("%", "%%").replace("?", "%s")
     if text.startswith("CREATE TEMPORARY TABLE"):
         # The order of code points, as in the tables that these are compared with.
         text = text.replace(" TEXT", ' TEXT COLLATE "C"') + " ON COMMIT DROP"
         text = text.replace(" BLOB", " BYTEA").replace(" INTEGER", " BIGINT")
-    return _TABLES.sub(lambda found: f"{found[1]}{found[2]}{quoted(schema)}.{found[3]}", text)
+    text = _TEMPORARY.sub(r"\1\2pg_temp.\3", text)
+    return _TABLES.sub(lambda found: f"{found[1]}{found[2]}{place}.{found[3]}", text)
 
 
 def quoted(name: str) -> str:
@@ -210,6 +285,8 @@ def error_of(exc: psycopg.Error) -> StoreError:
     words = exc.diag.message_primary or str(exc).strip() or type(exc).__name__
     if isinstance(exc, errors._WaitTimeout):  # noqa: SLF001
         return StoreUnavailable("PostgreSQL did not answer in time")
+    if exc.diag.source_function == "check_enable_rls":  # its SQLSTATE says only: not allowed
+        return StoreUnavailable(f"PostgreSQL: {words}")
     if isinstance(exc, errors.InsufficientPrivilege):
         return StoreConfigError(f"PostgreSQL: {words}")
     if isinstance(exc, psycopg.IntegrityError):

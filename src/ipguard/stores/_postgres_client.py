@@ -1,4 +1,4 @@
-"""How the PostgreSQL store asks: with a deadline, and once more where a connection was dead."""
+"""How the PostgreSQL store asks: with a deadline, and again if a pooled connection failed."""
 
 from __future__ import annotations
 
@@ -82,18 +82,19 @@ class Client:
         """Return until when a call that begins now may take."""
         return time.monotonic() + self.options.timeout
 
-    def refuse_recovering(self, recovering: object) -> None:
-        """Refuse what a server in recovery has answered: it may be of any age.
+    def refuse_recovering(self, session: Session, recovering: object) -> None:
+        """Refuse the answer of a server in recovery: it may be of any age.
 
         No new connection leads to one, but behind a pooler the server may change.
         """
         if recovering and not self.options.replica:
+            session.connection.spoilt = True  # a new connection may find the primary
             raise StoreUnavailable(f"{self.options.place}: the server is in recovery")
 
     # ------------------------------------------------------------------------- asking
 
     def read(self, reading: Callable[[Session], T]) -> T:
-        """Run a read; once more, on a new connection, where the one from the pool was dead."""
+        """Run a read. If a connection from the pool fails, repeat it on a new one."""
         session, found = self._asked(reading, self.deadline())
         self.pool.give(session)
         return found
@@ -107,10 +108,11 @@ class Client:
             try:
                 return session, ask(session)
             except BaseException as exc:
-                dead = session.connection.closed
+                failed = not session.connection.usable
                 self.give_up(session)
-                # Closed while it lay idle, as by a server that was restarted.
-                again = dead and not new and isinstance(exc, StoreError)
+                # The server may have closed it while it was idle, or its session may be outdated:
+                # a new connection may succeed.
+                again = failed and not new and isinstance(exc, StoreError)
                 if not again or time.monotonic() >= deadline:
                     raise
 
@@ -123,7 +125,7 @@ class Client:
             settings: Further statements to begin with, in the same round trip.
         """
         with self.begun(f"{_SNAPSHOT}; {settings}") as (session, found):
-            self.refuse_recovering(found[1][0][0])
+            self.refuse_recovering(session, found[1][0][0])
             session.patience = patience
             yield session
             session.script("COMMIT")
@@ -141,13 +143,13 @@ class Client:
         Returns:
             The connection, and the rows of each of those statements.
         """
-        session, found = self._asked(lambda it: it.script(begin), deadline or self.deadline())
+        session, found = self._asked(lambda it: it.begin(begin), deadline or self.deadline())
         try:
             yield session, found
         except BaseException:
             self.give_up(session)
             raise
-        if session.connection.closed:
+        if not session.connection.usable:
             self.pool.forget()
         self.pool.give(session)
 
@@ -155,8 +157,8 @@ class Client:
         """Undo what a connection was in the middle of, and give it back if it is whole."""
         connection = session.connection
         if connection.pid == os.getpid():
-            if connection.closed:
-                self.pool.forget()  # the others are no better, or hang
+            if not connection.usable:
+                self.pool.forget()  # the others may have the same fault, or hang
             elif not connection.idle:
                 session.patience = self.options.timeout
                 with suppress(StoreError):  # then the pool closes it, which undoes the same

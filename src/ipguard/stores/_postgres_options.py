@@ -193,6 +193,8 @@ def _schema(value: object) -> str:
     named = isinstance(value, str) and value and "\0" not in value
     if not isinstance(value, str) or not named or len(value.encode()) > _NAME_AT_MOST:
         raise StoreConfigError(f"schema must be a name of at most {_NAME_AT_MOST} bytes")
+    if value.startswith("pg_"):
+        raise StoreConfigError("schema: PostgreSQL reserves names that begin with pg_")
     return value
 
 

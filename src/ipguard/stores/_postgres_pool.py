@@ -139,7 +139,7 @@ class Pool:
         try:
             yield session
         finally:
-            if session.connection.closed:
+            if not session.connection.usable:
                 self.forget()
             self.give(session)
 
@@ -212,6 +212,7 @@ def connect(conninfo: str, deadline: float) -> Connection:
     # All of one size: numbers sent in the size of their value would make each statement several.
     connection.adapters.register_dumper(int, Int8BinaryDumper)
     connection.autocommit = True
+    connection.prepare_threshold = None  # see `greet`
     return connection
 
 

@@ -20,7 +20,12 @@ MICROS: Final = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _PREPARED_AFTER: Final = 5
 _GREETING: Final = f"""
 SELECT pg_backend_pid(), pg_is_in_recovery(), current_setting('server_encoding'), {MICROS},
-    v.version, v.oldest
+    v.version, v.oldest, (
+        SELECT string_agg(c.relname::text, ', ' ORDER BY c.relname)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = ? AND row_security_active(c.oid)
+            AND c.relname IN ('changes', 'head', 'restrictions', 'users')
+    )
 FROM schema_version v WHERE v.id = 1
 """
 _MISSING: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
@@ -50,23 +55,28 @@ def greet(session: Session, options: Options) -> Greeting:
     connection.prepare_threshold = None if auto else options.prepare
     asked_at = ticks()
     try:
-        rows = session.rows(_GREETING)
+        rows = session.rows(_GREETING, (options.schema,))
     except StoreError as exc:
         if isinstance(exc.__cause__, _MISSING):
             raise SchemaVersionError(None, SCHEMA_VERSION) from exc.__cause__
         raise
     if not rows:
         raise SchemaVersionError(None, SCHEMA_VERSION)
-    backend, recovering, encoding, micros, version, oldest = rows[0]
+    backend, recovering, encoding, micros, version, oldest, hidden = rows[0]
     if encoding != "UTF8":
         raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
     if recovering and not options.replica:
         raise StoreUnavailable(
             f"{options.place}: the server is in recovery; what it holds may be of any age"
         )
-    # A pooler gives out a process number of its own invention. Behind it a prepared statement may
-    # be another client's by the next use, so there none is prepared.
-    if auto and backend == connection.info.backend_pid:
+    if hidden:
+        raise StoreUnavailable(
+            f"{options.place}: row-level security hides rows of {hidden} from this role"
+        )
+    # A pooler reports a process number that it made up. Behind it, the next transaction may be on
+    # another session, so nothing is prepared, and settings do not last.
+    connection.settled = backend == connection.info.backend_pid
+    if auto and connection.settled:
         connection.prepare_threshold, connection.prepares = _PREPARED_AFTER, True
     return Greeting(asked_at, micros, version, oldest)
 
@@ -124,7 +134,7 @@ def _migrate(session: Session, options: Options) -> None:
     schema, milliseconds = quoted(options.schema), int(options.bulk_timeout * 1000)
     session.patience = options.bulk_timeout
     try:
-        session.script(
+        session.begin(
             f"{BEGIN}; SET LOCAL lock_timeout = {milliseconds};"
             f" SET LOCAL statement_timeout = {milliseconds}"
         )

@@ -269,6 +269,7 @@ class Writer:
     ) -> Iterator[tuple[SqlTransaction, Turn]]:
         taken = Taken(*found[-1][0])
         if taken.recovering:
+            session.connection.spoilt = True  # a new connection may find the primary
             raise StoreUnavailable(f"{self._client.options.place}: the server is in recovery")
         check_version(taken.version, taken.oldest)
         self._client.clock.set(taken.micros, asked_at)

@@ -37,12 +37,14 @@ from ipguard.stores import _sql_pages as pages
 from ipguard.stores import _sql_read as read
 from ipguard.stores import _sql_users as users_of
 from ipguard.stores._migrations import migrations as _migrations
+from ipguard.stores._postgres import Session
 from ipguard.stores._postgres_client import Client
 from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_listen import Listener
 from ipguard.stores._postgres_options import Options
 from ipguard.stores._postgres_stream import PolicyStream
 from ipguard.stores._postgres_turn import Writer
+from ipguard.stores._sql import Row
 from ipguard.stores._sql_staged import StagedRestrictions
 from ipguard.stores._sql_write import SqlTransaction, prune
 from ipguard.usernames import canonical_usernames
@@ -145,9 +147,13 @@ class PostgresStore(Closing):
 
     def load_policy(self, username: str) -> Policy:
         """Return what decides about a user, and the revision of that very snapshot."""
-        rows = self._client.read(lambda it: it.prepared_rows(_POLICY, (username, username)))
-        self._client.refuse_recovering(rows[0][-1])
-        return read.policy_of(username, rows)
+
+        def ask(session: Session) -> Policy:
+            rows = session.prepared_rows(_POLICY, (username, username))
+            self._client.refuse_recovering(session, rows[0][-1])
+            return read.policy_of(username, rows)
+
+        return self._client.read(ask)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision, and the policy of each user with restrictions, from one snapshot."""
@@ -158,11 +164,14 @@ class PostgresStore(Closing):
         """Return where the store is, and whose policy changed since a revision."""
         told = self._listener.count
         params = read.changes_params(cursor)
-        asked_at, rows = self._client.read(
-            lambda session: (ticks(), session.prepared_rows(_CHANGES, params))
-        )
-        recovering, micros, version, oldest, touching = rows[0][4:]
-        self._client.refuse_recovering(recovering)
+
+        def ask(session: Session) -> tuple[float, list[Row]]:
+            asked_at, rows = ticks(), session.prepared_rows(_CHANGES, params)
+            self._client.refuse_recovering(session, rows[0][4])
+            return asked_at, rows
+
+        asked_at, rows = self._client.read(ask)
+        micros, version, oldest, touching = rows[0][5:]
         schema.check_version(version, oldest)
         self._client.clock.set(micros, asked_at)
         self._listener.tell(touching, exactly=told == self._listener.count)
