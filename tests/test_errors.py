@@ -3,7 +3,7 @@
 import copy
 import inspect
 import pickle
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -36,6 +36,8 @@ from ipguard.errors import (
     WrongNumber,
     shortened,
 )
+
+UNTIL = datetime(2031, 1, 31, 18, tzinfo=UTC)
 
 # Each error, the data it carries, and the sentence it says.
 CASES: list[tuple[IPGuardError, dict[str, object], str]] = [
@@ -81,8 +83,69 @@ CASES: list[tuple[IPGuardError, dict[str, object], str]] = [
     ),
     (
         DuplicateRestriction("jsmith", "192.0.2.1"),
-        {"username": "jsmith", "addresses": "192.0.2.1"},
-        "jsmith already has 192.0.2.1, or a request for it is pending",
+        {
+            "username": "jsmith",
+            "addresses": "192.0.2.1",
+            "found": "restriction",
+            "label": "",
+            "expires_at": None,
+            "differs": False,
+        },
+        "jsmith already has 192.0.2.1 (no label, no expiry)",
+    ),
+    (
+        DuplicateRestriction("jsmith", "192.0.2.1", "restriction", "office", UNTIL, True),
+        {
+            "username": "jsmith",
+            "addresses": "192.0.2.1",
+            "found": "restriction",
+            "label": "office",
+            "expires_at": UNTIL,
+            "differs": True,
+        },
+        (
+            'jsmith already has 192.0.2.1 (label "office", expires 2031-01-31 18:00 UTC);'
+            " it was not changed. To change its label or expiry, delete it and add it again"
+        ),
+    ),
+    (
+        DuplicateRestriction("jsmith", "192.0.2.1", "request", "a\nb", None, True),
+        {
+            "username": "jsmith",
+            "addresses": "192.0.2.1",
+            "found": "request",
+            "label": "a\nb",
+            "expires_at": None,
+            "differs": True,
+        },
+        (
+            r"a request to add 192.0.2.1 (label 'a\nb', no expiry) for jsmith is already pending;"
+            " it was not changed. To ask for another label or expiry, cancel that request first"
+        ),
+    ),
+    (
+        DuplicateRestriction("jsmith", "192.0.2.1", "deletion"),
+        {
+            "username": "jsmith",
+            "addresses": "192.0.2.1",
+            "found": "deletion",
+            "label": "",
+            "expires_at": None,
+            "differs": False,
+        },
+        "a request to delete 192.0.2.1 of jsmith is already pending",
+    ),
+    (
+        DuplicateRestriction("jsmith", "192.0.2.1", "row"),
+        {
+            "username": "jsmith",
+            "addresses": "192.0.2.1",
+            "found": "row",
+            "label": "",
+            "expires_at": None,
+            "differs": False,
+        },
+        "jsmith 192.0.2.1 is there twice",
     ),
     (UnknownUser("jsmith"), {"username": "jsmith"}, "no user 'jsmith'"),
     (UnknownRequest("q1"), {"request_id": "q1"}, "no request 'q1'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ipguard import rules
 from ipguard.addresses import AddressRange
-from ipguard.errors import AddressTooBroad, LockoutRisk, RequestClosed
+from ipguard.errors import AddressTooBroad, DuplicateRestriction, LockoutRisk, RequestClosed
 from ipguard.model import (
     Decision,
     PendingRequest,
@@ -356,15 +356,59 @@ class TestCheckWidth:
         assert (error is not None) is (prefix < widest)
 
 
-class TestSameAddresses:
-    @given(restricted(), ranges())
-    def test_finds_exactly_these_addresses(self, held, wanted):
-        """A restriction to the same run is found, expired or not; a wider one is another."""
-        ends = (wanted.version, wanted.first, wanted.last)
-        same = [
-            r for r in held if (r.addresses.version, r.addresses.first, r.addresses.last) == ends
+class TestJudgeAdditions:
+    def judge(self, held, new, per_user=10):
+        replaced, refused = rules.judge_additions("u", held, new, per_user=per_user, now=NOW)
+        return replaced, [(each, str(error)) for each, error in refused]
+
+    def test_other_addresses_are_added(self):
+        """A wider or a narrower range is another restriction."""
+        held = [restriction("203.0.113.0/24")]
+        new = [restriction("203.0.113.0/25"), restriction("203.0.112.0/23")]
+        assert self.judge(iter(held), iter(new)) == ([], [])
+
+    def test_expired_ones_are_replaced(self):
+        """Every expired restriction to the same addresses makes way, and no other."""
+        old = [restriction("203.0.113.7", NOW - SECOND), restriction("203.0.113.7", NOW)]
+        held = [*old, restriction("203.0.113.8", NOW)]
+        new = restriction("203.0.113.7")
+        assert self.judge(held, [new], per_user=2) == (old, [])
+        (refused,) = self.judge(held, [new], per_user=1)[1]
+        assert refused == (new, "u already has 1 restrictions, as many as are allowed")
+
+    def test_duplicates_say_what_differs(self):
+        """The error has the label and the expiry of what exists."""
+        held = restriction("203.0.113.7", NOW + SECOND)
+        same = restriction("203.0.113.7", NOW + SECOND)
+        for new, differs in (
+            (same, False),
+            (restriction("203.0.113.7"), True),
+            (attrs.evolve(same, label="new"), True),
+        ):
+            replaced, ((each, error),) = rules.judge_additions(
+                "u", [held], [new], per_user=10, now=NOW
+            )
+            assert (replaced, each) == ([], new)
+            assert isinstance(error, DuplicateRestriction)
+            assert error.found == "restriction"
+            assert (error.label, error.expires_at) == (held.label, held.expires_at)
+            assert error.differs is differs
+
+    def test_the_same_twice(self):
+        """Of two new ones to the same addresses the second is refused, expired or not."""
+        one, two = restriction("203.0.113.7", NOW), restriction("203.0.113.7")
+        assert self.judge([], [one, two]) == ([], [(two, "u 203.0.113.7 is there twice")])
+
+    def test_too_many(self):
+        """The last ones beyond the limit are refused; replaced and refused ones do not count."""
+        held = [restriction("203.0.113.1", NOW), restriction("203.0.113.2")]
+        new = [restriction(f"203.0.113.{n}") for n in (1, 2, 3, 4, 5)]
+        replaced, refused = self.judge(held, new, per_user=3)
+        assert replaced == held[:1]
+        assert [each for each, _ in refused] == [new[1], new[3], new[4]]
+        assert self.judge(held, new[3:], per_user=1)[1] == [
+            (each, "u already has 1 restrictions, as many as are allowed") for each in new[3:]
         ]
-        assert rules.same_addresses(iter(held), wanted) is (same[0] if same else None)
 
 
 class TestSummarise:

@@ -224,13 +224,13 @@ def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk) -> No
 
 
 def test_a_bulk_replacement_leaves_no_deletion_in_the_way(desk: Desk) -> None:
-    """The number for the expired one deletes nothing; the new one can be deleted anew."""
+    """The request to delete the expired one is cancelled; the new one can be deleted."""
     desk.use(confirm_deletes=True)
     old = desk.add(expires_at=desk.later(hours=1))
     desk.wait(hours=1)
     stale = desk.ask_to_delete(old)
     desk.flow.impose_many(BOSS, [("jsmith", OFFICE)], reason="anew")
-    with desk.unchanged(), pytest.raises(UnknownRestriction):
+    with desk.unchanged(), pytest.raises(RequestClosed):
         desk.confirm(stale)
     (new,) = desk.store.load_policy("jsmith").restrictions
     desk.confirm(desk.ask_to_delete(new))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -16,6 +17,7 @@ from ipguard import (
     Applied,
     DuplicateRestriction,
     InvalidValue,
+    RequestState,
     TooManyRestrictions,
     UnknownRestriction,
     UnknownUser,
@@ -402,3 +404,63 @@ def test_unlock_touches_no_policy(desk: Desk) -> None:
     head, token, _ = desk.store.changes_since(None)
     desk.flow.unlock(BOSS, "alice", reason="x")
     assert desk.store.changes_since((head, token)).usernames == frozenset()
+
+
+# -- what is replaced, and what exists already -------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["impose", "impose_many", "confirm"])
+def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, way: str) -> None:
+    """Whichever call replaces it, no request is left that nothing can confirm."""
+    desk.use(confirm_deletes=True)
+    old = desk.add(OFFICE, expires_at=desk.later(hours=1))
+    other = desk.add(HOME)
+    request, kept = desk.ask_to_delete(old), desk.ask_to_delete(other)
+    desk.wait(hours=2)
+    if way == "impose":
+        desk.add(OFFICE)
+    elif way == "impose_many":
+        desk.flow.impose_many(BOSS, [("mary", HOME), ("jsmith", OFFICE)], reason="a file")
+    else:
+        desk.confirm(desk.ask(OFFICE))
+    assert desk.request(request).state is RequestState.CANCELLED
+    assert desk.request(kept).state is RequestState.PENDING
+    (line,) = desk.flow.overview(BOSS, search="jsmith")
+    assert [pending.id for pending in line.pending] == [kept.id]
+
+
+@pytest.mark.parametrize(
+    ("way", "pending"),
+    [("request", False), ("request", True), ("impose", False), ("impose_many", False)],
+)
+def test_a_duplicate_says_how_it_differs(desk: Desk, way: str, pending: bool) -> None:
+    """The same addresses with another label or expiry are refused, and the error says so."""
+    until = desk.later(days=9)
+    if pending:
+        desk.ask(OFFICE, label="fair", expires_at=until)
+    else:
+        desk.add(OFFICE, label="fair", expires_at=until)
+    for label, expires_at in (("fair", until), ("fair", None), ("", until)):
+        row = ("jsmith", OFFICE, label, expires_at)
+        call: Any = {
+            "request": partial(desk.ask, OFFICE, label=label, expires_at=expires_at),
+            "impose": partial(desk.add, OFFICE, label=label, expires_at=expires_at),
+            "impose_many": partial(desk.flow.impose_many, BOSS, [row], reason="a file"),
+        }[way]
+        with desk.unchanged(), pytest.raises(ipguard.DuplicateRestriction) as caught:
+            call()
+        error = caught.value
+        assert (error.found, error.label) == ("request" if pending else "restriction", "fair")
+        assert error.expires_at == until
+        assert error.differs is ((label, expires_at) != ("fair", until))
+        assert ("was not changed" in str(error)) is error.differs
+
+
+def test_deleting_twice_says_that_the_deletion_is_pending(desk: Desk) -> None:
+    """A second request to delete a restriction names the first, not the restriction."""
+    desk.use(confirm_deletes=True)
+    restriction = desk.add(OFFICE)
+    desk.ask_to_delete(restriction)
+    with desk.unchanged(), pytest.raises(ipguard.DuplicateRestriction) as caught:
+        desk.ask_to_delete(restriction)
+    assert str(caught.value) == f"a request to delete {OFFICE} of jsmith is already pending"

@@ -7,7 +7,7 @@ they survive `pickle` and so cross process boundaries.
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import cast
 
 _SHOWN = 60
@@ -154,20 +154,57 @@ class OpeningRisk(IPGuardError):
 
 
 class DuplicateRestriction(IPGuardError):
-    """The user already has this restriction, or a request for it is pending.
+    """The user already has these addresses, or a request for them is pending.
+
+    Nothing was changed, neither the label nor the expiry of what exists.
 
     Attributes:
         username: The user, in canonical form.
         addresses: The range in its canonical text.
+        found: What exists: `restriction`, `request` (pending), `deletion` (a pending request to
+            delete it), or `row` (an earlier row of the same import).
+        label: The label that it has.
+        expires_at: When it expires, or None.
+        differs: Whether its label or expiry is not the one asked for.
     """
 
-    def __init__(self, username: str, addresses: str) -> None:
-        super().__init__(username, addresses)
+    def __init__(
+        self,
+        username: str,
+        addresses: str,
+        found: str = "restriction",
+        label: str = "",
+        expires_at: datetime | None = None,
+        differs: bool = False,  # noqa: FBT001, FBT002 - positional, for pickle
+    ) -> None:
+        super().__init__(username, addresses, found, label, expires_at, differs)
         self.username = username
         self.addresses = addresses
+        self.found = found
+        self.label = label
+        self.expires_at = expires_at
+        self.differs = differs
 
     def __str__(self) -> str:
-        return f"{self.username} already has {self.addresses}, or a request for it is pending"
+        if self.found == "deletion":
+            return f"a request to delete {self.addresses} of {self.username} is already pending"
+        if self.found == "row":
+            return f"{self.username} {self.addresses} is there twice"
+        shown = f'"{self.label}"' if self.label.isprintable() else shortened(self.label)
+        label = f"label {shown}" if self.label else "no label"
+        expiry = (
+            "no expiry"
+            if self.expires_at is None
+            else f"expires {self.expires_at:%Y-%m-%d %H:%M} UTC"
+        )
+        which = f"{self.addresses} ({label}, {expiry})"
+        if self.found == "request":
+            text = f"a request to add {which} for {self.username} is already pending"
+            change = "To ask for another label or expiry, cancel that request first"
+        else:
+            text = f"{self.username} already has {which}"
+            change = "To change its label or expiry, delete it and add it again"
+        return f"{text}; it was not changed. {change}" if self.differs else text
 
 
 class UnknownUser(IPGuardError):

@@ -21,7 +21,13 @@ from types import MappingProxyType
 from typing import Final
 
 from ipguard.addresses import AddressRange, AddressSet
-from ipguard.errors import AddressTooBroad, LockoutRisk, RequestClosed
+from ipguard.errors import (
+    AddressTooBroad,
+    DuplicateRestriction,
+    LockoutRisk,
+    RequestClosed,
+    TooManyRestrictions,
+)
 from ipguard.model import (
     Decision,
     PendingRequest,
@@ -197,11 +203,72 @@ def check_width(addresses: AddressRange, *, widest_ipv4: int, widest_ipv6: int) 
         raise AddressTooBroad(str(addresses), widest)
 
 
-def same_addresses(
-    restrictions: Iterable[Restriction], addresses: AddressRange
-) -> Restriction | None:
-    """Return the restriction to exactly these addresses, expired or not, or None."""
-    return next((r for r in restrictions if r.addresses == addresses), None)
+_Refused = tuple[Restriction, DuplicateRestriction | TooManyRestrictions]
+
+
+def judge_additions(
+    username: str,
+    present: Iterable[Restriction],
+    wanted: Iterable[Restriction],
+    *,
+    per_user: int,
+    now: datetime,
+) -> tuple[list[Restriction], list[_Refused]]:
+    """Judge restrictions that would be added to one user in one change.
+
+    An expired restriction to the same addresses is replaced; one that still lets them in is not.
+
+    Args:
+        username: The user, in canonical form.
+        present: The user's restrictions, expired ones included.
+        wanted: The restrictions to add.
+        per_user: How many restrictions a user may have, expired ones included.
+        now: The store's time.
+
+    Returns:
+        The restrictions that would be replaced; and what is refused, each with its error:
+        duplicates first, then those that are too many.
+    """
+    held: dict[AddressRange, list[Restriction]] = {}
+    for restriction in present:
+        held.setdefault(restriction.addresses, []).append(restriction)
+    count = sum(map(len, held.values()))
+    accepted: list[Restriction] = []
+    replaced: list[Restriction] = []
+    refused: list[_Refused] = []
+    given: set[AddressRange] = set()
+    for each in wanted:
+        same = held.get(each.addresses, [])
+        live = next((r for r in same if not r.expired(now)), None)
+        if each.addresses in given:
+            error = DuplicateRestriction(username, str(each.addresses), "row")
+            refused.append((each, error))
+        elif live is not None:
+            refused.append((each, duplicate(live, each)))
+        else:
+            accepted.append(each)
+            replaced += same
+        given.add(each.addresses)
+    over = count - len(replaced) + len(accepted) - per_user
+    if over > 0:
+        refused += ((each, TooManyRestrictions(username, per_user)) for each in accepted[-over:])
+    return replaced, refused
+
+
+def duplicate(found: Restriction | PendingRequest, wanted: Restriction) -> DuplicateRestriction:
+    """Return the error for addresses that exist already: it says whether anything else differs."""
+    if isinstance(found, PendingRequest):
+        kind, expires_at = "request", found.restriction_expires_at
+    else:
+        kind, expires_at = "restriction", found.expires_at
+    return DuplicateRestriction(
+        found.username,
+        str(found.addresses),
+        kind,
+        found.label,
+        expires_at,
+        (found.label, expires_at) != (wanted.label, wanted.expires_at),
+    )
 
 
 def summarise(restrictions: Iterable[Restriction], now: datetime) -> str:

@@ -138,7 +138,7 @@ def _ask(
         )
     except DuplicateRestriction as wrong:
         waiting = _waiting(visit, user.username, addresses)
-        if waiting is None:
+        if waiting is None or wrong.differs:
             return _form(visit, values, {"addresses": _texts.problem(wrong, visit.now).text})
         return visit.go(
             "confirm",

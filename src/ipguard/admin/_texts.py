@@ -131,11 +131,7 @@ def _broad(error: IPGuardError, _: datetime) -> Problem:
 
 def _duplicate(error: IPGuardError, _: datetime) -> Problem:
     assert isinstance(error, DuplicateRestriction)
-    return Problem(
-        "addresses",
-        f"{error.username} already has {error.addresses}, or a request for it is pending. "
-        "There is nothing left to ask for.",
-    )
+    return Problem("addresses", sentence(str(error)))
 
 
 def _many(error: IPGuardError, _: datetime) -> Problem:

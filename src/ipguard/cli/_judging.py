@@ -10,10 +10,11 @@ from contextlib import closing, contextmanager
 from datetime import datetime
 from itertools import groupby
 from json import dumps
-from typing import BinaryIO, Final, Generic, TypeVar
+from typing import Any, BinaryIO, Final, Generic, TypeVar
 
 import attrs
 
+from ipguard import rules
 from ipguard.addresses import AddressRange
 from ipguard.cli._bulk import BadRows, Spool, progress
 from ipguard.cli._call import Call
@@ -22,10 +23,9 @@ from ipguard.errors import (
     DuplicateRestriction,
     InvalidValue,
     IPGuardError,
-    TooManyRestrictions,
     UnknownUser,
 )
-from ipguard.model import Actor, Policy, UserOverview
+from ipguard.model import Actor, Policy, Restriction, UserOverview
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow
 from ipguard.workflow._operators import wanted_row
@@ -122,37 +122,48 @@ def _compare(
 ) -> None:
     """Compare the rows with each other and with the store, user by user."""
     spool = judged.spool
-    spool.rows("CREATE INDEX by_name ON rows (username, first, last, line)")  # sorted but once
+    spool.rows("CREATE INDEX by_name ON rows (username, line)")  # sorted but once
     ((count,),) = spool.rows("SELECT count(DISTINCT username) FROM rows")
     names = spool.rows("SELECT DISTINCT username FROM rows ORDER BY username")
     policies = _policies(store, (name for (name,) in names), few=count <= _FEW)
     found = spool.rows(
-        "SELECT username, line, first, last FROM rows ORDER BY username, first, last, line"
+        "SELECT username, line, first, last, label, expires FROM rows ORDER BY username, line"
     )
     for username, theirs in groupby(found, lambda row: row[0]):
         policy = next(policies)
         judged.users += 1
+        wanted = [_restriction(row, now) for row in theirs]
         if not policy.known:
-            for _, line, _, _ in theirs:
-                bad.add(line, UnknownUser(username))
+            for each in wanted:
+                bad.add(int(each.id), UnknownUser(username))
             continue
+        replaced, refused = rules.judge_additions(
+            username, policy.restrictions, wanted, per_user=per_user, now=now
+        )
         judged.newly += not policy.restrictions
-        held = {r.addresses.packed: r for r in policy.restrictions}
-        total = len(held)
-        for packed, same in groupby(theirs, lambda row: (row[2], row[3])):
-            (_, line, _, _), *more = same
-            addresses = AddressRange.from_packed(*packed)
-            for _, later, _, _ in more:
-                bad.add(later, f"{username} {addresses} is there on line {line} already")
-            old = held.get(packed)
-            if old is not None and not old.expired(now):
-                bad.add(line, DuplicateRestriction(username, str(addresses)))
-                continue
-            judged.replaced += old is not None
-            judged.added += 1
-            total += old is None
-            if total > per_user:
-                bad.add(line, TooManyRestrictions(username, per_user))
+        judged.replaced += len(replaced)
+        judged.added += len(wanted) - len(refused)
+        first: dict[AddressRange, str] = {}
+        for each in wanted if refused else ():
+            first.setdefault(each.addresses, each.id)
+        for each, error in refused:
+            twice = isinstance(error, DuplicateRestriction) and error.found == "row"
+            where = f", first on line {first[each.addresses]}" if twice else ""
+            bad.add(int(each.id), f"{error}{where}")
+
+
+def _restriction(row: tuple[Any, ...], now: datetime) -> Restriction:
+    """Make the restriction of a row; its id is the number of the line."""
+    username, line, first, last, label, expires = row
+    return Restriction(
+        id=str(line),
+        username=username,
+        addresses=AddressRange.from_packed(first, last),
+        label=label,
+        created_at=now,
+        created_by="",
+        expires_at=None if expires is None else datetime.fromisoformat(expires),
+    )
 
 
 def _policies(store: RestrictionStore, names: Iterator[str], *, few: bool) -> Iterator[Policy]:

@@ -128,6 +128,12 @@ class Transaction(Protocol):
             TooManyRestrictions: A user would have more than `per_user`.
         """
 
+    def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
+        """Return the pending requests to delete a restriction that `add_staged` replaced.
+
+        Those whose time has passed are among them.
+        """
+
     def append(
         self,
         action: Action,

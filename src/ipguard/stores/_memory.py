@@ -11,7 +11,6 @@ from typing import Generic, NamedTuple, TypeVar
 import attrs
 
 from ipguard import rules
-from ipguard.addresses import AddressRange
 from ipguard.errors import (
     DuplicateRestriction,
     StoreError,
@@ -93,6 +92,12 @@ def _restriction_order(restriction: Restriction) -> tuple[datetime, str]:
     return restriction.created_at, restriction.id
 
 
+def _error_order(error: DuplicateRestriction | TooManyRestrictions) -> int:
+    if isinstance(error, TooManyRestrictions):
+        return 2
+    return int(error.found != "row")
+
+
 def pending_of(
     requests: dict[str, StoredRequest], ids: Iterable[str]
 ) -> tuple[PendingRequest, ...]:
@@ -107,6 +112,7 @@ class Turn:
         self.now = now
         self._base = base
         self._staged = staged
+        self._replaced: set[str] = set()
         self._users = Table(base.users)
         self._restrictions = Table(base.restrictions)
         self._owners = Table(base.owners)
@@ -221,37 +227,33 @@ class Turn:
             stored = self.user(username)
             if stored is None or stored.removed:
                 raise UnknownUser(username)
-        left = {username: self._not_replaced(username, new) for username, new in by_user.items()}
+        replaced, errors = [], []
         for username, new in by_user.items():
-            if len(left[username]) + len(new) > per_user:
-                raise TooManyRestrictions(username, per_user)
+            olds, refused = rules.judge_additions(
+                username, self.restrictions(username), new, per_user=per_user, now=self.now
+            )
+            replaced += olds
+            errors += [error for _, error in refused]
+        if errors:
+            raise min(errors, key=_error_order)
+        for old in replaced:
+            self.remove_restriction(old.id)
+            self._replaced.add(old.id)
         for username, new in by_user.items():
-            for gone in set(self.restrictions(username)) - set(left[username]):
-                self._owners.drop(gone.id)
-            both = sorted([*left[username], *new], key=_restriction_order)
-            self._restrictions[username] = tuple(both)
+            both = [*self.restrictions(username), *new]
+            self._restrictions[username] = tuple(sorted(both, key=_restriction_order))
             for restriction in new:
                 self._owners[restriction.id] = username
         return len(self._staged)
 
-    def _not_replaced(self, username: str, new: list[Restriction]) -> list[Restriction]:
-        """Return what of a user's restrictions stays when `new` ones are added.
-
-        Raises:
-            DuplicateRestriction: The user would have the same addresses twice.
-        """
-        added: set[AddressRange] = set()
-        for restriction in new:
-            if restriction.addresses in added:
-                raise DuplicateRestriction(username, str(restriction.addresses))
-            added.add(restriction.addresses)
-        left = []
-        for restriction in self.restrictions(username):
-            if restriction.addresses not in added:
-                left.append(restriction)
-            elif not restriction.expired(self.now):
-                raise DuplicateRestriction(username, str(restriction.addresses))
-        return left
+    def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
+        usernames = sorted({restriction.username for restriction in self._staged})
+        return tuple(
+            request
+            for username in usernames
+            for request in self.pending_requests(username)
+            if request.restriction_id in self._replaced
+        )
 
     def append(
         self,

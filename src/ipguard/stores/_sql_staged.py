@@ -10,14 +10,22 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 
+import attrs
+
+from ipguard import rules
 from ipguard.addresses import AddressRange
 from ipguard.errors import DuplicateRestriction, TooManyRestrictions, UnknownUser
-from ipguard.model import EVERYBODY, Restriction, Touched
+from ipguard.model import EVERYBODY, PendingRequest, Restriction, Touched
 from ipguard.stores._sql import (
+    PENDING,
     RESTRICTION,
     Executor,
     Params,
+    columns,
     micros,
+    moment,
+    pending_of,
+    restriction_of,
     restriction_row,
     touched_of,
 )
@@ -47,8 +55,8 @@ FROM staged_restrictions s CROSS JOIN restrictions r
 WHERE r.username = s.username AND r.first_ip = s.first_ip AND r.last_ip = s.last_ip %s
 """
 _HELD: Final = f"""
-SELECT s.username, s.first_ip, s.last_ip {_SAME}
-AND (r.expires_at IS NULL OR r.expires_at > ?) ORDER BY s.seq LIMIT 1
+SELECT {columns(RESTRICTION, "r")}, s.username, s.label, s.expires_at
+{_SAME} AND (r.expires_at IS NULL OR r.expires_at > ?) ORDER BY s.seq LIMIT 1
 """
 _NUMBERS: Final = """
 SELECT n.username, n.added + (
@@ -63,7 +71,14 @@ SELECT n.username, n.added + (
 """
 _MOST: Final = f"SELECT max(number) FROM ({_NUMBERS}) m"
 _TOO_MANY: Final = f"SELECT username FROM ({_NUMBERS}) m WHERE number > ? ORDER BY seq LIMIT 1"
-_REPLACED: Final = f"INSERT INTO replaced_restrictions (id) SELECT r.id {_SAME}"
+_REPLACED: Final = (
+    f"INSERT INTO replaced_restrictions (username, id) SELECT r.username, r.id {_SAME}"
+)
+_ORPHANED: Final = f"""
+SELECT {PENDING} FROM requests WHERE state = 'pending'
+AND username IN (SELECT username FROM replaced_restrictions)
+AND restriction_id IN (SELECT id FROM replaced_restrictions)
+"""
 _ADD: Final = f"INSERT INTO restrictions (username, {RESTRICTION})"
 
 
@@ -77,11 +92,11 @@ class StagedRestrictions:
 
     def __init__(self, db: Executor, restrictions: Iterable[Restriction]) -> None:
         self._table = "staged_restrictions"
-        self._ahead = False
+        self._ahead = self._added = False
         self._seen, self._most = _NEVER, 0
         self._refused: str | None = None
         db.run(f"CREATE TEMPORARY TABLE staged_restrictions {_TABLE}")
-        db.run("CREATE TEMPORARY TABLE replaced_restrictions (id TEXT)")
+        db.run("CREATE TEMPORARY TABLE replaced_restrictions (username TEXT, id TEXT)")
         rows = ((seq, *restriction_row(each)) for seq, each in enumerate(restrictions))
         db.insert_many("staged_restrictions", _COLUMNS, rows)
         db.run("CREATE INDEX staged_addresses ON staged_restrictions (username, first_ip, last_ip)")
@@ -148,9 +163,14 @@ class StagedRestrictions:
         db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM replaced_restrictions)")
         if not self._ahead:
             self._insert(db)
-        self._ahead, self._seen = False, _NEVER  # from now on they are restrictions like others
+        # From now on they are restrictions like others.
+        self._ahead, self._added, self._seen = False, True, _NEVER
         ((count,),) = db.rows("SELECT count(*) FROM staged_restrictions")
         return int(count)
+
+    def orphaned(self, db: Executor) -> tuple[PendingRequest, ...]:
+        """Return the pending requests to delete a restriction that was replaced."""
+        return tuple(map(pending_of, db.rows(_ORPHANED))) if self._added else ()
 
     def _insert(self, db: Executor) -> None:
         order = "username, created_at, id" if self._table == "staged_restrictions" else "seq"
@@ -169,12 +189,13 @@ class StagedRestrictions:
         for (username,) in db.rows(_UNKNOWN % about, names):
             raise UnknownUser(username)
         own = self._others(about)
-        for sql, params in (
-            (_TWICE % about, names),
-            (_HELD % own, (*names, micros(now))),
-        ):
-            for username, first, last in db.rows(sql, params):
-                raise DuplicateRestriction(username, str(AddressRange.from_packed(first, last)))
+        for username, first, last in db.rows(_TWICE % about, names):
+            addresses = str(AddressRange.from_packed(first, last))
+            raise DuplicateRestriction(username, addresses, "row")
+        for *held, username, label, expires_at in db.rows(_HELD % own, (*names, micros(now))):
+            found = restriction_of(username, tuple(held))
+            until = None if expires_at is None else moment(expires_at)
+            raise rules.duplicate(found, attrs.evolve(found, label=label, expires_at=until))
 
     def _find_replaced(self, db: Executor, about: str = "", names: Params = ()) -> None:
         """Note which restrictions make way: all that are to the same addresses have expired."""

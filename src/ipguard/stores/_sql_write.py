@@ -166,6 +166,9 @@ class SqlTransaction:
             return 0
         return self._staged.add(self._db, self._now, per_user=per_user)
 
+    def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
+        return () if self._staged is None else self._staged.orphaned(self._db)
+
     def append(
         self,
         action: Action,

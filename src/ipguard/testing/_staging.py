@@ -8,7 +8,7 @@ from typing import Any
 
 from ipguard.addresses import AddressRange
 from ipguard.errors import DuplicateRestriction, TooManyRestrictions, UnknownUser
-from ipguard.model import Actor, Restriction
+from ipguard.model import Actor, RequestKind, Restriction
 from ipguard.testing._base import EXTREMES, TEXTS, Call, Hooks, Interrupted, raises
 
 
@@ -128,6 +128,31 @@ class StagingTests(Hooks):
         assert self.held() == (other, new)
         with self.store.transaction() as turn:
             assert turn.restriction(old.id) is None
+
+    def test_requests_to_delete_what_is_replaced(self) -> None:
+        """The pending requests to delete a replaced restriction are returned, and no others."""
+        self.put("alice", "bob")
+        olds = [
+            self.restriction("alice", f"203.0.113.{n}", expires_at=self.clock()) for n in (7, 8)
+        ]
+        self.add(*olds)
+        requests = [
+            self.request("alice", kind=RequestKind.DELETE, restriction_id=olds[0].id),
+            self.request("alice", kind=RequestKind.DELETE, restriction_id=olds[1].id),
+            self.request("alice"),
+            self.request("bob"),
+        ]
+        with self.store.transaction() as turn:
+            for request in requests:
+                turn.save_request(request)
+            assert turn.orphaned_deletions() == ()
+            self.note(turn)
+        staged = [self.restriction("alice", "203.0.113.7"), self.restriction("bob")]
+        with self.store.transaction(staged=staged) as turn:
+            assert turn.orphaned_deletions() == ()
+            turn.add_staged(per_user=10)
+            assert turn.orphaned_deletions() == (requests[0].request,)
+            self.note(turn)
 
     def test_staged_twice_is_twice_even_when_expired(self) -> None:
         """Of two staged with the same addresses neither replaces the other."""

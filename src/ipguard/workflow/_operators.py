@@ -112,6 +112,7 @@ class Operators(Base):
             count = tx.add_staged(per_user=self.settings.restrictions_per_user)
             if not count:
                 raise InvalidValue("rows", "there is none")
+            _steps.cancel_deletions(tx, tx.orphaned_deletions())
             change = tx.append(
                 Action.IMPOSE_MANY,
                 actor=actor.username,

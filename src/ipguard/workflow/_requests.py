@@ -59,7 +59,8 @@ class Requests(Base):
             UsernameError: The username has no canonical form.
             InvalidValue: The label or the time makes no sense.
             UnknownUser: There is no such user for this actor.
-            DuplicateRestriction: The user has this restriction, or it is asked for already.
+            DuplicateRestriction: The user has these addresses, or a request for them is pending,
+                whatever the label and the expiry: the error says what exists and how it differs.
             TooManyRestrictions: The user has as many as are allowed.
             LockoutRisk: The actor could not get in from where it is.
             TooManyRequests: The actor made too many requests within the hour.
@@ -71,7 +72,7 @@ class Requests(Base):
             wanted = attrs.evolve(wanted, created_at=tx.now)
             user = _steps.registered_user(tx, actor, wanted.username)
             left, _ = _steps.with_added(tx, self.settings, wanted)
-            _steps.check_not_pending(tx, user.username, wanted.addresses)
+            _steps.check_not_pending(tx, wanted)
             _steps.check_lockout(tx, actor, user.username, left, allowed=allow_lockout)
             asked = self._ask(tx, actor, user, RequestKind.ADD, wanted)
         return self._deliver(actor, *asked)
@@ -216,7 +217,7 @@ class Requests(Base):
     def _ask_to_delete(
         self, tx: Transaction, actor: Actor, user: User, restriction: Restriction, reason: str
     ) -> Asked:
-        _steps.check_not_pending(tx, user.username, restriction.addresses, restriction.id)
+        _steps.check_not_pending(tx, restriction, deletes=restriction.id)
         return self._ask(tx, actor, user, RequestKind.DELETE, restriction, reason)
 
     def _needs_number(self, tx: Transaction, username: str) -> bool:

@@ -10,13 +10,12 @@ from typing import Final
 import attrs
 
 from ipguard import rules
-from ipguard.addresses import AddressRange, parse_address
+from ipguard.addresses import parse_address
 from ipguard.errors import (
     DuplicateRestriction,
     InvalidValue,
     OpeningRisk,
     TooManyRequests,
-    TooManyRestrictions,
     UnknownRequest,
     UnknownRestriction,
     UnknownUser,
@@ -26,6 +25,7 @@ from ipguard.model import (
     Actor,
     Applied,
     Change,
+    PendingRequest,
     Policy,
     RequestState,
     Restriction,
@@ -102,14 +102,14 @@ def check_pace(tx: Transaction, actor: Actor, settings: WorkflowSettings) -> Non
         raise TooManyRequests(wait)
 
 
-def check_not_pending(
-    tx: Transaction, username: str, addresses: AddressRange, deletes: str | None = None
-) -> None:
-    """Refuse to ask for what somebody has already asked for: to add addresses, or to delete."""
-    for pending in tx.pending_requests(username):
+def check_not_pending(tx: Transaction, wanted: Restriction, *, deletes: str | None = None) -> None:
+    """Refuse to add a restriction, or to delete it, if a request for the same is pending."""
+    for pending in tx.pending_requests(wanted.username):
         live = rules.state_at(pending, tx.now) is RequestState.PENDING
-        if live and pending.addresses == addresses and pending.restriction_id == deletes:
-            raise DuplicateRestriction(username, str(addresses))
+        if live and pending.addresses == wanted.addresses and pending.restriction_id == deletes:
+            if deletes is None:
+                raise rules.duplicate(pending, wanted)
+            raise DuplicateRestriction(wanted.username, str(wanted.addresses), "deletion")
 
 
 def check_lockout(
@@ -132,11 +132,11 @@ def check_removal(
 
 def with_added(
     tx: Transaction, settings: WorkflowSettings, new: Restriction
-) -> tuple[tuple[Restriction, ...], Restriction | None]:
+) -> tuple[tuple[Restriction, ...], list[Restriction]]:
     """Judge a new restriction by the rules as things are now.
 
     Returns:
-        The user's restrictions as they would be with it, and the expired one that it replaces.
+        The user's restrictions as they would be with it, and the expired ones that it replaces.
     """
     rules.check_width(
         new.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
@@ -144,13 +144,12 @@ def with_added(
     if new.expires_at is not None and new.expires_at <= tx.now:
         raise InvalidValue("expires_at", "must be in the future")
     present = tx.restrictions(new.username)
-    same = rules.same_addresses(present, new.addresses)
-    if same is not None and not same.expired(tx.now):
-        raise DuplicateRestriction(new.username, str(new.addresses))
-    left = tuple(r for r in present if r is not same)
-    if len(left) >= settings.restrictions_per_user:
-        raise TooManyRestrictions(new.username, settings.restrictions_per_user)
-    return (*left, new), same
+    replaced, refused = rules.judge_additions(
+        new.username, present, [new], per_user=settings.restrictions_per_user, now=tx.now
+    )
+    for _, error in refused:
+        raise error
+    return (*(r for r in present if r not in replaced), new), replaced
 
 
 def add(
@@ -167,8 +166,8 @@ def add(
     """Let a restriction hold."""
     left, replaced = with_added(tx, settings, new)
     check_lockout(tx, actor, new.username, left, allowed=allow_lockout)
-    if replaced is not None:
-        _take_away(tx, replaced)
+    for old in replaced:
+        _take_away(tx, old)
     tx.add_restriction(new)
     change = append(
         tx,
@@ -180,7 +179,7 @@ def add(
             label=new.label,
             expires_at=new.expires_at,
             restriction=new.id,
-            replaces=replaced and replaced.id,
+            replaces=replaced[0].id if replaced else None,
             **more,
         ),
         touches=True,
@@ -225,10 +224,15 @@ def remove(
 
 
 def _take_away(tx: Transaction, restriction: Restriction) -> None:
-    """Remove a restriction, and cancel the requests to delete it."""
     tx.remove_restriction(restriction.id)
-    for pending in tx.pending_requests(restriction.username):
-        stored = tx.request(pending.id) if pending.restriction_id == restriction.id else None
+    pending = tx.pending_requests(restriction.username)
+    cancel_deletions(tx, (each for each in pending if each.restriction_id == restriction.id))
+
+
+def cancel_deletions(tx: Transaction, requests: Iterable[PendingRequest]) -> None:
+    """Cancel requests to delete restrictions that are gone: no number could confirm them."""
+    for pending in requests:
+        stored = tx.request(pending.id)
         if stored is not None and rules.state_at(pending, tx.now) is RequestState.PENDING:
             tx.save_request(advance(stored, rules.Step.CANCEL, tx.now))
 
