@@ -409,17 +409,17 @@ def test_unlock_touches_no_policy(desk: Desk) -> None:
 # -- what is replaced, and what exists already -------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["impose", "impose_many", "confirm"])
-def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, way: str) -> None:
+@pytest.mark.parametrize("how", ["impose", "impose_many", "confirm"])
+def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, how: str) -> None:
     """Whichever call replaces it, no request is left that nothing can confirm."""
     desk.use(confirm_deletes=True)
     old = desk.add(OFFICE, expires_at=desk.later(hours=1))
     other = desk.add(HOME)
     request, kept = desk.ask_to_delete(old), desk.ask_to_delete(other)
     desk.wait(hours=2)
-    if way == "impose":
+    if how == "impose":
         desk.add(OFFICE)
-    elif way == "impose_many":
+    elif how == "impose_many":
         desk.flow.impose_many(BOSS, [("mary", HOME), ("jsmith", OFFICE)], reason="a file")
     else:
         desk.confirm(desk.ask(OFFICE))
@@ -430,10 +430,10 @@ def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, way: 
 
 
 @pytest.mark.parametrize(
-    ("way", "pending"),
+    ("how", "pending"),
     [("request", False), ("request", True), ("impose", False), ("impose_many", False)],
 )
-def test_a_duplicate_says_how_it_differs(desk: Desk, way: str, pending: bool) -> None:
+def test_a_duplicate_says_how_it_differs(desk: Desk, how: str, pending: bool) -> None:
     """The same addresses with another label or expiry are refused, and the error says so."""
     until = desk.later(days=9)
     if pending:
@@ -446,7 +446,7 @@ def test_a_duplicate_says_how_it_differs(desk: Desk, way: str, pending: bool) ->
             "request": partial(desk.ask, OFFICE, label=label, expires_at=expires_at),
             "impose": partial(desk.add, OFFICE, label=label, expires_at=expires_at),
             "impose_many": partial(desk.flow.impose_many, BOSS, [row], reason="a file"),
-        }[way]
+        }[how]
         with desk.unchanged(), pytest.raises(ipguard.DuplicateRestriction) as caught:
             call()
         error = caught.value
