@@ -257,6 +257,31 @@ def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):
     assert f"TO {writer}" in printed["grants"].replace('"', "")
 
 
+def test_doctor_names_row_level_security(own_postgres: Server, tmp_path: Path):
+    """The tables whose rows are hidden from the role, and for the owner those of other roles."""
+    schema = fresh_schema()
+    ipguard.open_store(own_postgres.url(schema=schema), migrate=True).close()
+    role = f"{schema}_reader"
+    own_postgres.execute(f"CREATE ROLE {role} LOGIN; {grants(schema=schema, reader=role)}")
+    shell = Shell(tmp_path, IPGUARD_MAIL="console", IPGUARD_KEY="k" * 64)
+    reader = ("doctor", "--store", own_postgres.url(user=role, schema=schema))
+    healthy = shell.within(*reader)
+    assert "row security" not in healthy.out
+    enable = f"ALTER TABLE {schema}.%s ENABLE ROW LEVEL SECURITY"
+    own_postgres.execute(enable % "requests")  # a table that logins do not read
+    found = shell.within(*reader)
+    assert f"fail  row security: hides rows of requests from {role}" in found.out
+    assert "ok    store" in found.out
+    own_postgres.execute(enable % "restrictions")
+    found = shell.within(*reader)
+    assert found.code == 11
+    assert f"fail  row security: hides rows of requests, restrictions from {role}" in found.out
+    assert re.search("^fail  store: .*row-level security", found.out, re.MULTILINE)
+    assert "is it running" not in found.out
+    owner = shell.within("doctor", "--store", own_postgres.url(schema=schema))
+    assert "warn  row security: is on for requests, restrictions" in owner.out
+
+
 def test_doctor_through_a_pooler(own_postgres: Server, tmp_path: Path):
     """That there is one, and that notifications do not come through it."""
     schema = fresh_schema()

@@ -134,6 +134,22 @@ def test_a_policy_for_one_role_is_no_answer(site: Site) -> None:
         assert store.load_policy("jo").restrictions == ()
 
 
+def test_a_view_in_place_of_a_table_is_no_answer(site: Site) -> None:
+    """A view may show fewer rows than there are."""
+    with PostgresStore(site.url) as store:
+        store.put_users([user("jo")])
+        site.execute(
+            "ALTER TABLE ipguard.restrictions RENAME TO kept;"
+            "CREATE VIEW ipguard.restrictions AS SELECT * FROM ipguard.kept WHERE false;"
+            f"GRANT SELECT ON ipguard.restrictions TO {site.name}"
+        )
+        with PostgresStore(site.url) as later:
+            with pytest.raises(StoreUnavailable, match="restrictions must be a table"):
+                later.load_policy("jo")
+            with pytest.raises(StoreUnavailable, match="restrictions must be a table"):
+                later.changes_since(None)
+
+
 def test_hidden_rows_of_requests_stop_a_change(site: Site) -> None:
     """Tables that logins do not read are read with the same setting."""
     with PostgresStore(site.url) as store:

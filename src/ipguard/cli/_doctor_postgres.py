@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from ipguard.cli.doctor import Finding, Findings
@@ -16,16 +18,18 @@ from ipguard.stores._postgres_pool import connect
 _PATIENCE: Final = 5.0
 _TABLES: Final = ("restrictions", "users", "requests", "changes")
 _WHERE: Final = "SELECT pg_backend_pid(), current_user::text, pg_is_in_recovery()"
+_SECURED: Final = """
+SELECT c.relname::text, row_security_active(c.oid)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = ? AND c.relrowsecurity ORDER BY c.relname
+"""
 _GRANTS: Final = "ipguard migrate --sql --reader ROLE --writer ROLE prints what roles need"
 
 
 def look(url: str, store: RestrictionStore, head: int) -> Findings:
     """Look at a PostgreSQL store, over a connection of its own."""
     options = Options.parse(url, {})
-    connection = connect(options.servers[0], time.monotonic() + options.timeout)
-    try:
-        session = Session(connection, options.schema)
-        session.patience = options.timeout
+    with _connected(options) as session:
         ((backend, role, recovering),) = session.rows(_WHERE)
         if recovering:
             yield Finding(
@@ -34,13 +38,45 @@ def look(url: str, store: RestrictionStore, head: int) -> Findings:
                 "is in recovery: what it holds may be of any age",
                 "name the primary",
             )
-        between = backend != connection.info.backend_pid
+        between = backend != session.connection.info.backend_pid
         found = "there is one between; nothing is prepared" if between else "none between"
         yield Finding("pooler", "ok", found)
         yield _role(session, quoted(options.schema), role)
+        yield from _row_security(session)
+    yield _listener(store, head, options)
+
+
+def explain(url: str) -> Findings:
+    """Look for what makes a server that can be reached refuse to answer."""
+    with _connected(Options.parse(url, {})) as session:
+        yield from _row_security(session)
+
+
+@contextmanager
+def _connected(options: Options) -> Iterator[Session]:
+    connection = connect(options.servers[0], time.monotonic() + options.timeout)
+    try:
+        session = Session(connection, options.schema)
+        session.patience = options.timeout
+        yield session
     finally:
         connection.close()
-    yield _listener(store, head, options)
+
+
+def _row_security(session: Session) -> Findings:
+    secured = session.rows(_SECURED, (session.schema,))
+    if not secured:
+        return
+    ((role,),) = session.rows("SELECT current_user::text")
+    hidden = [table for table, active in secured if active]
+    off = f"ALTER TABLE {quoted(session.schema)}. … DISABLE ROW LEVEL SECURITY"
+    if hidden:
+        found = f"hides rows of {', '.join(hidden)} from {role}: every read of them is refused"
+        yield Finding("row security", "fail", found, f"{off}, or ALTER ROLE {role} BYPASSRLS")
+    else:
+        tables = ", ".join(table for table, _ in secured)
+        found = f"is on for {tables}: it does not apply to {role}, but may to other roles"
+        yield Finding("row security", "warn", found, off)
 
 
 def _role(session: Session, schema: str, role: str) -> Finding:

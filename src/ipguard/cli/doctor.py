@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -20,7 +20,7 @@ from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._secret import read_keys
 from ipguard.confirmation import Keyring
-from ipguard.errors import IPGuardError
+from ipguard.errors import IPGuardError, StoreError, StoreUnavailable
 from ipguard.store import RestrictionStore
 from ipguard.stores._migrations import SCHEMA_VERSION
 
@@ -104,7 +104,15 @@ _TODO: Final = {
 def _store(call: Call, tell: Callable[[Findings], None]) -> Findings:
     with call.store() as store:
         began = time.perf_counter()
-        head = store.changes_since(None).head
+        try:
+            head = store.changes_since(None).head
+        except StoreUnavailable as exc:
+            causes = _causes(call.url)
+            if not causes:
+                raise
+            tell(iter(causes))
+            yield Finding("store", "fail", str(exc))
+            return
         took = (time.perf_counter() - began) * 1000
         place = repr(store).strip("<>")
         yield Finding("store", "ok", f"{place} answers in {took:.0f} ms, revision {head}")
@@ -119,6 +127,17 @@ def _store(call: Call, tell: Callable[[Findings], None]) -> Findings:
 
             tell(_guarded("role", lambda: look(call.url, store, head)))
         tell(_guarded("restrictions", lambda: _restrictions(store)))
+
+
+def _causes(url: str) -> list[Finding]:
+    """Return what makes a server that can be reached refuse to answer, if that is known."""
+    if url.partition("://")[0].lower() not in ("postgresql", "postgres"):
+        return []
+    from ipguard.cli._doctor_postgres import explain
+
+    with suppress(StoreError):
+        return list(explain(url))
+    return []
 
 
 def _clock(store: RestrictionStore) -> Findings:

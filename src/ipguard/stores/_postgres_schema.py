@@ -20,13 +20,13 @@ MICROS: Final = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _PREPARED_AFTER: Final = 5
 _GREETING: Final = f"""
 SELECT pg_backend_pid(), pg_is_in_recovery(), current_setting('server_encoding'), {MICROS},
-    v.version, v.oldest, (
-        SELECT string_agg(c.relname::text, ', ' ORDER BY c.relname)
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = ? AND row_security_active(c.oid)
-            AND c.relname IN ('changes', 'head', 'restrictions', 'users')
-    )
-FROM schema_version v WHERE v.id = 1
+    v.version, v.oldest, t.hidden, t.other
+FROM schema_version v CROSS JOIN (
+    SELECT string_agg(c.relname::text, ', ') FILTER (WHERE row_security_active(c.oid)) AS hidden,
+        string_agg(c.relname::text, ', ') FILTER (WHERE c.relkind NOT IN ('r', 'p')) AS other
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = ? AND c.relname IN ('changes', 'head', 'restrictions', 'users')
+) t WHERE v.id = 1
 """
 _MISSING: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
 _NOT_ALLOWED: Final = (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction)
@@ -62,7 +62,7 @@ def greet(session: Session, options: Options) -> Greeting:
         raise
     if not rows:
         raise SchemaVersionError(None, SCHEMA_VERSION)
-    backend, recovering, encoding, micros, version, oldest, hidden = rows[0]
+    backend, recovering, encoding, micros, version, oldest, hidden, other = rows[0]
     if encoding != "UTF8":
         raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
     if recovering and not options.replica:
@@ -73,6 +73,8 @@ def greet(session: Session, options: Options) -> Greeting:
         raise StoreUnavailable(
             f"{options.place}: row-level security hides rows of {hidden} from this role"
         )
+    if other:  # as of a view, which may show fewer rows
+        raise StoreUnavailable(f"{options.place}: {other} must be a table")
     # A pooler reports a process number that it made up. Behind it, the next transaction may be on
     # another session, so nothing is prepared, and settings do not last.
     connection.settled = backend == connection.info.backend_pid
