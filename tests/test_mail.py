@@ -327,20 +327,58 @@ def test_address_with_two_readings_gets_no_mail(address):
     assert "address" in error.reason
 
 
-def test_address_beyond_ascii_goes_out_with_smtputf8():
-    """A recipient beyond ASCII gets the mail where the server can, and else it is an error."""
+def test_local_part_beyond_ascii_goes_out_with_smtputf8():
+    """It needs a server that offers SMTPUTF8; without that the error says so."""
     actor = attrs.evolve(ALICE, email="jürgen@exämple.de")
-    with MailServer() as server:
+    with MailServer(utf8=True) as server:
         notifier(server).number_issued(REQUEST, NUMBER, actor)
         (mail,) = server.wait_for(1)
-    assert mail.recipients == ("jürgen@exämple.de",)
-    assert mail.message["To"] == "jürgen@exämple.de"
+    assert mail.recipients == ("jürgen@xn--exmple-cua.de",)
+    assert mail.message["To"] == "jürgen@xn--exmple-cua.de"
     with MailServer(utf8=False) as server:
         error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, actor))
-    assert "SMTPUTF8" in error.reason
+    assert error.reason == "the server does not offer SMTPUTF8, which the recipient's address needs"
 
 
-# ------------------------------------------------------------------ notices
+@pytest.mark.parametrize(
+    ("mailbox", "sent_to"),
+    [
+        ("rita@bücher.example", "rita@xn--bcher-kva.example"),
+        ("rita@BÜCHER.example", "rita@xn--bcher-kva.example"),
+        ("rita@bu\u0308cher.example", "rita@xn--bcher-kva.example"),  # decomposed
+        ("rita@пример.example", "rita@xn--e1afmkfd.example"),
+        ("rita@mail.例え。jp", "rita@mail.xn--r8jz45g.jp"),  # the full stop of an input method
+        ("rita@xn--bcher-kva.example", "rita@xn--bcher-kva.example"),
+    ],
+)
+def test_a_domain_beyond_ascii_needs_no_smtputf8(mailbox, sent_to):
+    """The domain travels in its ASCII form, in numbers, notices and trials."""
+    actor = attrs.evolve(ALICE, email=mailbox)
+    with MailServer(utf8=False) as server:
+        mailer = notifier(server)
+        mailer.number_issued(REQUEST, NUMBER, actor)
+        mailer.send_test(mailbox)
+        mails = server.wait_for(2)
+    assert [mail.recipients for mail in mails] == [(sent_to,)] * 2
+    assert [mail.message["To"] for mail in mails] == [sent_to] * 2
+
+
+@pytest.mark.parametrize(
+    "mailbox",
+    [
+        "rita@straße.example",  # IDNA 2003 would write to strasse.example
+        "rita@βόλος.example",
+        "rita@a\u200db.example",
+        "rita@ü..example",
+        f"rita@{'ü' * 64}.example",
+    ],
+)
+def test_a_domain_without_one_ascii_form_gets_no_mail(mailbox):
+    """A number is not sent to a domain that only resembles the one on record."""
+    with MailServer(utf8=True) as server:
+        error = delivery_error(lambda: notifier(server).send_test(mailbox))
+        assert server.connections == 0
+    assert "no unambiguous ASCII form" in error.reason
 
 
 def test_a_trial_says_that_it_is_one():

@@ -12,6 +12,7 @@ import math
 import re
 import ssl
 import sys
+import unicodedata
 from datetime import UTC, datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -153,7 +154,8 @@ class EmailNotifier:
         return None
 
     def _send(self, letter: Letter) -> None:
-        message, server = self._message(letter), self._server
+        to, server = _deliverable(letter.to), self._server
+        message = self._message(letter, to)
         session = Session(
             server.host,
             server.port,
@@ -168,18 +170,16 @@ class EmailNotifier:
             if server.login is not None:
                 session.login(*server.login)
             # One recipient: all of it is refused, or none of it.
-            session.send_message(message, self._sender, [letter.to])
+            session.send_message(message, self._sender, [to])
             _log.info("%s was accepted by %s:%d", message["Message-ID"], server.host, server.port)
             session.part()
         finally:
             session.close()
 
-    def _message(self, letter: Letter) -> EmailMessage:
-        if not _MAILBOX.fullmatch(letter.to) or "=?" in letter.to:
-            raise ValueError("the recipient's address is not a plain one")
+    def _message(self, letter: Letter, to: str) -> EmailMessage:
         message = EmailMessage(policy=SMTP)
         message["From"] = self._from
-        message["To"] = _address(letter.to)
+        message["To"] = _address(to)
         message["Subject"] = letter.subject
         message["Date"] = datetime.now(UTC)
         message["Message-ID"] = make_msgid(domain=self._from.domain)
@@ -291,6 +291,29 @@ def _sender(text: str) -> tuple[str, Address]:
     if found is None or "=?" in text:
         raise InvalidValue("sender", "must be name@host or Name <name@host>, the address in ASCII")
     return found["mailbox"], _address(found["mailbox"], found["name"] or "")
+
+
+def _deliverable(mailbox: str) -> str:
+    """Return a mailbox with its domain in ASCII, as servers without SMTPUTF8 need it.
+
+    The codec of the standard library follows IDNA 2003, which turns a few characters of IDNA 2008
+    into others (`ß` into `ss`) and so names another domain. A domain that does not survive the
+    round trip is refused: a confirmation number must not go to somebody else.
+
+    Raises:
+        ValueError: The mailbox cannot be written in a header, or its domain has no ASCII form.
+    """
+    if not _MAILBOX.fullmatch(mailbox) or "=?" in mailbox:
+        raise ValueError("the recipient's address is not a plain one")
+    local, _, domain = mailbox.rpartition("@")
+    if domain.isascii():
+        return mailbox
+    wanted = unicodedata.normalize("NFKC", domain).lower().replace("\N{IDEOGRAPHIC FULL STOP}", ".")
+    with contextlib.suppress(UnicodeError):
+        encoded = wanted.encode("idna")
+        if encoded.decode("idna") == wanted:
+            return f"{local}@{encoded.decode()}"
+    raise ValueError("the recipient's domain has no unambiguous ASCII form; use its xn-- form")
 
 
 def _address(mailbox: str, name: str = "") -> Address:

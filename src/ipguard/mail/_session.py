@@ -175,6 +175,8 @@ def _reason(error: Exception, chain: Iterable[BaseException]) -> str:
     match error:
         case smtplib.SMTPRecipientsRefused():
             reason = f"the recipient was refused: {_reply(*next(iter(error.recipients.values())))}"
+        case smtplib.SMTPNotSupportedError() if "SMTPUTF8" in str(error):
+            reason = "the server does not offer SMTPUTF8, which the recipient's address needs"
         case smtplib.SMTPAuthenticationError():
             reason = f"the login was refused: {_reply(error.smtp_code, error.smtp_error)}"
         case smtplib.SMTPResponseException():
