@@ -1,6 +1,6 @@
 """The settings of a PostgreSQL session: those the queries depend on, and outdated sessions.
 
-Each test runs on a direct connection, and where it matters through pgbouncer in transaction mode.
+Tests run on a direct connection, and through pgbouncer in transaction mode if that matters.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def test_a_search_path_changes_no_query(site: Site, path: str) -> None:
 
 
 def test_other_settings_change_no_query(site: Site) -> None:
-    """What is imported and read back does not depend on how values are written in SQL."""
+    """Imports and reads do not depend on how values are written in SQL."""
     for name, value in (
         ("standard_conforming_strings", "off"),
         ("bytea_output", "escape"),
@@ -322,7 +322,7 @@ def test_the_reserved_names_are_refused() -> None:
 
 
 def test_temporary_tables_are_qualified() -> None:
-    """Wherever a statement names one, except where it creates it."""
+    """Every reference to one is qualified, except in its CREATE statement."""
     found = dialect(
         "INSERT INTO changed_users SELECT username FROM staged_users s JOIN staged_names n"
         " ON n.username = s.username",
