@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import pickle
 import sqlite3
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 import ipguard
-from ipguard import Action, DeliveryError, Guard, Workflow
+from ipguard import Action, DeliveryError, Guard, InvalidValue, IPGuardError, Workflow
+from ipguard.mail import EmailNotifier
+from ipguard.mail._session import failure_of
 from ipguard.testing import Outbox
 from tests.flows import ALICE, BOSS, HOME, KEY, OFFICE, Desk
 from tests.secrets_watch import Watch, watching
@@ -225,6 +228,96 @@ def test_the_trail_and_the_mail_to_others_hold_no_number(desk: Desk) -> None:
     for number in numbers:
         assert hits(trail + notices, spellings(number)[:-1]) == []
     assert {m.to for m in desk.outbox.messages if m.number is not None} == {("alice@firm.example",)}
+
+
+# -- passwords in URLs ---------------------------------------------------------------------------
+
+
+def everything_in(error: BaseException) -> str:
+    """Return all texts of an error and of its causes and contexts, suppressed ones included."""
+    chain, text = [error], ""
+    for link in chain:
+        chain += [each for each in (link.__cause__, link.__context__) if each is not None]
+        text += "".join(traceback.format_exception(link))
+        text += f"{link!r} {link.args!r} {vars(link)!r} {pickle.dumps(link)!r}"
+    return text
+
+
+@pytest.mark.parametrize("migrate", [None, True])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:{}@[::1/x",
+        "POSTGRESQL://u:{}@127.0.0.1:99999/x",
+        "postgres://u:{}@127.0.0.1:port/x",
+        "postgresql://u:{}%@127.0.0.1/x",
+        "postgresql://u:{}%FF@127.0.0.1/x",
+        "postgresql://u:{}\udcff@127.0.0.1/x",
+        "postgresql://u:{}%00@127.0.0.1/x",
+        "postgresql://u:{}/@127.0.0.1/x",
+        "postgresql://u:1/{}@127.0.0.1/x",
+        "postgresql://u:1@{}@127.0.0.1:1/x",
+        "postgresql://u:1?{}=1@127.0.0.1/x",
+        "postgresql://u:1?{}@127.0.0.1/x",
+        "postgresql://u:{}@127.0.0.1:1/x?timeout=0.2",
+        "postgresql://u:{}@127.0.0.1:1/x?nonsense=1",
+        "postgresql://u:{}@127.0.0.1:1/x?timeout=soon",
+        "postgresql://u:{}@127.0.0.1:1/x?sslmode=bogus",
+        "postgresql://127.0.0.1:1/x?password={}&password=1",
+        "postgresql://127.0.0.1:1/x?listen=postgresql%3A%2F%2Fu%3A{}%40%5Bh",
+        "postgresql://127.0.0.1:1/x?listen=postgresql%3A%2F%2Fu%3A1%40{}%40h",
+        "sqlite://u:{}@host/x",
+        "sqlite:///x.db?{}",
+        "sqlite:///x.db?timeout={}",
+        "memory://u:{}@host",
+        "mysql://u:{}@host/x",
+        "u:{}@host/x",
+    ],
+)
+def test_no_password_in_an_error_of_a_store(
+    url: str, migrate: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the error nor what it was raised from has it, however the URL is mistyped."""
+    monkeypatch.chdir(tmp_path)
+    with listening() as heard:
+        try:
+            with closing(ipguard.open_store(url.format(PASSWORD), migrate=migrate)) as store:
+                text = repr(store)
+                store.load_policy("jsmith")
+        except IPGuardError as error:
+            text = everything_in(error)
+    assert "Error" in text or "StoreUnavailable" in text
+    assert PASSWORD not in text + "".join(heard.lines)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "smtp://u:{}@[bad",
+        "smtp://u:{}@127.0.0.1:port",
+        "smtp://u:{}@127.0.0.1:99999",
+        "smtp://u:{}/x@127.0.0.1",
+        "smtp://u:1@{}@127.0.0.1:x",
+        "smtp://u:{}@example.com",
+        "smtps://u:{}\u00e4@127.0.0.1",
+        "ftp://u:{}@127.0.0.1",
+        "u:{}@127.0.0.1",
+    ],
+)
+def test_no_password_in_an_error_of_a_mail_url(url: str) -> None:
+    """The same for the URL of the mail server."""
+    with pytest.raises(InvalidValue) as caught:
+        EmailNotifier(url.format(PASSWORD), sender="x@example.com")
+    assert PASSWORD not in everything_in(caught.value)
+
+
+def test_no_password_in_an_error_deep_in_a_chain() -> None:
+    """A reply of the mail server may be in an error that was raised while handling another one."""
+    error = OSError("the connection is closed")
+    error.__context__ = OSError("once more")
+    error.__context__.__context__ = OSError(f"535 no: {PASSWORD}")
+    assert failure_of(OSError("x"), [PASSWORD]).cause is not None
+    assert failure_of(error, [PASSWORD]).cause is None
 
 
 # -- the watch over the whole run --------------------------------------------------------------

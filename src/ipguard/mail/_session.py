@@ -162,7 +162,9 @@ def failure_of(error: Exception, secrets: Iterable[str]) -> Failure:
         error: What was raised.
         secrets: What nobody may see: the number, the password, each as it travels.
     """
-    chain = [error, *filter(None, (error.__cause__, error.__context__))]
+    chain: list[BaseException] = [error]
+    for link in chain:  # it grows
+        chain += [each for each in (link.__cause__, link.__context__) if each and each not in chain]
     told = " ".join(repr(link.args) for link in chain) + _reason(error, chain)
     if any(secret in told for secret in secrets):
         return Failure("the server refused, in words that are not shown here", None)

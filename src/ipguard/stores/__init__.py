@@ -6,6 +6,7 @@ Importing this loads no store: each is a module of its own, with the driver that
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl, unquote
@@ -82,19 +83,19 @@ def _open_sqlite(rest: str, *, clock: Clock | None, migrate: bool | None) -> Res
     for name in options:
         if name != "timeout":
             raise StoreConfigError(f"sqlite:// has no option {shortened(name)}; it has timeout")
-    try:
+    timeout = 0.0  # which the store refuses
+    with suppress(ValueError):
         timeout = float(options.get("timeout", "5.0"))
-    except ValueError:
-        raise StoreConfigError("timeout must be a number of seconds above 0") from None
     path = unquote(place[1:], errors="surrogateescape")
     return SQLiteStore(path, timeout=timeout, clock=clock, migrate=migrate)
 
 
 def _options(query: str) -> dict[str, str]:
-    try:
+    pairs: list[tuple[str, str]] | None = None
+    with suppress(ValueError):  # whose text has a part of the URL
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError:
-        raise StoreConfigError("options are written ?name=value&name=value") from None
+    if pairs is None:
+        raise StoreConfigError("options are written ?name=value&name=value")
     if len(dict(pairs)) < len(pairs):
         raise StoreConfigError("each option is given once")
     return dict(pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlencode
 
@@ -103,7 +104,8 @@ _OURS: Final = frozenset(
 
 def _split(url: str) -> tuple[str, dict[str, Any]]:
     """Part the library's own options from the URL that libpq is given."""
-    address, _, query = url.partition("?")
+    scheme, separator, rest = url.partition("://")
+    address, _, query = f"{scheme.lower()}{separator}{rest}".partition("?")
     given: dict[str, Any] = {}
     others: list[tuple[str, str]] = []
     for pair in query.split("&") if query else ():
@@ -115,6 +117,8 @@ def _split(url: str) -> tuple[str, dict[str, Any]]:
             given[name] = value
         elif name in _LIBPQ or name == "ssl":
             others.append((name, value))
+        elif "@" in query:  # most likely a password with a `?` in it
+            raise StoreConfigError(_NO_URL)
         else:
             raise StoreConfigError(
                 f"postgresql:// has no option {shortened(name)}; it has"
@@ -130,11 +134,14 @@ _NO_URL: Final = (
 
 
 def _conninfo(dsn: str) -> dict[str, Any]:
-    try:
-        return _DEFAULTS | conninfo_to_dict(dsn) | _ENCODING
-    except (ProgrammingError, UnicodeError, ValueError):
-        # libpq's own words may repeat the part with the password.
-        raise StoreConfigError(_NO_URL) from None
+    # libpq takes what follows the first `@` or `/` for a host or a database, and errors name these.
+    authority, _, path = dsn.partition("?")[0].partition("://")[2].partition("/")
+    if authority.count("@") < 2 and "@" not in path:
+        # The driver's error may repeat the password. Raised inside `except`, ours would keep it as
+        # its context, whatever it is raised from.
+        with suppress(ProgrammingError, UnicodeError, ValueError):
+            return _DEFAULTS | conninfo_to_dict(dsn) | _ENCODING
+    raise StoreConfigError(_NO_URL)
 
 
 def _servers(params: Mapping[str, Any]) -> tuple[str, ...]:
