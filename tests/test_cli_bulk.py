@@ -207,6 +207,106 @@ def test_a_name_twice_in_one_object(shell: Shell, tmp_path: Path, args: list[str
     assert _state(shell) == (1, {})
 
 
+def _imported(shell: Shell, *args: str | Path, **more: Any) -> Any:
+    """Import, and return what the command says in JSON; the mails go to standard error."""
+    done = shell("import", "--reason", "x", *args, "--json", **more)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    validator("import").validate(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "username,addresses,label\r\njsmith,203.0.113.7,office\r\n,,\r\n , ,\r\n,,,,\r\n",
+        "username,addresses,label,,\r\njsmith,203.0.113.7,office,,\r\n,,,,\r\n",
+        "username,addresses\njsmith,203.0.113.7,,\n",
+    ],
+)
+def test_empty_cells_of_spreadsheets_are_ignored(shell: Shell, text: str):
+    """Rows of empty cells, columns without a name, and empty cells after the last column."""
+    assert _imported(shell, "-", stdin=text)["rows"] == 1
+    users = "username,full_name,account_id,\nzoe,Zoe,U1,\n,,,\n"
+    assert shell.json("users", "import", "-", stdin=users)["rows"] == 1
+
+
+def test_values_in_no_column_are_bad(shell: Shell):
+    """A value under an empty name, or beyond the last column, may be misplaced."""
+    text = "username,addresses,\njsmith,203.0.113.7,x\njsmith,203.0.113.8,,x\n"
+    done = shell("import", "-", "--reason", "x", stdin=text)
+    assert done.code == 9
+    assert "line 2: it has a value in a column without a name" in done.err
+    assert "line 3: it has 4 columns, and the first line has 3" in done.err
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf_16_is_named(shell: Shell, kind: str, encoding: str):
+    """A file that was saved as "Unicode text" is refused as that, with what to do."""
+    text = GOOD if kind == "csv" else '{"username": "jsmith", "addresses": "203.0.113.7"}\n'
+    for args in (["import", "--reason", "x"], ["import", "--reason", "x", "--dry-run"]):
+        done = shell(*args, "--format", kind, "-", stdin=text.encode(encoding))
+        assert done.code == 9
+        assert done.err.startswith("ipguard: the file is not UTF-8 but UTF-16 or UTF-32 (save it")
+        assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_separators_are_named(shell: Shell, mark: str, name: str):
+    """A file of another dialect is refused as a whole, and the error names the separator."""
+    text = GOOD.replace(",", mark)
+    done = shell("import", "-", "--reason", "x", stdin=text)
+    assert done.code == 9
+    assert f"line 1: its columns are separated by {name}, not by commas" in done.err
+
+
+def test_an_export_imported_where_it_came_from(shell: Shell, tmp_path: Path):
+    """With --skip-existing only what is new is added; what differs is refused, not skipped."""
+    _imported(shell, "-", stdin=GOOD)
+    shell.good("export", "-o", tmp_path / "all.csv")
+    before = _state(shell)
+    done = _imported(shell, tmp_path / "all.csv", "--skip-existing")
+    assert (done["rows"], done["skipped"]) == (0, 3)
+    assert _state(shell) == before
+    text = (tmp_path / "all.csv").read_text() + "mlee,198.51.100.1,new,,,,\n"
+    shown = _imported(shell, "-", "--skip-existing", "--dry-run", stdin=text)
+    assert (shown["rows"], shown["skipped"], len(shown["adds"])) == (1, 3, 1)
+    done = _imported(shell, "-", "--skip-existing", stdin=text)
+    assert (done["rows"], done["skipped"], done["revision"]) == (1, 3, before[0] + 1)
+    for changed in (text.replace("office, ground floor", "store"), text.replace("2099", "2098")):
+        after = _state(shell)
+        refused = shell("import", "-", "--reason", "x", "--skip-existing", stdin=changed)
+        assert refused.code == 9
+        assert "it was not changed" in refused.err
+        assert _state(shell) == after
+    assert "already has" in shell("import", tmp_path / "all.csv", "--reason", "x").err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+def test_data_is_utf_8_whatever_the_locale(shell: Shell, encoding: str):
+    """What is piped is what is stored: exports, lists and the audit log."""
+    users = "username,full_name,account_id\nünal,Ünal Şahin,U1\n"
+    shell.good("users", "import", "-", stdin=users)
+    rows = "username,addresses,label\nünal,203.0.113.7,東京\n"
+    _imported(shell, "-", "--reason", "Zürich", stdin=rows)
+    env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    assert "ünal,203.0.113.7,東京" in shell.good("export", env=env)
+    assert "Ünal Şahin" in shell.good("list", env=env)
+    assert "ünal" in shell.good("users", "list", env=env)
+    assert "Zürich" in shell.good("history", env=env)
+
+
+def test_an_export_for_excel(shell: Shell):
+    """It begins with a byte order mark, and is imported like any other; JSON has none."""
+    _imported(shell, "-", stdin=GOOD)
+    plain, marked = shell.good("export"), shell.good("export", "--excel")
+    assert marked == "\ufeff" + plain
+    assert _imported(shell, "-", "--skip-existing", stdin=marked)["skipped"] == 3
+    refused = shell("export", "--excel", "--format", "jsonl")
+    assert (refused.code, refused.out) == (2, "")
+
+
 def test_users_import_of_a_file_without_users(shell: Shell):
     """Nothing but a header is most likely not the file that was meant."""
     header = "username,full_name,account_id\n"

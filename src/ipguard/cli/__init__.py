@@ -92,13 +92,18 @@ def _give_up_output() -> None:
 
 
 def _make_streams() -> None:
-    """See to it that whatever is written can be, by any terminal's encoding and by none at all."""
+    """Make standard output and error accept any text.
+
+    Output that is not for a terminal is data for another program: it is UTF-8, whatever the locale
+    says. A terminal gets escapes for the characters that its encoding lacks.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by who started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as we live
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            piped = name == "stdout" and not stream.isatty()
+            stream.reconfigure(encoding="utf-8" if piped else None, errors="backslashreplace")
 
 
 def _run(args: list[str], out: Output) -> int:
@@ -138,7 +143,7 @@ def _log() -> None:
     """
     path = os.environ.get("IPGUARD_LOG")
     if path:
-        handler = logging.FileHandler(path)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         logger = logging.getLogger("ipguard")
         logger.addHandler(handler)

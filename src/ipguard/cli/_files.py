@@ -150,7 +150,7 @@ class _Lines:
                         break
                 line = b"\n"
             if self.number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = _begun(line)
             try:
                 text = line.decode()
             except UnicodeDecodeError:
@@ -163,6 +163,21 @@ class _Lines:
         """Return why the lines read since the last time cannot be used, or None."""
         bad, self.bad = self.bad, None
         return bad
+
+
+def _begun(line: bytes) -> bytes:
+    """Return the first line of a file without its byte order mark.
+
+    Raises:
+        Problem: The file is UTF-16 or UTF-32, as some programs save "Unicode text".
+    """
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
+        raise Problem(
+            Exit.FILE,
+            "the file is not UTF-8 but UTF-16 or UTF-32",
+            hint="save it as UTF-8; in Excel: CSV UTF-8 (comma delimited)",
+        )
+    return line.removeprefix(b"\xef\xbb\xbf")
 
 
 def _csv_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | BadRow]]:
@@ -181,11 +196,18 @@ def _csv_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | BadR
         bad = lines.take_bad()
         if bad is not None:
             yield start, BadRow(bad)
-        elif len(cells) == count:
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue  # spreadsheets append rows of empty cells
+        if not any(cells[count:]):
+            del cells[count:]
+        if len(cells) != count:
+            yield start, BadRow(f"it has {len(cells)} columns, and the first line has {count}")
+        elif any(cell and not name for name, cell in zip(names, cells, strict=True)):
+            yield start, BadRow("it has a value in a column without a name")
+        else:
             named = zip(names, cells, used, strict=True)
             yield start, {name: cell for name, cell, use in named if cell and use}
-        elif cells:
-            yield start, BadRow(f"it has {len(cells)} columns, and the first line has {count}")
 
 
 def _header(lines: _Lines, reader: Iterator[list[str]], columns: Columns) -> list[str]:
@@ -195,7 +217,12 @@ def _header(lines: _Lines, reader: Iterator[list[str]], columns: Columns) -> lis
         raise Problem(Exit.FILE, "the file is empty") from None
     except csv.Error as exc:
         raise Problem(Exit.FILE, f"line 1: it is not CSV: {exc}") from None
-    wrong = lines.take_bad() or columns.wrong(names)
+    # Spreadsheets append empty columns too.
+    wrong = lines.take_bad() or columns.wrong([name for name in names if name])
+    if wrong and len(names) == 1:
+        for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+            if mark in names[0]:
+                wrong = f"its columns are separated by {name}, not by commas"
     if wrong is not None:
         raise Problem(
             Exit.FILE,

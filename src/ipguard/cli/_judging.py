@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import groupby
 from json import dumps
 from typing import Any, BinaryIO, Final, Generic, TypeVar
@@ -39,6 +39,7 @@ COLUMNS: Final = Columns(
 _FEW: Final = 5_000  # up to so many users are looked up one by one
 _PAGE: Final = 1_000
 _SHOWN: Final = 50
+_UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
 def values(row: Row) -> tuple[object, ...]:
@@ -69,6 +70,7 @@ class Judged:
         users: To how many users.
         newly: How many of them are not restricted now, and could log in from nowhere else any more.
         replaced: How many expired restrictions would be replaced.
+        skipped: The lines whose restrictions hold already, and are not added again.
     """
 
     spool: Spool
@@ -76,6 +78,16 @@ class Judged:
     users: int = 0
     newly: int = 0
     replaced: int = 0
+    skipped: set[int] = attrs.field(factory=set)
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """Yield the good rows as the workflow takes them."""
+        for row in self.spool.rows(
+            "SELECT username, line, first, last, label, expires FROM rows ORDER BY line"
+        ):
+            if row[1] not in self.skipped:
+                wanted = _restriction(row, _UNSET)
+                yield wanted.username, wanted.addresses, wanted.label, wanted.expires_at
 
 
 @contextmanager
@@ -87,8 +99,10 @@ def judge(
     stream: BinaryIO,
     kind: str,
     path: str,
+    *,
+    skip_existing: bool = False,
 ) -> Iterator[Judged]:
-    """Judge each row of a file.
+    """Judge each row of a file; with `skip_existing`, leave out what holds already.
 
     Raises:
         BadRows: Some cannot be imported.
@@ -110,7 +124,14 @@ def judge(
                     continue
                 until = None if wanted.expires_at is None else wanted.expires_at.isoformat()
                 spool.add((line, wanted.username, *wanted.addresses.packed, wanted.label, until))
-        _compare(store, judged, bad, flow.settings.restrictions_per_user, now)
+        _compare(
+            store,
+            judged,
+            bad,
+            flow.settings.restrictions_per_user,
+            now,
+            skip_existing=skip_existing,
+        )
         bad.raise_if_any()
         if not judged.users:
             raise holds_no(path, "restrictions")
@@ -118,7 +139,13 @@ def judge(
 
 
 def _compare(
-    store: RestrictionStore, judged: Judged, bad: BadRows, per_user: int, now: datetime
+    store: RestrictionStore,
+    judged: Judged,
+    bad: BadRows,
+    per_user: int,
+    now: datetime,
+    *,
+    skip_existing: bool,
 ) -> None:
     """Compare the rows with each other and with the store, user by user."""
     spool = judged.spool
@@ -147,8 +174,13 @@ def _compare(
         for each in wanted if refused else ():
             first.setdefault(each.addresses, each.id)
         for each, error in refused:
-            twice = isinstance(error, DuplicateRestriction) and error.found == "row"
-            where = f", first on line {first[each.addresses]}" if twice else ""
+            where = ""
+            if isinstance(error, DuplicateRestriction):
+                if skip_existing and error.found == "restriction" and not error.differs:
+                    judged.skipped.add(int(each.id))
+                    continue
+                if error.found == "row":
+                    where = f", first on line {first[each.addresses]}"
             bad.add(int(each.id), f"{error}{where}")
 
 
@@ -228,6 +260,7 @@ def show(call: Call, judged: Judged) -> None:
             "expires_at": until,
         }
         for username, first, last, label, until, line in found
+        if line not in judged.skipped
     )
     if call.out.as_json:
         head = {
@@ -236,6 +269,7 @@ def show(call: Call, judged: Judged) -> None:
             "users": judged.users,
             "newly_restricted": judged.newly,
             "replaced": judged.replaced,
+            "skipped": len(judged.skipped),
         }
         call.out.raw(dumps(head).removesuffix("}") + ', "adds": [')
         for number, each in enumerate(adds):
@@ -251,5 +285,5 @@ def show(call: Call, judged: Judged) -> None:
     call.out.note(
         f"would add {judged.added:,} restrictions to {judged.users:,} users, of whom"
         f" {judged.newly:,} are not restricted now; {judged.replaced:,} expired ones would be"
-        " replaced; nothing was changed"
+        f" replaced; {len(judged.skipped):,} rows hold already; nothing was changed"
     )

@@ -44,20 +44,36 @@ def import_(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")
     ] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Skip rows that hold already, with the same label and expiry.",
+        ),
+    ] = False,
 ) -> None:
     """Impose the restrictions of a file: all or none.
 
-    Columns: username, addresses, and if wanted label and expires_at. One revision, one reason. What
-    is wrong is told of every row, with its line.
+    Columns: username, addresses, and optionally label and expires_at. One revision, one reason.
+    Every bad row is reported with its line.
     """
     kind = format_of(file, kind)
     actor = Actor(username="-", email=NO_EMAIL, manages=Actor.EVERY_ACCOUNT)
     actor = actor if dry_run else call.operator()
     with opened(file) as given, rewindable(given) as stream, call.store() as store:
         flow = call.workflow(store, mails=not dry_run)
-        if dry_run:
-            with judge(call, store, flow, actor, stream, kind, file) as judged:
-                show(call, judged)
+        if dry_run or skip_existing:
+            with judge(
+                call, store, flow, actor, stream, kind, file, skip_existing=skip_existing
+            ) as judged:
+                if dry_run:
+                    show(call, judged)
+                    return
+                if judged.added:
+                    revision = flow.impose_many(actor, judged.rows(), reason=reason).revision
+                else:
+                    revision = store.changes_since(None).head
+            _show_imported(call, judged.added, revision, len(judged.skipped))
             return
         count = 0
 
@@ -81,12 +97,18 @@ def import_(
             stream.seek(0)
             with judge(call, store, flow, actor, stream, kind, file):
                 raise exc from None
+    _show_imported(call, count, applied.revision, 0)
+
+
+def _show_imported(call: Call, count: int, revision: int, skipped: int) -> None:
     failed = call.tell_failures()
     if call.out.as_json:
-        told = {"dry_run": False, "rows": count, "revision": applied.revision}
+        told = {"dry_run": False, "rows": count, "skipped": skipped, "revision": revision}
         call.out.data(told | {"notices_failed": failed})
-    else:
-        call.out.line(f"{count:,} restrictions hold, revision {applied.revision}", "green")
+        return
+    call.out.line(f"{count:,} restrictions hold, revision {revision}", "green")
+    if skipped:
+        call.out.line(f"{skipped:,} rows were skipped: they hold already")
 
 
 _EXPORTED: Final = (
@@ -107,18 +129,26 @@ def export(
         str | None, typer.Option("--output", "-o", metavar="FILE", help="A new file, 0600.")
     ] = None,
     kind: FileOption = None,
+    excel: Annotated[
+        bool,
+        typer.Option("--excel", help="Begin CSV with a byte order mark: Excel then reads UTF-8."),
+    ] = False,
 ) -> None:
-    """Write every restriction: CSV, or JSON Lines.
+    """Write every restriction: CSV, or JSON Lines, in UTF-8.
 
     They are of one moment. `ipguard import` reads them. Those that have expired are left out, as no
     import takes them.
     """
     kind = format_of(output or "", kind or ("jsonl" if call.out.as_json and not output else None))
+    if excel and kind != "csv":
+        raise Problem(Exit.USAGE, "--excel is for CSV")
     count = expired = nothing = 0
     with call.store() as store:
         revision, policies = store.load_all_policies()
         now = store.now()
         with closing(policies), _target(output) as target:  # type: ignore[type-var]
+            if excel:
+                target.write("\ufeff")
             write = _csv(target) if kind == "csv" else _lines(target)
             # In a terminal, rows on their way to it would run into the bar.
             shown = nullcontext(_nobody) if call.out.rich and not output else progress(call.out, "")
