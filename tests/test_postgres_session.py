@@ -6,8 +6,10 @@ Tests run on a direct connection, and through pgbouncer in transaction mode if t
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -16,6 +18,7 @@ import ipguard
 from ipguard import Actor, Reason, StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores import open_store
 from ipguard.stores._postgres import SETTINGS, dialect
+from ipguard.stores._postgres_clock import ServerClock, ticks
 from ipguard.stores.postgres import PostgresStore, grants
 from ipguard.testing import Outbox
 from tests.pooler import transaction_pooler
@@ -291,6 +294,61 @@ def test_round_trips_through_a_pooler(own_postgres: Server) -> None:
                 call()
                 counts.append(proxy.round_trips - before)
             assert counts == [1, 1, 7]
+
+
+# ------------------------------------------------------------------------------- times
+
+FIRST, LAST = -(2**63), 2**63 - 1
+
+
+@pytest.mark.parametrize("preload", [False, True])
+@pytest.mark.parametrize(
+    ("expires_at", "reason"), [(LAST, Reason.LISTED), (FIRST, Reason.NOT_LISTED)]
+)
+@pytest.mark.parametrize("scheme", ["postgresql", "sqlite"])
+def test_a_time_beyond_the_calendar_breaks_no_login(
+    scheme: str,
+    expires_at: int,
+    reason: Reason,
+    preload: bool,
+    postgres: Server | Given,
+    tmp_path: Path,
+) -> None:
+    """Another program may have stored one; it decides what the number says, in every column."""
+    name = fresh_schema()
+    path = tmp_path / "a.db"
+    url = postgres.url(schema=name) if scheme == "postgresql" else f"sqlite:///{path}"
+    with contextlib.closing(open_store(url)) as store:
+        store.put_users([user("jo")])
+        outbox = Outbox()
+        flow = ipguard.Workflow(store, outbox, key=bytes(32))
+        flow.impose(BOSS, "jo", HOME, reason="r")
+        flow.request(BOSS, "jo", ELSEWHERE)
+        for statement in (
+            f"UPDATE restrictions SET created_at = {-expires_at - 1}, expires_at = {expires_at}",
+            f"UPDATE requests SET requested_at = {FIRST}, restriction_expires_at = {LAST}",
+            f"UPDATE changes SET at = {expires_at}",
+        ):
+            if scheme == "postgresql":
+                postgres.execute(f"SET search_path TO {name}; {statement}")
+            else:
+                with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+                    connection.execute(statement)
+        guard = ipguard.Guard(store, preload=preload)
+        guard.sync()
+        assert guard.check("jo", HOME).reason is reason
+        assert guard.check("jo", ELSEWHERE).reason is Reason.NOT_LISTED
+        assert len(flow.overview(BOSS).items) == 1
+        assert {change.at.year for change in flow.history(BOSS).items} <= {1, 9999}
+        assert flow.request(BOSS, "jo", "192.0.2.1").requested_at.year > 2000
+
+
+def test_a_clock_beyond_the_calendar_stops_at_its_end() -> None:
+    """The server's clock is read without an error, whatever it says."""
+    clock = ServerClock()
+    for micros, year in ((LAST, 9999), (FIRST, 1), (253_402_300_799_999_999, 9999)):
+        clock.set(micros, ticks() - 5)
+        assert clock.now().year == year
 
 
 # ------------------------------------------------------------------------------- names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from ipguard.stores._sql import moment
 
@@ -24,7 +24,7 @@ class ServerClock:
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[datetime, float] | None = None
+        self._seen: tuple[int, float] | None = None
 
     def set(self, micros: int, asked_at: float) -> None:
         """Take a reading.
@@ -33,11 +33,11 @@ class ServerClock:
             micros: What the server said.
             asked_at: The `ticks` before it was asked.
         """
-        self._seen = moment(micros), asked_at
+        self._seen = micros, asked_at
 
     def now(self) -> datetime:
         """Return the server's time."""
         seen = self._seen
         if seen is None:
             return datetime.now(UTC)
-        return seen[0] + timedelta(seconds=ticks() - seen[1])
+        return moment(seen[0] + int((ticks() - seen[1]) * 1_000_000))

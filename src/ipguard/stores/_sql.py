@@ -39,6 +39,8 @@ Params = Sequence[object]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+_FIRST: Final = datetime.min.replace(tzinfo=UTC)
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
 _VERSIONS: Final = {(4, 4): 4, (16, 16): 6}
 _SHOWN: Final = 256
 _EVERYBODY: Final = "*"  # no JSON, so it cannot be taken for a list of usernames
@@ -78,12 +80,19 @@ def _optional_micros(moment: datetime | None) -> int | None:
 
 
 def moment(stored: int) -> datetime:
-    """Return a time from how it is stored."""
-    return _EPOCH + timedelta(microseconds=stored)
+    """Return a time from how it is stored.
+
+    A row of another program may hold a time before year 1 or after year 9999. The first or last
+    time that a datetime can hold replaces it, so that it still decides the same.
+    """
+    try:
+        return _EPOCH + timedelta(0, 0, stored)
+    except OverflowError:
+        return _LAST if stored > 0 else _FIRST
 
 
 def _optional_moment(stored: int | None) -> datetime | None:
-    return None if stored is None else _EPOCH + timedelta(microseconds=stored)
+    return None if stored is None else moment(stored)
 
 
 def encodable(text: str) -> bool:
@@ -134,9 +143,9 @@ def make_restriction(username: str, row: Row) -> Restriction:
             last=int.from_bytes(last, "big"),
         ),
         label=label,
-        created_at=_EPOCH + timedelta(0, 0, created_at),
+        created_at=moment(created_at),
         created_by=created_by,
-        expires_at=None if expires_at is None else _EPOCH + timedelta(0, 0, expires_at),
+        expires_at=_optional_moment(expires_at),
     )
 
 
