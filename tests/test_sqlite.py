@@ -13,8 +13,9 @@ import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,15 +30,19 @@ from ipguard.errors import (
     StoreError,
     StoreUnavailable,
 )
-from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
+from ipguard.guard import Guard
+from ipguard.model import EVERYBODY, RESET, Action, Actor, Reason, Restriction, User
 from ipguard.stores import _sqlite_schema, _sqlite_turn, open_store
 from ipguard.stores._migrations import SCHEMA_VERSION
+from ipguard.stores._sql import micros
 from ipguard.stores._sql_read import CHANGES_SINCE
-from ipguard.stores._sqlite import Session
+from ipguard.stores._sqlite import Files, Session, file_id
 from ipguard.stores.sqlite import SQLiteStore, migrations
 from tests.conftest import rounds
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
+FIRST = datetime.min.replace(tzinfo=UTC)
+LAST = datetime.max.replace(tzinfo=UTC)
 EVERY = Actor.EVERY_ACCOUNT
 # A thread is running while these tests fork: that is what they are about.
 may_fork = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -539,10 +544,19 @@ def test_the_old_connections_leave_the_new_file_alone(
         assert store.changes_since(None).head == 3
 
 
+@pytest.mark.parametrize("linked", [False, True])
 def test_a_log_that_was_left_makes_the_store_unavailable(
-    store: SQLiteStore, path: Path, tmp_path: Path
+    store: SQLiteStore, path: Path, tmp_path: Path, linked: bool
 ) -> None:
-    """SQLite would apply it to the new file, so nothing is answered until it is gone."""
+    """SQLite would apply it to the new file, so nothing is answered until it is gone.
+
+    It is beside the file itself, not beside a symbolic link to it.
+    """
+    if linked:
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links" / "store.db").symlink_to(path)
+        store.close()
+        store = SQLiteStore(tmp_path / "links" / "store.db")
     impose(store, "jo", 1)
     cursor = store.changes_since(None)[:2]
     other_database(tmp_path, 3).replace(path)
@@ -557,6 +571,54 @@ def test_a_log_that_was_left_makes_the_store_unavailable(
     Path(f"{path}-shm").unlink()
     changes = store.changes_since(cursor)
     assert (changes.head, changes.usernames) == (3, RESET)
+
+
+def test_a_link_to_another_file_is_followed(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
+    """A link that points to another database since is a replaced file; its folder counts too."""
+    other_database(tmp_path, 3)
+    folder = tmp_path / "current"
+    folder.symlink_to(tmp_path)
+    (tmp_path / "next").mkdir()
+    (tmp_path / "other.db").rename(tmp_path / "next" / "ipguard.db")
+    with SQLiteStore(folder / "ipguard.db") as linked:
+        cursor = linked.changes_since(None)[:2]
+        folder.unlink()
+        folder.symlink_to(tmp_path / "next")
+        assert linked.changes_since(cursor)[::2] == (3, RESET)
+        assert impose(linked, "jo", 100) == 4
+        assert (tmp_path / "next" / "ipguard.db-wal").exists()
+    assert store.changes_since(None).head == 1
+
+
+def test_a_file_with_two_names_is_refused(path: Path, tmp_path: Path) -> None:
+    """Each name would have a log of its own."""
+    SQLiteStore(path).close()
+    (tmp_path / "second.db").hardlink_to(path)
+    for name in (path, tmp_path / "second.db"):
+        with pytest.raises(StoreConfigError, match="hard link"):
+            SQLiteStore(name)
+    path.unlink()
+    SQLiteStore(tmp_path / "second.db").close()
+
+
+@pytest.mark.parametrize("name", ["a.db", "a b\\c.db"])
+def test_a_file_that_is_mounted_alone_is_refused(tmp_path: Path, name: str) -> None:
+    """Two containers with the file and not its folder would have a log each."""
+    path = tmp_path / name
+    SQLiteStore(path).close()
+    script = 'mount --bind "$0" "$1" && exec "$2" -c "$3" "$1"'
+    opening = PROLOGUE + "SQLiteStore(path)"
+    for target, refused in ((path, True), (tmp_path, False)):
+        source = path if refused else tmp_path
+        run = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script, source, target, sys.executable, opening],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "unshare" in run.stderr or "mount:" in run.stderr:
+            pytest.skip(f"no mounting here: {run.stderr}")
+        assert ("mounted alone" in run.stderr) == refused, run.stderr
 
 
 def test_a_vanished_file_is_not_made_again(store: SQLiteStore, path: Path) -> None:
@@ -579,8 +641,10 @@ def test_a_file_that_vanishes_at_the_last_moment(
 ) -> None:
     """SQLite itself is told to make no file."""
     store._pool.forget()
+    main = file_id(str(path))
     remove(path)
-    monkeypatch.setattr("ipguard.stores._sqlite_pool.file_id", lambda path: store._pool._file)
+    monkeypatch.setattr("ipguard.stores._sqlite_pool.file_id", lambda path: main)
+    monkeypatch.setattr("ipguard.stores._sqlite_pool.files_at", lambda path: store._pool._files)
     with pytest.raises(StoreUnavailable):
         store.load_policy("jo")
     assert not path.exists()
@@ -612,7 +676,7 @@ def test_a_connection_to_the_old_file_is_not_lent_again(
             store._pool.give(session)
             assert session not in store._pool._open
         else:
-            session.file = (0, 0)
+            session.files = Files((0, 0), None, None)
             store._pool._idle.append(session)
             with store._pool.session() as lent:
                 assert lent is not session
@@ -630,6 +694,32 @@ def test_a_file_replaced_by_something_else(store: SQLiteStore, path: Path, conte
         with pytest.raises(StoreUnavailable):
             store.load_policy("jo")
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("lost", ["-wal", "-shm"])
+@pytest.mark.parametrize("when", ["during the transaction", "during the commit"])
+def test_no_commit_is_acknowledged_without_all_three_files(
+    store: SQLiteStore, path: Path, when: str, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit to a log that was removed is reported as unavailable, and the next one succeeds."""
+
+    def lose() -> None:
+        Path(f"{path}{lost}").unlink()
+
+    def change() -> None:
+        with store.transaction() as turn:
+            turn.append(Action.IMPOSE, actor="admin", touches=EVERYBODY)
+            if when == "during the transaction":
+                lose()
+
+    with monkeypatch.context() as patch:
+        if when == "during the commit":
+            at_statement(patch, "COMMIT", before=lose)
+        with pytest.raises(StoreUnavailable, match=f"replaced {when}"):
+            change()
+    assert not store._pool._open
+    impose(store, "jo", 1)
+    assert "1" in elsewhere(path, "len(store.load_policy('jo').restrictions)")
 
 
 @pytest.mark.parametrize("when", ["during the transaction", "during the commit"])
@@ -654,6 +744,138 @@ def test_no_change_is_lost_in_a_replaced_file(
         at_statement(monkeypatch, "COMMIT", before=replace)
     with pytest.raises(StoreUnavailable, match=f"replaced {when}"):
         change()
+
+
+def elsewhere(path: Path, expression: str) -> str:
+    """Return the value of an expression about `store` in another process, as text."""
+    with process(
+        f"with SQLiteStore(path, migrate=False) as store: print({expression})", path
+    ) as other:
+        return finish(other).strip()
+
+
+WITHOUT = pytest.mark.parametrize("lost", [["-wal"], ["-shm"], ["-wal", "-shm"]])
+
+
+@WITHOUT
+def test_a_removed_log_or_index_is_noticed(store: SQLiteStore, path: Path, lost: list[str]) -> None:
+    """The next sync says RESET and sees what other processes commit, and they see this store's."""
+    cursor = store.changes_since(None)[:2]
+    for suffix in lost:
+        Path(f"{path}{suffix}").unlink()
+    assert elsewhere(path, "append(store)") == "2"
+    changes = store.changes_since(cursor)
+    assert (changes.head, changes.usernames) == (2, RESET)
+    assert store.load_policy("jo").revision == 2
+    assert store.changes_since(changes[:2]).usernames == frozenset()
+    assert impose(store, "jo", 1) == 3
+    assert elsewhere(path, "append(store)") == "4"
+    assert store.changes_since(None).head == 4
+
+
+@WITHOUT
+def test_a_transaction_starts_with_the_files_that_are_there(
+    store: SQLiteStore, path: Path, lost: list[str]
+) -> None:
+    """An acknowledged commit outlives the process, whatever was removed before it."""
+    script = """
+store = SQLiteStore(path)
+store.load_policy("jo")
+for suffix in sys.argv[2:]:
+    os.remove(path + suffix)
+print(append(store), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    store.close()
+    with process(script, path, *lost) as running:
+        assert running.communicate()[0] == "2\n"
+    with SQLiteStore(path) as again:
+        assert again.changes_since(None).head == 2
+
+
+def test_a_process_that_read_the_file_itself(store: SQLiteStore, path: Path) -> None:
+    """Closing any descriptor drops SQLite's locks: another process then removes log and index."""
+    cursor = store.changes_since(None)[:2]
+    path.read_bytes()
+    assert elsewhere(path, "append(store)") == "2"
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert elsewhere(path, "append(store)") == "3"
+    assert store.changes_since(cursor).head == 3
+    assert store.load_policy("jo").revision == 3
+    assert impose(store, "jo", 1) == 4
+    assert elsewhere(path, "store.changes_since(None).head") == "4"
+
+
+def test_a_waiting_thread_gives_a_stale_connection_back(store: SQLiteStore, path: Path) -> None:
+    """Otherwise new connections would share the removed index with it."""
+    cursor = store.changes_since(None)[:2]
+    answers: list[bool] = []
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(store.wait, 10**9, 60)
+        until(lambda: any(session.thread for session in store._pool._open))
+        Path(f"{path}-shm").unlink()
+        assert elsewhere(path, "append(store)") == "2"
+        assert store.changes_since(cursor).usernames is RESET
+        answers.append(waiting.result())
+    assert answers == [False]
+    assert store.load_policy("jo").revision == 2
+
+
+def test_a_stale_snapshot_that_is_half_read_ends(store: SQLiteStore, path: Path) -> None:
+    """A preload from a removed log fails; its own thread can sync afterwards."""
+    for name in ("jo", "ann"):
+        impose(store, name, 1)
+    _, policies = store.load_all_policies()
+    next(policies)
+    Path(f"{path}-shm").unlink()
+    elsewhere(path, "append(store)")
+    with pytest.raises(StoreUnavailable, match="removed"):
+        store.changes_since(None)
+    with pytest.raises(StoreUnavailable):
+        next(policies)
+    assert store.changes_since(None).head == 4
+
+
+def test_two_stores_of_one_process_notice_together(store: SQLiteStore, path: Path) -> None:
+    """The idle connections of one do not keep the other at the removed index."""
+    with SQLiteStore(path) as second:
+        cursor = second.changes_since(None)[:2]
+        Path(f"{path}-shm").unlink()
+        elsewhere(path, "append(store)")
+        assert store.changes_since(None).head == 2
+        assert store.load_policy("jo").revision == 2
+        changes = second.changes_since(cursor)
+        assert (changes.head, changes.usernames) == (2, RESET)
+
+
+def test_a_foreign_connection_of_the_process(store: SQLiteStore, path: Path) -> None:
+    """A connection that is not the store's keeps the removed index: nothing is answered."""
+    with raw(path) as foreign:
+        foreign.execute("SELECT * FROM head").fetchall()
+        cursor = store.changes_since(None)[:2]
+        Path(f"{path}-shm").unlink()
+        elsewhere(path, "append(store)")
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="removed"):
+                store.changes_since(cursor)
+            with pytest.raises(StoreUnavailable, match="removed"):
+                store.load_policy("jo")
+    assert store.changes_since(cursor)[::2] == (2, RESET)
+
+
+def test_a_commit_leaves_nothing_in_the_log(store: SQLiteStore, path: Path) -> None:
+    """The file alone holds all that was committed, unless a reader kept an older state."""
+    impose(store, "jo", 1)
+    assert Path(f"{path}-wal").stat().st_size == 0
+    with store._pool.session() as reader, reader.snapshot():
+        reader.rows("SELECT * FROM head")
+        impose(store, "jo", 2)
+        assert Path(f"{path}-wal").stat().st_size > 0
+    impose(store, "jo", 3)
+    assert Path(f"{path}-wal").stat().st_size == 0
+    shutil.copy(path, path.with_name("copy.db"))
+    with SQLiteStore(path.with_name("copy.db")) as copy:
+        assert len(copy.load_policy("jo").restrictions) == 3
 
 
 def test_an_older_copy_restored_by_sqlite(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
@@ -764,6 +986,48 @@ def test_a_damaged_row_is_unavailable(store: SQLiteStore, path: Path, column: st
         list(store.load_all_policies()[1])
 
 
+@pytest.mark.parametrize(
+    ("created", "expires"),
+    [(FIRST, LAST), (LAST, None), (FIRST, FIRST)],
+)
+def test_the_first_and_the_last_times(
+    store: SQLiteStore, path: Path, created: datetime, expires: datetime | None
+) -> None:
+    """Rows from year 1 or 9999 are read like any others."""
+    impose(store, "jo", 1)
+    with raw(path) as connection:
+        connection.execute(
+            "UPDATE restrictions SET created_at = ?, expires_at = ?",
+            (micros(created), None if expires is None else micros(expires)),
+        )
+        connection.execute("UPDATE changes SET at = ?", (micros(created),))
+    for held in (store.load_policy("jo"), dict(store.load_all_policies()[1])["jo"]):
+        assert [(each.created_at, each.expires_at) for each in held.restrictions] == [
+            (created, expires)
+        ]
+    decision = Guard(store).check("jo", "10.0.0.1")
+    assert decision.allowed == (expires is None or expires.year == 9999)
+    assert not Guard(store).is_allowed("jo", "203.0.113.7")
+    assert len(store.overview(EVERY)) == 1
+    assert {change.at for change in store.history(EVERY)} == {created}
+    store.prune(LAST.replace(tzinfo=timezone(timedelta(hours=-12))))
+    assert store.changes_since(None).head == 2
+
+
+@pytest.mark.parametrize("column", ["created_at", "expires_at"])
+@pytest.mark.parametrize("stored", [2**62, -(2**62)])
+def test_a_time_that_no_clock_shows_is_a_damaged_row(
+    store: SQLiteStore, path: Path, column: str, stored: int
+) -> None:
+    """It is reported as such, and its user is not let in."""
+    impose(store, "jo", 1)
+    with raw(path) as connection:
+        connection.execute(f"UPDATE restrictions SET {column} = ?", (stored,))
+    with pytest.raises(StoreUnavailable, match="damaged row"):
+        store.load_policy("jo")
+    assert Guard(store).check("jo", "10.0.0.1").reason is Reason.STORE_UNAVAILABLE
+
+
 # ------------------------------------------------------------------------------------- locks
 
 
@@ -807,6 +1071,80 @@ def test_an_exclusively_locked_database_is_unavailable(path: Path) -> None:
         other.execute("COMMIT")
         with pytest.raises(StoreUnavailable, match="locked"):
             SQLiteStore(path, timeout=0.1)
+
+
+class Time:
+    """A clock that the waits of the store move, in place of the module `time`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.then: Callable[[], object] = lambda: None
+        for module in ("_sqlite", "_sqlite_pool", "_sqlite_turn"):
+            monkeypatch.setattr(f"ipguard.stores.{module}.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.then()
+
+
+def test_one_budget_for_all_the_waits_of_a_call(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening and taking the writer's turn share the timeout."""
+    with SQLiteStore(path, timeout=30) as store, raw(path) as reader, raw(path) as writer:
+        reader.execute("PRAGMA locking_mode = EXCLUSIVE")
+        reader.execute("UPDATE head SET revision = revision")
+        clock = Time(monkeypatch)
+
+        def then() -> None:
+            if clock.now > 20 and not writer.in_transaction:
+                reader.close()
+                writer.execute("BEGIN IMMEDIATE")
+
+        clock.then = then
+        with pytest.raises(StoreUnavailable, match="locked"), store.transaction():
+            pytest.fail("the transaction began")
+        assert writer.in_transaction
+        assert clock.now == pytest.approx(30)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda store: store.load_policy("jo"),
+        lambda store: store.changes_since(None),
+        lambda store: store.load_all_policies(),
+        lambda store: store.wait(1, 60),
+    ],
+)
+def test_the_login_path_waits_for_a_second(
+    path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[SQLiteStore], object]
+) -> None:
+    """However long writers may wait."""
+    with SQLiteStore(path, timeout=30) as store, raw(path) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("UPDATE head SET revision = revision")
+        clock = Time(monkeypatch)
+        with pytest.raises(StoreUnavailable, match="locked"):
+            read(store)
+        assert clock.now == pytest.approx(1)
+
+
+def test_opening_a_locked_file_waits_for_the_timeout_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does a migration that has to wait for the writer's lock."""
+    path.touch()
+    clock = Time(monkeypatch)
+    with raw(path) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable, match="locked"):
+            SQLiteStore(path, timeout=30)
+    assert clock.now == pytest.approx(30)
 
 
 def test_a_read_waits_for_a_lock_that_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -887,17 +1225,17 @@ def at_statement(
     before: Callable[[], object] = lambda: None,
     after: Callable[[], object] = lambda: None,
 ) -> None:
-    plain = Session.patiently
+    plain = Session.run
 
-    def patiently(self: Session, sql: str, params: tuple[object, ...], timeout: float) -> object:
+    def run(self: Session, sql: str, params: tuple[object, ...] = ()) -> None:
         if sql != statement:
-            return plain(self, sql, params, timeout)
+            plain(self, sql, params)
+            return
         before()
-        answer = plain(self, sql, params, timeout)
+        plain(self, sql, params)
         after()
-        return answer
 
-    monkeypatch.setattr(Session, "patiently", patiently)
+    monkeypatch.setattr(Session, "run", run)
 
 
 def fail() -> None:
@@ -1116,15 +1454,69 @@ def test_a_file_that_may_not_be_written() -> None:
         path.chmod(0o444)
 
         def use() -> str:
-            if os.geteuid() == 0:  # root may write everywhere
-                nobody = pwd.getpwnam("nobody")
-                os.setegid(nobody.pw_gid)
-                os.seteuid(nobody.pw_uid)
+            as_nobody()
             with pytest.raises(StoreConfigError) as caught:
                 SQLiteStore(path)
             return str(caught.value).removeprefix(f"{path}: ")
 
         assert "may" in in_child(use, at_once=True)
+
+
+def as_nobody() -> None:
+    if os.geteuid() == 0:  # root may write everywhere
+        nobody = pwd.getpwnam("nobody")
+        os.setegid(nobody.pw_gid)
+        os.seteuid(nobody.pw_uid)
+
+
+@may_fork
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_what_was_read_only_for_a_while_is_written_again(where: str) -> None:
+    """At once, though connections from that time are idle, and one is waiting."""
+    with TemporaryDirectory() as name:  # that others can reach, as they cannot reach `tmp_path`
+        folder = Path(name)
+        path = folder / "a.db"
+        store = SQLiteStore(path, timeout=30)
+        store.put_users([user("jo")])
+        store._pool.forget()
+        if os.geteuid() == 0:
+            for each in (folder, path):
+                shutil.chown(each, "nobody")
+
+        def use() -> list[object]:
+            as_nobody()
+            place = path if where == "file" else folder
+            mode = place.stat().st_mode
+            place.chmod(mode & ~0o222)
+            refused = []
+            for write in (lambda: impose(store, "jo", 1), lambda: store.put_users([user("ann")])):
+                with suppress(StoreUnavailable):
+                    refused.append(write())
+            threads: list[threading.Thread] = []
+            if where == "file":  # in a folder that is read-only nothing can be read either
+                barrier = threading.Barrier(4)
+
+                def read() -> None:
+                    with store._pool.session() as session:
+                        session.rows("SELECT * FROM head")
+                        barrier.wait()
+
+                readers = [threading.Thread(target=read) for _ in range(4)]
+                threads = [threading.Thread(target=store.wait, args=(10**9, 60))]
+                for thread in (*readers, *threads):
+                    thread.start()
+                for thread in readers:
+                    thread.join()
+                until(lambda: any(session.thread for session in store._pool._open))
+            place.chmod(mode)
+            written = [impose(store, "jo", 2), store.put_users([user("ann")])]
+            store.close()
+            for thread in threads:
+                thread.join()
+            return [refused, written]
+
+        assert in_child(use, at_once=True) == "[[], [2, 3]]"
+        store.close()
 
 
 @pytest.mark.parametrize("content", [b"hello", b"not a database" * 1000])

@@ -7,23 +7,30 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from json import dumps
-from typing import TypeVar
+from typing import NamedTuple
 
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._sql import Params, Row
 
-T = TypeVar("T")
 FileId = tuple[int, int]  # device and inode
+
+
+class Files(NamedTuple):
+    """The identities of the database file, its log and its index."""
+
+    main: FileId
+    wal: FileId | None
+    shm: FileId | None
 
 
 def file_id(path: str) -> FileId:
     """Return the device and inode of a file.
 
     Raises:
-        StoreUnavailable: It is not there, or may not be seen.
+        StoreUnavailable: It does not exist, or may not be read.
     """
     try:
         found = os.stat(path)  # noqa: PTH116 - on the way of every sync
@@ -32,29 +39,54 @@ def file_id(path: str) -> FileId:
     return found.st_dev, found.st_ino
 
 
+def files_at(path: str) -> Files:
+    """Return the identities of the three files of a database.
+
+    Raises:
+        StoreUnavailable: The database file does not exist, or may not be read.
+    """
+    main, wal, shm = file_id(path), None, None
+    with suppress(StoreUnavailable):
+        wal = file_id(path + "-wal")
+    with suppress(StoreUnavailable):
+        shm = file_id(path + "-shm")
+    return Files(main, wal, shm)
+
+
 class Session:
     """One connection, lent to one thread at a time. It is the `Executor` of SQLite.
 
     Args:
         connection: The connection, in autocommit.
         path: Its file, for messages.
-        file: Which file that is.
-        timeout: How long a statement may wait, in seconds.
+        files: The files that it has open.
+        patience: How long its statements may wait for locks, all together, in seconds.
     """
 
-    __slots__ = ("broken", "connection", "cursor", "file", "path", "pid", "thread", "timeout")
+    __slots__ = (
+        "broken",
+        "connection",
+        "cursor",
+        "files",
+        "path",
+        "patience",
+        "pid",
+        "thread",
+        "unwritable",
+    )
 
     def __init__(
-        self, connection: sqlite3.Connection, path: str, file: FileId, timeout: float
+        self, connection: sqlite3.Connection, path: str, files: Files, patience: float
     ) -> None:
         self.connection = connection
         self.cursor = connection.cursor()  # a new one for each statement is slower
         self.path = path
-        self.file = file
-        self.timeout = timeout
+        self.files = files
+        self.patience = patience
         self.pid = os.getpid()
         self.thread = threading.get_ident()
-        self.broken = False
+        self.broken = False  # failed, or being closed
+        self.unwritable = False  # opened while the files were read-only, or failed to use them
 
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
         try:
@@ -62,7 +94,7 @@ class Session:
         except sqlite3.Error as exc:
             if not _is_busy(exc):
                 raise self._failure(exc) from exc
-        return self.patiently(sql, params, self.timeout)
+        return self._patiently(sql, params)
 
     def run(self, sql: str, params: Params = ()) -> None:
         self.rows(sql, params)
@@ -96,16 +128,28 @@ class Session:
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
 
-    def patiently(self, sql: str, params: Params, timeout: float) -> list[Row]:
-        """Run a statement until nobody is in the way, for a bounded time.
+    def _patiently(self, sql: str, params: Params) -> list[Row]:
+        """Retry a statement while the database is locked, within the session's patience.
 
-        SQLite's own busy handler is off: it sleeps up to 100 ms at a time, and some statements
-        ignore it.
+        SQLite's own busy handler is off: it sleeps up to 100 ms at a time, some statements ignore
+        it, and it gives each statement the whole timeout again.
         """
+        deadline = time.monotonic() + self.patience
+        longest = 0.001
         try:
-            return patiently(lambda: self.cursor.execute(sql, params).fetchall(), timeout)
-        except sqlite3.Error as exc:
-            raise self._failure(exc) from exc
+            while (left := deadline - time.monotonic()) > 0:
+                jitter = random.uniform(0.2, 1)  # noqa: S311 - no secret
+                time.sleep(min(jitter * longest, left))
+                longest = min(longest * 2, 0.01)
+                try:
+                    return self.cursor.execute(sql, params).fetchall()
+                except sqlite3.OperationalError as exc:
+                    if not _is_busy(exc):
+                        raise self._failure(exc) from exc
+        finally:
+            self.patience = max(0.0, deadline - time.monotonic())
+        self.broken = True
+        raise StoreUnavailable(f"{self.path}: locked by others for too long")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -117,36 +161,20 @@ class Session:
 
     def _failure(self, exc: sqlite3.Error) -> StoreError:
         self.broken = not isinstance(exc, sqlite3.IntegrityError)
+        self.unwritable |= _code(exc) in _UNWRITABLE
         return error_of(self.path, exc)
 
 
-def patiently(attempt: Callable[[], T], timeout: float) -> T:
-    """Try until nobody is in the way, for a bounded time.
+_UNWRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
 
-    Args:
-        attempt: What to try; nothing has happened when it raises that the database is busy.
-        timeout: How long, in seconds.
 
-    Raises:
-        sqlite3.OperationalError: It still was busy at the end, or something else is wrong.
-    """
-    deadline = time.monotonic() + timeout
-    longest = 0.001
-    while True:
-        try:
-            return attempt()
-        except sqlite3.OperationalError as exc:
-            left = deadline - time.monotonic()
-            if not _is_busy(exc) or left <= 0:
-                raise
-        time.sleep(min(random.uniform(0.2, 1) * longest, left))  # noqa: S311 - no secret
-        longest = min(longest * 2, 0.01)
+def _code(exc: sqlite3.Error) -> int:
+    # Errors that the sqlite3 module raises by itself have no code.
+    return int(getattr(exc, "sqlite_errorcode", 0)) & 0xFF
 
 
 def _is_busy(exc: sqlite3.Error) -> bool:
-    # Errors that the sqlite3 module raises by itself have no code.
-    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    return _code(exc) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def error_of(path: str, exc: sqlite3.Error) -> StoreError:

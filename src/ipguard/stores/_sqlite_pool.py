@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
+import sys
 import threading
 import time
 import weakref
@@ -26,7 +28,7 @@ from typing import Final
 from urllib.parse import quote
 
 from ipguard.errors import StoreConfigError, StoreUnavailable
-from ipguard.stores._sqlite import FileId, Session, error_of, file_id
+from ipguard.stores._sqlite import FileId, Files, Session, error_of, file_id, files_at
 
 _IDLE_AT_MOST: Final = 16
 _PRAGMAS: Final = (
@@ -42,17 +44,19 @@ class Pool:
     """The connections to one file.
 
     Args:
-        path: The file, absolute.
-        timeout: How long anything may wait, in seconds.
-        check: Called with each new connection; raises where the file is not to be used.
+        path: The file, absolute. Symbolic links are resolved when the file is opened: SQLite keeps
+            the log and the index beside the real file.
+        timeout: How long a call may wait, all its steps together, in seconds.
+        check: Called with each new connection; raises if the file must not be used.
     """
 
     def __init__(self, path: str, timeout: float, check: Callable[[Session], None]) -> None:
-        self.path = path
+        self._given = path
+        self.path = os.path.realpath(path)
         self.timeout = timeout
         self.check = check
-        self._file: FileId | None = None
-        self._logs: dict[str, FileId] = {}
+        self._files: Files | None = None  # those of the connections that may be lent
+        self.replaced = False  # since the last sync
         self._closed = False
         self._begin()
         _pools.add(self)
@@ -71,21 +75,27 @@ class Pool:
 
     # ------------------------------------------------------------------------- lending
 
-    def take(self) -> Session:
+    def take(self, patience: float | None = None) -> Session:
         """Lend a connection to this thread.
+
+        Args:
+            patience: How long the call may wait, in seconds, here and in all its statements; the
+                pool's timeout by default.
 
         Raises:
             StoreUnavailable: The store is closed, or the file cannot be opened.
         """
+        deadline = time.monotonic() + (self.timeout if patience is None else patience)
         while True:
             if self._closed or self._paused or self.pid != os.getpid():
-                self._make_ready()
+                self._make_ready(deadline)
             try:
                 session = self._idle.pop()
             except IndexError:
-                return self._connect()
+                return self._connect(deadline)
             session.thread = threading.get_ident()
-            if session.file == self._file:
+            if session.files is self._files:
+                session.patience = _until(deadline)
                 return session
             self.discard(session)
 
@@ -93,10 +103,15 @@ class Pool:
         """Take a connection back; one that is not whole is closed."""
         if session.pid != os.getpid():
             return  # inherited: abandoned already
+        if session.broken and session.unwritable and session.files is self._files:
+            # Connections that were opened while the files were read-only stay so, and so does the
+            # index, which all connections of a process share: replace them all.
+            self._files = None
+            self.forget()
         if (
             session.broken
             or session.connection.in_transaction
-            or session.file != self._file
+            or session.files is not self._files
             or len(self._idle) >= _IDLE_AT_MOST
         ):
             self.discard(session)
@@ -111,19 +126,31 @@ class Pool:
         """Close a connection, whatever state it is in; in a child, leave it alone."""
         if session.pid != os.getpid():
             return
+        session.broken = True
+        with suppress(sqlite3.Error, StoreUnavailable):
+            if files_at(self.path) != session.files:
+                _keep_files(session.connection)
         with suppress(sqlite3.Error):
             session.connection.close()
         self._open.discard(session)
 
     @contextmanager
-    def session(self, *, keep: bool = True) -> Iterator[Session]:
+    def session(
+        self, *, keep: bool = True, write: bool = False, patience: float | None = None
+    ) -> Iterator[Session]:
         """Lend a connection to the file that is at the path now.
 
         Args:
             keep: Whether it may be used again afterwards.
+            write: Whether it is going to write.
+            patience: As in `take`.
         """
         self.follow()
-        session = self.take()
+        session = self.take(patience)
+        if write and session.unwritable:  # opened while the files were read-only
+            session.broken = True
+            self.give(session)
+            session = self.take(session.patience)
         try:
             yield session
         except Exception:
@@ -141,10 +168,9 @@ class Pool:
         else:
             self.discard(session)
 
-    def _make_ready(self) -> None:
+    def _make_ready(self, deadline: float) -> None:
         if self.pid != os.getpid():
             self.after_fork_in_child()
-        deadline = time.monotonic() + self.timeout
         while self._paused and time.monotonic() < deadline:
             time.sleep(0.001)
         if self._closed:
@@ -156,6 +182,10 @@ class Pool:
     def moving(self) -> bool:
         """Whether whoever waits with a connection in hand has to give it back now."""
         return self._closed or self._paused
+
+    def recalled(self, session: Session) -> bool:
+        """Return whether a long call has to give its connection back now."""
+        return self.moving or session.files is not self._files
 
     def forget(self) -> None:
         """Close what is idle, and with it what those connections have cached."""
@@ -175,87 +205,131 @@ class Pool:
 
     # ------------------------------------------------------------------------- opening
 
-    def _connect(self) -> Session:
+    def _connect(self, deadline: float) -> Session:
         # One at a time, so that a fork can tell whether a connection is half open.
-        if not self._opening.acquire(timeout=self.timeout):
-            raise StoreUnavailable(f"{self.path}: could not be opened within {self.timeout:g} s")
+        if not self._opening.acquire(timeout=_until(deadline)):
+            raise StoreUnavailable(f"{self.path}: could not be opened in time")
         try:
             if self._closed:
                 raise StoreUnavailable(f"{self.path}: the store is closed")
-            session = self._opened()
+            session = self._opened(deadline)
             self._open.add(session)
             return session
         finally:
             self._opening.release()
 
-    def _opened(self) -> Session:
+    def _opened(self, deadline: float) -> Session:
         self.follow()
-        file = file_id(self.path)
-        if file in _inherited:
+        self.path = os.path.realpath(self._given)
+        main = file_id(self.path)
+        if main in _inherited:
             raise StoreUnavailable(
                 f"{self.path}: this process was forked while its parent was using the file"
             )
+        self._release_old(main, deadline)
+        writable = _make_writable(self.path)
         try:
             connection = sqlite3.connect(
                 f"file:{quote(self.path)}?mode=rw",  # never a new file: an empty one allows all
                 uri=True,
-                timeout=0,  # see `Session.patiently`
+                timeout=0,  # see `Session._patiently`
                 isolation_level=None,
                 check_same_thread=False,
             )
         except sqlite3.Error as exc:
             raise error_of(self.path, exc) from exc
         try:
-            session = Session(connection, self.path, file, self.timeout)
+            session = Session(connection, self.path, Files(main, None, None), _until(deadline))
             self.check(session)
             for pragma in _PRAGMAS:
                 session.run(pragma)
-            if file_id(self.path) != file:
-                raise StoreUnavailable(f"{self.path}: replaced while it was being opened")
+            session.files = self._files_of(main)
+            session.unwritable = not writable or any(s.unwritable for s in tuple(self._open))
         except BaseException:
             connection.close()
             raise
-        self._file = file
-        self._logs = self._find_logs()
+        self._files = session.files
         return session
+
+    def _files_of(self, main: FileId) -> Files:
+        """Return the files that a connection which was opened just now has open."""
+        found, known = files_at(self.path), self._files
+        if found.main != main:
+            raise StoreUnavailable(f"{self.path}: replaced while it was being opened")
+        if known is not None and self._in_use(known):
+            if found == known:
+                return known
+        elif _has_open(found.wal) and _has_open(found.shm):
+            return found
+        raise StoreUnavailable(
+            f"{self.path}: this process still uses a -wal or -shm file that was removed"
+        )
+
+    def _in_use(self, files: Files) -> bool:
+        return any(each.files is files and not each.broken for each in tuple(self._open))
+
+    def _release_old(self, main: FileId, deadline: float) -> None:
+        """Wait until connections with other logs of the same database are closed.
+
+        SQLite opens the index once for a process: a new connection would share it with them, and
+        not see what other processes commit.
+        """
+        pools = [pool for pool in tuple(_pools) if pool.pid == os.getpid()]
+        while sum(pool.holds_old(main) for pool in pools) and _until(deadline):
+            time.sleep(0.0005)
+
+    def holds_old(self, main: FileId) -> bool:
+        """Return whether other threads have connections with other logs of a database open."""
+        if self._files is not None and self._files.main == main:
+            with suppress(StoreUnavailable):
+                self.follow()
+        if self._files is None:
+            self.forget()
+        me = threading.get_ident()
+        return any(
+            session.files.main == main and session.files is not self._files and session.thread != me
+            for session in tuple(self._open)
+        )
 
     # ------------------------------------------------------------------------- replaced files
 
-    def follow(self) -> bool:
-        """Let go of the file that was at the path if another one is there now.
+    def follow(self) -> None:
+        """Let go of the files that were at the path if others are there now, and note that.
 
-        Returns:
-            Whether another one is.
+        The log and the index count as well: if one of them was removed, SQLite goes on with what it
+        has open and does not see what other processes commit.
 
         Raises:
-            StoreUnavailable: Nothing is there, or the old file's log is: SQLite would apply it to
-                the new file.
+            StoreUnavailable: The database file is gone, or it was replaced and the log of the old
+                one is still there: SQLite would apply it to the new file.
         """
-        if self._file is None or file_id(self.path) == self._file:
-            return False
-        if self.pid == os.getpid() and self._open and self._left_over():
+        known = self._files
+        if known is None:
+            return
+        found = files_at(self.path)
+        if found == known and file_id(self._given) == known.main:
+            return
+        if self.pid != os.getpid():
+            return
+        path = os.path.realpath(self._given)
+        found = files_at(path)
+        in_use = self._in_use(known)
+        if found.main == known.main:
+            if not in_use:  # the last connection to close removes them, and the next makes new ones
+                return
+        elif in_use and (
+            (found.wal is not None and found.wal == known.wal)
+            or (found.shm is not None and found.shm == known.shm)
+        ):
+            # Open connections keep these inodes from being used again: equal means the same file.
             raise StoreUnavailable(
-                f"{self.path}: replaced, but the -wal and -shm files beside it belong to the old"
+                f"{path}: replaced, but the -wal and -shm files beside it belong to the old"
                 " database: remove both, as they would damage the new one"
             )
-        self._file = None
-        self.forget()
-        return True
-
-    def _find_logs(self) -> dict[str, FileId]:
-        found = {}
-        for suffix in ("-wal", "-shm"):
-            with suppress(StoreUnavailable):
-                found[suffix] = file_id(self.path + suffix)
-        return found
-
-    def _left_over(self) -> bool:
-        # Our open connections keep these inodes from being used again, so equal means the same.
-        now = self._find_logs()
-        same = {suffix for suffix, file in now.items() if self._logs.get(suffix) == file}
-        if "-wal" in same:
-            return os.stat(self.path + "-wal").st_size > 0  # noqa: PTH116
-        return "-shm" in same
+        if self._files is known:
+            self._files = None
+            self.replaced = True
+            self.forget()
 
     # ------------------------------------------------------------------------- fork
 
@@ -283,7 +357,7 @@ class Pool:
         """Abandon what was inherited, for good, and begin anew."""
         for session in self._open:
             _abandon(session.connection, session.cursor)
-            _inherited.add(session.file)
+            _inherited.add(session.files.main)
         if self._opening.locked() and not self._forking:  # a connection was half open
             with suppress(StoreUnavailable):
                 _inherited.add(file_id(self.path))
@@ -312,6 +386,50 @@ def make_file(path: str) -> None:
             return
         except OSError as exc:
             raise StoreConfigError(f"{path}: cannot be made: {exc.strerror}") from exc
+
+
+def _until(deadline: float) -> float:
+    """Return how many seconds are left, at least 0."""
+    return max(0.0, deadline - time.monotonic())
+
+
+def _keep_files(connection: sqlite3.Connection) -> None:
+    """Let the closing of a connection neither write to the database nor remove a log.
+
+    It has another log open than the one at the path, which may hold commits of other processes.
+    """
+    if sys.version_info >= (3, 12):
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
+
+
+def _make_writable(path: str) -> bool:
+    """Return whether a database may be written, and give its log and index the same rights.
+
+    SQLite makes them with the rights of the database file. Made while that was read-only, they
+    would stay so.
+    """
+    effective = os.access in os.supports_effective_ids
+    if not os.access(path, os.W_OK, effective_ids=effective):
+        return False
+    for name in (path + "-wal", path + "-shm"):
+        if os.path.exists(name) and not os.access(name, os.W_OK, effective_ids=effective):  # noqa: PTH110
+            with suppress(OSError):
+                os.chmod(name, stat.S_IMODE(os.stat(path).st_mode))  # noqa: PTH101, PTH116
+    return True
+
+
+def _has_open(file: FileId | None) -> bool:
+    """Return whether this process has a file open, as far as the system shows that."""
+    try:
+        descriptors = os.listdir("/proc/self/fd")  # noqa: PTH208
+    except OSError:
+        return True
+    for descriptor in descriptors:
+        with suppress(OSError):
+            found = os.fstat(int(descriptor))
+            if (found.st_dev, found.st_ino) == file:
+                return True
+    return False
 
 
 def _abandon(*objects: object) -> None:

@@ -64,11 +64,13 @@ def prepare(pool: Pool, *, migrate: bool) -> None:
     if migrate:
         make_file(path)
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116
+        found = os.stat(path)  # noqa: PTH116
     except OSError as exc:
         raise StoreConfigError(f"{path}: {exc.strerror}") from exc
+    mode = found.st_mode
     if not stat.S_ISREG(mode):
         raise StoreConfigError(f"{path}: is not a file")
+    _refuse_second_name(path, found.st_nlink)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         _log.warning("%s: others than its owner have rights to it (mode %o)", path, mode & 0o777)
     pool.check = lambda session: _prepare(session, migrate=migrate)
@@ -81,6 +83,34 @@ def prepare(pool: Pool, *, migrate: bool) -> None:
             raise
         raise StoreConfigError(f"{path}: {_UNUSABLE[code]}") from exc.__cause__
     pool.forget()  # a fork then has nothing to close
+
+
+def _refuse_second_name(path: str, links: int) -> None:
+    """Refuse a file that others may use under another name.
+
+    SQLite finds the log and the index by the file's name. Two names mean two logs, whose commits
+    overwrite each other: a file that is mounted alone into containers, or has a second hard link.
+    """
+    if links > 1:
+        raise StoreConfigError(f"{path}: has a second hard link; remove one of the two names")
+    if _is_mounted(path):
+        raise StoreConfigError(
+            f"{path}: is mounted alone; mount its folder instead, as the -wal and -shm files beside"
+            " it belong to it"
+        )
+
+
+def _is_mounted(path: str) -> bool:
+    try:
+        with open("/proc/self/mountinfo", "rb") as mounts:  # noqa: PTH123
+            points = [line.split()[4] for line in mounts]
+    except OSError:  # not Linux: a file of another file system than its folder's is mounted
+        return os.stat(path).st_dev != os.stat(os.path.dirname(path)).st_dev  # noqa: PTH116, PTH120
+    # The kernel escapes these four characters.
+    name = os.fsencode(path).replace(b"\\", b"\\134")
+    for plain, escaped in ((b" ", b"\\040"), (b"\t", b"\\011"), (b"\n", b"\\012")):
+        name = name.replace(plain, escaped)
+    return name in points
 
 
 def _prepare(session: Session, *, migrate: bool) -> None:

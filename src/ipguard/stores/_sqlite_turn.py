@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from ipguard.stores import _sqlite_schema as schema
 from ipguard.stores._sql import Params, Row
 from ipguard.stores._sql_staged import StagedRestrictions
 from ipguard.stores._sql_write import SqlTransaction
-from ipguard.stores._sqlite import Session, file_id
+from ipguard.stores._sqlite import Session, files_at
 from ipguard.stores._sqlite_pool import Pool
 
 
@@ -83,16 +84,16 @@ def take_turn(
     Raises:
         StoreUnavailable: The turn could not be had in time, or the outcome of the commit is lost.
     """
-    deadline = time.monotonic() + pool.timeout
     # Threads of one process queue here, which is fairer and faster than polling the file.
     lock = pool.writing
-    if not lock.acquire(timeout=pool.timeout):
+    began = time.monotonic()
+    if not lock.acquire(timeout=session.patience):
         raise StoreUnavailable(f"{pool.path}: no writer's turn within {pool.timeout:g} s")
     try:
         pool.writer = threading.get_ident()
         session.run("PRAGMA shrink_memory")  # see `SQLiteStore.changes_since`
-        left = max(0.0, deadline - time.monotonic())
-        session.patiently("BEGIN IMMEDIATE", (), left)
+        session.patience = max(0.0, session.patience - (time.monotonic() - began))
+        session.run("BEGIN IMMEDIATE")
         db = Turn(session)
         try:
             schema.check_version(session)
@@ -113,11 +114,26 @@ def take_turn(
 
 def _commit(pool: Pool, session: Session, db: Turn) -> None:
     db.check_process()
-    if file_id(pool.path) != session.file:
-        raise StoreUnavailable(f"{pool.path}: replaced during the transaction")
-    session.patiently("COMMIT", (), pool.timeout)
-    if file_id(pool.path) != session.file:
-        raise StoreUnavailable(f"{pool.path}: replaced during the commit, which may be lost")
+    _check_files(pool, session, "during the transaction")
+    session.run("COMMIT")
+    _check_files(pool, session, "during the commit, which may be lost")
+    _empty_log(session)
+
+
+def _check_files(pool: Pool, session: Session, when: str) -> None:
+    """See that a commit goes to the files that other processes use."""
+    if files_at(pool.path) != session.files:
+        session.broken = True
+        raise StoreUnavailable(f"{pool.path}: replaced {when}")
+
+
+def _empty_log(session: Session) -> None:
+    """Move what was committed into the database file, unless a reader is in the way.
+
+    Afterwards a log that is lost, or left beside another file, does no harm.
+    """
+    with suppress(sqlite3.Error):  # the commit stands all the same
+        session.cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _roll_back(session: Session) -> None:

@@ -58,6 +58,7 @@ from ipguard.usernames import canonical_usernames
 __all__ = ["SQLiteStore", "migrations"]
 
 _POLL: Final = 0.005
+_LOGIN_WAIT: Final = 1.0  # seconds; readers wait only while another program locks the whole file
 _BULK_CACHE: Final = (
     131_072  # KiB: the indexes' pages that an import of a million rows comes back to
 )
@@ -79,7 +80,8 @@ class SQLiteStore(Closing):
 
     Args:
         path: The file. It is made, readable by its owner alone, where it is not there.
-        timeout: How long a call may wait for other writers, in seconds.
+        timeout: How long a call may wait for locks, all its steps together, in seconds. The reads
+            of the login path wait for at most one second of it.
         clock: Returns the current time as an aware datetime; the host's clock without it.
         migrate: Whether to bring the schema up to date. False only checks, and makes no file.
 
@@ -102,6 +104,7 @@ class SQLiteStore(Closing):
             raise StoreConfigError("timeout must be a number of seconds above 0")
         self._path = _checked_path(path)
         self._clock = clock or (lambda: datetime.now(UTC))
+        self._patience = min(timeout, _LOGIN_WAIT)
         self._pool = Pool(self._path, timeout, schema.check)
         schema.prepare(self._pool, migrate=migrate is not False)
 
@@ -117,7 +120,7 @@ class SQLiteStore(Closing):
     def load_policy(self, username: str) -> Policy:
         """Return what decides about a user, and the revision of that very snapshot."""
         # The one read that logins wait for: written out, without context managers.
-        session = self._pool.take()
+        session = self._pool.take(self._patience)
         try:
             rows = session.rows(_POLICY, (username, username))
         except BaseException:
@@ -135,25 +138,27 @@ class SQLiteStore(Closing):
         return revision, stream  # type: ignore[return-value]
 
     def _stream(self) -> Iterator[int | tuple[str, Policy]]:
-        with self._pool.session() as session, session.snapshot():
+        with self._pool.session(patience=self._patience) as session, session.snapshot():
             revision, _ = read.head(session)
             yield revision
             with closing(session.stream(read.ALL_POLICIES)) as rows:
                 for found in read.policies_of(revision, rows):
-                    if self._pool.moving:  # a fork waits for this connection
-                        raise StoreUnavailable(f"{self._path}: forking, or the store is closed")
+                    if self._pool.recalled(session):
+                        raise StoreUnavailable(
+                            f"{self._path}: forking, replaced, or the store is closed"
+                        )
                     yield found
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
         """Return where the store is, and whose policy changed since a revision."""
-        replaced = self._pool.follow()
-        with self._pool.session() as session:
+        with self._pool.session(patience=self._patience) as session:
             # A file copied over this one in place leaves no sign for SQLite: without its cache it
             # reads what is there, and the token tells.
             session.run("PRAGMA shrink_memory")
             schema.check_version(session)
             rows = session.rows(read.CHANGES_SINCE, read.changes_params(cursor))
         found = read.changes_of(cursor, rows)
+        replaced, self._pool.replaced = self._pool.replaced, False
         if cursor is not None and replaced:
             found = found._replace(usernames=RESET)
         if found.usernames is RESET:
@@ -164,17 +169,19 @@ class SQLiteStore(Closing):
         """Wait until a change after `revision` touches a policy, or the store is closed."""
         deadline = time.monotonic() + timeout
         pool = self._pool
-        with pool.session() as session:
+        with pool.session(patience=min(self._patience, max(0.0, timeout))) as session:
+            version: object = None
             while True:
-                # The version before the head: a commit between the two is seen next time round.
-                version = session.rows("PRAGMA data_version")
-                if read.touching(session) > revision:
+                # Read the version before the head: a commit between the two is seen next time.
+                latest = session.rows("PRAGMA data_version")
+                if latest != version and read.touching(session) > revision:
                     return True
-                while session.rows("PRAGMA data_version") == version:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or pool.moving:
-                        return False
-                    pool.stirred.wait(min(_POLL, left))
+                version = latest
+                left = deadline - time.monotonic()
+                # Tested each time: if the index is read-only, each read has another version.
+                if left <= 0 or pool.recalled(session):
+                    return False
+                pool.stirred.wait(min(_POLL, left))
 
     def overview(
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
@@ -203,7 +210,7 @@ class SQLiteStore(Closing):
         """Take the writer's turn."""
         refuse_nested(self._pool)
         if staged is None:
-            with self._pool.session() as session, self._turn(session) as (turn, _):
+            with self._pool.session(write=True) as session, self._turn(session) as (turn, _):
                 yield turn
             return
         with self._staging() as session:
@@ -220,7 +227,7 @@ class SQLiteStore(Closing):
         refuse_nested(self._pool)
         few, many = users_of.few(users)
         if few is not None:
-            with self._pool.session() as session:
+            with self._pool.session(write=True) as session:
                 revision, changed = few.compare(session)
                 if not changed:
                     return revision
@@ -255,13 +262,13 @@ class SQLiteStore(Closing):
         since then starts over.
         """
         refuse_nested(self._pool)
-        with self._pool.session() as session, self._turn(session) as (_, db):
+        with self._pool.session(write=True) as session, self._turn(session) as (_, db):
             return prune(db, before)
 
     @contextmanager
     def _staging(self) -> Iterator[Session]:
         """Lend a connection for many rows at once; what was staged goes with it."""
-        with self._pool.session(keep=False) as session:
+        with self._pool.session(keep=False, write=True) as session:
             session.run(f"PRAGMA cache_size = -{_BULK_CACHE}")
             yield session
 
