@@ -295,7 +295,7 @@ REFUSED = [
     ("1.2.3.*/24", "a wildcard is not read", None),
     ("[::]/64", PORT, None),
     ("example.com", NEITHER, None),
-    ("1.2.3.4,1.2.3.5", NEITHER, None),
+    ("1.2.3.4,1.2.3.5", "it holds 2 addresses; enter them one at a time", None),
     (":", NEITHER, None),
     (":::", NEITHER, None),
     ("1::2::3", NEITHER, None),
@@ -441,6 +441,36 @@ def test_typed_forgives_nothing_else(text):
     """Other blanks, separators and control characters are refused, at the ends as well."""
     with pytest.raises(AddressError):
         typed(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("203.0.113.7 203.0.113.8", 2),
+        ("203.0.113.7\n203.0.113.8\n203.0.113.9", 3),
+        ("203.0.113.7, 2001:db8::/64", 2),
+        ("203.0.113.7;203.0.113.0/29", 2),
+        ("203.0.113.5-203.0.113.9\t198.51.100.1", 2),
+        (" ".join(f"203.0.113.{n}" for n in range(12)), 12),  # longer than any one address
+    ],
+)
+def test_several_addresses_are_named(text, count):
+    """Two addresses pasted into one field are two addresses, not a blank inside one."""
+    for read in (typed, AddressRange.parse) if len(text) < 90 else (typed,):
+        with pytest.raises(AddressError) as raised:
+            read(text)
+        assert raised.value.reason == f"it holds {count} addresses; enter them one at a time"
+        assert raised.value.hint is None
+
+
+@pytest.mark.parametrize(
+    "text", ["203.0.113.0 255.255.255.0", "203.0.113.7 office", "203.0.113. 7", "1" * 100, ",", ""]
+)
+def test_other_text_is_not_several_addresses(text):
+    """An address and a netmask, or a word, keep their own reasons."""
+    with pytest.raises(AddressError) as raised:
+        typed(text)
+    assert "one at a time" not in raised.value.reason
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from ipguard import rules
 from ipguard.addresses import AddressRange
-from ipguard.errors import AddressTooBroad, DuplicateRestriction, LockoutRisk, RequestClosed
+from ipguard.errors import (
+    AddressError,
+    AddressTooBroad,
+    DuplicateRestriction,
+    LockoutRisk,
+    RequestClosed,
+)
 from ipguard.model import (
     Decision,
     PendingRequest,
@@ -354,6 +360,34 @@ class TestCheckWidth:
         limits = {"widest_ipv4": 0, "widest_ipv6": 0, f"widest_ipv{version}": widest}
         error = raised(lambda: rules.check_width(run, **limits))
         assert (error is not None) is (prefix < widest)
+
+
+class TestReadAddresses:
+    @pytest.mark.parametrize(
+        ("text", "widest", "hint"),
+        [
+            ("10.0.0.0/255.0.0.0", 16, None),
+            ("10.0.0.0/255.0.0.0", 8, "10.0.0.0/8"),
+            ("10.*.*.*", 9, None),
+            ("10.1.*.*", 16, "10.1.0.0/16"),
+            ("2001:db8::1/24", 32, None),
+            ("2001:db8::1/64", 64, "2001:db8::/64"),
+            ("2001:db8::1/64", 65, None),
+            ("10.1.2.3/8", 16, None),
+            ("10.0.0.1-300", 0, None),
+        ],
+    )
+    def test_a_hint_is_accepted_by_the_settings(self, text, widest, hint):
+        """What would be refused as too wide is not proposed; the error says what is allowed."""
+        limits = {"widest_ipv4": min(widest, 32), "widest_ipv6": widest}
+        with pytest.raises(AddressError) as caught:
+            rules.read_addresses(text, **limits)
+        assert caught.value.hint == hint
+        said = f"the widest network allowed is a /{widest}" in caught.value.reason
+        assert said is (hint is None and widest != 0)
+        assert caught.value.text == repr(text)
+        if hint is not None:
+            assert str(rules.read_addresses(hint, **limits)) == hint
 
 
 class TestJudgeAdditions:

@@ -464,3 +464,17 @@ def test_deleting_twice_says_that_the_deletion_is_pending(desk: Desk) -> None:
     with desk.unchanged(), pytest.raises(ipguard.DuplicateRestriction) as caught:
         desk.ask_to_delete(restriction)
     assert str(caught.value) == f"a request to delete {OFFICE} of jsmith is already pending"
+
+
+@pytest.mark.parametrize("how", ["request", "impose", "impose_many"])
+def test_hints_know_the_settings(desk: Desk, how: str) -> None:
+    """No call proposes a network that its settings refuse."""
+    call: Any = {
+        "request": desk.ask,
+        "impose": desk.add,
+        "impose_many": lambda text: desk.flow.impose_many(BOSS, [("jsmith", text)], reason="x"),
+    }[how]
+    for text, hint in (("10.0.0.1/8", None), ("10.1.2.3/16", "10.1.0.0/16")):
+        with desk.unchanged(), pytest.raises(ipguard.AddressError) as caught:
+            call(text)
+        assert caught.value.hint == hint

@@ -20,8 +20,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from ipguard.addresses import AddressRange, AddressSet
+from ipguard.addresses import AddressRange, AddressSet, typed
 from ipguard.errors import (
+    AddressError,
     AddressTooBroad,
     DuplicateRestriction,
     LockoutRisk,
@@ -185,6 +186,31 @@ def check_lockout(
         return
     if address not in lasting(left):
         raise LockoutRisk(str(address))
+
+
+def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressRange:
+    """Read a restriction as a person typed it, and propose only what the settings accept.
+
+    Args:
+        text: What was typed.
+        widest_ipv4: The shortest prefix length for IPv4, 0 to 32.
+        widest_ipv6: The shortest prefix length for IPv6, 0 to 128.
+
+    Raises:
+        AddressError: It is not acceptable text. Its hint is not wider than the settings allow.
+    """
+    try:
+        return typed(text)
+    except AddressError as exc:
+        if exc.hint is None:
+            raise
+        try:
+            hint = AddressRange.parse(exc.hint)
+            check_width(hint, widest_ipv4=widest_ipv4, widest_ipv6=widest_ipv6)
+        except AddressTooBroad as broad:
+            reason = f"{exc.reason}; the widest network allowed is a /{broad.widest}"
+            raise AddressError(exc.text, reason) from None
+        raise
 
 
 def check_width(addresses: AddressRange, *, widest_ipv4: int, widest_ipv6: int) -> None:

@@ -20,7 +20,7 @@ import attrs
 
 from ipguard.addresses import _grammar, _text
 from ipguard.addresses._grammar import BITS, MAX
-from ipguard.addresses._refusals import why
+from ipguard.addresses._refusals import more_than_one, why
 from ipguard.addresses._text import login_address, strict_pton, written
 from ipguard.errors import AddressError
 
@@ -254,7 +254,12 @@ def typed(text: str) -> AddressRange:
         AddressError: As `AddressRange.parse`.
     """
     exact = _text.plain(text, _LONGEST_TYPED)
-    return AddressRange.parse(text if exact is None else exact.strip(_text.BLANKS))
+    if exact is None:
+        return AddressRange.parse(text)
+    exact = exact.strip(_text.BLANKS)
+    if len(exact) > _text.LONGEST and (several := more_than_one(exact, _accepted)):
+        raise AddressError(exact, several)
+    return AddressRange.parse(exact)
 
 
 def _ends(item: object) -> tuple[int, int, int]:

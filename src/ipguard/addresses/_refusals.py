@@ -18,6 +18,7 @@ Refusal = tuple[str, str | None]
 
 _NEITHER = "it is no address, network or first-last range"
 _AROUND = re.compile(rf"[{BLANKS}]*([-/])[{BLANKS}]*")
+_BETWEEN = re.compile(rf"[{BLANKS},;]+")
 _PREFIX = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
@@ -64,6 +65,8 @@ _HABITS: tuple[tuple[re.Pattern[str], str, Callable[[str], str]], ...] = (
 
 def why(text: str, accepted: Accepted) -> Refusal:
     """Explain a text of bounded length that was refused: the reason, and the hint or None."""
+    if several := more_than_one(text, accepted):
+        return several, None
     for habit, reason, without in _HABITS:
         if habit.search(text):
             return reason, accepted(without(text))
@@ -74,6 +77,15 @@ def why(text: str, accepted: Accepted) -> Refusal:
     if re.fullmatch(r"[0-9.]+", text):
         return "an IPv4 address is four numbers from 0 to 255", None
     return _NEITHER, None
+
+
+def more_than_one(text: str, accepted: Accepted) -> str | None:
+    """Return the reason for a text of several addresses, as from a column or a list; else None."""
+    parts = [part for part in _BETWEEN.split(text) if part]
+    # An address and its netmask are one network, in a notation that is not read.
+    if len(parts) < 2 or parts[1].startswith("255.") or not all(map(accepted, parts)):
+        return None
+    return f"it holds {len(parts)} addresses; enter them one at a time"
 
 
 def _no_network(text: str, accepted: Accepted) -> Refusal:

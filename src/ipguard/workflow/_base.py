@@ -11,7 +11,7 @@ from typing import cast
 import attrs
 
 from ipguard import confirmation, rules
-from ipguard.addresses import AddressRange, typed
+from ipguard.addresses import AddressRange
 from ipguard.errors import (
     DeliveryError,
     InvalidValue,
@@ -217,6 +217,7 @@ class Base(Closing):
 
 def wanted_restriction(
     actor: Actor,
+    settings: WorkflowSettings,
     username: object,
     addresses: object,
     label: object = "",
@@ -227,8 +228,10 @@ def wanted_restriction(
         id=_steps.new_id(),
         username=canonical_username(username),  # type: ignore[arg-type]
         # A range that was made, not parsed, goes through the same refusals as its text.
-        addresses=typed(
-            str(addresses) if isinstance(addresses, AddressRange) else addresses  # type: ignore[arg-type]
+        addresses=rules.read_addresses(
+            str(addresses) if isinstance(addresses, AddressRange) else addresses,  # type: ignore[arg-type]
+            widest_ipv4=settings.widest_ipv4,
+            widest_ipv6=settings.widest_ipv6,
         ),
         label=checked_text("label", label, LABEL_LIMIT),
         created_at=_UNSET,

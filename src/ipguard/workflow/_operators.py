@@ -67,7 +67,7 @@ class Operators(Base):
             InvalidValue: Also: there is no reason.
         """
         checked_text("reason", reason, REASON_LIMIT, required=True)
-        wanted = wanted_restriction(actor, username, addresses, label, expires_at)
+        wanted = wanted_restriction(actor, self.settings, username, addresses, label, expires_at)
         _operators_only(actor, UnknownUser(wanted.username))
         with self._transaction() as tx:
             user = _steps.registered_user(tx, actor, wanted.username)
@@ -221,7 +221,7 @@ def wanted_row(actor: Actor, row: Row, settings: WorkflowSettings, now: datetime
     Raises:
         IPGuardError: As `impose_many` raises for it.
     """
-    wanted = wanted_restriction(actor, *_cells(row))
+    wanted = wanted_restriction(actor, settings, *_cells(row))
     rules.check_width(
         wanted.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
     )

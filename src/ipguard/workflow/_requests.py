@@ -67,7 +67,7 @@ class Requests(Base):
             DeliveryError: The mail could not be sent; the request waits, and `resend` works.
             StoreUnavailable: Nothing is known to have been changed.
         """
-        wanted = wanted_restriction(actor, username, addresses, label, expires_at)
+        wanted = wanted_restriction(actor, self.settings, username, addresses, label, expires_at)
         with self._transaction() as tx:
             wanted = attrs.evolve(wanted, created_at=tx.now)
             user = _steps.registered_user(tx, actor, wanted.username)
