@@ -12,7 +12,7 @@ from ipguard.admin import asgi_app
 from ipguard.admin._http import BODY_LIMIT
 from ipguard.admin._signing import Signer
 from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, KEY, OFFICE
-from tests.pages import Browser, Office, asgi
+from tests.pages import Browser, Office, asgi, query
 from tests.pages import office as office  # noqa: PLC0414 - a fixture
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -109,11 +109,11 @@ def test_a_token_under_another_key(office: Office):
     forged(office, alice, {"token": token(stranger)})
 
 
-def test_what_is_signed_for_a_cookie_is_no_token(office: Office):
+def test_what_is_signed_for_a_search_is_no_token(office: Office):
     """Whatever else the page signs is signed for that alone."""
     alice = office.browser(ALICE)
     alice.press("Search", search="smith")
-    forged(office, alice, {"token": alice.cookies["ipguard-search"]})
+    forged(office, alice, {"token": query(alice.address)["search"]})
 
 
 def test_keys_are_not_shown():
@@ -342,7 +342,6 @@ def test_header_injection_in_a_label(office: Office, label: str):
     alice = office.browser(ALICE, "/add")
     with office.unchanged():
         alice.press("Submit", user="jsmith", addresses=OFFICE, label=label)
-    assert alice.answer.status == 422
     assert "control characters" in alice.page.part("label-problem")
 
 
@@ -390,9 +389,11 @@ def test_messages_cannot_be_forged(office: Office):
     stolen = adam.cookies["ipguard-note"]
     for text in (stolen, "x", stolen[:-1] + "A", '{"text": "You won"}'):
         alice.cookies["ipguard-note"] = text
-        alice.open("/")
+        alice.open("/user?user=jsmith")
         assert "note" not in alice.page.ids
-    adam.open("/")
+    adam.open("/")  # another tab
+    assert "note" not in adam.page.ids
+    adam.open("/user?user=jsmith")
     assert adam.page.part("note")
 
 
@@ -405,7 +406,7 @@ def test_messages_do_not_last(office: Office, monkeypatch):
     alice.send("POST", "/cancel", body, FORM)
     late = time.time() + 121
     monkeypatch.setattr(time, "time", lambda: late)
-    alice.open("/")
+    alice.open("/user?user=jsmith")
     assert "note" not in alice.page.ids
     assert "ipguard-note" not in alice.cookies
 

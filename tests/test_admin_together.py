@@ -69,7 +69,7 @@ def test_a_delete_that_became_the_last(office: Office):
     office.delete(second)
     with office.unchanged():
         adam.press("Delete", reason="kept")
-    assert adam.answer.status == 409
+    assert adam.answer.status == 200
     assert "alice deleted 198.51.100.20" in adam.page.part("changed")
     assert "Every address" in adam.text
     assert adam.page.inputs["reason"]["value"] == "kept"
@@ -79,15 +79,15 @@ def test_a_delete_that_became_the_last(office: Office):
 
 
 def test_a_confirm_after_others_changed_something(office: Office):
-    """Who confirms sees what was added meanwhile first; the number typed is still there."""
+    """The page first shows what others added; the number, which is kept nowhere, is typed again."""
     request = office.ask()
     alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
     office.add(HOME)
     alice.press("Submit", number=office.number(request))
     assert "boss imposed 198.51.100.20 without a number" in alice.page.part("changed")
-    assert alice.page.inputs["number"]["value"] == office.number(request)
+    assert "value" not in alice.page.inputs["number"]
     assert office.held() == [HOME]
-    alice.press("Submit")
+    alice.press("Submit", number=office.number(request))
     assert sorted(office.held()) == sorted([HOME, OFFICE])
 
 
@@ -119,7 +119,7 @@ def test_what_was_seen_is_no_secret_and_no_right(office: Office, seen: str):
     adam = office.browser(ADAM, f"/delete?user=jsmith&restriction={first.id}")
     with office.unchanged():
         adam.press("Delete", seen=seen)
-    assert adam.answer.status == 409
+    assert adam.page.part("changed")
 
 
 @pytest.mark.parametrize("method", ["confirm", "cancel", "resend"])
@@ -169,7 +169,7 @@ def test_the_last_two_in_the_same_moment(office: Office, monkeypatch):
 
     monkeypatch.setattr(office.flow, "delete", after)
     alice.press("Delete", reason="kept")
-    assert alice.answer.status == 409
+    assert alice.answer.status == 200
     assert "adam deleted 198.51.100.20" in alice.page.part("changed")
     assert "Every address" in alice.text
     assert alice.page.inputs["reason"]["value"] == "kept"
@@ -194,11 +194,11 @@ def test_the_last_two_confirmed_in_the_same_moment(office: Office, monkeypatch):
 
     monkeypatch.setattr(office.flow, "confirm", after)
     alice.press("Submit", number=office.number(request))
-    assert alice.answer.status == 409
+    assert alice.answer.status == 200
     assert "Every address" in alice.text
     assert office.held() == [OFFICE]
     monkeypatch.setattr(office.flow, "confirm", real)
-    alice.press("Submit")
+    alice.press("Submit", number=office.number(request))
     assert office.held() == []
 
 

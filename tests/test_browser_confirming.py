@@ -16,7 +16,7 @@ def test_wrong_numbers(walk, world):
     walk.open()
     walk.follow(f"Confirm {OFFICE} for John Smith")
     walk.sees("5 attempts left")
-    walk.expected |= {422, 409}
+    walk.expected.add(409)
     for left in ("4 attempts", "3 attempts", "2 attempts", "1 attempt"):
         walk.fill("Confirmation Number", wrong)
         walk.press("Submit")
@@ -38,7 +38,6 @@ def test_wrong_then_right(walk, world):
     number = world.number()
     walk.open()
     walk.follow(f"Confirm {OFFICE} for John Smith")
-    walk.expected.add(422)
     for typed in ("", "not a number", number[:-1]):
         walk.fill("Confirmation Number", typed)
         walk.press("Submit")
@@ -59,7 +58,6 @@ def test_new_number(walk, world):
     walk.press("Send a new number")
     walk.sees("A new number was sent by email")
     new = world.number()
-    walk.expected.add(422)
     walk.fill("Confirmation Number", old)
     walk.press("Submit")
     walk.sees("This is not the number. 4 attempts left")
@@ -77,7 +75,6 @@ def test_number_that_is_too_old(walk, world):
     walk.sees("Valid until 1 Jan 2030, 12:10 UTC", "10 minutes left")
     world.wait(minutes=11)
     walk.fill("Confirmation Number", number)
-    walk.expected.add(422)
     walk.press("Submit")
     walk.sees("This number has expired", within=walk.page.locator("#number-problem"))
     walk.press("Send a new number")
@@ -127,7 +124,6 @@ def test_delete_the_last(walk, world):
     walk.open()
     walk.follow(f"Delete {OFFICE} of John Smith")
     walk.sees("this is the only restriction of John Smith", "can log in from any address")
-    walk.expected.add(422)
     walk.press("Delete")
     walk.sees("Tick the box if you want this, or keep the restriction")
     assert world.held() == [OFFICE]
@@ -167,11 +163,13 @@ def test_lock_out(walk, world):
     accept = f"I know that I may not be able to log in from {OFFICE} any more"
     walk.field(accept).check()
     walk.press("Submit")
-    walk.fill("Confirmation Number", world.number())
+    number = world.number()
+    walk.fill("Confirmation Number", number)
     walk.press("Submit")
     assert walk.heading == "You would lock yourself out"
     assert world.held("alice") == []
     walk.field(accept).check()
+    walk.fill("Confirmation Number", number)
     walk.press("Submit")
     assert world.held("alice") == [HOME]
 
@@ -218,7 +216,6 @@ def test_two_administrators_and_the_last(windows, walk, world):
         walk.open()
         walk.follow(f"Delete {OFFICE} of John Smith")
         walk.press("Delete")
-        other.expected.add(409)
         other.press("Delete")
         other.sees("This has changed since you opened the page", f"alice deleted {OFFICE}")
         other.sees("this is the only restriction of John Smith")

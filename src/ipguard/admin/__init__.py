@@ -9,7 +9,7 @@ the workflow's and the guard's.
 
 What stays as it is, for tests and scripts of adopters. Below where the page is mounted::
 
-    GET  /                            the list; ?after=USERNAME, ?search=ID of a search
+    GET  /                            the list; ?after=USERNAME, ?search=SEALED TEXT
     POST /search                      search
     GET  /user?user=                  one user: what holds, what waits
     GET  /add[?user=]     POST /add          user addresses label expires_at
@@ -20,6 +20,9 @@ What stays as it is, for tests and scripts of adopters. Below where the page is 
     GET  /delete?user=&restriction=  POST /delete  user restriction reason open
     GET  /check?user=     POST /check        user address
     GET  /history[?user=&before=]     POST /history   user
+
+Every POST but that of the script is answered by a redirect; a refused form's goes to a page with
+`again=`, which shows the form with what was typed.
 
 Each form also carries `token`, and some `seen`: what its sender had seen. The fields' ids are their
 names (`#user`, `#addresses`, `#number`, ...), a field's error is `#NAME-problem`, all errors

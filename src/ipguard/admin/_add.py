@@ -8,8 +8,9 @@ from typing import Final
 
 from ipguard.addresses import AddressRange, parse_address, typed
 from ipguard.admin import _texts
+from ipguard.admin._form import accept_lockout, lockout_page
 from ipguard.admin._http import SAFE_HEADERS, Response
-from ipguard.admin._visit import Visit
+from ipguard.admin._visit import Draft, Visit
 from ipguard.errors import (
     AddressError,
     DeliveryError,
@@ -25,55 +26,67 @@ from ipguard.model import LABEL_LIMIT, PendingRequest, User, checked_text
 _FIELDS: Final = ("user", "addresses", "label", "expires_at")
 _DROP_DOWN: Final = 100
 _MATCHES: Final = 20
-_NETWORK: Final = 64  # what one IPv6 subscriber has: privacy addresses change inside it
+_NETWORK: Final = 64  # of one IPv6 subscriber: privacy addresses change inside it
 
 MAIL_FAILED: Final = (
     "The mail with the confirmation number could not be sent. The request waits; send a new number."
 )
 
 
-def mine(address: str | None) -> str:
-    """Propose a restriction for where the actor is: the address, or for IPv6 its /64."""
+def mine(address: str | None, widest_ipv6: int) -> str:
+    """Propose a restriction for where the actor is: the address, or its IPv6 network.
+
+    Args:
+        address: Where the actor is, if that is known.
+        widest_ipv6: The widest prefix that the settings accept, in bits.
+    """
     if address is None:
         return ""
     here = parse_address(address)
     if here.version == 4:
         return str(here)
-    first = here.first >> _NETWORK << _NETWORK
-    return str(AddressRange(version=6, first=first, last=first + (1 << _NETWORK) - 1))
+    size = 1 << (128 - max(_NETWORK, widest_ipv6))
+    first = here.first // size * size
+    return str(AddressRange(version=6, first=first, last=first + size - 1))
 
 
 def show(visit: Visit) -> Response:
-    """Show the form, for a user if one is given."""
+    """Show the form, for a user if one is given; or what comes next for one that was sent."""
     given = visit.request.asked().get("user", "")
     if given:
         visit.person(given)  # so that what is not there is no page
-    return _form(visit, dict.fromkeys(_FIELDS, "") | {"user": given}, {})
+    draft = visit.draft()
+    values = dict.fromkeys(_FIELDS, "") | {"user": given} | draft.values
+    if draft.step != "review" and not values.get("asked"):
+        return _form(visit, values, draft.problems)
+    found = _understand(visit, values)
+    if isinstance(found, dict):
+        return _form(visit, values, found)
+    user, addresses, expires_at = found
+    if values.get("asked"):
+        what = f"add {addresses} for {user.full_name or user.username}"
+        return lockout_page(visit, "add", draft, what, user=user.username)
+    return visit.page(
+        "review.html", values=values, user=user, addresses=addresses, expires_at=expires_at
+    )
 
 
-def _form(
-    visit: Visit,
-    values: dict[str, str],
-    problems: dict[str, str],
-    choices: tuple[User, ...] | None = None,
-) -> Response:
-    everyone: tuple[User, ...] | None = choices
-    if everyone is None:
+def _form(visit: Visit, values: dict[str, str], problems: dict[str, str]) -> Response:
+    everyone = _matches(visit, values["user"]) if "user" in problems else ()
+    if not everyone:
         found = visit.flow.overview(visit.actor, limit=_DROP_DOWN)
         if found.next is None:
             everyone = tuple(line.user for line in found if not line.removed)
-        elif values["user"]:
-            try:
-                everyone = (visit.person(values["user"]).user,)
-            except UnknownUser:
-                everyone = None
+        elif values["user"] and "user" not in problems:
+            everyone = (visit.person(values["user"]).user,)
+        else:
+            everyone = None
     return visit.page(
         "add.html",
-        422 if problems else 200,
         values=values,
         problems=problems,
         everyone=everyone,
-        mine=mine(visit.actor.address),
+        mine=mine(visit.actor.address, visit.flow.settings.widest_ipv6),
         label_limit=LABEL_LIMIT,
     )
 
@@ -82,28 +95,34 @@ def submit(visit: Visit) -> Response:
     """Ask for the restriction, once what was typed is right, understood and accepted."""
     values = {name: visit.field(name) for name in _FIELDS}
     if visit.field("do") == "mine":
-        return _form(visit, values | {"addresses": mine(visit.actor.address)}, {})
+        here = mine(visit.actor.address, visit.flow.settings.widest_ipv6)
+        return visit.again("add", Draft(values=values | {"addresses": here}))
     if visit.field("do") == "edit":
-        return _form(visit, values, {})
+        return visit.again("add", Draft(values=values))
+    found = _understand(visit, values)
+    if isinstance(found, dict):
+        return visit.again("add", Draft(values=values, problems=found))
+    user, addresses, expires_at = found
+    if not (_plain(values["addresses"], addresses) or visit.field("seen") == str(addresses)):
+        return visit.again("add", Draft(values=values, step="review"))
+    return _ask(visit, values, user, addresses, expires_at)
+
+
+def _understand(
+    visit: Visit, values: dict[str, str]
+) -> tuple[User, AddressRange, datetime | None] | dict[str, str]:
+    """Return what the fields mean, or what is wrong with them."""
     problems: dict[str, str] = {}
-    user, choices = _trader(visit, values["user"], problems)
-    addresses = _addresses(values["addresses"], problems)
+    user = _trader(visit, values["user"], problems)
+    addresses = _addresses(visit, values["addresses"], problems)
     expires_at = _time(values["expires_at"], problems)
     try:
         checked_text("label", values["label"], LABEL_LIMIT)
     except InvalidValue as wrong:
         problems["label"] = _texts.problem(wrong, visit.now).text
     if problems or user is None or addresses is None:
-        return _form(visit, values, problems, choices)
-    if not (_plain(values["addresses"], addresses) or visit.field("seen") == str(addresses)):
-        return visit.page(
-            "review.html",
-            values=values,
-            user=user,
-            addresses=addresses,
-            expires_at=expires_at,
-        )
-    return _ask(visit, values, user, addresses, expires_at)
+        return problems
+    return user, addresses, expires_at
 
 
 def _ask(
@@ -123,15 +142,8 @@ def _ask(
             allow_lockout=visit.field("lockout") == "accept",
         )
     except LockoutRisk as risk:
-        return visit.page(
-            "lockout.html",
-            422 if visit.field("asked") else 200,
-            address=risk.address,
-            action="add",
-            fields=values | {"seen": str(addresses)},
-            what=f"add {addresses} for {user.full_name or user.username}",
-            back=("add", {"user": user.username}),
-        )
+        more = {"seen": str(addresses), "asked": risk.address}
+        return visit.again("add", Draft(values=values | more, problems=accept_lockout(visit)))
     except DeliveryError as failed:
         return visit.go(
             "confirm", MAIL_FAILED, "problem", user=user.username, request=failed.request_id
@@ -139,7 +151,8 @@ def _ask(
     except DuplicateRestriction as wrong:
         waiting = _waiting(visit, user.username, addresses)
         if waiting is None or wrong.differs:
-            return _form(visit, values, {"addresses": _texts.problem(wrong, visit.now).text})
+            problems = {"addresses": _texts.problem(wrong, visit.now).text}
+            return visit.again("add", Draft(values=values, problems=problems))
         return visit.go(
             "confirm",
             "You have asked for this already. Its number was sent to you by email.",
@@ -151,7 +164,7 @@ def _ask(
         raise
     except IPGuardError as wrong:
         found = _texts.problem(wrong, visit.now)
-        return _form(visit, values, {found.field: found.text})
+        return visit.again("add", Draft(values=values, problems={found.field: found.text}))
     return visit.go(
         "confirm",
         "You will receive an email with a confirmation number. Enter it here.",
@@ -172,7 +185,7 @@ def _waiting(visit: Visit, username: str, addresses: AddressRange) -> PendingReq
 def understood(visit: Visit) -> Response:
     """Tell the script what a text is understood as, or what is wrong with it."""
     problems: dict[str, str] = {}
-    addresses = _addresses(visit.field("addresses"), problems)
+    addresses = _addresses(visit, visit.field("addresses"), problems)
     answer = {
         "canonical": "" if addresses is None else str(addresses),
         "understood": "" if addresses is None else _texts.understood(addresses),
@@ -194,14 +207,14 @@ def _plain(text: str, addresses: AddressRange) -> bool:
     return addresses.size == 1 and text.strip() == str(addresses)
 
 
-def _addresses(text: str, problems: dict[str, str]) -> AddressRange | None:
+def _addresses(visit: Visit, text: str, problems: dict[str, str]) -> AddressRange | None:
     if not text.strip():
         problems["addresses"] = "Type an IP address, a network or a first-last range."
         return None
     try:
         return typed(text)
     except AddressError as wrong:
-        problems["addresses"] = _texts.problem(wrong, datetime.now(UTC)).text
+        problems["addresses"] = _texts.problem(wrong, visit.now).text
         return None
 
 
@@ -216,25 +229,27 @@ def _time(text: str, problems: dict[str, str]) -> datetime | None:
         return None
 
 
-def _trader(
-    visit: Visit, text: str, problems: dict[str, str]
-) -> tuple[User | None, tuple[User, ...] | None]:
-    """Find the user that was chosen; or those that a text may mean, where one was searched for."""
-    if not text.strip():
-        problems["user"] = "Choose a trader."
-        return None, None
+def _trader(visit: Visit, text: str, problems: dict[str, str]) -> User | None:
+    """Find the user that was chosen, or say what is wrong with the choice."""
     try:
-        return visit.person(text.strip()).user, None
+        return visit.person(text.strip()).user
     except UnknownUser:
         pass
-    found: tuple[User, ...] = ()
+    if not text.strip():
+        problems["user"] = "Choose a trader."
+    elif _matches(visit, text):
+        problems["user"] = "Choose the trader that you mean; or none, to search again."
+    else:
+        problems["user"] = "There is no such trader among yours."
+    return None
+
+
+def _matches(visit: Visit, text: str) -> tuple[User, ...] | None:
+    """Return the users that a text may mean; None if there are none."""
+    if not text.strip():
+        return None
     try:
         lines = visit.flow.overview(visit.actor, search=text.strip(), limit=_MATCHES)
-        found = tuple(line.user for line in lines if not line.removed)
     except InvalidValue:
-        pass
-    if not found:
-        problems["user"] = "There is no such trader among yours."
-        return None, None
-    problems["user"] = "Choose the trader that you mean; or none, to search again."
-    return None, found
+        return None
+    return tuple(line.user for line in lines if not line.removed) or None

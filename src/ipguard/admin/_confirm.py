@@ -14,6 +14,7 @@ from ipguard.errors import (
     IPGuardError,
     LockoutRisk,
     NumberExpired,
+    NumberFormatError,
     OpeningRisk,
     RequestClosed,
     StoreError,
@@ -36,18 +37,19 @@ def _values(visit: Visit, line: UserOverview, request: PendingRequest) -> dict[s
     return {
         "pending": request,
         "own": request.requested_by == visit.actor.username,
-        "number": visit.field("number"),
         "expired": request.number_expires_at <= visit.now,
         **outcome(line, request.restriction_id, visit.now),
     }
 
 
 _FORM: Final = Form(
+    name="confirm",
     field="request",
-    template="confirm.html",
+    kept=(),  # never the number
     find=_seen.pending,
     gone=_seen.closed,
     values=_values,
+    wanted=_texts.wanted,
 )
 show = _FORM.show
 
@@ -74,33 +76,27 @@ def _confirm(visit: Visit, line: UserOverview, request: PendingRequest) -> Respo
             allow_opening=outcome(line, request.restriction_id, visit.now)["opens"],
         )
     except LockoutRisk as risk:
-        return visit.page(
-            "lockout.html",
-            422 if visit.field("asked") else 200,
-            address=risk.address,
-            action="confirm",
-            fields={key: visit.field(key) for key in ("user", "request", "seen", "number")},
-            what=f"{_texts.wanted(request)} for {user.full_name or user.username}",
-            back=("confirm", {"user": user.username, "request": request.id}),
-        )
+        return _FORM.locks_out(visit, risk)
     except OpeningRisk:
         return _FORM.changed(visit)
     except (StoreError, UnknownRequest):
         raise
     except IPGuardError as wrong:
-        return _refused(visit, user.username, request.id, wrong)
+        return _refused(visit, wrong)
     return applied_page(visit, user, applied)
 
 
-def _refused(visit: Visit, username: str, request_id: str, wrong: IPGuardError) -> Response:
+def _refused(visit: Visit, wrong: IPGuardError) -> Response:
     problems = {"number": _EXPIRED}
     if isinstance(wrong, RequestClosed) or (
         isinstance(wrong, WrongNumber) and not wrong.attempts_left
     ):
-        return _seen.closed(visit, username, request_id)
+        return _FORM.open(visit)
     if isinstance(wrong, WrongNumber):
         text = f"This is not the number. {_texts.attempts(wrong.attempts_left)}."
         problems = {"number": text}
+    elif isinstance(wrong, NumberFormatError):
+        problems = {"number": f"The confirmation number {wrong.reason}. No attempt was counted."}
     elif isinstance(wrong, TooManyAttempts):
         problems = {"number": _ACTOR_LOCKED}
     elif not isinstance(wrong, NumberExpired):
@@ -134,14 +130,16 @@ def resend(visit: Visit) -> Response:
     """Send a new number."""
     username, request_id = visit.field("user"), visit.field("request")
     if _seen.pending(visit.person(username), request_id) is None:
-        return _seen.closed(visit, username, request_id)
+        return _FORM.open(visit)
     text, level = "A new number was sent by email. The one before it is no longer valid.", True
     try:
         visit.flow.resend(visit.actor, request_id)
     except RequestClosed:
-        return _seen.closed(visit, username, request_id)
+        return _FORM.open(visit)
     except TooManyRequests as wrong:
         text, level = _texts.problem(wrong, visit.now).text, False
+        if wrong.retry_after <= visit.flow.settings.resend_interval:
+            text = f"A number was sent a moment ago. {_texts.retry(wrong, visit.now)}"
     except DeliveryError:
         text, level = MAIL_FAILED, False
     return visit.go(
@@ -153,11 +151,11 @@ def cancel(visit: Visit) -> Response:
     """Cancel a request."""
     username, request_id = visit.field("user"), visit.field("request")
     if _seen.pending(visit.person(username), request_id) is None:
-        return _seen.closed(visit, username, request_id)
+        return _FORM.open(visit)
     try:
         request = visit.flow.cancel(visit.actor, request_id)
     except RequestClosed:
-        return _seen.closed(visit, username, request_id)
+        return _FORM.open(visit)
     return visit.go(
         "user",
         f"The request to {_texts.wanted(request)} was cancelled.",

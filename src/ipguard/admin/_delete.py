@@ -37,18 +37,19 @@ def _values(visit: Visit, line: UserOverview, restriction: Restriction) -> dict[
     return {
         "restriction": restriction,
         "needs_number": _needs_number(visit, found["left"]),
-        "reason": visit.field("reason"),
         "reason_limit": REASON_LIMIT,
         **found,
     }
 
 
 _FORM: Final = Form(
+    name="delete",
     field="restriction",
-    template="delete.html",
+    kept=("open", "reason"),
     find=_find,
     gone=_seen.gone,
     values=_values,
+    wanted=lambda restriction: f"delete {restriction.addresses}",
 )
 show = _FORM.show
 
@@ -78,16 +79,7 @@ def _delete(visit: Visit, line: UserOverview, restriction: Restriction) -> Respo
             allow_opening=len(line.restrictions) == 1,
         )
     except LockoutRisk as risk:
-        kept = ("user", "restriction", "seen", "open", "reason")
-        return visit.page(
-            "lockout.html",
-            422 if visit.field("asked") else 200,
-            address=risk.address,
-            action="delete",
-            fields={key: visit.field(key) for key in kept},
-            what=f"delete {restriction.addresses} of {line.user.full_name or name}",
-            back=("delete", {"user": name, "restriction": restriction.id}),
-        )
+        return _FORM.locks_out(visit, risk)
     except OpeningRisk:
         return _FORM.changed(visit)
     except DeliveryError as failed:
@@ -110,7 +102,7 @@ def _refused(
     visit: Visit, username: str, restriction: Restriction, wrong: IPGuardError
 ) -> Response:
     if isinstance(wrong, UnknownRestriction):
-        return _seen.gone(visit, username, restriction.id)
+        return _FORM.open(visit)
     if not isinstance(wrong, DuplicateRestriction):
         found = _texts.problem(wrong, visit.now)
         return _FORM.again(visit, {found.field: found.text})

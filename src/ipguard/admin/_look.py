@@ -7,7 +7,7 @@ from typing import Final
 from ipguard.addresses import parse_address
 from ipguard.admin import _texts
 from ipguard.admin._http import BadRequest, Response
-from ipguard.admin._visit import Visit
+from ipguard.admin._visit import Draft, Visit
 from ipguard.errors import AddressError, InvalidValue, UnknownUser, UsernameError
 from ipguard.usernames import canonical_username
 
@@ -22,21 +22,13 @@ def user(visit: Visit) -> Response:
 
 
 def check(visit: Visit) -> Response:
-    """Show the form that asks what a login would be answered."""
+    """Show what a login would be answered, from the store as it is now; or ask for the address."""
     line = visit.person(visit.request.asked().get("user", ""))
-    return visit.page("check.html", line=line, address="", found=None)
-
-
-def checked(visit: Visit) -> Response:
-    """Show what a login would be answered, from the store as it is now."""
-    line = visit.person(visit.field("user"))
-    text = visit.field("address").strip(_BLANKS)
-    try:
-        parse_address(text)
-    except AddressError as wrong:
-        told = _texts.problem(wrong, visit.now).text if text else "Type an IP address."
+    draft = visit.draft()
+    text = draft.values.get("address", "")
+    if not text or draft.problems:
         return visit.page(
-            "check.html", 422, line=line, address=text, found=None, problems={"address": told}
+            "check.html", line=line, address=text, found=None, problems=draft.problems
         )
     found = visit.guard.explain(line.user.username, text)
     return visit.page(
@@ -44,8 +36,33 @@ def checked(visit: Visit) -> Response:
     )
 
 
+def checked(visit: Visit) -> Response:
+    """Go to the answer for an address, or back to the form if it is not an address."""
+    line = visit.person(visit.field("user"))
+    text = visit.field("address").strip(_BLANKS)
+    problems = {}
+    try:
+        parse_address(text)
+    except AddressError as wrong:
+        told = _texts.problem(wrong, visit.now).text if text else "Type an IP address."
+        problems["address"] = told
+    draft = Draft(values={"address": text}, problems=problems)
+    return visit.again("check", draft, user=line.user.username)
+
+
 def history(visit: Visit) -> Response:
     """Show the history, the newest first, of everybody or of one user."""
+    draft = visit.draft()
+    if draft.problems:
+        username = draft.values["user"]
+        return visit.page(
+            "history.html",
+            rows=(),
+            following=None,
+            username=username,
+            before="",
+            problems=draft.problems,
+        )
     asked = visit.request.asked()
     username, before = asked.get("user", ""), asked.get("before", "")
     try:
@@ -87,12 +104,5 @@ def find_history(visit: Visit) -> Response:
         name = ""
     if name and visit.flow.history(visit.actor, username=name, limit=1).items:
         return visit.go("history", user=name)
-    return visit.page(
-        "history.html",
-        422,
-        rows=(),
-        following=None,
-        username=text,
-        before="",
-        problems={"user": "There is nothing of such a trader in your history."},
-    )
+    problems = {"user": "There is nothing of such a trader in your history."}
+    return visit.again("history", Draft(values={"user": text}, problems=problems))

@@ -145,10 +145,15 @@ def _many(error: IPGuardError, _: datetime) -> Problem:
 
 def _pace(error: IPGuardError, now: datetime) -> Problem:
     assert isinstance(error, TooManyRequests)
-    wait = f"Too many requests for now. Try again in {length(error.retry_after)}"
+    return Problem("", f"Too many requests for now. {retry(error, now)}")
+
+
+def retry(error: TooManyRequests, now: datetime) -> str:
+    """Say when something can be tried again."""
+    wait = f"Try again in {length(error.retry_after)}"
     if error.retry_after <= timedelta(minutes=1):  # a moment has no seconds
-        return Problem("", f"{wait}.")
-    return Problem("", f"{wait}, after {moment(now + error.retry_after)}.")
+        return f"{wait}."
+    return f"{wait}, after {moment(now + error.retry_after)}."
 
 
 _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}

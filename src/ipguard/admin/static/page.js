@@ -69,13 +69,11 @@ for (const part of document.querySelectorAll("[data-until]")) {
   tick();
 }
 
-// One click, one request.
+// A double click sends one request. Later clicks send again: the browser may have been stopped.
 for (const form of document.querySelectorAll("form")) {
+  let sent = -Infinity;
   form.addEventListener("submit", (event) => {
-    if (form.dataset.sent) event.preventDefault();
-    form.dataset.sent = "yes";
+    if (event.timeStamp - sent < 1000) event.preventDefault();
+    else sent = event.timeStamp;
   });
 }
-addEventListener("pageshow", () => {
-  for (const form of document.querySelectorAll("form")) delete form.dataset.sent;
-});
