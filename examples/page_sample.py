@@ -24,8 +24,18 @@ def open_sample() -> tuple[ipguard.Workflow, ipguard.Guard]:
     return flow, ipguard.Guard(store)
 
 
-def actor_for(username: str, address: str | None) -> ipguard.Actor:
-    """Say who acts, as the host's own records have it: e-mail, accounts, where it comes from."""
+def actor_for(username: str, peer: str | None) -> ipguard.Actor:
+    """Return the actor of a request, from the host's own records.
+
+    Args:
+        username: Who is signed in.
+        peer: The connection's peer, in the framework's spelling. It is no address on a Unix socket
+            (None, "", "unix:", "<local>", "localhost") and in a test client ("testclient").
+    """
+    try:
+        address = None if peer is None else str(ipguard.AddressRange.parse(peer))
+    except ipguard.AddressError:
+        address = None
     return ipguard.Actor(
         username=username,
         email=f"{username}@example.com",

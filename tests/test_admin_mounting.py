@@ -2,16 +2,21 @@
 
 import asyncio
 import base64
+import contextlib
 import importlib.util
 import re
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 import werkzeug.test
 import werkzeug.wrappers
 from starlette.applications import Starlette
@@ -180,12 +185,136 @@ def test_the_mount_without_its_slash(office: Office):
     assert (answer.status, answer.header("location")) == (303, "i%20p/")
 
 
-def test_a_path_outside_the_mount():
-    """A host that passes the whole path and a prefix that it lacks gets the path as it is."""
-    assert _place({"path": "/ipx/add", "root_path": "/ip"}) == ("/ip", "/ipx/add")
-    assert _place({"path": "/ip/add", "root_path": "/ip/"}) == ("/ip", "/add")
-    assert _place({"path": "/ip", "root_path": "/ip"}) == ("/ip", "")
-    assert _place({"path": "/add"}) == ("", "/add")
+@pytest.mark.parametrize(
+    ("path", "prefix", "found"),
+    [
+        ("/add", "", "/add"),
+        ("/ip/add", "/ip", "/add"),
+        ("/ip/add", "/ip/", "/add"),
+        ("/ip//add", "/ip/", "/add"),  # uvicorn --root-path /ip/
+        ("/ip", "/ip", ""),
+        ("/ip/", "/ip", "/"),
+        ("/ip/nothing", "/ip", "/nothing"),
+        ("/ipx/add", "/ip", "/ipx/add"),
+        ("/add", "/ip", "/add"),  # removed by a proxy
+        ("/ip/ip/add", "/ip", "/add"),  # added by a server to a path that had it
+        ("/add/add", "/add", "/add"),
+        ("/ip/add", "/api/ip", "/add"),  # the mount's part alone is there
+        ("/ip", "/api/ip", ""),
+        ("/v1/ip/add", "/api/v1/ip", "/add"),
+        ("/add", "/a/add", "/add"),
+    ],
+)
+def test_what_a_path_holds_of_the_prefix(path: str, prefix: str, found: str):
+    """Whatever a server, a mount and a proxy between them did to the path, the page is found."""
+    assert _place({"path": path, "root_path": prefix}) == (prefix.rstrip("/"), found)
+
+
+@pytest.mark.parametrize("known", ["/api", "/api/", "/bank/ip"])
+@pytest.mark.parametrize("stripped", [False, True])
+@pytest.mark.parametrize("where", ["/ip", ""])
+def test_a_prefix_that_the_host_knows(office: Office, known: str, stripped: bool, where: str):
+    """Behind a proxy, in a host that was told the prefix: in the path or not, every page opens."""
+    host = mounted(office, where) if where else office.stranger(ALICE)
+    told = known.rstrip("/")
+
+    async def asgi_host(scope: Any, receive: Any, send: Any) -> None:
+        # FastAPI(root_path=...) has the path as it came; uvicorn --root-path puts the prefix there.
+        path = scope["path"] if stripped else told + scope["path"]
+        await host.app({**scope, "root_path": told, "path": path}, receive, send)
+
+    def wsgi_host(environ: dict[str, Any], start_response: Any) -> Any:
+        # PATH_INFO has the prefix too if a server is told SCRIPT_NAME by its settings alone.
+        path = environ["PATH_INFO"] if stripped or where else told + environ["PATH_INFO"]
+        return host.app({**environ, "SCRIPT_NAME": known, "PATH_INFO": path}, start_response)
+
+    alice = Browser(asgi_host if office.adapter == "asgi" else wsgi_host, office.adapter)
+    for path in ("/", "/history", "/user?user=jsmith", "/add"):
+        alice.open(where + path)
+        assert alice.answer.status == 200, path
+    style = next(own["href"] for tag, own in alice.page.elements if own.get("rel") == "stylesheet")
+    assert alice.send("GET", f"{where}/{style.removeprefix('./')}").status == 200
+    alice.press("Submit", user="jsmith", addresses="10.0.0.0/33", label="kept")
+    assert alice.page.inputs["label"]["value"] == "kept"
+    alice.press("Submit", addresses=OFFICE)
+    assert alice.address.startswith(f"{where}/confirm?")
+    alice.open(f"{where}/nothing")
+    assert alice.answer.status == 404
+
+
+@pytest.mark.parametrize("root", ["/api", "/api/"])
+def test_served_with_a_root_path(asgi_office: Office, root: str):
+    """`uvicorn --root-path`, behind a proxy that takes the prefix away; mounted or by itself."""
+    page: Any = asgi_app(asgi_office.flow, asgi_office.guard, authenticate=lambda _: ALICE)
+    for app, where in ((page, ""), (Starlette(routes=[Mount("/ip", page)]), "/ip")):
+        config = uvicorn.Config(app, root_path=root, log_level="error", lifespan="off")
+        with serving(config) as base:
+            for path in ("/", "/add", "/history"):
+                assert httpx.get(f"{base}{where}{path}").status_code == 200, where + path
+
+
+@contextlib.contextmanager
+def serving(config: uvicorn.Config) -> Iterator[str]:
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+# -- where its users are
+
+
+@pytest.mark.parametrize(
+    "peer", [None, "", "testclient", "unix:", "<local>", "localhost", "fe80::1%eth0", "@"]
+)
+def test_no_client_address(office: Office, peer: str | None):
+    """On a Unix socket and in test clients there is no address: the examples' page still works."""
+    actor_for = load("page_sample").actor_for
+    person = ipguard.User(username="trader", full_name="T. Rader", account_id="U1234567")
+    office.store.put_users([person])
+    browser = office.stranger(lambda _: actor_for("rjones", peer))
+    browser.open("/add")
+    assert browser.answer.status == 200
+    assert "Use my current address" not in browser.text
+    browser.press("Submit", user="trader", addresses=OFFICE)
+    browser.press("Submit", number=office.outbox.number_for(query(browser.address)["request"]))
+    assert office.held("trader") == [OFFICE]
+    assert office.rows()[0].actor_address is None
+
+
+def test_an_actor_with_an_empty_address():
+    """Empty text is how CGI servers spell that no address is known; garbage is still refused."""
+    one = {"username": "rjones", "email": "r@example.com", "manages": {"U1"}}
+    assert ipguard.Actor(**one, address="").address is None
+    with pytest.raises(ipguard.AddressError):
+        ipguard.Actor(**one, address="testclient")
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_examples_without_a_client_address(name: str, tmp_path: Path, monkeypatch: Any):
+    """Each example's application, asked as over a Unix socket."""
+    module = load(f"page_{name}")
+    if name == "django":
+        module.fill()
+    office = Office(tmp_path / "office.db", HOSTS[name])
+    with office.store:
+        app = module.create_app(office.flow, office.guard)
+
+        async def asgi_socket(scope: Any, receive: Any, send: Any) -> None:
+            await app({**scope, "client": None}, receive, send)
+
+        def wsgi_socket(environ: dict[str, Any], start_response: Any) -> Any:
+            return app({**environ, "REMOTE_ADDR": ""}, start_response)
+
+        browser = Browser(asgi_socket if HOSTS[name] == "asgi" else wsgi_socket, HOSTS[name])
+        sign_in(name, browser)
+        assert browser.answer.status == 200
+        assert "Signed in as rjones" in browser.text
 
 
 # -- who it is

@@ -482,9 +482,15 @@ class TestActor:
         """The lock-out check and the trail see one spelling."""
         assert actor(address=given).address == held
 
-    @pytest.mark.parametrize("given", ["", "192.0.2.1 ", "192.0.2.0/24", "fe80::1%eth0", "host", 7])
+    def test_an_empty_address_is_none(self):
+        """Servers on a Unix socket pass empty text if no address is known."""
+        assert actor(address="").address is None
+
+    @pytest.mark.parametrize(
+        "given", [" ", "192.0.2.1 ", "192.0.2.0/24", "fe80::1%eth0", "testclient", "unix:", 7, 0]
+    )
     def test_the_address_is_one_address(self, given):
-        """What is no address is refused, not taken for none."""
+        """Anything else that is not an address is refused."""
         with pytest.raises(AddressError):
             actor(address=given)
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from ipguard.admin._http import BODY_LIMIT, Request, Response
-from ipguard.admin._site import Site
+from ipguard.admin._site import Site, below, inside
 from ipguard.model import Actor
 
 Authenticate = Callable[[Asked], Any]
@@ -62,8 +62,8 @@ async def _authenticated(authenticate: Authenticate, asked: Asked) -> object:
 def _place(scope: Scope) -> tuple[str, str]:
     """Return where the page is mounted, and the path below that."""
     path, prefix = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    inside = path == prefix or path.startswith(f"{prefix}/")
-    return prefix, path[len(prefix) :] if inside else path
+    meant = inside(path, prefix)
+    return prefix, below(path if meant is None else meant, path, prefix)
 
 
 def _request(asked: Asked, prefix: str, path: str, body: bytes | None = b"") -> Request:

@@ -44,6 +44,33 @@ ROUTES: Final[Mapping[str, Mapping[str, View]]] = {
 }
 _UNKNOWN: Final = (Missing, UnknownUser, UnknownRequest, UnknownRestriction)
 _STATIC: Final = "/static/"
+_PATHS: Final = frozenset({"", *ROUTES})  # "" is the mount without its slash
+
+
+def below(meant: str, path: str, prefix: str) -> str:
+    """Return the path below where the page is mounted.
+
+    Servers, frameworks and proxies disagree about what a prefix that they know does to the path: it
+    is in the path, or a proxy has removed it, or it is there twice, or only the part that a
+    framework's mount added is there. The first reading that leads to a page is taken.
+
+    Args:
+        meant: The path below the prefix, as the server's specification has it.
+        path: The path that the server passed.
+        prefix: The prefix that the server passed, without a slash at its end.
+    """
+    ends = (prefix[at:] for at, char in enumerate(prefix) if char == "/")
+    readings = (meant, inside(meant, prefix), path, *(inside(path, end) for end in ends))
+    found = (it for it in readings if it is not None and (it in _PATHS or it.startswith(_STATIC)))
+    return next(found, meant)
+
+
+def inside(path: str, prefix: str) -> str | None:
+    """Return the part of a path below a prefix, or None if the path is not below it."""
+    if not prefix or not (path == prefix or path.startswith(f"{prefix}/")):
+        return None
+    rest = path[len(prefix) :]
+    return rest and f"/{rest.lstrip('/')}"
 
 
 class Site:

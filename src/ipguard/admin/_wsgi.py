@@ -10,7 +10,7 @@ from werkzeug.wrappers import Request as Asked
 from werkzeug.wrappers import Response as Answer
 
 from ipguard.admin._http import BODY_LIMIT, Request, Response
-from ipguard.admin._site import Site
+from ipguard.admin._site import Site, below
 from ipguard.model import Actor
 
 Environ = dict[str, Any]
@@ -42,10 +42,12 @@ def make(site: Site) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
 
 
 def _request(asked: Asked, body: bytes | None = b"") -> Request:
+    prefix = asked.root_path.rstrip("/")
+    path = asked.environ.get("PATH_INFO", "") and asked.path
     return Request(
         method=asked.method,
-        prefix=asked.root_path.rstrip("/"),
-        path=asked.environ.get("PATH_INFO", "") and asked.path,
+        prefix=prefix,
+        path=below(path, path, prefix),
         query=asked.query_string.decode("latin-1"),
         headers={name.lower(): value for name, value in asked.headers.items()},
         cookies=asked.cookies,

@@ -47,7 +47,7 @@ def _via(value: object) -> str:
 
 
 def _optional_address(value: str | None) -> str | None:
-    return None if value is None else str(parse_address(value))
+    return None if value is None or value == "" else str(parse_address(value))
 
 
 @attrs.frozen(kw_only=True)
@@ -117,7 +117,7 @@ class Actor:
         email: Where confirmation numbers go.
         manages: A frozenset of account ids, or `Actor.EVERY_ACCOUNT`.
         address: The address that the actor comes from, for the lock-out check and the audit trail,
-            or None.
+            or None. Empty text, a server's word for "not known", is None.
         via: How the actor reached the workflow, for the audit trail: a command line and who ran it,
             say; up to 400 characters, empty for the host itself.
     """
