@@ -78,6 +78,10 @@ def test_the_two_phases_in_a_terminal(shell: Shell, mail: MailServer):
     wrong.sees("Confirmation number: ")
     wrong.types("00000-00000")
     assert "attempts left: 4" in wrong.ends(5)
+    for text in ("49201\n", "4920l-77340\n"):
+        mistyped = shell("confirm", request, *RITA, stdin=text)
+        assert mistyped.code == 5
+        assert "no attempt was counted" in mistyped.err
     assert _held(shell) == []
     right = shell.terminal("confirm", request, *RITA)
     right.sees("Confirmation number: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice, pairwise
 from typing import Any
 
 import attrs
@@ -24,6 +25,7 @@ from ipguard import (
     User,
 )
 from ipguard.model import EVERYBODY
+from ipguard.workflow import _steps
 from tests.flows import ALICE, BOSS, CAROL, HOME, OFFICE, Desk
 
 EVERY_KNOWN_ACCOUNT = Actor(
@@ -478,3 +480,25 @@ def test_hints_know_the_settings(desk: Desk, how: str) -> None:
         with desk.unchanged(), pytest.raises(ipguard.AddressError) as caught:
             call(text)
         assert caught.value.hint == hint
+
+
+def test_an_import_keeps_the_order_of_its_rows(desk: Desk) -> None:
+    """Restrictions of one moment are listed as the file has them, by every reader."""
+    wanted = [f"203.0.113.{n * 7 % 50}" for n in range(50)]
+    desk.flow.impose_many(BOSS, [("jsmith", text) for text in wanted], reason="a file")
+    assert desk.held() == wanted
+    (line,) = desk.flow.overview(BOSS, search="jsmith")
+    assert [str(each.addresses) for each in line.restrictions] == wanted
+    policies = dict(desk.store.load_all_policies()[1])
+    assert [str(each.addresses) for each in policies["jsmith"].restrictions] == wanted
+    with desk.store.transaction() as turn:
+        assert [str(each.addresses) for each in turn.restrictions("jsmith")] == wanted
+
+
+def test_ids_of_an_import_cannot_be_counted() -> None:
+    """They increase by steps that cannot be guessed, and have the length of every other id."""
+    ids = list(islice(_steps.increasing_ids(), 100))
+    assert ids == sorted(set(ids))
+    assert {len(each) for each in ids} == {16}
+    values = [int(each, 16) for each in ids]
+    assert len({after - before for before, after in pairwise(values)}) > 90

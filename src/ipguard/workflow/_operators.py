@@ -129,7 +129,7 @@ class Operators(Base):
         return Applied(revision=change.revision, restriction=None, unrestricted=False)
 
     def _staged(self, actor: Actor, rows: Iterable[Row], told: set[str]) -> Iterator[Restriction]:
-        now = self._store.now()
+        now, ids = self._store.now(), _steps.increasing_ids()
         for position, row in enumerate(rows, start=1):
             try:
                 wanted = wanted_row(actor, row, self.settings, now)
@@ -138,7 +138,7 @@ class Operators(Base):
                 raise
             if len(told) <= NAMED_AT_MOST:
                 told.add(wanted.username)
-            yield wanted
+            yield attrs.evolve(wanted, id=next(ids))
 
     def lift(
         self, actor: Actor, restriction_id: str, *, reason: str, allow_opening: bool = True

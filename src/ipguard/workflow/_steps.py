@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -42,6 +42,17 @@ _HOUR: Final = timedelta(hours=1)
 def new_id() -> str:
     """Make an id that says nothing and that nobody can guess: 64 random bits in hexadecimal."""
     return secrets.token_hex(8)
+
+
+def increasing_ids() -> Iterator[str]:
+    """Yield ids for one import, in increasing order: its rows are then listed in their order.
+
+    Stores list restrictions by `created_at`, then `id`, and an import has one `created_at`.
+    """
+    value = secrets.randbits(63)
+    while True:
+        yield f"{value:016x}"
+        value += 1 + secrets.randbits(30)
 
 
 def user_within_reach(tx: Transaction, actor: Actor, username: str) -> StoredUser | None:
