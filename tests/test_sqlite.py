@@ -793,12 +793,16 @@ os.kill(os.getpid(), 9)
         assert again.changes_since(None).head == 2
 
 
-def test_a_process_that_read_the_file_itself(store: SQLiteStore, path: Path) -> None:
+@pytest.mark.parametrize("read", [[""], ["-shm"], ["", "-wal", "-shm"]])
+def test_a_process_that_read_the_file_itself(
+    store: SQLiteStore, path: Path, read: list[str]
+) -> None:
     """Closing any descriptor drops SQLite's locks: another process then removes log and index."""
     cursor = store.changes_since(None)[:2]
-    path.read_bytes()
+    for suffix in read:
+        Path(f"{path}{suffix}").read_bytes()
     assert elsewhere(path, "append(store)") == "2"
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert Path(f"{path}-wal").exists() == ("" not in read)
     assert elsewhere(path, "append(store)") == "3"
     assert store.changes_since(cursor).head == 3
     assert store.load_policy("jo").revision == 3

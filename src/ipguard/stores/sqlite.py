@@ -6,13 +6,16 @@ there is one writer at a time. The file has to be on a local disk, as WAL needs 
 
 Limits, stated:
 
-* A file put in the place of the store's file is found by the next `changes_since`; until then
-  policies are answered from the old one, and a guard's lease bounds how long that is. Take the
-  `-wal` and `-shm` files away together with the old file, or restore through SQLite's backup
-  (`.restore`): SQLite applies a log that was left to the new file. A store that used the old file
-  notices, and is unavailable until the log is gone; one that is opened afterwards cannot know.
-* The file vanished: the store is unavailable. A file is made on opening only, never later: in a new
-  empty database nobody would be restricted.
+* A replaced database file, and a `-wal` or `-shm` file that was removed, is detected by the next
+  `changes_since` or transaction. Until then policies are read from the old files; the lease of a
+  guard bounds how long that is.
+* Restore through SQLite's backup (`.restore`), or remove the `-wal` and `-shm` files together with
+  the old file: SQLite applies a log that was left to the new file. A store that used the old file
+  is unavailable until the log is gone. A store that is opened afterwards cannot detect it.
+* A commit of the very moment in which the `-wal` file is removed can be lost although it was
+  acknowledged.
+* If the file vanished, the store is unavailable. A file is created on opening only, never later: a
+  new empty database has no restrictions.
 * A process that forks inside its own transaction, or while another thread stays in one for longer
   than the timeout, has a child whose store is unavailable.
 * A disk that hangs hangs the call; SQLite has no deadline for that.
