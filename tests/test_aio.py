@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import inspect
 import itertools
 import logging
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -294,6 +296,47 @@ def test_whoever_shares_a_call_does_not_share_its_end(memory: World, in_line: bo
 
     asyncio.run(main())
     assert memory.store.loads.count("jsmith") == 1
+
+
+def test_a_closed_event_loop_is_not_kept(memory: World) -> None:
+    """A loop that is closed while its calls are in progress is freed, and so are its calls."""
+    guard = guarded(memory, threads=1)
+    guard.guard.sync()
+    loops = []
+    with gate(memory.store.before_load) as hanging:
+        for name in ("jsmith", "adoe"):  # one is at work, the other in line
+            loop = asyncio.new_event_loop()
+            task = loop.create_task(guard.check(name, HOME))
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            loop.close()
+            loops.append(weakref.ref(loop))
+            del loop, task
+        hanging.reached()
+    comes_true(lambda: at_rest(guard._answers))
+    guard._answers.retire()
+    comes_true(lambda: not guard._answers._alive)
+    gc.collect()
+    assert not guard._asking
+    assert [loop() for loop in loops] == [None, None]
+    assert asyncio.run(guard.is_allowed("jsmith", HOME))
+
+
+def test_waiting_for_a_revision_keeps_its_timeout_while_the_store_hangs(memory: World) -> None:
+    """The wait ends though the sync has not, and takes no thread for longer."""
+    guard = guarded(memory, threads=1, waiting=0)
+
+    async def main() -> None:
+        with gate(memory.store.before_sync) as hanging:
+            assert not await guard.wait_for(1, 0.01)
+            hanging.reached()
+            comes_true(lambda: at_rest(guard._others))
+            assert not await guard.wait_for(1, 0.01)
+        assert await guard.wait_for(memory.restrict("jsmith"), 30)
+
+    asyncio.run(main())
+    assert len(memory.store.syncs) <= 2
 
 
 def test_an_answer_that_was_not_to_be_shared_is_asked_for_by_each(memory: World) -> None:

@@ -950,7 +950,7 @@ def test_a_guard_of_no_store(store: Any) -> None:
 
 
 def test_wait_for_syncs_at_once(world: World) -> None:
-    """Where the store is there already, one sync is all it takes, at timeout 0 as well."""
+    """If the store is at the revision already, one sync is enough."""
     waits: list[float] = []
 
     def wait(revision: int, timeout: float) -> bool:
@@ -959,11 +959,38 @@ def test_wait_for_syncs_at_once(world: World) -> None:
 
     world.store.wait = wait  # type: ignore[method-assign]
     guard = world.guard()
-    revision = world.restrict("jsmith")
-    assert guard.wait_for(revision, 0)
-    revision = world.restrict("jsmith", HOME)
-    assert guard.wait_for(revision, PATIENCE)
+    for address in (OFFICE, HOME):
+        assert guard.wait_for(world.restrict("jsmith", address), PATIENCE)
     assert (len(world.store.syncs), waits) == (2, [])
+
+
+@pytest.mark.parametrize("timeout", [-1, 0, 0.01])
+def test_wait_for_keeps_its_timeout_while_the_store_hangs(world: World, timeout: float) -> None:
+    """A sync that hangs holds no caller longer than its timeout, and only one is started."""
+    guard = world.guard()
+    with gate(world.store.before_sync) as hanging:
+        for _ in range(3):
+            assert Call(lambda: guard.wait_for(1, timeout)).result() is False
+        hanging.reached()
+        assert len(world.store.syncs) == 1
+        revision = world.restrict("jsmith")
+    assert guard.wait_for(revision, PATIENCE)
+
+
+def test_wait_for_without_a_thread_ends_at_its_timeout(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If no thread can be started, the wait ends at its timeout, and the next one can succeed."""
+    guard = world.guard()
+    revision = world.restrict("jsmith")
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert guard.wait_for(revision, 0.05) is False
+    assert guard.wait_for(revision, PATIENCE)
 
 
 def test_wait_for_is_woken(world: World) -> None:

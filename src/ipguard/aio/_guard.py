@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Literal, Self, TypedDict, Unpack
+from typing import Final, Literal, Self, TypedDict, Unpack
+from weakref import WeakValueDictionary
 
 from ipguard.aio._closing import AsyncClosing
 from ipguard.aio._executor import Executor, check_threads
@@ -16,6 +17,8 @@ from ipguard.model import Decision, Explanation, Reason
 from ipguard.store import RestrictionStore
 
 _log = logging.getLogger("ipguard.aio")
+
+_GRACE: Final = 0.05  # seconds
 
 
 class GuardSettings(TypedDict, total=False):
@@ -77,8 +80,10 @@ class AsyncGuard(AsyncClosing):
         self.guard: Guard = store
         self._answers = Executor(threads, waiting)
         self._others = Executor(threads, waiting)
-        # By event loop and user: the first call about a user that is under way.
-        self._asking: dict[tuple[object, str | int], asyncio.Future[Decision]] = {}
+        # By event loop and user: the first call about a user that is in progress. Held weakly: a
+        # loop that is closed meanwhile runs no callback that could remove its calls.
+        self._asking: WeakValueDictionary[tuple[int, str | int], asyncio.Future[Decision]]
+        self._asking = WeakValueDictionary()
         self._hot = store._bind_is_allowed(_not_remembered) or _not_remembered
 
     async def is_allowed(self, username: str, address: str) -> bool:
@@ -101,7 +106,8 @@ class AsyncGuard(AsyncClosing):
         So that any number who miss on one user together take one place, not all there are.
         """
         # A str of a class of its own may hash and compare as it likes.
-        key = asyncio.get_running_loop(), username if type(username) is str else id(username)
+        loop = id(asyncio.get_running_loop())  # which the calls in progress keep alive
+        key = loop, username if type(username) is str else id(username)
         while (other := self._asking.get(key)) is not None:
             await asyncio.wait((other,), timeout=self.guard._lease.patience)
             decision = self._recall(username, address, at_least, resting=None)
@@ -119,7 +125,7 @@ class AsyncGuard(AsyncClosing):
                 else decision
             )
         if self._asking.setdefault(key, asking) is asking:
-            asking.add_done_callback(lambda _: self._asking.pop(key))
+            asking.add_done_callback(lambda _: self._asking.pop(key, None))
         return await asking
 
     def _recall(
@@ -159,10 +165,9 @@ class AsyncGuard(AsyncClosing):
         check_seconds("timeout", timeout)
         if self.guard.revision >= revision:
             return True
-        # The thread keeps the time itself. This holds for a call that does not come to its turn.
-        patience = max(0.0, timeout) + self.guard._lease.patience
+        # The thread keeps the time itself; this is for a call that gets no thread.
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(max(0.0, timeout) + _GRACE):
                 return await self._others.run(self.guard.wait_for, revision, timeout)
         except (StoreUnavailable, TimeoutError):
             return self.guard.revision >= revision

@@ -27,7 +27,7 @@ from typing import Literal, Self
 
 import attrs
 
-from ipguard.errors import StoreUnavailable, shortened
+from ipguard.errors import shortened
 from ipguard.guard import _fork
 from ipguard.guard._answers import Answers
 from ipguard.guard._cache import Cache
@@ -264,7 +264,8 @@ class Guard(Closing):
 
         Args:
             revision: Such as `Applied.revision`.
-            timeout: How long to wait at the most, in seconds.
+            timeout: How long to wait at most, in seconds, even if the store hangs. With 0 or less,
+                a sync is started and not waited for.
 
         Returns:
             Whether the guard is there; False at the timeout.
@@ -277,8 +278,7 @@ class Guard(Closing):
         woken = False
         while (before := self._lease.revision) < revision:
             if not self._lease.health.resting():
-                with contextlib.suppress(StoreUnavailable):  # counted and logged by the lease
-                    self._lease.sync()
+                self._lease.sync_within(until - time.monotonic())
             left = until - time.monotonic()
             if self._lease.revision >= revision or left <= 0:
                 break

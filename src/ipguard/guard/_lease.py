@@ -7,6 +7,7 @@ revision, then the moment. In that order, whoever sees the new moment cannot see
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -128,6 +129,7 @@ class Lease:
         self._monotonic = monotonic
         self._asleep = asleep
         self._slept = asleep()
+        self._helper: threading.Thread | None = None
         self.renew_locks()
 
     def renew_locks(self) -> None:
@@ -202,6 +204,28 @@ class Lease:
             # Or the machine slept, and how old the reading is by now nobody can tell.
             if self._monotonic() - begun > self.patience:
                 raise StoreUnavailable("no sync came to an end in time")
+
+    def sync_within(self, seconds: float) -> None:
+        """Sync on a helper thread, and wait for it for at most `seconds`.
+
+        The store's own time limits may be longer than the caller's. One helper runs at a time: a
+        store that hangs gathers no threads. A failure is counted and logged as that of any sync.
+        """
+        with self.lock:
+            if self._helper is None or not self._helper.is_alive():
+                helper = threading.Thread(target=self._try_sync, name="ipguard-sync", daemon=True)
+                try:
+                    helper.start()
+                except RuntimeError:
+                    _log.debug("no thread to sync on", exc_info=True)
+                    return
+                self._helper = helper
+            helper = self._helper
+        helper.join(max(0.0, seconds))
+
+    def _try_sync(self) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            self.sync()
 
     def wait(self, seconds: float) -> bool:
         """Wait until the store has a change that the guard has not, and tell whether it has.
