@@ -270,6 +270,18 @@ def test_the_settings_last_as_long_as_the_connection_is_ours(site: Site) -> None
             assert other.execute("SHOW row_security").fetchone() == ("on",)
 
 
+@pytest.mark.parametrize("site", ["direct"], indirect=True)
+def test_without_prepared_statements_no_setting_lasts(site: Site) -> None:
+    """A pooler that reports the server's own process number looks like a direct connection."""
+    with PostgresStore(site.url, prepare="off") as store:
+        store.put_users([user("jo")])
+        (idle,) = store._client.pool._idle
+        assert idle.execute("SHOW row_security").fetchone() == ("on",)
+        site.execute("ALTER TABLE ipguard.restrictions ENABLE ROW LEVEL SECURITY")
+        with pytest.raises(StoreUnavailable, match="row-level security"):
+            store.load_policy("jo")
+
+
 def test_round_trips_through_a_pooler(own_postgres: Server) -> None:
     """Settings for each transaction cost no round trip: a load and a sync are one, a confirm 7."""
     with transaction_pooler(own_postgres) as port, Proxy(port) as proxy:

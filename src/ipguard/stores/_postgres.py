@@ -61,6 +61,7 @@ class Connection(psycopg.Connection[Row]):
             driver's `prepare_threshold` says when, or never.
         settled: Whether `SETTINGS` hold for the whole session. Otherwise each transaction sets
             them: through a transaction pooler, a session's settings would reach other clients.
+            None: the next transaction makes them last, if the connection is direct.
         pid: The process that opened it; in a forked child it is never used and never closed.
         used_at: When it was last given back.
         spoilt: Whether it is not to be used again: after an error that a new connection may not
@@ -70,7 +71,7 @@ class Connection(psycopg.Connection[Row]):
 
     deadline: float = NEVER
     prepares: bool | None = None
-    settled: bool = False
+    settled: bool | None = False
     pid: int = 0
     used_at: float = 0.0
     spoilt: bool = False
@@ -153,17 +154,15 @@ class Session:
         return cursor.fetchall() if cursor.description else []
 
     def _settings(self) -> str:
-        """Return the statement that sets `SETTINGS`.
-
-        They last for the session on a direct connection, and for the transaction behind a pooler,
-        which reports a process number that is not the server's.
-        """
-        pid = self.connection.info.backend_pid
+        """Return the statement that sets `SETTINGS`, for the transaction or for the session."""
+        local = "true"
+        if self.connection.settled is None:  # a pooler reports a process number that it made up
+            pid = self.connection.info.backend_pid
+            local = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) {pid}"
         settings = ", ".join(
             f"pg_catalog.set_config('{name}', '{value}', l.local)"
             for name, value in SETTINGS.items()
         )
-        local = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) {pid}"
         return f"SELECT {settings} FROM (SELECT {local} AS local) l"
 
     def run(self, sql: str, params: Params = ()) -> None:

@@ -53,6 +53,7 @@ def greet(session: Session, options: Options) -> Greeting:
     connection = session.connection
     auto = options.prepare == -1
     connection.prepare_threshold = None if auto else options.prepare
+    connection.settled = False if options.prepare is None else None
     asked_at = ticks()
     try:
         rows = session.rows(_GREETING, (options.schema,))
@@ -77,8 +78,9 @@ def greet(session: Session, options: Options) -> Greeting:
         raise StoreUnavailable(f"{options.place}: {other} must be a table")
     # A pooler reports a process number that it made up. Behind it, the next transaction may be on
     # another session, so nothing is prepared, and settings do not last.
-    connection.settled = backend == connection.info.backend_pid
-    if auto and connection.settled:
+    direct = backend == connection.info.backend_pid
+    connection.settled = direct and options.prepare is not None
+    if auto and direct:
         connection.prepare_threshold, connection.prepares = _PREPARED_AFTER, True
     return Greeting(asked_at, micros, version, oldest)
 
