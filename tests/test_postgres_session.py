@@ -153,6 +153,18 @@ def test_a_view_in_place_of_a_table_is_no_answer(site: Site) -> None:
                 later.changes_since(None)
 
 
+def test_a_server_that_drops_damaged_rows_is_no_answer(site: Site) -> None:
+    """With zero_damaged_pages a damaged page is read as an empty one."""
+    site.execute(f"ALTER DATABASE {site.name} SET zero_damaged_pages = on")
+    site.end_sessions()
+    with PostgresStore(site.url) as store:
+        with pytest.raises(StoreUnavailable, match="zero_damaged_pages"):
+            store.load_policy("jo")
+        site.execute(f"ALTER DATABASE {site.name} RESET zero_damaged_pages")
+        site.end_sessions()
+        assert store.load_policy("jo").restrictions == ()
+
+
 def test_hidden_rows_of_requests_stop_a_change(site: Site) -> None:
     """Tables that logins do not read are read with the same setting."""
     with PostgresStore(site.url) as store:

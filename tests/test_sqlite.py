@@ -31,7 +31,7 @@ from ipguard.errors import (
     StoreUnavailable,
 )
 from ipguard.guard import Guard
-from ipguard.model import EVERYBODY, RESET, Action, Actor, Reason, Restriction, User
+from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
 from ipguard.stores import _sqlite_schema, _sqlite_turn, open_store
 from ipguard.stores._migrations import SCHEMA_VERSION
 from ipguard.stores._sql import micros
@@ -1016,20 +1016,6 @@ def test_the_first_and_the_last_times(
     assert {change.at for change in store.history(EVERY)} == {created}
     store.prune(LAST.replace(tzinfo=timezone(timedelta(hours=-12))))
     assert store.changes_since(None).head == 2
-
-
-@pytest.mark.parametrize("column", ["created_at", "expires_at"])
-@pytest.mark.parametrize("stored", [2**62, -(2**62)])
-def test_a_time_that_no_clock_shows_is_a_damaged_row(
-    store: SQLiteStore, path: Path, column: str, stored: int
-) -> None:
-    """It is reported as such, and its user is not let in."""
-    impose(store, "jo", 1)
-    with raw(path) as connection:
-        connection.execute(f"UPDATE restrictions SET {column} = ?", (stored,))
-    with pytest.raises(StoreUnavailable, match="damaged row"):
-        store.load_policy("jo")
-    assert Guard(store).check("jo", "10.0.0.1").reason is Reason.STORE_UNAVAILABLE
 
 
 # ------------------------------------------------------------------------------------- locks

@@ -20,7 +20,7 @@ MICROS: Final = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _PREPARED_AFTER: Final = 5
 _GREETING: Final = f"""
 SELECT pg_backend_pid(), pg_is_in_recovery(), current_setting('server_encoding'), {MICROS},
-    v.version, v.oldest, t.hidden, t.other
+    v.version, v.oldest, t.hidden, t.other, current_setting('zero_damaged_pages') = 'on'
 FROM schema_version v CROSS JOIN (
     SELECT string_agg(c.relname::text, ', ') FILTER (WHERE row_security_active(c.oid)) AS hidden,
         string_agg(c.relname::text, ', ') FILTER (WHERE c.relkind NOT IN ('r', 'p')) AS other
@@ -63,7 +63,7 @@ def greet(session: Session, options: Options) -> Greeting:
         raise
     if not rows:
         raise SchemaVersionError(None, SCHEMA_VERSION)
-    backend, recovering, encoding, micros, version, oldest, hidden, other = rows[0]
+    backend, recovering, encoding, micros, version, oldest, hidden, other, zeroed = rows[0]
     if encoding != "UTF8":
         raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
     if recovering and not options.replica:
@@ -74,6 +74,8 @@ def greet(session: Session, options: Options) -> Greeting:
         raise StoreUnavailable(
             f"{options.place}: row-level security hides rows of {hidden} from this role"
         )
+    if zeroed:  # only a superuser could switch it off for this session
+        raise StoreUnavailable(f"{options.place}: zero_damaged_pages is on, which drops rows")
     if other:  # as of a view, which may show fewer rows
         raise StoreUnavailable(f"{options.place}: {other} must be a table")
     # A pooler reports a process number that it made up. Behind it, the next transaction may be on
