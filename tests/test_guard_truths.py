@@ -1119,6 +1119,24 @@ def test_a_sleep_ends_the_outage_grace_as_well(world: World) -> None:
     assert not guard.is_allowed("jsmith", HOME)
 
 
+@pytest.mark.parametrize("down", [False, True])
+def test_a_load_during_which_the_machine_slept_answers_nothing(world: World, down: bool) -> None:
+    """The policy is as old as the sleep was long: a sync and another load answer, or nothing."""
+    guard = world.guard()
+    asleep = Asleep(guard)
+    guard.sync()
+
+    def sleep() -> None:
+        asleep.seconds += 3600
+        world.restrict("jsmith", OFFICE)
+        world.store.down = StoreUnavailable("down") if down else None
+
+    world.store.after_load.append(sleep)
+    reason = Reason.STORE_UNAVAILABLE if down else Reason.NOT_LISTED
+    assert guard.check("jsmith", HOME).reason is reason
+    assert not guard.is_allowed("jsmith", HOME)
+
+
 def test_a_sleep_during_the_read_does_not_extend_the_lease(world: World) -> None:
     """A reading that lay there while the machine slept is of unknown age: it is read again."""
     guard = world.guard()

@@ -177,9 +177,10 @@ class Guard(Closing):
         Args:
             username: Of the host's user record, after it has authenticated the user; not as typed.
             address: Of the client: the peer's, or from the header of a proxy that is trusted.
-            at_least: A revision that the answer has to rest on, such as `Applied.revision`. Where
-                the guard is not there, and one sync does not bring it there, the answer is
-                `STORE_UNAVAILABLE`; `wait_for` is what waits.
+            at_least: A revision that the answer has to rest on, such as `Applied.revision`. If one
+                sync does not bring the guard there, the answer is `STORE_UNAVAILABLE`; `wait_for`
+                waits. A revision from before a restored backup or a failover that lost commits
+                means nothing afterwards, and this cannot be noticed: discard it.
 
         Returns:
             The decision. It never raises for what a client sent.
@@ -263,7 +264,7 @@ class Guard(Closing):
         """Wait until every answer of this guard rests on a revision or a later one.
 
         Args:
-            revision: Such as `Applied.revision`.
+            revision: Such as `Applied.revision`; as for `at_least` of `check`.
             timeout: How long to wait at most, in seconds, even if the store hangs. With 0 or less,
                 a sync is started and not waited for.
 

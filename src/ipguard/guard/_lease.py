@@ -190,7 +190,7 @@ class Lease:
         while True:
             cursor = self._cursor()
             started = self._monotonic()
-            slept = self._wake()
+            slept = self.wake()
             try:
                 changes = self._store.changes_since(cursor)
                 applied = self._apply(cursor, changes, started, slept)
@@ -249,14 +249,22 @@ class Lease:
     def _position(self) -> tuple[int, str] | None:
         return None if self._token is None else (self.revision, self._token)
 
-    def _wake(self) -> float:
-        """End the lease where the machine has slept: the monotonic clock stood still meanwhile."""
+    def wake(self) -> float:
+        """End the lease if the machine has slept: the monotonic clock stood still meanwhile.
+
+        Returns:
+            How long the machine has slept since it booted, in seconds.
+        """
         slept = self._asleep()
         if slept - self._slept > _SLEEP_NOTICED:
             with self.lock:
                 self.deadline = _OVER
             self._slept = slept
         return slept
+
+    def slept_since(self, slept: float) -> bool:
+        """Return whether the machine has slept since `wake` returned `slept`."""
+        return self.wake() - slept > _SLEEP_NOTICED
 
     def _apply(
         self, cursor: tuple[int, str] | None, changes: Changes, started: float, slept: float

@@ -18,10 +18,11 @@ _TRIES = 2
 class _Load:
     """One read in progress; `done` is held until it ends. Positions are from its beginning."""
 
-    __slots__ = ("_began", "done", "entry", "history", "revision", "started", "syncs")
+    __slots__ = ("_began", "done", "entry", "history", "revision", "slept", "started", "syncs")
 
-    def __init__(self, started: float, lease: Lease) -> None:
+    def __init__(self, started: float, slept: float, lease: Lease) -> None:
         self.started = started
+        self.slept = slept
         self.revision = lease.revision
         self.history = lease.history
         self.syncs = lease.syncs
@@ -87,7 +88,7 @@ class Loads:
         """
         syncs: int | None = None
         for _ in range(_TRIES):
-            now = self._monotonic()
+            now, slept = self._monotonic(), self._lease.wake()
             with self._lease.lock:
                 if syncs is None:
                     syncs = self._lease.syncs
@@ -101,7 +102,7 @@ class Loads:
                 if load is None or not joins:
                     if self._lease.health.resting():
                         return None
-                    load = _Load(now, self._lease)
+                    load = _Load(now, slept, self._lease)
                     self._under_way[name] = load
                     self.count += 1
             if not joins:
@@ -116,6 +117,7 @@ class Loads:
                 same_history
                 and entry.policy.revision >= revision
                 and load.current(entry.policy, syncs)
+                and not self._lease.slept_since(load.slept)
             ):
                 return entry, load.started + self._max_staleness
         return None
