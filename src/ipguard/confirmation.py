@@ -123,7 +123,7 @@ class Keyring:
         return tuple(_hmac(key, fields) for key in self._keys.values())
 
     def digest(self, key_id: bytes, number: str, subject: Iterable[str]) -> bytes:
-        """Digest a number together with what it confirms.
+        """Digest a number together with the change that it confirms.
 
         Args:
             key_id: One of this ring's, such as `minting`.

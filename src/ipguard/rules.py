@@ -252,8 +252,8 @@ def judge_additions(
         now: The store's time.
 
     Returns:
-        The restrictions that would be replaced; and what is refused, each with its error:
-        duplicates first, then those that are too many.
+        The restrictions that would be replaced; and the refused ones, each with its error:
+        duplicates first, then those beyond the limit.
     """
     held: dict[AddressRange, list[Restriction]] = {}
     for restriction in present:
