@@ -7,7 +7,7 @@ from typing import Final
 
 from ipguard.errors import SchemaVersionError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """The schema that this library was written for: the number of the last migration."""
 
 

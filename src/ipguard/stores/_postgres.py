@@ -14,7 +14,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import errors, waiting
 from psycopg.pq import TransactionStatus
-from psycopg.sql import Identifier
+from psycopg.sql import Identifier, Literal
 
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores._sql import Params, Row
@@ -22,7 +22,7 @@ from ipguard.stores._sql import Params, Row
 _TABLES: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE)(\s+)"
     r"(head|changes|users|search_blocks|search_terms|restrictions|requests|failures"
-    r"|schema_version)\b"
+    r"|schema_version|zz_restore_marker)\b"
 )
 _TEMPORARY: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"
@@ -30,6 +30,7 @@ _TEMPORARY: Final = re.compile(
 )
 _STATEMENT_FAILED: Final = (psycopg.IntegrityError, psycopg.DataError, errors.LockNotAvailable)
 """The errors after which a connection is used again. The others may come from its session."""
+_CLASSES: Final = re.compile(r"'(\w+)'::regclass")
 _STAGED_AT_ONCE: Final = 5_000
 NEVER: Final = float("inf")
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -262,6 +263,21 @@ def dialect(text: str, schema: str) -> str:
         text = text.replace(" TEXT", ' TEXT COLLATE "C"') + " ON COMMIT DROP"
         text = text.replace(" BLOB", " BYTEA").replace(" INTEGER", " BIGINT")
     text = _TEMPORARY.sub(r"\1\2pg_temp.\3", text)
+    return located(text, place)
+
+
+def located(text: str, place: str) -> str:
+    """Return a statement with the schema's name before each table.
+
+    Args:
+        text: The statement.
+        place: The schema, quoted.
+    """
+
+    def constant(found: re.Match[str]) -> str:
+        return f"{Literal(f'{place}.{found[1]}').as_string(None)}::regclass"
+
+    text = _CLASSES.sub(constant, text)
     return _TABLES.sub(lambda found: f"{found[1]}{found[2]}{place}.{found[3]}", text)
 
 

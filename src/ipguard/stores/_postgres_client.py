@@ -10,17 +10,21 @@ from contextlib import contextmanager, suppress
 from typing import Final, TypeVar
 
 from ipguard.errors import StoreError, StoreUnavailable
-from ipguard.stores._postgres import Session
+from ipguard.stores._postgres import Session, located, quoted
 from ipguard.stores._postgres_clock import ServerClock
 from ipguard.stores._postgres_options import Options
 from ipguard.stores._postgres_pool import Pool
-from ipguard.stores._postgres_schema import Greeting, check_version, greet, prepare
+from ipguard.stores._postgres_schema import STATE, Greeting, check_version, greet, prepare
 from ipguard.stores._sql import Row
+from ipguard.stores._sql_read import UNFINISHED
 
 _log = logging.getLogger("ipguard.stores.postgres")
 T = TypeVar("T")
 
-_SNAPSHOT: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; SELECT pg_is_in_recovery()"
+_SNAPSHOT: Final = f"""
+BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY;
+SELECT {STATE}, m.id FROM (SELECT 1) s LEFT JOIN zz_restore_marker m ON m.id = 1
+"""
 
 
 class Client:
@@ -82,14 +86,17 @@ class Client:
         """Return until when a call that begins now may take."""
         return time.monotonic() + self.options.timeout
 
-    def refuse_recovering(self, session: Session, recovering: object) -> None:
-        """Refuse the answer of a server in recovery: it may be of any age.
+    def refuse(self, session: Session, recovering: object, complete: object) -> None:
+        """Refuse an answer by the columns of `STATE`.
 
-        No new connection leads to one, but behind a pooler the server may change.
+        An answer of a server in recovery may be of any age. No new connection leads to one, but
+        behind a pooler the server may change.
         """
         if recovering and not self.options.replica:
             session.connection.spoilt = True  # a new connection may find the primary
             raise StoreUnavailable(f"{self.options.place}: the server is in recovery")
+        if not complete:
+            raise StoreUnavailable(f"{self.options.place}: {UNFINISHED}")
 
     # ------------------------------------------------------------------------- asking
 
@@ -124,8 +131,10 @@ class Client:
             patience: How many seconds each of them may take.
             settings: Further statements to begin with, in the same round trip.
         """
-        with self.begun(f"{_SNAPSHOT}; {settings}") as (session, found):
-            self.refuse_recovering(session, found[1][0][0])
+        begin = located(_SNAPSHOT, quoted(self.options.schema))
+        with self.begun(f"{begin}; {settings}") as (session, found):
+            recovering, indexed, marker = found[1][0]
+            self.refuse(session, recovering, indexed and marker)
             session.patience = patience
             yield session
             session.script("COMMIT")

@@ -12,11 +12,24 @@ from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
 from ipguard.stores._postgres import BEGIN, Session, quoted
 from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_options import Options
+from ipguard.stores._sql_read import UNFINISHED
 
 _log = logging.getLogger("ipguard.stores.postgres")
 
 MICROS: Final = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 """The server's time, as times are stored."""
+STATE: Final = """pg_is_in_recovery(), (
+    SELECT bool_and(i.relhasindex) FROM pg_catalog.pg_class i WHERE i.oid IN (
+        'changes'::regclass, 'head'::regclass, 'restrictions'::regclass, 'users'::regclass
+    )
+)"""
+"""Whether the server is in recovery, and whether the tables have their indexes.
+
+`pg_restore --jobs` may restore the restore marker before it has filled other tables, but it makes
+the indexes of a table only when that table is filled.
+"""
+RESTORE: Final = "m.tableoid::bigint || '.' || m.xmin::text"
+"""Which restore made the tables: the marker `m` is written once, by a transaction of its own."""
 _PREPARED_AFTER: Final = 5
 _GREETING: Final = f"""
 SELECT pg_backend_pid(), pg_is_in_recovery(), current_setting('server_encoding'), {MICROS},
@@ -159,7 +172,10 @@ def _migrate(session: Session, options: Options) -> None:
             " to_regclass('schema_version')), 0)"
         )
         if version:
-            ((version,),) = session.rows("SELECT version FROM schema_version WHERE id = 1")
+            found = session.rows("SELECT version FROM schema_version WHERE id = 1")
+            if not found:
+                raise StoreUnavailable(f"{options.place}: {UNFINISHED}")
+            ((version,),) = found
         for number, text in migrations("postgresql"):
             if number > version:
                 session.script(text)
@@ -173,12 +189,13 @@ def _migrate(session: Session, options: Options) -> None:
 # ----------------------------------------------------------------------------- roles
 
 _READER: Final = """
-GRANT SELECT ON {schema}.schema_version, {schema}.head, {schema}.restrictions TO {role};
+GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
+GRANT SELECT ON {schema}.head, {schema}.restrictions TO {role};
 GRANT SELECT (revision, token, touched) ON {schema}.changes TO {role};
 GRANT SELECT (username, removed) ON {schema}.users TO {role};
 """
 _WRITER: Final = """
-GRANT SELECT ON {schema}.schema_version TO {role};
+GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
 GRANT SELECT, UPDATE ON {schema}.head TO {role};
 GRANT SELECT, INSERT ON {schema}.changes TO {role};
 GRANT SELECT, INSERT, UPDATE ON {schema}.users, {schema}.requests, {schema}.failures TO {role};

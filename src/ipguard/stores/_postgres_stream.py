@@ -8,12 +8,14 @@ is made of it before that user logs in.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Final, cast
 
+from ipguard.errors import StoreUnavailable
 from ipguard.model import Policy
 from ipguard.stores import _sql_read as read
 from ipguard.stores._postgres import Session
+from ipguard.stores._postgres_client import Client
+from ipguard.stores._postgres_schema import RESTORE
 from ipguard.stores._sql import Row
 
 _FETCHED: Final = 5_000
@@ -47,27 +49,29 @@ LEFT JOIN users u ON u.username = q.username
 """
 
 
+_RESTORE: Final = f"SELECT {RESTORE} FROM zz_restore_marker m WHERE m.id = 1"
+
+
 class PolicyStream:
     """An iterator over users and their policies, which holds a connection until its end.
 
     Args:
-        snapshot: What lends a connection in a snapshot.
+        client: The connections.
 
     Attributes:
         revision: The store's revision in the snapshot.
     """
 
-    def __init__(self, snapshot: AbstractContextManager[Session]) -> None:
+    def __init__(self, client: Client) -> None:
         self._packed = False
-        self._stream = self._streamed(snapshot)
+        self._stream = self._streamed(client)
         # Started here, so that the snapshot is of now, and closing the iterator always ends it.
         self.revision = cast("int", next(self._stream))
 
-    def _streamed(
-        self, snapshot: AbstractContextManager[Session]
-    ) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
-        with snapshot as session:
+    def _streamed(self, client: Client) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
+        with client.snapshot(client.options.bulk_timeout) as session:
             revision, _ = read.head(session)
+            restore = session.rows(_RESTORE)
             yield revision
             statement = _PACKED if self._packed else read.ALL_POLICIES
             session.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
@@ -76,6 +80,10 @@ class PolicyStream:
                 yield from cast("Iterator[tuple[str, bytes]]", rows)
             else:
                 yield from read.policies_of(revision, rows)
+        # A snapshot does not protect from TRUNCATE and DROP: to an older snapshot, the tables that
+        # they leave are empty.
+        if client.read(lambda it: it.rows(_RESTORE)) != restore:
+            raise StoreUnavailable(f"{client.options.place}: {read.UNFINISHED}")
 
     def __iter__(self) -> PolicyStream:
         return self

@@ -20,6 +20,7 @@ from ipguard.stores._postgres_client import Client
 from ipguard.stores._postgres_clock import ticks
 from ipguard.stores._postgres_schema import MICROS, check_version
 from ipguard.stores._sql import Params, Row, moment
+from ipguard.stores._sql_read import UNFINISHED
 from ipguard.stores._sql_staged import StagedRestrictions
 from ipguard.stores._sql_write import SqlTransaction
 
@@ -49,7 +50,8 @@ def taking(schema: str, *, lock: float, statement: float, idle: float) -> str:
         WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply');
     SELECT 1 FROM {place}.head WHERE id = 1 FOR UPDATE;
     SELECT h.revision, {MICROS}, pg_is_in_recovery(), v.version, v.oldest
-        FROM {place}.head h JOIN {place}.schema_version v ON v.id = 1 WHERE h.id = 1"""
+        FROM {place}.head h JOIN {place}.schema_version v ON v.id = 1
+        JOIN {place}.zz_restore_marker m ON m.id = 1 WHERE h.id = 1"""
 
 
 def _limits(*, lock: float, statement: float, idle: float) -> str:
@@ -267,6 +269,8 @@ class Writer:
         asked_at: float,
         staged: StagedRestrictions | None = None,
     ) -> Iterator[tuple[SqlTransaction, Turn]]:
+        if not found[-1]:
+            raise StoreUnavailable(f"{self._client.options.place}: {UNFINISHED}")
         taken = Taken(*found[-1][0])
         if taken.recovering:
             session.connection.spoilt = True  # a new connection may find the primary

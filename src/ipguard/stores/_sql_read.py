@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Final
 
+from ipguard.errors import StoreUnavailable
 from ipguard.model import EVERYBODY, RESET, Changes, Policy
 from ipguard.stores._sql import (
     BIGGEST,
@@ -22,9 +23,14 @@ from ipguard.stores._sql import (
 _FOLLOWED_AT_MOST: Final = 10_000
 """A guard that is behind by more changes than this is told EVERYBODY."""
 
+UNFINISHED: Final = (
+    "the database is being restored, or a restore was left unfinished: its restore marker is"
+    " missing"
+)
 POLICY: Final = f"""
 SELECT h.revision, u.removed, {columns(RESTRICTION, "r")}, %s
 FROM head h
+JOIN zz_restore_marker m ON m.id = 1
 LEFT JOIN users u ON u.username = ?
 LEFT JOIN restrictions r ON r.username = ?
 WHERE h.id = 1
@@ -32,7 +38,8 @@ ORDER BY r.created_at, r.id
 """
 """A policy in one statement, which is one snapshot. Its parameters are the username, twice.
 
-`%s` is for one more column, which `policy_of` passes over.
+`%s` is for more columns, which `policy_of` passes over. Without the restore marker there is no row:
+tables that are being filled must not be taken for those of unrestricted users.
 """
 _RESTRICTION_ENDS: Final = 2 + len(RESTRICTION.split(","))
 
@@ -40,6 +47,8 @@ _RESTRICTION_ENDS: Final = 2 + len(RESTRICTION.split(","))
 @reads_rows
 def policy_of(username: str, rows: list[Row]) -> Policy:
     """Return a policy from the rows of `POLICY`."""
+    if not rows:
+        raise StoreUnavailable(UNFINISHED)
     revision, removed, restriction_id = rows[0][:3]
     return Policy(
         revision=revision,
@@ -66,15 +75,26 @@ def policies_of(revision: int, rows: Iterable[Row]) -> Iterator[tuple[str, Polic
 
 
 def head(db: Executor) -> tuple[int, str]:
-    """Return the store's revision and its token."""
-    ((revision, token),) = db.rows("SELECT revision, token FROM head WHERE id = 1")
-    return revision, token
+    """Return the store's revision and its token.
+
+    Raises:
+        StoreUnavailable: The restore marker is missing.
+    """
+    for revision, token in db.rows(_HEAD):
+        return revision, token
+    raise StoreUnavailable(UNFINISHED)
+
+
+_HEAD: Final = (
+    "SELECT h.revision, h.token FROM head h JOIN zz_restore_marker m ON m.id = 1 WHERE h.id = 1"
+)
 
 
 def touching(db: Executor) -> int:
     """Return the last revision that touched a policy."""
-    ((revision,),) = db.rows(TOUCHING)
-    return int(revision)
+    for (revision,) in db.rows(TOUCHING):
+        return int(revision)
+    raise StoreUnavailable(UNFINISHED)
 
 
 TOUCHING: Final = "SELECT touching FROM head WHERE id = 1"
@@ -90,6 +110,7 @@ revision takes a third of the trail to be after it, and would look through all o
 CHANGES_SINCE: Final = f"""
 SELECT h.revision, h.token, c.token, t.touched
 FROM head h
+JOIN zz_restore_marker m ON m.id = 1
 LEFT JOIN changes c ON c.revision = ?
 LEFT JOIN ({TOUCHED_SINCE}) t ON 1 = 1
 WHERE h.id = 1
@@ -103,12 +124,30 @@ def changes_params(cursor: tuple[int, str] | None) -> Row:
     return revision, revision, _FOLLOWED_AT_MOST + 1
 
 
-def changes_of(cursor: tuple[int, str] | None, rows: list[Row]) -> Changes:
-    """Return where the store is, and whose policy changed, from the rows of `CHANGES_SINCE`."""
+@reads_rows
+def changes_of(
+    cursor: tuple[int, str] | None, rows: list[Row], *, restore: str | None = None
+) -> Changes:
+    """Return where the store is, and whose policy changed, from the rows of `CHANGES_SINCE`.
+
+    Args:
+        cursor: The position of the guard.
+        rows: The rows.
+        restore: What tells these tables from others that were restored from the same dump. It
+            becomes part of the token.
+
+    Raises:
+        StoreUnavailable: The restore marker is missing.
+    """
+    if not rows:
+        raise StoreUnavailable(UNFINISHED)
     now_at, now_token, own_token, _ = rows[0]
+    if restore is not None:
+        now_token = f"{now_token}:{restore}"
     if cursor is None:
         return Changes(now_at, now_token, frozenset())
-    if own_token is None or own_token != cursor[1]:
+    # A token from a transaction names no restore: it fits any table that holds its change.
+    if own_token is None or cursor[1] not in (own_token, f"{own_token}:{restore}"):
         return Changes(now_at, now_token, RESET)
     if len(rows) > _FOLLOWED_AT_MOST:
         return Changes(now_at, now_token, EVERYBODY)

@@ -11,6 +11,7 @@ from typing import Final
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
 from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
+from ipguard.stores._sql_read import UNFINISHED
 from ipguard.stores._sqlite import Session
 from ipguard.stores._sqlite_pool import Pool, make_file
 
@@ -45,9 +46,8 @@ def check_version(session: Session) -> None:
     Raises:
         StoreUnavailable: It was migrated since, to one that is not.
     """
-    ((version, oldest),) = session.rows(_VERSION)
     try:
-        check_schema(version, oldest)
+        check_schema(*_version(session))
     except SchemaVersionError as exc:
         raise StoreUnavailable(f"{session.path}: {exc}") from exc
 
@@ -144,8 +144,13 @@ def _found(session: Session) -> tuple[int, int] | None:
         return None
     if application != APPLICATION_ID:
         raise StoreConfigError(f"{session.path}: is the database of another program")
-    ((version, oldest),) = session.rows(_VERSION)
-    return version, oldest
+    return _version(session)
+
+
+def _version(session: Session) -> tuple[int, int]:
+    for version, oldest in session.rows(_VERSION):
+        return version, oldest
+    raise StoreUnavailable(f"{session.path}: {UNFINISHED}")
 
 
 def _statements(text: str) -> Iterator[str]:

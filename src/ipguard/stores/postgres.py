@@ -150,14 +150,15 @@ class PostgresStore(Closing):
 
         def ask(session: Session) -> Policy:
             rows = session.prepared_rows(_POLICY, (username, username))
-            self._client.refuse_recovering(session, rows[0][-1])
-            return read.policy_of(username, rows)
+            policy = read.policy_of(username, rows)
+            self._client.refuse(session, *rows[0][-2:])
+            return policy
 
         return self._client.read(ask)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision, and the policy of each user with restrictions, from one snapshot."""
-        stream = PolicyStream(self._client.snapshot(self._options.bulk_timeout))
+        stream = PolicyStream(self._client)
         return stream.revision, stream
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
@@ -167,15 +168,17 @@ class PostgresStore(Closing):
 
         def ask(session: Session) -> tuple[float, list[Row]]:
             asked_at, rows = ticks(), session.prepared_rows(_CHANGES, params)
-            self._client.refuse_recovering(session, rows[0][4])
+            if not rows:
+                raise StoreUnavailable(f"{self._options.place}: {read.UNFINISHED}")
+            self._client.refuse(session, *rows[0][4:6])
             return asked_at, rows
 
         asked_at, rows = self._client.read(ask)
-        micros, version, oldest, touching = rows[0][5:]
+        micros, version, oldest, touching, restore = rows[0][6:]
         schema.check_version(version, oldest)
         self._client.clock.set(micros, asked_at)
         self._listener.tell(touching, exactly=told == self._listener.count)
-        return read.changes_of(cursor, [row[:4] for row in rows])
+        return read.changes_of(cursor, [row[:4] for row in rows], restore=restore)
 
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait until a change after `revision` touches a policy, or the store is closed."""
@@ -277,10 +280,11 @@ class PostgresStore(Closing):
         self._listener.close()
 
 
-_POLICY: Final = read.POLICY % "pg_is_in_recovery()"
+_POLICY: Final = read.POLICY % schema.STATE
 _CHANGES: Final = f"""
-SELECT f.*, pg_is_in_recovery(), {schema.MICROS}, v.version, v.oldest, s.touching
+SELECT f.*, {schema.STATE}, {schema.MICROS}, v.version, v.oldest, s.touching, {schema.RESTORE}
 FROM ({read.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
+JOIN zz_restore_marker m ON m.id = 1
 """
 # The statements of a page say themselves in which order to go, by which index. The planner would
 # know better only with statistics, which a store that was filled just now does not have.
