@@ -810,6 +810,29 @@ def test_a_process_that_read_the_file_itself(
     assert elsewhere(path, "store.changes_since(None).head") == "4"
 
 
+@WITHOUT
+def test_a_stale_connection_keeps_the_log_of_a_killed_process(
+    store: SQLiteStore, path: Path, lost: list[str]
+) -> None:
+    """Closed as usual, SQLite would take itself for the last user and remove the other log."""
+    script = """
+store = SQLiteStore(path)
+with store._pool.session() as reader, reader.snapshot():  # keeps the commit in the log
+    reader.rows("SELECT * FROM head")
+    print(append(store), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    cursor = store.changes_since(None)[:2]
+    for suffix in lost:
+        Path(f"{path}{suffix}").unlink()
+    with process(script, path) as killed:
+        assert killed.communicate()[0] == "2\n"
+    assert Path(f"{path}-wal").stat().st_size > 0
+    assert store.changes_since(cursor)[::2] == (2, RESET)
+    store.close()
+    assert elsewhere(path, "store.changes_since(None).head") == "2"
+
+
 def test_a_waiting_thread_gives_a_stale_connection_back(store: SQLiteStore, path: Path) -> None:
     """Otherwise new connections would share the removed index with it."""
     cursor = store.changes_since(None)[:2]

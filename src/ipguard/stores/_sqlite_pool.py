@@ -14,16 +14,18 @@ child and never closed, and the child's store refuses that file.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 from urllib.parse import quote
 
@@ -38,6 +40,9 @@ _PRAGMAS: Final = (
     "PRAGMA trusted_schema = OFF",
     "PRAGMA temp_store = FILE",  # what is staged may be large
 )
+
+# SQLite's lock of a reader, as a `struct flock`: type, whence, start, length, process.
+_SHARED_LOCK: Final = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0x40000002, 510, 0)
 
 
 class Pool:
@@ -127,10 +132,7 @@ class Pool:
         if session.pid != os.getpid():
             return
         session.broken = True
-        with suppress(sqlite3.Error, StoreUnavailable):
-            if files_at(self.path) != session.files:
-                _keep_files(session.connection)
-        with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error), _files_kept(session):
             session.connection.close()
         self._open.discard(session)
 
@@ -393,13 +395,27 @@ def _until(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
 
 
-def _keep_files(connection: sqlite3.Connection) -> None:
-    """Let the closing of a connection neither write to the database nor remove a log.
+@contextmanager
+def _files_kept(session: Session) -> Iterator[None]:
+    """Let the closing of a stale connection neither write to the database nor remove a log.
 
-    It has another log open than the one at the path, which may hold commits of other processes.
+    The log at the path is another one then, and may hold commits of a process that was killed. If
+    the database file was replaced, SQLite detects that itself.
     """
-    if sys.version_info >= (3, 12):
-        connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
+    with ExitStack() as stack:
+        with suppress(OSError, StoreUnavailable):
+            found = files_at(session.path)
+            if found == session.files or found.main != session.files.main:
+                pass
+            elif sys.version_info >= (3, 12):
+                session.connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
+            elif sys.platform == "linux":
+                # SQLite does both only as the last user of the file. A lock of an open file
+                # description is another user's, even in the same process. To close that file drops
+                # SQLite's locks, which only stale connections of this process have by now.
+                file = stack.enter_context(open(session.path, "rb"))  # noqa: PTH123
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _SHARED_LOCK)
+        yield
 
 
 def _make_writable(path: str) -> bool:
