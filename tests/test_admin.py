@@ -1,5 +1,7 @@
 """The page: the original's three procedures, and what its users would expect, on both adapters."""
 
+import json
+import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlencode
 
@@ -243,6 +245,14 @@ def test_a_search_that_makes_no_sense(office: Office, text: str):
     assert alice.page.inputs["search"]["value"] == text
 
 
+def test_no_telephone_links(office: Office):
+    """iOS makes links of numbers and addresses unless a page, or a mail, says otherwise."""
+    for path in ("/", "/add", "/history", "/nothing"):
+        metas = [own for tag, own in office.browser(ALICE, path).page.elements if tag == "meta"]
+        (found,) = (own for own in metas if own.get("name") == "format-detection")
+        assert "telephone=no" in found["content"]
+
+
 # -- asking
 
 
@@ -320,7 +330,18 @@ WRONG = [
     (
         {"addresses": " 10.1.0.0/8"},
         "addresses",
-        "'10.1.0.0/8' is not accepted: it has host bits set. Did you mean 10.0.0.0/8?",
+        "'10.1.0.0/8' is not accepted: it has host bits set; the widest network allowed is a /16.",
+    ),
+    ({"addresses": "10.1.2.0/16"}, "addresses", "Did you mean 10.1.0.0/16?"),
+    (
+        {"addresses": "203.0.113.7 198.51.100.20"},
+        "addresses",
+        "it holds 2 addresses; enter them one at a time",
+    ),
+    (
+        {"addresses": "203.0.113.7,198.51.100.20; 2001:db8::1"},
+        "addresses",
+        "it holds 3 addresses; enter them one at a time",
     ),
     ({"addresses": "10.0.0.0/8", "seen": "10.0.0.0/8"}, "addresses", "allowed is a /16."),
     ({"addresses": "224.0.0.1"}, "addresses", "'224.0.0.1' is not accepted: it is multicast"),
@@ -883,8 +904,55 @@ def test_no_such_page_of_the_history(office: Office, query: str):
     assert office.browser(ALICE, f"/history?{query}").answer.status == 400
 
 
+PROPOSALS = ["10.0.0.0/255.0.0.0", "10.*.*.*", "2001:db8::1/24", "203.0.113.9/24", "10.1.1.1/30"]
+
+
+@pytest.mark.parametrize(
+    ("widest_ipv4", "widest_ipv6"), [(16, 32), (32, 128), (24, 72), (31, 127), (8, 20), (0, 0)]
+)
+@pytest.mark.parametrize("here", ["2001:db8:1:2:a:b:c:d", "203.0.113.7"])
+def test_the_page_proposes_what_its_settings_accept(
+    office: Office, widest_ipv4: int, widest_ipv6: int, here: str
+):
+    """Neither 'Did you mean', nor 'Understood as', nor the current address is refused later."""
+    office.use(widest_ipv4=widest_ipv4, widest_ipv6=widest_ipv6)
+    actor = Actor(username="alice", email="a@x.example", manages={"U1"}, address=here)
+    alice = office.browser(actor, "/add")
+    token = alice.form("Submit")[0].fields["token"]
+    proposed = {alice.page.elements_with("data-mine")["data-mine"]}
+    if ".0/29" in alice.page.part("addresses-hint"):
+        proposed |= {"203.0.113.0/29", "203.0.113.5-203.0.113.9"}
+    for text in PROPOSALS:
+        alice.press("Submit", user="jsmith", addresses=text)
+        problem = alice.page.part("addresses-problem")
+        found = re.search(r"Did you mean (.*)\?", problem)
+        assert found or "the widest network allowed is a /" in problem
+        alice.post("/understood", {"token": token, "addresses": text})
+        assert json.loads(alice.answer.text)["problem"] in problem
+        alice.open("/add")
+        proposed |= {found[1]} if found else set()
+    for text in sorted(proposed):
+        alice.post("/understood", {"token": token, "addresses": text})
+        assert json.loads(alice.answer.text)["canonical"]
+        alice.open("/add")
+        alice.press("Submit", user="mary", addresses=text, seen=text)
+        assert asked(alice), text
+
+
+def test_what_is_too_broad_is_not_called_understood(office: Office):
+    """The script is told so while the text is typed, with or without a proposal."""
+    alice = office.browser(ALICE, "/add")
+    token = alice.form("Submit")[0].fields["token"]
+    for text in ("10.0.0.0/15", "10.1.0.0/8", "10.0.0.0-10.200.0.0"):
+        alice.post("/understood", {"token": token, "addresses": text})
+        told = json.loads(alice.answer.text)
+        assert told["canonical"] == ""
+        assert "allowed is a /16." in told["problem"]
+
+
 def test_what_the_script_is_told(office: Office):
     """The same words as without the script: what a text was understood as, or what is wrong."""
+    office.use(widest_ipv4=8)
     alice = office.browser(ALICE, "/add")
     token = alice.form("Submit")[0].fields["token"]
     for text, expected in (

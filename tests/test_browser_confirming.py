@@ -1,8 +1,11 @@
 """Numbers, changes that are dangerous, and two administrators at once, in a real browser."""
 
 import re
+import threading
 
-from tests.browser import settings, walking
+import pytest
+
+from tests.browser import WAYS, settings, walking
 from tests.flows import ADAM, ALICE, BOSS, HOME, OFFICE
 
 # ------------------------------------------------------------------ numbers
@@ -42,6 +45,55 @@ def test_wrong_then_right(walk, world):
         walk.fill("Confirmation Number", typed)
         walk.press("Submit")
     walk.fill("Confirmation Number", number)
+    walk.press("Submit")
+    assert world.held() == [OFFICE]
+
+
+def test_reload_after_a_wrong_number(walk, world):
+    """Loading the page again, going back and forth: none of it repeats the guess."""
+    world.ask(OFFICE)
+    number = world.number()
+    wrong = ("1" if number[0] == "0" else "0") + number[1:]
+    walk.open()
+    walk.follow(f"Confirm {OFFICE} for John Smith")
+    walk.fill("Confirmation Number", wrong)
+    walk.press("Submit")
+    for step in (walk.page.reload, walk.page.reload, walk.page.go_back, walk.page.go_forward):
+        step()
+        walk.sees("4 attempts left")
+    walk.sees("This is not the number")
+    walk.fill("Confirmation Number", number)
+    walk.press("Submit")
+    assert world.held() == [OFFICE]
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.scripts], ids=str)
+def test_stopped_and_sent_again(walk, world, monkeypatch):
+    """A form whose sending was stopped can be sent again, and asks for nothing twice."""
+    go_on = threading.Event()
+    issued = world.notifier.number_issued
+
+    def slow(*given):
+        go_on.wait(30)
+        issued(*given)
+
+    monkeypatch.setattr(world.notifier, "number_issued", slow)
+    walk.open("add")
+    walk.field("Trader").select_option("jsmith")
+    walk.fill("IP Address", OFFICE)
+    button = walk.page.get_by_role("button", name="Submit", exact=True)
+    walk.page.evaluate(
+        "addEventListener('submit', () => setTimeout(() => window.stop(), 500), {once: true})"
+    )
+    with walk.page.expect_event("requestfailed"):
+        button.click(no_wait_after=True)
+    go_on.set()
+    again = walk.page.evaluate("performance.now() + 1000")  # two clicks in a second are one
+    walk.page.wait_for_function("again => performance.now() > again", arg=again)
+    walk.go(button)
+    assert walk.heading == "Confirm the restriction"
+    assert world.pending() == [OFFICE]
+    walk.fill("Confirmation Number", world.number())
     walk.press("Submit")
     assert world.held() == [OFFICE]
 

@@ -83,6 +83,24 @@ def test_search(walk, world):
     walk.sees("Next page")
 
 
+def test_searches_in_two_tabs(walk, world):
+    """A search in another tab changes neither this tab's next page nor its way back."""
+    world.crowd(120)
+    walk.open()
+    walk.fill("Search", "trader")
+    walk.press("Search")
+    other = walk.page.context.new_page()
+    other.goto(walk.world.url)
+    other.get_by_label("Search", exact=True).fill("smith")
+    other.get_by_role("button", name="Search", exact=True).click()
+    other.get_by_text("Traders found for “smith”").wait_for()
+    other.close()
+    walk.follow("Next page")
+    walk.sees("Traders found for “trader”", "trader00051")
+    walk.page.go_back()
+    walk.sees("Traders found for “trader”", "trader00001")
+
+
 def test_an_account_without_users(walk, world):
     """An empty list says that it is empty."""
     world.store.remove_users(["jsmith", "mary", "alice"])

@@ -237,6 +237,7 @@ def assert_no_links(html: str, text: str) -> None:
     assert page.tags <= {"html", "head", "meta", "title", "body", "p", "table", "tr", "th", "td"}
     assert page.attributes <= {"lang", "charset", "style", "align", "cellpadding"}
     assert "url(" not in html
+    assert 'content="telephone=no' in html  # iOS makes links of numbers and addresses by itself
     for part in (html, text):
         assert "://" not in part
         assert "www." not in part

@@ -6,13 +6,15 @@ import json
 from datetime import UTC, datetime
 from typing import Final
 
-from ipguard.addresses import AddressRange, parse_address, typed
+from ipguard import rules
+from ipguard.addresses import AddressRange, parse_address
 from ipguard.admin import _texts
 from ipguard.admin._form import accept_lockout, lockout_page
 from ipguard.admin._http import SAFE_HEADERS, Response
 from ipguard.admin._visit import Draft, Visit
 from ipguard.errors import (
     AddressError,
+    AddressTooBroad,
     DeliveryError,
     DuplicateRestriction,
     InvalidValue,
@@ -24,6 +26,7 @@ from ipguard.errors import (
 from ipguard.model import LABEL_LIMIT, PendingRequest, User, checked_text
 
 _FIELDS: Final = ("user", "addresses", "label", "expires_at")
+_EXAMPLE: Final = 29  # the prefix of the network that the form names as an example
 _DROP_DOWN: Final = 100
 _MATCHES: Final = 20
 _NETWORK: Final = 64  # of one IPv6 subscriber: privacy addresses change inside it
@@ -88,6 +91,7 @@ def _form(visit: Visit, values: dict[str, str], problems: dict[str, str]) -> Res
         everyone=everyone,
         mine=mine(visit.actor.address, visit.flow.settings.widest_ipv6),
         label_limit=LABEL_LIMIT,
+        networks=visit.flow.settings.widest_ipv4 <= _EXAMPLE,
     )
 
 
@@ -211,11 +215,15 @@ def _addresses(visit: Visit, text: str, problems: dict[str, str]) -> AddressRang
     if not text.strip():
         problems["addresses"] = "Type an IP address, a network or a first-last range."
         return None
+    settings = visit.flow.settings
+    widest = {"widest_ipv4": settings.widest_ipv4, "widest_ipv6": settings.widest_ipv6}
     try:
-        return typed(text)
-    except AddressError as wrong:
+        found = rules.read_addresses(text, **widest)
+        rules.check_width(found, **widest)
+    except (AddressError, AddressTooBroad) as wrong:
         problems["addresses"] = _texts.problem(wrong, visit.now).text
         return None
+    return found
 
 
 def _time(text: str, problems: dict[str, str]) -> datetime | None:

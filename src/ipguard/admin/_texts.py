@@ -131,7 +131,8 @@ def _broad(error: IPGuardError, _: datetime) -> Problem:
 
 def _duplicate(error: IPGuardError, _: datetime) -> Problem:
     assert isinstance(error, DuplicateRestriction)
-    return Problem("addresses", sentence(str(error)))
+    text = str(error)  # which may begin with the username: that is spelt as it is
+    return Problem("addresses", f"{text}." if text.startswith(error.username) else sentence(text))
 
 
 def _many(error: IPGuardError, _: datetime) -> Problem:

@@ -63,6 +63,8 @@ class Letter:
 
     def _html(self) -> Iterator[str]:
         yield '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        # Without this, iOS makes telephone links of confirmation numbers and addresses.
+        yield '<meta name="format-detection" content="telephone=no, date=no, address=no, email=no">'
         yield f"<title>{escape(self.subject)}</title></head>"
         yield '<body style="font-family: sans-serif; font-size: 15px; color: #111">'
         yield from _paragraphs(self.opening)
