@@ -31,6 +31,7 @@ from ipguard.model import (
     RequestKind,
     UserOverview,
 )
+from ipguard.rules import shifted
 
 _PAIR: Final = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
 _READABLE: Final = 10**12
@@ -154,7 +155,7 @@ def retry(error: TooManyRequests, now: datetime) -> str:
     wait = f"Try again in {length(error.retry_after)}"
     if error.retry_after <= timedelta(minutes=1):  # a moment has no seconds
         return f"{wait}."
-    return f"{wait}, after {moment(now + error.retry_after)}."
+    return f"{wait}, after {moment(shifted(now, error.retry_after))}."
 
 
 _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}

@@ -13,6 +13,7 @@ from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
 from ipguard.errors import LockoutRisk
 from ipguard.model import Actor, Applied, PendingRequest
+from ipguard.rules import shifted
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 from ipguard.workflow._steps import request_and_user
@@ -45,7 +46,7 @@ def moment_of(text: str | None, now: datetime) -> datetime | None:
         return None
     length = re.fullmatch(r"([0-9]{1,5})([mhd])", text)
     if length is not None:
-        return now + timedelta(**{_UNITS[length[2]]: int(length[1])})
+        return shifted(now, timedelta(**{_UNITS[length[2]]: int(length[1])}))
     try:
         found = datetime.fromisoformat(text)
         if found.utcoffset() is not None:

@@ -70,7 +70,7 @@ class Loads:
         self._under_way: dict[str, _Load] = {}
 
     def forget(self) -> None:
-        """Forget the reads under way: in a forked child, nobody is left to end them."""
+        """Forget the reads in progress: their threads do not exist in a forked child."""
         self._under_way.clear()
 
     def load(self, name: str, spelling: str, revision: int) -> tuple[Entry, float] | None:
@@ -79,8 +79,8 @@ class Loads:
         Args:
             name: The canonical username.
             spelling: How the client's server spelt it.
-            revision: The guard's revision when the call began: what was read before that may be
-                older than an answer that somebody has already been given.
+            revision: The guard's revision when the call began. A policy read before it may be
+                older than an answer already given.
 
         Returns:
             What decides, and the moment from which it may not be used; or None where the store does
