@@ -23,7 +23,15 @@ import pytest
 from psycopg.sql import Literal
 
 import ipguard
-from ipguard import Actor, SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
+from ipguard import (
+    Actor,
+    DuplicateRestriction,
+    RequestState,
+    SchemaVersionError,
+    StoreConfigError,
+    StoreError,
+    StoreUnavailable,
+)
 from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, Action, Restriction
 from ipguard.stores import open_store
@@ -32,6 +40,7 @@ from ipguard.stores._postgres import Session, dialect, quoted
 from ipguard.stores._postgres_options import Options
 from ipguard.stores.postgres import _CHANGES, _POLICY, PostgresStore, grants, migrations
 from ipguard.testing import Outbox
+from tests.flows import HOME, OFFICE, Desk
 from tests.postgres import Given, Server, execute, fresh_schema
 from tests.proxy import Proxy
 
@@ -764,3 +773,26 @@ def test_a_child_has_connections_of_its_own(store: PostgresStore) -> None:
     assert store._client.pool._idle[0] is idle
     assert store._client.read(lambda s: s.rows("SELECT pg_backend_pid()")) == [(backend,)]
     assert store.wait(1, 5.0)
+
+
+def test_imports_cancel_deletions_and_say_how_duplicates_differ(url: str) -> None:
+    """As in the other stores: dead requests go, rows keep their order, duplicates are compared."""
+    desk = Desk(url=url)
+    with desk.store:
+        desk.use(confirm_deletes=True)
+        old, other = desk.add(OFFICE, expires_at=desk.later(hours=1)), desk.add(HOME)
+        dead, kept = desk.ask_to_delete(old), desk.ask_to_delete(other)
+        desk.wait(hours=2)
+        until = desk.later(days=9)
+        wanted = [f"192.0.2.{n * 7 % 20}" for n in range(20)]
+        rows = [("mary", text) for text in wanted]
+        desk.flow.impose_many(BOSS, [*rows, ("jsmith", OFFICE, "fair", until)], reason="a file")
+        assert desk.held("mary") == wanted
+        assert desk.request(dead).state is RequestState.CANCELLED
+        assert desk.request(kept).state is RequestState.PENDING
+        for label, expires_at in (("fair", until), ("", until), ("fair", None)):
+            row = ("jsmith", OFFICE, label, expires_at)
+            with pytest.raises(DuplicateRestriction) as caught:
+                desk.flow.impose_many(BOSS, [row], reason="a file")
+            assert (caught.value.label, caught.value.expires_at) == ("fair", until)
+            assert caught.value.differs is ((label, expires_at) != ("fair", until))
