@@ -272,6 +272,7 @@ def test_an_export_imported_where_it_came_from(shell: Shell, tmp_path: Path):
     text = (tmp_path / "all.csv").read_text() + "mlee,198.51.100.1,new,,,,\n"
     shown = _imported(shell, "-", "--skip-existing", "--dry-run", stdin=text)
     assert (shown["rows"], shown["skipped"], len(shown["adds"])) == (1, 3, 1)
+    assert (shown["users"], shown["newly_restricted"]) == (1, 0)
     done = _imported(shell, "-", "--skip-existing", stdin=text)
     assert (done["rows"], done["skipped"], done["revision"]) == (1, 3, before[0] + 1)
     for changed in (text.replace("office, ground floor", "store"), text.replace("2099", "2098")):

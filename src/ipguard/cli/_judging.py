@@ -133,7 +133,7 @@ def judge(
             skip_existing=skip_existing,
         )
         bad.raise_if_any()
-        if not judged.users:
+        if not judged.added and not judged.skipped:
             raise holds_no(path, "restrictions")
         yield judged
 
@@ -158,7 +158,6 @@ def _compare(
     )
     for username, theirs in groupby(found, lambda row: row[0]):
         policy = next(policies)
-        judged.users += 1
         wanted = [_restriction(row, now) for row in theirs]
         if not policy.known:
             for each in wanted:
@@ -170,6 +169,7 @@ def _compare(
         judged.newly += not policy.restrictions
         judged.replaced += len(replaced)
         judged.added += len(wanted) - len(refused)
+        judged.users += len(wanted) > len(refused)
         first: dict[AddressRange, str] = {}
         for each in wanted if refused else ():
             first.setdefault(each.addresses, each.id)
