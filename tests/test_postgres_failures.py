@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,44 @@ def store(server: Server) -> Iterator[PostgresStore]:
     with PostgresStore(server.url(schema=fresh_schema()), timeout=TIMEOUT) as store:
         store.put_users([user("jo")])
         yield store
+
+
+# ------------------------------------------------------------------------------- deadlines
+
+
+def ask_slowly(db: Any) -> None:
+    for _ in range(10):
+        db.rows("SELECT 1 FROM pg_sleep(?)", (0.4 * TIMEOUT,))
+
+
+def test_the_waits_of_a_transaction_share_the_timeout(store: PostgresStore) -> None:
+    """Statements that are each quick enough fail when together they exceed the timeout."""
+    with pytest.raises(StoreUnavailable, match="in time"), store.transaction() as turn:
+        ask_slowly(turn._db)  # type: ignore[attr-defined]
+    assert touch(store, "jo") == 2
+
+
+def test_the_waits_of_a_page_share_the_timeout(store: PostgresStore) -> None:
+    """The same of a read that takes several statements."""
+    with pytest.raises(StoreUnavailable, match="in time"), store._client.snapshot() as session:
+        ask_slowly(session)
+    assert store.overview(Actor.EVERY_ACCOUNT).items
+
+
+def test_the_time_of_the_caller_does_not_count(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller that computes for an hour inside a transaction can still commit it."""
+    passed = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed)
+    with store.transaction() as turn:
+        monkeypatch.setattr("ipguard.stores._postgres.time", clock)
+        for _ in range(2):
+            passed += 3600.0
+            assert turn.user("jo") is not None
+            turn.append(Action.IMPOSE, actor="boss", touches=frozenset({"jo"}))
+    monkeypatch.undo()
+    assert store.changes_since(None).head == 3
 
 
 # ------------------------------------------------------------------------------- connections

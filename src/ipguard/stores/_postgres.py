@@ -58,6 +58,7 @@ class Connection(psycopg.Connection[Row]):
 
     Attributes:
         deadline: On the clock of `time.monotonic`.
+        waited: How many seconds it has waited for the server in all.
         prepares: True where what logins wait for is prepared at its first use; None where the
             driver's `prepare_threshold` says when, or never.
         settled: Whether `SETTINGS` hold for the whole session. Otherwise each transaction sets
@@ -71,6 +72,7 @@ class Connection(psycopg.Connection[Row]):
     """
 
     deadline: float = NEVER
+    waited: float = 0.0
     prepares: bool | None = None
     settled: bool | None = False
     pid: int = 0
@@ -79,7 +81,8 @@ class Connection(psycopg.Connection[Row]):
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run a generator of the driver to its end, but no longer than the deadline."""
-        left = max(0.0, self.deadline - time.monotonic())
+        began = time.monotonic()
+        left = max(0.0, self.deadline - began)
         own = timeout is None or left < timeout
         limit = (None if left == NEVER else left) if own else timeout
         try:
@@ -92,6 +95,8 @@ class Connection(psycopg.Connection[Row]):
             if not isinstance(exc, Exception):  # interrupted; the driver would wait for a cancel
                 self.pgconn.finish()
             raise
+        finally:
+            self.waited += time.monotonic() - began
 
     @property
     def usable(self) -> bool:
@@ -120,17 +125,28 @@ class Session:
         new: Whether the connection was opened for this.
     """
 
-    __slots__ = ("connection", "new", "patience", "schema")
+    __slots__ = ("_shared", "connection", "new", "patience", "schema")
 
     def __init__(self, connection: Connection, schema: str, *, new: bool = False) -> None:
         self.connection = connection
         self.schema = schema
         self.new = new
         self.patience: float | None = None
+        self._shared: float | None = None
+
+    def share(self, seconds: float) -> None:
+        """Let all further statements together wait for so many seconds.
+
+        The time between the statements, which is the caller's, does not count.
+        """
+        self.patience, self._shared = None, self.connection.waited + seconds
 
     def _begin(self) -> None:
         if self.patience is not None:
             self.connection.deadline = time.monotonic() + self.patience
+        elif self._shared is not None:
+            left = self._shared - self.connection.waited
+            self.connection.deadline = time.monotonic() + left
 
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
         self._begin()

@@ -100,9 +100,9 @@ class Client:
 
     # ------------------------------------------------------------------------- asking
 
-    def read(self, reading: Callable[[Session], T]) -> T:
+    def read(self, reading: Callable[[Session], T], *, deadline: float | None = None) -> T:
         """Run a read. If a connection from the pool fails, repeat it on a new one."""
-        session, found = self._asked(reading, self.deadline())
+        session, found = self._asked(reading, deadline or self.deadline())
         self.pool.give(session)
         return found
 
@@ -124,17 +124,20 @@ class Client:
                     raise
 
     @contextmanager
-    def snapshot(self, patience: float, settings: str = "") -> Iterator[Session]:
+    def snapshot(self, settings: str = "", *, patience: float | None = None) -> Iterator[Session]:
         """Run the block's statements against one committed state.
 
         Args:
-            patience: How many seconds each of them may take.
             settings: Further statements to begin with, in the same round trip.
+            patience: How many seconds each of the block's statements may take; None: the store's
+                timeout is for all statements together.
         """
+        deadline = self.deadline()
         begin = located(_SNAPSHOT, quoted(self.options.schema))
-        with self.begun(f"{begin}; {settings}") as (session, found):
+        with self.begun(f"{begin}; {settings}", deadline=deadline) as (session, found):
             recovering, indexed, marker = found[1][0]
             self.refuse(session, recovering, indexed and marker)
+            session.share(deadline - time.monotonic())
             session.patience = patience
             yield session
             session.script("COMMIT")
@@ -169,7 +172,8 @@ class Client:
             if not connection.usable:
                 self.pool.forget()  # the others may have the same fault, or hang
             elif not connection.idle:
-                session.patience = self.options.timeout
+                if session.patience is not None:  # else it has what is left of the deadline
+                    session.patience = self.options.timeout
                 with suppress(StoreError):  # then the pool closes it, which undoes the same
                     session.script("ROLLBACK")
         self.pool.give(session)

@@ -37,7 +37,7 @@ class Options:
         servers: A connection string for each server that may be tried, in order.
         listen: The same for the connection that listens; None: do not listen.
         pool_size: How many connections this process may have at a time, the listener's not counted.
-        timeout: How long one call of the login path, or one step of a writer's turn, may take.
+        timeout: How long all waits of a read or of a change may take together.
         bulk_timeout: How long a step may take that reads or writes any number of rows.
         schema: The schema that holds the tables; also the name of the channel.
         prepare: After how many uses a statement is prepared; None: never; -1: as the connection

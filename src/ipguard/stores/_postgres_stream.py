@@ -69,7 +69,7 @@ class PolicyStream:
         self.revision = cast("int", next(self._stream))
 
     def _streamed(self, client: Client) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
-        with client.snapshot(client.options.bulk_timeout) as session:
+        with client.snapshot(patience=client.options.bulk_timeout) as session:
             revision, _ = read.head(session)
             restore = session.rows(_RESTORE)
             yield revision

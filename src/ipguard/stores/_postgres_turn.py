@@ -197,20 +197,27 @@ class Writer:
             slots.release()
 
     @contextmanager
-    def turn(self, *, users: bool = False) -> Iterator[tuple[SqlTransaction, Turn]]:
-        """Take the writer's turn; where it is for `users`, once nobody else is about them."""
+    def turn(
+        self, *, users: bool = False, deadline: float | None = None
+    ) -> Iterator[tuple[SqlTransaction, Turn]]:
+        """Take the writer's turn. All its waits, for the turn and in it, share one timeout.
+
+        Args:
+            users: Whether it adds or removes users; then it excludes others that do.
+            deadline: Until when to wait, if a part of the timeout is used already.
+        """
         client, patience = self._client, self._client.options.timeout
-        deadline, queue = client.deadline(), self._users if users else self._queue
+        deadline, queue = deadline or client.deadline(), self._users if users else self._queue
         # Threads of one process queue here, and not each with a connection in hand. Who has staged
         # has one, and goes straight for the row: whoever holds that needs nothing more.
-        if not queue.acquire(timeout=patience):
+        if not queue.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise _kept_too_long()
         try:
             asked_at = ticks()
             first = self._taking_users(deadline, patience) if users else ""
             begin = f"{BEGIN};{first}{self._taking(deadline, patience)}"
             with client.begun(begin, deadline=deadline) as (session, found):
-                session.patience = patience
+                session.share(deadline - time.monotonic())
                 with self._taken(session, found, asked_at) as both:
                     yield both
         finally:

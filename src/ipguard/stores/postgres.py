@@ -78,9 +78,9 @@ class PostgresStore(Closing):
         migrate: Whether to bring the schema up to date on opening. None: where the role may.
             False: only check. True: raise where that cannot be.
         pool_size: How many connections this process may have, the one that listens not counted; 5.
-        timeout: How many seconds a read, or one step of a writer's turn, may take; 2.0. Keep it
+        timeout: How many seconds all waits of a read or of a change may take together; 2.0. Keep it
             below the `max_staleness` of the guards.
-        bulk_timeout: The same for a step with any number of rows; 300.0.
+        bulk_timeout: How many seconds a step with any number of rows may take; 300.0.
         schema: The schema that holds the tables; `ipguard`.
         prepare: `auto`: prepare statements unless there is a pooler between; `on`, `off`.
         prepare_threshold: After how many uses a statement is prepared.
@@ -195,7 +195,7 @@ class PostgresStore(Closing):
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username."""
-        with self._client.snapshot(self._options.timeout, _PAGES) as session:
+        with self._client.snapshot(_PAGES) as session:
             return pages.overview(
                 session, self.now(), accounts, search=search, after=after, limit=limit
             )
@@ -209,7 +209,7 @@ class PostgresStore(Closing):
         limit: int = 100,
     ) -> Page[Change]:
         """Return changes, the newest first."""
-        with self._client.snapshot(self._options.timeout, _PAGES) as session:
+        with self._client.snapshot(_PAGES) as session:
             return pages.history(session, accounts, username=username, before=before, limit=limit)
 
     # -------------------------------------------------------------------------- writing
@@ -234,10 +234,11 @@ class PostgresStore(Closing):
         self._writer.refuse_nested()
         few, many = users_of.few(users)
         if few is not None:
-            revision, changed = self._client.read(few.compare)
+            deadline = self._client.deadline()
+            revision, changed = self._client.read(few.compare, deadline=deadline)
             if not changed:
                 return revision
-            with self._writer.turn(users=True) as (turn, db):
+            with self._writer.turn(users=True, deadline=deadline) as (turn, db):
                 change = few.apply(turn, db)
             return _told(turn, change)
         with self._writer.staging() as session:
