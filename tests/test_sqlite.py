@@ -1428,7 +1428,7 @@ def test_a_sync_reads_nothing_but_what_changed(store: SQLiteStore) -> None:
     with store._pool.session() as session:
         plan = session.rows("EXPLAIN QUERY PLAN " + CHANGES_SINCE, (1, 1, 10))
     steps = [row[3] for row in plan if row[3].split()[1] != "t"]  # t: what has been found
-    assert len(steps) == 3
+    assert len(steps) == 4
     assert all(step.startswith("SEARCH") for step in steps)
 
 
