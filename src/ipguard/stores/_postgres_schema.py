@@ -18,15 +18,17 @@ _log = logging.getLogger("ipguard.stores.postgres")
 
 MICROS: Final = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 """The server's time, as times are stored."""
-STATE: Final = """pg_is_in_recovery(), (
-    SELECT bool_and(i.relhasindex) FROM pg_catalog.pg_class i WHERE i.oid IN (
-        'changes'::regclass, 'head'::regclass, 'restrictions'::regclass, 'users'::regclass
-    )
-)"""
+STATE: Final = (
+    "pg_is_in_recovery(), 'changes_pkey'::regclass IS NOT NULL"
+    " AND 'head_pkey'::regclass IS NOT NULL"
+    " AND 'restrictions_pkey'::regclass IS NOT NULL"
+    " AND 'users_pkey'::regclass IS NOT NULL"
+)
 """Whether the server is in recovery, and whether the tables have their indexes.
 
 `pg_restore --jobs` may restore the restore marker before it has filled other tables, but it makes
-the indexes of a table only when that table is filled.
+the indexes of a table only when that table is filled. A name without an index is an error when the
+statement is parsed, so that a prepared statement does not pay for it.
 """
 RESTORE: Final = "m.tableoid::bigint || '.' || m.xmin::text"
 """Which restore made the tables: the marker `m` is written once, by a transaction of its own."""
