@@ -51,7 +51,7 @@ def loads(store: PostgresStore, dsn: str) -> None:
 
         def fetch() -> None:
             with pool.connection() as connection:
-                connection.execute(statement, ("jsmith", "jsmith"), prepare=True).fetchall()
+                connection.execute(statement, ("jsmith",) * 3, prepare=True).fetchall()
 
         for _ in range(5):  # in turns, so that a busy moment of the machine hits both
             raw += micros(fetch, ROUNDS // 5)

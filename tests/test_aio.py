@@ -316,7 +316,7 @@ def test_a_closed_event_loop_is_not_kept(memory: World) -> None:
         hanging.reached()
     comes_true(lambda: at_rest(guard._answers))
     guard._answers.retire()
-    comes_true(lambda: not guard._answers._alive)
+    comes_true(lambda: not guard._answers._workers)
     gc.collect()
     assert not guard._asking
     assert [loop() for loop in loops] == [None, None]
@@ -690,7 +690,7 @@ def cancel_at_random_points(store: Any, wanted: int) -> None:
     comes_true(lambda: at_rest(*executors))
     assert set(ended) <= {"CancelledError", "NoneType", "StoreUnavailable"}
     assert ended["NoneType"]  # not all were cancelled at once: the points are spread
-    assert all(each._alive <= 3 for each in executors)
+    assert all(len(each._workers) <= 3 for each in executors)
     assert not guard._asking
 
     async def after() -> None:
@@ -846,14 +846,14 @@ def test_idle_threads_end_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None
     executor = Executor(2, 0)
     for _ in range(3):
         assert asyncio.run(executor.run(lambda: 5)) == 5
-        comes_true(lambda: executor._alive == 0)
+        comes_true(lambda: not executor._workers)
 
 
 def test_one_thread_serves_what_comes_one_after_another() -> None:
     """A thread that is idle takes the next call; no other is started."""
     executor = Executor(4, 4)
     names = {asyncio.run(executor.run(threading.get_ident)) for _ in range(20)}
-    assert (len(names), executor._alive) == (1, 1)
+    assert (len(names), len(executor._workers)) == (1, 1)
 
 
 def test_where_no_thread_is_to_be_had(memory: World, monkeypatch: pytest.MonkeyPatch) -> None:

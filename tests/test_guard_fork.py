@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from ipguard.guard import Guard, _fork
+from ipguard import _fork
+from ipguard.guard import Guard
 from ipguard.model import Reason
 from ipguard.stores import open_store
 from ipguard.testing import FakeClock
@@ -27,10 +28,10 @@ pytestmark = [
 ]
 
 
-def in_child(function: Callable[[], Any]) -> Any:
+def in_child(function: Callable[[], Any], fork: Callable[[], int] = os.fork) -> Any:
     """Return what a function returns in a forked child, through JSON."""
     receive, send = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         signal.alarm(int(PATIENCE))  # a child that hangs ends, and its silence fails the test
         status = 1
@@ -92,7 +93,7 @@ def test_a_fork_waits_for_whoever_writes_what_is_remembered(sqlite: World) -> No
         return answer
 
     forking = Call(fork)
-    comes_true(_fork._lock.locked)
+    comes_true(_fork._forking.locked)
     assert not forked.wait(0.05)
     step.let_go()
     writer.result()
@@ -260,7 +261,7 @@ def test_a_guard_that_is_gone_is_not_called(memory: World) -> None:
     """What nobody holds any more takes no part in a fork."""
     called: list[str] = []
 
-    class Forkable:
+    class Forkable(_fork.Forkable):
         def before_fork(self) -> None:
             called.append("before")
 
@@ -279,10 +280,10 @@ def test_a_guard_that_is_gone_is_not_called(memory: World) -> None:
 
 
 def test_a_fork_lets_go_only_of_what_it_took(memory: World, monkeypatch: Any) -> None:
-    """Where taking a lock was interrupted, the fork goes on, and no lock is let go twice."""
+    """A signal during the preparations: the fork goes on, and both sides are repaired."""
     called: list[str] = []
 
-    class Interrupted:
+    class Interrupted(_fork.Forkable):
         def before_fork(self) -> None:
             raise KeyboardInterrupt
 
@@ -296,10 +297,13 @@ def test_a_fork_lets_go_only_of_what_it_took(memory: World, monkeypatch: Any) ->
     _fork.register(interrupted)
     reported: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda raised: reported.append(raised.exc_type))
-    assert in_child(lambda: called) == []
-    assert called == []
+    guard = memory.guard()
+    assert in_child(lambda: [*called, guard.stats().users]) == ["child", 0]
+    assert called == ["parent"]
+    assert not guard._lease.lock.locked()
+    assert not _fork._forking.locked()
     assert reported == [KeyboardInterrupt]
-    del interrupted
+    _fork._objects.pop(interrupted)
 
 
 def test_without_fork_there_is_nothing_to_register(monkeypatch: Any) -> None:

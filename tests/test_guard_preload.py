@@ -719,13 +719,13 @@ def test_the_pause_after_a_failure_grows(memory: World, monkeypatch: pytest.Monk
     memory.store.streams.clear()
     now[0] += 59
     preload(guard).tend(0.1)
-    assert not preload(guard)._busy
+    assert not preload(guard)._filling.locked()
     assert memory.store.streams == []
     memory.store.snapshot = lambda revision: revision
     now[0] += 1
     preload(guard).tend(0.1)
     comes_true(lambda: guard.stats().preloaded == 0)
-    comes_true(lambda: not preload(guard)._busy)
+    comes_true(lambda: not preload(guard)._filling.locked())
     memory.touch()
     guard._lease.sync()
     memory.store.snapshot = lambda revision: -1
@@ -910,7 +910,7 @@ def test_it_waits_for_the_store(memory: World) -> None:
     with memory.guard(preload=True) as guard:
         comes_true(lambda: memory.store.syncs)
         preload(guard).tend(0.1)
-        assert not preload(guard)._busy
+        assert not preload(guard)._filling.locked()
         memory.store.down = None
         memory.pass_time(1)
         comes_true(lambda: guard.stats().preloaded == 0)

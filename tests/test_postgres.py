@@ -536,7 +536,7 @@ def test_round_trips(own_postgres: Server) -> None:
 @pytest.mark.parametrize(
     ("statement", "given"),
     [
-        (_POLICY, ("user1", "user1")),
+        (_POLICY, ("user1", "user1", "user1")),
         (_CHANGES, (3_000, 3_000, 10_001)),
     ],
     ids=["policy", "changes"],

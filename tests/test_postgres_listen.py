@@ -175,6 +175,7 @@ def test_who_leaves_when_it_was_to_read_has_another_read(monkeypatch: pytest.Mon
     with listener._told:  # the first one's time is over, but it has not gone yet
         late = time.monotonic() + 1.0
         until(lambda: time.monotonic() > late, "its time is over")
+        listener._reading.release()
         listener._read(gone, 0)
     for thread in threads:
         thread.join(PATIENCE / 2)

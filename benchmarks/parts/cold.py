@@ -150,7 +150,7 @@ def cold(scale: Scale) -> Part:
         from ipguard.stores import postgres  # noqa: PLC0415
         from ipguard.stores._postgres import dialect  # noqa: PLC0415
 
-        return postgres_raw(dialect(postgres._POLICY, "ipguard"), 2)
+        return postgres_raw(dialect(postgres._POLICY, "ipguard"), 3)
 
     return Part(
         title="Cold: a user who is not remembered, two restrictions",
@@ -158,7 +158,7 @@ def cold(scale: Scale) -> Part:
             Subject(
                 name=SQLITE_RAW,
                 kind="floor",
-                make=lambda: sqlite(sqlite_store._POLICY, 2),
+                make=lambda: sqlite(sqlite_store._POLICY, 3),
             ),
             Subject(
                 name="ipguard, memory",

@@ -17,8 +17,9 @@ from concurrent.futures import Future
 from operator import methodcaller
 from typing import Any, Final, ParamSpec, TypeVar
 
+from ipguard import _fork
+from ipguard._locks import ReentrantLock
 from ipguard.errors import InvalidValue, StoreUnavailable
-from ipguard.guard import _fork
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -26,7 +27,7 @@ _T = TypeVar("_T")
 _LINGER: Final = 10.0  # seconds that a thread waits for more to do
 
 
-class Executor:
+class Executor(_fork.Forkable):
     """At most `threads` calls at work and `waiting` in line.
 
     Its threads are started when they are needed, end when they have had nothing to do for a while,
@@ -64,70 +65,71 @@ class Executor:
 
     def retire(self) -> None:
         """Let threads that have nothing to do end now."""
-        with self._stirred:
+        with self._entered():
             self._retired = True
             self._stirred.notify_all()
 
+    def _entered(self) -> ReentrantLock:
+        _fork.check()
+        return self._lock
+
     def _submit(self, call: Callable[[], _T]) -> Future[_T]:
         future: Future[_T] = Future()
-        with self._stirred:
+        with self._entered():
             if self._busy + len(self._line) >= self._threads + self._waiting:
                 raise StoreUnavailable("too many calls are waiting for the store")
             self._retired = False
             self._line[future] = call
-            if len(self._line) > self._alive - self._busy and self._alive < self._threads:
+            # Less a thread whose start was interrupted.
+            self._workers.intersection_update([each for each in self._workers if each.is_alive()])
+            alive = len(self._workers)
+            if len(self._line) > alive - self._busy and alive < self._threads:
                 self._start_thread(future)
             self._stirred.notify()
         future.add_done_callback(self._withdraw)
         return future
 
     def _start_thread(self, future: Future[Any]) -> None:
+        thread = threading.Thread(target=self._work, name="ipguard-aio", daemon=True)
+        self._workers.add(thread)
         try:
-            threading.Thread(target=self._work, name="ipguard-aio", daemon=True).start()
+            thread.start()
         except RuntimeError as exc:
-            if not self._alive:  # else one of the others will come to it
+            self._workers.discard(thread)
+            if not self._workers:  # else one of the others takes the call
                 del self._line[future]
-                raise StoreUnavailable(f"no thread is to be had: {exc}") from exc
-        else:
-            self._alive += 1
+                raise StoreUnavailable(f"no thread can be started: {exc}") from exc
 
     def _withdraw(self, future: Future[Any]) -> None:
-        """Take a call that was cancelled out of the line: it holds no place."""
-        with self._stirred:
+        """Remove a cancelled call from the line."""
+        with self._entered():
             self._line.pop(future, None)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
             future, call = job
             outcome = _outcome(call) if future.set_running_or_notify_cancel() else None
-            with self._stirred:
+            with self._lock:
                 self._busy -= 1  # before anybody can know, and come with the next call
             if outcome is not None:
                 outcome(future)
             del job, future, call, outcome  # an idle thread keeps nothing alive
 
     def _next(self) -> tuple[Future[Any], Callable[[], object]] | None:
-        with self._stirred:
+        with self._lock:
             self._stirred.wait_for(lambda: self._line or self._retired, _LINGER)
             if not self._line:
-                self._alive -= 1
+                self._workers.discard(threading.current_thread())
                 return None
             self._busy += 1
             return self._line.popitem(last=False)
 
-    def before_fork(self) -> None:
-        """Hold still; called by the process itself."""
-        self._stirred.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        """Go on; called by the process itself."""
-        self._stirred.release()
-
     def after_fork_in_child(self) -> None:
-        """Begin anew, as in a new executor; called by the process itself."""
-        self._stirred = threading.Condition(threading.Lock())
+        """Start over, as a new executor does."""
+        self._lock = ReentrantLock()
+        self._stirred = threading.Condition(self._lock)
         self._line: OrderedDict[Future[Any], Callable[[], object]] = OrderedDict()
-        self._alive = 0
+        self._workers: set[threading.Thread] = set()
         self._busy = 0
         self._retired = False
 

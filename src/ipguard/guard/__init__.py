@@ -27,8 +27,8 @@ from typing import Literal, Self
 
 import attrs
 
+from ipguard import _fork
 from ipguard.errors import shortened
-from ipguard.guard import _fork
 from ipguard.guard._answers import Answers
 from ipguard.guard._cache import Cache
 from ipguard.guard._explain import explain
@@ -50,7 +50,7 @@ _log = logging.getLogger("ipguard.guard")
 Observer = Callable[[object, object, Decision], object]
 
 
-class Guard(Closing):
+class Guard(Closing, _fork.Forkable):
     """Answers whether a user may log in from an address, from memory where it can.
 
     No answer rests on a state of the store older than `max_staleness`, whatever has failed.
@@ -324,26 +324,31 @@ class Guard(Closing):
 
     def close(self) -> None:
         """Stop the refresher. The store is the host's to close."""
-        with self._lease.lock:
-            self._refreshing = False
-            refresher, self._refresher = self._refresher, None
+        self._refreshing = False
+        refresher = self._refresher
         if refresher is not None:
             refresher.stop()
+        with self._lease.lock:
+            if self._refresher is refresher:
+                self._refresher = None
 
     def _running(self) -> bool:
         return self._refresher is not None and self._refresher.running
 
     def _keep_refreshing(self) -> None:
-        """Start the refresher where it should run and does not: in a forked child it is gone."""
-        if self._refreshing and not self._running():
+        """Start the refresher if it should run and does not, as in a forked child."""
+        _fork.check()
+        if self._refreshing and not self._running() and not self._lease.entered():
             with self._lease.lock:
                 if self._refreshing and not self._running():
+                    guard = weakref.ref(self)
                     self._refresher = Refresher(
                         self._lease,
-                        weakref.ref(self),
+                        lambda refresher: getattr(guard(), "_refresher", None) is refresher,
                         max_staleness=self._max_staleness,
                         preload=self._preload,
                     )
+                    self._refresher.start()
 
     def _revive(self) -> None:
         try:
@@ -357,16 +362,17 @@ class Guard(Closing):
         return self
 
     def before_fork(self) -> None:
-        """Hold still; called by the process itself."""
+        """Keep other threads from writing what the child will remember."""
         self._lease.lock.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Go on; called by the process itself."""
-        self._lease.lock.release()
+        """Let other threads write again."""
+        with contextlib.suppress(RuntimeError):  # `before_fork` was interrupted
+            self._lease.lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Begin anew with what is remembered; called by the process itself."""
-        self._lease.renew_locks()
+        """Keep what is remembered, and replace what belongs to the parent's threads."""
+        self._lease.after_fork_in_child()
         self._loads.forget()
         self._tally.renew_lock()
         if self._preload is not None:

@@ -138,13 +138,13 @@ class Answers:
     def _held(self, name: str) -> Entry | None:
         """Return what is remembered of a user, by the table too."""
         entry = self._cache.by_spelling.get(name)
-        if entry is None and self._cache.table is not None:
+        if entry is None and self._cache.table is not None and not self._lease.entered():
             with self._lease.lock:
                 entry = self._cache.find(name, name, self._lease.revision)
         return entry
 
     def _spell(self, entry: Entry, spelling: str) -> None:
-        if spelling not in entry.spellings:
+        if spelling not in entry.spellings and not self._lease.entered():
             with self._lease.lock:
                 self._cache.spell(entry, spelling)
 

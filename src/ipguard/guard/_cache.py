@@ -76,8 +76,12 @@ class Cache:
         self.table = table
         self._capacity = capacity
         self._deny_unknown = deny_unknown
-        self._users: FIFOCache[str, None] = FIFOCache(capacity + 1)
-        self._strangers: FIFOCache[str, None] = FIFOCache(capacity + 1)
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self.by_spelling.clear()
+        self._users: FIFOCache[str, None] = FIFOCache(self._capacity + 1)
+        self._strangers: FIFOCache[str, None] = FIFOCache(self._capacity + 1)
         self._ahead: set[str] = set()
 
     def __len__(self) -> int:
@@ -131,13 +135,17 @@ class Cache:
     def _keep(self, entry: Entry, spelling: str) -> None:
         name, policy = entry.spellings[0], entry.policy
         stranger = not policy.known and not policy.restrictions
-        (self._strangers if stranger else self._users)[name] = None
-        self.by_spelling[name] = entry
-        self.spell(entry, spelling)
-        while len(self) > self._capacity:
-            oldest, _ = (self._strangers or self._users).popitem()
-            self._forget(oldest)
-            self.evictions += 1
+        try:
+            (self._strangers if stranger else self._users)[name] = None
+            self.by_spelling[name] = entry
+            self.spell(entry, spelling)
+            while len(self) > self._capacity:
+                oldest, _ = (self._strangers or self._users).popitem()
+                self._forget(oldest)
+                self.evictions += 1
+        except BaseException:
+            self._forget_all()  # a signal handler raised: cachetools may be in the middle of it
+            raise
 
     def spell(self, entry: Entry, spelling: str) -> None:
         """Let an entry be found by one more spelling, if it is still held and has not too many."""
@@ -162,8 +170,12 @@ class Cache:
         if entry is not None:  # an entry that has remembered no address yet is falsy
             for spelling in reversed(entry.spellings):
                 self.by_spelling.pop(spelling, None)
-        self._users.pop(name, None)
-        self._strangers.pop(name, None)
+        try:
+            self._users.pop(name, None)
+            self._strangers.pop(name, None)
+        except BaseException:
+            self._forget_all()  # as in `_keep`
+            raise
         self._ahead.discard(name)
 
     def drop_ahead(self) -> None:
@@ -180,7 +192,4 @@ class Cache:
         """Forget everybody."""
         if self.table is not None:
             self.table.clear()
-        self.by_spelling.clear()
-        self._users.clear()
-        self._strangers.clear()
-        self._ahead.clear()
+        self._forget_all()

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from ipguard import _fork
+from ipguard._locks import ReentrantLock, acquire
 from ipguard.errors import StoreUnavailable
 from ipguard.guard._cache import Cache
 from ipguard.model import RESET, Changes, Touched
@@ -59,8 +61,8 @@ class Health:
         self.renew_lock()
 
     def renew_lock(self) -> None:
-        """Make the lock anew, as `Lease.renew_locks` does."""
-        self._lock = threading.Lock()
+        """Replace the lock, as `Lease.renew_locks` does."""
+        self._lock = ReentrantLock()
 
     def resting(self) -> bool:
         """Tell whether the last failure is so recent that another attempt would only queue."""
@@ -100,8 +102,6 @@ class Lease:
             that was being read meanwhile may be of the old one.
         syncs: How many readings have been applied. A reading names the changes after the guard's
             revision only, so it cannot name a revision ahead of it that a failover has lost.
-        lock: The guard's lock: whoever writes the cache or this object holds it, and never during
-            I/O.
         synced_at: When the read that last renewed the lease began.
     """
 
@@ -132,12 +132,35 @@ class Lease:
         self._helper: threading.Thread | None = None
         self.renew_locks()
 
+    @property
+    def lock(self) -> ReentrantLock:
+        """The guard's lock, held while the cache or the lease is written, and never during I/O."""
+        _fork.check()
+        return self._lock
+
     def renew_locks(self) -> None:
-        """Make the locks anew: at first, and in a forked child, where the old ones may be held."""
-        self.lock = threading.Lock()
+        """Replace the locks, which threads of the parent may hold in a forked child."""
+        self._lock = ReentrantLock()
         self._turn = threading.Lock()
         self._turn_since: float | None = None
+        self._turn_owner: int | None = None
         self.health.renew_lock()
+
+    def after_fork_in_child(self) -> None:
+        """Replace the locks; forget everything if the parent was in the middle of writing it."""
+        if not self._lock.acquire(blocking=False):
+            self.deadline = _OVER
+            self._token = None
+            self._cache.clear()
+        self.renew_locks()
+
+    def entered(self) -> bool:
+        """Return whether this thread holds the lock.
+
+        Then a signal handler, a finalizer or a logging handler asks the guard while the same thread
+        is writing what the guard remembers. It must not write in between, nor wait for itself.
+        """
+        return self._lock.owned()
 
     def hold(self, revision: int) -> bool:
         """Make sure that the lease runs and stands at a revision, with one inline sync at the most.
@@ -147,31 +170,27 @@ class Lease:
         """
         if self._holds(revision):
             return True
-        if self.health.resting() or not self._take_turn():
+        if self.entered() or self._turn_owner == threading.get_ident() or self.health.resting():
             return False
+        turn, held = self._turn, list[bool]()
+        # A sync in progress is waited for until it has lasted `patience`, not for as long from each
+        # arrival: behind one that hangs, later callers are answered at once.
+        since = self._turn_since
+        left = self.patience if since is None else since + self.patience - time.monotonic()
         try:
-            # Whoever had the turn before may have renewed the lease, or found the store down.
-            if self._holds(revision):
-                return True
-            if self.health.resting():
+            if not acquire(turn, left, held):
                 return False
-            self.sync()
+            self._turn_since, self._turn_owner = time.monotonic(), threading.get_ident()
+            # Whoever had the turn before may have renewed the lease, or found the store down.
+            if not self._holds(revision) and not self.health.resting():
+                self.sync()
         except StoreUnavailable:
             return False
         finally:
-            self._turn_since = None
-            self._turn.release()
+            if True in held:
+                self._turn_since = self._turn_owner = None
+                turn.release()
         return self._holds(revision)
-
-    def _take_turn(self) -> bool:
-        # Whoever is at it is waited for until its attempt has lasted `patience`, not for as long
-        # from each arrival: behind an attempt that hangs, later callers are answered at once.
-        since = self._turn_since
-        left = self.patience if since is None else since + self.patience - time.monotonic()
-        if not self._turn.acquire(timeout=max(0.0, left)):
-            return False
-        self._turn_since = time.monotonic()
-        return True
 
     def runs(self) -> bool:
         """Tell whether the lease has not ended."""
@@ -186,6 +205,8 @@ class Lease:
         Raises:
             StoreUnavailable: The store did not answer; the lease is as it was.
         """
+        if self.entered():
+            raise StoreUnavailable("the guard was called again by the thread that is writing it")
         begun = self._monotonic()
         while True:
             cursor = self._cursor()

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ipguard._locks import acquire
 from ipguard.guard._cache import Cache, Entry
 from ipguard.guard._lease import Lease
 from ipguard.guard._table import Table
@@ -18,7 +19,17 @@ _TRIES = 2
 class _Load:
     """One read in progress; `done` is held until it ends. Positions are from its beginning."""
 
-    __slots__ = ("_began", "done", "entry", "history", "revision", "slept", "started", "syncs")
+    __slots__ = (
+        "_began",
+        "done",
+        "entry",
+        "history",
+        "leader",
+        "revision",
+        "slept",
+        "started",
+        "syncs",
+    )
 
     def __init__(self, started: float, slept: float, lease: Lease) -> None:
         self.started = started
@@ -27,6 +38,7 @@ class _Load:
         self.history = lease.history
         self.syncs = lease.syncs
         self.entry: Entry | None = None
+        self.leader = threading.get_ident()
         self.done = threading.Lock()
         self.done.acquire()
         self._began = time.monotonic()
@@ -34,6 +46,15 @@ class _Load:
     def left(self, patience: float) -> float:
         """Return how long this read may still be waited for; a hanging one gathers no queue."""
         return max(0.0, self._began + patience - time.monotonic())
+
+    def joinable(self, since: float) -> bool:
+        """Return whether a caller may wait for this read, if it began after `since`.
+
+        A read that has taken too long to answer anything is not waited for, nor one whose leader
+        was interrupted, nor by its own thread: a signal handler may ask during the read.
+        """
+        leader = self.leader == threading.get_ident()
+        return since < self.started and self.done.locked() and not leader
 
     def current(self, policy: Policy, syncs: int) -> bool:
         """Return whether the policy may be used after `syncs` readings have been applied.
@@ -86,29 +107,33 @@ class Loads:
             What decides, and the moment from which it may not be used; or None where the store does
             not answer, or not with that revision.
         """
-        syncs: int | None = None
+        if self._lease.entered():
+            return None
+        syncs = self._lease.syncs
         for _ in range(_TRIES):
             now, slept = self._monotonic(), self._lease.wake()
-            with self._lease.lock:
-                if syncs is None:
-                    syncs = self._lease.syncs
-                # Another thread's read may have ended since the caller looked.
-                held = self._cache.find(name, spelling, self._lease.revision)
-                if held is not None and self._lease.revision >= revision:
-                    return held, self._lease.deadline
-                load = self._under_way.get(name)
-                # One that has taken too long to answer anything is not waited for.
-                joins = load is not None and now - load.started < self._max_staleness
-                if load is None or not joins:
-                    if self._lease.health.resting():
-                        return None
-                    load = _Load(now, slept, self._lease)
-                    self._under_way[name] = load
-                    self.count += 1
-            if not joins:
-                self._read(load, name, spelling)
-            elif load.done.acquire(timeout=load.left(self._lease.patience)):
-                load.done.release()
+            led: list[_Load] = []
+            try:
+                with self._lease.lock:
+                    # Another thread's read may have ended since the caller looked.
+                    entry = self._cache.find(name, spelling, self._lease.revision)
+                    if entry is not None and self._lease.revision >= revision:
+                        return entry, self._lease.deadline
+                    load = self._under_way.get(name)
+                    if load is None or not load.joinable(now - self._max_staleness):
+                        if self._lease.health.resting():
+                            return None
+                        load = _Load(now, slept, self._lease)
+                        led.append(load)
+                        self._under_way[name] = load
+                        self.count += 1
+                if led:
+                    self._read(load, name, spelling)
+                else:
+                    self._wait(load)
+            finally:
+                if led:
+                    led[0].done.release()
             entry = load.entry
             if entry is None:
                 return None
@@ -121,6 +146,14 @@ class Loads:
             ):
                 return entry, load.started + self._max_staleness
         return None
+
+    def _wait(self, load: _Load) -> None:
+        held: list[bool] = []
+        try:
+            acquire(load.done, load.left(self._lease.patience), held)
+        finally:
+            if True in held:
+                load.done.release()
 
     def _read(self, load: _Load, name: str, spelling: str) -> None:
         try:
@@ -143,7 +176,6 @@ class Loads:
             with self._lease.lock:
                 if self._under_way.get(name) is load:
                     del self._under_way[name]
-            load.done.release()
 
     def _policy(self, name: str) -> Policy:
         policy = self._store.load_policy(name)

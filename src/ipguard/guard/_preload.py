@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final
 
+from ipguard._locks import acquire
 from ipguard.errors import StoreError
 from ipguard.guard._lease import Lease
 from ipguard.guard._loads import Loads
@@ -45,9 +46,9 @@ class Preload:
         self.forget()
 
     def forget(self) -> None:
-        """Forget the snapshot under way: in a forked child, nobody is left to end it."""
+        """Forget the snapshot in progress: its thread does not exist in a forked child."""
         self._table.filling = None
-        self._busy = False
+        self._filling = threading.Lock()
         self._retry_at = 0.0
         self._stop = threading.Event()
 
@@ -59,7 +60,9 @@ class Preload:
         """
         if self._table.whole:
             self.read_again(time.monotonic() + seconds)
-        elif not self._busy and time.monotonic() >= self._retry_at and self._lease.runs():
+        elif (
+            not self._filling.locked() and time.monotonic() >= self._retry_at and self._lease.runs()
+        ):
             stop = self._stop = threading.Event()
             name = "ipguard-preload"
             try:
@@ -88,10 +91,17 @@ class Preload:
         Args:
             stop: What is set when nobody wants the table any more.
         """
-        with self._lease.lock:
-            if self._busy or self._table.whole:
-                return
-            self._busy = True
+        filling, held = self._filling, list[bool]()
+        try:
+            if acquire(filling, 0, held):
+                self._fill(stop)
+        finally:
+            if True in held:
+                filling.release()
+
+    def _fill(self, stop: threading.Event) -> None:
+        if self._table.whole:
+            return
         began = time.monotonic()
         try:
             for _ in range(_TRIES):
@@ -112,7 +122,6 @@ class Preload:
         finally:
             with self._lease.lock:
                 self._table.filling = None
-                self._busy = False
 
     def _pause(self, why: str) -> None:
         pause = min(_FIRST_PAUSE * 2**self._failures, _LONGEST_PAUSE)

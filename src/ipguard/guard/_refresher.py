@@ -20,12 +20,12 @@ _SLICE: Final = 0.1
 class Refresher:
     """One daemon thread that syncs at least each second, and at once when the store wakes it.
 
-    It is right without any wake-up: one that is lost costs time, never correctness. It ends when
-    nobody holds its owner any more.
+    A wake-up that is lost costs time, never correctness.
 
     Args:
         lease: What it renews.
-        owner: Returns the guard, or None once nobody holds that.
+        wanted: Called with the refresher; returns whether it is still the guard's own. False once
+            the guard is closed or was garbage-collected.
         max_staleness: Of the guard.
         preload: What it keeps full, where the guard is preloaded.
     """
@@ -33,18 +33,21 @@ class Refresher:
     def __init__(
         self,
         lease: Lease,
-        owner: Callable[[], object | None],
+        wanted: Callable[[Refresher], bool],
         *,
         max_staleness: float,
         preload: Preload | None = None,
     ) -> None:
         self._lease = lease
         self._preload = preload
-        self._owner = owner
+        self._wanted = wanted
         self._interval = min(_INTERVAL, max_staleness / 3)
         self._slice = min(_SLICE, self._interval)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ipguard-refresher", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; the guard knows the refresher already, so that none is lost."""
         self._thread.start()
 
     @property
@@ -62,7 +65,7 @@ class Refresher:
 
     def _run(self) -> None:
         due = time.monotonic()
-        while not self._stop.is_set() and self._owner() is not None:
+        while not self._stop.is_set() and self._wanted(self):
             before = self._lease.revision  # a login may sync as well, between the wait and here
             woken = self._lease.wait(self._slice)
             if woken or time.monotonic() >= due:

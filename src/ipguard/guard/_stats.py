@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Final, Literal
 
 import attrs
 
+from ipguard import _fork
+from ipguard._locks import ReentrantLock
 from ipguard.model import Reason
 
 _UNCOUNTED: Final = 1_000
@@ -65,8 +66,8 @@ class Tally:
         self.renew_lock()
 
     def renew_lock(self) -> None:
-        """Make the lock anew: at first, and in a forked child, where the old one may be held."""
-        self._lock = threading.Lock()
+        """Replace the lock: in a forked child it may be held by a thread of the parent."""
+        self._lock = ReentrantLock()
 
     def add(self, reason: Reason) -> None:
         """Count one denial."""
@@ -77,10 +78,12 @@ class Tally:
 
     def counts(self) -> dict[Reason, int]:
         """Return how many denials there have been for each reason that there was."""
+        _fork.check()
+        again = self._lock.owned()  # a signal handler, in the middle of the loop below
         with self._lock:
             for reason, uncounted in self._uncounted.items():
                 count = len(uncounted)
-                if count:
-                    del uncounted[:count]
+                if count and not again:
                     self._counts[reason] += count
+                    del uncounted[:count]
             return dict(self._counts)

@@ -65,6 +65,7 @@ class Connection(psycopg.Connection[Row]):
             them: through a transaction pooler, a session's settings would reach other clients.
             None: the next transaction makes them last, if the connection is direct.
         pid: The process that opened it; in a forked child it is never used and never closed.
+        slot: Its place in a pool.
         used_at: When it was last given back.
         spoilt: Whether it is not to be used again: after an error that a new connection may not
             have. A session keeps the defaults of its role and database, such as read-only, from
@@ -76,11 +77,14 @@ class Connection(psycopg.Connection[Row]):
     prepares: bool | None = None
     settled: bool | None = False
     pid: int = 0
+    slot: object = None
     used_at: float = 0.0
     spoilt: bool = False
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run a generator of the driver to its end, but no longer than the deadline."""
+        if self.pid != os.getpid():
+            raise StoreUnavailable("PostgreSQL: this connection is the parent process's")
         began = time.monotonic()
         left = max(0.0, self.deadline - began)
         own = timeout is None or left < timeout

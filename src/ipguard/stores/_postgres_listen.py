@@ -10,7 +10,6 @@ others: so that what it hears it acts upon, without a change of threads in betwe
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 import time
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
+from ipguard import _fork
+from ipguard._locks import ReentrantLock, acquire
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._postgres import Connection, Session, quoted, translated
 from ipguard.stores._postgres_options import Options
@@ -35,7 +36,7 @@ _PROBE_AGAIN: Final = 60.0
 _LONELY: Final = 30.0  # with nobody waiting for so long, the thread ends
 
 
-class Listener:
+class Listener(_fork.Forkable):
     """Knows the last change that touched a policy, as far as it has been told.
 
     Args:
@@ -48,14 +49,15 @@ class Listener:
         self._notify = notify
         self._closed = False
         self._state = ""
-        self.renew()
+        self.after_fork_in_child()
+        _fork.register(self)
         if options.listen is None:
             self._say(logging.INFO, "polling: listen=off")
 
-    def renew(self) -> None:
-        """Begin anew: at first, and in a forked child, where the thread does not exist."""
-        self._pid = os.getpid()
-        self._told = threading.Condition()
+    def after_fork_in_child(self) -> None:
+        """Start over: the thread does not exist here, and its connection is the parent's."""
+        self._lock = ReentrantLock()
+        self._told = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._waited_at = time.monotonic()
         self._source: Connection | None = None  # what those who wait may read from
@@ -68,12 +70,13 @@ class Listener:
 
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait until a change after a revision touches a policy, as far as can be told."""
+        _fork.check()
         deadline = time.monotonic() + timeout
-        with self._told:
+        with self._lock:
             if self._options.listen is not None and timeout > 0:
                 self._start()
         while not self._closed:
-            with self._told:
+            with self._lock:
                 if self.touching is not None and self.touching > revision:
                     return True
                 self._waited_at = time.monotonic()
@@ -82,16 +85,17 @@ class Listener:
                     self._told.notify()  # who was told to read on may be this one
                     return False
                 source = self._source
-                if source is None or not self._reading.acquire(blocking=False):
+                if source is None or self._reading.locked():
                     self._told.wait(left)
                     continue
             self._read(source, min(left, _SLICE))
         return False
 
     def _read(self, source: Connection, seconds: float) -> None:
-        """Read for all who wait; `_reading` is held, and given up."""
+        """Read for all who wait, unless another thread began to do so."""
+        reading, held = self._reading, list[bool]()
         try:
-            if source is self._source:
+            if acquire(reading, 0, held) and source is self._source:
                 self._hear(source, seconds)
         except StoreError as exc:  # the thread says so, and sees to it
             self._source, self._failure = None, exc
@@ -100,8 +104,9 @@ class Listener:
             self._source, self._failure = None, failure
             raise
         finally:
-            self._reading.release()
-            with self._told:
+            if True in held:
+                reading.release()
+            with self._lock:
                 self._told.notify()  # another one reads on
 
     def tell(self, touching: int, *, exactly: bool = False) -> None:
@@ -111,7 +116,8 @@ class Listener:
             touching: Its revision.
             exactly: There is none after it: the store has read it so, and nothing came since.
         """
-        with self._told:
+        _fork.check()
+        with self._lock:
             new = self.touching is None or touching > self.touching
             if new or (exactly and touching != self.touching):
                 self.touching = touching
@@ -121,9 +127,8 @@ class Listener:
     def close(self) -> None:
         """Let the waiting go, and end the thread."""
         self._closed = True
-        if self._pid != os.getpid():
-            return
-        with self._told:
+        _fork.check()
+        with self._lock:
             self._told.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -132,12 +137,12 @@ class Listener:
     # ------------------------------------------------------------------------- the thread
 
     def _start(self) -> None:
-        if self._thread is None and not self._closed:
+        if not (self._thread and self._thread.is_alive()) and not self._closed:
             self._thread = threading.Thread(target=self._run, name="ipguard-listener", daemon=True)
             self._thread.start()
 
     def _over(self) -> bool:
-        with self._told:
+        with self._lock:
             if self._closed or time.monotonic() - self._waited_at > _LONELY:
                 self._thread = None
             # Whoever waits meanwhile may have started another.
@@ -211,7 +216,7 @@ class Listener:
         return True
 
     def _lend(self, connection: Connection | None) -> None:
-        with self._told:
+        with self._lock:
             self._source = connection
             self._told.notify_all()
 

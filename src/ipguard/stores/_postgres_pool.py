@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import psycopg
@@ -25,14 +25,26 @@ from psycopg.abc import PQGenConn
 from psycopg.pq.abc import PGconn
 from psycopg.types.numeric import Int8BinaryDumper
 
+from ipguard import _fork
+from ipguard._locks import ReentrantLock
 from ipguard.errors import StoreUnavailable
 from ipguard.stores._postgres import NEVER, Connection, Session, error_of
 from ipguard.stores._postgres_options import Options
 
 _IDLE_SECONDS: Final = 300.0
+_RECOUNT: Final = 0.1
 
 
-class Pool:
+class _Slot:
+    """One place in a pool, which is free again when nothing refers to its slot any more.
+
+    A counter would keep the places of calls that a signal handler ended between two bytecodes.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+class Pool(_fork.Forkable):
     """The connections to one database.
 
     Args:
@@ -45,15 +57,19 @@ class Pool:
         self.check = check
         self._closed = False
         self._first = 0  # the server that answered last
-        self.children: list[Callable[[], None]] = []  # called in a forked child
-        self._begin()
-        _pools.add(self)
+        self.after_fork_in_child()
+        _fork.register(self)
 
-    def _begin(self) -> None:
-        self.pid = os.getpid()
-        self._free = threading.Condition()
+    def after_fork_in_child(self) -> None:
+        """Start over: what was inherited belongs to the parent."""
+        self._lock = ReentrantLock()
         self._idle: deque[Connection] = deque()
-        self._open = 0  # idle, lent, or being opened
+        self._slots: weakref.WeakSet[_Slot] = weakref.WeakSet()  # idle, lent, or being opened
+        self._waiting: deque[threading.Lock] = deque()  # each is released once there is a chance
+
+    @property
+    def _open(self) -> int:
+        return len(self._slots)
 
     # ------------------------------------------------------------------------- lending
 
@@ -66,23 +82,44 @@ class Pool:
         Raises:
             StoreUnavailable: The store is closed, or there is no connection in time.
         """
-        with self._free:
-            while not self._closed and not self._idle and self._open >= self.options.pool_size:
-                if not self._free.wait(deadline - time.monotonic()):
-                    raise StoreUnavailable("PostgreSQL: every connection is in use")
-            if self._closed:
-                raise StoreUnavailable("the store is closed")
-            connection = self._idle.pop() if self._idle else None
+        _fork.check()
+        slot = _Slot()
+        try:
+            connection = self._reserve(slot, deadline)
             if connection is None:
-                self._open += 1
-        if connection is None:
-            try:
-                return self._opened(deadline)
-            except BaseException:
-                self._gone()
-                raise
+                session = self._opened(deadline)
+                session.connection.slot = slot
+                return session
+        except BaseException:
+            self._gone(slot)
+            raise
         connection.deadline = deadline
         return Session(connection, self.options.schema)
+
+    def _reserve(self, slot: _Slot, deadline: float) -> Connection | None:
+        """Return an idle connection, or None once `slot` has a place in the pool."""
+        while True:
+            waiter = threading.Lock()
+            with self._lock:
+                if self._closed:
+                    raise StoreUnavailable("the store is closed")
+                if self._idle:
+                    return self._idle.pop()
+                if len(self._slots) < self.options.pool_size:
+                    self._slots.add(slot)
+                    return None
+                waiter.acquire()
+                self._waiting.append(waiter)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise StoreUnavailable("PostgreSQL: every connection is in use")
+            # Not the whole time at once: a slot that was lost wakes nobody.
+            waiter.acquire(timeout=min(left, _RECOUNT))
+
+    def _wake(self) -> None:
+        while self._waiting:
+            with suppress(IndexError):  # another thread was faster
+                self._waiting.popleft().release()
 
     def give(self, session: Session) -> None:
         """Take a connection back; one that is not whole, or in a transaction, is closed."""
@@ -94,43 +131,44 @@ class Pool:
             return
         now = time.monotonic()
         old: Connection | None = None
-        with self._free:
+        with self._lock:
             if not self._closed:
                 connection.used_at = now
+                connection.deadline = NEVER
                 self._idle.append(connection)
                 # The one that was used least, if that was long ago: a firewall may have cut it.
                 if self._idle[0].used_at < now - _IDLE_SECONDS:
                     old = self._idle.popleft()
-                    self._open -= 1
-                self._free.notify()
-                connection.deadline = NEVER
             else:
                 old = connection
-                self._open -= 1
         if old is not None:
-            old.close()
+            self._close(old)
+        self._wake()
 
     def discard(self, session: Session) -> None:
         """Close a connection; in a child that inherited it, leave it alone."""
         if session.connection.pid != os.getpid():
             return
-        session.connection.close()
-        self._gone()
+        self._close(session.connection)
 
-    def _gone(self) -> None:
-        with self._free:
-            self._open -= 1
-            self._free.notify()
+    def _close(self, connection: Connection) -> None:
+        connection.close()
+        slot, connection.slot = connection.slot, None
+        self._gone(slot)
+
+    def _gone(self, slot: object) -> None:
+        if isinstance(slot, _Slot):
+            self._slots.discard(slot)
+        self._wake()
 
     def forget(self) -> None:
         """Close what is idle: the server was gone, or missed a deadline."""
-        with self._free:
-            idle = tuple(self._idle)
-            self._idle.clear()
-            self._open -= len(idle)
-            self._free.notify_all()
-        for connection in idle:
-            connection.close()
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return
+            self._close(connection)
 
     @contextmanager
     def session(self, deadline: float) -> Iterator[Session]:
@@ -146,8 +184,8 @@ class Pool:
     def close(self) -> None:
         """Close what is idle now, and what is lent as soon as it comes back."""
         self._closed = True
-        if self.pid == os.getpid():
-            self.forget()
+        _fork.check()
+        self.forget()
 
     @property
     def closed(self) -> bool:
@@ -183,14 +221,6 @@ class Pool:
         assert failure is not None
         raise failure
 
-    # ------------------------------------------------------------------------- fork
-
-    def after_fork_in_child(self) -> None:
-        """Abandon what was inherited, for good, and begin anew."""
-        self._begin()
-        for renew in self.children:
-            renew()
-
 
 def connect(conninfo: str, deadline: float) -> Connection:
     """Open a connection, in autocommit, that has the deadline.
@@ -219,9 +249,10 @@ def connect(conninfo: str, deadline: float) -> Connection:
 def _opening(conninfo: str) -> PQGenConn[PGconn]:
     """Open a connection; the driver's own generator would not show it to a child before the end."""
     pgconn = pq.PGconn.connect_start(conninfo.encode())
-    _opened.add(pgconn)
     while pgconn.status != pq.ConnStatus.BAD:
+        _sockets.opened[pgconn] = _inode(pgconn)
         status = pgconn.connect_poll()
+        _sockets.opened[pgconn] = _inode(pgconn)  # another address has another socket
         if status == pq.PollingStatus.OK:
             pgconn.nonblocking = 1
             return pgconn
@@ -233,27 +264,34 @@ def _opening(conninfo: str) -> PQGenConn[PGconn]:
     raise psycopg.OperationalError(f"connection failed: {pgconn.get_error_message()}")
 
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-_opened: weakref.WeakSet[PGconn] = weakref.WeakSet()
-
-
-def _in_child() -> None:
+def _inode(pgconn: PGconn) -> int:
     try:
-        _abandon()
-    finally:
-        for pool in tuple(_pools):
-            pool.after_fork_in_child()
+        return os.fstat(pgconn.socket).st_ino
+    except (OSError, psycopg.Error):  # it has none yet, or none any more
+        return 0
 
 
-def _abandon() -> None:
-    # Not closed, which would end the parent's sessions. Nor kept: a session lives as long as its
-    # socket is open anywhere, so would that of a parent that was killed in its writer's turn.
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for pgconn in tuple(_opened):
-        if pgconn.status != pq.ConnStatus.BAD:
-            os.dup2(nowhere, pgconn.socket, inheritable=False)
-    _opened.clear()
-    os.close(nowhere)
+class _Sockets(_fork.Forkable):
+    """The connections of this process, by which socket each has."""
+
+    def __init__(self) -> None:
+        self.opened: weakref.WeakKeyDictionary[PGconn, int] = weakref.WeakKeyDictionary()
+
+    def after_fork_in_child(self) -> None:
+        """Let go of the parent's sockets.
+
+        They are not closed by libpq, which would end the parent's sessions. Nor are they kept: a
+        session lives as long as its socket is open anywhere, even that of a parent that was killed
+        in its writer's turn.
+        """
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for pgconn, inode in tuple(self.opened.items()):
+            # Long after a fork without hooks, the number may be another file's.
+            if pgconn.status != pq.ConnStatus.BAD and inode and _inode(pgconn) == inode:
+                os.dup2(nowhere, pgconn.socket, inheritable=False)
+        self.opened.clear()
+        os.close(nowhere)
 
 
-os.register_at_fork(after_in_child=_in_child)
+_sockets = _Sockets()
+_fork.register(_sockets)

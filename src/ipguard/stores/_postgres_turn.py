@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
+from queue import Empty, SimpleQueue
 from typing import Final, NamedTuple
 
 from psycopg.sql import Literal
 
+from ipguard import _fork
+from ipguard._locks import acquire
 from ipguard.errors import StoreUnavailable
 from ipguard.stores._postgres import BEGIN, Session, quoted
 from ipguard.stores._postgres_client import Client
@@ -146,7 +149,7 @@ class Turn:
         return session.pipelined(statements) if statements else None
 
 
-class Writer:
+class Writer(_fork.Forkable):
     """Takes turns, one at a time in this process and then in the database.
 
     Args:
@@ -164,19 +167,22 @@ class Writer:
         self._client = client
         self._clock = clock
         self._touched = touched
-        client.pool.children.append(self.renew)
-        self.renew()
+        self.after_fork_in_child()
+        _fork.register(self)
 
-    def renew(self) -> None:
-        """Begin anew: at first, and in a forked child, where the locks may be held."""
+    def after_fork_in_child(self) -> None:
+        """Replace the locks, which threads of the parent may hold."""
         self._queue = threading.Lock()
         self._inside: set[int] = set()  # the threads in a turn
         # Logins find a connection, however many threads stage.
-        self._staging = threading.BoundedSemaphore(max(1, self._client.options.pool_size - 1))
+        self._staging: SimpleQueue[None] = SimpleQueue()
+        for _ in range(max(1, self._client.options.pool_size - 1)):
+            self._staging.put(None)
         self._users = threading.Lock()
 
     def refuse_nested(self) -> None:
         """Refuse a turn within a turn: it would wait for itself."""
+        _fork.check()
         if threading.get_ident() in self._inside:
             raise RuntimeError("this thread is in a transaction of this store already")
 
@@ -186,15 +192,19 @@ class Writer:
 
         What is staged goes with the transaction, so this works through a transaction pooler.
         """
-        slots, options = self._staging, self._client.options
-        if not slots.acquire(timeout=options.timeout):
-            raise StoreUnavailable("too many bulk changes at once")
+        _fork.check()
+        options, slots, held = self._client.options, self._staging, list[None]()
         try:
+            try:
+                held.extend(map(slots.get, (True,), (options.timeout,)))
+            except Empty:
+                raise StoreUnavailable("too many bulk changes at once") from None
             with self._client.begun(f"{BEGIN}; SET LOCAL jit = off") as (session, _):
                 session.patience = options.bulk_timeout
                 yield session
         finally:
-            slots.release()
+            if held:
+                slots.put(None)
 
     @contextmanager
     def turn(
@@ -210,9 +220,10 @@ class Writer:
         deadline, queue = deadline or client.deadline(), self._users if users else self._queue
         # Threads of one process queue here, and not each with a connection in hand. Who has staged
         # has one, and goes straight for the row: whoever holds that needs nothing more.
-        if not queue.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise _kept_too_long()
+        held: list[bool] = []
         try:
+            if not acquire(queue, deadline - time.monotonic(), held):
+                raise _kept_too_long()
             asked_at = ticks()
             first = self._taking_users(deadline, patience) if users else ""
             begin = f"{BEGIN};{first}{self._taking(deadline, patience)}"
@@ -221,7 +232,8 @@ class Writer:
                 with self._taken(session, found, asked_at) as both:
                     yield both
         finally:
-            queue.release()
+            if True in held:
+                queue.release()
 
     @contextmanager
     def users(self, session: Session) -> Iterator[None]:
@@ -231,13 +243,15 @@ class Writer:
         written so, and whoever neither puts nor removes users does not wait for this.
         """
         patience, queue = self._client.options.bulk_timeout, self._users
-        if not queue.acquire(timeout=patience):
-            raise _kept_too_long()
+        held: list[bool] = []
         try:
+            if not acquire(queue, patience, held):
+                raise _kept_too_long()
             session.script(self._taking_users(time.monotonic() + patience, patience))
             yield
         finally:
-            queue.release()
+            if True in held:
+                queue.release()
 
     def _taking_users(self, deadline: float, patience: float) -> str:
         options = self._client.options
@@ -288,8 +302,8 @@ class Writer:
         db = Turn(session)
         turn = SqlTransaction(db, now, revision=taken.revision, staged=staged)
         inside, thread = self._inside, threading.get_ident()
-        inside.add(thread)
         try:
+            inside.add(thread)
             yield turn, db
             turn.withdraw()
             db.commit(turn.touching)

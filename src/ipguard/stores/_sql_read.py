@@ -28,7 +28,7 @@ UNFINISHED: Final = (
     " missing"
 )
 POLICY: Final = f"""
-SELECT h.revision, u.removed, {columns(RESTRICTION, "r")}, %s
+SELECT h.revision, u.removed, {columns(RESTRICTION, "r")}, %s, %s
 FROM head h
 JOIN zz_restore_marker m ON m.id = 1
 LEFT JOIN users u ON u.username = ?
@@ -36,19 +36,27 @@ LEFT JOIN restrictions r ON r.username = ?
 WHERE h.id = 1
 ORDER BY r.created_at, r.id
 """
-"""A policy in one statement, which is one snapshot. Its parameters are the username, twice.
+"""A policy in one statement, which is one snapshot. Its parameters are the username, three times.
 
-`%s` is for more columns, which `policy_of` passes over. Without the restore marker there is no row:
-tables that are being filled must not be taken for those of unrestricted users.
+The first `%s` is the parameter that comes back as a column, the second any other columns. Without
+the restore marker there is no row: tables that are being filled must not be taken for those of
+unrestricted users.
 """
 _RESTRICTION_ENDS: Final = 2 + len(RESTRICTION.split(","))
 
 
 @reads_rows
 def policy_of(username: str, rows: list[Row]) -> Policy:
-    """Return a policy from the rows of `POLICY`."""
+    """Return a policy from the rows of `POLICY`.
+
+    Raises:
+        StoreUnavailable: The store is being restored, or the rows are about another user, as on a
+            connection that two processes use at once.
+    """
     if not rows:
         raise StoreUnavailable(UNFINISHED)
+    if rows[0][_RESTRICTION_ENDS] != username:
+        raise StoreUnavailable("the store's answer is about another user than the one asked for")
     revision, removed, restriction_id = rows[0][:3]
     return Policy(
         revision=revision,

@@ -61,10 +61,17 @@ class Session:
         path: Its file, for messages.
         files: The files that it has open.
         patience: How long its statements may wait for locks, all together, in seconds.
+
+    Attributes:
+        broken: Whether a statement has failed, or the connection is being closed. It is not used
+            again.
+        busy: Whether a statement is in progress, or was interrupted.
     """
 
     __slots__ = (
+        "__weakref__",
         "broken",
+        "busy",
         "connection",
         "cursor",
         "files",
@@ -86,14 +93,23 @@ class Session:
         self.pid = os.getpid()
         self.thread = threading.get_ident()
         self.broken = False  # failed, or being closed
+        self.busy = False
         self.unwritable = False  # opened while the files were read-only, or failed to use them
 
+    def __del__(self) -> None:
+        if self.pid == os.getpid():
+            self.connection.close()
+
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
+        self.busy = True
         try:
-            return self.cursor.execute(sql, params).fetchall()
+            found = self.cursor.execute(sql, params).fetchall()
         except sqlite3.Error as exc:
             if not _is_busy(exc):
                 raise self._failure(exc) from exc
+        else:
+            self.busy = False
+            return found
         return self._patiently(sql, params)
 
     def run(self, sql: str, params: Params = ()) -> None:
@@ -142,10 +158,13 @@ class Session:
                 time.sleep(min(jitter * longest, left))
                 longest = min(longest * 2, 0.01)
                 try:
-                    return self.cursor.execute(sql, params).fetchall()
+                    found = self.cursor.execute(sql, params).fetchall()
                 except sqlite3.OperationalError as exc:
                     if not _is_busy(exc):
                         raise self._failure(exc) from exc
+                else:
+                    self.busy = False
+                    return found
         finally:
             self.patience = max(0.0, deadline - time.monotonic())
         self.broken = True
@@ -160,6 +179,7 @@ class Session:
         self.run("COMMIT")
 
     def _failure(self, exc: sqlite3.Error) -> StoreError:
+        self.busy = False
         self.broken = not isinstance(exc, sqlite3.IntegrityError)
         self.unwritable |= _code(exc) in _UNWRITABLE
         return error_of(self.path, exc)

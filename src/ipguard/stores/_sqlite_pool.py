@@ -8,8 +8,12 @@ inherits an open connection cannot open a sound one either. SQLite keeps one tab
 file in a process; the child inherits it, and takes locks for held that are its parent's. When the
 parent then closes the file, it deletes the log under the child, and what the child commits is lost.
 So there is nothing to inherit: before a fork the pool waits for calls to end and closes every
-connection. What cannot be waited for (the forking thread's own transaction) is abandoned in the
-child and never closed, and the child's store refuses that file.
+connection.
+
+Some connections are inherited all the same: the fork ran no hooks, or waited too long. A child
+closes those that are in no statement and no transaction, which is sound: closing asks the operating
+system for every lock, and the parent's are not the child's, so nothing of the parent's is removed.
+The others are abandoned and never closed, and the child's store refuses that file.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 from urllib.parse import quote
 
+from ipguard import _fork
+from ipguard._locks import ReentrantLock, acquire
 from ipguard.errors import StoreConfigError, StoreUnavailable
 from ipguard.stores._sqlite import FileId, Files, Session, error_of, file_id, files_at
 
@@ -45,7 +51,7 @@ _PRAGMAS: Final = (
 _SHARED_LOCK: Final = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0x40000002, 510, 0)
 
 
-class Pool:
+class Pool(_fork.Forkable):
     """The connections to one file.
 
     Args:
@@ -64,16 +70,18 @@ class Pool:
         self.replaced = False  # since the last sync
         self._closed = False
         self._begin()
+        _fork.register(self)
         _pools.add(self)
 
     def _begin(self) -> None:
-        self.pid = os.getpid()
         self._idle: deque[Session] = deque()
-        self._open: set[Session] = set()  # idle or lent
+        # Idle or lent; one that was lost, as when a signal handler raises, closes itself.
+        self._open: weakref.WeakSet[Session] = weakref.WeakSet()
         self._opening = threading.Lock()
         self.writing = threading.Lock()
         self.writer: int | None = None  # the thread that holds `writing`
-        self._paused = self._forking = False
+        self._paused = False
+        self._forking: list[bool] = []
         self.stirred = threading.Event()
         if self._closed:
             self.stirred.set()
@@ -90,9 +98,10 @@ class Pool:
         Raises:
             StoreUnavailable: The store is closed, or the file cannot be opened.
         """
+        _fork.check()
         deadline = time.monotonic() + (self.timeout if patience is None else patience)
         while True:
-            if self._closed or self._paused or self.pid != os.getpid():
+            if self._closed or self._paused:
                 self._make_ready(deadline)
             try:
                 session = self._idle.pop()
@@ -115,6 +124,7 @@ class Pool:
             self.forget()
         if (
             session.broken
+            or session.busy
             or session.connection.in_transaction
             or session.files is not self._files
             or len(self._idle) >= _IDLE_AT_MOST
@@ -147,6 +157,7 @@ class Pool:
             write: Whether it is going to write.
             patience: As in `take`.
         """
+        _fork.check()
         self.follow()
         session = self.take(patience)
         if write and session.unwritable:  # opened while the files were read-only
@@ -171,8 +182,6 @@ class Pool:
             self.discard(session)
 
     def _make_ready(self, deadline: float) -> None:
-        if self.pid != os.getpid():
-            self.after_fork_in_child()
         while self._paused and time.monotonic() < deadline:
             time.sleep(0.001)
         if self._closed:
@@ -202,23 +211,25 @@ class Pool:
         """Close what is idle now, and what is lent as soon as it comes back."""
         self._closed = True
         self.stirred.set()
-        if self.pid == os.getpid():
-            self.forget()
+        _fork.check()
+        self.forget()
 
     # ------------------------------------------------------------------------- opening
 
     def _connect(self, deadline: float) -> Session:
         # One at a time, so that a fork can tell whether a connection is half open.
-        if not self._opening.acquire(timeout=_until(deadline)):
-            raise StoreUnavailable(f"{self.path}: could not be opened in time")
+        opening, held = self._opening, list[bool]()
         try:
+            if not acquire(opening, _until(deadline), held):
+                raise StoreUnavailable(f"{self.path}: could not be opened in time")
             if self._closed:
                 raise StoreUnavailable(f"{self.path}: the store is closed")
             session = self._opened(deadline)
             self._open.add(session)
             return session
         finally:
-            self._opening.release()
+            if True in held:
+                opening.release()
 
     def _opened(self, deadline: float) -> Session:
         self.follow()
@@ -276,7 +287,7 @@ class Pool:
         SQLite opens the index once for a process: a new connection would share it with them, and
         not see what other processes commit.
         """
-        pools = [pool for pool in tuple(_pools) if pool.pid == os.getpid()]
+        pools = tuple(_pools)
         while sum(pool.holds_old(main) for pool in pools) and _until(deadline):
             time.sleep(0.0005)
 
@@ -311,8 +322,6 @@ class Pool:
         found = files_at(self.path)
         if found == known and file_id(self._given) == known.main:
             return
-        if self.pid != os.getpid():
-            return
         path = os.path.realpath(self._given)
         found = files_at(path)
         in_use = self._in_use(known)
@@ -340,7 +349,8 @@ class Pool:
         self._paused = True
         self.stirred.set()
         me, deadline = threading.get_ident(), time.monotonic() + self.timeout
-        self._forking = self._opening.acquire(timeout=self.timeout)
+        self._forking = []
+        acquire(self._opening, self.timeout, self._forking)
         self.forget()
         while any(s.thread != me for s in tuple(self._open)) and time.monotonic() < deadline:
             time.sleep(0.0005)
@@ -351,16 +361,26 @@ class Pool:
         if not self._closed:
             self.stirred.clear()
         self._paused = False
-        if self._forking:
-            self._forking = False
+        if True in self._forking:
+            self._forking = []
             self._opening.release()
 
     def after_fork_in_child(self) -> None:
-        """Abandon what was inherited, for good, and begin anew."""
-        for session in self._open:
-            _abandon(session.connection, session.cursor)
-            _inherited.add(session.files.main)
-        if self._opening.locked() and not self._forking:  # a connection was half open
+        """Close or abandon what was inherited, and start over."""
+        for session in tuple(self._open):
+            # To close the last connection to a replaced file would remove the new file's log.
+            there = False
+            with suppress(StoreUnavailable):
+                there = files_at(self.path) == session.files
+            used = session.busy or session.broken or session.connection.in_transaction
+            if there and not used:
+                session.cursor.close()
+                session.connection.close()
+            else:
+                _abandon(session.connection, session.cursor)
+                _inherited.add(session.files.main)
+            self._open.discard(session)
+        if self._opening.locked() and True not in self._forking:  # a connection was half open
             with suppress(StoreUnavailable):
                 _inherited.add(file_id(self.path))
         self._begin()
@@ -372,7 +392,7 @@ _inherited: set[FileId] = set()
 _abandoned: list[object] = []
 # Making a file opens and closes it, and closing drops every lock that the process has on it: nobody
 # may have opened it in between.
-_making = threading.Lock()
+_making = ReentrantLock()
 
 
 def make_file(path: str) -> None:
@@ -381,6 +401,7 @@ def make_file(path: str) -> None:
     Raises:
         StoreConfigError: It cannot be made.
     """
+    _fork.check()
     with _making:
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -459,24 +480,11 @@ def _abandon(*objects: object) -> None:
         _abandoned.extend(objects)
 
 
-def _before() -> None:
-    for pool in tuple(_pools):
-        if pool.pid == os.getpid():
-            pool.before_fork()
+class _Making(_fork.Forkable):
+    def after_fork_in_child(self) -> None:
+        global _making  # noqa: PLW0603 - a thread that is not there any more may have held it
+        _making = ReentrantLock()
 
 
-def _in_parent() -> None:
-    for pool in tuple(_pools):
-        if pool.pid == os.getpid():
-            pool.after_fork_in_parent()
-
-
-def _in_child() -> None:
-    global _making  # noqa: PLW0603 - a thread that is not there any more may have held it
-    _making = threading.Lock()
-    for pool in tuple(_pools):
-        if pool.pid != os.getpid():
-            pool.after_fork_in_child()
-
-
-os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+_making_is_renewed = _Making()
+_fork.register(_making_is_renewed)

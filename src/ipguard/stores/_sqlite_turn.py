@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 
+from ipguard import _fork
+from ipguard._locks import acquire
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores import _sql_read as read
 from ipguard.stores import _sqlite_schema as schema
@@ -62,7 +64,8 @@ def refuse_nested(pool: Pool) -> None:
     Raises:
         RuntimeError: It is in one.
     """
-    if pool.writer == threading.get_ident() and pool.pid == os.getpid():
+    _fork.check()
+    if pool.writer == threading.get_ident():
         raise RuntimeError("this thread is in a transaction of this store already")
 
 
@@ -85,11 +88,11 @@ def take_turn(
         StoreUnavailable: The turn could not be had in time, or the outcome of the commit is lost.
     """
     # Threads of one process queue here, which is fairer and faster than polling the file.
-    lock = pool.writing
     began = time.monotonic()
-    if not lock.acquire(timeout=session.patience):
-        raise StoreUnavailable(f"{pool.path}: no writer's turn within {pool.timeout:g} s")
+    lock, held = pool.writing, list[bool]()
     try:
+        if not acquire(lock, session.patience, held):
+            raise StoreUnavailable(f"{pool.path}: no writer's turn within {pool.timeout:g} s")
         pool.writer = threading.get_ident()
         session.run("PRAGMA shrink_memory")  # see `SQLiteStore.changes_since`
         session.patience = max(0.0, session.patience - (time.monotonic() - began))
@@ -107,9 +110,10 @@ def take_turn(
         finally:
             db.over = True
     finally:
-        if pool.writing is lock:  # in a forked child it is another
-            pool.writer = None
-        lock.release()
+        if True in held:
+            if pool.writing is lock:  # a forked child has another
+                pool.writer = None
+            lock.release()
 
 
 def _commit(pool: Pool, session: Session, db: Turn) -> None:

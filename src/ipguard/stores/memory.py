@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from unicodedata import normalize
 
 from ipguard import rules
+from ipguard._locks import ReentrantLock, acquire
 from ipguard.addresses import AddressRange, parse_address
 from ipguard.errors import AddressError, InvalidValue, StoreUnavailable
 from ipguard.model import (
@@ -65,7 +66,8 @@ class MemoryStore(Closing):
         self._rows: list[Row] = []
         self._turn = threading.Lock()
         self._writer: int | None = None
-        self._touched = threading.Condition()
+        self._lock = ReentrantLock()
+        self._touched = threading.Condition(self._lock)
 
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC."""
@@ -98,7 +100,7 @@ class MemoryStore(Closing):
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait until a change after `revision` touches a policy, or the store is closed."""
         self._snapshot()
-        with self._touched:
+        with self._lock:
             self._touched.wait_for(lambda: self._closed or self._state.touching > revision, timeout)
             return self._state.touching > revision
 
@@ -166,7 +168,7 @@ class MemoryStore(Closing):
         """Let the waiting go and refuse every later call."""
         if os.getpid() != self._pid:
             return
-        with self._touched:
+        with self._lock:
             self._closed = True
             self._touched.notify_all()
 
@@ -186,9 +188,10 @@ class MemoryStore(Closing):
         self._snapshot()
         if self._writer == threading.get_ident():
             raise RuntimeError("this thread is in a transaction of this store already")
-        if not self._turn.acquire(timeout=self._timeout):
-            raise StoreUnavailable(f"no writer's turn within {self._timeout:g} s")
+        held: list[bool] = []
         try:
+            if not acquire(self._turn, self._timeout, held):
+                raise StoreUnavailable(f"no writer's turn within {self._timeout:g} s")
             self._writer = threading.get_ident()
             turn = Turn(self._snapshot(), self.now(), staged)
             try:
@@ -197,13 +200,14 @@ class MemoryStore(Closing):
             finally:
                 turn.over = True
         finally:
-            self._writer = None
-            self._turn.release()
+            if True in held:
+                self._writer = None
+                self._turn.release()
 
     def _commit(self, turn: Turn) -> None:
         base, new = self._snapshot(), turn.result()
         self._rows[base.head :] = turn.rows
-        with self._touched:
+        with self._lock:
             self._state = new
             if new.touching > base.touching:
                 self._touched.notify_all()

@@ -124,7 +124,6 @@ class PostgresStore(Closing):
         self._clock = clock
         self._client = Client(options)
         self._listener = Listener(options, self._notify)
-        self._client.pool.children.append(self._listener.renew)
         self._writer = Writer(self._client, clock and self.now, self._listener.tell)
         if options.replica:
             _log.warning(
@@ -149,8 +148,12 @@ class PostgresStore(Closing):
         """Return what decides about a user, and the revision of that very snapshot."""
 
         def ask(session: Session) -> Policy:
-            rows = session.prepared_rows(_POLICY, (username, username))
-            policy = read.policy_of(username, rows)
+            rows = session.prepared_rows(_POLICY, (username,) * 3)
+            try:
+                policy = read.policy_of(username, rows)
+            except StoreUnavailable:
+                session.connection.spoilt = True
+                raise
             self._client.refuse(session, *rows[0][-2:])
             return policy
 
@@ -281,7 +284,7 @@ class PostgresStore(Closing):
         self._listener.close()
 
 
-_POLICY: Final = read.POLICY % schema.STATE
+_POLICY: Final = read.POLICY % ("?::text", schema.STATE)
 _CHANGES: Final = f"""
 SELECT f.*, {schema.STATE}, {schema.MICROS}, v.version, v.oldest, s.touching, {schema.RESTORE}
 FROM ({read.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1

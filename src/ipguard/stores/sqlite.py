@@ -65,7 +65,7 @@ _LOGIN_WAIT: Final = 1.0  # seconds; readers wait only while another program loc
 _BULK_CACHE: Final = (
     131_072  # KiB: the indexes' pages that an import of a million rows comes back to
 )
-_POLICY: Final = read.POLICY % "NULL"
+_POLICY: Final = read.POLICY % ("?", "NULL")
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -125,12 +125,13 @@ class SQLiteStore(Closing):
         # The one read that logins wait for: written out, without context managers.
         session = self._pool.take(self._patience)
         try:
-            rows = session.rows(_POLICY, (username, username))
+            rows = session.rows(_POLICY, (username,) * 3)
+            policy = read.policy_of(username, rows)
         except BaseException:
             self._pool.discard(session)
             raise
         self._pool.give(session)
-        return read.policy_of(username, rows)
+        return policy
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision, and the policy of each user with restrictions, from one snapshot."""

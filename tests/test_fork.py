@@ -1,0 +1,311 @@
+"""A fork in C, as uWSGI's, runs no at-fork hooks: each use checks the process that it is in."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ipguard
+from ipguard import Guard, Reason, StoreUnavailable, _fork
+from ipguard.aio._executor import Executor
+from ipguard.stores import _sql_read, open_store
+from ipguard.testing import Outbox
+from tests.guards import HOME, OFFICE, comes_true
+from tests.postgres import Given, Server, fresh_schema
+from tests.test_guard_fork import in_child
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+BOSS = ipguard.Actor(username="boss", email="b@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
+
+
+def fork_in_c() -> int:
+    """Fork as a C program does that embeds Python, with the GIL held.
+
+    Without hooks the child's GIL still counts the parent's threads that wait for it, and may wait
+    for them: so let them all come to rest first.
+    """
+    fork = ctypes.PyDLL(None).fork
+    threading.Event().wait(0.02)
+    return int(fork())
+
+
+def workflow(store: Any) -> ipguard.Workflow:
+    return ipguard.Workflow(store, Outbox(), key=bytes(32))
+
+
+def restrict(store: Any, name: str, address: str = HOME) -> int:
+    return workflow(store).impose(BOSS, name, address, reason="a test").revision
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, postgres: Server | Given
+) -> Iterator[Any]:
+    kind = request.param
+    url = (
+        f"sqlite:///{tmp_path / 'f.db'}"
+        if kind == "sqlite"
+        else postgres.url(schema=fresh_schema())
+    )
+    with open_store(url) as opened:
+        names = ("jsmith", "mlee")
+        opened.put_users(
+            [ipguard.User(username=name, full_name="", account_id="A1") for name in names]
+        )
+        restrict(opened, "jsmith")
+        yield opened
+
+
+def test_children_of_a_fork_without_hooks_share_no_connection(store: Any) -> None:
+    """With a refresher, an idle connection and a full cache: each side goes on by itself."""
+    parked, go_on = threading.Event(), threading.Event()
+    wait = store.wait
+
+    def park(revision: int, timeout: float) -> bool:
+        parked.set()
+        go_on.wait()  # the refresher must not wait for the GIL at the fork: see `fork_in_c`
+        return bool(wait(revision, timeout))
+
+    store.wait = park
+    with Guard(store, max_staleness=1.0) as guard:
+        parked.wait()
+        guard.sync()
+        assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
+
+        def child() -> list[object]:
+            store.wait = wait
+            answers = [guard.check(name, OFFICE).reason for name in ("jsmith", "mlee")]
+            revision = restrict(store, "mlee")
+            comes_true(lambda: guard.revision >= revision)
+            return [*answers, guard.check("mlee", OFFICE).reason, guard.stats().woken_by]
+
+        assert in_child(child, fork_in_c) == [
+            "not_listed",
+            "unrestricted",
+            "not_listed",
+            "refresher",
+        ]
+        go_on.set()
+        assert guard.wait_for(store.changes_since(None).head, 10)
+        assert guard.check("mlee", OFFICE).reason is Reason.NOT_LISTED
+        restrict(store, "mlee", OFFICE)
+        assert guard.wait_for(store.changes_since(None).head, 10)
+        assert guard.check("mlee", OFFICE)
+
+
+def test_a_child_of_a_child_has_its_own_connections(store: Any) -> None:
+    """A fork without hooks, then one with, then one without."""
+    store.load_policy("jsmith")
+
+    def grandchild() -> int:
+        return restrict(store, "mlee")
+
+    def child() -> list[int]:
+        found = [len(store.load_policy("jsmith").restrictions)]
+        return [*found, in_child(lambda: in_child(grandchild, fork_in_c))]
+
+    head = store.changes_since(None).head
+    assert in_child(child, fork_in_c) == [1, head + 1]
+    assert store.load_policy("mlee").restrictions
+    assert store.changes_since(None).head == head + 1
+
+
+def test_what_a_child_commits_outlives_its_parent_s_connection(tmp_path: Path) -> None:
+    """SQLite: a child that had inherited a lock table would lose its log to the parent's close."""
+    path = tmp_path / "f.db"
+    store = open_store(f"sqlite:///{path}")
+    store.put_users([ipguard.User(username="jsmith", full_name="", account_id="A1")])
+    store.load_policy("jsmith")
+    ready, go = os.pipe(), os.pipe()
+
+    def child() -> int:
+        store.load_policy("jsmith")
+        os.write(ready[1], b".")
+        os.read(go[0], 1)
+        return restrict(store, "jsmith")
+
+    def close() -> None:
+        os.read(ready[0], 1)
+        store.close()
+        os.write(go[1], b".")
+
+    closing = threading.Thread(target=close)
+
+    def fork() -> int:
+        pid = fork_in_c()
+        if pid:
+            closing.start()
+        return pid
+
+    assert in_child(child, fork) == 2
+    closing.join()
+    for end in (*ready, *go):
+        os.close(end)
+    with open_store(f"sqlite:///{path}") as again:
+        assert len(again.load_policy("jsmith").restrictions) == 1
+
+
+def test_a_child_refuses_a_file_that_a_statement_was_reading(tmp_path: Path) -> None:
+    """SQLite: nobody can close a connection whose thread, inside a call, does not exist here."""
+    with open_store(f"sqlite:///{tmp_path / 'f.db'}") as store:
+        inner: Any = store
+        session = inner._pool.take()
+        session.busy = True
+
+        def child() -> str:
+            with suppress(StoreUnavailable):
+                return str(store.load_policy("jsmith"))
+            return "refused"
+
+        assert in_child(child, fork_in_c) == "refused"
+        inner._pool.discard(session)
+        assert store.load_policy("jsmith").revision == 0
+
+
+def test_a_turn_that_the_parent_is_in_stays_the_parent_s(store: Any) -> None:
+    """In the child it is refused, and the parent commits."""
+
+    with store.transaction() as turn:
+
+        def child() -> list[str]:
+            found = []
+            acts: list[Callable[[], object]] = [
+                lambda: turn.failures("jsmith"),
+                lambda: turn.user("jsmith"),
+            ]
+            for act in acts:
+                with suppress(StoreUnavailable):
+                    found.append(str(act()))
+            return found
+
+        assert in_child(child, fork_in_c) == []
+        turn.append(ipguard.Action.IMPOSE, actor="boss", touches=frozenset({"jsmith"}))
+    assert store.load_policy("jsmith").restrictions
+
+
+def test_a_guard_that_was_being_written_is_empty_in_the_child(store: Any) -> None:
+    """Another thread held the guard's lock: what it was writing may be half written."""
+    guard = Guard(store)
+    assert guard.check("jsmith", HOME)
+    inside, leave = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with guard._lease.lock:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    inside.wait()
+
+    def child() -> list[object]:
+        denied = guard.check("jsmith", OFFICE).reason
+        return [guard.stats().users, denied, guard.check("jsmith", HOME).reason]
+
+    assert in_child(child, fork_in_c) == [1, "not_listed", "listed"]
+    leave.set()
+    thread.join()
+    assert guard.check("jsmith", HOME)
+
+
+def test_locks_that_the_parent_s_threads_hold_do_not_hang_a_child(store: Any) -> None:
+    """The figures, the store's health, the writer's queue, the line of the event loop's threads."""
+    guard = Guard(store)
+    guard.check("jsmith", OFFICE)
+    executor = Executor(1, 1)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with guard._tally._lock, guard._lease.health._lock, executor._lock, store.transaction():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+
+    def child() -> list[object]:
+        guard.check("jsmith", OFFICE)
+        counted = guard.stats().denials[Reason.NOT_LISTED]
+        return [counted, executor._submit(lambda: 5).result(10)]
+
+    assert in_child(child, fork_in_c) == [2, 5]
+    leave.set()
+    thread.join()
+
+
+def test_a_memory_store_is_refused_in_a_child() -> None:
+    """It is a private copy there; the guard answers until its lease ends."""
+    store = open_store("memory://")
+    guard = Guard(store)
+    guard.check("jsmith", HOME)
+
+    def child() -> list[object]:
+        first = guard.is_allowed("jsmith", HOME)
+        with suppress(StoreUnavailable):
+            store.load_policy("jsmith")
+            first = False
+        return [first, guard.check("mlee", HOME).reason]
+
+    assert in_child(child, fork_in_c) == [True, "store_unavailable"]
+
+
+def test_a_repair_that_was_interrupted_is_done_again() -> None:
+    """A signal handler that raises in the middle leaves the child in need of repair."""
+    done: list[str] = []
+
+    class Once(_fork.Forkable):
+        def after_fork_in_child(self) -> None:
+            done.append("repair")
+            if len(done) == 1:
+                raise KeyboardInterrupt
+
+    once = Once()
+    _fork.register(once)
+
+    def child() -> list[str]:
+        with suppress(KeyboardInterrupt):
+            _fork.check()
+        _fork.check()
+        _fork.check()
+        return done
+
+    assert in_child(child, fork_in_c) == ["repair", "repair"]
+    assert done == []
+    _fork._objects.pop(once)
+
+
+def test_an_answer_about_another_user_is_refused(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes on one connection read each other's answers; that connection is dropped."""
+    asked: list[str] = []
+    policy_of = _sql_read.policy_of
+
+    def of_another(username: str, rows: Any) -> Any:
+        asked.append(username)
+        return policy_of("mlee" if len(asked) == 1 else username, rows)
+
+    guard = Guard(store)
+    pool = getattr(store, "_pool", None) or store._client.pool
+    store.load_policy("jsmith")
+    before = tuple(pool._idle)
+    monkeypatch.setattr(_sql_read, "policy_of", of_another)
+    with suppress(StoreUnavailable):
+        assert guard.check("jsmith", OFFICE).reason in {
+            Reason.STORE_UNAVAILABLE,
+            Reason.NOT_LISTED,
+        }
+    assert asked
+    assert not set(before) & set(pool._idle)
