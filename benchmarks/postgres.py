@@ -16,8 +16,8 @@ import psycopg_pool
 
 import ipguard
 from ipguard.model import Action
-from ipguard.stores._postgres import dialect
 from ipguard.stores.postgres import _POLICY, PostgresStore
+from ipguard.stores.postgres._connection import dialect
 from ipguard.testing import Outbox
 from tests.postgres import running_server
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ipguard import stores
 
-_NAMES = ("broken_memory_turn", "broken_memory")
-SOURCES = [Path(stores.__file__ or "").with_name(name) for name in ("_memory.py", "memory.py")]
+_NAMES = ("broken_memory",)
+SOURCES = [Path(stores.__file__ or "").with_name(name) for name in ("memory.py",)]
 
 # A piece of the reference, the same piece broken, and the test that has to notice.
 BREAKAGES: list[tuple[str, str, str]] = [
@@ -316,8 +316,8 @@ def store_class(old: str = "", new: str = "") -> Any:
         sys.modules[name] = module  # attrs looks modules up by name
         modules.append(module)
         broken = text.replace(old, new) if old else text
-        exec(broken.replace("from ipguard.stores._memory", "from broken_memory_turn"), vars(module))
-    return modules[1].MemoryStore
+        exec(broken.replace("from ipguard.stores.memory", "from broken_memory_turn"), vars(module))
+    return modules[0].MemoryStore
 
 
 def forget() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 import ipguard
 from ipguard import Actor, Reason
-from ipguard.stores._migrations import SCHEMA_VERSION
+from ipguard.stores._sql import SCHEMA_VERSION
 from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds

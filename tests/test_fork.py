@@ -15,7 +15,8 @@ import pytest
 import ipguard
 from ipguard import Guard, Reason, StoreUnavailable, _fork
 from ipguard.aio._executor import Executor
-from ipguard.stores import _sql_read, open_store
+from ipguard.stores import open_store
+from ipguard.stores._sql import policies
 from ipguard.testing import Outbox
 from tests.guards import HOME, OFFICE, comes_true
 from tests.postgres import Given, Server, fresh_schema
@@ -291,7 +292,7 @@ def test_an_answer_about_another_user_is_refused(
 ) -> None:
     """Two processes on one connection read each other's answers; that connection is dropped."""
     asked: list[str] = []
-    policy_of = _sql_read.policy_of
+    policy_of = policies.policy_of
 
     def of_another(username: str, rows: Any) -> Any:
         asked.append(username)
@@ -301,7 +302,7 @@ def test_an_answer_about_another_user_is_refused(
     pool = getattr(store, "_pool", None) or store._client.pool
     store.load_policy("jsmith")
     before = tuple(pool._idle)
-    monkeypatch.setattr(_sql_read, "policy_of", of_another)
+    monkeypatch.setattr(policies, "policy_of", of_another)
     with suppress(StoreUnavailable):
         assert guard.check("jsmith", OFFICE).reason in {
             Reason.STORE_UNAVAILABLE,

@@ -35,10 +35,10 @@ from ipguard import (
 from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, Action, Restriction
 from ipguard.stores import open_store
-from ipguard.stores._migrations import SCHEMA_VERSION
-from ipguard.stores._postgres import Session, dialect, quoted
-from ipguard.stores._postgres_options import Options
+from ipguard.stores._sql import SCHEMA_VERSION
 from ipguard.stores.postgres import _CHANGES, _POLICY, PostgresStore, grants, migrations
+from ipguard.stores.postgres._connection import Session, dialect, quoted
+from ipguard.stores.postgres._options import Options
 from ipguard.testing import Outbox
 from tests.flows import HOME, OFFICE, Desk
 from tests.postgres import Given, Server, execute, fresh_schema
@@ -609,7 +609,7 @@ def test_now_does_no_io(url: str) -> None:
 
 def test_the_hosts_clock_does_not_matter(store: PostgresStore) -> None:
     """What the server said last counts from then on, whatever the host believes."""
-    from ipguard.stores._postgres_clock import ServerClock, ticks
+    from ipguard.stores.postgres._connection import ServerClock, ticks
 
     clock = ServerClock()
     clock.set(0, ticks())

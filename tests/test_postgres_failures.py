@@ -104,7 +104,7 @@ def test_the_time_of_the_caller_does_not_count(
     passed = 0.0
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed)
     with store.transaction() as turn:
-        monkeypatch.setattr("ipguard.stores._postgres.time", clock)
+        monkeypatch.setattr("ipguard.stores.postgres._connection.time", clock)
         for _ in range(2):
             passed += 3600.0
             assert turn.user("jo") is not None

@@ -14,9 +14,9 @@ import pytest
 
 import ipguard
 from ipguard.model import Action
-from ipguard.stores._postgres_listen import Listener
-from ipguard.stores._postgres_options import Options
 from ipguard.stores.postgres import PostgresStore
+from ipguard.stores.postgres._listener import Listener
+from ipguard.stores.postgres._options import Options
 from tests.postgres import Given, Server, fresh_schema, until
 
 PATIENCE = 20.0
@@ -323,7 +323,7 @@ def test_a_store_that_nobody_waits_on_stops_listening(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread ends when nobody has waited for a while, and starts again with the next."""
-    from ipguard.stores import _postgres_listen
+    from ipguard.stores.postgres import _listener as _postgres_listen
 
     until(lambda: listening(store), "it listens")
     monkeypatch.setattr(_postgres_listen, "_LONELY", 0.0)

@@ -17,9 +17,8 @@ import pytest
 import ipguard
 from ipguard import Actor, Reason, StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores import open_store
-from ipguard.stores._postgres import SETTINGS, dialect
-from ipguard.stores._postgres_clock import ServerClock, ticks
 from ipguard.stores.postgres import PostgresStore, grants
+from ipguard.stores.postgres._connection import SETTINGS, ServerClock, dialect, ticks
 from ipguard.testing import Outbox
 from tests.pooler import transaction_pooler
 from tests.postgres import Given, Server, fresh_schema

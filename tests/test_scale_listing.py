@@ -15,17 +15,9 @@ from hypothesis import strategies as st
 from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, Action, Actor, Restriction, User
 from ipguard.store import RestrictionStore
-from ipguard.stores import (
-    _sql_holders,
-    _sql_pages,
-    _sql_search,
-    _sql_sources,
-    _sql_terms,
-    open_store,
-)
-from ipguard.stores._migrations import migrations
-from ipguard.stores._sql import encodable
-from ipguard.stores._sql_search import _bound
+from ipguard.stores import open_store
+from ipguard.stores._sql import encodable, listing, migrations
+from ipguard.stores._sql.listing import _bound
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.conftest import rounds
@@ -96,12 +88,19 @@ def add(store: RestrictionStore, rows: list[tuple[str, str]], mark: str) -> None
 @pytest.fixture
 def edges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few users, looks at a few rows: every way is gone, and left half way."""
-    monkeypatch.setattr(_sql_terms, "BLOCK", 2)
+    monkeypatch.setattr(listing, "BLOCK", 2)
     figures: dict[ModuleType, dict[str, int]] = {
-        _sql_search: {"_MANY": 3, "_FIRST_LOOK": 1, "LOOKED_AT": 3},
-        _sql_sources: {"FEW": 2, "_SEVERAL": 1, "_SMALL": 2, "_UNPLACED": 1, "_TOGETHER": 2},
-        _sql_holders: {"FEW": 2},
-        _sql_pages: {"FEW": 2, "LOOKED_AT": 3, "_AT_ONCE": 2},
+        listing: {
+            "_MANY": 3,
+            "_FIRST_LOOK": 1,
+            "LOOKED_AT": 3,
+            "FEW": 2,
+            "_SEVERAL": 1,
+            "_SMALL": 2,
+            "_UNPLACED": 1,
+            "_TOGETHER": 2,
+            "_AT_ONCE": 2,
+        },
     }
     for module, names in figures.items():
         for name, figure in names.items():
@@ -125,9 +124,9 @@ Run = Callable[[str, tuple[Any, ...]], object]
 def old_put(run: Run, users: Iterable[User]) -> None:
     """Write users as the library for schema 1 does."""
     for user in users:
-        words = _sql_terms.folded(user.full_name).split()
+        words = listing.folded(user.full_name).split()
         terms = {" ".join(words[at:]) for at in range(len(words))}
-        terms |= {_sql_terms.folded(user.username), _sql_terms.folded(user.account_id)}
+        terms |= {listing.folded(user.username), listing.folded(user.account_id)}
         run("DELETE FROM search_terms WHERE username = ?", (user.username,))
         for term in terms - {""}:
             run("INSERT INTO search_terms (term, username) VALUES (?, ?)", (term, user.username))

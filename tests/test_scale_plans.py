@@ -11,17 +11,10 @@ import pytest
 
 from ipguard.model import Action, Actor, User
 from ipguard.store import RestrictionStore
-from ipguard.stores import (
-    _postgres,
-    _sql_holders,
-    _sql_pages,
-    _sql_search,
-    _sql_sources,
-    _sql_terms,
-    _sqlite,
-    open_store,
-)
-from ipguard.stores._sql import Params, Row
+from ipguard.stores import open_store
+from ipguard.stores._sql import Params, Row, listing
+from ipguard.stores.postgres import _connection
+from ipguard.stores.sqlite import _pool
 from ipguard.testing import FakeClock
 from tests.postgres import Given, Server, fresh_schema
 from tests.test_scale_listing import START, restrictions
@@ -37,16 +30,16 @@ class CountedSqlite:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.touched = folder / "a.db", 0
-        ask = _sqlite.Session.rows
+        ask = _pool.Session.rows
 
-        def rows(session: _sqlite.Session, sql: str, params: Params = ()) -> list[Row]:
+        def rows(session: _pool.Session, sql: str, params: Params = ()) -> list[Row]:
             session.connection.set_progress_handler(self._ten_steps, 10)
             try:
                 return ask(session, sql, params)
             finally:
                 session.connection.set_progress_handler(None, 0)
 
-        monkeypatch.setattr(_sqlite.Session, "rows", rows)
+        monkeypatch.setattr(_pool.Session, "rows", rows)
 
     def _ten_steps(self) -> int:
         self.touched += 1
@@ -65,9 +58,9 @@ class CountedPostgres:
 
     def __init__(self, server: Server | Given, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server, self.schema, self.touched = server, fresh_schema(), 0
-        ask = _postgres.Session.rows
+        ask = _connection.Session.rows
 
-        def rows(session: _postgres.Session, sql: str, params: Params = ()) -> list[Row]:
+        def rows(session: _connection.Session, sql: str, params: Params = ()) -> list[Row]:
             if sql.lstrip().startswith(("SELECT", "WITH")):
                 explain = f"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) {sql}"
                 plan = ask(session, explain, params)[0][0][0]["Plan"]
@@ -75,7 +68,7 @@ class CountedPostgres:
                 self.touched += plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
             return ask(session, sql, params)
 
-        monkeypatch.setattr(_postgres.Session, "rows", rows)
+        monkeypatch.setattr(_connection.Session, "rows", rows)
 
     def open(self) -> RestrictionStore:
         return open_store(self.server.url(schema=self.schema, timeout=30), clock=FakeClock(START))
@@ -153,12 +146,16 @@ def test_no_page_touches_more_as_the_users_grow(
     kind: str, tmp_path: Path, postgres: Server | Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the database has looked at its tables or not, most new users go by unnoticed."""
-    monkeypatch.setattr(_sql_terms, "BLOCK", 20)
+    monkeypatch.setattr(listing, "BLOCK", 20)
     for module, names in {
-        _sql_search: {"_MANY": 100, "_FIRST_LOOK": 25, "LOOKED_AT": 50},
-        _sql_sources: {"FEW": 5, "_SMALL": 10},
-        _sql_holders: {"FEW": 5},
-        _sql_pages: {"FEW": 5, "LOOKED_AT": 50, "_AT_ONCE": 25},
+        listing: {
+            "_MANY": 100,
+            "_FIRST_LOOK": 25,
+            "LOOKED_AT": 50,
+            "FEW": 5,
+            "_SMALL": 10,
+            "_AT_ONCE": 25,
+        },
     }.items():
         for name, figure in names.items():
             monkeypatch.setattr(module, name, figure)

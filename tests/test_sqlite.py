@@ -32,12 +32,11 @@ from ipguard.errors import (
 )
 from ipguard.guard import Guard
 from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
-from ipguard.stores import _sqlite_schema, _sqlite_turn, open_store
-from ipguard.stores._migrations import SCHEMA_VERSION
-from ipguard.stores._sql import micros
-from ipguard.stores._sql_read import CHANGES_SINCE
-from ipguard.stores._sqlite import Files, Session, file_id
-from ipguard.stores.sqlite import SQLiteStore, migrations
+from ipguard.stores import open_store, sqlite
+from ipguard.stores._sql import SCHEMA_VERSION, micros
+from ipguard.stores._sql.policies import CHANGES_SINCE
+from ipguard.stores.sqlite import SQLiteStore, _schema, migrations
+from ipguard.stores.sqlite._pool import Files, Session, file_id
 from tests.conftest import rounds
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -327,7 +326,7 @@ def test_a_child_does_not_commit_for_its_parent(store: SQLiteStore) -> None:
         session = next(iter(store._pool._open))
 
         def leave() -> None:
-            _sqlite_turn._commit(store._pool, session, turn._db)  # type: ignore[attr-defined]
+            sqlite._commit(store._pool, session, turn._db)  # type: ignore[attr-defined]
 
         assert in_child(leave) == "StoreUnavailable"
         assert store.load_policy("jo").restrictions == ()
@@ -644,8 +643,8 @@ def test_a_file_that_vanishes_at_the_last_moment(
     store._pool.forget()
     main = file_id(str(path))
     remove(path)
-    monkeypatch.setattr("ipguard.stores._sqlite_pool.file_id", lambda path: main)
-    monkeypatch.setattr("ipguard.stores._sqlite_pool.files_at", lambda path: store._pool._files)
+    monkeypatch.setattr("ipguard.stores.sqlite._pool.file_id", lambda path: main)
+    monkeypatch.setattr("ipguard.stores.sqlite._pool.files_at", lambda path: store._pool._files)
     with pytest.raises(StoreUnavailable):
         store.load_policy("jo")
     assert not path.exists()
@@ -1093,7 +1092,7 @@ class Time:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.then: Callable[[], object] = lambda: None
-        for module in ("_sqlite", "_sqlite_pool", "_sqlite_turn"):
+        for module in ("sqlite._pool", "sqlite"):
             monkeypatch.setattr(f"ipguard.stores.{module}.time", self)
 
     def monotonic(self) -> float:
@@ -1167,7 +1166,7 @@ def test_a_read_waits_for_a_lock_that_ends(path: Path, monkeypatch: pytest.Monke
         other = stack.enter_context(raw(path))
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("UPDATE head SET revision = revision")
-        monkeypatch.setattr("ipguard.stores._sqlite.time.sleep", lambda seconds: stack.close())
+        monkeypatch.setattr("ipguard.stores.sqlite._pool.time.sleep", lambda seconds: stack.close())
         assert store.load_policy("jo").revision == 0
 
 
@@ -1625,7 +1624,7 @@ def test_an_older_schema_needs_a_migration(path: Path) -> None:
 
 def test_a_faster_process_makes_the_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waited for the lock finds the work done."""
-    plain, turns = _sqlite_schema._use_wal, [True]
+    plain, turns = _schema._use_wal, [True]
 
     def overtaken(session: Session) -> None:
         plain(session)
@@ -1634,7 +1633,7 @@ def test_a_faster_process_makes_the_schema(path: Path, monkeypatch: pytest.Monke
             with SQLiteStore(path) as other:
                 other.put_users([user("jo")])
 
-    monkeypatch.setattr(_sqlite_schema, "_use_wal", overtaken)
+    monkeypatch.setattr(_schema, "_use_wal", overtaken)
     with SQLiteStore(path) as store:
         assert store.load_policy("jo").revision == 1
 
@@ -1644,7 +1643,7 @@ def test_a_failed_migration_leaves_nothing(path: Path, monkeypatch: pytest.Monke
     *before, (version, sql) = migrations()
     broken = [*before, (version, sql + "INSERT INTO missing VALUES (1);\n")]
     with monkeypatch.context() as patch:
-        patch.setattr("ipguard.stores._sqlite_schema.migrations", lambda dialect: broken)
+        patch.setattr("ipguard.stores.sqlite._schema.migrations", lambda dialect: broken)
         with pytest.raises(StoreUnavailable, match="missing"):
             SQLiteStore(path)
     with pytest.raises(SchemaVersionError):

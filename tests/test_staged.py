@@ -23,10 +23,9 @@ from ipguard.errors import (
 from ipguard.model import EVERYBODY, Action, Actor, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
-from ipguard.stores._postgres_turn import Turn
 from ipguard.stores._sql import Params, Row
-from ipguard.stores._sql_staged import StagedRestrictions
-from ipguard.stores._sql_users import StagedUsers
+from ipguard.stores._sql.bulk import StagedRestrictions, StagedUsers
+from ipguard.stores.postgres._transaction import Turn
 from ipguard.testing import FakeClock
 from ipguard.testing._base import Call, Hooks, raises, user
 from tests.postgres import Given, Server, fresh_schema, until
@@ -112,7 +111,7 @@ class Between(Hooks):
 
     def test_more_changes_than_are_read(self) -> None:
         """After many changes all are judged again, and the last of them counts."""
-        self.patch.setattr("ipguard.stores._sql_staged.MOVED_AT_MOST", 1)
+        self.patch.setattr("ipguard.stores._sql.bulk.MOVED_AT_MOST", 1)
         self.put("alice", "bob")
 
         def change() -> None:

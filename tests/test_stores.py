@@ -29,7 +29,7 @@ from ipguard.model import (
 )
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
-from ipguard.stores._migrations import migrations as _migrations
+from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock, StoreConformance
 from tests.conftest import rounds

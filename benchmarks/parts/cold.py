@@ -148,7 +148,7 @@ def cold(scale: Scale) -> Part:
 
     def postgres_policy() -> Reads:
         from ipguard.stores import postgres  # noqa: PLC0415
-        from ipguard.stores._postgres import dialect  # noqa: PLC0415
+        from ipguard.stores.postgres._connection import dialect  # noqa: PLC0415
 
         return postgres_raw(dialect(postgres._POLICY, "ipguard"), 3)
 

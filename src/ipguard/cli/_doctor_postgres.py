@@ -11,9 +11,9 @@ from typing import Final
 from ipguard.cli.doctor import Finding, Findings
 from ipguard.errors import StoreError
 from ipguard.store import RestrictionStore
-from ipguard.stores._postgres import Session, quoted
-from ipguard.stores._postgres_options import Options
-from ipguard.stores._postgres_pool import connect
+from ipguard.stores.postgres._connection import Session, quoted
+from ipguard.stores.postgres._options import Options
+from ipguard.stores.postgres._pool import connect
 
 _PATIENCE: Final = 5.0
 _TABLES: Final = ("restrictions", "users", "requests", "changes")

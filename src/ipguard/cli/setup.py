@@ -143,8 +143,8 @@ def _postgres(
 ) -> tuple[list[tuple[int, str]], str]:
     try:
         from ipguard.stores import postgres
-        from ipguard.stores._postgres import quoted
-        from ipguard.stores._postgres_options import Options
+        from ipguard.stores.postgres._connection import quoted
+        from ipguard.stores.postgres._options import Options
     except ImportError:
         raise Problem(
             Exit.CONFIG, 'postgresql:// needs its driver: pip install "ipguard[postgres]"'

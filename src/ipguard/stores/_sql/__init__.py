@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
+from importlib.resources import files
 from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 
 import attrs
 
 from ipguard.addresses import AddressRange
-from ipguard.errors import InvalidValue, StoreUnavailable, UsernameError
+from ipguard.errors import InvalidValue, SchemaVersionError, StoreUnavailable, UsernameError
 from ipguard.model import (
     EVERYBODY,
     Action,
@@ -127,6 +128,11 @@ RESTRICTION: Final = "id, first_ip, last_ip, label, created_at, created_by, expi
 def columns(names: str, table: str) -> str:
     """Return a list of columns with the table named before each."""
     return ", ".join(f"{table}.{name.strip()}" for name in names.split(","))
+
+
+def marks(names: str) -> str:
+    """Return as many parameters as a list of columns has names."""
+    return ", ".join("?" * len(names.split(",")))
 
 
 def make_restriction(username: str, row: Row) -> Restriction:
@@ -333,3 +339,40 @@ def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
             return EVERYBODY
         names.update(json.loads(text))
     return frozenset(names)
+
+
+SCHEMA_VERSION: Final = 3
+"""The schema that this library was written for: the number of the last migration."""
+
+
+def migrations(dialect: str) -> list[tuple[int, str]]:
+    """Return the SQL that leads from an empty database to this library's schema.
+
+    Args:
+        dialect: `sqlite` or `postgresql`.
+
+    Returns:
+        Version and SQL text, in the order in which they are to be applied, each text within one
+        transaction.
+    """
+    folder = files("ipguard.stores") / "migrations" / dialect
+    found = sorted((item.name, item) for item in folder.iterdir() if item.name.endswith(".sql"))
+    return [(int(name.partition("_")[0]), item.read_text("utf-8")) for name, item in found]
+
+
+def check_schema(version: int, oldest: int) -> None:
+    """Refuse a schema that this library may not use.
+
+    A newer schema is fine as long as it says so: servers run on while it is rolled out.
+
+    Args:
+        version: The schema's version.
+        oldest: The oldest schema that a library must have been written for to use it.
+
+    Raises:
+        SchemaVersionError: The schema is too old, or too new.
+    """
+    if version < SCHEMA_VERSION:
+        raise SchemaVersionError(version, SCHEMA_VERSION)
+    if oldest > SCHEMA_VERSION:
+        raise SchemaVersionError(version, oldest)

@@ -33,6 +33,7 @@ from ipguard.stores._sql import (
     Row,
     change_row,
     encodable,
+    marks,
     micros,
     moment,
     pending_of,
@@ -43,13 +44,7 @@ from ipguard.stores._sql import (
     touched_text,
     user_of,
 )
-from ipguard.stores._sql_staged import StagedRestrictions
-
-
-def marks(names: str) -> str:
-    """Return as many parameters as a list of columns has names."""
-    return ", ".join("?" * len(names.split(",")))
-
+from ipguard.stores._sql.bulk import StagedRestrictions
 
 _INSERT_CHANGE: Final = (
     f"INSERT INTO changes ({CHANGE}, token, touched) VALUES ({marks(CHANGE)}, ?, ?)"

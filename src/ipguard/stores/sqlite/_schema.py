@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
-from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
-from ipguard.stores._sql_read import UNFINISHED
-from ipguard.stores._sqlite import Session
-from ipguard.stores._sqlite_pool import Pool, make_file
+from ipguard.stores._sql import SCHEMA_VERSION, check_schema, migrations
+from ipguard.stores._sql.policies import UNFINISHED
+from ipguard.stores.sqlite._pool import Pool, Session, make_file
 
 _log = logging.getLogger("ipguard.stores")
 

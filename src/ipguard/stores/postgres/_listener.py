@@ -20,10 +20,10 @@ from typing import Final
 from ipguard import _fork
 from ipguard._locks import ReentrantLock, acquire
 from ipguard.errors import StoreError, StoreUnavailable
-from ipguard.stores._postgres import Connection, Session, quoted, translated
-from ipguard.stores._postgres_options import Options
-from ipguard.stores._postgres_pool import connect
-from ipguard.stores._sql_read import TOUCHING
+from ipguard.stores._sql.policies import TOUCHING
+from ipguard.stores.postgres._connection import Connection, Session, quoted, translated
+from ipguard.stores.postgres._options import Options
+from ipguard.stores.postgres._pool import connect
 
 _log = logging.getLogger("ipguard.stores.postgres")
 

@@ -18,14 +18,13 @@ from psycopg.sql import Literal
 from ipguard import _fork
 from ipguard._locks import acquire
 from ipguard.errors import StoreUnavailable
-from ipguard.stores._postgres import BEGIN, Session, quoted
-from ipguard.stores._postgres_client import Client
-from ipguard.stores._postgres_clock import ticks
-from ipguard.stores._postgres_schema import MICROS, check_version
 from ipguard.stores._sql import Params, Row, moment
-from ipguard.stores._sql_read import UNFINISHED
-from ipguard.stores._sql_staged import StagedRestrictions
-from ipguard.stores._sql_write import SqlTransaction
+from ipguard.stores._sql.bulk import StagedRestrictions
+from ipguard.stores._sql.policies import UNFINISHED
+from ipguard.stores._sql.transaction import SqlTransaction
+from ipguard.stores.postgres._connection import BEGIN, Session, quoted, ticks
+from ipguard.stores.postgres._pool import Client
+from ipguard.stores.postgres._schema import MICROS, check_version
 
 
 class Taken(NamedTuple):

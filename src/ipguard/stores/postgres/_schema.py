@@ -8,11 +8,10 @@ from typing import Final, NamedTuple
 from psycopg import errors
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
-from ipguard.stores._migrations import SCHEMA_VERSION, check_schema, migrations
-from ipguard.stores._postgres import BEGIN, Session, quoted
-from ipguard.stores._postgres_clock import ticks
-from ipguard.stores._postgres_options import Options
-from ipguard.stores._sql_read import UNFINISHED
+from ipguard.stores._sql import SCHEMA_VERSION, check_schema, migrations
+from ipguard.stores._sql.policies import UNFINISHED
+from ipguard.stores.postgres._connection import BEGIN, Session, quoted, ticks
+from ipguard.stores.postgres._options import Options
 
 _log = logging.getLogger("ipguard.stores.postgres")
 
