@@ -1,1 +1,1 @@
-"""How fast ipguard is, side by side with what an adopter might use instead: `dev.py bench`."""
+"""Measure ipguard against the least that Python can do and against other packages."""

@@ -1,39 +1,67 @@
-"""Measure everything and write it down; `python3 dev.py bench` prepares what this needs.
+"""Measure and publish; `python3 dev.py bench` prepares what this needs.
 
     python -m benchmarks [--quick | --tiny] [--only PART ...] [--out FOLDER]
 
-The table, the JSON and the plots go to docs/performance/. A part or a peer that fails is written
-down as that, and the rest goes on; the exit code is 0 whatever the figures are.
+The results go to docs/performance/. A part or a peer that fails is listed with its error and the
+rest goes on; the exit code is 0 whatever the figures are. --tiny only shows that everything runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-from benchmarks import plots, report
-from benchmarks.measure import Figures
-from benchmarks.parts import PARTS
-from benchmarks.peers import common
-from benchmarks.peers.databases import DSN
-from benchmarks.scale import FULL, QUICK, TINY, Scale
+from benchmarks import bulk, cold, listing, login, peers, propagation, report
+from benchmarks.fixtures import DSN
+from benchmarks.measure import ROOT, Part, Scale, measure, run
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "performance"
 
+PARTS: dict[str, Callable[[Scale], Part]] = {
+    "warm": login.warm,
+    "warm-many": login.warm_many,
+    "first-ipv4": partial(login.first_sight, version=4),
+    "first-ipv6": partial(login.first_sight, version=6),
+    "preloaded": login.preloaded,
+    "cold": cold.cold,
+    "memory": cold.memory,
+    "preload": cold.preload,
+    "import": cold.imports,
+    "growth": login.growth,
+    "floods": login.floods,
+    "threads": login.threads,
+    "search": listing.searches,
+    "propagation": propagation.propagation,
+    "bulk": bulk.imports,
+}
 
-@contextlib.contextmanager
+FULL = Scale(
+    name="full", processes=3, rounds=30, slot=0.002, patience=1800.0, many=100_000,
+    preloaded=1_000_000, listed=10_000, stored=5_000, flooded=20_000,
+    imported=100_000, searched=(100_000, 1_000_000), changes=300, listeners=8,
+)  # fmt: skip
+QUICK = Scale(
+    name="quick", processes=1, rounds=9, slot=0.002, patience=300.0, many=20_000,
+    preloaded=50_000, listed=10_000, stored=1_000, flooded=2_000,
+    imported=5_000, searched=(10_000,), changes=40, listeners=4,
+)  # fmt: skip
+TINY = Scale(
+    name="tiny", processes=1, rounds=2, slot=0.0001, patience=60.0, many=50,
+    preloaded=200, listed=20, stored=20, flooded=100,
+    imported=50, searched=(200,), changes=10, listeners=2,
+)  # fmt: skip
+SCALES = {scale.name: scale for scale in (FULL, QUICK, TINY)}
+
+
+@contextmanager
 def postgres() -> Iterator[None]:
-    """Start a PostgreSQL server for all parts, or let them say why there is none."""
-    with contextlib.ExitStack() as stack:
+    """Start a PostgreSQL server for all parts; without one they report why."""
+    with ExitStack() as stack:
         try:
             from tests.postgres import running_server  # noqa: PLC0415 - it needs the driver
 
@@ -43,66 +71,35 @@ def postgres() -> Iterator[None]:
         yield
 
 
-def measure(part: str, scale: Scale) -> Figures:
-    """Measure one part, in processes of its own."""
-    with tempfile.TemporaryDirectory(prefix="ipguard-bench-") as folder:
-        told = Path(folder) / "told.jsonl"
-        what = PARTS[part](scale)
-        processes = max(1, scale.processes // what.fewer)
-        command = [sys.executable, "-m", "benchmarks.measure", part, "--scale", scale.name]
-        command += ["--told", str(told), "--copy-env", "--quiet", "--warmups", "1"]
-        command += ["--processes", str(processes), "--values", str(min(what.rounds, scale.rounds))]
-        command += ["--min-time", str(scale.slot * what.slot)]
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        failure = ""
-        try:
-            _, said = process.communicate(timeout=scale.patience)
-            if process.returncode:
-                failure = said.strip().splitlines()[-1] if said.strip() else "it said nothing"
-        except subprocess.TimeoutExpired:
-            failure = f"given up after {scale.patience:g} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it started and did not end
-            process.wait()
-        figures = Figures.read(told)
-    if failure:
-        figures.failed["the part"] = failure
-    return figures
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 dev.py bench", description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="scale", action="store_const", const=QUICK, default=FULL)
-    size.add_argument("--tiny", dest="scale", action="store_const", const=TINY)
+    for scale in SCALES.values():
+        size.add_argument(
+            f"--{scale.name}", dest="scale", action="store_const", const=scale, default=FULL
+        )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--measure", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.measure:  # a process of `measure.run`
+        name, file = args.measure
+        measure(PARTS[name](args.scale), args.scale, Path(file))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
-    begun, told = time.monotonic(), {}
+    parts = {name: PARTS[name](args.scale) for name in args.only}
     with postgres():
-        common.ours_is_right()
-        answers = common.ask_all()
-        machine = report.machine()
-        for part in args.only:
-            since = time.monotonic()
-            print(f"{part:20}", end="", flush=True)
-            told[part] = measure(part, args.scale)
-            failed = "".join(f"\n    {who}: {why}" for who, why in told[part].failed.items())
-            print(f"{time.monotonic() - since:6.1f} s{failed}", flush=True)
-    results = report.results(args.scale, told, answers, machine, time.monotonic() - begun)
-    report.write(results, args.out)
-    print(plots.draw(results, args.out))
-    print(report.goals_as_text(results))
-    print(f"{time.monotonic() - begun:.0f} s; written to {args.out}")
+        peers.check_ours()
+        given, about, measured = peers.ask_all(), report.machine(), {}
+        for name, part in parts.items():
+            begun = time.monotonic()
+            measured[name] = run(name, part, args.scale)
+            failed = "".join(f"\n    {it}: {why}" for it, why in measured[name].failed.items())
+            print(f"{name:12} {time.monotonic() - begun:6.1f} s{failed}", flush=True)
+    found = report.results(args.scale, parts, measured, given, about)
+    report.write(found, args.out)
+    print(report.page(found).partition("## Peers")[0])
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

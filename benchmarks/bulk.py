@@ -1,93 +1,135 @@
-"""What whole files take: users and restrictions through the command line, as processes.
-
-.venv/bin/python -m benchmarks.bulk [rows] [sqlite|postgres ...]
-
-For both imports: the time, the most memory of the command, and the longest that another writer,
-who takes turn after turn meanwhile, waited for one. `times_driver` is the time beside what the
-driver's own bulk insert of the same file into the same tables takes in the same run, which checks
-nothing and writes no search terms. Then the same restrictions again, so that every row is bad.
-"""
+"""Import whole files through the command line, compared with the driver's own bulk insert."""
 
 from __future__ import annotations
 
 import csv
 import ipaddress
-import json
-import os
 import secrets
+import sqlite3
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-import ipguard
+from benchmarks.measure import Fact, Part, Row, Scale
+from ipguard import open_store
 from tests.cli import PROGRAM, Shell
 from tests.postgres import fresh_schema, running_server
 
-HOUR = 3600
-USERS = "users (username, full_name, account_id, email)"
-RESTRICTIONS = "restrictions (username, created_at, id, first_ip, last_ip, label, created_by)"
+NAMES = {"postgres": "PostgreSQL", "sqlite": "SQLite"}
+FLOOR = "the driver's bulk insert of as many rows, without checks"
+INTO = "restrictions (username, created_at, id, first_ip, last_ip, label, created_by)"
 
 
-def address(number: int) -> str:
-    """Return the address of a user: all of them are different."""
-    return f"{11 + number // 2**24}.{number // 2**16 % 256}.{number // 2**8 % 256}.{number % 256}"
+def imports(scale: Scale) -> Part:
+    """Users and restrictions, one for each, into both SQL stores."""
+    count = scale.imported
+    limits = 1.0, None  # SQLite writes the rows under the lock
+    rows = [
+        row
+        for (kind, store), limit in zip(NAMES.items(), limits, strict=True)
+        for row in (
+            Row(f"`users import`, {count:,} rows, {store}", "", f"{kind} users", None, "ours"),
+            Row(f"`import`, {count:,} rows, {store}", FLOOR, f"{kind} restrictions", None),
+            Row(f"memory of `import`, {store}", "", f"{kind} peak", 300e6, "ours", "B"),
+            Row(f"another writer waits for `import`, {store}", "", f"{kind} lock", limit, "ours"),
+        )
+    ]
+
+    def facts() -> Iterator[Fact]:
+        for kind in NAMES:
+            figures = measure(kind, count)
+            yield f"{kind} users", figures["users_seconds"], None
+            yield f"{kind} restrictions", figures["restrictions_seconds"], figures["driver"]
+            yield f"{kind} peak", figures["restrictions_peak_mb"] * 1e6, None
+            yield f"{kind} lock", figures["restrictions_lock_seconds"], None
+
+    return Part(title="Bulk import", rows=rows, facts=facts, processes=1)
+
+
+def measure(kind: str, count: int) -> dict[str, float]:
+    """Import users and restrictions, then the restrictions again, so that every row is refused."""
+    with place(kind) as (shell, folder), place(kind) as (other, _):
+        shell.env |= {"IPGUARD_MAIL": "console"}
+        users = write_users(folder / "users.csv", count)
+        rows = write_restrictions(folder / "rows.csv", count)
+        figures = {"driver": insert(other.env["IPGUARD_URL"], rows)}
+        imported = ("import", rows, "--reason", "measured")
+        for name, code, *args in (
+            ("users", 0, "users", "import", users),
+            ("restrictions", 0, *imported),
+            ("all_bad", 9, *imported),
+        ):
+            watched = Watched(shell, code, *map(str, args))
+            figures |= {
+                f"{name}_seconds": watched.seconds,
+                f"{name}_peak_mb": watched.peak / 1e6,
+                f"{name}_lock_seconds": watched.longest,
+            }
+    return figures
+
+
+@contextmanager
+def place(kind: str) -> Iterator[tuple[Shell, Path]]:
+    """Provide a command line with an empty store, and its folder."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = f"sqlite:///{folder}/ipguard.db"
+        if kind == "postgres":
+            url = stack.enter_context(running_server()).url(schema=fresh_schema())
+        open_store(url, migrate=True).close()
+        yield Shell(folder, IPGUARD_URL=url), folder
 
 
 def write_users(path: Path, count: int) -> Path:
-    with path.open("w") as file:
-        file.write("username,full_name,account_id,email\n")
-        for number in range(count):
-            file.write(f"user{number:07},User {number},U{number % 1000},u{number}@x.example\n")
+    """Write a file of users."""
+    lines = (f"user{n:07},User {n},U{n % 1000},u{n}@x.example\n" for n in range(count))
+    path.write_text("username,full_name,account_id,email\n" + "".join(lines))
     return path
 
 
 def write_restrictions(path: Path, count: int) -> Path:
-    with path.open("w") as file:
-        file.write("username,addresses,label,expires_at\n")
-        for number in range(count):
-            file.write(f"user{number:07},{address(number)},office {number},\n")
+    """Write a file with one restriction for each user, all of different addresses."""
+    first = ipaddress.ip_address("11.0.0.0")
+    lines = (f"user{n:07},{first + n},office {n},\n" for n in range(count))
+    path.write_text("username,addresses,label,expires_at\n" + "".join(lines))
     return path
 
 
 class Watched:
-    """A process whose memory is watched through the kernel, while another writer takes turns.
+    """A command that ran while another writer took the store's lock again and again."""
 
-    Args:
-        url: The store.
-        pid: The process.
-        ends: Waits for its end.
-
-    Attributes:
-        peak: The most resident memory, in bytes.
-        longest: The longest that the other writer waited for its turn, in seconds.
-        seconds: How long the process took.
-    """
-
-    def __init__(self, url: str, pid: int, ends: Callable[[], object]) -> None:
-        began = time.perf_counter()
-        self.peak = 0
-        self.longest = 0.0
+    def __init__(self, shell: Shell, code: int, *args: str) -> None:
+        self.peak = 0  # its largest resident memory, in bytes
+        self.longest = 0.0  # how long the other writer waited at most, in seconds
+        begun = time.perf_counter()
+        process = subprocess.Popen(
+            [*PROGRAM, *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=shell.folder,
+            env=shell.env,
+            text=True,
+        )
         over = threading.Event()
-        threads = [
-            threading.Thread(target=self._watch, args=(pid, over)),
-            threading.Thread(target=self._write, args=(url, over)),
+        watchers = [
+            threading.Thread(target=self._watch, args=(process.pid, over)),
+            threading.Thread(target=self._write, args=(shell.env["IPGUARD_URL"], over)),
         ]
-        for thread in threads:
-            thread.start()
+        for watcher in watchers:
+            watcher.start()
         try:
-            ends()
+            _, errors = process.communicate(timeout=3600)
         finally:
-            self.seconds = time.perf_counter() - began
+            self.seconds = time.perf_counter() - begun
             over.set()
-            for thread in threads:
-                thread.join()
+            for watcher in watchers:
+                watcher.join()
+        assert process.returncode == code, errors[-1000:]
 
     def _watch(self, pid: int, over: threading.Event) -> None:
         while not over.wait(0.02):
@@ -101,162 +143,34 @@ class Watched:
 
     def _write(self, url: str, over: threading.Event) -> None:
         separator = "&" if "?" in url else "?"
-        with ipguard.open_store(f"{url}{separator}timeout=600") as store:
+        with open_store(f"{url}{separator}timeout=600") as store:
             while not over.wait(0.1):
-                began = time.perf_counter()
+                begun = time.perf_counter()
                 with store.transaction():
-                    self.longest = max(self.longest, time.perf_counter() - began)
-
-    def figures(self, name: str) -> dict[str, float]:
-        return {
-            f"{name}_seconds": round(self.seconds, 1),
-            f"{name}_peak_mb": round(self.peak / 1e6),
-            f"{name}_lock_seconds": round(self.longest, 2),
-        }
+                    self.longest = max(self.longest, time.perf_counter() - begun)
 
 
-def in_terminal(shell: Shell, expected: str, *args: str | Path) -> Watched:
-    """Run a command that shows its progress, and then what is expected."""
-    terminal, shown = shell.terminal(*args), []
-    terminal.process.timeout = HOUR
-    url, pid = shell.env["IPGUARD_URL"], terminal.process.pid
-    watched = Watched(url, pid, lambda: shown.append(terminal.ends()))
-    assert " rows" in shown[0], shown
-    assert expected in shown[0], shown
-    return watched
-
-
-def refused(shell: Shell, count: int, *args: str | Path) -> Watched:
-    """Run a command that refuses all rows of a file, and names each of them."""
-    with (shell.folder / "refused").open("w+") as said:
-        process = subprocess.Popen(
-            [*PROGRAM, *map(str, args), "--json"],
-            stdin=subprocess.DEVNULL,
-            stderr=said,
-            cwd=shell.folder,
-            env=shell.env,
-        )
-        watched = Watched(shell.env["IPGUARD_URL"], process.pid, lambda: process.wait(HOUR))
-        assert process.returncode == 9
-        said.seek(0)
-        lines = [row["line"] for row in json.load(said)["error"]["rows"]]
-    assert lines == list(range(2, count + 2))
-    return watched
-
-
-@contextmanager
-def place(kind: str) -> Iterator[tuple[Shell, Path]]:
-    """Give a folder and an empty store in it, or in PostgreSQL."""
-    with places(kind, 1) as ((url,), folder):
-        yield Shell(folder, IPGUARD_URL=url), folder
-
-
-@contextmanager
-def places(kind: str, count: int) -> Iterator[tuple[list[str], Path]]:
-    """Give the URLs of some empty stores, and a folder."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if kind == "sqlite":
-            urls = [f"sqlite:///{folder}/ipguard{number}.db" for number in range(count)]
-        else:
-            server = stack.enter_context(running_server())
-            urls = [server.url(schema=fresh_schema()) for _ in range(count)]
-        for url in urls:
-            ipguard.open_store(url, migrate=True).close()
-        yield urls, folder
-
-
-# ------------------------------------------------------------------- the driver's own bulk insert
-
-
-def _user_rows(path: Path) -> Iterator[tuple[object, ...]]:
-    with path.open(newline="") as file:
-        rows = csv.reader(file)
-        next(rows)
-        yield from (tuple(row) for row in rows)
-
-
-def _restriction_rows(path: Path) -> Iterator[tuple[object, ...]]:
-    with path.open(newline="") as file:
-        rows = csv.reader(file)
-        next(rows)
-        for username, text, label, _ in rows:
-            packed = ipaddress.ip_address(text).packed
-            yield username, 0, secrets.token_hex(8), packed, packed, label, "boss"
-
-
-def driver(url: str, users: Path, rows: Path) -> list[float]:
-    """Insert both files with the driver alone, into another empty store; return the seconds."""
-    insert, found = _psycopg if url.startswith("postgres") else _sqlite3, []
-    for into, given in ((USERS, _user_rows(users)), (RESTRICTIONS, _restriction_rows(rows))):
-        began = time.perf_counter()
-        insert(url, into, given)
-        found.append(time.perf_counter() - began)
-    return found
-
-
-def _sqlite3(url: str, into: str, rows: Iterator[tuple[object, ...]]) -> None:
-    import sqlite3  # noqa: PLC0415
-
-    marks = ", ".join("?" * len(into.split(",")))
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
-        db.executemany(f"INSERT INTO {into} VALUES ({marks})", rows)
-
-
-def _psycopg(url: str, into: str, rows: Iterator[tuple[object, ...]]) -> None:
+def insert(url: str, file: Path) -> float:
+    """Insert restrictions with the driver alone; return the seconds."""
+    begun = time.perf_counter()
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
+            db.executemany(f"INSERT INTO {INTO} VALUES (?, ?, ?, ?, ?, ?, ?)", _rows(file))
+        return time.perf_counter() - begun
     import psycopg  # noqa: PLC0415 - an extra
 
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
-    statement = f"COPY {options.pop('schema')}.{into} FROM STDIN"
-    with (
-        psycopg.connect(urlunsplit(parts._replace(query=urlencode(options)))) as db,
-        db.cursor() as cursor,
-        cursor.copy(statement.encode()) as copy,
-    ):
-        for row in rows:
+    dsn, _, schema = url.rpartition("&schema=")
+    statement = f"COPY {schema}.{INTO} FROM STDIN"
+    with psycopg.connect(dsn) as pg, pg.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+        for row in _rows(file):
             copy.write_row(row)
+    return time.perf_counter() - begun
 
 
-# ---------------------------------------------------------------------------------- all of it
-
-
-def measure(kind: str, count: int) -> dict[str, Any]:
-    """Import users and restrictions, and return the figures."""
-    with places(kind, 2) as ((url, other), folder):
-        shell = Shell(folder, IPGUARD_URL=url, IPGUARD_MAIL="console")
-        users = write_users(folder / "users.csv", count)
-        rows = write_restrictions(folder / "rows.csv", count)
-        own = driver(other, users, rows)
-        put = in_terminal(shell, f"{count} rows registered", "users", "import", users)
-        args = ("import", rows, "--reason", "measured")
-        done = in_terminal(shell, f"{count:,} restrictions hold", *args)
-        bad = refused(shell, count, *args)
-        with ipguard.open_store(url) as store:
-            revision, policies = store.load_all_policies()
-            with closing(policies):  # type: ignore[type-var]
-                assert sum(1 for _ in policies) == count
-            assert revision == 2
-    return {
-        "store": kind,
-        "rows": count,
-        **put.figures("users"),
-        "users_times_driver": round(put.seconds / own[0], 1),
-        **done.figures("restrictions"),
-        "restrictions_times_driver": round(done.seconds / own[1], 1),
-        **bad.figures("all_bad"),
-    }
-
-
-def main(args: list[str]) -> None:
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    numbers = [int(arg) for arg in args if arg.isdigit()]
-    kinds = [arg for arg in args if not arg.isdigit()] or ["sqlite", "postgres"]
-    print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
-    for kind in kinds:
-        for name, figure in measure(kind, *(numbers or [100_000])[:1]).items():
-            print(f"{name:28} {figure if isinstance(figure, str) else f'{figure:>12,}'}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _rows(path: Path) -> Iterator[tuple[object, ...]]:
+    with path.open(newline="") as file:
+        lines = csv.reader(file)
+        next(lines)
+        for user, text, label, _ in lines:
+            packed = ipaddress.ip_address(text).packed
+            yield user, 0, secrets.token_hex(8), packed, packed, label, "boss"

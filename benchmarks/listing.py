@@ -1,230 +1,148 @@
-"""What a page of `overview` and `history` costs as the users grow, in both SQL stores.
+"""Searching the users of a store, as the administration page does.
 
-.venv/bin/python -m benchmarks.listing [sqlite | postgresql] [users ...]
-
-Each figure is the median of some calls in milliseconds: the time that processors worked on it, the
-client's and the server's together, so that a busy machine says the same as an idle one. The world
-is made to be unkind: one account holds a tenth of the users, an actor has a hundred thousand
-accounts, words and addresses are common early in the alphabet, late, or only in other accounts.
+A figure is the time that processors worked for one question, the client's and the server's
+together, so that a busy machine shows the same as an idle one.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import random
+import sqlite3
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from itertools import islice
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
-from ipguard.addresses import AddressRange
-from ipguard.model import EVERYBODY, Accounts, Action, Actor, Restriction, User
-from ipguard.store import RestrictionStore
-from ipguard.stores import open_store
-from tests.postgres import Given, Server, running_server
+from benchmarks.fixtures import BOSS, in_schema, scratch, server, workflow_of
+from benchmarks.measure import Fact, Part, Row, Scale
+from ipguard import Actor, User, Workflow, open_store
 
-EVERY = Actor.EVERY_ACCOUNT
-START = datetime(2030, 1, 1, tzinfo=UTC)
 FIRST = ("John", "Mary", "Wei", "Ana", "Ivan", "Fatima", "Olu", "Priya", "Jürgen", "Zoë")
-ENOUGH = 0.15  # seconds that are spent on one figure, about
+STORES = ("SQLite", "PostgreSQL")
+QUESTIONS = {
+    "every": '"j", an actor of every account',
+    "few": '"j", an actor of 100 accounts',
+    "worst": "the slowest of 32 questions",
+}
+PAGE = "SELECT username, full_name, account_id FROM users ORDER BY username LIMIT 51"
+BACKENDS = """
+SELECT pid FROM pg_stat_activity
+WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+"""
 
 
-class World:
-    """So many users, their restrictions and a trail, the same each time."""
-
-    def __init__(self, users: int) -> None:
-        self.users = users
-
-    def account(self, n: int) -> str:
-        return "BIG" if n % 10 == 0 else f"U{n:07d}"
-
-    def people(self) -> Iterator[User]:
-        chance = random.Random(self.users)
-        for n in range(self.users):
-            words = [FIRST[n % 7 + n % 3], f"Last{chance.randrange(1000)}"]
-            words.append(f"Zone{n * 10 // self.users}")
-            if n % 10 == 3:
-                words.append("Outsider")
-            if n == self.users // 2:
-                words.append("Xerxes")
-            yield User(
-                username=f"user{n:07d}",
-                full_name=" ".join(words),
-                account_id=self.account(n),
-                email=f"user{n}@example.com",
+def searches(scale: Scale) -> Part:
+    """The page's search, by number of users."""
+    return Part(
+        title="Search",
+        rows=[
+            Row(
+                f"search: {text}, {size:,} users, {store}",
+                "the driver fetches a page of users by key",
+                f"{store} {size} {question}",
+                0.05 if size <= 100_000 else 0.5,
+                judged="ours",
             )
+            for size in scale.searched
+            for store in STORES
+            for question, text in QUESTIONS.items()
+        ],
+        facts=lambda: facts(scale.searched),
+        processes=1,
+    )
 
-    def lists(self, n: int) -> Iterator[str]:
-        yield f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}"
-        if n % 3 == 0:
-            yield f"2001:db8:{n >> 16:x}:{n & 65535:x}::/64"
-        if n % 10 == 5:
-            yield "198.51.100.0/24"
-        if n >= self.users // 2:
-            yield "203.0.113.1-203.0.113.9"
-        if n % 1000 in (7, 10):
-            wide = n // 1000 % 60_000 + 300
-            yield f"172.16.0.{n // 1000 % 200}-172.16.{wide >> 8}.{wide & 255}"
 
-    def restrictions(self) -> Iterator[Restriction]:
-        for n in range(self.users):
-            for place, text in enumerate(self.lists(n)):
-                yield Restriction(
-                    id=f"{n:08d}{place}",
-                    username=f"user{n:07d}",
-                    addresses=AddressRange.parse(text),
-                    label="office",
-                    created_at=START,
-                    created_by="boss",
-                )
+def facts(sizes: tuple[int, ...]) -> Iterator[Fact]:
+    """Yield for each size and store what each of QUESTIONS takes, and what the driver does."""
+    import psycopg  # noqa: PLC0415
 
-    def fill(self, store: RestrictionStore) -> None:
-        began = time.perf_counter()
-        store.put_users(self.people())
-        put = time.perf_counter()
-        with store.transaction(staged=self.restrictions()) as turn:
-            turn.add_staged(per_user=1000)
-            turn.append(Action.IMPOSE_MANY, actor="boss", touches=EVERYBODY)
-        added = time.perf_counter()
-        rows = iter(range(self.users))
-        while some := list(islice(rows, 2_000)):
-            with store.transaction() as turn:
-                for n in some:
-                    turn.append(
-                        Action.REQUEST,
-                        actor="boss",
-                        username=f"user{n:07d}",
-                        account_id="FEW" if n == 5 else self.account(n),
-                    )
-        print(
-            f"  filled: users {put - began:.1f} s, restrictions {added - put:.1f} s,"
-            f" changes {time.perf_counter() - added:.1f} s",
-            flush=True,
-        )
+    with psycopg.connect(server(), autocommit=True) as watch:
+        meter = Meter(watch)
+        for size, name in itertools.product(sizes, STORES):
+            path, schema = scratch() / "listing.db", f"listing{size}"
+            urls = f"sqlite:///{path}", in_schema(schema, bulk_timeout=3600)
+            with open_store(urls[name != "SQLite"]) as store:
+                fill(store, size)
+                found = answers(workflow_of(store), size, meter)
+            driver: Any = sqlite3.connect(path)
+            if name == "PostgreSQL":
+                driver = psycopg.connect(server(), options=f"-c search_path={schema}")
+            with closing(driver):
+                floor = meter(lambda: driver.execute(PAGE).fetchall())  # noqa: B023
+            for question, took in found.items():
+                yield f"{name} {size} {question}", took, floor
 
-    def actors(self) -> dict[str, Accounts]:
-        most = 100_000
-        own = [self.account(n) for n in range(self.users) if n % 10]
-        elsewhere = [f"X{n:07d}" for n in range(most)]
-        spread = own[:: max(1, len(own) // most)][:most]
-        return {
-            "every": EVERY,
-            "one": frozenset({"BIG"}),
-            "tiny": frozenset({own[0]}),
-            "100": frozenset(own[:: max(1, len(own) // 100)][:100]),
-            "100k spread": frozenset([*spread, *elsewhere][:most]),
-            "100k early": frozenset([*own[:most], *elsewhere][:most]),
-            "100k none": frozenset(elsewhere),
-        }
 
-    def searches(self) -> dict[str, str]:
-        last = self.users - 1
-        return {
-            "": "",
-            "username": f"user{last // 2:07d}"[:-2],
-            "username, common": "user",
-            "account": f"U{last // 2:07d}"[:-2],
-            "account, common": "U0",
-            "name, common": "john",
-            "name, late": "zone9",
-            "name, others'": "outsider",
-            "name, one letter": "z",
-            "name, rare": "xerx",
-            "name, nobody": "nobody at all",
-            "two words": "john last77",
-            "address, one": "10.0.0.3",
-            "address, early": "198.51.100.7",
-            "address, late": "203.0.113.7",
-            "address, nested": "172.16.2.0",
-            "address, nobody": "9.9.9.9",
-        }
+def fill(store: Any, size: int) -> None:
+    """Write users and their restrictions: common words, rare ones, a large account."""
+    store.put_users(people(size))
+    rows = ((f"user{n:07d}", text) for n in range(size) for text in lists(n, size))
+    workflow_of(store).impose_many(BOSS, rows, reason="benchmark")
+
+
+def account(n: int) -> str:
+    """Return a user's account: a tenth of them share one."""
+    return "BIG" if n % 10 == 0 else f"U{n:07d}"
+
+
+def people(size: int) -> Iterator[User]:
+    chance = random.Random(size)
+    for n in range(size):
+        words = [FIRST[n % 7 + n % 3], f"Last{chance.randrange(1000)}", f"Zone{n * 10 // size}"]
+        words += ["Outsider"] * (n % 10 == 3) + ["Xerxes"] * (n == size // 2)
+        yield User(username=f"user{n:07d}", full_name=" ".join(words), account_id=account(n))
+
+
+def lists(n: int, size: int) -> Iterator[str]:
+    """Yield a user's restrictions; some of them are shared by many users."""
+    yield f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}"
+    if n % 3 == 0:
+        yield f"2001:db8:{n >> 16:x}:{n & 65535:x}::/64"
+    if n % 10 == 5:
+        yield "198.51.100.0/24"
+    if n >= size // 2:
+        yield "203.0.113.1-203.0.113.9"
+
+
+def answers(flow: Workflow, size: int, meter: Meter) -> dict[str, float]:
+    """Return how long each of QUESTIONS takes, in seconds."""
+    few = frozenset(account(n) for n in range(1, size, max(2, size // 100 | 1)))
+    manages: dict[str, Any] = {"every": Actor.EVERY_ACCOUNT, "few": few}
+    middle = f"{size // 2:07d}"[:-2]
+    terms = [
+        "", f"user{middle}", "user", f"U{middle}", "U0", "john", "zone9", "outsider", "z", "xerx",
+        "no such name", "john last77", "10.0.0.3", "198.51.100.7", "203.0.113.7", "j"
+    ]  # fmt: skip
+    took = {}
+    for who, accounts in manages.items():
+        actor = Actor(username="boss", email="b@example.com", manages=accounts)
+        for term in terms:
+            took[who, term] = meter(lambda: flow.overview(actor, search=term))  # noqa: B023
+    return {who: took[who, "j"] for who in manages} | {"worst": max(took.values())}
 
 
 class Meter:
-    """Tells how long processors have worked: this process, and a server's."""
+    """Measures the processor time of calls, in this process and in PostgreSQL's."""
 
-    def __init__(self, server: Server | Given | None = None) -> None:
-        self._server = server if isinstance(server, Server) else None
+    def __init__(self, watch: Any) -> None:
+        self._watch = watch  # a connection of its own, which is not counted
 
     def _servers(self) -> float:
-        spent = 0.0
-        for pid in self._server.backends() if self._server else ():
-            with contextlib.suppress(OSError):
-                spent += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
-        return spent
+        spent = 0
+        for (pid,) in self._watch.execute(BACKENDS).fetchall():
+            with suppress(OSError):
+                spent += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+        return spent / 1e9
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Return how long processors worked on a call, in seconds."""
-        # What it costs to ask for the server's is not counted.
-        others, own = self._servers(), time.process_time()
-        call()
-        own = time.process_time() - own
-        return own + self._servers() - others
-
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        call()
+    def __call__(self, call: Callable[[], object]) -> float:
+        """Return the median of several calls, in seconds."""
         took: list[float] = []
-        while len(took) < 3 or (sum(took) < ENOUGH and len(took) < 15):
-            took.append(self.seconds(call))
-        return statistics.median(took) * 1000
-
-
-def figures(store: RestrictionStore, world: World, meter: Meter) -> None:
-    actors = world.actors()
-    last = world.users
-    pages: dict[str, str | None] = {
-        "first": None,
-        "middle": f"user{last // 2:07d}",
-        "last": f"user{last:07d}",
-    }
-    print("  pages: first, middle, last; actors:", ", ".join(actors))
-    above: list[tuple[float, str]] = []
-    for kind, search in world.searches().items():
-        cells = []
-        for actor, accounts in actors.items():
-            for page, after in pages.items():
-                took = meter.milliseconds(
-                    lambda: store.overview(accounts, search=search, after=after)  # noqa: B023
-                )
-                cells.append(f"{took:6.1f}")
-                above.append((took, f"{kind or 'no search'}, {actor}, {page} page"))
-            cells.append(" |")
-        print(f"  {kind or 'no search':18}{''.join(cells)}", flush=True)
-    for actor, accounts in {**actors, "few rows": frozenset({"FEW"})}.items():
-        cells = []
-        asked: dict[str, int | None] = {"newest": None, "middle": last // 2, "oldest": 3}
-        for place, before in asked.items():
-            took = meter.milliseconds(lambda: store.history(accounts, before=before))  # noqa: B023
-            cells.append(f"{took:6.1f}")
-            above.append((took, f"history, {actor}, {place}"))
-        print(f"  history: {actor:14}{''.join(cells)}", flush=True)
-    above.sort(reverse=True)
-    print(f"  above 50 ms: {sum(took > 50 for took, _ in above)} of {len(above)}")
-    for took, what in above[:12]:
-        print(f"  {took:8.1f} ms  {what}", flush=True)
-
-
-def main() -> None:
-    only = [text for text in sys.argv[1:] if not text.isdigit()]
-    sizes = [int(text) for text in sys.argv[1:] if text.isdigit()]
-    with running_server() as server, tempfile.TemporaryDirectory() as folder:
-        for size in sizes or [1_000, 10_000, 100_000, 1_000_000]:
-            world = World(size)
-            for name, url in {
-                "SQLite": f"sqlite:///{Path(folder)}/{size}.db",
-                "PostgreSQL": server.url(schema=f"w{size}", bulk_timeout=3600),
-            }.items():
-                if only and name.lower() not in only:
-                    continue
-                print(f"{name}, {size:,} users", flush=True)
-                with open_store(url) as store:
-                    world.fill(store)
-                    figures(store, world, Meter(server if name == "PostgreSQL" else None))
-
-
-if __name__ == "__main__":
-    main()
+        for _ in range(6):
+            server, own = self._servers(), time.process_time()
+            call()
+            own = time.process_time() - own  # before the server is asked for its time
+            took.append(own + self._servers() - server)
+        return statistics.median(took[1:])

@@ -1,12 +1,9 @@
-"""How things are measured side by side: pyperf's processes, and in each of them rounds.
+"""Measure subjects side by side, in rounds, in processes of their own.
 
-    python -m benchmarks.measure PART --scale quick --told FILE     (what benchmarks/__main__ runs)
-
-pyperf finds out how many calls of the floor make one turn, and starts the processes one after
-another. In each, every round gives everything of the part its turn, in an order that moves on, so a
-busy moment of the machine hits all alike. A ratio is of two figures of one round; for what is ours
-the other one is measured once more, right before or right after it. What pyperf has no place for,
-the figures of everything but the floor, is told line by line in FILE.
+The cores of a shared machine are noisy, so times of different moments cannot be compared. A sample
+is therefore a pair: a subject and its floor, timed back to back in slots of a few milliseconds. In
+a round every subject has its turn; the order rotates. The medians and quartiles over all rounds of
+all processes are published.
 """
 
 from __future__ import annotations
@@ -14,319 +11,187 @@ from __future__ import annotations
 import gc
 import json
 import os
-import statistics
+import signal
+import subprocess
 import sys
-import time
+import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
-import pyperf
+ROOT = Path(__file__).resolve().parent.parent
 
-from benchmarks.scale import SCALES, Scale
-from benchmarks.work import Ask, Pair, nothing
-
-#: For how many seconds calls of one subject are timed one by one.
-_SINGLES_FOR = 0.2
-
-
-#: A process and one of its rounds.
-Turn = tuple[int, int]
+Work = Callable[[int], float]
+"""Makes this many calls and returns how many seconds they took, without their preparation."""
+Fact = tuple[str, float, float | None]
+"""The name of a figure, the figure, and the same of its floor if it has one."""
 
 
-class Work(Protocol):
-    """What one call is, and how it is timed."""
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is measured."""
 
-    def ready(self, loops: int) -> None:
-        """Prepare this many calls; it is not timed."""
-
-    def time(self, loops: int) -> float:
-        """Make the calls, and return how many seconds they took."""
-
-    def singles(self, count: int) -> list[int]:
-        """Time this many calls one by one, in nanoseconds; none where that says nothing."""
-
-
-class Calls:
-    """A question, asked in a plain loop.
-
-    Args:
-        ask: What is asked.
-        pairs: Returns who asks, so many times.
-        fresh: Makes `ask` anew for each turn, where the question can be asked once only.
-    """
-
-    def __init__(
-        self,
-        ask: Ask | None,
-        pairs: Callable[[int], list[Pair]],
-        fresh: Callable[[], Ask] | None = None,
-    ) -> None:
-        self._ask = ask
-        self._source = pairs
-        self._fresh = fresh
-
-    def ready(self, loops: int) -> None:
-        self._pairs = self._source(loops)
-        if self._fresh is not None:
-            self._ask = self._fresh()
-
-    def time(self, loops: int) -> float:  # noqa: ARG002
-        ask, pairs = self._ask, self._pairs
-        assert ask is not None
-        begun = time.perf_counter()
-        for user, ip in pairs:
-            ask(user, ip)
-        return time.perf_counter() - begun
-
-    def singles(self, count: int) -> list[int]:
-        self.ready(count)
-        assert self._ask is not None
-        clock = statistics.median(_each(nothing, self._pairs[:1000]))
-        return [max(0, int(took - clock)) for took in _each(self._ask, self._pairs)]
+    name: str  # the option of the command line
+    processes: int  # how many processes measure each part, one after another
+    rounds: int  # in each process
+    slot: float  # the shortest time of one turn, in seconds
+    patience: float  # when to give up a process, in seconds
+    many: int  # users that a guard remembers
+    preloaded: int  # users that a guard preloads
+    listed: int  # restrictions of the user who has the most
+    stored: int  # users of a store that is asked about users who are not remembered
+    flooded: int  # capacity of a guard that is flooded
+    imported: int  # rows of the bulk import
+    searched: tuple[int, ...]  # users of the stores that are searched
+    changes: int  # changes whose propagation is timed
+    listeners: int  # processes that wait for them
 
 
-def _each(ask: Ask, pairs: Iterable[Pair]) -> list[int]:
-    clock, took = time.perf_counter_ns, []
-    for user, ip in pairs:
-        begun = clock()
-        ask(user, ip)
-        took.append(clock() - begun)
-    return took
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True)
 class Subject:
-    """One thing that is measured.
-
-    Attributes:
-        name: What it is called; unique in its part.
-        make: Returns its work; called in the process that measures.
-        kind: `floor`, `ours`, `peer`, or `aside` for what only helps to understand the others.
-        per: The name of the subject that it is a ratio to; None: the part's floor.
-        note: What has to be known beside the figure.
-    """
+    """One thing that is timed."""
 
     name: str
-    make: Callable[[], Work]
-    kind: str = "ours"
-    per: str | None = None
-    note: str = ""
+    make: Callable[[], Work]  # called in the process that measures
+    per: str | None = None  # the subject that is its floor; None: the first of the part
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True)
+class Row:
+    """One row of the table of goals."""
+
+    figure: str
+    floor: str  # the other side of the comparison; empty if there is none
+    of: str  # the subject or fact that gives the samples
+    limit: float | None
+    # What the limit is for: ours / floor, floor / ours (then it is a minimum), or ours alone.
+    judged: Literal["ratio", "speed", "ours"] = "ratio"
+    unit: str = "s"  # or "B", or empty for a plain number
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
-    """What is measured together, in the same processes.
-
-    Attributes:
-        title: What it is, for the table.
-        subjects: The first is the floor.
-        facts: Figures that are no times: name to number; asked for last.
-        slot: How many times longer a turn is than the scale says.
-        fewer: By what the number of processes is divided.
-        rounds: How many rounds are enough, however many the scale says.
-        singles: Whether calls are timed one by one as well.
-        a_second: What there are so many of in a second, where that is asked.
-    """
+    """Subjects and facts that are measured in the same processes."""
 
     title: str
-    subjects: list[Subject]
-    facts: Callable[[], dict[str, Any]] = dict
-    slot: float = 1.0
-    fewer: int = 1
-    rounds: int = 1000
-    singles: bool = True
-    a_second: str = ""
-
-
-class Rounds:
-    """What one process measures."""
-
-    def __init__(self, part: Part, scale: Scale, told: Path) -> None:
-        self._part = part
-        self._scale = scale
-        self._told = told
-        self._slot = scale.slot * part.slot
-        self._works: dict[str, Work] = {}
-        self._loops: dict[str, int] = {}
-        self._round = 0
-
-    @property
-    def floor(self) -> Subject:
-        return self._part.subjects[0]
-
-    def calibrate(self, loops: int) -> float:
-        """Time the floor alone, for pyperf to see how many calls fill a turn."""
-        work = self._works.get(self.floor.name) or self._works.setdefault(
-            self.floor.name, self.floor.make()
-        )
-        work.ready(loops)
-        return work.time(loops)
-
-    def warm_up(self, loops: int) -> float:
-        """Make everything, and find out how many calls of each fill its turn."""
-        for subject in self._part.subjects:
-            try:
-                work = self._works.get(subject.name) or subject.make()
-                self._loops[subject.name] = self._enough(work, loops)
-                self._works[subject.name] = work
-            except Exception as exc:
-                self._failed(subject.name, exc)
-        gc.collect()
-        gc.freeze()  # what is there now stays; collecting it over and over is not what is measured
-        return self.calibrate(loops)
-
-    def _enough(self, work: Work, most: int) -> int:
-        loops = 1
-        while True:
-            work.ready(loops)
-            took = work.time(loops)
-            if took >= self._slot or loops >= most:
-                return loops
-            # Not beyond what is needed: some of these take a thousand times as long as others.
-            needed = self._slot / max(took / loops, 1e-9)
-            loops = min(most, max(loops + 1, int(min(needed * 1.2, loops * 16))))
-
-    def one(self, loops: int) -> float:
-        """Make one round, tell it, and return what the floor took."""
-        subjects = [s for s in self._part.subjects if s.name in self._works]
-        start = self._round % len(subjects)
-        self._loops[self.floor.name] = loops
-        told: dict[str, float] = {}
-        beside: dict[str, float] = {}
-        for subject in subjects[start:] + subjects[:start]:
-            per = subject.per or self.floor.name
-            pair = [subject.name]
-            if subject.kind == "ours" and per in self._works and per != subject.name:
-                pair.insert(self._round % 2, per)
-            try:
-                for name in pair:
-                    took = self._turn(name)
-                    if name == subject.name:
-                        told[name] = took
-                    else:
-                        beside[subject.name] = took
-            except Exception as exc:
-                self._failed(subject.name, exc)
-                del self._works[subject.name]
-        self._tell(round=self._round, seconds=told, beside=beside)
-        self._round += 1
-        return told[self.floor.name] * loops
-
-    def _turn(self, name: str) -> float:
-        work, loops = self._works[name], self._loops[name]
-        work.ready(loops)
-        return work.time(loops) / loops
-
-    def last(self) -> None:
-        """Time single calls, and ask for what is no time."""
-        for name, work in self._works.items() if self._part.singles else ():
-            try:
-                each = self._slot / self._loops[name]
-                took = sorted(
-                    work.singles(min(self._scale.singles, max(1, int(_SINGLES_FOR / each))))
-                )
-                if took:
-                    self._tell(singles={name: {"count": len(took), **_percentiles(took)}})
-            except Exception as exc:
-                self._failed(name, exc)
-        try:
-            self._tell(facts=self._part.facts())
-        except Exception as exc:
-            self._failed("facts", exc)
-
-    def _failed(self, name: str, exc: Exception) -> None:
-        traceback.print_exc(file=sys.stderr)
-        self._tell(failed={name: f"{type(exc).__name__}: {exc}".splitlines()[0][:300]})
-
-    def _tell(self, **what: object) -> None:
-        with self._told.open("a") as out:
-            out.write(json.dumps({"process": os.getpid()} | what) + "\n")
-
-
-def _percentiles(took: list[int]) -> dict[str, int]:
-    """Return the percentiles that so many calls can tell."""
-    found = {"p50": took[len(took) // 2]}
-    if len(took) >= 100:
-        found["p99"] = took[len(took) * 99 // 100]
-    if len(took) >= 1000:
-        found["p999"] = took[len(took) * 999 // 1000]
-    return found
+    rows: list[Row]
+    subjects: list[Subject] = field(default_factory=list)  # the first is the others' floor
+    facts: Callable[[], Iterable[Fact]] = tuple  # figures that are not times of calls
+    slot: float = 1.0  # how much longer a turn is than the scale says
+    processes: int = 3  # at most
+    rounds: int = 1000  # at most
 
 
 @dataclass
-class Figures:
-    """What the processes of a part told.
+class Samples:
+    """Pairs of a figure and its floor's from the processes of a part, and their errors."""
 
-    Attributes:
-        seconds: For each subject, what a call took, by process and round.
-        beside: What it is a ratio to took right beside it; only for what is ours.
-        singles: For each subject, the percentiles of single calls, one set of each process.
-        facts: One of each process.
-        failed: Why a subject has no figures.
-    """
-
-    seconds: dict[str, dict[Turn, float]] = field(default_factory=dict)
-    beside: dict[str, dict[Turn, float]] = field(default_factory=dict)
-    singles: dict[str, list[dict[str, int]]] = field(default_factory=dict)
-    facts: list[dict[str, Any]] = field(default_factory=list)
+    pairs: dict[str, list[tuple[float, float | None]]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def read(cls, told: Path) -> Figures:
-        figures = cls()
-        for line in told.read_text().splitlines() if told.exists() else ():
-            it = json.loads(line)
-            for kind, by_turn in (("seconds", figures.seconds), ("beside", figures.beside)):
-                for subject, seconds in it.get(kind, {}).items():
-                    by_turn.setdefault(subject, {})[it["process"], it["round"]] = seconds
-            for subject, singles in it.get("singles", {}).items():
-                figures.singles.setdefault(subject, []).append(singles)
-            if "facts" in it:
-                figures.facts.append(it["facts"])
-            figures.failed |= it.get("failed", {})
-        return figures
+    def read(self, path: Path) -> None:
+        """Add the lines that a process wrote."""
+        for line in path.read_text().splitlines() if path.exists() else ():
+            name, ours, floor, failure = json.loads(line)
+            if failure:
+                self.failed[name] = failure
+            else:
+                self.pairs.setdefault(name, []).append((ours, floor))
 
-    def over_its_own(self, subject: str) -> dict[Turn, float]:
-        """Return the ratio of a subject of ours to what it is judged by, round by round."""
-        mine, other = self.seconds.get(subject, {}), self.beside.get(subject, {})
-        return {turn: seconds / other[turn] for turn, seconds in mine.items() if turn in other}
-
-    def ratios(self, subject: str, per: str) -> list[float]:
-        """Return the ratio of any two subjects in each round that has both."""
-        mine, other = self.seconds.get(subject, {}), self.seconds.get(per, {})
-        return [seconds / other[turn] for turn, seconds in mine.items() if turn in other]
+    def ratios(self, name: str) -> list[float]:
+        """Return its ratio to its floor, sample by sample."""
+        return [ours / floor for ours, floor in self.pairs.get(name, ()) if floor and floor > 0]
 
 
-def main() -> None:
-    from benchmarks.parts import PARTS  # noqa: PLC0415 - they import this module
+def run(name: str, part: Part, scale: Scale) -> Samples:
+    """Measure the part of that name in processes of its own."""
+    samples = Samples()
+    for _ in range(min(part.processes, scale.processes)):
+        with tempfile.TemporaryDirectory(prefix="ipguard-bench-") as folder:
+            out = Path(folder) / "samples.jsonl"
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks", f"--{scale.name}", "--measure", name, out],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            try:
+                _, said = process.communicate(timeout=scale.patience)
+                if process.returncode:
+                    samples.failed["the part"] = (said.strip() or "no output").splitlines()[-1]
+            except subprocess.TimeoutExpired:
+                samples.failed["the part"] = f"given up after {scale.patience:g} s"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # processes that it left behind, too
+                process.wait()
+            samples.read(out)
+    return samples
 
-    runner = pyperf.Runner(program_args=("-m", "benchmarks.measure"), add_cmdline_args=_pass_on)
-    runner.argparser.add_argument("part")
-    runner.argparser.add_argument("--scale", choices=SCALES, default="quick")
-    runner.argparser.add_argument("--told", type=Path, required=True)
-    args = runner.parse_args()
-    scale = SCALES[args.scale]
-    rounds = Rounds(PARTS[args.part](scale), scale, args.told)
 
-    def turn(loops: int) -> float:
-        if args.calibrate_loops or args.recalibrate_loops:
-            return rounds.calibrate(loops)
-        if not rounds._loops:
-            return rounds.warm_up(loops)
-        took = rounds.one(loops)
-        if rounds._round == args.values:
-            rounds.last()
-        return took
+def measure(part: Part, scale: Scale, out: Path) -> None:
+    """Measure a part in this process, and append each sample to a file."""
 
-    runner.bench_time_func(args.part, turn)
+    def write(name: str, ours: float = 0.0, floor: float | None = None, failure: str = "") -> None:
+        with out.open("a") as file:
+            file.write(json.dumps([name, ours, floor, failure]) + "\n")
+
+    @contextmanager
+    def noting(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as exc:
+            works.pop(name, None)
+            traceback.print_exc(file=sys.stderr)
+            write(name, failure=f"{type(exc).__name__}: {exc}".splitlines()[0][:300])
+
+    works: dict[str, Work] = {}
+    loops: dict[str, int] = {}
+    for subject in part.subjects:
+        with noting(subject.name):
+            work = subject.make()
+            loops[subject.name] = calibrate(work, scale.slot * part.slot)
+            works[subject.name] = work
+    gc.collect()
+    gc.freeze()  # later collections must not visit these objects again and again
+    for number in range(min(part.rounds, scale.rounds)):
+        alive = [subject for subject in part.subjects if subject.name in works]
+        start = number % max(1, len(alive))
+        for subject in alive[start:] + alive[:start]:
+            floor = subject.per or part.subjects[0].name
+            pair = [it for it in dict.fromkeys((subject.name, floor)) if it in works]
+            with noting(subject.name):
+                took = {it: works[it](loops[it]) / loops[it] for it in pair[:: (-1) ** number]}
+                beside = took.get(floor) if floor != subject.name else None
+                write(subject.name, took[subject.name], beside)
+    with noting("facts"):
+        for fact in part.facts():
+            write(*fact)
 
 
-def _pass_on(command: list[str], args: Any) -> None:
-    command += [args.part, "--scale", args.scale, "--told", str(args.told)]
+def calibrate(work: Work, slot: float) -> int:
+    """Return how many calls fill a slot, and warm the subject up by that."""
+    loops = 1
+    while (took := work(loops)) < slot:
+        # In steps, because the first calls of some subjects take a thousand times as long.
+        loops = max(loops + 1, int(min(slot / max(took / loops, 1e-9) * 1.2, loops * 16)))
+    return loops
 
 
-if __name__ == "__main__":
-    main()
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a fresh interpreter and return what it returns."""
+    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415
+    from multiprocessing import get_context  # noqa: PLC0415
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def resident() -> int:
+    """Return how many bytes of memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
