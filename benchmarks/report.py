@@ -180,7 +180,8 @@ def page(found: Results) -> str:
         else:
             differences.append([peer["name"], f"could not be asked: {answers}", "", ""])
         shown = (quantity(cost, "") for cost in costs)
-        peers.append([peer["version"], peer["how"], *shown, right, peer["lacks"]])
+        how = f"{peer['how']} ({peer['version']})"
+        peers.append([peer["name"], how, *shown, right, peer["lacks"]])
     pieces = [
         "# Measured figures\n",
         f"Written by `python3 dev.py bench` on {found['made']} ({found['scale']} run).\n",

@@ -1,6 +1,6 @@
 """Ways in which PostgreSQL fails, and what login servers answer meanwhile.
 
-For the tests, which judge, and for `benchmarks/outage.py`, which measures. The users of an `Office`
+The users of an `Office`
 may come from `HOME` and `OFFICE`; then `HOME` is deleted, one user after another, while something
 fails. Who is still let in from `HOME`, and how long after the commit?
 """
