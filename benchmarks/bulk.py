@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import ipaddress
+import re
 import secrets
 import sqlite3
 import subprocess
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.measure import Fact, Part, Row, Scale
@@ -133,13 +134,9 @@ class Watched:
 
     def _watch(self, pid: int, over: threading.Event) -> None:
         while not over.wait(0.02):
-            try:
-                status = Path(f"/proc/{pid}/status").read_text()
-            except OSError:
-                return
-            for line in status.splitlines():
-                if line.startswith("VmHWM:"):
-                    self.peak = max(self.peak, int(line.split()[1]) * 1024)
+            with suppress(OSError):
+                found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+                self.peak = max(self.peak, int(found[1]) * 1024 if found else 0)
 
     def _write(self, url: str, over: threading.Event) -> None:
         separator = "&" if "?" in url else "?"

@@ -9,17 +9,17 @@ import platform
 import re
 import sqlite3
 import statistics
-import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks import login
+from benchmarks.fixtures import server
 from benchmarks.measure import Part, Row, Samples, Scale
 from benchmarks.peers import PEERS, QUESTIONS, Differences
 
-FORMAT = 2
 Results = dict[str, Any]
 SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 BYTES = ((1e6, "MB"), (1, "B"))
@@ -44,13 +44,12 @@ def machine() -> dict[str, str]:
 
 
 def _postgres() -> str:
-    try:
-        from tests.postgres import programs  # noqa: PLC0415 - it needs the driver
+    with suppress(Exception):
+        import psycopg  # noqa: PLC0415 - an extra
 
-        command = [str(programs() / "postgres"), "--version"]
-        return subprocess.check_output(command, text=True).split()[2]
-    except Exception as exc:
-        return f"none: {exc}".splitlines()[0]
+        with psycopg.connect(server()) as connection:
+            return (connection.info.parameter_status("server_version") or "unknown").split()[0]
+    return "none"
 
 
 def results(
@@ -62,7 +61,6 @@ def results(
 ) -> Results:
     """Return all results, ready for JSON."""
     return {
-        "format": FORMAT,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
         "scale": scale.name,
         "machine": dict(about),
@@ -209,10 +207,11 @@ def write(found: Results, folder: Path) -> None:
     """Write the JSON, the page and the picture into a folder."""
     (folder / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     (folder / "results.md").write_text(page(found))
-    try:
-        draw(found, folder)
-    except ImportError as exc:
-        print(f"no picture: {exc}")
+    if found["compared"]:
+        try:
+            draw(found, folder)
+        except ImportError as exc:
+            print(f"no picture: {exc}")
 
 
 def draw(found: Results, folder: Path) -> None:

@@ -1,8 +1,7 @@
 """Ways in which PostgreSQL fails, and what login servers answer meanwhile.
 
-The users of an `Office`
-may come from `HOME` and `OFFICE`; then `HOME` is deleted, one user after another, while something
-fails. Who is still let in from `HOME`, and how long after the commit?
+The users of an `Office` may come from `HOME` and `OFFICE`; then `HOME` is deleted, one user after
+another, while something fails. Who is still let in from `HOME`, and how long after the commit?
 """
 
 from __future__ import annotations
