@@ -315,7 +315,7 @@ class Library:
         statements = (*statements, f"UPDATE schema_version SET version = {self.version}")
         text = "".join(f"{statement};\n" for statement in statements)
         (self._migrations / f"{self.version:04}_next.sql").write_text(text)
-        module = self._package / "stores" / "_migrations.py"
+        module = self._package / "stores" / "_sql" / "__init__.py"
         changed, count = re.subn(
             r"(?m)^(SCHEMA_VERSION: Final) = \d+$", rf"\1 = {self.version}", module.read_text()
         )

@@ -4,96 +4,65 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from ipguard.cli.doctor import Finding, Findings
 from ipguard.errors import StoreError
 from ipguard.store import RestrictionStore
-from ipguard.stores.postgres._connection import Session, quoted
-from ipguard.stores.postgres._options import Options
-from ipguard.stores.postgres._pool import connect
+from ipguard.stores.postgres import Examination, examine
 
 _PATIENCE: Final = 5.0
-_TABLES: Final = ("restrictions", "users", "requests", "changes")
-_WHERE: Final = "SELECT pg_backend_pid(), current_user::text, pg_is_in_recovery()"
-_SECURED: Final = """
-SELECT c.relname::text, row_security_active(c.oid)
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = ? AND c.relrowsecurity ORDER BY c.relname
-"""
 _GRANTS: Final = "ipguard migrate --sql --reader ROLE --writer ROLE prints what roles need"
 
 
 def look(url: str, store: RestrictionStore, head: int) -> Findings:
-    """Look at a PostgreSQL store, over a connection of its own."""
-    options = Options.parse(url, {})
-    with _connected(options) as session:
-        ((backend, role, recovering),) = session.rows(_WHERE)
-        if recovering:
-            yield Finding(
-                "server",
-                "warn",
-                "is in recovery: what it holds may be of any age",
-                "name the primary",
-            )
-        between = backend != session.connection.info.backend_pid
-        found = "there is one between; nothing is prepared" if between else "none between"
-        yield Finding("pooler", "ok", found)
-        yield _role(session, quoted(options.schema), role)
-        yield from _row_security(session)
-    yield _listener(store, head, options)
+    """Examine a PostgreSQL store over a separate connection."""
+    found = examine(url)
+    if found.recovering:
+        yield Finding(
+            "server",
+            "warn",
+            "is in recovery: its data may be of any age",
+            "name the primary",
+        )
+    between = "there is one between; nothing is prepared" if found.pooled else "none between"
+    yield Finding("pooler", "ok", between)
+    yield _role(found)
+    yield from _row_security(found)
+    yield _listener(store, head, listens=found.listens)
 
 
 def explain(url: str) -> Findings:
-    """Look for what makes a server that can be reached refuse to answer."""
-    with _connected(Options.parse(url, {})) as session:
-        yield from _row_security(session)
+    """Find why a server that can be reached refuses to answer."""
+    yield from _row_security(examine(url))
 
 
-@contextmanager
-def _connected(options: Options) -> Iterator[Session]:
-    connection = connect(options.servers[0], time.monotonic() + options.timeout)
-    try:
-        session = Session(connection, options.schema)
-        session.patience = options.timeout
-        yield session
-    finally:
-        connection.close()
-
-
-def _row_security(session: Session) -> Findings:
-    secured = session.rows(_SECURED, (session.schema,))
-    if not secured:
+def _row_security(found: Examination) -> Findings:
+    if not found.row_security:
         return
-    ((role,),) = session.rows("SELECT current_user::text")
-    hidden = [table for table, active in secured if active]
-    off = f"ALTER TABLE {quoted(session.schema)}. … DISABLE ROW LEVEL SECURITY"
+    hidden = [table for table, hides in found.row_security.items() if hides]
+    off = f"ALTER TABLE {found.schema}. … DISABLE ROW LEVEL SECURITY"
     if hidden:
-        found = f"hides rows of {', '.join(hidden)} from {role}: every read of them is refused"
-        yield Finding("row security", "fail", found, f"{off}, or ALTER ROLE {role} BYPASSRLS")
-    else:
-        tables = ", ".join(table for table, _ in secured)
-        found = f"is on for {tables}: it does not apply to {role}, but may to other roles"
-        yield Finding("row security", "warn", found, off)
-
-
-def _role(session: Session, schema: str, role: str) -> Finding:
-    def may(what: str, table: str) -> bool:
-        ((allowed,),) = session.rows(
-            "SELECT has_table_privilege(?::text, ?::text)", (f"{schema}.{table}", what)
+        hides = (
+            f"hides rows of {', '.join(hidden)} from {found.role}: every read of them is refused"
         )
-        return bool(allowed)
+        todo = f"{off}, or ALTER ROLE {found.role} BYPASSRLS"
+        yield Finding("row security", "fail", hides, todo)
+    else:
+        tables = ", ".join(found.row_security)
+        on = f"is on for {tables}: it does not apply to {found.role}, but may to other roles"
+        yield Finding("row security", "warn", on, off)
 
-    ((temporary,),) = session.rows("SELECT has_database_privilege(current_database(), 'TEMPORARY')")
-    if may("DELETE", "changes") or may("UPDATE", "changes"):
+
+def _role(found: Examination) -> Finding:
+    role = found.role
+    if found.rights == "owner":
         return Finding("role", "warn", f"{role} may change the trail, as the owner may", _GRANTS)
-    if not may("SELECT", "restrictions"):
+    if found.rights == "none":
         return Finding("role", "fail", f"{role} may not read the restrictions", _GRANTS)
-    if not all(may("INSERT", table) for table in _TABLES):
+    if found.rights == "reader":
         return Finding("role", "ok", f"{role} is a reader: for login servers, not to administer")
-    if not temporary:
+    if not found.temporary:
         todo = f"GRANT TEMPORARY on the database to {role}"
         return Finding("role", "fail", f"{role} may not make temporary tables", todo)
     return Finding("role", "ok", f"{role} is a writer: it may administer")
@@ -113,8 +82,8 @@ class _Heard(logging.Handler):
                 self.said = text[text.index(word) :]
 
 
-def _listener(store: RestrictionStore, head: int, options: Options) -> Finding:
-    if options.listen is None:
+def _listener(store: RestrictionStore, head: int, *, listens: bool) -> Finding:
+    if not listens:
         return Finding("listener", "ok", "off: guards poll, a change takes up to a second")
     heard, logger = _Heard(), logging.getLogger("ipguard.stores.postgres")
     level = logger.level

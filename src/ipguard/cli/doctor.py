@@ -22,7 +22,7 @@ from ipguard.cli._secret import read_keys
 from ipguard.confirmation import Keyring
 from ipguard.errors import IPGuardError, StoreError, StoreUnavailable
 from ipguard.store import RestrictionStore
-from ipguard.stores._sql import SCHEMA_VERSION
+from ipguard.stores.sqlite import SCHEMA_VERSION
 
 _SKEW: Final = 2.0  # seconds that nobody would notice
 _NAMED: Final = 10

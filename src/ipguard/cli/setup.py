@@ -143,14 +143,8 @@ def _postgres(
 ) -> tuple[list[tuple[int, str]], str]:
     try:
         from ipguard.stores import postgres
-        from ipguard.stores.postgres._connection import quoted
-        from ipguard.stores.postgres._options import Options
     except ImportError:
         raise Problem(
             Exit.CONFIG, 'postgresql:// needs its driver: pip install "ipguard[postgres]"'
         ) from None
-    schema = Options.parse(url, {}).schema
-    place = quoted(schema)
-    start = f"CREATE SCHEMA IF NOT EXISTS {place};\nSET LOCAL search_path TO {place}, pg_temp;\n"
-    parts = [(n, start + text) for n, text in postgres.migrations() if n > since]
-    return parts, postgres.grants(schema=schema, reader=reader, writer=writer)
+    return postgres.deployment_sql(url, since=since, reader=reader, writer=writer)

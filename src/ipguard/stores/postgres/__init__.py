@@ -14,10 +14,13 @@ is stopped: fencing is the cluster manager's work.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Final, cast
+from typing import Final, Literal, cast
+
+import attrs
 
 from ipguard.errors import StoreUnavailable
 from ipguard.model import (
@@ -32,7 +35,7 @@ from ipguard.model import (
     checked_time,
 )
 from ipguard.store import Closing, Transaction, log_change
-from ipguard.stores._sql import Row
+from ipguard.stores._sql import SCHEMA_VERSION, Row
 from ipguard.stores._sql import bulk as users_of
 from ipguard.stores._sql import listing as pages
 from ipguard.stores._sql import migrations as _migrations
@@ -40,15 +43,23 @@ from ipguard.stores._sql import policies as read
 from ipguard.stores._sql.bulk import StagedRestrictions
 from ipguard.stores._sql.transaction import SqlTransaction, prune
 from ipguard.stores.postgres import _schema as schema
-from ipguard.stores.postgres._connection import Session, ticks
+from ipguard.stores.postgres._connection import Session, quoted, ticks
 from ipguard.stores.postgres._listener import Listener
 from ipguard.stores.postgres._options import Options
-from ipguard.stores.postgres._pool import Client
+from ipguard.stores.postgres._pool import Client, connect
 from ipguard.stores.postgres._schema import RESTORE
 from ipguard.stores.postgres._transaction import Writer
 from ipguard.usernames import canonical_usernames
 
-__all__ = ["PostgresStore", "grants", "migrations"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Examination",
+    "PostgresStore",
+    "deployment_sql",
+    "examine",
+    "grants",
+    "migrations",
+]
 
 _log = logging.getLogger("ipguard.stores.postgres")
 
@@ -63,6 +74,114 @@ def migrations() -> list[tuple[int, str]]:
         search path set to the schema that is to hold the tables.
     """
     return _migrations("postgresql")
+
+
+def deployment_sql(
+    url: str, *, since: int = 0, reader: str | None = None, writer: str | None = None
+) -> tuple[list[tuple[int, str]], str]:
+    """Return the SQL that prepares the database of a URL, for its owner to run.
+
+    Args:
+        url: The URL of the store. Nothing connects to it.
+        since: The schema version that is there already.
+        reader: A role to grant what login servers need; see `grants`.
+        writer: A role to grant what administration needs.
+
+    Returns:
+        The migrations, as from `migrations`, each with the statements that create and select the
+        schema; and the grants.
+
+    Raises:
+        StoreConfigError: The URL or an option in it is invalid.
+    """
+    name = Options.parse(url, {}).schema
+    start = (
+        f"CREATE SCHEMA IF NOT EXISTS {quoted(name)};\n"
+        f"SET LOCAL search_path TO {quoted(name)}, pg_temp;\n"
+    )
+    parts = [(version, start + text) for version, text in migrations() if version > since]
+    return parts, grants(schema=name, reader=reader, writer=writer)
+
+
+@attrs.frozen(kw_only=True)
+class Examination:
+    """What a connection of its own shows about the database of a store.
+
+    Attributes:
+        schema: The schema that holds the tables, as an SQL identifier.
+        listens: Whether the store listens for changes.
+        role: The role of the connection.
+        rights: What the role may do: `owner`, `writer` and `reader` as in `grants`, or `none` if
+            it may not read restrictions.
+        temporary: Whether the role may create temporary tables, which a writer needs.
+        recovering: Whether the server is in recovery.
+        pooled: Whether there is a transaction pooler in between.
+        row_security: For each table with row-level security, whether it hides rows from the role.
+    """
+
+    schema: str
+    listens: bool
+    role: str
+    rights: Literal["owner", "writer", "reader", "none"]
+    temporary: bool
+    recovering: bool
+    pooled: bool
+    row_security: dict[str, bool]
+
+
+_SESSION: Final = """
+SELECT pg_backend_pid(), current_user::text, pg_is_in_recovery(),
+    has_database_privilege(current_database(), 'TEMPORARY')
+"""
+_PRIVILEGES: Final = """
+SELECT c.relname::text, has_table_privilege(c.oid, 'SELECT'), has_table_privilege(c.oid, 'INSERT'),
+    has_table_privilege(c.oid, 'UPDATE') OR has_table_privilege(c.oid, 'DELETE'),
+    c.relrowsecurity, row_security_active(c.oid)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = ? AND c.relkind IN ('r', 'p') ORDER BY c.relname
+"""
+
+
+def examine(url: str) -> Examination:
+    """Examine the database of a URL, whether a store could use it or not.
+
+    Args:
+        url: The URL of the store; of several hosts, the first is examined.
+
+    Raises:
+        StoreConfigError: The URL or an option in it is invalid.
+        StoreUnavailable: The server does not respond.
+    """
+    options = Options.parse(url, {})
+    connection = connect(options.servers[0], time.monotonic() + options.timeout)
+    try:
+        session = Session(connection, options.schema)
+        session.patience = options.timeout
+        ((backend, role, recovering, temporary),) = session.rows(_SESSION)
+        tables = session.rows(_PRIVILEGES, (options.schema,))
+        pooled = backend != connection.info.backend_pid
+    finally:
+        connection.close()
+    may_read = {name for name, read_it, *_ in tables if read_it}
+    may_insert = {name for name, _, insert, *_ in tables if insert}
+    may_change = {name for name, _, _, change, *_ in tables if change}
+    rights: Literal["owner", "writer", "reader", "none"] = "reader"
+    if "changes" in may_change:
+        rights = "owner"
+    elif "restrictions" not in may_read:
+        rights = "none"
+    elif may_insert >= {"restrictions", "users", "requests", "changes"}:
+        rights = "writer"
+    return Examination(
+        schema=quoted(options.schema),
+        listens=options.listen is not None,
+        role=role,
+        rights=rights,
+        temporary=temporary,
+        recovering=recovering,
+        pooled=pooled,
+        row_security={name: hides for name, *_, secured, hides in tables if secured},
+    )
 
 
 class PostgresStore(Closing):

@@ -49,7 +49,7 @@ from ipguard.model import (
     checked_time,
 )
 from ipguard.store import Closing, Transaction, log_change
-from ipguard.stores._sql import Params, Row, encodable
+from ipguard.stores._sql import SCHEMA_VERSION, Params, Row, encodable
 from ipguard.stores._sql import bulk as users_of
 from ipguard.stores._sql import listing as pages
 from ipguard.stores._sql import migrations as _migrations
@@ -60,7 +60,7 @@ from ipguard.stores.sqlite import _schema as schema
 from ipguard.stores.sqlite._pool import Pool, Session, files_at
 from ipguard.usernames import canonical_usernames
 
-__all__ = ["SQLiteStore", "migrations"]
+__all__ = ["SCHEMA_VERSION", "SQLiteStore", "migrations"]
 
 _POLL: Final = 0.005
 _LOGIN_WAIT: Final = 1.0  # seconds; readers wait only while another program locks the whole file
