@@ -62,6 +62,7 @@ def ranges(number: int) -> list[AddressRange]:
     ]
 
 
+@lru_cache(maxsize=1)
 def crowd(count: int) -> Policies:
     """Return the restrictions of many users as text."""
     return {name(number): [str(it) for it in ranges(number)] for number in range(count)}

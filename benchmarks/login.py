@@ -37,7 +37,7 @@ def warm(scale: Scale) -> Part:  # noqa: ARG001
         subjects=[
             Subject("floor", lambda: fx.asking(fx.look_up([pair]), pairs)),
             Subject(OURS, lambda: fx.asking(fx.remembering(1).is_allowed, pairs)),
-            *_peers(fx.crowd(1), lambda: pairs),
+            *_peers(lambda: fx.crowd(1), lambda: pairs),
         ],
     )
 
@@ -51,7 +51,7 @@ def warm_many(scale: Scale) -> Part:
         subjects=[
             Subject("floor", lambda: fx.asking(fx.look_up(fx.homes(count)), pairs)),
             Subject(OURS, lambda: fx.asking(fx.remembering(count).is_allowed, pairs)),
-            *_peers(fx.crowd(count), lambda: pairs),
+            *_peers(lambda: fx.crowd(count), lambda: pairs),
         ],
         processes=1,
     )
@@ -73,7 +73,7 @@ def first_sight(scale: Scale, version: int) -> Part:  # noqa: ARG001
         subjects=[
             Subject("floor", lambda: fx.asking(parse_and_bisect(version), fx.newcomers(version))),
             Subject(OURS, ours),
-            *_peers(policies, lambda: fx.newcomers(version)),
+            *_peers(lambda: policies, lambda: fx.newcomers(version)),
         ],
     )
 
@@ -90,11 +90,11 @@ def parse_and_bisect(version: int) -> fx.Ask:
     return floor
 
 
-def _peers(policies: fx.Policies, source: Callable[[], Source]) -> list[Subject]:
+def _peers(policies: Callable[[], fx.Policies], source: Callable[[], Source]) -> list[Subject]:
     """Return the peers as subjects, each timed back to back with ipguard on allowed logins."""
 
     def make(peer: Peer) -> Work:
-        ask, pairs = peer.load(policies), source()
+        ask, pairs = peer.load(policies()), source()
         for user, ip in pairs(10):
             if not ask(user, ip):
                 raise RuntimeError(f"it refuses {user} from {ip}")

@@ -16,7 +16,7 @@ from benchmarks.measure import Part, Row, Samples, Subject, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "docs" / "performance"
-FEW = ("warm", "cold", "floods", "import")
+FEW = ("warm", "cold", "floods")
 
 
 def run(*command: str, **env: str) -> str:
