@@ -328,9 +328,7 @@ class Guard(Closing, _fork.Forkable):
         refresher = self._refresher
         if refresher is not None:
             refresher.stop()
-        with self._lease.lock:
-            if self._refresher is refresher:
-                self._refresher = None
+            self._refresher = None
 
     def _running(self) -> bool:
         return self._refresher is not None and self._refresher.running

@@ -1,0 +1,233 @@
+"""Signal handlers that raise, or that ask the guard again, at any line of what holds a lock."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import ipguard
+from ipguard import Guard, Reason, StoreUnavailable
+from ipguard.aio._executor import Executor
+from ipguard.stores import open_store
+from ipguard.testing import Outbox
+from tests.guards import HOME, OFFICE
+from tests.postgres import Given, Server, fresh_schema
+
+BOSS = ipguard.Actor(username="boss", email="b@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
+SOURCE = str(Path(ipguard.__file__).parent)
+
+
+class Late(BaseException):
+    """What a handler raises."""
+
+
+@contextmanager
+def at_step(number: int, act: Callable[[], object]) -> Iterator[list[int]]:
+    """Call `act` at one of the places in ipguard's code where CPython looks for signals.
+
+    These are after a call, at a backward jump and at the beginning of a function.
+    """
+    steps = [0]
+    last: dict[FrameType, str] = {}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.startswith(SOURCE):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before = last.get(frame, "")
+            last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if before.startswith(("CALL", "JUMP_BACKWARD", "RESUME")):
+                steps[0] += 1
+                if steps[0] == number:
+                    sys.settrace(None)
+                    act()
+        elif event == "return":
+            last.pop(frame, None)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield steps
+    finally:
+        sys.settrace(before)
+        last.clear()
+
+
+def raise_late() -> None:
+    raise Late
+
+
+def user(name: str) -> ipguard.User:
+    return ipguard.User(username=name, full_name="", account_id="A1")
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, postgres: Server | Given
+) -> Iterator[Any]:
+    url = {
+        "memory": "memory://",
+        "sqlite": f"sqlite:///{tmp_path / 's.db'}?timeout=5",
+        "postgres": postgres.url(schema=fresh_schema(), listen="off", pool_size=2),
+    }[request.param]
+    with open_store(url) as opened:
+        opened.put_users([user("jsmith"), user("mlee")])
+        flow(opened).impose(BOSS, "jsmith", HOME, reason="a test")
+        yield opened
+
+
+def flow(store: Any) -> ipguard.Workflow:
+    settings = ipguard.WorkflowSettings(requests_per_hour=10**6)
+    return ipguard.Workflow(store, Outbox(), key=bytes(32), settings=settings)
+
+
+def at_each_step(
+    call: Callable[[], object], act: Callable[[], object], then: Callable[[], object], stride: int
+) -> None:
+    """Repeat a call, acting one step later each time, until the step is beyond its end."""
+    number = 1
+    while True:
+        with at_step(number, act) as steps, suppress(Late, ipguard.IPGuardError):
+            call()
+        if steps[0] < number:
+            break
+        then()
+        number += stride
+    assert number > 30
+
+
+def test_a_handler_that_raises_leaves_the_guard_sound(store: Any, rounds: Any) -> None:
+    """At each step of a check that syncs, loads and evicts: the next check answers."""
+    guard = Guard(store, capacity=1)
+
+    def call() -> None:
+        guard._lease.deadline = float("-inf")
+        guard.check("mlee", OFFICE)
+        guard.check("jsmith", OFFICE)
+
+    def sound() -> None:
+        assert not guard._lease.lock.locked()
+        assert not guard._lease._turn.locked()
+        call()
+        assert guard.check("jsmith", HOME).reason is Reason.LISTED
+        assert guard.check("mlee", HOME).reason is Reason.UNRESTRICTED
+        assert guard.stats().users <= 1
+
+    call()
+    at_each_step(call, raise_late, sound, rounds(23, 1))
+
+
+def test_a_handler_that_raises_leaves_the_writer_sound(store: Any, rounds: Any) -> None:
+    """At each step of two changes: the next ones are made, and no connection is missing."""
+    changes = flow(store)
+
+    def call() -> None:
+        for restriction in store.load_policy("mlee").restrictions:
+            changes.lift(BOSS, restriction.id, reason="a test")
+        changes.impose(BOSS, "mlee", HOME, reason="a test")
+
+    call()
+    at_each_step(call, raise_late, call, rounds(197, 7))
+
+
+def test_a_handler_may_ask_the_guard_at_any_step(store: Any, rounds: Any) -> None:
+    """It is answered at once, and never with an allow that is not due; nothing waits for itself."""
+    guard = Guard(store, capacity=1)
+    answers: list[ipguard.Decision] = []
+
+    def call() -> None:
+        guard._lease.deadline = float("-inf")
+        guard.check("mlee", OFFICE)
+        guard.check("jsmith", OFFICE)
+
+    def ask() -> None:
+        answers.append(guard.check("jsmith", OFFICE))
+        guard.stats()
+
+    def sound() -> None:
+        assert guard.check("jsmith", HOME).reason is Reason.LISTED
+
+    call()
+    at_each_step(call, ask, sound, rounds(23, 1))
+    assert {answer.reason for answer in answers} <= {
+        Reason.NOT_LISTED,
+        Reason.STORE_UNAVAILABLE,
+    }
+
+
+def test_a_guard_that_is_being_written_by_this_thread_writes_nothing_more() -> None:
+    """What is remembered answers; all that takes a sync or a load is refused at once."""
+    with open_store("memory://") as store:
+        store.put_users([user("jsmith"), user("mlee")])
+        flow(store).impose(BOSS, "jsmith", HOME, reason="a test")
+        guard = Guard(store, preload=True)
+        guard.sync()
+        assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
+        guard._refreshing = True
+        with guard._lease.lock:
+            assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
+            assert guard.check("JSMITH", OFFICE).reason is Reason.NOT_LISTED
+            assert guard.check("mlee", OFFICE).reason is Reason.STORE_UNAVAILABLE
+            assert guard._answers.recall("mlee", OFFICE, None, resting=True) is not None
+            guard._lease.deadline = float("-inf")
+            assert guard.check("jsmith", OFFICE).reason is Reason.STORE_UNAVAILABLE
+            with pytest.raises(StoreUnavailable, match="again"):
+                guard.sync()
+            with guard._tally._lock:
+                guard.stats()
+        assert guard.stats().woken_by == "callers"
+        guard._refreshing = False
+        assert guard.stats().denials[Reason.NOT_LISTED] == 3
+        guard._lease._turn_owner = threading.get_ident()
+        assert guard.check("jsmith", OFFICE).reason is Reason.STORE_UNAVAILABLE
+        guard._lease._turn_owner = None
+        assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
+
+
+@pytest.mark.parametrize("method", ["pop", "__setitem__"])
+def test_users_are_forgotten_if_their_order_was_interrupted(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cachetools is written in Python: a handler that raises inside it leaves it inconsistent."""
+    with open_store("memory://") as store:
+        store.put_users([user("jsmith"), user("mlee")])
+        guard = Guard(store, capacity=1)
+        guard.check("jsmith", HOME)
+        kind = type(guard._cache._users)
+
+        def late(*_: object) -> None:
+            monkeypatch.undo()
+            raise Late
+
+        monkeypatch.setattr(kind, method, late)
+        with pytest.raises(Late):
+            guard.check("mlee", HOME)
+        assert len(guard._cache) == 0
+        assert not guard._cache.by_spelling
+        assert guard.check("mlee", HOME)
+
+
+def test_a_thread_whose_start_was_interrupted_takes_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the threads that answer for an event loop."""
+    executor = Executor(1, 1)
+
+    def late(_: object) -> None:
+        monkeypatch.undo()
+        raise Late
+
+    monkeypatch.setattr(threading.Thread, "start", late)
+    with pytest.raises(Late):
+        executor._submit(lambda: 1)
+    assert executor._submit(lambda: 2).result(10) == 2
