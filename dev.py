@@ -1,24 +1,16 @@
 #!/usr/bin/env python3
-"""Run the development tasks of ipguard. Needs Python 3.11 or later with pip, nothing else.
+"""Everything a developer of ipguard runs, on a machine that has just Python and pip.
 
-    python3 dev.py demo [--keep]            show a request and its confirmation in a terminal
-    python3 dev.py demo --serve [--port N]  run a login server with the administration page
-    python3 dev.py test                     run the tests for every change (under 3 minutes)
-    python3 dev.py test --all               run every test and check the core's branch coverage
-    python3 dev.py test --rest              run only the tests that `test` leaves out
-    python3 dev.py test --long              run every test with its full number of rounds
-    python3 dev.py test ARG ...             run pytest with these arguments
-    python3 dev.py coverage                 check the core's coverage by the core's own tests
-    python3 dev.py lint | types | layers    run ruff, mypy or import-linter
-    python3 dev.py docs                     build the documentation into docs/_build/html
-    python3 dev.py build                    build the wheel and run the core's tests on it
-    python3 dev.py pythons                  the same on every Python found on this machine
-    python3 dev.py screenshots              recreate the pictures in docs/screenshots/
-    python3 dev.py mutate [MODULE ...]      run mutation tests; see docs/mutation.md
-    python3 dev.py bench [--quick]          run the benchmarks; see docs/performance.md
-    python3 dev.py pin                      update constraints.txt and benchmarks/constraints.txt
+    python3 dev.py demo [--keep]            the whole way once, in a terminal
+    python3 dev.py demo --serve [--port N]  a login server with the page in it, for a browser
+    python3 dev.py test [--long] [ARG ...]  the tests; with ARGs, which go to pytest, no coverage
+    python3 dev.py lint | types | layers | docs | build | pythons
+    python3 dev.py screenshots              makes the pictures in docs/screenshots/ anew
+    python3 dev.py mutate [MODULE ...]      mutation testing, see docs/mutation.md
+    python3 dev.py bench [--quick]          measures, into docs/performance/; docs/performance.md
+    python3 dev.py pin                      renew constraints.txt and benchmarks/constraints.txt
 
-The first run creates `.venv` and installs what its command needs; later runs add what is missing.
+The first use makes `.venv`; later ones notice that nothing changed. Standard library only.
 """
 
 from __future__ import annotations
@@ -45,14 +37,15 @@ CONSTRAINTS = ROOT / "constraints.txt"
 BENCH_CONSTRAINTS = ROOT / "benchmarks" / "constraints.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# The modules with 100 % branch coverage. Their tests, tests/test_<module>*.py, also run on the
-# built wheel and on every other Python.
+# The rooms that must be covered to the last branch, and whose tests need no server: these tests,
+# tests/test_<room>*.py, also run against the built wheel and on every other Python.
 CORE = (
     "errors",
     "addresses",
     "usernames",
     "model",
     "confirmation",
+    "audit",
     "rules",
     "packed",
     "workflow",
@@ -63,39 +56,35 @@ MUTATED = ("addresses", "usernames", "confirmation", "rules", "packed", "guard")
 
 
 class StepError(Exception):
-    """A step failed after printing the reason."""
+    """A step failed; its own output has said why."""
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> None:
     print("+", *command, flush=True)
     code = subprocess.run(command, cwd=cwd, check=False).returncode
     if code:
-        raise StepError(f"{Path(command[0]).name} failed with exit code {code}")
+        raise StepError(f"{Path(command[0]).name} ended with {code}")
 
 
 def tool(name: str, *args: str | Path) -> None:
-    """Run a program of the environment."""
+    """Run one of the environment's own programs."""
     run(VENV / "bin" / name, *args)
 
 
 def pip(python: Path, *args: str | Path) -> None:
-    """Run the host's pip on another interpreter, so that no environment needs its own pip."""
+    """Run the host's pip on another interpreter, which then needs no pip of its own."""
     run(sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *args)
 
 
-def source(name: str) -> str:
-    """Return the pattern of a module's source files."""
-    path = ROOT / "src" / "ipguard" / name
-    return f"src/ipguard/{name}/*" if path.is_dir() else f"src/ipguard/{name}.py"
-
-
-def core_tests(tests: Path) -> list[Path]:
-    """Return the test files of the core modules."""
-    return [path for name in CORE for path in sorted(tests.glob(f"test_{name}*.py"))]
+def room(name: str, under: str = "src/ipguard") -> str:
+    """The file of a room, or the files of one that became a package."""
+    return (
+        f"{under}/{name}/*" if (ROOT / "src" / "ipguard" / name).is_dir() else f"{under}/{name}.py"
+    )
 
 
 def group(name: str) -> list[str]:
-    """Return the requirements of a dependency group (pip reads groups only since 25.1)."""
+    """The requirements of a dependency group (pip reads these itself only from 25.1 on)."""
     found: list[str] = []
     for entry in PROJECT["dependency-groups"][name]:
         found += [entry] if isinstance(entry, str) else group(entry["include-group"])
@@ -105,49 +94,39 @@ def group(name: str) -> list[str]:
 # ---------------------------------------------------------------------------- the environment
 
 
-# Dependency groups that include each other in this order: an environment with one serves the
-# commands that need an earlier one. Commands that are not here need the last.
-GROUPS = ("demo", "serve", "test", "dev")
-
-
-def needed(command: str, *args: str) -> str:
-    """Return the dependency group of a command."""
-    if command == "demo":
-        return "serve" if "--serve" in args else "demo"
-    return "test" if command == "test" and not args else "dev"
-
-
-def wanted(kind: str = "dev") -> str:
-    """Return a digest of everything that an environment depends on."""
+def wanted() -> str:
+    """What the environment depends on; when this changes, it is set up again."""
     parts = {key: PROJECT[key] for key in ("build-system", "project", "dependency-groups")}
     text = json.dumps([parts, CONSTRAINTS.read_text(), sys.version, str(ROOT)], sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()} {kind}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def setup(command: str, *args: str) -> None:
-    """Create or update the environment, unless it already has what the command needs."""
-    kind = needed(command, *args)
+    # The demos are what a newcomer tries first, and need a tenth of it all.
+    few = ["aiosmtpd", "editables", "hatchling"] if command == "demo" else []
+    kinds = ["", " served", " few"] if few else [""]
+    if few and "--serve" in args:
+        few += ["fastapi", "uvicorn", *PROJECT["project"]["optional-dependencies"]["admin"]]
+        kinds.remove(" few")
     with Path(__file__).open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second command waits, then finds the work done
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: the second finds the work done
         found = STAMP.read_text() if STAMP.exists() else ""
-        if found in [wanted(each) for each in GROUPS[GROUPS.index(kind) :]]:
+        if found in [wanted() + kind for kind in kinds]:
             return
-        # Without a stamp the last set-up was interrupted: start over. With an old stamp the
-        # environment is complete, and pip changes only what differs.
+        # An environment without a stamp was interrupted half way: start it anew.
+        # One with an old stamp is whole, and pip changes only what differs.
         if not STAMP.exists() or subprocess.run([PYTHON, "-c", ""], check=False).returncode:
             venv.create(VENV, clear=True, with_pip=False, symlinks=True)
         STAMP.unlink(missing_ok=True)
-        # Python compiles what it imports; compiling everything takes a third of the set-up.
-        install = ("install", "-qq", "--no-compile")
-        needs = [*PROJECT["project"]["dependencies"], *group(kind)]
-        pip(PYTHON, *install, "-c", CONSTRAINTS, *needs)
-        pip(PYTHON, *install, "--no-deps", "--no-build-isolation", "-e", ROOT)
-        STAMP.write_text(wanted(kind))
+        needs = [*PROJECT["project"]["dependencies"], *(few or group("dev"))]
+        pip(PYTHON, "install", "-qq", "-c", CONSTRAINTS, *needs)
+        pip(PYTHON, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", ROOT)
+        STAMP.write_text(wanted() + kinds[-1])
 
 
 @contextlib.contextmanager
 def fresh_venv(python: str | Path) -> Iterator[Path]:
-    """Create a temporary environment of the given Python, outside the source tree."""
+    """A throwaway environment of the given Python, outside the source tree."""
     with tempfile.TemporaryDirectory(prefix="ipguard-") as folder:
         run(python, "-m", "venv", "--without-pip", f"{folder}/venv")
         yield Path(folder)
@@ -158,49 +137,34 @@ def fresh_venv(python: str | Path) -> Iterator[Path]:
 
 def demo(*args: str) -> None:
     if "--serve" in args:
-        # Replace this process, so that Ctrl-C reaches the server alone.
+        # In this process's place: Ctrl-C is then the server's alone.
         rest = [arg for arg in args if arg != "--serve"]
         os.execv(PYTHON, [str(PYTHON), str(ROOT / "examples" / "serve.py"), *rest])
     run(PYTHON, "examples/demo.py", *args)
 
 
-# A file stays in one process: the code blocks of a document share a namespace, and Chromium starts
-# once for each file. The order is that of tests/conftest.py, the slowest files first.
-PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-
-
 def test(*args: str) -> None:
-    """Run the tests: the short run, the rest, all with coverage, or what pytest is told to."""
-    which = {"--all", "--rest", "--long"} & set(args)
-    rest = [arg for arg in args if arg not in which]
-    os.environ["IPGUARD_LONG"] = "1" if "--long" in which else ""
+    long = "--long" in args
+    rest = [arg for arg in args if arg != "--long"]
+    os.environ["IPGUARD_LONG"] = "1" if long else ""
     if rest:
         tool("pytest", *rest)
-    elif which & {"--all", "--long"}:
-        limit = ["-o", "timeout=3600"] if "--long" in which else []
-        measure(*PARALLEL, *limit)
-    else:
-        tool("pytest", *PARALLEL, "-m", "slow" if which else "not slow")
-
-
-def coverage() -> None:
-    """Check that the core's own tests cover every branch of the core."""
-    measure(*PARALLEL, *core_tests(ROOT / "tests"))
-
-
-def measure(*args: str | Path) -> None:
-    """Run pytest, then report the coverage; require all branches of the core."""
+        return
     for old in ROOT.glob(".coverage*"):
         old.unlink(missing_ok=True)
-    tool("coverage", "run", "-m", "pytest", *args)
+    limit = ["-o", "timeout=3600"] if long else []
+    # A file stays with one process: the blocks of a document are one program.
+    # They come in the order of `tests/conftest.py`, the longest first.
+    spread = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    tool("coverage", "run", "-m", "pytest", *spread, *limit)
     tool("coverage", "combine", "-q")
     tool("coverage", "report", "--skip-covered")
-    core = ",".join(map(source, CORE))
+    core = ",".join(room(name) for name in CORE)
     tool("coverage", "report", f"--include={core}", "--fail-under=100", "--skip-covered")
 
 
 def screenshots() -> None:
-    """Recreate the pictures of the administration page; this needs Chromium."""
+    """Make the pictures of the administration page in docs/ anew; it needs Chromium."""
     run(PYTHON, "-m", "tests.screenshots")
 
 
@@ -214,7 +178,7 @@ def types() -> None:
 
 
 def layers() -> None:
-    # The cache misses imports that moved between modules.
+    # Its cache forgets to look again at a module whose imports have moved.
     tool("lint-imports", "--no-cache")
 
 
@@ -230,21 +194,21 @@ def wheel() -> Path:
 
 
 def check_wheel(built: Path, python: str | Path, *, lowest: bool = False) -> None:
-    """Install the wheel with its dependencies alone, run the smoke test, then the core's tests."""
+    """Install the wheel beside nothing but what it needs, import it, then run the core's tests."""
     with fresh_venv(python) as folder:
         inside, pins = folder / "venv" / "bin" / "python", folder / "pins.txt"
-        # With `lowest`, the lower bounds of the dependencies replace their pins.
+        # The lowest versions that the wheel admits take the place of their pins.
         bounds = [need.replace(">=", "==") for need in PROJECT["project"]["dependencies"] if lowest]
         names = tuple(bound.partition("==")[0] + "==" for bound in bounds)
         kept = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(names)]
         pins.write_text("\n".join([*kept, *bounds]))
         pip(inside, "install", "-qq", "-c", pins, built)
         run(inside, "-I", ROOT / "tests" / "smoke.py", cwd=folder)
-        # Copy the tests: next to the source tree they might import it instead of the wheel.
+        # The tests run on a copy: beside the source tree they might import it instead of the wheel.
         shutil.copytree(ROOT / "tests", folder / "tests")
         shutil.copy(ROOT / "pyproject.toml", folder)
         pip(inside, "install", "-qq", "-c", pins, *group("core-test"))
-        found = core_tests(folder / "tests")
+        found = [p for name in CORE for p in sorted((folder / "tests").glob(f"test_{name}*.py"))]
         run(inside, "-m", "pytest", "-q", "-n", "2", *found, cwd=folder)
 
 
@@ -253,20 +217,20 @@ def build() -> None:
 
 
 def pythons() -> None:
-    """Check the wheel on every Python found, on the oldest with the lowest dependencies."""
+    """Run the core's tests on every Python here; on the oldest with the lowest dependencies."""
     built = wheel()
     for number, (_, python) in enumerate(sorted(all_pythons().items())):
         check_wheel(built, python, lowest=number == 0)
 
 
 def all_pythons() -> dict[tuple[int, int], Path]:
-    """Return an interpreter for each version from 3.11 on, from the PATH and from pyenv."""
+    """One interpreter for each version >= 3.11, from the PATH and from pyenv."""
     folders = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
     folders += sorted((Path.home() / ".pyenv" / "versions").glob("3.*/bin"), reverse=True)
     found: dict[tuple[int, int], Path] = {sys.version_info[:2]: Path(sys.executable)}
     for minor in range(11, 20):
         for candidate in (folder / f"python3.{minor}" for folder in folders):
-            # Run it: pyenv has shims for versions that are switched off, too.
+            # A pyenv shim exists for versions that are switched off too: only running it tells.
             works = (
                 candidate.exists()
                 and not subprocess.run(
@@ -279,10 +243,10 @@ def all_pythons() -> dict[tuple[int, int], Path]:
 
 
 def mutate(*modules: str) -> None:
-    """Run mutation tests of the given modules with their own test files."""
+    """Break each line in turn and see whether that room's own tests notice."""
     for name in modules or MUTATED:
-        # A fresh copy for each module: mutmut has one set of settings, and never retries a mutant
-        # that survived, even if a new test would catch it.
+        # A copy, made anew: mutmut knows one set of settings, and takes what survived once for
+        # survived even when a new test would catch it now.
         work = ROOT / "build" / "mutation" / name
         shutil.rmtree(work, ignore_errors=True)
         for folder in ("src", "tests"):
@@ -292,11 +256,11 @@ def mutate(*modules: str) -> None:
             raise StepError(f"no tests/test_{name}*.py")
         settings = {
             "source_paths": ["src"],
-            "only_mutate": [source(name)],
+            "only_mutate": [room(name)],
             "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
             "pytest_add_cli_args_test_selection": tests,
         }
-        # JSON and TOML write a list of strings in the same way.
+        # A list of strings is written alike in JSON and TOML.
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         project = (ROOT / "pyproject.toml").read_text()
         (work / "pyproject.toml").write_text("\n".join([project, "[tool.mutmut]", *lines, ""]))
@@ -305,12 +269,12 @@ def mutate(*modules: str) -> None:
 
 
 def bench(*args: str) -> None:
-    """Install the libraries that ipguard is compared with, then run the benchmarks."""
+    """Measure beside what else there is; that is installed here and nowhere else."""
     pins, needs = ("-c", CONSTRAINTS, "-c", BENCH_CONSTRAINTS), group("bench")
     try:
         pip(PYTHON, "install", "-qq", *pins, *needs)
     except StepError:
-        # Install one by one; the benchmarks report those that failed.
+        # What cannot be installed on this machine is reported as that, beside the others.
         for need in needs:
             with contextlib.suppress(StepError):
                 pip(PYTHON, "install", "-qq", *pins, need)
@@ -321,24 +285,24 @@ def resolved(*args: str | Path) -> set[str]:
     """Return the pins that pip would install."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        options = ("--dry-run", "--ignore-installed", "--report", report, "--target", folder)
-        pip(PYTHON, "install", "-qq", *options, *args)
+        asked = ("--dry-run", "--ignore-installed", "--report", report, "--target", folder)
+        pip(PYTHON, "install", "-qq", *asked, *args)
         chosen = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
     return {f"{found['name']}=={found['version']}" for found in chosen}
 
 
 def write_pins(file: Path, pins: set[str]) -> None:
-    """Replace the pins in a file, keeping the comment at its top."""
+    """Replace the pins in a file, below the comment that it begins with."""
     head = [line for line in file.read_text().splitlines() if line.startswith("#")]
     file.write_text("\n".join([*head, *sorted(pins, key=str.lower), ""]))
 
 
 def pin() -> None:
-    """Resolve all dependencies for the oldest supported Python and write the pins."""
+    """Resolve everything afresh for the oldest Python that may use it, and write that down."""
     oldest = ("--python-version", "3.11.0", "--only-binary", ":all:")
     pins = resolved(*oldest, *PROJECT["project"]["dependencies"], *group("dev"))
     write_pins(CONSTRAINTS, pins)
-    # Some benchmark dependencies have no wheels, so pip can only resolve them for this Python.
+    # Some of it has no wheels, so pip resolves it for this Python alone.
     write_pins(BENCH_CONSTRAINTS, resolved("-c", CONSTRAINTS, *group("bench")) - pins)
 
 
@@ -347,7 +311,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     for command in (
         demo,
         test,
-        coverage,
         screenshots,
         lint,
         types,
@@ -363,10 +326,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(name: str = "", *args: str) -> int:
-    """Set up the environment and run one command."""
+    """Set up what is needed and carry out one command."""
     if name not in COMMANDS:
-        if name not in ("", "-h", "--help", "help"):
-            print(f"dev.py: unknown command {name!r}\n", file=sys.stderr)
         print(__doc__)
         return 2
     try:

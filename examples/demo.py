@@ -20,14 +20,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
 import ipguard
-from ipguard import Actor, Applied, Guard, PendingRequest, Reason, User, Workflow, WorkflowSettings
+from ipguard import (
+    Actor,
+    Applied,
+    Guard,
+    PendingRequest,
+    Reason,
+    User,
+    Workflow,
+    WorkflowSettings,
+    audit,
+)
 from ipguard.mail import EmailNotifier
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -268,9 +278,9 @@ class Demo:
         return self.report.end()
 
 
-def _short(detail: str) -> str:
+def _short(detail: Mapping[str, str]) -> str:
     """Leave out the ids, which nobody reads."""
-    return re.sub(r" ?(?:request|restriction)=\w+", "", detail).strip()
+    return audit.encode({k: v for k, v in detail.items() if k not in ("request", "restriction")})
 
 
 @contextmanager

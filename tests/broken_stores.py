@@ -217,7 +217,7 @@ BREAKAGES: list[tuple[str, str, str]] = [
         "each_field_can_be_changed",
     ),
     ("[*added, *updated], added, counts", "added, added, counts", "each_field_can_be_changed"),
-    ("removed, removed, f", "removed, [], f", "removing_a_user"),
+    ("removed, removed, audit", "removed, [], audit", "removing_a_user"),
     ("concerned[0] if len(concerned) == 1 else None", "concerned[0]", "the_row_of_several_users"),
     ("one.account_id if one else None", "None", "the_row_of_one_user"),
     ("user=stored.user, removed=True", "user=stored.user", "removing_a_user"),
@@ -289,7 +289,11 @@ BREAKAGES: list[tuple[str, str, str]] = [
         "items[-1].revision if items",
         "the_newest_is_first",
     ),
-    ("if limit < 1:", "if limit < 0:", "a_page_has_room_for_one"),
+    (
+        'check_whole("limit", limit, 1)\n        accounts = check_accounts(accounts)\n        head',
+        "accounts = check_accounts(accounts)\n        head",
+        "a_page_has_room_for_one",
+    ),
     ("if self._closed:", "if False:", "a_closed_store_refuses"),
     (
         "self._closed = True\n            self._touched.notify_all()",
@@ -301,8 +305,8 @@ BREAKAGES: list[tuple[str, str, str]] = [
         "class MemoryStore(Closing):\n    def __exit__(self, *_): pass\n",
         "a_store_is_a_context_manager",
     ),
-    ("accounts = checked_accounts(accounts)\n        state", "state", "one_text_is_no_set"),
-    ("accounts = checked_accounts(accounts)\n        head", "head", "one_text_is_no_set"),
+    ("accounts = check_accounts(accounts)\n        state", "state", "one_text_is_no_set"),
+    ("accounts = check_accounts(accounts)\n        head", "head", "one_text_is_no_set"),
 ]
 
 

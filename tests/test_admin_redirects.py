@@ -146,7 +146,7 @@ def test_a_number_is_in_no_url_and_no_cookie(office: Office):
 
 def unsealed(office: Office, browser: Browser) -> bytes:
     """Return what the URL of a page holds, as its server reads it."""
-    signer = Signer(office.flow.derived_keys(PURPOSE))
+    signer = Signer(office.flow._derived_keys(PURPOSE))
     asked = query(browser.address)
     where = browser.address.removeprefix("/").partition("&again=")[0]
     session = browser.cookies["ipguard-form"]

@@ -37,7 +37,7 @@ def shell(tmp_path: Path) -> Shell:
 
 def _write(shell: Shell, detail: str, username: str = "jsmith") -> None:
     with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as turn:
-        turn.append(Action.CANCEL, actor="rita", username=username, detail=detail)
+        turn.append(Action.CANCEL, actor="rita", username=username, detail={"": detail})
 
 
 def _states(report: dict[str, list[dict[str, str]]]) -> dict[str, str]:
@@ -90,8 +90,25 @@ def test_watch_piped(shell: Shell):
         assert process.stderr.read() == "ipguard: watching from revision 0; Ctrl-C ends it\n"
     for each in (first, second):
         validator("watch").validate(each)
-    assert (first["action"], second["detail"]) == ("put_users", "x")
+    assert (first["action"], second["detail"]) == ("put_users", {"": "x"})
     assert "is not a username" in shell.bad(3, "watch", "--user", " ")
+
+
+def test_entries_of_a_newer_version_are_shown_as_they_are(shell: Shell):
+    """`history` and `watch` show an unknown action and an unreadable detail as text."""
+    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as turn:
+        turn.append("teleport", actor="rita", username="jsmith", detail={"to": "the moon"})
+        turn.append(Action.UNLOCK, actor="rita", username="jsmith", detail={"": 'by="x'})
+    found = shell.json("history")["changes"]
+    assert [(each["action"], each["detail"]) for each in found[:2]] == [
+        ("unlock", {"": 'by="x'}),
+        ("teleport", {"to": "the moon"}),
+    ]
+    terminal = shell.terminal("watch", "--since", "1")
+    terminal.sees('2  20.*  rita  teleport  jsmith  to="the moon"')
+    terminal.sees('3  20.*  rita  unlock  jsmith  by="x')
+    terminal.process.sendintr()
+    terminal.ends()
 
 
 def test_watch_from_a_revision_of_another_history(shell: Shell):

@@ -319,8 +319,8 @@ class TestMatches:
 
     def test_derived_keys_are_the_rings_own(self):
         """Each key gives one for each purpose, in the ring's order, and none gives another's."""
-        both = Keyring([NEW, OLD]).derived("forms")
-        assert both == (*Keyring(NEW).derived("forms"), *Keyring(OLD).derived("forms"))
-        others = Keyring([NEW, OLD]).derived("cookies")
+        both = Keyring([NEW, OLD]).derive("forms")
+        assert both == (*Keyring(NEW).derive("forms"), *Keyring(OLD).derive("forms"))
+        others = Keyring([NEW, OLD]).derive("cookies")
         assert len({*both, *others, NEW, OLD}) == 6
         assert {len(key) for key in (*both, *others)} == {32}

@@ -223,7 +223,7 @@ STRICTER_MATCHES = {
     "host bits": "the restriction is refused; the network of the hint matches as expected",
     "mapped prefix": "an IPv4-mapped network with a prefix below 96 is refused: it is not IPv4",
     "unfit": "the restriction is refused: multicast, unspecified or broadcast",
-    "zone in the restriction": "a zone means something on one machine only",
+    "zone in the restriction": "a zone has a meaning on one machine only",
     "zone in the address": "a login's address has no zone",
     "mapped": "an IPv4-mapped address is IPv4, and so in no IPv6 network",
 }

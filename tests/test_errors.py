@@ -34,7 +34,7 @@ from ipguard.errors import (
     UnknownUser,
     UsernameError,
     WrongNumber,
-    shortened,
+    shorten,
 )
 
 UNTIL = datetime(2031, 1, 31, 18, tzinfo=UTC)
@@ -271,12 +271,12 @@ class TestShortened:
     )
     def test_of(self, value, text):
         """Text is quoted and cut at 60 characters; of anything else only the type is told."""
-        assert shortened(value) == text
+        assert shorten(value) == text
 
     @given(st.text())
     def test_is_one_printable_line(self, text):
         """Nothing from outside can break a line of a log or turn its direction."""
-        short = shortened(text)
+        short = shorten(text)
         assert short.isprintable()
         assert short.rstrip("…").isascii()
         assert len(short) <= 60 * 10 + 3
@@ -284,7 +284,7 @@ class TestShortened:
     @given(st.text(max_size=60))
     def test_short_text_is_told_in_full(self, text):
         """Nothing is lost of what is short."""
-        assert eval(shortened(text)) == text
+        assert eval(shorten(text)) == text
 
     @given(st.text(min_size=61))
     def test_errors_of_long_text_stay_short(self, text):

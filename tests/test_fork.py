@@ -267,7 +267,7 @@ def test_a_repair_that_was_interrupted_is_done_again() -> None:
     done: list[str] = []
 
     class Once(_fork.Forkable):
-        def after_fork_in_child(self) -> None:
+        def _after_fork_in_child(self) -> None:
             done.append("repair")
             if len(done) == 1:
                 raise KeyboardInterrupt

@@ -262,13 +262,13 @@ def test_a_guard_that_is_gone_is_not_called(memory: World) -> None:
     called: list[str] = []
 
     class Forkable(_fork.Forkable):
-        def before_fork(self) -> None:
+        def _before_fork(self) -> None:
             called.append("before")
 
-        def after_fork_in_parent(self) -> None:
+        def _after_fork_in_parent(self) -> None:
             called.append("parent")
 
-        def after_fork_in_child(self) -> None:
+        def _after_fork_in_child(self) -> None:
             called.append("child")
 
     kept, gone = Forkable(), Forkable()
@@ -284,13 +284,13 @@ def test_a_fork_lets_go_only_of_what_it_took(memory: World, monkeypatch: Any) ->
     called: list[str] = []
 
     class Interrupted(_fork.Forkable):
-        def before_fork(self) -> None:
+        def _before_fork(self) -> None:
             raise KeyboardInterrupt
 
-        def after_fork_in_parent(self) -> None:
+        def _after_fork_in_parent(self) -> None:
             called.append("parent")
 
-        def after_fork_in_child(self) -> None:
+        def _after_fork_in_child(self) -> None:
             called.append("child")
 
     interrupted = Interrupted()

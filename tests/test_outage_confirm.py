@@ -101,7 +101,7 @@ class Bench:
         assert confirmed == (stored.request.addresses in held)
         rows = [
             change for change in self.flow.history(BOSS, username="jo", limit=100)
-            if change.action == "confirm" and f"request={request_id} " in f"{change.detail} "
+            if change.action == "confirm" and change.detail.get("request") == request_id
         ]  # fmt: skip
         assert len(rows) == int(confirmed)
         self._check_trail()

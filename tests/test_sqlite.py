@@ -104,9 +104,10 @@ path = sys.argv[1]
 def ready():
     print("ready", flush=True)
     sys.stdin.readline()
-def append(store, detail=""):
+def append(store, by=""):
     with store.transaction() as turn:
-        return turn.append(Action.IMPOSE, actor="admin", detail=detail, touches=EVERYBODY).revision
+        change = turn.append(Action.IMPOSE, actor="admin", detail={"by": by}, touches=EVERYBODY)
+    return change.revision
 """
 
 
@@ -173,7 +174,7 @@ for number in range(int(sys.argv[3])):
     assert sorted(chain.from_iterable(written)) == list(range(1, 8 * each + 1))
     with SQLiteStore(path) as store:
         for change in store.history(EVERY, limit=8 * each):
-            assert change.revision in written[int(change.detail)]
+            assert change.revision in written[int(change.detail["by"])]
 
 
 def test_a_killed_process_leaves_nothing_half_done(path: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_killed_process_leaves_nothing_half_done(path: Path) -> None:
 store = SQLiteStore(path)
 with store.transaction() as turn:
     for number in range(1000):
-        turn.append(Action.IMPOSE, actor="admin", detail="x" * 5000, touches=EVERYBODY)
+        turn.append(Action.IMPOSE, actor="admin", detail={"x": "x" * 5000}, touches=EVERYBODY)
     ready()
 """
         for _ in range(rounds(3, 50)):
@@ -371,7 +372,7 @@ import gc
 store = SQLiteStore(path)
 store.put_users([User(username="jo", full_name="Jo", account_id="U1")])
 with store.transaction() as turn:
-    turn.append(Action.IMPOSE, actor="admin", detail="x" * 5_000_000, touches=EVERYBODY)
+    turn.append(Action.IMPOSE, actor="admin", detail={"x": "x" * 5_000_000}, touches=EVERYBODY)
     pid = os.fork()
     if pid == 0:
         try:
@@ -1706,8 +1707,8 @@ def test_users_put_in_between_are_compared_again(store: SQLiteStore) -> None:
     thread.join()
     assert revisions == [2]
     assert [change.detail for change in store.history(EVERY)] == [
-        "added=2 updated=1",
-        "added=1 updated=0",
+        {"added": "2", "updated": "1"},
+        {"added": "1", "updated": "0"},
     ]
 
 

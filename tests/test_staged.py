@@ -184,7 +184,10 @@ class Between(Hooks):
         page = self.store.overview(Actor.EVERY_ACCOUNT, limit=2 * MANY)
         assert [each.user.username for each in page] == [each.username for each in many]
         assert not any(each.removed for each in page)
-        assert self.store.history(Actor.EVERY_ACCOUNT).items[0].detail == "added=99 updated=0"
+        assert self.store.history(Actor.EVERY_ACCOUNT).items[0].detail == {
+            "added": "99",
+            "updated": "0",
+        }
         assert len(self.store.overview(Actor.EVERY_ACCOUNT, search="last").items) == 1
 
 

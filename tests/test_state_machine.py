@@ -817,7 +817,7 @@ class Machine(RuleBasedStateMachine):
         for name, (manages, _) in ACTORS.items():
             rows = self.flow.history(self.actor(name), limit=1000).items
             assert [
-                (row.revision, row.action.value, row.actor, row.username, row.account_id)
+                (row.revision, str(row.action), row.actor, row.username, row.account_id)
                 for row in reversed(rows)
             ] == [
                 (revision, *entry)

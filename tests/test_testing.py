@@ -37,7 +37,7 @@ CHANGE = Change(
     actor_address=None,
     action=Action.CONFIRM,
     username="jsmith",
-    detail="",
+    detail={},
 )
 
 

@@ -20,16 +20,16 @@ from ipguard._locks import ReentrantLock
 class Forkable:
     """An object that takes part in forks once it is registered."""
 
-    def before_fork(self) -> None:
+    def _before_fork(self) -> None:
         """Prepare for a fork; other threads keep running."""
 
-    def after_fork_in_parent(self) -> None:
-        """Undo `before_fork`, which may have been interrupted."""
+    def _after_fork_in_parent(self) -> None:
+        """Undo `_before_fork`, which may have been interrupted."""
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Replace what belongs to the parent.
 
-        It must not call `check`, must not rely on `before_fork`, and may be repeated.
+        It must not call `check`, must not rely on `_before_fork`, and may be repeated.
         """
 
 
@@ -65,7 +65,7 @@ def _repair() -> None:
         for forkable in _registered():
             if _pid == pid:  # another thread was faster, or a signal handler in between
                 return
-            forkable.after_fork_in_child()
+            forkable._after_fork_in_child()  # noqa: SLF001
         _forking = ReentrantLock()
         _pid = pid
 
@@ -73,12 +73,12 @@ def _repair() -> None:
 def _before() -> None:
     _forking.acquire()
     for forkable in _registered():
-        forkable.before_fork()
+        forkable._before_fork()  # noqa: SLF001
 
 
 def _after_in_parent() -> None:
     for forkable in reversed(_registered()):
-        forkable.after_fork_in_parent()
+        forkable._after_fork_in_parent()  # noqa: SLF001
     _forking.release()
 
 

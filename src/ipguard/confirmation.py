@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ipguard.errors import InvalidValue, NumberFormatError, shortened
+from ipguard.errors import InvalidValue, NumberFormatError, shorten
 
 _KEY_BYTES: Final = 32
 _GROUP: Final = 5
@@ -72,7 +72,7 @@ def typed(text: str, digits: int) -> str:
         value = unicodedata.decimal(char, None)
         if value is None:
             raise NumberFormatError(
-                digits, f"must have {digits} digits and nothing else; {shortened(char)} is no digit"
+                digits, f"must have {digits} digits and nothing else; {shorten(char)} is no digit"
             )
         read += str(value)
     if len(read) != digits:
@@ -110,8 +110,8 @@ class Keyring:
     def __contains__(self, key_id: object) -> bool:
         return key_id in self._keys
 
-    def derived(self, purpose: str) -> tuple[bytes, ...]:
-        """Make a key for another purpose from each key of this ring, in its order.
+    def derive(self, purpose: str) -> tuple[bytes, ...]:
+        """Derive a key for another purpose from each key of this ring, in order.
 
         Args:
             purpose: What the keys are for; another purpose has other keys.

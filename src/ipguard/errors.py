@@ -13,7 +13,7 @@ from typing import cast
 _SHOWN = 60
 
 
-def shortened(value: object) -> str:
+def shorten(value: object) -> str:
     """Quote a value from outside for a message: one line, at most about 60 characters.
 
     Nothing of the value's own is called: a class may claim to be str and do anything.
@@ -39,7 +39,7 @@ class AddressError(IPGuardError, ValueError):
     """
 
     def __init__(self, text: object, reason: str, hint: str | None = None) -> None:
-        self.text = text if isinstance(text, _Quoted) else _Quoted(shortened(text))
+        self.text = text if isinstance(text, _Quoted) else _Quoted(shorten(text))
         self.reason = reason
         self.hint = hint
         super().__init__(self.text, reason, hint)
@@ -50,7 +50,7 @@ class AddressError(IPGuardError, ValueError):
 
 
 class _Quoted(str):
-    """Text that `shortened` has been through already; unpickling must not quote it again."""
+    """Text that `shorten` has been through already; unpickling must not quote it again."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ class UsernameError(IPGuardError, ValueError):
     """
 
     def __init__(self, text: object, reason: str) -> None:
-        self.text = text if isinstance(text, _Quoted) else _Quoted(shortened(text))
+        self.text = text if isinstance(text, _Quoted) else _Quoted(shorten(text))
         self.reason = reason
         super().__init__(self.text, reason)
 
@@ -190,7 +190,7 @@ class DuplicateRestriction(IPGuardError):
             return f"a request to delete {self.addresses} of {self.username} is already pending"
         if self.found == "row":
             return f"{self.username} {self.addresses} is there twice"
-        shown = f'"{self.label}"' if self.label.isprintable() else shortened(self.label)
+        shown = f'"{self.label}"' if self.label.isprintable() else shorten(self.label)
         label = f"label {shown}" if self.label else "no label"
         expiry = (
             "no expiry"
@@ -219,7 +219,7 @@ class UnknownUser(IPGuardError):
         self.username = username
 
     def __str__(self) -> str:
-        return f"no user {shortened(self.username)}"
+        return f"no user {shorten(self.username)}"
 
 
 class UnknownRequest(IPGuardError):
@@ -234,7 +234,7 @@ class UnknownRequest(IPGuardError):
         self.request_id = request_id
 
     def __str__(self) -> str:
-        return f"no request {shortened(self.request_id)}"
+        return f"no request {shorten(self.request_id)}"
 
 
 class UnknownRestriction(IPGuardError):
@@ -249,7 +249,7 @@ class UnknownRestriction(IPGuardError):
         self.restriction_id = restriction_id
 
     def __str__(self) -> str:
-        return f"no restriction {shortened(self.restriction_id)}"
+        return f"no restriction {shorten(self.restriction_id)}"
 
 
 class RequestClosed(IPGuardError):

@@ -20,7 +20,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from ipguard.addresses import AddressRange, AddressSet, typed
+from ipguard.addresses import AddressRange, AddressSet, parse_typed
 from ipguard.errors import (
     AddressError,
     AddressTooBroad,
@@ -200,7 +200,7 @@ def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressR
         AddressError: It is not acceptable text. Its hint is not wider than the settings allow.
     """
     try:
-        return typed(text)
+        return parse_typed(text)
     except AddressError as exc:
         if exc.hint is None:
             raise

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ipguard import rules
+from ipguard._checks import check_text
 from ipguard.addresses import AddressRange, parse_address
 from ipguard.admin import _texts
 from ipguard.admin._form import accept_lockout, lockout_page
@@ -23,7 +24,7 @@ from ipguard.errors import (
     StoreError,
     UnknownUser,
 )
-from ipguard.model import LABEL_LIMIT, PendingRequest, User, checked_text
+from ipguard.model import LABEL_LIMIT, PendingRequest, User
 
 _FIELDS: Final = ("user", "addresses", "label", "expires_at")
 _EXAMPLE: Final = 29  # the prefix of the network that the form names as an example
@@ -121,7 +122,7 @@ def _understand(
     addresses = _addresses(visit, values["addresses"], problems)
     expires_at = _time(values["expires_at"], problems)
     try:
-        checked_text("label", values["label"], LABEL_LIMIT)
+        check_text("label", values["label"], LABEL_LIMIT)
     except InvalidValue as wrong:
         problems["label"] = _texts.problem(wrong, visit.now).text
     if problems or user is None or addresses is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from ipguard._checks import check_text
 from ipguard.admin._http import Response
 from ipguard.admin._visit import Draft, Visit
 from ipguard.errors import InvalidValue
-from ipguard.model import Page, UserOverview, checked_text
+from ipguard.model import Page, UserOverview
 
 _PAGE: Final = 50
 _SEARCH: Final = 256
@@ -40,7 +41,7 @@ def search(visit: Visit) -> Response:
     if not text:
         return visit.go("")
     try:
-        checked_text("search", text, _SEARCH)
+        check_text("search", text, _SEARCH)
     except InvalidValue as wrong:
         problems = {"search": f"What you search for {wrong.reason}."}
         return visit.again("", Draft(values={"search": text}, problems=problems))

@@ -55,7 +55,7 @@ def gone(visit: Visit, username: str, restriction_id: str) -> Response:
     """
 
     def ended(row: Change) -> bool:
-        found = _texts.particulars(row)
+        found = row.detail
         if found.get("replaces") == restriction_id:
             return True
         return found.get("restriction") == restriction_id and row.action in _CHANGING
@@ -71,9 +71,9 @@ def closed(visit: Visit, username: str, request_id: str) -> Response:
     Raises:
         Missing: There was none, for this actor.
     """
-    row = _newest(visit, username, lambda row: _texts.particulars(row).get("request") == request_id)
+    row = _newest(visit, username, lambda row: row.detail.get("request") == request_id)
     text = "This request is not pending any more."
-    if "locked" in _texts.particulars(row):
+    if "locked" in row.detail:
         text = "This request is locked, after too many wrong numbers. Ask again."
     elif row.action not in (Action.CONFIRM, Action.CANCEL):
         # No row names what a request to delete was cancelled by: the restriction's own end.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
+from ipguard._checks import check_text
 from ipguard.admin import _add, _confirm, _delete, _http, _list, _look
 from ipguard.admin._http import BadRequest, Request, Response
 from ipguard.admin._render import loaded
@@ -22,7 +23,7 @@ from ipguard.errors import (
     UnknownUser,
 )
 from ipguard.guard import Guard
-from ipguard.model import Actor, checked_text
+from ipguard.model import Actor
 from ipguard.workflow import Workflow
 
 _log = logging.getLogger("ipguard.admin")
@@ -98,8 +99,9 @@ class Site:
         self.authenticate = authenticate
         self.flow = flow
         self.guard = guard
-        self.brand = checked_text("brand", brand, 100, required=True)
-        self.signer = Signer(flow.derived_keys(PURPOSE))
+        self.brand = check_text("brand", brand, 100, required=True)
+        # The page shares the workflow's keys, which are not part of its public interface.
+        self.signer = Signer(flow._derived_keys(PURPOSE))  # noqa: SLF001
         self.assets, self.templates = loaded()
 
     def public(self, request: Request) -> Response | None:

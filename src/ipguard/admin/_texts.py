@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Final
 
 import attrs
 
+from ipguard import audit
 from ipguard.addresses import AddressRange
 from ipguard.errors import (
     AddressError,
@@ -33,7 +33,6 @@ from ipguard.model import (
 )
 from ipguard.rules import shifted
 
-_PAIR: Final = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
 _READABLE: Final = 10**12
 
 
@@ -209,16 +208,7 @@ def verdict(found: Explanation) -> str:
 # -- changes -------------------------------------------------------------------------------------
 
 
-def particulars(change: Change) -> dict[str, str]:
-    """Read the `name=value` pairs of a change's detail."""
-    return {name: _plain(value) for name, value in _PAIR.findall(change.detail)}
-
-
-def _plain(value: str) -> str:
-    return str(json.loads(value)) if value.startswith('"') else value
-
-
-_DONE: Final[Mapping[tuple[Action, str], str]] = {
+_DONE: Final[Mapping[tuple[str, str], str]] = {
     (Action.REQUEST, ""): "asked for {addresses}",
     (Action.REQUEST, "delete"): "asked to delete {addresses}",
     (Action.CONFIRM, ""): "confirmed {addresses}",
@@ -256,19 +246,21 @@ _MORE: Final = (
 
 
 def more(change: Change) -> str:
-    """Say what else is known of a change."""
-    found = particulars(change)
+    """Return the particulars of a change; unknown actions and unreadable ones as stored."""
+    if not isinstance(change.action, Action) or "" in change.detail:
+        return audit.encode(change.detail)
+    found = dict(change.detail)
     if "expires_at" in found:
-        found["expires_at"] = moment(datetime.fromisoformat(found["expires_at"]))
+        with suppress(ValueError):
+            found["expires_at"] = moment(datetime.fromisoformat(found["expires_at"]))
     return "; ".join(text.format(found[name]) for name, text in _MORE if name in found)
 
 
 def done(change: Change) -> str:
-    """Say what a change did, as the words after who did it."""
-    found = particulars(change)
-    kind = found.get("kind", "")
-    text = _DONE.get((change.action, kind)) or _DONE[change.action, ""]
-    return text.format(addresses=found.get("addresses", ""))
+    """Return what a change did, as the words after the actor's name."""
+    known = _DONE.get((change.action, change.detail.get("kind", "")))
+    text = known or _DONE.get((change.action, ""), "did “{action}”")
+    return text.format(addresses=change.detail.get("addresses", ""), action=change.action).strip()
 
 
 def told(change: Change, me: str) -> str:

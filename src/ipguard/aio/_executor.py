@@ -18,6 +18,7 @@ from operator import methodcaller
 from typing import Any, Final, ParamSpec, TypeVar
 
 from ipguard import _fork
+from ipguard._checks import check_whole
 from ipguard._locks import ReentrantLock
 from ipguard.errors import InvalidValue, StoreUnavailable
 
@@ -35,12 +36,9 @@ class Executor(_fork.Forkable):
     """
 
     def __init__(self, threads: int, waiting: int) -> None:
-        for name, value, least in (("threads", threads, 1), ("waiting", waiting, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidValue(name, f"must be a whole number of at least {least}")
-        self._threads = threads
-        self._waiting = waiting
-        self.after_fork_in_child()
+        self._threads = check_whole("threads", threads, 1)
+        self._waiting = check_whole("waiting", waiting, 0)
+        self._after_fork_in_child()
         _fork.register(self)
 
     def begin(
@@ -124,7 +122,7 @@ class Executor(_fork.Forkable):
             self._busy += 1
             return self._line.popitem(last=False)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Start over, as a new executor does."""
         self._lock = ReentrantLock()
         self._stirred = threading.Condition(self._lock)

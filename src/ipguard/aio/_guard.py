@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Final, Literal, Self, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
+from ipguard._checks import check_seconds
 from ipguard.aio._closing import AsyncClosing
 from ipguard.aio._executor import Executor, check_threads
 from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.guard import Guard, GuardStats, Observer
-from ipguard.guard._settings import check_seconds
 from ipguard.model import Decision, Explanation, Reason
 from ipguard.store import RestrictionStore
 

@@ -89,7 +89,6 @@ class AsyncWorkflow(AsyncClosing):
     lift = _awaited(Workflow.lift)
     unlock = _awaited(Workflow.unlock)
     now = _awaited(Workflow.now)
-    derived_keys = _awaited(Workflow.derived_keys)
 
     async def close(self) -> None:
         """Let idle threads end. The store is the host's to close."""

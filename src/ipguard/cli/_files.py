@@ -17,7 +17,7 @@ import attrs
 import typer
 
 from ipguard.cli._codes import Exit, Problem
-from ipguard.errors import shortened
+from ipguard.errors import shorten
 
 FileOption = Annotated[
     str | None, typer.Option("--format", metavar="csv|jsonl", help="Of the file.")
@@ -57,7 +57,7 @@ class Columns:
         known = (*self.needed, *self.allowed, *self.ignored)
         for at, name in enumerate(names):
             if name not in known and not self.others:
-                return f"{shortened(name)} is no column; there is {', '.join(known)}"
+                return f"{shorten(name)} is no column; there is {', '.join(known)}"
             if name in names[:at] and self.used(name):
                 return f"{name} is there twice"
         return None
@@ -261,7 +261,7 @@ def _object(line: str, columns: Columns) -> Row | BadRow:
     try:
         found: Any = json.loads(line, object_pairs_hook=_unambiguous)
     except _Twice as exc:
-        return BadRow(f"{shortened(exc.name)} is there twice")
+        return BadRow(f"{shorten(exc.name)} is there twice")
     except (ValueError, RecursionError) as exc:
         return BadRow(f"it is not JSON: {type(exc).__name__}")
     if not isinstance(found, dict):

@@ -8,10 +8,10 @@ import socket
 from pathlib import Path
 from typing import Final
 
+from ipguard import audit
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._output import clean
 from ipguard.model import Actor
-from ipguard.store import particulars
 
 _NOBODY: Final = 2**32 - 1  # a login that was never set (see proc_pid_loginuid(5))
 _LONGEST: Final = 64
@@ -44,13 +44,13 @@ def via() -> str:
     """Return what the trail says of this process. `SUDO_USER` is noted as what it is: a claim."""
     login, sudo = _login(), os.environ.get("SUDO_USER", "")
     euid = os.geteuid()
-    text = particulars(
+    found = audit.detail(
         command_line=operator_name(),
         effective=None if euid == os.getuid() else _name(euid),
         login=None if login == _name(os.getuid()) else login,
         SUDO_USER=clean(sudo)[:_LONGEST],
     )
-    return clean(text)
+    return clean(audit.encode(found))
 
 
 def operator(email: str | None) -> Actor:

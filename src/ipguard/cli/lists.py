@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ipguard import audit
+from ipguard._checks import check_text
 from ipguard.cli._app import command
 from ipguard.cli._call import Call
 from ipguard.cli._output import Cell, begun, plain
 from ipguard.cli._who import NO_EMAIL
-from ipguard.errors import shortened
-from ipguard.model import Actor, Page, Restriction, UserOverview, checked_text
+from ipguard.errors import shorten
+from ipguard.model import Actor, Page, Restriction, UserOverview
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 
@@ -110,7 +112,7 @@ def paged(
     whom: str = "",
 ) -> None:
     """Show users as they are read, a page at a time, up to a limit or all of them."""
-    checked_text("search", search, _SEARCH_LIMIT)
+    check_text("search", search, _SEARCH_LIMIT)
     last: str | None = None
     count = 0
 
@@ -150,8 +152,8 @@ def _table(call: Call, columns: Sequence[str], cells: Iterator[Sequence[Cell]]) 
 
 
 def _nobody(whom: str, search: str, after: str | None) -> str:
-    whom += f" for {shortened(search)}" if search.strip() else ""
-    whom += f" after {shortened(after)}" if after else ""
+    whom += f" for {shorten(search)}" if search.strip() else ""
+    whom += f" after {shorten(after)}" if after else ""
     return f"found nobody{whom or '; `ipguard users import FILE` registers users'}"
 
 
@@ -211,7 +213,14 @@ def history(
             return
         columns = ("revision", "at", "actor", "action", "username", "detail")
         cells = (
-            (c.revision, c.at, c.actor or "", c.action.value, c.username or "", c.detail)
+            (
+                c.revision,
+                c.at,
+                c.actor or "",
+                str(c.action),
+                c.username or "",
+                audit.encode(c.detail),
+            )
             for c in found
         )
         _table(call, columns, cells)
@@ -224,7 +233,7 @@ def history(
 def _nothing_done(store: RestrictionStore, user: str | None, before: int | None) -> str:
     if user is not None and (wrong := unregistered(store, user)):
         return wrong
-    about = "in this store" if user is None else f"about {shortened(user)}"
+    about = "in this store" if user is None else f"about {shorten(user)}"
     return f"nothing was done {about} {'yet' if before is None else f'below revision {before}'}"
 
 
@@ -233,6 +242,6 @@ def unregistered(store: RestrictionStore, username: str) -> str:
     if store.load_policy(canonical_username(username)).known:
         return ""
     return (
-        f"no user {shortened(username)} is registered, and nothing is shown of that name"
+        f"no user {shorten(username)} is registered, and nothing is shown of that name"
         " (`ipguard users list --search` finds users)"
     )

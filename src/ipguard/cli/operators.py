@@ -20,7 +20,7 @@ from ipguard.cli._results import (
     removal_allowed,
     show_applied,
 )
-from ipguard.errors import shortened
+from ipguard.errors import shorten
 from ipguard.usernames import canonical_username
 
 
@@ -87,7 +87,7 @@ def unlock(
             if turn.user(name) is None and not turn.failures(name):
                 raise Problem(
                     Exit.UNKNOWN,
-                    f"no user {shortened(name)}, and nobody of that name gave a wrong number",
+                    f"no user {shorten(name)}, and nobody of that name gave a wrong number",
                     kind="UnknownUser",
                     details={"username": name},
                 )

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
+from ipguard import audit
 from ipguard.cli._app import command
 from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit
@@ -114,8 +115,8 @@ def _show(call: Call, change: Change) -> None:
         str(change.revision),
         f"{change.at:%Y-%m-%d %H:%M:%S}" if call.out.rich else change.at.isoformat(),
         change.actor or "",
-        change.action.value,
+        change.action,
         change.username or "",
-        change.detail,
+        audit.encode(change.detail),
     )
     call.out.raw(("  " if call.out.rich else "\t").join(map(clean, cells)) + "\n")

@@ -28,7 +28,8 @@ from typing import Literal, Self
 import attrs
 
 from ipguard import _fork
-from ipguard.errors import shortened
+from ipguard._checks import check_seconds
+from ipguard.errors import shorten
 from ipguard.guard._answers import Answers
 from ipguard.guard._cache import Cache
 from ipguard.guard._explain import explain
@@ -37,7 +38,7 @@ from ipguard.guard._lease import Lease, time_asleep
 from ipguard.guard._loads import Loads
 from ipguard.guard._preload import Preload
 from ipguard.guard._refresher import Refresher
-from ipguard.guard._settings import check_seconds, check_settings
+from ipguard.guard._settings import check_settings
 from ipguard.guard._stats import GuardStats, Tally
 from ipguard.guard._table import Table
 from ipguard.model import Decision, Explanation, Reason
@@ -218,8 +219,8 @@ class Guard(Closing, _fork.Forkable):
         with contextlib.suppress(Exception):
             _log.warning(
                 "report only: %s would not be allowed from %s: %s",
-                shortened(username),
-                shortened(address),
+                shorten(username),
+                shorten(address),
                 decision.reason,
             )
 
@@ -359,16 +360,16 @@ class Guard(Closing, _fork.Forkable):
         self.start()
         return self
 
-    def before_fork(self) -> None:
+    def _before_fork(self) -> None:
         """Keep other threads from writing what the child will remember."""
         self._lease.lock.acquire()
 
-    def after_fork_in_parent(self) -> None:
+    def _after_fork_in_parent(self) -> None:
         """Let other threads write again."""
-        with contextlib.suppress(RuntimeError):  # `before_fork` was interrupted
+        with contextlib.suppress(RuntimeError):  # `_before_fork` was interrupted
             self._lease.lock.release()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Keep what is remembered, and replace what belongs to the parent's threads."""
         self._lease.after_fork_in_child()
         self._loads.forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipguard.addresses import parse_address
-from ipguard.errors import AddressError, StoreUnavailable, UsernameError, shortened
+from ipguard.errors import AddressError, StoreUnavailable, UsernameError, shorten
 from ipguard.model import Decision, Explanation, Reason
 from ipguard.rules import decide, summarise
 from ipguard.store import RestrictionStore
@@ -58,7 +58,7 @@ def explain(
         known=policy.known,
         at=now,
         summary=(
-            f"{name} from {shortened(address) if client is None else client}: {verdict} "
+            f"{name} from {shorten(address) if client is None else client}: {verdict} "
             f"({decision.reason}). {'Registered' if policy.known else 'Not registered'}; "
             f"restricted to: {summarise(policy.restrictions, now)}."
         ),

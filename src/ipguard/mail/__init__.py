@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
-import math
 import re
 import ssl
 import sys
@@ -23,11 +22,12 @@ from urllib.parse import unquote, urlsplit
 
 import attrs
 
+from ipguard._checks import check_seconds, check_text
 from ipguard.addresses import AddressRange, AddressSet
 from ipguard.errors import DeliveryError, InvalidValue
 from ipguard.mail._letters import Letter, notices, number_letter, trial_letter
 from ipguard.mail._session import Failure, Session, failure_of
-from ipguard.model import Actor, Change, PendingRequest, User, checked_text
+from ipguard.model import Actor, Change, PendingRequest, User
 
 __all__ = ["ConsoleNotifier", "EmailNotifier"]
 
@@ -83,9 +83,9 @@ class EmailNotifier:
         self._server = _server(url)
         self._secrets = () if self._server.login is None else _secrets(*self._server.login)
         self._sender, self._from = _sender(sender)
-        self._timeout = _seconds("timeout", timeout)
-        self._deadline = _seconds("deadline", deadline)
-        self._product = checked_text("product", product, 100, required=True)
+        self._timeout = check_seconds("timeout", timeout, above=0)
+        self._deadline = check_seconds("deadline", deadline, above=0)
+        self._product = check_text("product", product, 100, required=True)
         if self._server.scheme == "smtp" and tls is not None:
             raise InvalidValue("tls", "smtp:// uses none: say smtp+starttls:// or smtps://")
         self._tls = tls
@@ -206,7 +206,7 @@ class ConsoleNotifier:
         self, stream: TextIO | None = None, *, product: str = "the trading platform"
     ) -> None:
         self._stream = stream
-        self._product = checked_text("product", product, 100, required=True)
+        self._product = check_text("product", product, 100, required=True)
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
         """Print the mail with a confirmation number; see `ipguard.notify.Notifier`.
@@ -287,7 +287,7 @@ def _secrets(user: str, password: str) -> tuple[str, ...]:
 
 
 def _sender(text: str) -> tuple[str, Address]:
-    found = _SENDER.fullmatch(checked_text("sender", text, 320))
+    found = _SENDER.fullmatch(check_text("sender", text, 320))
     if found is None or "=?" in text:
         raise InvalidValue("sender", "must be name@host or Name <name@host>, the address in ASCII")
     return found["mailbox"], _address(found["mailbox"], found["name"] or "")
@@ -319,9 +319,3 @@ def _deliverable(mailbox: str) -> str:
 def _address(mailbox: str, name: str = "") -> Address:
     local, _, domain = mailbox.rpartition("@")
     return Address(name, local, domain)
-
-
-def _seconds(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
-    raise InvalidValue(name, "must be a positive number of seconds")

@@ -10,7 +10,6 @@ shown so that no program makes a link of it.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -26,7 +25,6 @@ from ipguard.model import Action, Actor, Change, PendingRequest, RequestKind, Us
 
 _LONGEST_FACT: Final = 600
 _WIDTH: Final = 72
-_PAIR: Final = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
 _LINKS: Final = re.compile(r"(?<=\w)\.(?=[^\W\d])|:(?=//)")
 
 
@@ -122,7 +120,7 @@ def trial_letter(to: str, product: str, now: datetime) -> Letter:
 
 def notices(change: Change, actor: Actor, user: User | None, product: str) -> tuple[Letter, ...]:
     """Write the mails about a change: to the actor, and to the user where that is somebody else."""
-    details = dict(_details(change.detail))
+    details = change.detail
     subject, opening = _told(change.action, details.get("kind"), product)
     after = [sentence for name, sentence in _AFTER.items() if details.get(name) == "true"]
     username = change.username or (user.username if user is not None else "")
@@ -134,6 +132,7 @@ def notices(change: Change, actor: Actor, user: User | None, product: str) -> tu
         ("Restrictions", _line(details.get("restrictions", ""))),
         ("Temporary, until", _known_moment(details.get("expires_at", ""))),
         ("Reason", _written(details.get("reason", ""))),
+        ("Particulars", _line(details.get("", ""))),
         ("Done by", _line(change.actor or actor.username)),
         ("From address", change.actor_address or "not known"),
         ("Done at", _moment(change.at)),
@@ -161,7 +160,7 @@ _AFTER: Final = {
 }
 
 
-def _told(action: Action, kind: str | None, product: str) -> tuple[str, str]:
+def _told(action: str, kind: str | None, product: str) -> tuple[str, str]:
     """Return the subject and the first sentence of a notice."""
     if action is Action.IMPOSE_MANY:
         subject = "Login addresses of several users were added"
@@ -188,15 +187,6 @@ def _told(action: Action, kind: str | None, product: str) -> tuple[str, str]:
         subject = "A change was recorded"
         told = f"This was done in {product}: {action.replace('_', ' ')}."
     return subject, told
-
-
-def _details(detail: str) -> Iterator[tuple[str, str]]:
-    """Read `name=value` pairs; a value that only looks like JSON is taken as it stands."""
-    for name, value in _PAIR.findall(detail):
-        try:
-            yield name, str(json.loads(value)) if value.startswith('"') else value
-        except ValueError:
-            yield name, value
 
 
 def _known_addresses(text: str) -> str:

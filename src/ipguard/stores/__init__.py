@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-from ipguard.errors import StoreConfigError, shortened
+from ipguard.errors import StoreConfigError, shorten
 from ipguard.store import RestrictionStore
 
 __all__ = ["open_store"]
@@ -82,7 +82,7 @@ def _open_sqlite(rest: str, *, clock: Clock | None, migrate: bool | None) -> Res
     options = _options(query)
     for name in options:
         if name != "timeout":
-            raise StoreConfigError(f"sqlite:// has no option {shortened(name)}; it has timeout")
+            raise StoreConfigError(f"sqlite:// has no option {shorten(name)}; it has timeout")
     timeout = 0.0  # which the store refuses
     with suppress(ValueError):
         timeout = float(options.get("timeout", "5.0"))
@@ -120,11 +120,11 @@ def _open_plugin(
 ) -> RestrictionStore:
     found = [point for point in _plugins() if point.name == scheme]
     if not found:
-        raise StoreConfigError(f"no store has the scheme {shortened(scheme)}; there is {_known()}")
+        raise StoreConfigError(f"no store has the scheme {shorten(scheme)}; there is {_known()}")
     try:
         factory = found[0].load()
     except (ImportError, AttributeError) as exc:
-        raise StoreConfigError(f"the store of {shortened(scheme)} cannot be loaded: {exc}") from exc
+        raise StoreConfigError(f"the store of {shorten(scheme)} cannot be loaded: {exc}") from exc
     store: RestrictionStore = factory(url, clock=clock, migrate=migrate)
     return store
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Generic, NamedTuple, TypeVar
@@ -14,18 +14,18 @@ from unicodedata import normalize
 
 import attrs
 
-from ipguard import rules
+from ipguard import audit, rules
+from ipguard._checks import check_time, check_whole
 from ipguard._locks import ReentrantLock, acquire
 from ipguard.addresses import AddressRange, parse_address
 from ipguard.errors import (
     AddressError,
     DuplicateRestriction,
-    InvalidValue,
     StoreError,
     StoreUnavailable,
     TooManyRestrictions,
     UnknownUser,
-    shortened,
+    shorten,
 )
 from ipguard.model import (
     EVERYBODY,
@@ -45,10 +45,9 @@ from ipguard.model import (
     Touched,
     User,
     UserOverview,
-    checked_time,
 )
 from ipguard.rules import Step
-from ipguard.store import NAMED_AT_MOST, Closing, Transaction, checked_accounts, log_change
+from ipguard.store import NAMED_AT_MOST, NO_DETAIL, Closing, Transaction, check_accounts, log_change
 from ipguard.usernames import canonical_usernames
 
 V = TypeVar("V")
@@ -215,7 +214,7 @@ class Turn:
     def add_restriction(self, restriction: Restriction) -> None:
         self._check()
         if restriction.id in self._owners.rows:
-            raise StoreError(f"there is a restriction {shortened(restriction.id)} already")
+            raise StoreError(f"there is a restriction {shorten(restriction.id)} already")
         held = list(self.restrictions(restriction.username))
         insort(held, restriction, key=_restriction_order)
         self._restrictions[restriction.username] = tuple(held)
@@ -280,7 +279,7 @@ class Turn:
         actor_address: str | None = None,
         username: str | None = None,
         account_id: str | None = None,
-        detail: str = "",
+        detail: Mapping[str, str] = NO_DETAIL,
         touches: frozenset[str] | Touched = frozenset(),
     ) -> Change:
         self._check()
@@ -291,7 +290,7 @@ class Turn:
             actor_address=actor_address,
             action=action,
             username=username,
-            detail=detail,
+            detail=dict(detail),
             account_id=account_id,
         )
         self.rows.append(Row(change, new_token(), touches))
@@ -309,7 +308,7 @@ class Turn:
         for user in (*added, *updated):
             self._users[user.username] = StoredUser(user=user)
         # A login asks only whether a user is known: a new name or account decides nothing.
-        counts = f"added={len(added)} updated={len(updated)}"
+        counts = audit.detail(added=len(added), updated=len(updated))
         self._append_users(Action.PUT_USERS, [*added, *updated], added, counts)
 
     def remove_users(self, usernames: set[str]) -> None:
@@ -325,10 +324,12 @@ class Turn:
                 closed = attrs.evolve(request, state=rules.after(request.state, Step.CANCEL))
                 kept = self._requests.rows[request.id]
                 self.save_request(attrs.evolve(kept, request=closed))
-        self._append_users(Action.REMOVE_USERS, removed, removed, f"removed={len(removed)}")
+        self._append_users(
+            Action.REMOVE_USERS, removed, removed, audit.detail(removed=len(removed))
+        )
 
     def _append_users(
-        self, action: Action, concerned: list[User], touched: list[User], detail: str
+        self, action: Action, concerned: list[User], touched: list[User], detail: Mapping[str, str]
     ) -> None:
         if not concerned:
             return
@@ -377,7 +378,7 @@ class MemoryStore(Closing):
 
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC."""
-        return checked_time("clock", self._clock())
+        return check_time("clock", self._clock())
 
     def load_policy(self, username: str) -> Policy:
         """Return what decides about a user, and the revision of that very snapshot."""
@@ -435,8 +436,8 @@ class MemoryStore(Closing):
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username."""
-        _check_limit(limit)
-        accounts = checked_accounts(accounts)
+        check_whole("limit", limit, 1)
+        accounts = check_accounts(accounts)
         state, now, matches = self._snapshot(), self.now(), _Search(search)
         found = sorted(
             name
@@ -457,8 +458,8 @@ class MemoryStore(Closing):
         limit: int = 100,
     ) -> Page[Change]:
         """Return changes, the newest first."""
-        _check_limit(limit)
-        accounts = checked_accounts(accounts)
+        check_whole("limit", limit, 1)
+        accounts = check_accounts(accounts)
         head = self._snapshot().head
         found = []
         for revision in range(head if before is None else min(head, before - 1), 0, -1):
@@ -555,11 +556,6 @@ def _logged(turn: Turn) -> int:
     for row in turn.rows:
         log_change(row.change)
     return turn.head
-
-
-def _check_limit(limit: int) -> None:
-    if limit < 1:
-        raise InvalidValue("limit", "must be at least 1")
 
 
 def _visible(state: State, stored: StoredUser, accounts: Accounts) -> bool:

@@ -96,7 +96,7 @@ class HistoryTests(Hooks):
 
     def test_texts_in_the_trail(self) -> None:
         """What rows say comes back as it was said."""
-        detail = "reason=" + '"Ω漢字 \U0001f3e2 \\" %s"' * 40
+        detail = {"reason": 'Ω漢字 \U0001f3e2 \\" %s=\n' * 40, "via": " a=b "}
         self.touch(username="söhne", account_id="Übersee", detail=detail, actor="bøss")
         (row,) = self.store.history(EVERY)
         assert (row.username, row.account_id) == ("söhne", "Übersee")

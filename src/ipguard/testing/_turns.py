@@ -49,7 +49,7 @@ class TurnTests(Hooks):
                 actor_address="2001:db8::1",
                 username="alice",
                 account_id="A1",
-                detail='request=q1 note="two words"',
+                detail={"request": "q1", "note": "two words"},
             )
             second = turn.append(Action.PUT_USERS, actor=None)
         assert first == Change(
@@ -60,7 +60,7 @@ class TurnTests(Hooks):
             action=Action.WRONG_NUMBER,
             username="alice",
             account_id="A1",
-            detail='request=q1 note="two words"',
+            detail={"request": "q1", "note": "two words"},
         )
         assert second == Change(
             revision=2,
@@ -70,7 +70,7 @@ class TurnTests(Hooks):
             action=Action.PUT_USERS,
             username=None,
             account_id=None,
-            detail="",
+            detail={},
         )
         assert self.store.history(EVERY).items == (second, first)
 
@@ -250,13 +250,13 @@ class TurnTests(Hooks):
                 with store.transaction() as turn:
                     seen = turn.failures("boss")
                     turn.set_failures("boss", seen + 1)
-                    assert self.note(turn, detail=f"seen={seen}") == seen + 1
+                    assert self.note(turn, detail={"seen": str(seen)}) == seen + 1
 
         together(lambda s=stores[i % 2]: count(s) for i in range(threads))  # type: ignore[misc]
         rows = self.store.history(EVERY, limit=threads * rounds + 1).items
         total = threads * rounds
         assert [row.revision for row in rows] == list(range(total, 0, -1))
-        assert [row.detail for row in rows] == [f"seen={n}" for n in range(total - 1, -1, -1)]
+        assert [row.detail for row in rows] == [{"seen": str(n)} for n in range(total - 1, -1, -1)]
 
     def test_a_policy_is_of_one_snapshot(self) -> None:
         """A policy's revision is that of its restrictions, whatever is committed meanwhile."""

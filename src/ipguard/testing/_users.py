@@ -47,7 +47,7 @@ class UserTests(Hooks):
             actor_address=None,
             action=Action.PUT_USERS,
             username="alice",
-            detail="added=1 updated=0",
+            detail={"added": "1", "updated": "0"},
             account_id="A7",
         )
 
@@ -57,7 +57,7 @@ class UserTests(Hooks):
         self.store.put_users([user("alice", full_name="New"), user("bob"), user("carol")])
         row = self._last()
         assert (row.revision, row.username, row.account_id) == (2, None, None)
-        assert row.detail == "added=2 updated=1"
+        assert row.detail == {"added": "2", "updated": "1"}
 
     def test_what_is_already_so_appends_nothing(self) -> None:
         """Users as they are, or no users, change no revision."""
@@ -74,7 +74,11 @@ class UserTests(Hooks):
         self.put("alice", "bob", "carol")
         self.store.put_users([user("alice"), user("bob", account_id="B2"), user("carol")])
         row = self._last()
-        assert (row.username, row.account_id, row.detail) == ("bob", "B2", "added=0 updated=1")
+        assert (row.username, row.account_id, row.detail) == (
+            "bob",
+            "B2",
+            {"added": "0", "updated": "1"},
+        )
 
     def test_each_field_can_be_changed(self) -> None:
         """A new name, account or e-mail is kept, and decides about no login."""
@@ -130,7 +134,7 @@ class UserTests(Hooks):
         stored = self._user("alice")
         assert stored is not None
         assert stored.user.full_name == "Last"
-        assert self._last().detail == "added=1 updated=0"
+        assert self._last().detail == {"added": "1", "updated": "0"}
         assert self.store.put_users([user("alice", full_name="x"), stored.user]) == 1
 
     def test_removing_a_user(self) -> None:
@@ -147,7 +151,7 @@ class UserTests(Hooks):
         assert self.store.changes_since(before).usernames == frozenset({"alice"})
         row = self._last()
         assert (row.action, row.actor) == (Action.REMOVE_USERS, None)
-        assert (row.username, row.account_id, row.detail) == ("alice", "A1", "removed=1")
+        assert (row.username, row.account_id, row.detail) == ("alice", "A1", {"removed": "1"})
 
     def test_removing_nobody_appends_nothing(self) -> None:
         """Those who are not registered, or no longer, are passed over."""
@@ -162,7 +166,7 @@ class UserTests(Hooks):
         self.put("alice", "bob", "carol")
         assert self.store.remove_users(["alice", "bob", "Alice"]) == 2
         row = self._last()
-        assert (row.username, row.account_id, row.detail) == (None, None, "removed=2")
+        assert (row.username, row.account_id, row.detail) == (None, None, {"removed": "2"})
 
     def test_a_removed_users_requests_are_cancelled(self) -> None:
         """Its pending requests are cancelled, late ones too; what is closed stays as it was."""
@@ -194,7 +198,7 @@ class UserTests(Hooks):
         assert (policy.known, policy.restrictions) == (True, (restriction,))
         assert self.store.changes_since(before).usernames == frozenset({"alice"})
         assert self._user("alice") == StoredUser(user=user("alice", account_id="B2"))
-        assert self._last().detail == "added=1 updated=0"
+        assert self._last().detail == {"added": "1", "updated": "0"}
         self.store.remove_users(["alice"])
         assert self.put("alice", account_id="B2") == 6
 
@@ -268,8 +272,8 @@ class UserTests(Hooks):
         """Thousands of users are one change."""
         names = [f"user{n:06d}" for n in range(self.many * 10)]
         assert self.put(*names) == 1
-        assert self._last().detail == f"added={len(names)} updated=0"
+        assert self._last().detail == {"added": str(len(names)), "updated": "0"}
         assert self.put(*names) == 1
         assert self.store.load_policy(names[-1]).known
         assert self.store.remove_users(names) == 2
-        assert self._last().detail == f"removed={len(names)}"
+        assert self._last().detail == {"removed": str(len(names))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import UTC, datetime, timedelta
 
-from ipguard.model import checked_time
+from ipguard._checks import check_time
 
 __all__ = ["FakeClock"]
 
@@ -28,7 +28,7 @@ class FakeClock:
     """
 
     def __init__(self, start: datetime | None = None) -> None:
-        self._now = checked_time("start", start or datetime(2030, 1, 1, 12, tzinfo=UTC))
+        self._now = check_time("start", start or datetime(2030, 1, 1, 12, tzinfo=UTC))
         # Not 0: a monotonic clock's zero means nothing, and code that takes 0 for "never" shows.
         self._elapsed = timedelta(hours=1)
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class FakeClock:
         Raises:
             InvalidValue: `to` is not an aware datetime.
         """
-        moment = checked_time("to", to)
+        moment = check_time("to", to)
         with self._lock:
             self._now = moment
 

@@ -10,7 +10,8 @@ from typing import cast
 
 import attrs
 
-from ipguard import confirmation, rules
+from ipguard import audit, confirmation, rules
+from ipguard._checks import check_text, check_time
 from ipguard.addresses import AddressRange
 from ipguard.errors import (
     DeliveryError,
@@ -28,11 +29,9 @@ from ipguard.model import (
     Restriction,
     StoredRequest,
     User,
-    checked_text,
-    checked_time,
 )
 from ipguard.notify import Notifier
-from ipguard.store import Closing, RestrictionStore, Transaction, log_change, particulars
+from ipguard.store import Closing, RestrictionStore, Transaction, log_change
 from ipguard.usernames import canonical_username
 from ipguard.workflow import _steps
 from ipguard.workflow._settings import WorkflowSettings
@@ -74,7 +73,7 @@ class Base(Closing):
         """Return the store's time, by which all that ends is judged; without I/O."""
         return self._store.now()
 
-    def derived_keys(self, purpose: str) -> tuple[bytes, ...]:
+    def _derived_keys(self, purpose: str) -> tuple[bytes, ...]:
         """Make keys for another purpose of those that the numbers have, for a page's forms, say.
 
         All servers that share this workflow's keys make the same ones.
@@ -85,7 +84,7 @@ class Base(Closing):
         Returns:
             Keys of 32 bytes each, the newest first: sign with the first, accept what any signed.
         """
-        return self._keys.derived(purpose)
+        return self._keys.derive(purpose)
 
     def _transaction(
         self, staged: Iterable[Restriction] | None = None
@@ -129,7 +128,7 @@ class Base(Closing):
             Action.REQUEST,
             actor,
             user,
-            particulars(
+            audit.detail(
                 kind=kind,
                 addresses=request.addresses,
                 label=request.label,
@@ -195,7 +194,7 @@ class Base(Closing):
                 Action.DELIVERY_FAILED,
                 actor,
                 user,
-                particulars(addresses=stored.request.addresses, request=stored.request.id),
+                audit.detail(addresses=stored.request.addresses, request=stored.request.id),
             )
         log_change(change)
 
@@ -233,10 +232,10 @@ def wanted_restriction(
             widest_ipv4=settings.widest_ipv4,
             widest_ipv6=settings.widest_ipv6,
         ),
-        label=checked_text("label", label, LABEL_LIMIT),
+        label=check_text("label", label, LABEL_LIMIT),
         created_at=_UNSET,
         created_by=actor.username,
-        expires_at=None if expires_at is None else checked_time("expires_at", expires_at),
+        expires_at=None if expires_at is None else check_time("expires_at", expires_at),
     )
 
 

@@ -6,7 +6,7 @@ import logging
 
 import attrs
 
-from ipguard import confirmation, rules
+from ipguard import audit, confirmation, rules
 from ipguard.errors import InvalidValue, NumberExpired, TooManyAttempts, WrongNumber
 from ipguard.model import (
     Action,
@@ -19,7 +19,7 @@ from ipguard.model import (
     StoredRequest,
     User,
 )
-from ipguard.store import Transaction, log_change, particulars
+from ipguard.store import Transaction, log_change
 from ipguard.workflow import _steps
 from ipguard.workflow._base import Base, subject_of
 
@@ -122,7 +122,7 @@ class Confirmations(Base):
             Action.WRONG_NUMBER,
             actor,
             user,
-            particulars(
+            audit.detail(
                 addresses=request.addresses,
                 request=request.id,
                 attempts_left=left,

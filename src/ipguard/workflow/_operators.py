@@ -7,7 +7,8 @@ from datetime import datetime
 
 import attrs
 
-from ipguard import rules
+from ipguard import audit, rules
+from ipguard._checks import check_text
 from ipguard.addresses import AddressRange
 from ipguard.errors import (
     InvalidValue,
@@ -15,16 +16,8 @@ from ipguard.errors import (
     UnknownRestriction,
     UnknownUser,
 )
-from ipguard.model import (
-    EVERYBODY,
-    REASON_LIMIT,
-    Action,
-    Actor,
-    Applied,
-    Restriction,
-    checked_text,
-)
-from ipguard.store import NAMED_AT_MOST, particulars
+from ipguard.model import EVERYBODY, REASON_LIMIT, Action, Actor, Applied, Restriction
+from ipguard.store import NAMED_AT_MOST
 from ipguard.usernames import canonical_username
 from ipguard.workflow import _steps
 from ipguard.workflow._base import Base, wanted_restriction
@@ -66,7 +59,7 @@ class Operators(Base):
             IPGuardError: As `request` raises by its rules.
             InvalidValue: Also: there is no reason.
         """
-        checked_text("reason", reason, REASON_LIMIT, required=True)
+        check_text("reason", reason, REASON_LIMIT, required=True)
         wanted = wanted_restriction(actor, self.settings, username, addresses, label, expires_at)
         _operators_only(actor, UnknownUser(wanted.username))
         with self._transaction() as tx:
@@ -105,7 +98,7 @@ class Operators(Base):
                 too many) names the user instead. Nothing is changed.
             InvalidValue: Also: there is no reason, or no row.
         """
-        checked_text("reason", reason, REASON_LIMIT, required=True)
+        check_text("reason", reason, REASON_LIMIT, required=True)
         _operators_only(actor, UnknownUser("(any)"))
         told: set[str] = set()
         with self._transaction(self._staged(actor, rows, told)) as tx:
@@ -117,7 +110,7 @@ class Operators(Base):
                 Action.IMPOSE_MANY,
                 actor=actor.username,
                 actor_address=actor.address,
-                detail=particulars(restrictions=count, reason=reason, via=actor.via),
+                detail=audit.detail(restrictions=count, reason=reason, via=actor.via),
                 touches=EVERYBODY,
             )
             users = [] if len(told) > NAMED_AT_MOST else [tx.user(name) for name in sorted(told)]
@@ -162,7 +155,7 @@ class Operators(Base):
             OpeningRisk: It is the user's last, and `allow_opening` is False.
             StoreUnavailable: Nothing is known to have been changed.
         """
-        checked_text("reason", reason, REASON_LIMIT, required=True)
+        check_text("reason", reason, REASON_LIMIT, required=True)
         _operators_only(actor, UnknownRestriction(restriction_id))
         with self._transaction() as tx:
             restriction, user = _steps.restriction_and_user(tx, actor, restriction_id)
@@ -193,7 +186,7 @@ class Operators(Base):
             InvalidValue: There is no reason.
             StoreUnavailable: Nothing is known to have been changed.
         """
-        checked_text("reason", reason, REASON_LIMIT, required=True)
+        check_text("reason", reason, REASON_LIMIT, required=True)
         name = canonical_username(username)
         _operators_only(actor, UnknownUser(name))
         with self._transaction() as tx:
@@ -206,7 +199,7 @@ class Operators(Base):
                 Action.UNLOCK,
                 actor,
                 user,
-                particulars(failures=failures, reason=reason),
+                audit.detail(failures=failures, reason=reason),
                 username=name,
             )
         self._announce(change, actor, user)

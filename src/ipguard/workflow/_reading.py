@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ipguard._checks import check_text, check_whole
 from ipguard.errors import InvalidValue
-from ipguard.model import Actor, Change, Page, UserOverview, checked_text
+from ipguard.model import Actor, Change, Page, UserOverview
 from ipguard.usernames import canonical_username
 from ipguard.workflow._base import Base
 
@@ -30,14 +31,14 @@ class Reading(Base):
         Raises:
             InvalidValue: The search, `after` or the limit makes no sense.
         """
-        checked_text("search", search, _SEARCH_LIMIT)
+        check_text("search", search, _SEARCH_LIMIT)
         if after is not None and not isinstance(after, str):
             raise InvalidValue("after", f"must be text, not {type(after).__name__}")
         return self._store.overview(
             actor.manages,
             search=search.strip(),
             after=after,
-            limit=_whole("limit", limit, _PAGE_LIMIT),
+            limit=check_whole("limit", limit, 1, _PAGE_LIMIT),
         )
 
     def history(
@@ -65,12 +66,6 @@ class Reading(Base):
         return self._store.history(
             actor.manages,
             username=None if username is None else canonical_username(username),
-            before=None if before is None else _whole("before", before, _REVISION_LIMIT),
-            limit=_whole("limit", limit, _PAGE_LIMIT),
+            before=None if before is None else check_whole("before", before, 1, _REVISION_LIMIT),
+            limit=check_whole("limit", limit, 1, _PAGE_LIMIT),
         )
-
-
-def _whole(name: str, value: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InvalidValue(name, f"must be a whole number from 1 to {most}")
-    return value

@@ -6,7 +6,8 @@ from datetime import datetime
 
 import attrs
 
-from ipguard import rules
+from ipguard import audit, rules
+from ipguard._checks import check_text
 from ipguard.addresses import AddressRange
 from ipguard.errors import TooManyRequests
 from ipguard.model import (
@@ -19,9 +20,8 @@ from ipguard.model import (
     RequestKind,
     Restriction,
     User,
-    checked_text,
 )
-from ipguard.store import Transaction, log_change, particulars
+from ipguard.store import Transaction, log_change
 from ipguard.workflow import _steps
 from ipguard.workflow._base import Asked, Base, wanted_restriction
 
@@ -124,7 +124,7 @@ class Requests(Base):
                 Action.RESEND,
                 actor,
                 user,
-                particulars(addresses=stored.request.addresses, request=request_id),
+                audit.detail(addresses=stored.request.addresses, request=request_id),
             )
         return self._deliver(actor, stored, number, change, failed)
 
@@ -148,7 +148,7 @@ class Requests(Base):
                 Action.CANCEL,
                 actor,
                 user,
-                particulars(
+                audit.detail(
                     kind=stored.request.kind, addresses=stored.request.addresses, request=request_id
                 ),
             )
@@ -190,7 +190,7 @@ class Requests(Base):
             DeliveryError: The mail could not be sent; the request waits, and `resend` works.
             StoreUnavailable: Nothing is known to have been changed.
         """
-        checked_text("reason", reason, REASON_LIMIT)
+        check_text("reason", reason, REASON_LIMIT)
         with self._transaction() as tx:
             restriction, user = _steps.restriction_and_user(tx, actor, restriction_id)
             _steps.check_removal(tx, actor, restriction, allow_lockout=allow_lockout)

@@ -8,35 +8,20 @@ from typing import Any, Literal
 
 import attrs
 
+from ipguard._checks import check_duration, check_whole
 from ipguard.errors import InvalidValue
 
-_Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+_Check = Callable[[Any, "attrs.Attribute[Any]", Any], object]
 
-
-# Above these a figure limits nothing, and would not fit where times and numbers are kept.
-_MOST = 1_000_000_000
-_LONGEST = timedelta(days=366)
+_MOST = 1_000_000_000  # larger numbers limit nothing, and databases cannot store all of them
 
 
 def _whole(least: int, most: int = _MOST) -> _Check:
-    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidValue(attribute.name, "must be a whole number")
-        if not least <= value <= most:
-            raise InvalidValue(attribute.name, f"must be {least} to {most}, not {value}")
-
-    return check
+    return lambda _, attribute, value: check_whole(attribute.name, value, least, most)
 
 
 def _length(*, zero: bool = False) -> _Check:
-    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if not isinstance(value, timedelta):
-            raise InvalidValue(attribute.name, "must be a timedelta")
-        if not timedelta(0) <= value <= _LONGEST or not (zero or value):
-            least = "none" if zero else "more than none"
-            raise InvalidValue(attribute.name, f"must be {least} to {_LONGEST.days} days")
-
-    return check
+    return lambda _, attribute, value: check_duration(attribute.name, value, zero=zero)
 
 
 def _deletes(_: object, attribute: attrs.Attribute[Any], value: object) -> None:

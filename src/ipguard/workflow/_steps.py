@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Final
 
 import attrs
 
-from ipguard import rules
+from ipguard import audit, rules
 from ipguard.addresses import parse_address
 from ipguard.errors import (
     DuplicateRestriction,
@@ -33,7 +33,7 @@ from ipguard.model import (
     StoredUser,
     User,
 )
-from ipguard.store import Transaction, particulars
+from ipguard.store import Transaction
 from ipguard.workflow._settings import WorkflowSettings
 
 _HOUR: Final = timedelta(hours=1)
@@ -185,7 +185,7 @@ def add(
         action,
         actor,
         user,
-        particulars(
+        audit.detail(
             addresses=new.addresses,
             label=new.label,
             expires_at=new.expires_at,
@@ -218,7 +218,7 @@ def remove(
         action,
         actor,
         user,
-        particulars(
+        audit.detail(
             addresses=restriction.addresses,
             label=restriction.label,
             restriction=restriction.id,
@@ -253,13 +253,12 @@ def append(
     action: Action,
     actor: Actor,
     user: User | None,
-    detail: str,
+    detail: Mapping[str, str],
     *,
     touches: bool = False,
     username: str | None = None,
 ) -> Change:
     """Append a change of one user to the trail, under the account that the user has now."""
-    detail = " ".join(filter(None, (detail, particulars(via=actor.via))))
     named = user.username if user is not None else username
     return tx.append(
         action,
@@ -267,6 +266,6 @@ def append(
         actor_address=actor.address,
         username=named,
         account_id=None if user is None else user.account_id,
-        detail=detail,
+        detail={**detail, **audit.detail(via=actor.via)},
         touches=frozenset({named}) if touches and named is not None else frozenset(),
     )

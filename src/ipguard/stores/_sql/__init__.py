@@ -14,15 +14,15 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from importlib.resources import files
-from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Final, ParamSpec, Protocol, TypeVar
 
 import attrs
 
+from ipguard import audit
 from ipguard.addresses import AddressRange
 from ipguard.errors import InvalidValue, SchemaVersionError, StoreUnavailable, UsernameError
 from ipguard.model import (
     EVERYBODY,
-    Action,
     Change,
     PendingRequest,
     RequestKind,
@@ -294,9 +294,9 @@ def change_of(row: Row) -> Change:
         at=moment(at),
         actor=actor,
         actor_address=actor_address,
-        action=_action(action),
+        action=action,
         username=username,
-        detail=detail,
+        detail=audit.decode(detail),
         account_id=account_id,
     )
 
@@ -308,19 +308,11 @@ def change_row(change: Change) -> Row:
         micros(change.at),
         change.actor,
         change.actor_address,
-        change.action.value,
+        str(change.action),
         change.username,
-        change.detail,
+        audit.encode(change.detail),
         change.account_id,
     )
-
-
-def _action(text: str) -> Action:
-    try:
-        return Action(text)
-    except ValueError:
-        # Written by a newer library that shares this schema. The trail stays readable.
-        return cast("Action", text)
 
 
 def touched_text(touches: frozenset[str] | Touched) -> str | None:

@@ -6,14 +6,14 @@ asked again only about users whose policies have changed in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from itertools import chain, islice
 from typing import Final
 
 import attrs
 
-from ipguard import rules
+from ipguard import audit, rules
 from ipguard.addresses import AddressRange
 from ipguard.errors import DuplicateRestriction, StoreUnavailable, TooManyRestrictions, UnknownUser
 from ipguard.model import EVERYBODY, Action, Change, PendingRequest, Restriction, Touched, User
@@ -303,7 +303,7 @@ class FewUsers:
             Action.PUT_USERS,
             concerned=[(user.username, user.account_id) for user in changed],
             touched=[(name,) for name in added],
-            detail=f"added={len(added)} updated={len(changed) - len(added)}",
+            detail=audit.detail(added=len(added), updated=len(changed) - len(added)),
         )
 
 
@@ -385,7 +385,7 @@ class StagedUsers:
             touched=db.rows(
                 "SELECT username FROM changed_users WHERE added = 1 LIMIT ?", (NAMED_AT_MOST + 1,)
             ),
-            detail=f"added={added} updated={count - added}",
+            detail=audit.detail(added=added, updated=count - added),
         )
 
     def _moved(self, db: Executor) -> bool:
@@ -456,12 +456,17 @@ def remove_staged(turn: Transaction, db: Executor) -> Change | None:
         Action.REMOVE_USERS,
         concerned=concerned,
         touched=concerned,
-        detail=f"removed={count}",
+        detail=audit.detail(removed=count),
     )
 
 
 def _append_users(
-    turn: Transaction, action: Action, *, concerned: list[Row], touched: list[Row], detail: str
+    turn: Transaction,
+    action: Action,
+    *,
+    concerned: list[Row],
+    touched: list[Row],
+    detail: Mapping[str, str],
 ) -> Change:
     one = concerned[0] if len(concerned) == 1 else (None, None)
     names = frozenset(row[0] for row in touched)

@@ -10,10 +10,11 @@ from typing import Final, Protocol
 from unicodedata import normalize
 
 from ipguard import rules
+from ipguard._checks import check_whole
 from ipguard.addresses import AddressRange, parse_address
-from ipguard.errors import AddressError, InvalidValue
+from ipguard.errors import AddressError
 from ipguard.model import Accounts, Actor, Change, Page, PendingRequest, Restriction, UserOverview
-from ipguard.store import checked_accounts
+from ipguard.store import check_accounts
 from ipguard.stores._sql import (
     BIGGEST,
     CHANGE,
@@ -35,9 +36,7 @@ _AT_ONCE: Final = 500
 
 
 def _limited(limit: int) -> int:
-    if limit < 1:
-        raise InvalidValue("limit", "must be at least 1")
-    return min(limit, BIGGEST - 1)
+    return min(check_whole("limit", limit, 1), BIGGEST - 1)
 
 
 def overview(
@@ -51,7 +50,7 @@ def overview(
 ) -> Page[UserOverview]:
     """Return a page of users; see `RestrictionStore.overview`."""
     size = _limited(limit)
-    found = listed(db, checked_accounts(accounts), search=search, after=after, limit=size + 1)
+    found = listed(db, check_accounts(accounts), search=search, after=after, limit=size + 1)
     names = found[:size]
     users = _users(db, names)
     restrictions, pending = _restrictions(db, names), _pending(db, names, now)
@@ -110,7 +109,7 @@ def history(
     size = _limited(limit)
     until = BIGGEST if before is None else max(min(before, BIGGEST), -BIGGEST)
     about = username if username is None or encodable(username) else ""
-    revisions = _revisions(db, checked_accounts(accounts), about, until, size + 1)
+    revisions = _revisions(db, check_accounts(accounts), about, until, size + 1)
     items = tuple(change_of(row) for row in _changes(db, revisions[:size]))
     return Page(items=items, next=items[-1].revision if len(revisions) > size else None)
 

@@ -7,12 +7,13 @@ users in `_sql_users`.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
 
 from ipguard.errors import (
     StoreError,
-    shortened,
+    shorten,
 )
 from ipguard.model import (
     Action,
@@ -23,6 +24,7 @@ from ipguard.model import (
     StoredUser,
     Touched,
 )
+from ipguard.store import NO_DETAIL
 from ipguard.stores._sql import (
     CHANGE,
     PENDING,
@@ -149,7 +151,7 @@ class SqlTransaction:
         self.withdraw()
         # Asked for first: after a statement that failed, PostgreSQL lets no turn go on.
         if self._db.rows("SELECT 1 FROM restrictions WHERE id = ?", (restriction.id,)):
-            raise StoreError(f"there is a restriction {shortened(restriction.id)} already")
+            raise StoreError(f"there is a restriction {shorten(restriction.id)} already")
         self._db.run(_INSERT_RESTRICTION, restriction_row(restriction))
 
     def remove_restriction(self, restriction_id: str) -> None:
@@ -172,7 +174,7 @@ class SqlTransaction:
         actor_address: str | None = None,
         username: str | None = None,
         account_id: str | None = None,
-        detail: str = "",
+        detail: Mapping[str, str] = NO_DETAIL,
         touches: frozenset[str] | Touched = frozenset(),
     ) -> Change:
         change = Change(
@@ -182,7 +184,7 @@ class SqlTransaction:
             actor_address=actor_address,
             action=action,
             username=username,
-            detail=detail,
+            detail=dict(detail),
             account_id=account_id,
         )
         token, touched = secrets.token_hex(8), touched_text(touches)

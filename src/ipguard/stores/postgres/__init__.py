@@ -22,18 +22,9 @@ from typing import Final, Literal, cast
 
 import attrs
 
+from ipguard._checks import check_time
 from ipguard.errors import StoreUnavailable
-from ipguard.model import (
-    Accounts,
-    Change,
-    Changes,
-    Page,
-    Policy,
-    Restriction,
-    User,
-    UserOverview,
-    checked_time,
-)
+from ipguard.model import Accounts, Change, Changes, Page, Policy, Restriction, User, UserOverview
 from ipguard.store import Closing, Transaction, log_change
 from ipguard.stores._sql import SCHEMA_VERSION, Row
 from ipguard.stores._sql import bulk as users_of
@@ -257,7 +248,7 @@ class PostgresStore(Closing):
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC, without I/O."""
         if self._clock is not None:
-            return checked_time("clock", self._clock())
+            return check_time("clock", self._clock())
         return self._client.clock.now()
 
     # -------------------------------------------------------------------------- reading

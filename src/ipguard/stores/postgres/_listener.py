@@ -49,12 +49,12 @@ class Listener(_fork.Forkable):
         self._notify = notify
         self._closed = False
         self._state = ""
-        self.after_fork_in_child()
+        self._after_fork_in_child()
         _fork.register(self)
         if options.listen is None:
             self._say(logging.INFO, "polling: listen=off")
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Start over: the thread does not exist here, and its connection is the parent's."""
         self._lock = ReentrantLock()
         self._told = threading.Condition(self._lock)

@@ -13,7 +13,7 @@ from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 
-from ipguard.errors import StoreConfigError, shortened
+from ipguard.errors import StoreConfigError, shorten
 
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in Conninfo.get_defaults())
 # What a connection gets that nobody has asked for otherwise. A peer that is gone is noticed soon,
@@ -121,7 +121,7 @@ def _split(url: str) -> tuple[str, dict[str, Any]]:
             raise StoreConfigError(_NO_URL)
         else:
             raise StoreConfigError(
-                f"postgresql:// has no option {shortened(name)}; it has"
+                f"postgresql:// has no option {shorten(name)}; it has"
                 f" {', '.join(sorted(_OURS))}, and those of libpq"
             )
     return f"{address}?{urlencode(others, quote_via=quote)}" if others else address, given

@@ -69,10 +69,10 @@ class Pool(_fork.Forkable):
         self.check = check
         self._closed = False
         self._first = 0  # the server that answered last
-        self.after_fork_in_child()
+        self._after_fork_in_child()
         _fork.register(self)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Start over: what was inherited belongs to the parent."""
         self._lock = ReentrantLock()
         self._idle: deque[Connection] = deque()
@@ -289,7 +289,7 @@ class _Sockets(_fork.Forkable):
     def __init__(self) -> None:
         self.opened: weakref.WeakKeyDictionary[PGconn, int] = weakref.WeakKeyDictionary()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Let go of the parent's sockets.
 
         They are not closed by libpq, which would end the parent's sessions. Nor are they kept: a

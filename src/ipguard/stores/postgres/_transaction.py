@@ -166,10 +166,10 @@ class Writer(_fork.Forkable):
         self._client = client
         self._clock = clock
         self._touched = touched
-        self.after_fork_in_child()
+        self._after_fork_in_child()
         _fork.register(self)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Replace the locks, which threads of the parent may hold."""
         self._queue = threading.Lock()
         self._inside: set[int] = set()  # the threads in a turn

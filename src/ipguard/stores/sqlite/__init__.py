@@ -34,6 +34,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ipguard import _fork
+from ipguard._checks import check_time
 from ipguard._locks import acquire
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.model import (
@@ -46,7 +47,6 @@ from ipguard.model import (
     Restriction,
     User,
     UserOverview,
-    checked_time,
 )
 from ipguard.store import Closing, Transaction, log_change
 from ipguard.stores._sql import SCHEMA_VERSION, Params, Row, encodable
@@ -118,7 +118,7 @@ class SQLiteStore(Closing):
 
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC."""
-        return checked_time("clock", self._clock())
+        return check_time("clock", self._clock())
 
     # -------------------------------------------------------------------------- reading
 

@@ -521,7 +521,7 @@ class Pool(_fork.Forkable):
 
     # ------------------------------------------------------------------------- fork
 
-    def before_fork(self) -> None:
+    def _before_fork(self) -> None:
         """Close every connection, waiting for those that other threads are using."""
         self._paused = True
         self.stirred.set()
@@ -533,7 +533,7 @@ class Pool(_fork.Forkable):
             time.sleep(0.0005)
             self.forget()
 
-    def after_fork_in_parent(self) -> None:
+    def _after_fork_in_parent(self) -> None:
         """Let calls go on."""
         if not self._closed:
             self.stirred.clear()
@@ -542,7 +542,7 @@ class Pool(_fork.Forkable):
             self._forking = []
             self._opening.release()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Close or abandon what was inherited, and start over."""
         for session in tuple(self._open):
             # To close the last connection to a replaced file would remove the new file's log.
@@ -658,7 +658,7 @@ def _abandon(*objects: object) -> None:
 
 
 class _Making(_fork.Forkable):
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         global _making  # noqa: PLW0603 - a thread that is not there any more may have held it
         _making = ReentrantLock()
 

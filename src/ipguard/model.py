@@ -1,0 +1,491 @@
+"""The values of the public API: frozen, keyword-only, checked at construction.
+
+Times are aware datetimes in UTC. Usernames are canonical. Text that people wrote (labels, names)
+holds no character that could break a line of a log, a mail header or a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from enum import Enum, StrEnum
+from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, TypeVar
+
+import attrs
+
+from ipguard._checks import check_text
+from ipguard.addresses import AddressRange, parse_address
+from ipguard.errors import InvalidValue
+from ipguard.usernames import canonical_username
+
+__all__ = [
+    "EVERYBODY",
+    "RESET",
+    "Accounts",
+    "Action",
+    "Actor",
+    "Applied",
+    "Change",
+    "Changes",
+    "Decision",
+    "Explanation",
+    "Page",
+    "PendingRequest",
+    "Policy",
+    "Reason",
+    "RequestKind",
+    "RequestState",
+    "Restriction",
+    "StoredRequest",
+    "StoredUser",
+    "Touched",
+    "User",
+    "UserOverview",
+]
+
+T = TypeVar("T")
+
+# Limits in characters.
+LABEL_LIMIT: Final = 100
+REASON_LIMIT: Final = 500
+_NAME_LIMIT: Final = 256
+_VIA_LIMIT: Final = 400
+_EMAIL_LIMIT: Final = 254  # RFC 5321 4.5.3.1.3, less the angle brackets
+_NOT_IN_EMAIL: Final = frozenset(',;:<>()[]\\"')
+
+
+# -- people ---------------------------------------------------------------------------------------
+
+
+def _full_name(value: object) -> str:
+    return check_text("full_name", value, _NAME_LIMIT)
+
+
+def _account_id(value: object) -> str:
+    return check_text("account_id", value, _NAME_LIMIT, required=True)
+
+
+def _email(value: object) -> str:
+    text = check_text("email", value, _EMAIL_LIMIT, required=True)
+    local, _, domain = text.partition("@")
+    # Only a mail can show whether the mailbox exists. This refuses text that would become several
+    # recipients or another header, and encoded words, which mail programs decode (RFC 2047).
+    odd = any(c in _NOT_IN_EMAIL or c.isspace() for c in text) or "=?" in text or "@" in domain
+    if odd or not (local and domain):
+        raise InvalidValue("email", "is not one e-mail address")
+    return text
+
+
+def _optional_email(value: object) -> str | None:
+    return None if value is None else _email(value)
+
+
+def _via(value: object) -> str:
+    return check_text("via", value, _VIA_LIMIT)
+
+
+def _optional_address(value: str | None) -> str | None:
+    return None if value is None or value == "" else str(parse_address(value))
+
+
+@attrs.frozen(kw_only=True)
+class User:
+    """A user who logs in.
+
+    Attributes:
+        username: The canonical username; `JSmith` becomes `jsmith`.
+        full_name: The name for people, up to 256 characters.
+        account_id: The user's account; compared exactly.
+        email: The address for notices, or None.
+    """
+
+    username: str = attrs.field(converter=canonical_username)
+    full_name: str = attrs.field(converter=_full_name)
+    account_id: str = attrs.field(converter=_account_id)
+    email: str | None = attrs.field(default=None, converter=_optional_email)
+
+
+@attrs.frozen(kw_only=True)
+class StoredUser:
+    """A user as a store keeps it.
+
+    Attributes:
+        user: The user.
+        removed: Whether the host removed the user; the user's restrictions stay in force.
+    """
+
+    user: User
+    removed: bool = False
+
+
+class _EveryAccount(Enum):
+    """The type of `Actor.EVERY_ACCOUNT`; an enum, so that a pickled copy is the same object."""
+
+    EVERY_ACCOUNT = "every account"
+
+    def __contains__(self, account_id: object) -> Literal[True]:
+        return True
+
+    def __repr__(self) -> str:
+        return "Actor.EVERY_ACCOUNT"
+
+
+Accounts = frozenset[str] | _EveryAccount
+"""The accounts that an actor manages: their ids, or `Actor.EVERY_ACCOUNT`."""
+
+
+def _accounts(value: Iterable[str] | _EveryAccount) -> Accounts:
+    if isinstance(value, _EveryAccount):
+        return value
+    # A str is refused because `"U1" in "xU1"` is true: a substring would grant access.
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError("manages must be a set of account ids, or Actor.EVERY_ACCOUNT")
+    accounts = frozenset(value)
+    if not all(isinstance(account, str) for account in accounts):
+        raise TypeError("manages must hold account ids as str")
+    return accounts
+
+
+@attrs.frozen(kw_only=True)
+class Actor:
+    """The person who acts, as authenticated by the host.
+
+    Attributes:
+        username: The canonical username.
+        email: The address for confirmation numbers.
+        manages: A frozenset of account ids, or `Actor.EVERY_ACCOUNT`.
+        address: The actor's current address, for the lock-out check and the audit log, or None.
+            An empty text (how servers write "unknown") becomes None.
+        via: How the actor reached the workflow, for the audit log: for example the command line
+            and its OS user. Up to 400 characters; empty for the host itself.
+    """
+
+    EVERY_ACCOUNT: ClassVar[_EveryAccount] = _EveryAccount.EVERY_ACCOUNT
+
+    username: str = attrs.field(converter=canonical_username)
+    email: str = attrs.field(converter=_email)
+    manages: Accounts = attrs.field(converter=_accounts, repr=False)
+    address: str | None = attrs.field(default=None, converter=_optional_address)
+    via: str = attrs.field(default="", converter=_via)
+
+
+# -- restrictions and requests --------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Restriction:
+    """A run of addresses that a user may log in from. Addresses outside every run are refused.
+
+    Attributes:
+        id: An opaque text, unique in the store.
+        username: The user, canonical.
+        addresses: The addresses.
+        label: A name for people, up to 100 characters; may be empty.
+        created_at: When the restriction came into force.
+        created_by: The username of the actor who confirmed or imposed it.
+        expires_at: When its addresses stop being allowed, or None. After that it still restricts.
+    """
+
+    id: str
+    username: str
+    addresses: AddressRange
+    label: str
+    created_at: datetime
+    created_by: str
+    expires_at: datetime | None = None
+
+    def expired(self, now: datetime) -> bool:
+        """Return whether the restriction allows no address any more at `now`."""
+        return self.expires_at is not None and self.expires_at <= now
+
+
+class RequestKind(StrEnum):
+    """The change that a request makes."""
+
+    ADD = "add"
+    DELETE = "delete"
+
+
+class RequestState(StrEnum):
+    """The state of a request; `ipguard.rules` has the table of transitions."""
+
+    PENDING = "pending"
+    CONFIRMED = "confirmed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    LOCKED = "locked"
+
+
+@attrs.frozen(kw_only=True)
+class PendingRequest:
+    """A request for a change, to be confirmed by a number.
+
+    Attributes:
+        id: An opaque text, unique in the store.
+        username: The user whose restrictions would change, canonical.
+        kind: `add` or `delete`.
+        addresses: The addresses to add or delete.
+        label: The label of the restriction.
+        requested_by: The username of the requester; only the requester may confirm.
+        requested_at: The time of the request.
+        expires_at: When the request expires.
+        number_expires_at: When the latest number expires.
+        attempts_left: How many wrong guesses the latest number still allows.
+        state: The state of the request.
+        restriction_id: The restriction to delete; None for `add`.
+        restriction_expires_at: When the restriction to add would expire, or None.
+        reason: The reason that the requester gave; may be empty.
+    """
+
+    id: str
+    username: str
+    kind: RequestKind
+    addresses: AddressRange
+    label: str
+    requested_by: str
+    requested_at: datetime
+    expires_at: datetime
+    number_expires_at: datetime
+    attempts_left: int
+    state: RequestState
+    restriction_id: str | None = None
+    restriction_expires_at: datetime | None = None
+    reason: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class StoredRequest:
+    """A request as a store keeps it, with the fields that no page shows.
+
+    Attributes:
+        request: The request.
+        email: The address for its numbers: the actor's address at the time of the request.
+        key_id: The key of the digest; see `ipguard.confirmation`.
+        digest: The keyed digest of the latest number, 32 bytes.
+        resends: How many numbers were sent after the first.
+        mails_failed: How many of the latest mails failed in a row.
+        sent_at: When the latest number was mailed, or the mail was tried.
+    """
+
+    request: PendingRequest
+    email: str = attrs.field(repr=False)
+    key_id: bytes = attrs.field(repr=False)
+    digest: bytes = attrs.field(repr=False)
+    resends: int = 0
+    mails_failed: int = 0
+    sent_at: datetime | None = None
+
+
+@attrs.frozen(kw_only=True)
+class UserOverview:
+    """A user with restrictions and pending requests: one row of the page.
+
+    Attributes:
+        user: The user.
+        restrictions: The user's restrictions, expired ones included, oldest first.
+        pending: The pending requests, oldest first.
+        summary: The text of the Restrictions column; "No restrictions" if there are none.
+        removed: Whether the host removed the user while restrictions are in force.
+    """
+
+    user: User
+    restrictions: tuple[Restriction, ...]
+    pending: tuple[PendingRequest, ...]
+    summary: str
+    removed: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Page(Generic[T]):
+    """One page of a list; iterates over its items.
+
+    Attributes:
+        items: The items.
+        next: The cursor of the next page: pass it as `after` (overview) or `before` (history).
+            None on the last page.
+    """
+
+    items: tuple[T, ...]
+    next: Any = None
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+# -- decisions ------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Policy:
+    """The data that decides about one user, from one snapshot of the store.
+
+    Attributes:
+        revision: The store's revision in that snapshot.
+        restrictions: The user's restrictions, oldest first. An empty tuple allows any address.
+        known: Whether the user is registered.
+    """
+
+    revision: int
+    restrictions: tuple[Restriction, ...]
+    known: bool
+
+
+class Reason(StrEnum):
+    """The reason for a decision."""
+
+    UNRESTRICTED = "unrestricted"
+    LISTED = "listed"
+    NOT_LISTED = "not_listed"
+    BAD_ADDRESS = "bad_address"
+    BAD_USERNAME = "bad_username"
+    UNKNOWN_USER = "unknown_user"
+    STORE_UNAVAILABLE = "store_unavailable"
+
+
+@attrs.frozen(kw_only=True)
+class Decision:
+    """The answer to one login attempt; falsy when the login is not allowed.
+
+    Attributes:
+        allowed: Whether the login may proceed.
+        reason: The reason.
+        revision: The store's revision that the answer rests on, or a later one at which the answer
+            is the same.
+        restriction_id: The restriction that lists the address, if any.
+        stale: Whether the lease had expired and `outage_grace` applied.
+    """
+
+    allowed: bool
+    reason: Reason
+    revision: int
+    restriction_id: str | None = None
+    stale: bool = False
+
+    def __bool__(self) -> bool:
+        return self.allowed
+
+
+@attrs.frozen(kw_only=True)
+class Explanation:
+    """A decision with everything that an operator needs, read from the store.
+
+    Attributes:
+        username: The canonical username; the given text if it has no canonical form.
+        address: The address in canonical text; None if the given text is not an address.
+        decision: The decision by the store's current state; `report_only` does not apply.
+        restrictions: The user's restrictions, expired ones included.
+        known: Whether the user is registered.
+        at: The store's time.
+        summary: The explanation in a sentence or two.
+    """
+
+    username: str
+    address: str | None
+    decision: Decision
+    restrictions: tuple[Restriction, ...]
+    known: bool
+    at: datetime
+    summary: str
+
+
+# -- changes --------------------------------------------------------------------------------------
+
+
+class Action(StrEnum):
+    """What a change did; named after the call that made it, if there is one."""
+
+    REQUEST = "request"
+    CONFIRM = "confirm"
+    CANCEL = "cancel"
+    RESEND = "resend"
+    DELETE = "delete"
+    IMPOSE = "impose"
+    IMPOSE_MANY = "impose_many"
+    LIFT = "lift"
+    UNLOCK = "unlock"
+    PUT_USERS = "put_users"
+    REMOVE_USERS = "remove_users"
+    WRONG_NUMBER = "wrong_number"
+    DELIVERY_FAILED = "delivery_failed"
+
+
+def _action(value: str) -> Action | str:
+    try:
+        return Action(value)
+    except ValueError:
+        return value
+
+
+@attrs.frozen(kw_only=True)
+class Change:
+    """An entry of the audit log, which is also the feed that guards follow.
+
+    Attributes:
+        revision: The position in the total order of changes; the first is 1.
+        at: The time, by the store's clock.
+        actor: The username of the actor, or None for the host itself (users put and removed).
+        actor_address: The actor's address, if known.
+        action: What was done: an `Action`, or the stored text if a newer version of the library
+            wrote an action that this version does not know.
+        username: The user concerned, or None for a bulk change.
+        detail: The particulars, text by name. A stored detail that this version cannot read is
+            under the name "".
+        account_id: The user's account at that time, which decides who may see the entry.
+    """
+
+    revision: int
+    at: datetime
+    actor: str | None
+    actor_address: str | None
+    action: Action | str = attrs.field(converter=_action)
+    username: str | None
+    detail: Mapping[str, str] = attrs.field(hash=False)
+    account_id: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Applied:
+    """A change of restrictions that is in force.
+
+    Attributes:
+        revision: Its revision; pass it to `Guard.wait_for` or `Guard.check(at_least=)`.
+        restriction: The restriction added or deleted; None for a bulk change.
+        unrestricted: True if the user has no restriction left and may log in from any address.
+    """
+
+    revision: int
+    restriction: Restriction | None
+    unrestricted: bool
+
+
+class Touched(Enum):
+    """Used by `changes_since` and `append` in place of usernames.
+
+    Attributes:
+        EVERYBODY: The policy of any user may have changed.
+        RESET: The store does not have that history: drop everything and adopt its revision.
+    """
+
+    EVERYBODY = "everybody"
+    RESET = "reset"
+
+
+EVERYBODY: Final = Touched.EVERYBODY
+RESET: Final = Touched.RESET
+
+
+class Changes(NamedTuple):
+    """The answer of `changes_since`.
+
+    Attributes:
+        head: The store's revision.
+        token: The random token of that revision's entry.
+        usernames: The users whose policy changed, or `EVERYBODY`, or `RESET`.
+    """
+
+    head: int
+    token: str
+    usernames: frozenset[str] | Touched

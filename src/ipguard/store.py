@@ -1,0 +1,376 @@
+"""The contract of a restriction store, for authors of stores.
+
+A store keeps users, restrictions, requests and changes. It owns no rule about who may do what: the
+workflow asks `ipguard.rules`, a store reads and writes. A store guarantees:
+
+* **One writer at a time.** `transaction()` acquires the writer's lock, across all processes that
+  use the store, before it reads anything.
+* **One total order.** Each change takes the next revision, 1, 2, 3, … without gaps, in commit
+  order, and carries a random token. A store restored from a backup continues from an old revision;
+  the token shows a guard that revision 7 is no longer the revision 7 that it read.
+* **Snapshots.** Each read is of one committed state, and never waits for a writer.
+
+`ipguard.testing.StoreConformance` tests an implementation completely: subclass it, open an empty
+store in its fixture, and run it with pytest.
+
+Errors. A store that cannot answer in bounded time raises `StoreUnavailable`, as does a commit whose
+outcome is unknown. No exception of a driver leaves a store. Stores are thread-safe, context
+managers, and usable in a child after `fork()` (or raise `StoreUnavailable` there).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import datetime
+from types import MappingProxyType, TracebackType
+from typing import Final, Protocol, Self
+
+from ipguard import audit
+from ipguard.model import (
+    Accounts,
+    Action,
+    Actor,
+    Change,
+    Changes,
+    Page,
+    PendingRequest,
+    Policy,
+    Restriction,
+    StoredRequest,
+    StoredUser,
+    Touched,
+    User,
+    UserOverview,
+)
+
+__all__ = [
+    "NAMED_AT_MOST",
+    "RestrictionStore",
+    "Transaction",
+    "check_accounts",
+    "log_change",
+]
+
+NAMED_AT_MOST = 100
+"""A change that touches more users than this says `EVERYBODY` instead of naming them."""
+
+NO_DETAIL: Final[Mapping[str, str]] = MappingProxyType({})
+
+_audit = logging.getLogger("ipguard.audit")
+
+
+class Transaction(Protocol):
+    """A write transaction. It sees its own writes; others see them once it has committed.
+
+    Usernames are canonical. If the block raises, all of its writes are undone.
+    """
+
+    @property
+    def now(self) -> datetime:
+        """The store's time when the writer's lock was acquired; constant in the transaction."""
+
+    def user(self, username: str) -> StoredUser | None:
+        """Return a user, removed ones included, or None."""
+
+    def restriction(self, restriction_id: str) -> Restriction | None:
+        """Return a restriction, or None."""
+
+    def restrictions(self, username: str) -> tuple[Restriction, ...]:
+        """Return a user's restrictions, expired ones included, by `created_at`, then `id`."""
+
+    def request(self, request_id: str) -> StoredRequest | None:
+        """Return a request in any state, or None."""
+
+    def pending_requests(self, username: str) -> tuple[PendingRequest, ...]:
+        """Return a user's requests whose state is `pending`, by `requested_at`, then `id`.
+
+        Requests past their time are included: `rules.state_at` judges expiry.
+        """
+
+    def request_times(self, requested_by: str, since: datetime) -> tuple[datetime, ...]:
+        """Return the times of an actor's requests after `since`, oldest first, in any state."""
+
+    def failures(self, actor: str) -> int:
+        """Return how many wrong numbers in a row this actor has given."""
+
+    def save_request(self, stored: StoredRequest) -> None:
+        """Add a request, or replace the one with its id."""
+
+    def set_failures(self, actor: str, count: int) -> None:
+        """Set how many wrong numbers in a row this actor has given."""
+
+    def add_restriction(self, restriction: Restriction) -> None:
+        """Add a restriction.
+
+        Raises:
+            StoreError: Its id is already in use.
+        """
+
+    def remove_restriction(self, restriction_id: str) -> None:
+        """Remove a restriction; do nothing if it does not exist."""
+
+    def add_staged(self, *, per_user: int) -> int:
+        """Add the restrictions that were passed to `transaction(staged=...)`, all or none.
+
+        An expired restriction to the same addresses is replaced. The errors are checked in the
+        order below, each for all users before the next, and nothing is added if one is raised.
+
+        Args:
+            per_user: How many restrictions a user may have, expired ones included.
+
+        Returns:
+            How many were added.
+
+        Raises:
+            UnknownUser: A user is not registered, or is removed.
+            DuplicateRestriction: A user would have the same addresses twice; among the staged
+                restrictions, expired ones count too.
+            TooManyRestrictions: A user would have more than `per_user`.
+        """
+
+    def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
+        """Return the pending requests to delete a restriction that `add_staged` replaced.
+
+        Requests past their time are included.
+        """
+
+    def append(
+        self,
+        action: Action,
+        *,
+        actor: str | None,
+        actor_address: str | None = None,
+        username: str | None = None,
+        account_id: str | None = None,
+        detail: Mapping[str, str] = NO_DETAIL,
+        touches: frozenset[str] | Touched = frozenset(),
+    ) -> Change:
+        """Append an entry to the audit log, with the next revision and a new token, at `now`.
+
+        A transaction that writes anything appends at least once.
+
+        Args:
+            action: What was done.
+            actor: The username of the actor, or None for the host.
+            actor_address: The actor's address.
+            username: The user concerned, or None.
+            account_id: The present account of that user; its managers may see the entry later.
+            detail: The particulars, text by name; `ipguard.audit` converts them to one text.
+            touches: The users whose policy may have changed: at most `NAMED_AT_MOST` names, or
+                `EVERYBODY`, or an empty set. Only entries that touch a policy wake guards.
+        """
+
+
+class RestrictionStore(Protocol):
+    """A store of users, restrictions, requests and changes; see the module for its guarantees."""
+
+    def now(self) -> datetime:
+        """Return the store's time, aware and in UTC, without I/O."""
+
+    def load_policy(self, username: str) -> Policy:
+        """Load the policy of a user, with the revision of the snapshot that it was read from.
+
+        Args:
+            username: Canonical. A user who was never registered has no restrictions and is not
+                known.
+        """
+
+    def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
+        """Return the revision, and the policy of each user with restrictions, from one snapshot.
+
+        The users are sorted by name, by code point. The iterator reads as it goes, so that a
+        million users need not fit in memory twice. The caller exhausts or closes it, on the
+        calling thread.
+
+        The iterator may have a method `packed()` that yields each user with the result of
+        `ipguard.packed.pack` instead of the policy; a guard that preloads uses it if it exists.
+        """
+
+    def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
+        """Return the store's revision, and the users whose policy changed since a revision.
+
+        Args:
+            cursor: The revision and token that the caller last saw; None returns the revision
+                alone, with no users.
+
+        Returns:
+            The head, its token, and the users touched by the changes after the cursor. `RESET` if
+            the cursor's own entry is missing, was pruned, or has another token.
+        """
+
+    def wait(self, revision: int, timeout: float) -> bool:
+        """Wait until a change after `revision` touches a policy.
+
+        The result is a hint: the call may return early or late. If such a change exists already,
+        it returns at once.
+
+        Args:
+            revision: The revision that the caller has seen.
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            Whether there is such a change, as far as the store knows.
+        """
+
+    def transaction(
+        self, *, staged: Iterable[Restriction] | None = None
+    ) -> AbstractContextManager[Transaction]:
+        """Begin a write transaction.
+
+        Leaving the block commits durably, and then wakes guards if a policy was touched. An
+        exception inside undoes everything. Transactions do not nest: `put_users` and
+        `remove_users` begin one too.
+
+        Args:
+            staged: Restrictions for `Transaction.add_staged`, any number. They are read to the end
+                before the writer's lock is acquired, so that a slow source blocks no other writer.
+
+        Raises:
+            StoreUnavailable: The lock could not be acquired in time, or the outcome of the commit
+                is unknown.
+            RuntimeError: This thread is already inside a transaction of this store, and would wait
+                for itself.
+        """
+
+    def put_users(self, users: Iterable[User]) -> int:
+        """Add or update users, as one change; a call that changes nothing appends nothing.
+
+        Any iterable is read to the end before the writer's lock is acquired. If a username occurs
+        more than once, the last user counts. A removed user is registered again, and inherits the
+        restrictions that stayed in force.
+
+        The change is a `PUT_USERS` without an actor; its detail has the counts `added` (registered
+        again included) and `updated`. It touches the users added: a new name, account or e-mail
+        affects no login. A change of exactly one user names the user and the account.
+
+        Returns:
+            The store's revision afterwards.
+        """
+
+    def remove_users(self, usernames: Iterable[str]) -> int:
+        """Remove users, as one change: cancel their pending requests, keep their restrictions.
+
+        Requests past their time are cancelled too. The change is a `REMOVE_USERS` without an
+        actor; its detail has the count `removed`, and it touches the users removed. A change of
+        exactly one user names the user and the account.
+
+        Args:
+            usernames: In any spelling; usernames that are not registered are skipped.
+
+        Returns:
+            The store's revision afterwards.
+
+        Raises:
+            UsernameError: A username has no canonical form; nothing is changed.
+            TypeError: The argument is one str, whose characters would be taken for usernames.
+        """
+
+    def overview(
+        self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
+    ) -> Page[UserOverview]:
+        """Return users with their restrictions and live pending requests, by username.
+
+        The order is by code point, independent of the machine's language.
+
+        Args:
+            accounts: A set of account ids, or `Actor.EVERY_ACCOUNT`. Only the latter includes
+                removed users, if they have restrictions.
+            search: The start of a username, an account id or any word of the full name, ignoring
+                case (it may continue into the following words); or an address: users with a
+                restriction that holds it, expired or not. Empty: all users.
+            after: The `next` of the previous page.
+            limit: The maximum number of users, at least 1.
+
+        Raises:
+            InvalidValue: `limit` is below 1.
+            TypeError: `accounts` is a str.
+        """
+
+    def history(
+        self,
+        accounts: Accounts,
+        *,
+        username: str | None = None,
+        before: int | None = None,
+        limit: int = 100,
+    ) -> Page[Change]:
+        """Return changes, newest first.
+
+        Args:
+            accounts: Only entries of these account ids; entries without an account only for
+                `Actor.EVERY_ACCOUNT`.
+            username: Canonical; only entries that concern this user.
+            before: The `next` of the previous page: only revisions below it.
+            limit: The maximum number of entries, at least 1.
+
+        Raises:
+            InvalidValue: `limit` is below 1.
+            TypeError: `accounts` is a str.
+        """
+
+    def close(self) -> None:
+        """Release every resource; closing twice is allowed.
+
+        Later calls raise `StoreUnavailable`, except `now()`. Threads in `wait` return soon.
+        """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class Closing:
+    """A base class for objects with `close()`, which leaving the `with` block calls."""
+
+    def close(self) -> None:
+        """Release every resource."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_accounts(accounts: Accounts) -> Accounts:
+    """Check the accounts that `overview` and `history` are called with.
+
+    Raises:
+        TypeError: It is one str: `"U1" in "xU1"` is true, so a substring would grant access.
+    """
+    if accounts is Actor.EVERY_ACCOUNT:
+        return accounts
+    if isinstance(accounts, (str, bytes)):
+        raise TypeError("accounts must be a set of account ids, or Actor.EVERY_ACCOUNT")
+    return frozenset(accounts)
+
+
+def log_change(change: Change) -> None:
+    """Write one line for a committed change to the logger `ipguard.audit`.
+
+    The workflow does this for its changes, a store for `put_users` and `remove_users`.
+    """
+    entry = audit.detail(
+        revision=change.revision,
+        at=change.at,
+        action=change.action,
+        actor=change.actor,
+        address=change.actor_address,
+        username=change.username,
+        account=change.account_id,
+    )
+    text = " ".join(filter(None, (audit.encode(entry), audit.encode(change.detail))))
+    _audit.info("%s", text)
