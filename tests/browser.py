@@ -1,14 +1,13 @@
-"""A real browser on the page: fixtures, and a walk that notices what a person would.
+"""A real browser on the administration page: fixtures, and a walk that reports what goes wrong.
 
-A test of a `walk` is run on the ASGI and the WSGI application, with JavaScript and without, wide
-and narrow: marked `everywhere`, or with `dev.py test --long`, in all eight combinations; else in
-two that are each other's opposite, and the four pairs of those take turns over the tests.
+A test with a `walk` runs in up to four ways: with and without JavaScript, wide and narrow, on ASGI
+and WSGI. Tests marked `everywhere`, and all tests with `dev.py test --long`, run in all four ways;
+other tests run in two ways that have nothing in common. In the short run there is one way only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import zlib
@@ -43,7 +42,7 @@ T = TypeVar("T", bound=Callable[..., object])
 
 
 class Way(NamedTuple):
-    """One combination that a walk is taken in."""
+    """A combination of host, JavaScript and window size."""
 
     host: str
     scripts: bool
@@ -56,11 +55,16 @@ class Way(NamedTuple):
         return next(w for w in WAYS if not any(a == b for a, b in zip(w, self, strict=True)))
 
 
-WAYS = tuple(itertools.starmap(Way, itertools.product(HOSTS, (True, False), WIDTHS)))
+WAYS = (
+    Way("asgi", True, "wide"),
+    Way("wsgi", True, "narrow"),
+    Way("asgi", False, "wide"),
+    Way("wsgi", False, "narrow"),
+)
 
 
 def everywhere(test: T) -> T:
-    """Mark a walk that is taken in all combinations."""
+    """Mark a test that runs in all four ways."""
     test.everywhere = True  # type: ignore[attr-defined]
     return test
 
@@ -76,15 +80,16 @@ def settings(**figures: Any) -> Callable[[T], T]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Choose the combinations of a walk."""
+    """Choose the ways in which a test with a `walk` runs."""
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "way" not in metafunc.fixturenames or "way" in given:
         return
-    ways = WAYS
+    ways: tuple[Way, ...] = WAYS
     if not (getattr(metafunc.function, "everywhere", False) or os.environ.get("IPGUARD_LONG")):
         way = WAYS[zlib.crc32(metafunc.function.__name__.encode()) % len(WAYS)]
         ways = (way, way.opposite())
-    metafunc.parametrize("way", ways, ids=str)
+    rest = [pytest.param(way, marks=pytest.mark.slow) for way in ways[1:]]
+    metafunc.parametrize("way", [ways[0], *rest], ids=str)
 
 
 # ------------------------------------------------------------------ the browser

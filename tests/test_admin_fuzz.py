@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urljoin
 
 import attrs
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from ipguard.admin._site import ROUTES
 from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, OFFICE
 from tests.pages import HOST, Browser, Office
 from tests.pages import office as office  # noqa: PLC0414 - a fixture
+
+pytestmark = pytest.mark.slow
 
 EXPECTED = {200, 303, 400, 401, 403, 404, 405, 409, 413, 415}
 NAMES = [

@@ -14,6 +14,8 @@ from benchmarks import fixtures, peers, report
 from benchmarks.__main__ import FULL, PARTS, SCALES, TINY
 from benchmarks.measure import Part, Row, Samples, Subject, measure
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "docs" / "performance"
 FEW = ("warm", "cold", "floods")

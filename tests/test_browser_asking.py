@@ -2,7 +2,11 @@
 
 from datetime import timedelta
 
+import pytest
+
 from tests.flows import ADAM, OFFICE
+
+pytestmark = pytest.mark.slow
 
 TWO_DAYS = timedelta(days=2)
 

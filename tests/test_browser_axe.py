@@ -13,6 +13,8 @@ from tests.browser import Walk, Way, Windows, program, walking
 from tests.browser_world import HOSTS, World
 from tests.flows import HOME, OFFICE
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 

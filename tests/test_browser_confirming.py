@@ -8,6 +8,8 @@ import pytest
 from tests.browser import WAYS, settings, walking
 from tests.flows import ADAM, ALICE, BOSS, HOME, OFFICE
 
+pytestmark = pytest.mark.slow
+
 # ------------------------------------------------------------------ numbers
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from tests.browser import Walk
 
+pytestmark = pytest.mark.slow
+
 
 class Keys:
     """Somebody who uses no mouse."""

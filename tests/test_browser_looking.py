@@ -5,6 +5,8 @@ import pytest
 from tests.browser import Way
 from tests.flows import BOSS, HOME, OFFICE
 
+pytestmark = pytest.mark.slow
+
 # ------------------------------------------------------------------ what is not broken
 
 NARROW = pytest.mark.parametrize("way", [Way("asgi", True, "narrow")], ids=str)

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from tests.browser import everywhere
 
 
@@ -35,6 +37,7 @@ def test_add_a_restriction(walk, world):
     walk.misses("No restrictions", "Confirm", within=walk.row("jsmith"))
 
 
+@pytest.mark.slow
 @everywhere
 def test_delete_a_restriction(walk, world):
     """Each address has a Delete; after it the user is no longer restricted to that address."""
@@ -57,6 +60,7 @@ def test_delete_a_restriction(walk, world):
     walk.misses("203.0.113.7", within=walk.row("jsmith"))
 
 
+@pytest.mark.slow
 @everywhere
 def test_confirm_or_cancel_a_pending_request(walk, world):
     """The column Pending Requests shows each address with Confirm and Cancel, and they do that."""

@@ -10,6 +10,8 @@ import pytest
 
 from tests.browser import WIDTHS
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 

@@ -406,6 +406,7 @@ def test_check_a_whole_login_log(shell: Shell, tmp_path: Path):
 # -- many rows -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_an_import_of_many_rows(kind: str, rounds: Any, record_property: Any):
     """A million for a million users with `--long`: within 300 MB of the command's own memory."""
@@ -417,6 +418,7 @@ def test_an_import_of_many_rows(kind: str, rounds: Any, record_property: Any):
         print(json.dumps(figures))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_an_import_that_is_killed_leaves_nothing(kind: str, rounds: Any):
     """Half way through its rows, or at any moment: all of them hold or none does."""

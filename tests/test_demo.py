@@ -49,6 +49,7 @@ def test_it_goes_all_the_way():
     assert not Path(folder).exists()
 
 
+@pytest.mark.slow
 def test_keep_leaves_the_database():
     """`--keep` prints where the database is, and it can be opened."""
     demo = run_demo("--keep")
@@ -94,6 +95,7 @@ def test_one_unmet_expectation_is_enough(capsys):
     assert "1 of 3 not as expected:\n   bad\n" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [

@@ -32,7 +32,7 @@ from tests.test_aio import cancel_at_random_points
 from tests.test_guard_fork import in_child
 
 # Many processes, and a machine that others may be busy on.
-pytestmark = pytest.mark.timeout(rounds(300, 3_600))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(300, 3_600))]
 
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 HOME, ELSEWHERE = "203.0.113.7", "198.51.100.9"

@@ -29,7 +29,7 @@ from tests.outages import (
 from tests.postgres import Server, own_server
 
 # Many processes, and a machine that others may be busy on.
-pytestmark = pytest.mark.timeout(rounds(300, 3_600))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(300, 3_600))]
 
 USUAL = 5.0  # the default `max_staleness`, and
 USUAL_TIMEOUT = 2.0  # the default `timeout`

@@ -21,7 +21,7 @@ from tests.postgres import Server, fresh_schema, own_server, until
 from tests.proxy import Proxy, statements
 
 # Many processes, and a machine that others may be busy on.
-pytestmark = pytest.mark.timeout(rounds(300, 3_600))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(300, 3_600))]
 
 STEPS = 7  # round trips of a confirm; its writes go with the last
 DIRECT = {"sslmode": "disable", "gssencmode": "disable"}

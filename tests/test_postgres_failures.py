@@ -27,6 +27,8 @@ from tests.pooler import transaction_pooler
 from tests.postgres import Server, execute, fresh_schema, own_server, until
 from tests.proxy import Proxy
 
+pytestmark = pytest.mark.slow
+
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 TIMEOUT = 0.5
 SLACK = 1.0  # a busy machine's; the deadline itself is TIMEOUT

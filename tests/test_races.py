@@ -286,6 +286,7 @@ def _confirm_in_a_process(url: str, barrier: Any, tasks: Any, answers: Any) -> N
                 answers.put(repr(exc))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_8_processes_confirm_one_number(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest

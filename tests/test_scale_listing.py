@@ -23,6 +23,8 @@ from ipguard.testing import FakeClock
 from tests.conftest import rounds
 from tests.postgres import Given, Server, fresh_schema
 
+pytestmark = pytest.mark.slow
+
 START = datetime(2030, 1, 1, tzinfo=UTC)
 EVERY = Actor.EVERY_ACCOUNT
 

@@ -19,6 +19,8 @@ from ipguard.testing import FakeClock
 from tests.postgres import Given, Server, fresh_schema
 from tests.test_scale_listing import START, restrictions
 
+pytestmark = pytest.mark.slow
+
 EVERY = Actor.EVERY_ACCOUNT
 
 STEP = 4

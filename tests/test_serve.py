@@ -17,6 +17,8 @@ import pytest
 
 import ipguard
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = ROOT / "examples" / "serve.py"
 PASSWORD = "correct horse"
