@@ -1,16 +1,24 @@
 #!/usr/bin/env python3
-"""Everything a developer of ipguard runs, on a machine that has just Python and pip.
+"""Run the development tasks of ipguard. Needs Python 3.11 or later with pip, nothing else.
 
-    python3 dev.py demo [--keep]            the whole way once, in a terminal
-    python3 dev.py demo --serve [--port N]  a login server with the page in it, for a browser
-    python3 dev.py test [--long] [ARG ...]  the tests; with ARGs, which go to pytest, no coverage
-    python3 dev.py lint | types | layers | docs | build | pythons
-    python3 dev.py screenshots              makes the pictures in docs/screenshots/ anew
-    python3 dev.py mutate [MODULE ...]      mutation testing, see docs/mutation.md
-    python3 dev.py bench [--quick]          measures, into docs/performance/; docs/performance.md
-    python3 dev.py pin                      renew constraints.txt and benchmarks/constraints.txt
+    python3 dev.py demo [--keep]            show a request and its confirmation in a terminal
+    python3 dev.py demo --serve [--port N]  run a login server with the administration page
+    python3 dev.py test                     run the tests for every change (under 3 minutes)
+    python3 dev.py test --all               run every test and check the core's branch coverage
+    python3 dev.py test --rest              run only the tests that `test` leaves out
+    python3 dev.py test --long              run every test with its full number of rounds
+    python3 dev.py test ARG ...             run pytest with these arguments
+    python3 dev.py coverage                 check the core's coverage by the core's own tests
+    python3 dev.py lint | types | layers    run ruff, mypy or import-linter
+    python3 dev.py docs                     build the documentation into docs/_build/html
+    python3 dev.py build                    build the wheel and run the core's tests on it
+    python3 dev.py pythons                  the same on every Python found on this machine
+    python3 dev.py screenshots              recreate the pictures in docs/screenshots/
+    python3 dev.py mutate [MODULE ...]      run mutation tests; see docs/mutation.md
+    python3 dev.py bench [--quick]          run the benchmarks; see docs/performance.md
+    python3 dev.py pin                      update constraints.txt and benchmarks/constraints.txt
 
-The first use makes `.venv`; later ones notice that nothing changed. Standard library only.
+The first run creates `.venv` and installs what its command needs; later runs add what is missing.
 """
 
 from __future__ import annotations
@@ -37,8 +45,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 BENCH_CONSTRAINTS = ROOT / "benchmarks" / "constraints.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# The rooms that must be covered to the last branch, and whose tests need no server: these tests,
-# tests/test_<room>*.py, also run against the built wheel and on every other Python.
+# The modules with 100 % branch coverage. Their tests, tests/test_<module>*.py, also run on the
+# built wheel and on every other Python.
 CORE = (
     "errors",
     "addresses",
@@ -56,35 +64,39 @@ MUTATED = ("addresses", "usernames", "confirmation", "rules", "packed", "guard")
 
 
 class StepError(Exception):
-    """A step failed; its own output has said why."""
+    """A step failed after printing the reason."""
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> None:
     print("+", *command, flush=True)
     code = subprocess.run(command, cwd=cwd, check=False).returncode
     if code:
-        raise StepError(f"{Path(command[0]).name} ended with {code}")
+        raise StepError(f"{Path(command[0]).name} failed with exit code {code}")
 
 
 def tool(name: str, *args: str | Path) -> None:
-    """Run one of the environment's own programs."""
+    """Run a program of the environment."""
     run(VENV / "bin" / name, *args)
 
 
 def pip(python: Path, *args: str | Path) -> None:
-    """Run the host's pip on another interpreter, which then needs no pip of its own."""
+    """Run the host's pip on another interpreter, so that no environment needs its own pip."""
     run(sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *args)
 
 
-def room(name: str, under: str = "src/ipguard") -> str:
-    """The file of a room, or the files of one that became a package."""
-    return (
-        f"{under}/{name}/*" if (ROOT / "src" / "ipguard" / name).is_dir() else f"{under}/{name}.py"
-    )
+def source(name: str) -> str:
+    """Return the pattern of a module's source files."""
+    path = ROOT / "src" / "ipguard" / name
+    return f"src/ipguard/{name}/*" if path.is_dir() else f"src/ipguard/{name}.py"
+
+
+def core_tests(tests: Path) -> list[Path]:
+    """Return the test files of the core modules."""
+    return [path for name in CORE for path in sorted(tests.glob(f"test_{name}*.py"))]
 
 
 def group(name: str) -> list[str]:
-    """The requirements of a dependency group (pip reads these itself only from 25.1 on)."""
+    """Return the requirements of a dependency group (pip reads groups only since 25.1)."""
     found: list[str] = []
     for entry in PROJECT["dependency-groups"][name]:
         found += [entry] if isinstance(entry, str) else group(entry["include-group"])
@@ -94,39 +106,49 @@ def group(name: str) -> list[str]:
 # ---------------------------------------------------------------------------- the environment
 
 
-def wanted() -> str:
-    """What the environment depends on; when this changes, it is set up again."""
+# Dependency groups that include each other in this order: an environment with one serves the
+# commands that need an earlier one. Commands that are not here need the last.
+GROUPS = ("demo", "serve", "test", "dev")
+
+
+def needed(command: str, *args: str) -> str:
+    """Return the dependency group of a command."""
+    if command == "demo":
+        return "serve" if "--serve" in args else "demo"
+    return "test" if command == "test" and not args else "dev"
+
+
+def wanted(kind: str = "dev") -> str:
+    """Return a digest of everything that an environment depends on."""
     parts = {key: PROJECT[key] for key in ("build-system", "project", "dependency-groups")}
     text = json.dumps([parts, CONSTRAINTS.read_text(), sys.version, str(ROOT)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {kind}"
 
 
 def setup(command: str, *args: str) -> None:
-    # The demos are what a newcomer tries first, and need a tenth of it all.
-    few = ["aiosmtpd", "editables", "hatchling"] if command == "demo" else []
-    kinds = ["", " served", " few"] if few else [""]
-    if few and "--serve" in args:
-        few += ["fastapi", "uvicorn", *PROJECT["project"]["optional-dependencies"]["admin"]]
-        kinds.remove(" few")
+    """Create or update the environment, unless it already has what the command needs."""
+    kind = needed(command, *args)
     with Path(__file__).open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: the second finds the work done
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second command waits, then finds the work done
         found = STAMP.read_text() if STAMP.exists() else ""
-        if found in [wanted() + kind for kind in kinds]:
+        if found in [wanted(each) for each in GROUPS[GROUPS.index(kind) :]]:
             return
-        # An environment without a stamp was interrupted half way: start it anew.
-        # One with an old stamp is whole, and pip changes only what differs.
+        # Without a stamp the last set-up was interrupted: start over. With an old stamp the
+        # environment is complete, and pip changes only what differs.
         if not STAMP.exists() or subprocess.run([PYTHON, "-c", ""], check=False).returncode:
             venv.create(VENV, clear=True, with_pip=False, symlinks=True)
         STAMP.unlink(missing_ok=True)
-        needs = [*PROJECT["project"]["dependencies"], *(few or group("dev"))]
-        pip(PYTHON, "install", "-qq", "-c", CONSTRAINTS, *needs)
-        pip(PYTHON, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", ROOT)
-        STAMP.write_text(wanted() + kinds[-1])
+        # Python compiles what it imports; compiling everything takes a third of the set-up.
+        install = ("install", "-qq", "--no-compile")
+        needs = [*PROJECT["project"]["dependencies"], *group(kind)]
+        pip(PYTHON, *install, "-c", CONSTRAINTS, *needs)
+        pip(PYTHON, *install, "--no-deps", "--no-build-isolation", "-e", ROOT)
+        STAMP.write_text(wanted(kind))
 
 
 @contextlib.contextmanager
 def fresh_venv(python: str | Path) -> Iterator[Path]:
-    """A throwaway environment of the given Python, outside the source tree."""
+    """Create a temporary environment of the given Python, outside the source tree."""
     with tempfile.TemporaryDirectory(prefix="ipguard-") as folder:
         run(python, "-m", "venv", "--without-pip", f"{folder}/venv")
         yield Path(folder)
@@ -137,34 +159,49 @@ def fresh_venv(python: str | Path) -> Iterator[Path]:
 
 def demo(*args: str) -> None:
     if "--serve" in args:
-        # In this process's place: Ctrl-C is then the server's alone.
+        # Replace this process, so that Ctrl-C reaches the server alone.
         rest = [arg for arg in args if arg != "--serve"]
         os.execv(PYTHON, [str(PYTHON), str(ROOT / "examples" / "serve.py"), *rest])
     run(PYTHON, "examples/demo.py", *args)
 
 
+# A file stays in one process: the code blocks of a document share a namespace, and Chromium starts
+# once for each file. The order is that of tests/conftest.py, the slowest files first.
+PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+
+
 def test(*args: str) -> None:
-    long = "--long" in args
-    rest = [arg for arg in args if arg != "--long"]
-    os.environ["IPGUARD_LONG"] = "1" if long else ""
+    """Run the tests: the short run, the rest, all with coverage, or what pytest is told to."""
+    which = {"--all", "--rest", "--long"} & set(args)
+    rest = [arg for arg in args if arg not in which]
+    os.environ["IPGUARD_LONG"] = "1" if "--long" in which else ""
     if rest:
         tool("pytest", *rest)
-        return
+    elif which & {"--all", "--long"}:
+        limit = ["-o", "timeout=3600"] if "--long" in which else []
+        measure(*PARALLEL, *limit)
+    else:
+        tool("pytest", *PARALLEL, "-m", "slow" if which else "not slow")
+
+
+def coverage() -> None:
+    """Check that the core's own tests cover every branch of the core."""
+    measure(*PARALLEL, *core_tests(ROOT / "tests"))
+
+
+def measure(*args: str | Path) -> None:
+    """Run pytest, then report the coverage; require all branches of the core."""
     for old in ROOT.glob(".coverage*"):
         old.unlink(missing_ok=True)
-    limit = ["-o", "timeout=3600"] if long else []
-    # A file stays with one process: the blocks of a document are one program.
-    # They come in the order of `tests/conftest.py`, the longest first.
-    spread = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    tool("coverage", "run", "-m", "pytest", *spread, *limit)
+    tool("coverage", "run", "-m", "pytest", *args)
     tool("coverage", "combine", "-q")
     tool("coverage", "report", "--skip-covered")
-    core = ",".join(room(name) for name in CORE)
+    core = ",".join(map(source, CORE))
     tool("coverage", "report", f"--include={core}", "--fail-under=100", "--skip-covered")
 
 
 def screenshots() -> None:
-    """Make the pictures of the administration page in docs/ anew; it needs Chromium."""
+    """Recreate the pictures of the administration page; this needs Chromium."""
     run(PYTHON, "-m", "tests.screenshots")
 
 
@@ -178,7 +215,7 @@ def types() -> None:
 
 
 def layers() -> None:
-    # Its cache forgets to look again at a module whose imports have moved.
+    # The cache misses imports that moved between modules.
     tool("lint-imports", "--no-cache")
 
 
@@ -194,21 +231,21 @@ def wheel() -> Path:
 
 
 def check_wheel(built: Path, python: str | Path, *, lowest: bool = False) -> None:
-    """Install the wheel beside nothing but what it needs, import it, then run the core's tests."""
+    """Install the wheel with its dependencies alone, run the smoke test, then the core's tests."""
     with fresh_venv(python) as folder:
         inside, pins = folder / "venv" / "bin" / "python", folder / "pins.txt"
-        # The lowest versions that the wheel admits take the place of their pins.
+        # With `lowest`, the lower bounds of the dependencies replace their pins.
         bounds = [need.replace(">=", "==") for need in PROJECT["project"]["dependencies"] if lowest]
         names = tuple(bound.partition("==")[0] + "==" for bound in bounds)
         kept = [pin for pin in CONSTRAINTS.read_text().splitlines() if not pin.startswith(names)]
         pins.write_text("\n".join([*kept, *bounds]))
         pip(inside, "install", "-qq", "-c", pins, built)
         run(inside, "-I", ROOT / "tests" / "smoke.py", cwd=folder)
-        # The tests run on a copy: beside the source tree they might import it instead of the wheel.
+        # Copy the tests: next to the source tree they might import it instead of the wheel.
         shutil.copytree(ROOT / "tests", folder / "tests")
         shutil.copy(ROOT / "pyproject.toml", folder)
         pip(inside, "install", "-qq", "-c", pins, *group("core-test"))
-        found = [p for name in CORE for p in sorted((folder / "tests").glob(f"test_{name}*.py"))]
+        found = core_tests(folder / "tests")
         run(inside, "-m", "pytest", "-q", "-n", "2", *found, cwd=folder)
 
 
@@ -217,20 +254,20 @@ def build() -> None:
 
 
 def pythons() -> None:
-    """Run the core's tests on every Python here; on the oldest with the lowest dependencies."""
+    """Check the wheel on every Python found, on the oldest with the lowest dependencies."""
     built = wheel()
     for number, (_, python) in enumerate(sorted(all_pythons().items())):
         check_wheel(built, python, lowest=number == 0)
 
 
 def all_pythons() -> dict[tuple[int, int], Path]:
-    """One interpreter for each version >= 3.11, from the PATH and from pyenv."""
+    """Return an interpreter for each version from 3.11 on, from the PATH and from pyenv."""
     folders = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
     folders += sorted((Path.home() / ".pyenv" / "versions").glob("3.*/bin"), reverse=True)
     found: dict[tuple[int, int], Path] = {sys.version_info[:2]: Path(sys.executable)}
     for minor in range(11, 20):
         for candidate in (folder / f"python3.{minor}" for folder in folders):
-            # A pyenv shim exists for versions that are switched off too: only running it tells.
+            # Run it: pyenv has shims for versions that are switched off, too.
             works = (
                 candidate.exists()
                 and not subprocess.run(
@@ -243,10 +280,10 @@ def all_pythons() -> dict[tuple[int, int], Path]:
 
 
 def mutate(*modules: str) -> None:
-    """Break each line in turn and see whether that room's own tests notice."""
+    """Run mutation tests of the given modules with their own test files."""
     for name in modules or MUTATED:
-        # A copy, made anew: mutmut knows one set of settings, and takes what survived once for
-        # survived even when a new test would catch it now.
+        # A fresh copy for each module: mutmut has one set of settings, and never retries a mutant
+        # that survived, even if a new test would catch it.
         work = ROOT / "build" / "mutation" / name
         shutil.rmtree(work, ignore_errors=True)
         for folder in ("src", "tests"):
@@ -256,11 +293,11 @@ def mutate(*modules: str) -> None:
             raise StepError(f"no tests/test_{name}*.py")
         settings = {
             "source_paths": ["src"],
-            "only_mutate": [room(name)],
+            "only_mutate": [source(name)],
             "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
             "pytest_add_cli_args_test_selection": tests,
         }
-        # A list of strings is written alike in JSON and TOML.
+        # JSON and TOML write a list of strings in the same way.
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         project = (ROOT / "pyproject.toml").read_text()
         (work / "pyproject.toml").write_text("\n".join([project, "[tool.mutmut]", *lines, ""]))
@@ -269,12 +306,12 @@ def mutate(*modules: str) -> None:
 
 
 def bench(*args: str) -> None:
-    """Measure beside what else there is; that is installed here and nowhere else."""
+    """Install the libraries that ipguard is compared with, then run the benchmarks."""
     pins, needs = ("-c", CONSTRAINTS, "-c", BENCH_CONSTRAINTS), group("bench")
     try:
         pip(PYTHON, "install", "-qq", *pins, *needs)
     except StepError:
-        # What cannot be installed on this machine is reported as that, beside the others.
+        # Install one by one; the benchmarks report those that failed.
         for need in needs:
             with contextlib.suppress(StepError):
                 pip(PYTHON, "install", "-qq", *pins, need)
@@ -285,24 +322,24 @@ def resolved(*args: str | Path) -> set[str]:
     """Return the pins that pip would install."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        asked = ("--dry-run", "--ignore-installed", "--report", report, "--target", folder)
-        pip(PYTHON, "install", "-qq", *asked, *args)
+        options = ("--dry-run", "--ignore-installed", "--report", report, "--target", folder)
+        pip(PYTHON, "install", "-qq", *options, *args)
         chosen = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
     return {f"{found['name']}=={found['version']}" for found in chosen}
 
 
 def write_pins(file: Path, pins: set[str]) -> None:
-    """Replace the pins in a file, below the comment that it begins with."""
+    """Replace the pins in a file, keeping the comment at its top."""
     head = [line for line in file.read_text().splitlines() if line.startswith("#")]
     file.write_text("\n".join([*head, *sorted(pins, key=str.lower), ""]))
 
 
 def pin() -> None:
-    """Resolve everything afresh for the oldest Python that may use it, and write that down."""
+    """Resolve all dependencies for the oldest supported Python and write the pins."""
     oldest = ("--python-version", "3.11.0", "--only-binary", ":all:")
     pins = resolved(*oldest, *PROJECT["project"]["dependencies"], *group("dev"))
     write_pins(CONSTRAINTS, pins)
-    # Some of it has no wheels, so pip resolves it for this Python alone.
+    # Some benchmark dependencies have no wheels, so pip can only resolve them for this Python.
     write_pins(BENCH_CONSTRAINTS, resolved("-c", CONSTRAINTS, *group("bench")) - pins)
 
 
@@ -311,6 +348,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     for command in (
         demo,
         test,
+        coverage,
         screenshots,
         lint,
         types,
@@ -326,8 +364,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(name: str = "", *args: str) -> int:
-    """Set up what is needed and carry out one command."""
+    """Set up the environment and run one command."""
     if name not in COMMANDS:
+        if name not in ("", "-h", "--help", "help"):
+            print(f"dev.py: unknown command {name!r}\n", file=sys.stderr)
         print(__doc__)
         return 2
     try:
