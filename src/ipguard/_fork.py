@@ -1,11 +1,22 @@
-"""The registry of objects that a fork would leave unusable: locks, threads, connections.
+"""Locks and a registry for code that must survive forks and signal handlers.
 
-`os.fork()` runs the hooks below. Servers that fork in C run none (uWSGI without
-`--py-call-osafterfork`), so whoever takes a lock, a connection or a thread calls `check` first: in
-a process that has not been repaired, it does what the child's hook would have done.
+**Forks.** `os.fork()` copies locks, threads and connections that the child cannot use. Objects that
+own some derive from `Forkable` and register; the hooks below call them around each fork. Servers
+that fork in C run no hooks (uWSGI without `--py-call-osafterfork`), so code that is about to use
+such a resource calls `check` first: in a child that was not repaired yet, it repairs it.
 
-The fast path of a guard takes none of these and does not call it. What it reads in a new child, a
-dict and a deadline, was consistent at every moment, and the deadline ends it.
+The fast path of a guard uses no such resource and does not call `check`. It reads a dict and a
+deadline, which are consistent at every moment, and the deadline ends what the child inherited.
+
+**Signals.** A signal handler runs between two bytecodes of the main thread, may raise, and may call
+the guard again. CPython (3.11 to 3.13) checks for signals after a call, at a backward jump and when
+a function starts, but not between a C function and the block that it protects. So three forms
+never leave a lock held:
+
+* `with lock:`, if `__enter__` and `__exit__` are C functions. Those of `threading.Condition` and of
+  `contextmanager` are not.
+* `acquire` below, with a list that the caller creates before its `try`.
+* A release that is the first call in its `finally` block.
 """
 
 from __future__ import annotations
@@ -13,8 +24,46 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from typing import Any, Protocol
 
-from ipguard._locks import ReentrantLock
+_Base: Any = type(threading.RLock())
+
+
+class ReentrantLock(_Base):  # type: ignore[misc]
+    """A lock that its owner may take again, so that a signal handler cannot deadlock.
+
+    Use it only in a `with` statement.
+    """
+
+    def owned(self) -> bool:
+        """Return whether this thread holds the lock."""
+        owned: bool = self._is_owned()
+        return owned
+
+    def locked(self) -> bool:
+        """Return whether any thread holds the lock."""
+        return self.owned() or "unlocked" not in repr(self)
+
+
+class _Lock(Protocol):
+    def acquire(self, blocking: bool, timeout: float, /) -> bool: ...  # noqa: FBT001
+
+
+def acquire(lock: _Lock, timeout: float, held: list[bool]) -> bool:
+    """Acquire a lock within a time limit and record the result in the same C call.
+
+    The caller creates `held` before its `try`, and releases the lock in `finally` if True is in it.
+
+    Args:
+        lock: A lock of the threading module.
+        timeout: How long to wait, in seconds; do not wait if it is not positive.
+        held: An empty list; the result is appended to it.
+
+    Returns:
+        Whether the lock was acquired.
+    """
+    held.extend(map(lock.acquire, (True,), (max(0.0, timeout),)))
+    return held[-1]
 
 
 class Forkable:
@@ -59,11 +108,11 @@ def _registered() -> list[Forkable]:
 def _repair() -> None:
     global _pid, _forking  # noqa: PLW0603
     pid = os.getpid()
-    # Several threads of the child may come here at once. A lock of the parent's may be held by a
-    # thread that does not exist here, so this one is the process's own.
+    # Several threads of the child may arrive here at once. Locks of the parent may be held by
+    # threads that do not exist here, so the child uses a new one.
     with _repairs.setdefault(pid, threading.RLock()):
         for forkable in _registered():
-            if _pid == pid:  # another thread was faster, or a signal handler in between
+            if _pid == pid:  # another thread, or a signal handler in this one, has repaired it
                 return
             forkable._after_fork_in_child()  # noqa: SLF001
         _forking = ReentrantLock()

@@ -19,7 +19,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from ipguard import _fork
 from ipguard._checks import check_whole
-from ipguard._locks import ReentrantLock
+from ipguard._fork import ReentrantLock
 from ipguard.errors import InvalidValue, StoreUnavailable
 
 _P = ParamSpec("_P")

@@ -2,7 +2,7 @@
 
 How an answer comes about::
 
-    is_allowed ──of a remembered user──▶ `_hot.py`: the deadline, two look-ups, the clock
+    is_allowed ──of a remembered user──▶ `_fast_path.py`: the deadline, two look-ups, the clock
         └──all else──▶ check ──▶ an answer        `_answers.py`: from all these, in their order
                              ├─▶ the lease        `_lease.py`: sync, one moment, one position
                              ├─▶ the cache        `_cache.py`: bounded, by spelling
@@ -11,7 +11,7 @@ How an answer comes about::
     start / with ──▶ `_refresher.py`: calls sync before anybody has to
                              └─▶ `_preload.py`: streams the table in, reads again who changed
 
-Readers take no lock; `_hot.py` says what makes that safe.
+Readers take no lock; `_fast_path.py` says what makes that safe.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ipguard.errors import shorten
 from ipguard.guard._answers import Answers
 from ipguard.guard._cache import Cache
 from ipguard.guard._explain import explain
-from ipguard.guard._hot import bind
+from ipguard.guard._fast_path import bind
 from ipguard.guard._lease import Lease, time_asleep
 from ipguard.guard._loads import Loads
 from ipguard.guard._preload import Preload

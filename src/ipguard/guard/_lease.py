@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ipguard import _fork
-from ipguard._locks import ReentrantLock, acquire
+from ipguard._fork import ReentrantLock, acquire
 from ipguard.errors import StoreUnavailable
 from ipguard.guard._cache import Cache
 from ipguard.model import RESET, Changes, Touched

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ipguard._locks import acquire
+from ipguard._fork import acquire
 from ipguard.guard._cache import Cache, Entry
 from ipguard.guard._lease import Lease
 from ipguard.guard._table import Table

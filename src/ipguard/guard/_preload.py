@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final
 
-from ipguard._locks import acquire
+from ipguard._fork import acquire
 from ipguard.errors import StoreError
 from ipguard.guard._lease import Lease
 from ipguard.guard._loads import Loads

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import attrs
 
 from ipguard import _fork
-from ipguard._locks import ReentrantLock
+from ipguard._fork import ReentrantLock
 from ipguard.model import Reason
 
 _UNCOUNTED: Final = 1_000

@@ -16,7 +16,7 @@ import attrs
 
 from ipguard import audit, rules
 from ipguard._checks import check_time, check_whole
-from ipguard._locks import ReentrantLock, acquire
+from ipguard._fork import ReentrantLock, acquire
 from ipguard.addresses import AddressRange, parse_address
 from ipguard.errors import (
     AddressError,

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from ipguard import _fork
-from ipguard._locks import ReentrantLock, acquire
+from ipguard._fork import ReentrantLock, acquire
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._sql.policies import TOUCHING
 from ipguard.stores.postgres._connection import Connection, Session, quoted, translated

@@ -27,7 +27,7 @@ from psycopg.pq.abc import PGconn
 from psycopg.types.numeric import Int8BinaryDumper
 
 from ipguard import _fork
-from ipguard._locks import ReentrantLock
+from ipguard._fork import ReentrantLock
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._sql import Row
 from ipguard.stores._sql.policies import UNFINISHED

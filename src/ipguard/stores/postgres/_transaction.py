@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from psycopg.sql import Literal
 
 from ipguard import _fork
-from ipguard._locks import acquire
+from ipguard._fork import acquire
 from ipguard.errors import StoreUnavailable
 from ipguard.stores._sql import Params, Row, moment
 from ipguard.stores._sql.bulk import StagedRestrictions

@@ -35,7 +35,7 @@ from typing import Final
 
 from ipguard import _fork
 from ipguard._checks import check_time
-from ipguard._locks import acquire
+from ipguard._fork import acquire
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.model import (
     RESET,

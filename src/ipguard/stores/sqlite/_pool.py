@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from urllib.parse import quote
 
 from ipguard import _fork
-from ipguard._locks import ReentrantLock, acquire
+from ipguard._fork import ReentrantLock, acquire
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores._sql import Params, Row
 
