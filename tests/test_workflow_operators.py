@@ -25,7 +25,7 @@ from ipguard import (
     User,
 )
 from ipguard.model import EVERYBODY
-from ipguard.workflow import _steps
+from ipguard.workflow import _transaction
 from tests.flows import ALICE, BOSS, CAROL, HOME, OFFICE, Desk
 
 EVERY_KNOWN_ACCOUNT = Actor(
@@ -495,7 +495,7 @@ def test_an_import_keeps_the_order_of_its_rows(desk: Desk) -> None:
 
 def test_ids_of_an_import_cannot_be_counted() -> None:
     """They increase by steps that cannot be guessed, and have the length of every other id."""
-    ids = list(islice(_steps.increasing_ids(), 100))
+    ids = list(islice(_transaction.increasing_ids(), 100))
     assert ids == sorted(set(ids))
     assert {len(each) for each in ids} == {16}
     values = [int(each, 16) for each in ids]

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from ipguard.addresses import AddressRange, AddressSet, parse_typed
 from ipguard.errors import (
@@ -279,6 +279,36 @@ def judge_additions(
     if over > 0:
         refused += ((each, TooManyRestrictions(username, per_user)) for each in accepted[-over:])
     return replaced, refused
+
+
+class Remainder(NamedTuple):
+    """What a deletion leaves to a user.
+
+    Attributes:
+        left: The other restrictions, expired ones included.
+        opens: None is left, so that the user may log in from any address.
+        shuts: All that are left have expired, so that the user may not log in from any address.
+        ends: When the last of those that are left expires, or None if one is permanent.
+    """
+
+    left: tuple[Restriction, ...]
+    opens: bool
+    shuts: bool
+    ends: datetime | None
+
+
+def without(restrictions: Iterable[Restriction], deleted: str, now: datetime) -> Remainder:
+    """Return what the deletion of one restriction would leave to its user.
+
+    Args:
+        restrictions: The user's restrictions, expired ones included.
+        deleted: The id of the restriction to delete.
+        now: The store's time.
+    """
+    left = tuple(r for r in restrictions if r.id != deleted)
+    ends = [r.expires_at for r in left if r.expires_at is not None]
+    last = max(ends) if ends and len(ends) == len(left) else None
+    return Remainder(left, not left, last is not None and last <= now, last)
 
 
 def duplicate(found: Restriction | PendingRequest, wanted: Restriction) -> DuplicateRestriction:

@@ -48,6 +48,7 @@ from ipguard.model import (
 __all__ = [
     "NAMED_AT_MOST",
     "RestrictionStore",
+    "Snapshot",
     "Transaction",
     "check_accounts",
     "log_change",
@@ -61,15 +62,12 @@ NO_DETAIL: Final[Mapping[str, str]] = MappingProxyType({})
 _audit = logging.getLogger("ipguard.audit")
 
 
-class Transaction(Protocol):
-    """A write transaction. It sees its own writes; others see them once it has committed.
-
-    Usernames are canonical. If the block raises, all of its writes are undone.
-    """
+class Snapshot(Protocol):
+    """One committed state of the store, for look-ups. Usernames are canonical."""
 
     @property
     def now(self) -> datetime:
-        """The store's time when the writer's lock was acquired; constant in the transaction."""
+        """The store's time when this began; constant to its end."""
 
     def user(self, username: str) -> StoredUser | None:
         """Return a user, removed ones included, or None."""
@@ -94,6 +92,13 @@ class Transaction(Protocol):
 
     def failures(self, actor: str) -> int:
         """Return how many wrong numbers in a row this actor has given."""
+
+
+class Transaction(Snapshot, Protocol):
+    """A write transaction. It sees its own writes; others see them once it has committed.
+
+    If the block raises, all of its writes are undone.
+    """
 
     def save_request(self, stored: StoredRequest) -> None:
         """Add a request, or replace the one with its id."""
@@ -212,6 +217,13 @@ class RestrictionStore(Protocol):
 
         Returns:
             Whether there is such a change, as far as the store knows.
+        """
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """Open a snapshot for look-ups, which takes no writer's lock and waits for no writer.
+
+        Raises:
+            StoreUnavailable: The store does not answer in time.
         """
 
     def transaction(

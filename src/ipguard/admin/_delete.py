@@ -22,12 +22,6 @@ from ipguard.errors import (
 from ipguard.model import REASON_LIMIT, Applied, Restriction, UserOverview
 
 
-def _needs_number(visit: Visit, left: list[Restriction]) -> bool:
-    """Tell what the workflow will ask for; what holds is what it says then."""
-    setting = visit.flow.settings.confirm_deletes
-    return not left if setting == "last" else setting
-
-
 def _find(line: UserOverview, restriction_id: str) -> Restriction | None:
     return next((one for one in line.restrictions if one.id == restriction_id), None)
 
@@ -36,7 +30,7 @@ def _values(visit: Visit, line: UserOverview, restriction: Restriction) -> dict[
     found = outcome(line, restriction.id, visit.now)
     return {
         "restriction": restriction,
-        "needs_number": _needs_number(visit, found["left"]),
+        "needs_number": visit.flow.settings.deletion_needs_number(last=found["opens"]),
         "reason_limit": REASON_LIMIT,
         **found,
     }

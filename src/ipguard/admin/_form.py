@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
+from ipguard import rules
 from ipguard.admin import _seen
 from ipguard.admin._http import Response
 from ipguard.admin._visit import Draft, Visit
@@ -131,12 +132,6 @@ def outcome(line: UserOverview, deleted: str | None, now: datetime) -> dict[str,
         `left`; whether that `opens` the user to every address, or `shuts` out all; and when the
         last of what is left `ends`, or None where one lasts.
     """
-    left = [other for other in line.restrictions if other.id != deleted]
-    ends = [other.expires_at for other in left if other.expires_at is not None]
-    temporary = deleted is not None and bool(left) and len(ends) == len(left)
-    return {
-        "left": left,
-        "opens": deleted is not None and not left,
-        "shuts": temporary and max(ends) <= now,
-        "ends": max(ends) if temporary else None,
-    }
+    if deleted is None:
+        return {"left": line.restrictions, "opens": False, "shuts": False, "ends": None}
+    return rules.without(line.restrictions, deleted, now)._asdict()

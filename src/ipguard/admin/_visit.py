@@ -14,10 +14,8 @@ from ipguard.admin import _http
 from ipguard.admin._http import Request, Response
 from ipguard.admin._render import Templates
 from ipguard.admin._signing import Signer, random_text
-from ipguard.errors import UnknownUser, UsernameError
 from ipguard.guard import Guard
 from ipguard.model import Actor, UserOverview
-from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
 
 Level = Literal["done", "note", "problem"]
@@ -28,7 +26,6 @@ _DRAFT_SECONDS: Final = 3_600
 _DRAFT_BYTES: Final = 2_048  # sealed 2.8 KB: gunicorn takes request lines of 4 KB
 _PATIENCE: Final = 2.0
 _ID: Final = 64  # more characters than any id has
-_LAST_CHARACTER: Final = "\U0010ffff"  # assigned to nothing, so no username holds it
 
 
 class Missing(Exception):
@@ -238,16 +235,7 @@ class Visit:
         Raises:
             UnknownUser: There is none, for this actor.
         """
-        try:
-            name = canonical_username(username)
-        except UsernameError:
-            raise UnknownUser(username) from None
-        # The list goes by code points: nobody stands between this text and the name.
-        before = name[:-1] + chr(ord(name[-1]) - 1) + _LAST_CHARACTER
-        for line in self.flow.overview(self.actor, after=before, limit=1):
-            if line.user.username == name:
-                return line
-        raise UnknownUser(username)
+        return self.flow.user(self.actor, username)
 
     def caught_up(self, revision: int) -> bool:
         """Wait until this server's guard knows of a change; tell whether it does."""

@@ -88,6 +88,11 @@ class AsyncWorkflow(AsyncClosing):
     impose_many = _awaited(Workflow.impose_many)
     lift = _awaited(Workflow.lift)
     unlock = _awaited(Workflow.unlock)
+    check_row = _awaited(Workflow.check_row)
+    user = _awaited(Workflow.user)
+    restriction = _awaited(Workflow.restriction)
+    own_request = _awaited(Workflow.own_request)
+    failures = _awaited(Workflow.failures)
     now = _awaited(Workflow.now)
 
     async def close(self) -> None:

@@ -28,7 +28,6 @@ from ipguard.errors import (
 from ipguard.model import Actor, Policy, Restriction, UserOverview
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow
-from ipguard.workflow._operators import wanted_row
 
 T = TypeVar("T")
 COLUMNS: Final = Columns(
@@ -118,7 +117,7 @@ def judge(
                     if isinstance(row, BadRow):
                         bad.add(line, row.reason)
                         continue
-                    wanted = wanted_row(actor, values(row), flow.settings, now)
+                    wanted = flow.check_row(actor, values(row))
                 except IPGuardError as exc:
                     bad.add(line, exc)
                     continue

@@ -11,12 +11,10 @@ import typer
 
 from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
-from ipguard.errors import LockoutRisk
+from ipguard.errors import LockoutRisk, UnknownRestriction, UnknownUser
 from ipguard.model import Actor, Applied, PendingRequest
-from ipguard.rules import shifted
-from ipguard.store import RestrictionStore
-from ipguard.usernames import canonical_username
-from ipguard.workflow._steps import request_and_user
+from ipguard.rules import shifted, without
+from ipguard.workflow import Workflow
 
 LabelOption = Annotated[str, typer.Option("--label", help="What to call it.")]
 ExpiresOption = Annotated[
@@ -60,53 +58,38 @@ def moment_of(text: str | None, now: datetime) -> datetime | None:
 
 
 def removal_allowed(
-    call: Call,
-    store: RestrictionStore,
-    actor: Actor,
-    restriction_id: str | None = None,
-    *,
-    request_id: str | None = None,
-    opens: bool,
-    lockout: bool,
+    call: Call, flow: Workflow, actor: Actor, restriction_id: str, *, opens: bool, lockout: bool
 ) -> bool:
-    """Ask the person before a restriction ends that is all that keeps others out, or lets one in.
+    """Ask before a removal that leaves a user no restriction, or only expired ones.
 
-    A restriction that is not there for this actor is the workflow's to refuse.
+    If the restriction does not exist for this actor, leave the error to the workflow.
 
     Args:
         call: The call.
-        store: The store.
+        flow: The workflow.
         actor: Who acts.
         restriction_id: The restriction.
-        request_id: Or the request to delete one.
-        opens: Whether it may open a user to every address.
-        lockout: Whether it may leave a user with no address.
+        opens: Whether the removal may open the user to every address.
+        lockout: Whether it may leave the user with no address.
 
     Returns:
-        Whether it may open a user to every address: the person was asked, or had said so. Without
-        that the workflow will refuse, should the restriction be the last by then.
-
-    Raises:
-        UnknownRequest: There is no such request of this actor's own: nobody need type a number.
+        Whether the removal may open the user to every address: the person was asked, or had said
+        so. If not, the workflow refuses should the restriction be the last by then.
     """
-    with store.transaction() as turn:
-        if request_id is not None:
-            asked, _ = request_and_user(turn, actor, request_id, own=True)
-            restriction_id = asked.request.restriction_id
-        found = None if restriction_id is None else turn.restriction(restriction_id)
-        user = None if found is None else turn.user(found.username)
-        if found is None or user is None or user.user.account_id not in actor.manages:
-            return opens
-        left = [r for r in turn.restrictions(found.username) if r.id != restriction_id]
-        now = turn.now
-    if not left and not opens:
+    try:
+        found = flow.restriction(actor, restriction_id)
+        held = flow.user(actor, found.username).restrictions
+    except (UnknownRestriction, UnknownUser):
+        return opens
+    remainder = without(held, found.id, flow.now())
+    if remainder.opens and not opens:
         confirmed(
             call,
             f"without {found.addresses}, {found.username} can log in from every address",
             "--allow-open",
         )
         return True
-    if left and all(r.expired(now) for r in left) and not (lockout or found.expired(now)):
+    if remainder.shuts and not (lockout or found.expired(flow.now())):
         confirmed(
             call,
             f"without {found.addresses}, {found.username} can log in from no address:"
@@ -118,20 +101,20 @@ def removal_allowed(
 
 def ending_allowed(
     call: Call,
-    store: RestrictionStore,
+    flow: Workflow,
     actor: Actor,
     username: str,
     until: datetime | None,
     *,
     lockout: bool,
 ) -> None:
-    """Ask the person before a user is left with nothing but what ends.
+    """Ask before a user is left with temporary restrictions only.
 
-    Time lifts no restriction: once all have ended, the user can log in from nowhere.
+    Expiry lifts no restriction: once all have expired, the user can log in from no address.
 
     Args:
         call: The call.
-        store: The store.
+        flow: The workflow.
         actor: Who acts.
         username: Who is restricted.
         until: When the new restriction ends, or None.
@@ -139,13 +122,12 @@ def ending_allowed(
     """
     if until is None or lockout:
         return
-    name = canonical_username(username)
-    with store.transaction() as turn:
-        user = turn.user(name)
-        if user is None or user.user.account_id not in actor.manages:
-            return
-        lasting = any(r.expires_at is None for r in turn.restrictions(name))
-    if not lasting:
+    try:
+        line = flow.user(actor, username)
+    except UnknownUser:
+        return
+    name = line.user.username
+    if not line.removed and all(r.expires_at is not None for r in line.restrictions):
         confirmed(
             call,
             f"{name} has nothing that lasts: once this has ended, {name} can log in from nowhere",

@@ -45,7 +45,7 @@ def impose(
     with call.store() as store:
         flow = call.workflow(store)
         until = moment_of(expires, store.now())
-        ending_allowed(call, store, actor, username, until, lockout=allow_lockout)
+        ending_allowed(call, flow, actor, username, until, lockout=allow_lockout)
         applied = flow.impose(
             actor, username, addresses, reason=reason, label=label, expires_at=until
         )
@@ -65,7 +65,7 @@ def lift(
     with call.store() as store:
         flow = call.workflow(store)
         opens = removal_allowed(
-            call, store, actor, restriction, opens=allow_open, lockout=allow_lockout
+            call, flow, actor, restriction, opens=allow_open, lockout=allow_lockout
         )
         applied = flow.lift(actor, restriction, reason=reason, allow_opening=opens)
     show_applied(call, applied)
@@ -82,15 +82,14 @@ def unlock(
     name = canonical_username(username)
     with call.store() as store:
         flow = call.workflow(store)
-        with store.transaction() as turn:
-            # Administrators need not be registered; but then they have failed, or it is a typo.
-            if turn.user(name) is None and not turn.failures(name):
-                raise Problem(
-                    Exit.UNKNOWN,
-                    f"no user {shorten(name)}, and nobody of that name gave a wrong number",
-                    kind="UnknownUser",
-                    details={"username": name},
-                )
+        # An administrator who is not registered has failures to reset; otherwise it is a typo.
+        if not flow.failures(actor, name) and not store.load_policy(name).known:
+            raise Problem(
+                Exit.UNKNOWN,
+                f"no user {shorten(name)}, and nobody of that name gave a wrong number",
+                kind="UnknownUser",
+                details={"username": name},
+            )
         flow.unlock(actor, name, reason=reason)
     failed = call.tell_failures()
     if call.out.as_json:

@@ -50,7 +50,7 @@ def request(
     with call.store() as store:
         flow = call.workflow(store, numbers=True)
         until = moment_of(expires, store.now())
-        ending_allowed(call, store, actor, username, until, lockout=allow_lockout)
+        ending_allowed(call, flow, actor, username, until, lockout=allow_lockout)
         asked = daring(
             call,
             lambda allowed: flow.request(
@@ -84,9 +84,11 @@ def confirm(
     actor = call.actor()
     with call.store() as store:
         flow = call.workflow(store, numbers=True)
-        opens = removal_allowed(
-            call, store, actor, request_id=request, opens=allow_open, lockout=allow_lockout
-        )
+        deleted, opens = flow.own_request(actor, request).restriction_id, allow_open
+        if deleted is not None:
+            opens = removal_allowed(
+                call, flow, actor, deleted, opens=allow_open, lockout=allow_lockout
+            )
         given = read_number()
         applied = daring(
             call,
@@ -130,12 +132,7 @@ def delete(
     with call.store() as store:
         flow = call.workflow(store, numbers=True)
         opens = removal_allowed(
-            call,
-            store,
-            actor,
-            restriction_id=restriction,
-            opens=allow_open,
-            lockout=allow_lockout,
+            call, flow, actor, restriction, opens=allow_open, lockout=allow_lockout
         )
         outcome = daring(
             call,

@@ -47,7 +47,15 @@ from ipguard.model import (
     UserOverview,
 )
 from ipguard.rules import Step
-from ipguard.store import NAMED_AT_MOST, NO_DETAIL, Closing, Transaction, check_accounts, log_change
+from ipguard.store import (
+    NAMED_AT_MOST,
+    NO_DETAIL,
+    Closing,
+    Snapshot,
+    Transaction,
+    check_accounts,
+    log_change,
+)
 from ipguard.usernames import canonical_usernames
 
 V = TypeVar("V")
@@ -410,6 +418,13 @@ class MemoryStore(Closing):
         with self._lock:
             self._touched.wait_for(lambda: self._closed or self._state.touching > revision, timeout)
             return self._state.touching > revision
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Open a snapshot for look-ups."""
+        turn = Turn(self._snapshot(), self.now(), ())
+        turn.over = True  # it refuses to write
+        yield turn
 
     @contextmanager
     def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:

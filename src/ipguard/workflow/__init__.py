@@ -1,39 +1,881 @@
-"""The two phases: a change is requested, its number is mailed, and typed in, the change holds.
+"""Restrictions change in two phases: a request, whose number is mailed, and its confirmation.
 
-Each call is one transaction, then one mail. Inside the transaction stands plain sequential code
-(`_steps.py`): it holds the writer's turn, so nothing can come in between. It reads, asks
-`ipguard.rules`, writes, and appends to the trail. Nobody is mailed before the commit, and no mail
-is waited for inside.
+Each call is one transaction, then one mail. Code inside the transaction (`_transaction.py`) is
+plain and sequential, because it holds the writer's lock: it reads, asks `ipguard.rules`, writes,
+and appends an audit entry. Mails are sent after the commit, never inside the transaction.
 """
 
-from ipguard.workflow._confirmations import Confirmations
-from ipguard.workflow._operators import Operators
-from ipguard.workflow._reading import Reading
-from ipguard.workflow._requests import Requests
-from ipguard.workflow._settings import WorkflowSettings
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+import attrs
+
+from ipguard import confirmation, rules
+from ipguard._checks import check_text, check_time, check_whole
+from ipguard.addresses import AddressRange
+from ipguard.errors import (
+    DeliveryError,
+    InvalidValue,
+    IPGuardError,
+    NumberExpired,
+    TooManyAttempts,
+    TooManyRequests,
+    UnknownRestriction,
+    UnknownUser,
+    UsernameError,
+    WrongNumber,
+)
+from ipguard.model import (
+    EVERYBODY,
+    LABEL_LIMIT,
+    REASON_LIMIT,
+    Action,
+    Actor,
+    Applied,
+    Change,
+    Page,
+    PendingRequest,
+    RequestKind,
+    RequestState,
+    Restriction,
+    StoredRequest,
+    User,
+    UserOverview,
+)
+from ipguard.notify import Notifier
+from ipguard.store import NAMED_AT_MOST, Closing, RestrictionStore, log_change
+from ipguard.usernames import canonical_username
+from ipguard.workflow._transaction import (
+    ActorTransaction,
+    ActorView,
+    check_new,
+    increasing_ids,
+    new_id,
+)
+from ipguard.workflow.settings import WorkflowSettings
 
 __all__ = ["Workflow", "WorkflowSettings"]
 
+_log = logging.getLogger("ipguard.workflow")
 
-class Workflow(Requests, Confirmations, Operators, Reading):
-    """Changes restrictions, and only as the actor may. Thread-safe, survives `fork()`.
+Row = Sequence[object] | Mapping[str, object]
+"""A row of `impose_many`: `(username, addresses[, label[, expires_at]])`, or a mapping of those."""
 
-    Who the actor is, the host has authenticated: a number sent by e-mail confirms a change, it is
-    no authentication (NIST SP 800-63B-4 3.1.3.1). A user, request or restriction of an account that
-    the actor does not manage does not exist for it: `UnknownUser`, `UnknownRequest`,
+_COLUMNS: Final = ("username", "addresses", "label", "expires_at")
+_SEARCH_LIMIT: Final = 256
+_PAGE_LIMIT: Final = 1000
+_REVISION_LIMIT: Final = 2**63 - 1  # what databases hold
+_LAST_CHARACTER: Final = "\U0010ffff"  # unassigned for ever, so in no username
+_UNSET: Final = datetime.min.replace(tzinfo=UTC)
+
+
+class _Issued(NamedTuple):
+    """A saved request, its new number and the audit entry."""
+
+    stored: StoredRequest
+    number: str
+    change: Change
+
+
+class Workflow(Closing):
+    """Changes restrictions on behalf of actors. Thread-safe, survives `fork()`.
+
+    The host authenticates the actor: a number sent by e-mail confirms a change, but does not
+    authenticate anybody (NIST SP 800-63B-4 3.1.3.1). Users, requests and restrictions of accounts
+    that the actor does not manage do not exist for it: `UnknownUser`, `UnknownRequest`,
     `UnknownRestriction`.
 
     Args:
-        store: Where everything is kept.
-        notifier: How numbers and notices reach people.
+        store: The restriction store.
+        notifier: Delivers numbers and notices.
         key: The secret that keys the digests of numbers, at least 32 bytes; or several, of which
             the first mints and all verify. All servers share it; it is never stored.
-        settings: The figures.
+        settings: Limits and lifetimes.
 
     Attributes:
         settings: As given.
         notices_failed: How many notices after a change could not be sent.
 
     Raises:
-        InvalidValue: The key is too short or not bytes, or the settings are none.
+        InvalidValue: The key is too short or not bytes, or another argument has the wrong type.
     """
+
+    def __init__(
+        self,
+        store: RestrictionStore,
+        notifier: Notifier,
+        *,
+        key: bytes | Sequence[bytes],
+        settings: WorkflowSettings | None = None,
+    ) -> None:
+        self.settings = WorkflowSettings() if settings is None else settings
+        if not isinstance(self.settings, WorkflowSettings):
+            raise InvalidValue(
+                "settings", f"must be WorkflowSettings, not {type(settings).__name__}"
+            )
+        self.notices_failed = 0
+        if not hasattr(store, "transaction"):
+            raise InvalidValue("store", "must be a restriction store, such as open_store returns")
+        if not hasattr(notifier, "number_issued"):
+            raise InvalidValue("notifier", "must be a notifier, such as ipguard.mail has")
+        self._store = store
+        self._notifier = notifier
+        self._keys = confirmation.Keyring(key)
+
+    # ------------------------------------------------------------------ the two phases
+
+    def request(
+        self,
+        actor: Actor,
+        username: str,
+        addresses: str | AddressRange,
+        *,
+        label: str = "",
+        expires_at: datetime | None = None,
+        allow_lockout: bool = False,
+    ) -> PendingRequest:
+        """Request a restriction, and mail its confirmation number to the actor.
+
+        Args:
+            actor: Who requests it.
+            username: Whom to restrict.
+            addresses: An address, a network or a `first-last` range. Surrounding blanks are
+                ignored.
+            label: A name for it, up to 100 characters.
+            expires_at: When it stops allowing its addresses, or None. The user stays restricted
+                afterwards.
+            allow_lockout: Accept that the actor itself may no longer be able to log in.
+
+        Returns:
+            The pending request, for `confirm`.
+
+        Raises:
+            AddressError: The addresses cannot be parsed or used.
+            AddressTooBroad: They are wider than the settings allow.
+            UsernameError: The username has no canonical form.
+            InvalidValue: The label or the time is not valid.
+            UnknownUser: The user does not exist for this actor.
+            DuplicateRestriction: The user has these addresses, or a request for them is pending,
+                whatever the label and the expiry: the error says what exists and how it differs.
+            TooManyRestrictions: The user has as many as are allowed.
+            LockoutRisk: The actor could no longer log in from its present address.
+            TooManyRequests: The actor made too many requests within the last hour.
+            DeliveryError: The mail could not be sent; the request is pending, and `resend` works.
+            StoreUnavailable: The store failed; the request may or may not have been saved.
+        """
+        wanted = self._restriction(actor, username, addresses, label, expires_at)
+        with self._transaction(actor) as tx:
+            wanted = attrs.evolve(wanted, created_at=tx.now)
+            user = tx.registered_user(wanted.username)
+            left, _ = tx.check_addition(wanted)
+            tx.check_not_pending(wanted)
+            tx.check_lockout(user.username, left, allowed=allow_lockout)
+            issued = self._issue(tx, user, RequestKind.ADD, wanted)
+        return self._deliver(actor, issued)
+
+    def confirm(
+        self,
+        actor: Actor,
+        request_id: str,
+        number: str,
+        *,
+        allow_lockout: bool = False,
+        allow_opening: bool = True,
+    ) -> Applied:
+        """Apply a request, given its number.
+
+        Args:
+            actor: Who made the request.
+            request_id: The request.
+            number: As it was mailed. Spaces, dashes and invisible characters are ignored, and
+                decimal digits of any script are read.
+            allow_lockout: Accept that the actor itself may no longer be able to log in.
+            allow_opening: Accept that a deletion may remove the user's last restriction.
+
+        Returns:
+            The applied change and its revision.
+
+        Raises:
+            UnknownRequest: The actor has made no such request.
+            RequestClosed: It was confirmed, cancelled or has expired.
+            NumberExpired: The number is too old; no attempt is counted.
+            TooManyAttempts: The request is locked, or the actor failed too often.
+            NumberFormatError: The text cannot be a number; no attempt is counted.
+            WrongNumber: The number is wrong. The attempt is counted.
+            IPGuardError: As `request` and `delete` raise, by the rules as things are now: no
+                attempt is counted, and the number stays usable.
+            StoreUnavailable: The outcome is unknown. A second call raises
+                `RequestClosed("confirmed")` if the change went through.
+        """
+        if not isinstance(number, str):
+            raise InvalidValue("number", f"must be text, not {type(number).__name__}")
+        with self._transaction(actor) as tx:
+            stored, user = tx.request(request_id, own=True)
+            failures = self._check_confirmable(tx, stored)
+            digits = confirmation.typed(number, self.settings.number_digits)
+            outcome: tuple[Applied | int, Change]
+            if self._keys.matches(stored.key_id, stored.digest, digits, _subject(stored.request)):
+                outcome = tx.apply(
+                    stored, user, allow_lockout=allow_lockout, allow_opening=allow_opening
+                )
+            else:
+                outcome = tx.count_guess(stored, user, failures)
+        result, change = outcome
+        if isinstance(result, Applied):
+            self._announce(change, actor, user)
+            return result
+        # Raised only now that the count is committed: an error inside would have undone it.
+        log_change(change)
+        raise WrongNumber(result)
+
+    def _check_confirmable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
+        """Refuse a request that no number can confirm; return how often the actor has failed."""
+        state = rules.state_at(stored.request, tx.now)
+        if state is RequestState.LOCKED:
+            raise TooManyAttempts
+        rules.after(state, rules.Step.CONFIRM)
+        if rules.number_expired(stored, tx.now):
+            raise NumberExpired
+        if stored.key_id not in self._keys:
+            _log.error(
+                "the number of request %s was minted under a key that this server does not have; "
+                "do all servers share their keys?",
+                stored.request.id,
+            )
+            raise NumberExpired
+        failures = tx.failures(tx.actor.username)
+        if failures >= self.settings.failures_per_actor:
+            raise TooManyAttempts
+        return failures
+
+    def resend(self, actor: Actor, request_id: str) -> PendingRequest:
+        """Mail a new number to the address of the first one; the old number stops working.
+
+        The attempts are restored.
+
+        Args:
+            actor: Who made the request.
+            request_id: The request.
+
+        Returns:
+            The request as it is now.
+
+        Raises:
+            UnknownRequest: The actor has made no such request.
+            RequestClosed: It is no longer pending.
+            TooManyRequests: The last mail is too recent, or all resends are used up.
+            DeliveryError: The mail could not be sent; it does not count.
+            StoreUnavailable: The store failed; the old number may still be the valid one.
+        """
+        with self._transaction(actor) as tx:
+            stored, user = tx.request(request_id, own=True)
+            request, failed = stored.request, stored.mails_failed
+            rules.after(rules.state_at(request, tx.now), rules.Step.RESEND)
+            # A failed mail does not count, and its replacement need not wait. But after as many
+            # failures in a row as there are resends, requests stop hammering a dead mail server.
+            limit = self.settings.resends_per_request
+            resends = stored.resends + (failed == 0)
+            if resends > limit:
+                raise TooManyRequests(
+                    min(request.expires_at - tx.now, self.settings.request_lifetime)
+                )
+            if not 0 < failed <= max(1, limit) and stored.sent_at is not None:
+                interval = self.settings.resend_interval
+                wait = rules.wait_left([stored.sent_at], 1, interval, tx.now)
+                if wait:
+                    raise TooManyRequests(wait)
+            if request.requested_at > tx.now:  # by a clock that ran ahead
+                expires_at = rules.shifted(tx.now, self.settings.request_lifetime)
+                request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
+            stored, number = self._numbered(request, stored.email, tx.now, resends)
+            tx.save(stored)
+            change = tx.append(Action.RESEND, user, addresses=request.addresses, request=request_id)
+        return self._deliver(actor, _Issued(stored, number, change), failed)
+
+    def cancel(self, actor: Actor, request_id: str) -> PendingRequest:
+        """Cancel a request, on behalf of any actor who manages the user.
+
+        Args:
+            actor: Who cancels it.
+            request_id: The request.
+
+        Returns:
+            The cancelled request.
+
+        Raises:
+            UnknownRequest: The request does not exist for this actor.
+            RequestClosed: It is no longer pending.
+            StoreUnavailable: The store failed; the request may or may not be cancelled.
+        """
+        with self._transaction(actor) as tx:
+            stored, user = tx.request(request_id, own=False)
+            request = tx.advance(stored, rules.Step.CANCEL).request
+            change = tx.append(
+                Action.CANCEL,
+                user,
+                kind=request.kind,
+                addresses=request.addresses,
+                request=request_id,
+            )
+        log_change(change)
+        return request
+
+    def delete(
+        self,
+        actor: Actor,
+        restriction_id: str,
+        reason: str = "",
+        *,
+        allow_lockout: bool = False,
+        allow_opening: bool = True,
+    ) -> Applied | PendingRequest:
+        """Delete a restriction: at once, or by a number if `confirm_deletes` says so.
+
+        Deleting the last restriction opens the user to every address; `Applied.unrestricted` says
+        so. Interfaces that ask people first pass `allow_opening=False` unless the person has agreed
+        to that: one of two restrictions on the screen may be the last one by now.
+
+        Args:
+            actor: Who deletes it.
+            restriction_id: The restriction.
+            reason: Why, up to 500 characters.
+            allow_lockout: Accept that the actor itself may no longer be able to log in.
+            allow_opening: Accept that it is the user's last restriction.
+
+        Returns:
+            The applied change; or the pending request, for `confirm`.
+
+        Raises:
+            UnknownRestriction: The restriction does not exist for this actor.
+            InvalidValue: The reason is not valid.
+            LockoutRisk: The actor could no longer log in from its present address.
+            OpeningRisk: It is the user's last, no number is needed, and `allow_opening` is False.
+            DuplicateRestriction: A request to delete it is pending.
+            TooManyRequests: The actor made too many requests within the last hour.
+            DeliveryError: The mail could not be sent; the request is pending, and `resend` works.
+            StoreUnavailable: The store failed; the change may or may not have been made.
+        """
+        check_text("reason", reason, REASON_LIMIT)
+        with self._transaction(actor) as tx:
+            restriction, user = tx.restriction(restriction_id)
+            remainder = tx.check_removal(restriction, allow_lockout=allow_lockout)
+            outcome: _Issued | tuple[Applied, Change]
+            if self.settings.deletion_needs_number(last=remainder.opens):
+                tx.check_not_pending(restriction, deletes=restriction.id)
+                outcome = self._issue(tx, user, RequestKind.DELETE, restriction, reason)
+            else:
+                outcome = tx.remove(
+                    user,
+                    restriction,
+                    Action.DELETE,
+                    allow_lockout=allow_lockout,
+                    allow_opening=allow_opening,
+                    reason=reason,
+                )
+        if isinstance(outcome, _Issued):
+            return self._deliver(actor, outcome)
+        applied, change = outcome
+        self._announce(change, actor, user)
+        return applied
+
+    # ------------------------------------------------------------- operators: no number
+
+    def impose(
+        self,
+        actor: Actor,
+        username: str,
+        addresses: str | AddressRange,
+        *,
+        reason: str,
+        label: str = "",
+        expires_at: datetime | None = None,
+    ) -> Applied:
+        """Add a restriction at once; only for actors of every account.
+
+        Args:
+            actor: Who imposes it.
+            username: Whom to restrict.
+            addresses: As for `request`.
+            reason: Why; required, up to 500 characters.
+            label: As for `request`.
+            expires_at: As for `request`.
+
+        Returns:
+            The applied change.
+
+        Raises:
+            IPGuardError: As `request` raises by its rules.
+            UnknownUser: Also: the actor is not of every account.
+            InvalidValue: Also: the reason is missing.
+        """
+        check_text("reason", reason, REASON_LIMIT, required=True)
+        wanted = self._restriction(actor, username, addresses, label, expires_at)
+        _check_operator(actor, UnknownUser(wanted.username))
+        with self._transaction(actor) as tx:
+            user = tx.registered_user(wanted.username)
+            applied, change = tx.add(
+                user,
+                attrs.evolve(wanted, created_at=tx.now),
+                Action.IMPOSE,
+                allow_lockout=True,
+                reason=reason,
+            )
+        self._announce(change, actor, user)
+        return applied
+
+    def impose_many(self, actor: Actor, rows: Iterable[Row], *, reason: str) -> Applied:
+        """Add any number of restrictions, all or none, as one revision.
+
+        All rows are read before the writer's lock is taken. Up to 100 affected users get a notice;
+        if there are more, only the actor does.
+
+        Args:
+            actor: Who imposes them; of every account.
+            rows: Each is `(username, addresses[, label[, expires_at]])`, or a mapping with the keys
+                `username`, `addresses`, `label`, `expires_at`.
+            reason: Why; required, up to 500 characters.
+
+        Returns:
+            The revision; `restriction` is None.
+
+        Raises:
+            IPGuardError: As `request` raises, for the first row that is refused; a note on the
+                error names the row. Errors that only the store finds (an unknown user, a duplicate,
+                too many restrictions) name the user instead. Nothing is changed.
+            InvalidValue: Also: the reason is missing, or there are no rows.
+        """
+        check_text("reason", reason, REASON_LIMIT, required=True)
+        _check_operator(actor, UnknownUser("(any)"))
+        names: set[str] = set()
+        with self._transaction(actor, self._staged(actor, rows, names)) as tx:
+            count = tx.add_staged()
+            if not count:
+                raise InvalidValue("rows", "must not be empty")
+            change = tx.append(
+                Action.IMPOSE_MANY, touches=EVERYBODY, restrictions=count, reason=reason
+            )
+            users = [] if len(names) > NAMED_AT_MOST else [tx.user(name) for name in sorted(names)]
+        self._announce(change, actor, None)
+        for stored in users:
+            if stored is not None and stored.user.email is not None:
+                # To the user alone: the actor has had one notice for all of them.
+                self._notify(change, attrs.evolve(actor, email=stored.user.email), stored.user)
+        return Applied(revision=change.revision, restriction=None, unrestricted=False)
+
+    def _staged(self, actor: Actor, rows: Iterable[Row], names: set[str]) -> Iterator[Restriction]:
+        """Yield the restrictions of rows; collect the usernames, up to the limit for notices."""
+        now, ids = self._store.now(), increasing_ids()
+        for position, row in enumerate(rows, start=1):
+            try:
+                wanted = self._row_restriction(actor, row, now)
+            except IPGuardError as exc:
+                exc.add_note(f"row {position}")
+                raise
+            if len(names) <= NAMED_AT_MOST:
+                names.add(wanted.username)
+            yield attrs.evolve(wanted, id=next(ids))
+
+    def check_row(self, actor: Actor, row: Row) -> Restriction:
+        """Check a row of `impose_many` as far as that needs no store.
+
+        Args:
+            actor: Who would impose it.
+            row: As for `impose_many`.
+
+        Returns:
+            The restriction, with an id that `impose_many` will not use.
+
+        Raises:
+            IPGuardError: As `impose_many` raises for this row.
+        """
+        return self._row_restriction(actor, row, self._store.now())
+
+    def _row_restriction(self, actor: Actor, row: Row, now: datetime) -> Restriction:
+        wanted = attrs.evolve(self._restriction(actor, *_cells(row)), created_at=now)
+        check_new(wanted, self.settings, now)
+        return wanted
+
+    def lift(
+        self, actor: Actor, restriction_id: str, *, reason: str, allow_opening: bool = True
+    ) -> Applied:
+        """Delete a restriction at once; only for actors of every account.
+
+        Args:
+            actor: Who lifts it.
+            restriction_id: The restriction.
+            reason: Why; required, up to 500 characters.
+            allow_opening: Accept that it is the user's last restriction.
+
+        Returns:
+            The applied change; `unrestricted` is True if the user may now log in from anywhere.
+
+        Raises:
+            UnknownRestriction: It does not exist, or the actor is not of every account.
+            InvalidValue: The reason is missing.
+            OpeningRisk: It is the user's last, and `allow_opening` is False.
+            StoreUnavailable: The store failed; the change may or may not have been made.
+        """
+        check_text("reason", reason, REASON_LIMIT, required=True)
+        _check_operator(actor, UnknownRestriction(restriction_id))
+        with self._transaction(actor) as tx:
+            restriction, user = tx.restriction(restriction_id)
+            applied, change = tx.remove(
+                user,
+                restriction,
+                Action.LIFT,
+                allow_lockout=True,
+                allow_opening=allow_opening,
+                reason=reason,
+            )
+        self._announce(change, actor, user)
+        return applied
+
+    def unlock(self, actor: Actor, username: str, *, reason: str) -> None:
+        """Accept numbers again from an actor who gave too many wrong ones.
+
+        Only for actors of every account.
+
+        Args:
+            actor: Who unlocks.
+            username: The actor who failed too often; need not be a registered user.
+            reason: Why; required, up to 500 characters.
+
+        Raises:
+            UnknownUser: The actor is not of every account.
+            InvalidValue: The reason is missing.
+            StoreUnavailable: The store failed; the change may or may not have been made.
+        """
+        check_text("reason", reason, REASON_LIMIT, required=True)
+        name = canonical_username(username)
+        _check_operator(actor, UnknownUser(name))
+        with self._transaction(actor) as tx:
+            stored = tx.user(name)
+            user = None if stored is None else stored.user
+            change = tx.reset_failures(name, user, reason)
+        self._announce(change, actor, user)
+
+    # ---------------------------------------------------------------------- look-ups
+
+    def now(self) -> datetime:
+        """Return the store's time, by which expiry is judged; without I/O."""
+        return self._store.now()
+
+    def overview(
+        self, actor: Actor, *, search: str = "", after: str | None = None, limit: int = 50
+    ) -> Page[UserOverview]:
+        """List the users of the actor's accounts with their restrictions and pending requests.
+
+        Args:
+            actor: Who looks.
+            search: The start of a username, an account ID or any word of the name; or an address,
+                which finds users with a restriction that contains it. Empty: all users.
+            after: The `next` of the previous page.
+            limit: The largest number of users, 1 to 1,000.
+
+        Raises:
+            InvalidValue: The search, `after` or the limit is not valid.
+        """
+        check_text("search", search, _SEARCH_LIMIT)
+        if after is not None and not isinstance(after, str):
+            raise InvalidValue("after", f"must be text, not {type(after).__name__}")
+        return self._store.overview(
+            actor.manages,
+            search=search.strip(),
+            after=after,
+            limit=check_whole("limit", limit, 1, _PAGE_LIMIT),
+        )
+
+    def history(
+        self,
+        actor: Actor,
+        *,
+        username: str | None = None,
+        before: int | None = None,
+        limit: int = 100,
+    ) -> Page[Change]:
+        """List audit entries, the newest first.
+
+        An entry is visible to actors who manage the account that the user had at that time.
+
+        Args:
+            actor: Who looks.
+            username: Only entries about this user, or None.
+            before: The `next` of the previous page.
+            limit: The largest number of entries, 1 to 1,000.
+
+        Raises:
+            InvalidValue: `before` or the limit is not valid.
+            UsernameError: The username has no canonical form.
+        """
+        return self._store.history(
+            actor.manages,
+            username=None if username is None else canonical_username(username),
+            before=None if before is None else check_whole("before", before, 1, _REVISION_LIMIT),
+            limit=check_whole("limit", limit, 1, _PAGE_LIMIT),
+        )
+
+    def user(self, actor: Actor, username: str) -> UserOverview:
+        """Return one user as `overview` lists it.
+
+        Args:
+            actor: Who looks.
+            username: In any spelling.
+
+        Raises:
+            UnknownUser: The user does not exist for this actor.
+        """
+        try:
+            name = canonical_username(username)
+        except UsernameError:
+            raise UnknownUser(username) from None
+        # Usernames are listed by code points: none sorts between this text and the name.
+        before = name[:-1] + chr(ord(name[-1]) - 1) + _LAST_CHARACTER
+        for found in self._store.overview(actor.manages, after=before, limit=1):
+            if found.user.username == name:
+                return found
+        raise UnknownUser(username)
+
+    def restriction(self, actor: Actor, restriction_id: str) -> Restriction:
+        """Return a restriction, expired or not.
+
+        Args:
+            actor: Who looks.
+            restriction_id: The restriction.
+
+        Raises:
+            UnknownRestriction: The restriction does not exist for this actor.
+        """
+        with self._view(actor) as view:
+            found, _ = view.restriction(restriction_id)
+        return found
+
+    def own_request(self, actor: Actor, request_id: str) -> PendingRequest:
+        """Return a request that the actor made, in its present state, which may be closed.
+
+        Args:
+            actor: Who made the request.
+            request_id: The request.
+
+        Raises:
+            UnknownRequest: The actor has made no such request.
+        """
+        with self._view(actor) as view:
+            stored, _ = view.request(request_id, own=True)
+            state = rules.state_at(stored.request, view.now)
+        return attrs.evolve(stored.request, state=state)
+
+    def failures(self, actor: Actor, username: str) -> int:
+        """Return how many wrong numbers in a row somebody gave; for actors of every account.
+
+        Args:
+            actor: Who looks.
+            username: Who gave the numbers; need not be a registered user.
+
+        Raises:
+            UnknownUser: The actor is not of every account.
+            UsernameError: The username has no canonical form.
+        """
+        name = canonical_username(username)
+        _check_operator(actor, UnknownUser(name))
+        with self._view(actor) as view:
+            return view.failures(name)
+
+    def close(self) -> None:
+        """Do nothing: a workflow holds no resources. The store belongs to the host."""
+
+    # ------------------------------------------------------------------ what calls share
+
+    def _derived_keys(self, purpose: str) -> tuple[bytes, ...]:
+        """Derive keys for another purpose, such as signing the page's forms."""
+        return self._keys.derive(purpose)
+
+    @contextmanager
+    def _transaction(
+        self, actor: Actor, staged: Iterable[Restriction] | None = None
+    ) -> Iterator[ActorTransaction]:
+        with self._store.transaction(staged=staged) as tx:
+            yield ActorTransaction(tx, actor, self.settings)
+
+    @contextmanager
+    def _view(self, actor: Actor) -> Iterator[ActorView]:
+        # Stores written for an older protocol have no snapshots: read in a transaction there.
+        open_snapshot: Any = getattr(self._store, "snapshot", self._store.transaction)
+        with open_snapshot() as snapshot:
+            yield ActorView(snapshot, actor)
+
+    def _restriction(
+        self,
+        actor: Actor,
+        username: object,
+        addresses: object,
+        label: object = "",
+        expires_at: object = None,
+    ) -> Restriction:
+        """Check a person's input as far as that needs no store; `created_at` is set later."""
+        return Restriction(
+            id=new_id(),
+            username=canonical_username(username),  # type: ignore[arg-type]
+            # A range that was constructed, not parsed, is checked as its text is.
+            addresses=rules.read_addresses(
+                str(addresses) if isinstance(addresses, AddressRange) else addresses,  # type: ignore[arg-type]
+                widest_ipv4=self.settings.widest_ipv4,
+                widest_ipv6=self.settings.widest_ipv6,
+            ),
+            label=check_text("label", label, LABEL_LIMIT),
+            created_at=_UNSET,
+            created_by=actor.username,
+            expires_at=None if expires_at is None else check_time("expires_at", expires_at),
+        )
+
+    def _issue(
+        self,
+        tx: ActorTransaction,
+        user: User,
+        kind: RequestKind,
+        wanted: Restriction,
+        reason: str = "",
+    ) -> _Issued:
+        """Save a new request with a new number."""
+        tx.check_rate()
+        request = PendingRequest(
+            id=new_id(),
+            username=user.username,
+            kind=kind,
+            addresses=wanted.addresses,
+            label=wanted.label,
+            requested_by=tx.actor.username,
+            requested_at=tx.now,
+            expires_at=rules.shifted(tx.now, self.settings.request_lifetime),
+            number_expires_at=tx.now,
+            attempts_left=0,
+            state=RequestState.PENDING,
+            restriction_id=wanted.id if kind is RequestKind.DELETE else None,
+            restriction_expires_at=wanted.expires_at,
+            reason=reason,
+        )
+        stored, number = self._numbered(request, tx.actor.email, tx.now)
+        tx.save(stored)
+        change = tx.append(
+            Action.REQUEST,
+            user,
+            kind=kind,
+            addresses=request.addresses,
+            label=request.label,
+            expires_at=request.restriction_expires_at,
+            request=request.id,
+            reason=reason,
+        )
+        return _Issued(stored, number, change)
+
+    def _numbered(
+        self, request: PendingRequest, email: str, now: datetime, resends: int = 0
+    ) -> tuple[StoredRequest, str]:
+        """Give a request a new number, which replaces the old one, and all its attempts."""
+        number = confirmation.mint(self.settings.number_digits)
+        request = attrs.evolve(
+            request,
+            number_expires_at=min(
+                rules.shifted(now, self.settings.number_lifetime), request.expires_at
+            ),
+            attempts_left=self.settings.attempts_per_number,
+        )
+        stored = StoredRequest(
+            request=request,
+            email=email,
+            key_id=self._keys.minting,
+            digest=self._keys.digest(self._keys.minting, number, _subject(request)),
+            resends=resends,
+            sent_at=now,
+        )
+        return stored, number
+
+    def _deliver(self, actor: Actor, issued: _Issued, failed: int = 0) -> PendingRequest:
+        """Mail a number to the address recorded at the request; `failed` mails went before."""
+        stored = issued.stored
+        log_change(issued.change)
+        try:
+            self._notifier.number_issued(
+                stored.request,
+                confirmation.spaced(issued.number),
+                attrs.evolve(actor, email=stored.email),
+            )
+        except Exception as exc:
+            with suppress(IPGuardError):  # the mail's failure is the one to report
+                self._record_failed_mail(stored, actor, failed + 1)
+            # The text of a notifier's error may hold anything, even the number; only DeliveryError
+            # is meant to be shown. Keep others out of the tracebacks that hosts log.
+            shown = exc if isinstance(exc, DeliveryError) else None
+            reason = shown.reason if shown else type(exc).__name__
+            raise DeliveryError(reason, stored.request.id) from shown
+        return stored.request
+
+    def _record_failed_mail(self, sent: StoredRequest, actor: Actor, failed: int) -> None:
+        """Record that a mail failed, so that `resend` works at once and costs nothing."""
+        with self._transaction(actor) as tx:
+            stored, user = tx.request(sent.request.id, own=True)
+            if stored.digest != sent.digest:
+                return
+            tx.save(attrs.evolve(stored, mails_failed=failed))
+            change = tx.append(
+                Action.DELIVERY_FAILED,
+                user,
+                addresses=stored.request.addresses,
+                request=stored.request.id,
+            )
+        log_change(change)
+
+    def _announce(self, change: Change, actor: Actor, user: User | None) -> None:
+        log_change(change)
+        self._notify(change, actor, user)
+
+    def _notify(self, change: Change, actor: Actor, user: User | None) -> None:
+        try:
+            self._notifier.change_applied(change, actor, user)
+        except Exception:
+            # The change holds, even if nobody hears of it.
+            self.notices_failed += 1
+            _log.exception("could not send the notice of revision %d", change.revision)
+
+
+def _subject(request: PendingRequest) -> tuple[str, ...]:
+    """Return what a number confirms: a number is dead once any of these fields has changed."""
+    expires_at = request.restriction_expires_at
+    return (
+        request.id,
+        request.username,
+        request.kind,
+        str(request.addresses),
+        request.label,
+        request.requested_by,
+        request.restriction_id or "",
+        "" if expires_at is None else expires_at.isoformat(),
+    )
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    if isinstance(row, Mapping):
+        unknown = [key for key in row if key not in _COLUMNS]
+        if unknown or "username" not in row or "addresses" not in row:
+            raise InvalidValue(
+                "rows",
+                "a mapping has the keys username and addresses, and optionally label and"
+                " expires_at",
+            )
+        label = row.get("label")
+        label = "" if label is None else label
+        return (row["username"], row["addresses"], label, row.get("expires_at"))
+    if isinstance(row, (str, bytes)) or not isinstance(row, Sequence) or not 2 <= len(row) <= 4:
+        raise InvalidValue(
+            "rows", "a row is (username, addresses), optionally with label and expires_at"
+        )
+    return tuple(row)
+
+
+def _check_operator(actor: Actor, otherwise: IPGuardError) -> None:
+    if actor.manages is not Actor.EVERY_ACCOUNT:
+        raise otherwise

@@ -64,33 +64,17 @@ _INSERT_RESTRICTION: Final = (
 )
 
 
-class SqlTransaction:
-    """A writer's turn; see `ipguard.store.Transaction` for what each method promises.
+class SqlSnapshot:
+    """One committed state; see `ipguard.store.Snapshot` for what each method promises.
 
     Args:
-        db: The connection, on which the writer's lock is held.
-        now: The store's time when it was taken.
-        revision: The store's revision then.
-        staged: The restrictions that are staged on this connection, if any.
-
-    Attributes:
-        revision: The revision that the turn has come to.
-        touching: The last revision of this turn that touched a policy, or None.
+        db: The connection, in a transaction.
+        now: The store's time when that began.
     """
 
-    def __init__(
-        self,
-        db: Executor,
-        now: datetime,
-        *,
-        revision: int,
-        staged: StagedRestrictions | None = None,
-    ) -> None:
+    def __init__(self, db: Executor, now: datetime) -> None:
         self._db = db
         self._now = now
-        self._staged = staged
-        self.revision = revision
-        self.touching: int | None = None
 
     @property
     def now(self) -> datetime:
@@ -102,14 +86,12 @@ class SqlTransaction:
         return None
 
     def restriction(self, restriction_id: str) -> Restriction | None:
-        self.withdraw()
         sql = f"SELECT username, {RESTRICTION} FROM restrictions WHERE id = ?"
         for row in self._find(sql, restriction_id):
             return restriction_of(row[0], row[1:])
         return None
 
     def restrictions(self, username: str) -> tuple[Restriction, ...]:
-        self.withdraw()
         sql = f"SELECT {RESTRICTION} FROM restrictions WHERE username = ? ORDER BY created_at, id"
         return tuple(restriction_of(username, row) for row in self._find(sql, username))
 
@@ -136,6 +118,46 @@ class SqlTransaction:
         for row in self._find("SELECT count FROM failures WHERE actor = ?", actor):
             return int(row[0])
         return 0
+
+    def _find(self, sql: str, key: str) -> list[Row]:
+        # An id comes from outside: what cannot be stored is not there.
+        return self._db.rows(sql, (key,)) if encodable(key) else []
+
+
+class SqlTransaction(SqlSnapshot):
+    """A writer's turn; see `ipguard.store.Transaction` for what each method promises.
+
+    Args:
+        db: The connection, on which the writer's lock is held.
+        now: The store's time when it was taken.
+        revision: The store's revision then.
+        staged: The restrictions that are staged on this connection, if any.
+
+    Attributes:
+        revision: The revision that the turn has come to.
+        touching: The last revision of this turn that touched a policy, or None.
+    """
+
+    def __init__(
+        self,
+        db: Executor,
+        now: datetime,
+        *,
+        revision: int,
+        staged: StagedRestrictions | None = None,
+    ) -> None:
+        super().__init__(db, now)
+        self._staged = staged
+        self.revision = revision
+        self.touching: int | None = None
+
+    def restriction(self, restriction_id: str) -> Restriction | None:
+        self.withdraw()
+        return super().restriction(restriction_id)
+
+    def restrictions(self, username: str) -> tuple[Restriction, ...]:
+        self.withdraw()
+        return super().restrictions(username)
 
     def save_request(self, stored: StoredRequest) -> None:
         self._db.run(_SAVE_REQUEST, request_row(stored))
@@ -200,10 +222,6 @@ class SqlTransaction:
         """Take back what was written ahead of `add_staged`, where that was not called."""
         if self._staged is not None:
             self._staged.withdraw(self._db)
-
-    def _find(self, sql: str, key: str) -> list[Row]:
-        # An id comes from outside: what cannot be stored is not there.
-        return self._db.rows(sql, (key,)) if encodable(key) else []
 
 
 # ------------------------------------------------------------------------- pruning

@@ -25,14 +25,14 @@ import attrs
 from ipguard._checks import check_time
 from ipguard.errors import StoreUnavailable
 from ipguard.model import Accounts, Change, Changes, Page, Policy, Restriction, User, UserOverview
-from ipguard.store import Closing, Transaction, log_change
+from ipguard.store import Closing, Snapshot, Transaction, log_change
 from ipguard.stores._sql import SCHEMA_VERSION, Row
 from ipguard.stores._sql import bulk as users_of
 from ipguard.stores._sql import listing as pages
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql import policies as read
 from ipguard.stores._sql.bulk import StagedRestrictions
-from ipguard.stores._sql.transaction import SqlTransaction, prune
+from ipguard.stores._sql.transaction import SqlSnapshot, SqlTransaction, prune
 from ipguard.stores.postgres import _schema as schema
 from ipguard.stores.postgres._connection import Session, quoted, ticks
 from ipguard.stores.postgres._listener import Listener
@@ -323,6 +323,12 @@ class PostgresStore(Closing):
         """Return changes, the newest first."""
         with self._client.snapshot(_PAGES) as session:
             return pages.history(session, accounts, username=username, before=before, limit=limit)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Open a snapshot for look-ups."""
+        with self._client.snapshot() as session:
+            yield SqlSnapshot(session, self.now())
 
     # -------------------------------------------------------------------------- writing
 

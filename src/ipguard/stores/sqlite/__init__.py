@@ -48,14 +48,14 @@ from ipguard.model import (
     User,
     UserOverview,
 )
-from ipguard.store import Closing, Transaction, log_change
+from ipguard.store import Closing, Snapshot, Transaction, log_change
 from ipguard.stores._sql import SCHEMA_VERSION, Params, Row, encodable
 from ipguard.stores._sql import bulk as users_of
 from ipguard.stores._sql import listing as pages
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql import policies as read
 from ipguard.stores._sql.bulk import StagedRestrictions
-from ipguard.stores._sql.transaction import SqlTransaction, prune
+from ipguard.stores._sql.transaction import SqlSnapshot, SqlTransaction, prune
 from ipguard.stores.sqlite import _schema as schema
 from ipguard.stores.sqlite._pool import Pool, Session, files_at
 from ipguard.usernames import canonical_usernames
@@ -208,6 +208,12 @@ class SQLiteStore(Closing):
         """Return changes, the newest first."""
         with self._pool.session() as session, session.snapshot():
             return pages.history(session, accounts, username=username, before=before, limit=limit)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Open a snapshot for look-ups."""
+        with self._pool.session() as session, session.snapshot():
+            yield SqlSnapshot(session, self.now())
 
     # -------------------------------------------------------------------------- writing
 

@@ -1,0 +1,345 @@
+"""The workflow's code inside a transaction: plain and sequential, one writer at a time."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import attrs
+
+from ipguard import audit, rules
+from ipguard.addresses import parse_address
+from ipguard.errors import (
+    DuplicateRestriction,
+    InvalidValue,
+    OpeningRisk,
+    TooManyRequests,
+    UnknownRequest,
+    UnknownRestriction,
+    UnknownUser,
+)
+from ipguard.model import (
+    Action,
+    Actor,
+    Applied,
+    Change,
+    PendingRequest,
+    Policy,
+    RequestKind,
+    RequestState,
+    Restriction,
+    StoredRequest,
+    StoredUser,
+    Touched,
+    User,
+)
+from ipguard.store import Snapshot, Transaction
+from ipguard.workflow.settings import WorkflowSettings
+
+_HOUR: Final = timedelta(hours=1)
+
+
+def new_id() -> str:
+    """Return a random id: 64 bits in hexadecimal, so that ids cannot be guessed."""
+    return secrets.token_hex(8)
+
+
+def increasing_ids() -> Iterator[str]:
+    """Yield random ids in increasing order, for the restrictions of one import.
+
+    They share one `created_at`, and stores list restrictions by `created_at`, then `id`: the rows
+    of a file are then listed in their order.
+    """
+    value = secrets.randbits(63)
+    while True:
+        yield f"{value:016x}"
+        value += 1 + secrets.randbits(30)
+
+
+def check_new(new: Restriction, settings: WorkflowSettings, now: datetime) -> None:
+    """Check the width of a new restriction, and that it does not expire before it starts."""
+    rules.check_width(
+        new.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
+    )
+    if new.expires_at is not None and new.expires_at <= now:
+        raise InvalidValue("expires_at", "must be in the future")
+
+
+class ActorView:
+    """What exists for one actor in a snapshot of the store: the rule of visibility.
+
+    Users of accounts that the actor does not manage do not exist for it, nor do their requests and
+    restrictions. Removed users exist only for actors of every account.
+    """
+
+    def __init__(self, snapshot: Snapshot, actor: Actor) -> None:
+        self.actor = actor
+        self.now = snapshot.now
+        self._snapshot = snapshot
+
+    def user(self, username: str) -> StoredUser | None:
+        """Return a user, or None if it does not exist for this actor."""
+        stored = self._snapshot.user(username)
+        if stored is None or stored.user.account_id not in self.actor.manages:
+            return None
+        if stored.removed and self.actor.manages is not Actor.EVERY_ACCOUNT:
+            return None
+        return stored
+
+    def registered_user(self, username: str) -> User:
+        """Return a user whom this actor may give a restriction."""
+        stored = self.user(username)
+        if stored is None or stored.removed:
+            raise UnknownUser(username)
+        return stored.user
+
+    def request(self, request_id: str, *, own: bool) -> tuple[StoredRequest, User]:
+        """Return a request and its user; with `own`, only if this actor made the request."""
+        # Ids come from outside, and may be anything.
+        stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
+        user = None if stored is None else self.user(stored.request.username)
+        if stored is None or user is None:
+            raise UnknownRequest(request_id)
+        if own and stored.request.requested_by != self.actor.username:
+            raise UnknownRequest(request_id)
+        return stored, user.user
+
+    def restriction(self, restriction_id: str) -> tuple[Restriction, User]:
+        """Return a restriction and its user."""
+        known = isinstance(restriction_id, str)
+        restriction = self._snapshot.restriction(restriction_id) if known else None
+        user = None if restriction is None else self.user(restriction.username)
+        if restriction is None or user is None:
+            raise UnknownRestriction(restriction_id)
+        return restriction, user.user
+
+    def failures(self, username: str) -> int:
+        """Return how many wrong numbers in a row somebody gave."""
+        return self._snapshot.failures(username)
+
+
+class ActorTransaction(ActorView):
+    """A write transaction on behalf of one actor."""
+
+    def __init__(self, tx: Transaction, actor: Actor, settings: WorkflowSettings) -> None:
+        super().__init__(tx, actor)
+        self._tx = tx
+        self._settings = settings
+
+    def advance(self, stored: StoredRequest, step: rules.Step, **changes: Any) -> StoredRequest:
+        """Move a request by a step of the state table and save it.
+
+        Raises:
+            RequestClosed: The table has no such step.
+        """
+        state = rules.after(rules.state_at(stored.request, self.now), step)
+        request = attrs.evolve(stored.request, state=state, **changes)
+        stored = attrs.evolve(stored, request=request)
+        self.save(stored)
+        return stored
+
+    def save(self, stored: StoredRequest) -> None:
+        """Add or replace a request."""
+        self._tx.save_request(stored)
+
+    def check_rate(self) -> None:
+        """Refuse a request if the actor made too many within the last hour."""
+        times = self._tx.request_times(self.actor.username, rules.shifted(self.now, -_HOUR))
+        wait = rules.wait_left(times, self._settings.requests_per_hour, _HOUR, self.now)
+        if wait:
+            raise TooManyRequests(wait)
+
+    def check_not_pending(self, wanted: Restriction, *, deletes: str | None = None) -> None:
+        """Refuse a request to add or delete a restriction if the same request is pending."""
+        for pending in self._tx.pending_requests(wanted.username):
+            live = rules.state_at(pending, self.now) is RequestState.PENDING
+            if live and pending.addresses == wanted.addresses and pending.restriction_id == deletes:
+                if deletes is None:
+                    raise rules.duplicate(pending, wanted)
+                raise DuplicateRestriction(wanted.username, str(wanted.addresses), "deletion")
+
+    def check_addition(self, new: Restriction) -> tuple[tuple[Restriction, ...], list[Restriction]]:
+        """Check a new restriction against the rules as things are now.
+
+        Returns:
+            The user's restrictions as they would be with it; and the expired ones that it replaces.
+        """
+        check_new(new, self._settings, self.now)
+        present = self._tx.restrictions(new.username)
+        replaced, refused = rules.judge_additions(
+            new.username,
+            present,
+            [new],
+            per_user=self._settings.restrictions_per_user,
+            now=self.now,
+        )
+        for _, error in refused:
+            raise error
+        return (*(r for r in present if r not in replaced), new), replaced
+
+    def check_removal(self, restriction: Restriction, *, allow_lockout: bool) -> rules.Remainder:
+        """Return what the removal of a restriction leaves, unless it would lock out the actor."""
+        remainder = rules.without(
+            self._tx.restrictions(restriction.username), restriction.id, self.now
+        )
+        self.check_lockout(restriction.username, remainder.left, allowed=allow_lockout)
+        return remainder
+
+    def check_lockout(self, username: str, left: Iterable[Restriction], *, allowed: bool) -> None:
+        """Refuse a change that locks out its own actor, unless the actor has accepted that."""
+        if allowed or self.actor.username != username or self.actor.address is None:
+            return
+        before = Policy(revision=0, restrictions=self._tx.restrictions(username), known=True)
+        rules.check_lockout(parse_address(self.actor.address), before, left, self.now)
+
+    def add(
+        self,
+        user: User,
+        new: Restriction,
+        action: Action,
+        *,
+        allow_lockout: bool,
+        **detail: Any,
+    ) -> tuple[Applied, Change]:
+        """Add a restriction."""
+        left, replaced = self.check_addition(new)
+        self.check_lockout(user.username, left, allowed=allow_lockout)
+        for old in replaced:
+            self._take_away(old)
+        self._tx.add_restriction(new)
+        change = self.append(
+            action,
+            user,
+            touches=frozenset({user.username}),
+            addresses=new.addresses,
+            label=new.label,
+            expires_at=new.expires_at,
+            restriction=new.id,
+            replaces=replaced[0].id if replaced else None,
+            **detail,
+        )
+        return Applied(revision=change.revision, restriction=new, unrestricted=False), change
+
+    def remove(
+        self,
+        user: User,
+        restriction: Restriction,
+        action: Action,
+        *,
+        allow_lockout: bool,
+        allow_opening: bool,
+        **detail: Any,
+    ) -> tuple[Applied, Change]:
+        """Remove a restriction."""
+        remainder = self.check_removal(restriction, allow_lockout=allow_lockout)
+        if remainder.opens and not allow_opening:
+            raise OpeningRisk(user.username)
+        self._take_away(restriction)
+        change = self.append(
+            action,
+            user,
+            touches=frozenset({user.username}),
+            addresses=restriction.addresses,
+            label=restriction.label,
+            restriction=restriction.id,
+            unrestricted=remainder.opens,
+            restricted_to_nothing=remainder.shuts,
+            **detail,
+        )
+        applied = Applied(
+            revision=change.revision, restriction=restriction, unrestricted=remainder.opens
+        )
+        return applied, change
+
+    def apply(
+        self, stored: StoredRequest, user: User, *, allow_lockout: bool, allow_opening: bool
+    ) -> tuple[Applied, Change]:
+        """Confirm a request and make its change."""
+        request = self.advance(stored, rules.Step.CONFIRM).request
+        self._tx.set_failures(self.actor.username, 0)
+        if request.kind is RequestKind.ADD:
+            new = Restriction(
+                id=new_id(),
+                username=user.username,
+                addresses=request.addresses,
+                label=request.label,
+                created_at=self.now,
+                created_by=self.actor.username,
+                expires_at=request.restriction_expires_at,
+            )
+            return self.add(
+                user, new, Action.CONFIRM, allow_lockout=allow_lockout, request=request.id
+            )
+        restriction, user = self.restriction(request.restriction_id or "")
+        return self.remove(
+            user,
+            restriction,
+            Action.CONFIRM,
+            allow_lockout=allow_lockout,
+            allow_opening=allow_opening,
+            kind=RequestKind.DELETE,
+            request=request.id,
+            reason=request.reason,
+        )
+
+    def count_guess(self, stored: StoredRequest, user: User, failures: int) -> tuple[int, Change]:
+        """Count a wrong number; return how many attempts the request has left."""
+        left = stored.request.attempts_left - 1
+        step = rules.Step.GUESS if left else rules.Step.LOCK
+        request = self.advance(stored, step, attempts_left=left).request
+        self._tx.set_failures(self.actor.username, failures + 1)
+        change = self.append(
+            Action.WRONG_NUMBER,
+            user,
+            addresses=request.addresses,
+            request=request.id,
+            attempts_left=left,
+            locked=not left,
+        )
+        return left, change
+
+    def reset_failures(self, username: str, user: User | None, reason: str) -> Change:
+        """Forget the wrong numbers that somebody gave."""
+        failures = self.failures(username)
+        self._tx.set_failures(username, 0)
+        return self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)
+
+    def add_staged(self) -> int:
+        """Add the staged restrictions, all or none; return how many."""
+        count = self._tx.add_staged(per_user=self._settings.restrictions_per_user)
+        self._cancel_deletions(self._tx.orphaned_deletions())
+        return count
+
+    def _take_away(self, restriction: Restriction) -> None:
+        self._tx.remove_restriction(restriction.id)
+        pending = self._tx.pending_requests(restriction.username)
+        self._cancel_deletions(each for each in pending if each.restriction_id == restriction.id)
+
+    def _cancel_deletions(self, requests: Iterable[PendingRequest]) -> None:
+        """Cancel requests to delete restrictions that are gone: no number could confirm them."""
+        for pending in requests:
+            stored = self._tx.request(pending.id)
+            if stored is not None and rules.state_at(pending, self.now) is RequestState.PENDING:
+                self.advance(stored, rules.Step.CANCEL)
+
+    def append(
+        self,
+        action: Action,
+        user: User | None = None,
+        *,
+        username: str | None = None,
+        touches: frozenset[str] | Touched = frozenset(),
+        **detail: Any,
+    ) -> Change:
+        """Append an audit entry; a user's entry keeps the account that the user has now."""
+        return self._tx.append(
+            action,
+            actor=self.actor.username,
+            actor_address=self.actor.address,
+            username=username if user is None else user.username,
+            account_id=None if user is None else user.account_id,
+            detail=audit.detail(**detail, via=self.actor.via),
+            touches=touches,
+        )

@@ -1,0 +1,84 @@
+"""The settings of the workflow; most defaults come from OWASP ASVS 5.0 and NIST SP 800-63B-4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import attrs
+
+from ipguard._checks import check_duration, check_whole
+from ipguard.errors import InvalidValue
+
+_Check = Callable[[Any, "attrs.Attribute[Any]", Any], object]
+
+_MOST = 1_000_000_000  # larger numbers limit nothing, and databases cannot store all of them
+
+
+def _whole(least: int, most: int = _MOST) -> _Check:
+    return lambda _, attribute, value: check_whole(attribute.name, value, least, most)
+
+
+def _duration(*, zero: bool = False) -> _Check:
+    return lambda _, attribute, value: check_duration(attribute.name, value, zero=zero)
+
+
+def _check_deletes(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not (isinstance(value, bool) or value == "last"):
+        raise InvalidValue(attribute.name, 'must be False, "last" or True')
+
+
+@attrs.frozen(kw_only=True)
+class WorkflowSettings:
+    """Limits and lifetimes of the workflow.
+
+    Attributes:
+        number_digits: Digits of a confirmation number, 6 to 18. 10 digits are 33 bits; ASVS 6.5.4
+            asks for 20. After a change of this setting, `resend` replaces numbers mailed before.
+        number_lifetime: How long a number is valid; ASVS 6.5.5 allows at most 10 minutes.
+        request_lifetime: How long a request is pending; NIST SP 800-63A-4 3.8 has 24 hours for
+            e-mail.
+        attempts_per_number: Wrong numbers before the request is locked.
+        failures_per_actor: Wrong numbers in a row, over all requests, before an actor's numbers are
+            no longer evaluated; NIST SP 800-63B-4 3.2.2 allows at most 100.
+        resends_per_request: New numbers for one request.
+        resend_interval: The shortest time between two mails of one request.
+        requests_per_hour: Requests of one actor.
+        widest_ipv4: The shortest IPv4 prefix whose number of addresses one restriction may hold;
+            0 allows every IPv4 address.
+        widest_ipv6: The same for IPv6.
+        restrictions_per_user: Restrictions of one user, expired ones included.
+        confirm_deletes: Whether a deletion needs a number: never (`False`), if it removes the
+            user's last restriction (`"last"`, recommended), or always (`True`).
+
+    Raises:
+        InvalidValue: A value is out of its range.
+    """
+
+    number_digits: int = attrs.field(default=10, validator=_whole(6, 18))
+    number_lifetime: timedelta = attrs.field(default=timedelta(minutes=10), validator=_duration())
+    request_lifetime: timedelta = attrs.field(default=timedelta(hours=24), validator=_duration())
+    attempts_per_number: int = attrs.field(default=5, validator=_whole(1))
+    failures_per_actor: int = attrs.field(default=100, validator=_whole(1))
+    resends_per_request: int = attrs.field(default=5, validator=_whole(0))
+    resend_interval: timedelta = attrs.field(
+        default=timedelta(seconds=30), validator=_duration(zero=True)
+    )
+    requests_per_hour: int = attrs.field(default=20, validator=_whole(1))
+    widest_ipv4: int = attrs.field(default=16, validator=_whole(0, 32))
+    widest_ipv6: int = attrs.field(default=32, validator=_whole(0, 128))
+    restrictions_per_user: int = attrs.field(default=1000, validator=_whole(1))
+    confirm_deletes: bool | Literal["last"] = attrs.field(default=False, validator=_check_deletes)
+
+    def __attrs_post_init__(self) -> None:
+        if self.number_lifetime > self.request_lifetime:
+            raise InvalidValue("number_lifetime", "must not be longer than request_lifetime")
+
+    def deletion_needs_number(self, *, last: bool) -> bool:
+        """Return whether a deletion needs a number.
+
+        Args:
+            last: Whether it removes the user's last restriction.
+        """
+        return last if self.confirm_deletes == "last" else self.confirm_deletes
