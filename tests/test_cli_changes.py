@@ -374,3 +374,18 @@ def test_who_runs_a_process_without_a_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "getuid", lambda: 54_321)
     assert _who.operator_name() == f"uid54321@{socket.gethostname()}"
     assert f"effective={pwd.getpwuid(os.geteuid()).pw_name}" in _who.via()
+
+
+def test_what_an_actor_may_not_see_is_not_shown_in_a_question(shell: Shell):
+    """A removed user's restriction, and another account's user, do not exist for the actor."""
+    held = shell.json("impose", "jsmith", "203.0.113.7", "--reason", "a test", "--email", "b@b.c")
+    with _store(shell) as store:
+        store.remove_users(["jsmith"])
+    for args in (
+        ("delete", held["restriction"]["id"], *RITA),
+        ("request", "zed", "203.0.113.7", "--expires", "1h", *RITA),
+    ):
+        shown = shell.terminal(*args).ends(4)
+        assert "203.0.113.7" not in shown
+        assert "Go on?" not in shown
+    assert _held(shell) == ["203.0.113.7"]
