@@ -12,7 +12,7 @@ from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.model import Action, Actor, User
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
-from ipguard.testing._base import Call, Hooks, happens
+from ipguard.testing._case import Call, StoreCase, happens
 
 
 def _user(name: str) -> User:
@@ -152,14 +152,14 @@ class TestSize:
     def test_a_change_costs_little_among_many_users(self):
         """10,000 users are no reason for a test to be slow: a change copies references, once."""
         clock = FakeClock()
-        hooks = Hooks()
-        hooks.setup_method()
+        case = StoreCase()
+        case.setup_method()
         store = MemoryStore(clock=clock)
         store.put_users(_user(f"user{n}") for n in range(10_000))
         begun = time.perf_counter()
         for n in range(200):
             with store.transaction() as turn:
-                turn.add_restriction(hooks.restriction(f"user{n}"))
+                turn.add_restriction(case.restriction(f"user{n}"))
                 turn.append(Action.IMPOSE, actor="boss")
         assert time.perf_counter() - begun < 5.0
         assert store.changes_since(None).head == 201

@@ -27,13 +27,13 @@ from ipguard.stores._sql import Params, Row
 from ipguard.stores._sql.bulk import StagedRestrictions, StagedUsers
 from ipguard.stores.postgres._transaction import Turn
 from ipguard.testing import FakeClock
-from ipguard.testing._base import Call, Hooks, raises, user
+from ipguard.testing._case import Call, StoreCase, raises, user
 from tests.postgres import Given, Server, fresh_schema, until
 
 MANY = 150  # users; so many are staged, and not compared one by one
 
 
-class Between(Hooks):
+class Between(StoreCase):
     """Others change something between the judging of an import and its turn."""
 
     @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ class Between(Hooks):
     def stage(self, *staged: Restriction, per_user: int = 10) -> int:
         with self.store.transaction(staged=staged) as turn:
             count = turn.add_staged(per_user=per_user)
-            self.note(turn, frozenset(r.username for r in staged))
+            self.append(turn, frozenset(r.username for r in staged))
         return count
 
     def refused(self, kind: type[IPGuardError], *staged: Restriction, per_user: int = 10) -> None:
@@ -63,7 +63,7 @@ class Between(Hooks):
         with self.store.transaction(staged=staged) as turn:
             with raises(kind):
                 turn.add_staged(per_user=per_user)
-            self.note(turn)
+            self.append(turn)
         ids = {r.id for r in staged}
         for name in ("alice", "bob"):
             assert ids.isdisjoint(r.id for r in self.held(name))
@@ -132,7 +132,7 @@ class Between(Hooks):
         def lift() -> None:
             with self.store.transaction() as turn:
                 turn.remove_restriction(lifted.id)
-                self.note(turn, frozenset({"bob"}))
+                self.append(turn, frozenset({"bob"}))
 
         self.between(lift)
         assert self.stage(self.restriction("bob", "203.0.113.7")) == 1
@@ -163,7 +163,7 @@ class Between(Hooks):
             assert turn.add_staged(per_user=2) == 1
             assert turn.restrictions("alice") == (mine, other)
             turn.remove_restriction(mine.id)
-            self.note(turn, frozenset({"alice"}))
+            self.append(turn, frozenset({"alice"}))
         assert self.held() == (other,)
 
     def test_users_of_others_meanwhile(self) -> None:
@@ -307,14 +307,14 @@ class TestPostgres(Between):
         self.between(lambda: self.add(self.restriction()))
         with store.transaction(staged=[self.restriction()]) as turn:
             assert turn.add_staged(per_user=2) == 1
-            self.note(turn, frozenset({"alice"}))
+            self.append(turn, frozenset({"alice"}))
         entered, leave = Event(), Event()
 
         def first() -> None:
             with self.store.transaction() as turn:
                 entered.set()
                 assert leave.wait(20)
-                self.note(turn)
+                self.append(turn)
 
         calls = [Call(first)]
         assert entered.wait(20)

@@ -1,31 +1,61 @@
-"""What an adopter's tests need: a clock, a mailbox, and the full test of a store.
+"""Tools for the tests of adopters: a clock, a notifier, and a test suite for stores.
 
-Nothing here is needed at run time, and importing it needs no pytest.
+Nothing here is needed in production, and importing it does not need pytest.
 """
 
 import sys
 
 if sys.modules.get("pytest"):
-    # Before the import below: what a plain assert compared is then told when it fails.
+    # Before the imports below, so that pytest explains failed asserts.
     sys.modules["pytest"].register_assert_rewrite(
-        *(
-            f"ipguard.testing._{part}"
-            for part in (
-                "base",
-                "changes",
-                "history",
-                "life",
-                "overview",
-                "rows",
-                "staging",
-                "turns",
-                "users",
-            )
-        )
+        "ipguard.testing._case",
+        "ipguard.testing._guards",
+        "ipguard.testing._lifecycle",
+        "ipguard.testing._listing",
+        "ipguard.testing._records",
+        "ipguard.testing._transactions",
     )
 
-from ipguard.testing.clock import FakeClock
-from ipguard.testing.conformance import StoreConformance
-from ipguard.testing.outbox import Message, Outbox
+from ipguard.testing._doubles import FakeClock, Message, Outbox
+from ipguard.testing._guards import GuardReadTests
+from ipguard.testing._lifecycle import LifecycleTests
+from ipguard.testing._listing import HistoryTests, OverviewTests
+from ipguard.testing._records import RecordTests, UserTests
+from ipguard.testing._transactions import StagedTests, TransactionTests
 
 __all__ = ["FakeClock", "Message", "Outbox", "StoreConformance"]
+
+
+class StoreConformance(
+    TransactionTests,
+    StagedTests,
+    GuardReadTests,
+    RecordTests,
+    UserTests,
+    OverviewTests,
+    HistoryTests,
+    LifecycleTests,
+):
+    """Tests of everything that `ipguard.store.RestrictionStore` promises.
+
+    Subclass it in a test module, under a name that pytest collects, and open your store::
+
+        class TestMyStore(StoreConformance):
+            @pytest.fixture(autouse=True)
+            def _folder(self, tmp_path):
+                self.folder = tmp_path
+
+            def open_store(self, clock):
+                return MyStore(self.folder / secrets.token_hex(4), clock=clock)
+
+            def reopen(self, store, clock):
+                return MyStore(store.path, clock=clock)
+
+    The store is opened on first use, so fixtures of the subclass have run by then, and closed
+    after the test. Tests that wait for another thread fail after 20 seconds; no test sleeps.
+
+    Attributes:
+        many: The number of restrictions in the tests with many of them, 200 by default; those
+            tests use ten times as many users.
+        clock: The `FakeClock` of the current test, which is also passed to `open_store`.
+    """

@@ -1,4 +1,4 @@
-"""Conformance, part 8: opened again, forked, closed."""
+"""Conformance tests of a store's life: closing, a second handle, forks."""
 
 from __future__ import annotations
 
@@ -8,55 +8,43 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 from ipguard.errors import StoreUnavailable
-from ipguard.model import Actor
 from ipguard.store import RestrictionStore
-from ipguard.testing._base import Call, Hooks, raises, user
-
-EVERY = Actor.EVERY_ACCOUNT
+from ipguard.testing._case import EVERY, Call, StoreCase, raises, user
 
 
-class LifeTests(Hooks):
-    """What a store promises from its opening to its end."""
+class LifecycleTests(StoreCase):
+    """Tests of `close()`, of stores on the same data, and of forked children."""
 
-    def _calls(self) -> dict[str, Callable[[], Any]]:
-        store = self.store
-
-        def turn() -> None:
-            with store.transaction():
-                pass
-
-        return {
-            "load_policy": lambda: store.load_policy("alice"),
-            "load_all_policies": lambda: list(store.load_all_policies()[1]),
-            "changes_since": lambda: store.changes_since(None),
-            "wait": lambda: store.wait(10**6, 0.0),
-            "transaction": turn,
-            "put_users": lambda: store.put_users([user("bob")]),
-            "remove_users": lambda: store.remove_users(["alice"]),
-            "overview": lambda: store.overview(EVERY),
-            "history": lambda: store.history(EVERY),
-        }
-
-    def test_a_closed_store_refuses(self) -> None:
+    def test_a_closed_store_refuses_every_call(self) -> None:
         """After `close()`, which may be called twice, every call raises StoreUnavailable."""
         self.put("alice")
-        calls = self._calls()
-        for call in calls.values():
-            call()
-        self.store.close()
-        self.store.close()
-        for call in calls.values():
+        store = self.store
+        calls: list[Callable[[], Any]] = [
+            lambda: store.load_policy("alice"),
+            lambda: list(store.load_all_policies()[1]),
+            lambda: store.changes_since(None),
+            lambda: store.wait(10**6, 0.0),
+            lambda: store.transaction().__enter__(),
+            lambda: store.put_users([user("bob")]),
+            lambda: store.remove_users(["alice"]),
+            lambda: store.overview(EVERY),
+            lambda: store.history(EVERY),
+        ]
+        with store.transaction():
+            pass
+        store.close()
+        store.close()
+        for call in calls:
             with raises(StoreUnavailable):
                 call()
             with raises(StoreUnavailable):
                 Call(call).result()
 
-    def test_a_closed_store_lets_the_waiting_go(self) -> None:
-        """Who is in `wait` while the store is closed returns, or is told that it is closed."""
+    def test_close_ends_wait(self) -> None:
+        """A thread in `wait` returns False or raises StoreUnavailable when the store is closed."""
         self.touch("alice")
 
         def wait() -> bool:
@@ -69,22 +57,16 @@ class LifeTests(Hooks):
         assert call.result() is False
 
     def test_a_store_is_a_context_manager(self) -> None:
-        """The block gets the store itself, and leaving it closes the store."""
-        with self.store as store:
+        """The block gets the store; leaving it closes the store and hides no error."""
+        with raises(ZeroDivisionError), self.store as store:
             assert store is self.store
             self.touch("alice")
+            raise ZeroDivisionError
         with raises(StoreUnavailable):
             self.store.load_policy("alice")
 
-    def test_leaving_the_block_hides_no_error(self) -> None:
-        """An error in the block comes out of it, and the store is closed."""
-        with raises(ZeroDivisionError), self.store:
-            raise ZeroDivisionError
-        with raises(StoreUnavailable):
-            self.store.changes_since(None)
-
-    def test_a_second_handle_sees_the_same_store(self) -> None:
-        """What one handle commits, another opened on the same data reads, all of it."""
+    def test_a_second_handle_sees_the_same_data(self) -> None:
+        """What one handle commits, the other reads."""
         self.put("alice", "bob")
         self.add(self.restriction())
         request = self.request()
@@ -94,15 +76,15 @@ class LifeTests(Hooks):
         if other is None:
             return
         assert _everything(other) == _everything(self.store)
-        with other.transaction() as turn:
-            assert turn.request(request.request.id) == request
-            assert self.note(turn, frozenset({"alice"})) == 5
+        with other.transaction() as tx:
+            assert tx.request(request.request.id) == request
+            assert self.append(tx, frozenset({"alice"})) == 5
         assert _everything(other) == _everything(self.store)
         assert self.touch("alice") == 6
         assert other.changes_since(None).head == 6
 
-    def test_what_was_committed_outlives_its_handle(self) -> None:
-        """A handle closed takes nothing with it, and closes no other."""
+    def test_closing_one_handle_keeps_the_data(self) -> None:
+        """After one handle is closed, the other still reads and writes everything."""
         self.put("alice")
         self.add(self.restriction())
         other = self.second()
@@ -113,39 +95,39 @@ class LifeTests(Hooks):
         assert _everything(other) == before
         assert other.put_users([user("bob")]) == 3
 
-    def test_a_second_handle_waits_its_turn(self) -> None:
-        """Two handles on the same data are two writers, and only one has its turn."""
+    def test_two_handles_are_two_writers(self) -> None:
+        """A transaction of one handle waits for that of the other."""
         other = self.second()
         if other is None:
             return
-        with self.store.transaction() as turn:
-            turn.set_failures("boss", 1)
-            self.note(turn)
+        with self.store.transaction() as tx:
+            tx.set_failures("boss", 1)
+            self.append(tx)
             call = Call(lambda: self._failures(other))
         assert call.result() == 1
 
     def _failures(self, store: RestrictionStore) -> int:
-        with store.transaction() as turn:
-            return turn.failures("boss")
+        with store.transaction() as tx:
+            return tx.failures("boss")
 
     def test_a_forked_child_answers_or_refuses(self) -> None:
-        """After `fork()`, in a turn or not, a child gets right answers or StoreUnavailable."""
+        """After `fork()` a child gets the right answers or StoreUnavailable, but never hangs."""
         if not hasattr(os, "fork"):
             return
         self.put("alice")
         self.add(self.restriction())
         assert self._in_child() in (b"right", b"refused")
-        with self.store.transaction() as turn:
-            # The lock of this turn is held in the child as well, by a thread that is not there.
+        with self.store.transaction() as tx:
+            # In the child the lock is held by a thread that does not exist there.
             assert Call(self._in_child).result() in (b"right", b"refused")
-            self.note(turn, frozenset({"alice"}))
+            self.append(tx, frozenset({"alice"}))
         assert self.touch("alice") == 4
         assert len(self.held()) == 1
 
     def _in_child(self) -> bytes:
         reader, writer = os.pipe()
         with warnings.catch_warnings():
-            # From Python 3.12 on, forking with threads about warns: that is what is tested here.
+            # Python 3.12 warns about forks of processes with threads, which this test is about.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -160,20 +142,14 @@ class LifeTests(Hooks):
         try:
             policy = self.store.load_policy("alice")
             head = self.store.changes_since(None).head
-            rows = len(self.store.history(EVERY))
+            entries = len(self.store.history(EVERY))
         except StoreUnavailable:
             with raises(StoreUnavailable):
                 self.store.put_users([user("bob")])
             self.store.close()
             return b"refused"
-        right = (policy.revision, len(policy.restrictions), head, rows) == (2, 1, 2, 2)
+        right = (policy.revision, len(policy.restrictions), head, entries) == (2, 1, 2, 2)
         return b"right" if right else b"wrong"
-
-    def test_time_goes_on(self) -> None:
-        """The store's clock is the one that it was opened with."""
-        before = self.store.now()
-        self.clock.advance(timedelta(days=1, microseconds=1))
-        assert self.store.now() - before == timedelta(days=1, microseconds=1)
 
 
 def _everything(store: RestrictionStore) -> object:
@@ -189,9 +165,9 @@ def _everything(store: RestrictionStore) -> object:
 
 
 def _answer(writer: int, ask: Callable[[], bytes]) -> None:
-    """Write what the child found out, and end it: nothing of the test may run on in there."""
+    """Write the child's answer and end the child, without running the rest of the test."""
     try:
-        signal.alarm(10)  # a child that hangs is killed, and its silence is the answer
+        signal.alarm(10)  # kills a child that hangs; the parent then reads an empty answer
         os.write(writer, ask())
     except BaseException as error:
         os.write(writer, repr(error).encode())

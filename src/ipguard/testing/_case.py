@@ -1,4 +1,4 @@
-"""What the parts of `StoreConformance` share: the hooks, the values, the threads."""
+"""The base of the conformance tests: hooks for subclasses, sample values and threads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-import attrs
-
 from ipguard.addresses import AddressRange
 from ipguard.model import (
     Action,
+    Actor,
+    Change,
     PendingRequest,
     RequestKind,
     RequestState,
@@ -24,31 +24,29 @@ from ipguard.model import (
     User,
 )
 from ipguard.store import RestrictionStore, Transaction
-from ipguard.testing.clock import FakeClock
+from ipguard.testing._doubles import FakeClock
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
+EVERY: Any = Actor.EVERY_ACCOUNT
+A1 = frozenset({"A1"})
+
 PATIENCE = 20.0
-"""How long a test waits for what should happen at once, in seconds; then it fails."""
+"""Seconds that a test waits for another thread before it fails."""
 
 START = datetime(2030, 3, 1, 9, 30, 0, 123_457, tzinfo=UTC)
-"""When the clock of a test begins; whoever keeps only milliseconds is found out."""
+"""The time at the start of a test; its microseconds expose stores that keep milliseconds."""
 
-EXTREMES = (
-    (4, 0, 0),
-    (4, 0, 2**32 - 1),
-    (4, 2**32 - 1, 2**32 - 1),
-    (4, 2**31 - 1, 2**31),
-    (6, 0, 0),
-    (6, 0, 2**128 - 1),
-    (6, 1, 1),
-    (6, 2**127 - 1, 2**127),
-    (6, 2**63 - 1, 2**63),
-    (6, 2**64 - 1, 2**64),
-    (6, 2**128 - 1, 2**128 - 1),
+EXTREMES = tuple(
+    AddressRange(version=version, first=first, last=last)
+    for version, end, more in (
+        (4, 2**32 - 1, ()),
+        (6, 2**128 - 1, ((1, 1), (2**63 - 1, 2**63), (2**64 - 1, 2**64))),
+    )
+    for first, last in ((0, 0), (0, end), (end, end), (end // 2, end // 2 + 1), *more)
 )
-"""Version, first, last: whoever keeps numbers too narrow, signed, or as text shows here."""
+"""Address ranges that expose columns that are too narrow, signed or text."""
 
 TEXTS = (
     "",
@@ -61,38 +59,29 @@ TEXTS = (
     "x" * 100,
     "null",
 )
-"""Labels and reasons that come back as they are, or not at all."""
+"""Labels that a store must return unchanged."""
 
 
 class Interrupted(BaseException):
-    """Raised to leave a block as KeyboardInterrupt does: it is no Exception."""
-
-
-@attrs.define
-class Raised(Generic[E]):
-    """What `raises` caught, once it has."""
-
-    errors: list[E] = attrs.field(factory=list)
-
-    @property
-    def value(self) -> E:
-        """The error."""
-        return self.errors[0]
+    """Leave a block as KeyboardInterrupt does, which is not an Exception."""
 
 
 @contextmanager
-def raises(kind: type[E]) -> Iterator[Raised[E]]:
-    """Fail unless the block raises that error; a plain copy of what pytest has, without pytest."""
-    raised: Raised[E] = Raised()
+def raises(kind: type[E]) -> Iterator[list[E]]:
+    """Fail unless the block raises such an error, which is then in the list.
+
+    It replaces `pytest.raises`, because this package must not need pytest.
+    """
+    errors: list[E] = []
     try:
-        yield raised
+        yield errors
     except kind as error:
-        raised.errors.append(error)
-    assert raised.errors, f"{kind.__name__} was not raised"
+        errors.append(error)
+    assert errors, f"{kind.__name__} was not raised"
 
 
 class Call(Generic[T]):
-    """A function that runs on a thread of its own from now on."""
+    """A function call on a thread of its own, started at once."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -108,14 +97,13 @@ class Call(Generic[T]):
             self._error = error
 
     def over(self, within: float) -> bool:
-        """Tell whether the function has returned or raised, waiting so many seconds at the most."""
+        """Return whether the call ends within so many seconds."""
         self._thread.join(within)
         return not self._thread.is_alive()
 
     def result(self) -> T:
-        """Wait for the function to return, and return or raise what it did."""
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "what should have returned at once did not"
+        """Wait for the call to end; return its result or raise its error."""
+        assert self.over(PATIENCE), "the call still waits"
         if self._error is not None:
             raise self._error
         return self._result[0]
@@ -123,11 +111,11 @@ class Call(Generic[T]):
 
 def happens(event: threading.Event) -> None:
     """Wait for an event of another thread."""
-    assert event.wait(PATIENCE), "what should have happened at once did not"
+    assert event.wait(PATIENCE), "the event was not set"
 
 
 def together(functions: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Run functions on a thread each, begun at one moment, and return their results in order."""
+    """Call each function on a thread, all at the same moment; return the results in order."""
     todo = list(functions)
     barrier = threading.Barrier(len(todo))
 
@@ -141,7 +129,7 @@ def together(functions: Iterable[Callable[[], Any]]) -> list[Any]:
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """Give the lines that the block writes to `ipguard.audit`, as they come."""
+    """Collect the lines that the block logs to `ipguard.audit`."""
     lines: list[str] = []
     audit, handler = logging.getLogger("ipguard.audit"), logging.Handler(logging.INFO)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -155,52 +143,51 @@ def logged() -> Iterator[list[str]]:
         audit.removeHandler(handler)
 
 
-def address(number: int, version: int = 4) -> AddressRange:
-    """Return one address, another one for each number."""
-    first = (0x0A000000 if version == 4 else 0x20010DB8 << 96) + number
-    return AddressRange(version=version, first=first, last=first)
+def address(number: int) -> AddressRange:
+    """Return a single address, a different one for each number."""
+    return AddressRange(version=4, first=0x0A000000 + number, last=0x0A000000 + number)
 
 
 def user(name: str, **fields: Any) -> User:
-    """Return a user of account A1 whose name says nothing."""
-    given = {"full_name": "Some One", "account_id": "A1", "email": "one@example.com"} | fields
-    return User(username=name, **given)
+    """Return a user of account A1."""
+    given = {"full_name": "Some One", "account_id": "A1", "email": "one@example.com"}
+    return User(username=name, **(given | fields))
 
 
-class Hooks:
-    """What a subclass says of its store, and what the tests make of that.
+class StoreCase:
+    """The hooks that a subclass overrides, and what the tests share.
 
     Attributes:
-        many: How many restrictions the tests that want many use.
-        clock: The clock of the test that runs.
+        many: The number of restrictions in the tests with many of them.
+        clock: The clock of the current test.
     """
 
     many = 200
     clock: FakeClock
 
     def open_store(self, clock: FakeClock) -> RestrictionStore:
-        """Return a new and empty store, unlike any other.
+        """Open a new, empty store with data of its own.
 
         Args:
-            clock: The clock that the store has to use.
+            clock: The clock that the store must use.
         """
         raise NotImplementedError
 
     def reopen(self, store: RestrictionStore, clock: FakeClock) -> RestrictionStore | None:
-        """Return a second store over the same data, as another process would open it.
+        """Open a second store on the same data, as another process would.
 
         Args:
-            store: What `open_store` returned.
-            clock: The clock that the second store has to use.
+            store: A store that `open_store` returned.
+            clock: The clock that the second store must use.
 
         Returns:
-            The store; None where that cannot be, and the tests that need it then pass.
+            The store, or None if that is impossible; tests that need it then pass.
         """
         del store, clock
         return None
 
     def setup_method(self) -> None:
-        """Begin a test; pytest calls it."""
+        """Start a test; pytest calls this."""
         self.clock = FakeClock(START)
         self._opened: list[RestrictionStore] = []
         self._store: RestrictionStore | None = None
@@ -208,26 +195,26 @@ class Hooks:
         self._numbers = itertools.count(1)
 
     def teardown_method(self) -> None:
-        """End a test; pytest calls it."""
+        """End a test; pytest calls this."""
         for store in self._opened:
             store.close()
 
     @property
     def store(self) -> RestrictionStore:
-        """The store of this test, opened at the first use: a subclass's fixtures are ready then."""
+        """The store of the current test, opened on first use, after the subclass's fixtures."""
         with self._opening:
             if self._store is None:
                 self._store = self.another()
             return self._store
 
     def another(self) -> RestrictionStore:
-        """Open one more empty store, and close it when the test is over."""
+        """Open another empty store; it is closed after the test."""
         store = self.open_store(self.clock)
         self._opened.append(store)
         return store
 
     def second(self) -> RestrictionStore | None:
-        """Open the store of this test once more, and close it when the test is over."""
+        """Open the store of the current test a second time; it is closed after the test."""
         store = self.reopen(self.store, self.clock)
         if store is not None:
             self._opened.append(store)
@@ -236,7 +223,7 @@ class Hooks:
     def restriction(
         self, username: str = "alice", addresses: AddressRange | str | None = None, **fields: Any
     ) -> Restriction:
-        """Return a restriction with an id of its own and, unless given, addresses of its own."""
+        """Return a restriction with a new id and, unless given, addresses that are not in use."""
         number = next(self._numbers)
         if isinstance(addresses, str):
             addresses = AddressRange.parse(addresses)
@@ -251,7 +238,7 @@ class Hooks:
         return Restriction(**(given | fields))
 
     def request(self, username: str = "alice", **fields: Any) -> StoredRequest:
-        """Return a request with an id of its own, pending for another day."""
+        """Return a pending request with a new id that expires in a day."""
         number = next(self._numbers)
         given: dict[str, Any] = {
             "id": f"q{number:06d}",
@@ -274,43 +261,44 @@ class Hooks:
         )
 
     def put(self, *names: str, **fields: Any) -> int:
-        """Put users, and return the revision."""
+        """Put users; return the revision."""
         return self.store.put_users([user(name, **fields) for name in names])
 
-    def note(
-        self,
-        turn: Transaction,
-        touches: frozenset[str] | Touched = frozenset(),
-        **fields: Any,
+    def append(
+        self, tx: Transaction, touches: frozenset[str] | Touched = frozenset(), **fields: Any
     ) -> int:
-        """Append a row where it does not matter which, and return its revision."""
+        """Append an entry to the audit log; return its revision."""
         given: dict[str, Any] = {"actor": "boss", "touches": touches}
-        return turn.append(Action.IMPOSE, **(given | fields)).revision
+        return tx.append(Action.IMPOSE, **(given | fields)).revision
 
     def touch(self, *names: str, store: RestrictionStore | None = None, **fields: Any) -> int:
-        """Commit a row that touches these users, and return its revision."""
-        with (store or self.store).transaction() as turn:
-            return self.note(turn, frozenset(names), **fields)
+        """Commit an audit entry that touches these users; return its revision."""
+        with (store or self.store).transaction() as tx:
+            return self.append(tx, frozenset(names), **fields)
 
     def add(self, *restrictions: Restriction) -> int:
-        """Commit restrictions under one row, and return its revision."""
-        with self.store.transaction() as turn:
+        """Commit restrictions with one audit entry; return its revision."""
+        with self.store.transaction() as tx:
             for restriction in restrictions:
-                turn.add_restriction(restriction)
-            return self.note(turn, frozenset(r.username for r in restrictions))
+                tx.add_restriction(restriction)
+            return self.append(tx, frozenset(r.username for r in restrictions))
 
     def save(self, *requests: StoredRequest) -> int:
-        """Commit requests under one row, and return its revision."""
-        with self.store.transaction() as turn:
+        """Commit requests with one audit entry; return its revision."""
+        with self.store.transaction() as tx:
             for request in requests:
-                turn.save_request(request)
-            return self.note(turn)
+                tx.save_request(request)
+            return self.append(tx)
 
     def held(self, username: str = "alice") -> tuple[Restriction, ...]:
-        """Return a user's restrictions as a guard sees them."""
+        """Return the restrictions in a user's policy."""
         return self.store.load_policy(username).restrictions
 
     def cursor(self) -> tuple[int, str]:
-        """Return where the store is."""
+        """Return the store's current revision and token."""
         head, token, _ = self.store.changes_since(None)
         return head, token
+
+    def last_change(self) -> Change:
+        """Return the newest audit entry."""
+        return self.store.history(EVERY, limit=1).items[0]

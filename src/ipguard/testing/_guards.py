@@ -1,0 +1,205 @@
+"""Conformance tests of what guards read: `changes_since`, `wait` and the policies."""
+
+from __future__ import annotations
+
+from ipguard.addresses import AddressRange
+from ipguard.model import EVERYBODY, RESET, Action, Policy
+from ipguard.store import NAMED_AT_MOST
+from ipguard.testing._case import A1, EVERY, Call, StoreCase
+
+
+class GuardReadTests(StoreCase):
+    """Tests of the reads that guards depend on."""
+
+    def test_changes_since_none_names_no_user(self) -> None:
+        """`changes_since(None)` returns the head and its token, without usernames."""
+        self.touch("alice")
+        self.touch("bob")
+        head, token, names = self.store.changes_since(None)
+        assert (head, names) == (2, frozenset())
+        assert self.store.changes_since((head, token)) == (head, token, frozenset())
+
+    def test_changes_after_the_cursor_are_named(self) -> None:
+        """Users touched after the cursor are named; those touched by its own entry are not."""
+        cursors = [self.cursor()]
+        for touched in (("alice",), ("bob", "carol"), (), ("alice", "dora")):
+            self.touch(*touched)
+            cursors.append(self.cursor())
+        everyone = {"alice", "bob", "carol", "dora"}
+        expected = [everyone, everyone, {"alice", "dora"}, {"alice", "dora"}, set()]
+        for cursor, names in zip(cursors, expected, strict=True):
+            found = self.store.changes_since(cursor)
+            assert type(found.usernames) is frozenset
+            assert found == (*cursors[-1], frozenset(names))
+
+    def test_an_entry_that_touches_no_user(self) -> None:
+        """A wrong guess takes a revision, names no user and wakes no guard."""
+        self.touch("alice")
+        before = self.cursor()
+        with self.store.transaction() as tx:
+            tx.append(Action.WRONG_NUMBER, actor="boss", username="alice", account_id="A1")
+        after = self.store.changes_since(before)
+        assert (after.head, after.usernames) == (2, frozenset())
+        assert self.store.wait(1, 0.02) is False
+        assert self.store.wait(0, 0.0) is True
+
+    def test_everybody_outweighs_names(self) -> None:
+        """One entry after the cursor that touches everybody makes the answer EVERYBODY."""
+        start = self.cursor()
+        self.touch("alice")
+        with self.store.transaction() as tx:
+            self.append(tx, EVERYBODY)
+        middle = self.cursor()
+        self.touch("bob")
+        assert self.store.changes_since(start) == (*self.cursor(), EVERYBODY)
+        assert self.store.changes_since(middle).usernames == frozenset({"bob"})
+
+    def test_an_entry_may_name_many_users(self) -> None:
+        """An entry can name `NAMED_AT_MOST` users with names in any script."""
+        names = frozenset(f"user {n} ünïcode 漢字 𐐨" for n in range(NAMED_AT_MOST))
+        before = self.cursor()
+        self.touch(*names)
+        assert self.store.changes_since(before).usernames == names
+
+    def test_an_unknown_cursor_is_a_reset(self) -> None:
+        """A wrong token or a revision that does not exist returns RESET with the real head."""
+        self._resets((0, "not the token"), (1, self.cursor()[1]), (-1, self.cursor()[1]))
+        old = self.cursor()
+        self.touch("alice")
+        self.touch("bob")
+        token = self.cursor()[1]
+        self._resets((0, token), (1, token), (1, ""), (2, old[1]), (3, token), (10**15, token))
+        assert self.store.changes_since(old).usernames == frozenset({"alice", "bob"})
+
+    def _resets(self, *cursors: tuple[int, str]) -> None:
+        for cursor in cursors:
+            assert self.store.changes_since(cursor) == (*self.cursor(), RESET)
+
+    def test_the_cursor_of_another_store_is_a_reset(self) -> None:
+        """A guard that is moved to another store with as many revisions gets RESET."""
+        other = self.another()
+        for store in (self.store, other):
+            self.touch("alice", store=store)
+        assert other.changes_since(self.cursor()).usernames is RESET
+
+    def test_wait_returns_at_once_for_a_committed_change(self) -> None:
+        """A change after the revision that touches a user is reported without waiting."""
+        self.touch("alice")
+        assert Call(lambda: self.store.wait(0, 3600.0)).result() is True
+        with self.store.transaction() as tx:
+            self.append(tx, EVERYBODY)
+        assert Call(lambda: self.store.wait(1, 3600.0)).result() is True
+
+    def test_wait_times_out(self) -> None:
+        """Without such a change `wait` returns False after its timeout."""
+        self.touch("alice")
+        assert self.store.wait(1, 0.0) is False
+        assert self.store.wait(1, 0.02) is False
+        assert self.store.wait(2, 0.0) is False
+
+    def test_a_commit_wakes_wait(self) -> None:
+        """A commit by another thread or another handle, or a new user, ends the wait."""
+        for store in (self.store, self.second() or self.store):
+            head = self.cursor()[0]
+            call = Call(lambda: self.store.wait(head, 3600.0))  # noqa: B023 - it ends in this round
+            self.touch(store=store)
+            self.touch("alice", store=store)
+            assert call.result() is True
+        head = self.cursor()[0]
+        call = Call(lambda: self.store.wait(head, 3600.0))
+        self.put("alice")
+        assert call.result() is True
+
+    def test_load_all_policies(self) -> None:
+        """It returns the policy of each user with restrictions, in the order of their names."""
+        self.put("alice", "bob", "carol")
+        self.add(self.restriction("bob"), self.restriction("alice"), self.restriction("bob"))
+        self.store.remove_users(["bob"])
+        revision, policies = self.store.load_all_policies()
+        found = dict(policies)
+        assert revision == 3
+        assert found == {name: self.store.load_policy(name) for name in ("alice", "bob")}
+        assert list(found) == ["alice", "bob"]
+        assert found["alice"].known
+        assert not found["bob"].known
+        assert {policy.revision for policy in found.values()} == {3}
+
+    def test_all_policies_are_of_one_snapshot(self) -> None:
+        """The iterator keeps its snapshot while others commit, and does not block them."""
+        names = [f"user{n:03d}" for n in range(300)]
+        self.put(*names)
+        self.add(*(self.restriction(name) for name in names))
+        revision, policies = self.store.load_all_policies()
+        first = next(policies)
+        Call(lambda: self.add(*(self.restriction(name) for name in names))).result()
+        found = dict([first, *policies])
+        assert sorted(found) == names
+        assert {(len(p.restrictions), p.revision) for p in found.values()} == {(1, revision)}
+        assert len(self.held("user000")) == 2
+
+    def test_a_closed_iterator_of_policies(self) -> None:
+        """After the iterator is closed early, the same thread can read and write."""
+        self.put("alice", "bob")
+        self.add(self.restriction("alice"), self.restriction("bob"))
+        _, policies = self.store.load_all_policies()
+        next(policies)
+        policies.close()  # type: ignore[attr-defined]
+        assert self.touch("alice") == 3
+        assert self.store.load_policy("alice").revision == 3
+
+    def test_a_policy_is_of_one_snapshot(self) -> None:
+        """A policy's revision fits its restrictions while another thread commits."""
+        self.put("alice", "bob")
+
+        def write() -> None:
+            for _ in range(30):
+                self.add(self.restriction("alice"), self.restriction("bob"))
+
+        writer = Call(write)
+        for _ in range(60):
+            policy = self.store.load_policy("alice")
+            assert len(policy.restrictions) == policy.revision - 1
+            revision, policies = self.store.load_all_policies()
+            counts = {name: len(policy.restrictions) for name, policy in policies}
+            assert counts == ({"alice": revision - 1, "bob": revision - 1} if counts else {})
+            assert bool(counts) == (revision > 1)
+            (line, _) = self.store.overview(EVERY)
+            seen = len(line.restrictions)
+            assert seen <= self.store.load_policy("alice").revision - 1
+        writer.result()
+        assert len(self.held()) == 30
+
+    def test_the_policy_of_a_user_without_restrictions(self) -> None:
+        """It has the current revision and says whether the user is registered."""
+        self.put("alice")
+        self.touch("somebody")
+        assert self.store.load_policy("alice") == Policy(revision=2, restrictions=(), known=True)
+        assert self.store.load_policy("nobody") == Policy(revision=2, restrictions=(), known=False)
+        assert self.store.load_policy("x" * 256).known is False
+
+    def test_the_order_of_restrictions(self) -> None:
+        """Restrictions are ordered by creation time, then by id."""
+        self.put("alice")
+        moment = self.clock()
+        late = self.restriction(id="a", created_at=moment.replace(microsecond=999_999))
+        early = [self.restriction(id=text, created_at=moment) for text in ("d", "b", "c")]
+        self.add(late, *early)
+        ids = [r.id for r in self.held()]
+        assert ids == ["b", "c", "d", "a"]
+        with self.store.transaction() as tx:
+            assert [r.id for r in tx.restrictions("alice")] == ids
+        assert [r.id for r in self.store.overview(A1).items[0].restrictions] == ids
+
+    def test_many_restrictions_of_one_user(self) -> None:
+        """A user may have thousands of restrictions."""
+        self.put("alice", "bob")
+        ranges = [
+            AddressRange(version=6, first=n << 32, last=(n << 32) + n) for n in range(1, self.many)
+        ]
+        many = [self.restriction(addresses=each) for each in ranges]
+        with self.store.transaction(staged=iter(many)) as tx:
+            assert tx.add_staged(per_user=self.many) == len(many)
+            self.append(tx, frozenset({"alice"}))
+        assert self.held() == tuple(many)
+        (line,) = self.store.overview(A1, search=str(ranges[-1]).partition("-")[0])
+        assert line.restrictions == tuple(many)

@@ -1,0 +1,369 @@
+"""Conformance tests of what people read: the list of users with its search, and the history."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+from ipguard.addresses import AddressRange
+from ipguard.errors import InvalidValue
+from ipguard.model import Accounts, Page, RequestState, UserOverview
+from ipguard.rules import NO_RESTRICTIONS, summarise
+from ipguard.testing._case import A1, EVERY, StoreCase, raises, user
+
+MOST_PAGES = 50
+
+
+def pages(load: Callable[[Any], Page[Any]], limit: int) -> Iterator[Any]:
+    """Yield the items of all pages.
+
+    Args:
+        load: Load the page after a cursor.
+        limit: The limit that `load` passes on.
+    """
+    cursor = None
+    for _ in range(MOST_PAGES):
+        page = load(cursor)
+        assert len(page) <= limit
+        yield from page
+        if page.next is None:
+            return
+        assert len(page) == limit
+        cursor = page.next
+    raise AssertionError(f"more than {MOST_PAGES} pages")
+
+
+class OverviewTests(StoreCase):
+    """Tests of `overview()`."""
+
+    def _found(self, search: str = "", accounts: Accounts = EVERY, **options: Any) -> list[str]:
+        page = self.store.overview(accounts, search=search, **options)
+        return [line.user.username for line in page]
+
+    def _found_by_page(self, limit: int, **options: Any) -> Iterator[str]:
+        load = functools.partial(self.store.overview, EVERY, limit=limit, **options)
+        for line in pages(lambda after: load(after=after), limit):
+            yield line.user.username
+
+    def test_a_line_of_the_list(self) -> None:
+        """A line has the user, its restrictions, its pending requests and the summary."""
+        self.put("alice", "bob")
+        now = self.clock()
+        held = [self.restriction(), self.restriction(expires_at=now + timedelta(hours=1))]
+        first = self.request(requested_at=now - timedelta(seconds=1))
+        self.add(*held)
+        self.save(self.request(), first)
+        (alice, bob) = self.store.overview(A1)
+        assert (alice.user, alice.removed) == (user("alice"), False)
+        assert alice.restrictions == tuple(held)
+        assert alice.pending[0] == first.request
+        assert len(alice.pending) == 2
+        assert alice.summary == summarise(held, now)
+        assert bob == UserOverview(
+            user=user("bob"), restrictions=(), pending=(), summary=NO_RESTRICTIONS
+        )
+
+    def test_expired_records(self) -> None:
+        """Expired restrictions are listed; expired and closed requests are not."""
+        self.put("alice")
+        now = self.clock()
+        held = self.restriction(expires_at=now + timedelta(seconds=1))
+        self.add(held)
+        live = self.request(expires_at=now + timedelta(seconds=1, microseconds=1))
+        closed = (state for state in RequestState if state is not RequestState.PENDING)
+        self.save(
+            self.request(expires_at=now + timedelta(seconds=1)),
+            live,
+            *(self.request(state=state) for state in closed),
+        )
+        self.clock.advance(timedelta(seconds=1))
+        (line,) = self.store.overview(A1)
+        assert line.restrictions == (held,)
+        assert line.pending == (live.request,)
+        assert line.summary == summarise([held], self.clock())
+        assert line.summary != NO_RESTRICTIONS
+
+    def test_only_users_of_the_accounts_are_listed(self) -> None:
+        """The list contains the users of the given accounts, which are compared exactly."""
+        self.put("alice", "bob")
+        self.put("carol", account_id="A10")
+        self.put("dora", account_id="a1")
+        self.add(self.restriction("carol", "203.0.113.7"))
+        many = frozenset(f"B{n}" for n in range(self.many * 10))
+        for accounts, names in (
+            (A1, ["alice", "bob"]),
+            (frozenset({"A1", "a1", "none"}), ["alice", "bob", "dora"]),
+            (frozenset(), []),
+            (EVERY, ["alice", "bob", "carol", "dora"]),
+            (many, []),
+            (many | A1, ["alice", "bob"]),
+        ):
+            assert self._found(accounts=accounts) == names
+        assert self._found("carol", A1) == self._found("203.0.113.7", A1) == []
+
+    def test_accounts_must_not_be_a_str(self) -> None:
+        """A str is refused, because any part of it would count as an account."""
+        self.put("alice", account_id="A1")
+        for text in ("A1", "xA1", ""):
+            with raises(TypeError):
+                self.store.overview(text)  # type: ignore[arg-type]
+            with raises(TypeError):
+                self.store.history(text)  # type: ignore[arg-type]
+
+    def test_pages_of_users(self) -> None:
+        """Pages contain each user once, in order; the last one has no `next`."""
+        names = [f"user{n:03d}" for n in range(12)]
+        self.put(*reversed(names))
+        for limit in (1, 5, 6, 11, 12, 13):
+            assert list(self._found_by_page(limit)) == names
+        assert list(self._found_by_page(3, search="user00")) == names[:10]
+        assert self.store.overview(EVERY, limit=12).next is None
+        assert self.store.overview(frozenset(), limit=1).next is None
+
+    def test_the_size_of_a_page(self) -> None:
+        """By default a page has 50 users or 100 changes; a limit below 1 is refused."""
+        self.put(*(f"user{n:02d}" for n in range(51)))
+        with self.store.transaction() as tx:
+            for _ in range(100):
+                self.append(tx)
+        users, changes = self.store.overview(EVERY), self.store.history(EVERY)
+        assert (len(users), users.next) == (50, "user49")
+        assert (len(changes), changes.next) == (100, 2)
+        for limit in (0, -1):
+            with raises(InvalidValue):
+                self.store.overview(EVERY, limit=limit)
+            with raises(InvalidValue):
+                self.store.history(EVERY, limit=limit)
+
+    def test_the_order_of_users(self) -> None:
+        """Users are ordered by code point, whatever the locale."""
+        names = ["a b", "a-b", "a1", "a_b", "aa", "b", "z", "ä", "ß".casefold(), "漢", "ꀀ", "𐐨"]
+        self.put(*names)
+        assert self._found() == list(self._found_by_page(1)) == sorted(names)
+
+    def test_users_that_change_between_pages(self) -> None:
+        """Users that are put or removed between two pages shift no other user."""
+        names = [f"user{n}" for n in range(0, 20, 2)]
+        self.put(*names)
+        seen = []
+        for number, name in enumerate(self._found_by_page(2)):
+            seen.append(name)
+            if number == 3:
+                self.put("aaa", "user1", "user61", "zzz")
+                self.store.remove_users(["user0", names[-1]])
+        assert set(seen) >= set(names[:-1])
+        assert len(seen) == len(set(seen))
+        assert "zzz" in seen
+        assert "aaa" not in seen
+
+    def test_search_by_prefix(self) -> None:
+        """A search finds the start of a username, of an account id and of words of the name."""
+        self.store.put_users(
+            [
+                user("jsmith", full_name="John Smith", account_id="U1234567"),
+                user("mary", full_name="Mary  van der Berg", account_id="V-99"),
+                user("söhne", full_name="Straße \uff21\uff22\uff23", account_id="Übersee"),
+            ]
+        )
+        found: dict[str, tuple[str, ...]] = {
+            "jsmith": ("js", "JSMITH", "smi", "john smi", "JOHN", "u123", "\uff4a\uff53"),
+            "mary": ("v", "van d", "mary van", "ber", "  Berg "),
+            "söhne": ("STRASSE", "abc", "SÖH", "ÜBER"),
+            "jsmith mary söhne": ("", "  "),
+            "": ("mith", "jsmithx", "1234", "99", "an d", "x" * 5000),
+        }
+        for names, searches in found.items():
+            for search in searches:
+                assert self._found(search) == names.split(), search
+
+    def test_search_follows_changes_of_users(self) -> None:
+        """A new name or account is found at once and the old one no longer, also when removed."""
+        self.store.put_users([user("jo", full_name="Ann Bell Ann", account_id="X9")])
+        others = [user(f"user{n}", full_name="Bella Ann", account_id="B2") for n in range(3)]
+        self.store.put_users(others)
+        assert self._found("ann", frozenset({"X9"})) == ["jo"]
+        assert self._found("bell") == ["jo", *(other.username for other in others)]
+        self.store.put_users([user("jo", full_name="Ann Carr \uff22ell", account_id="Y9")])
+        assert self._found("bell ann") == []
+        assert self._found("carr") == self._found("carr bell") == self._found("bell", A1 | {"Y9"})
+        assert self._found("x9") == self._found("ann", frozenset({"X9"})) == []
+        assert self._found("y9") == self._found("y9", frozenset({"Y9"})) == ["jo"]
+        self.add(self.restriction("jo"))
+        self.store.remove_users(["jo", "user1"])
+        assert self._found("carr") == ["jo"]
+        assert self._found("bella") == ["user0", "user2"]
+        assert self._found("carr", frozenset({"Y9"})) == []
+        self.store.put_users([user("jo", full_name="Dee", account_id="Y9")])
+        assert self._found("carr") == []
+        assert self._found("dee", frozenset({"Y9"})) == ["jo"]
+
+    def test_search_among_many_users(self) -> None:
+        """Rare words are found among many users, and common words page by page."""
+        names = [f"user{n:05d}" for n in range(self.many * 10)]
+        some = {names[0]: "Early", names[len(names) // 2]: "Middle", names[-1]: "Late"}
+        self.store.put_users(
+            [
+                user(name, full_name=f"{some.get(name, 'Any')} One", account_id=f"A{number % 3}")
+                for number, name in enumerate(names)
+            ]
+        )
+        for name, word in some.items():
+            assert self._found(word) == [name]
+            assert self._found(word, frozenset({"A0", "A1", "A2"})) == [name]
+        assert self._found("one", limit=3) == names[:3]
+        assert self._found("any", after=names[-5]) == names[-4:-1]
+        assert self._found("one", A1, after=names[-7]) == [
+            name for number, name in enumerate(names) if number % 3 == 1 and name > names[-7]
+        ]
+
+    def test_special_characters_in_a_search(self) -> None:
+        """No character of a search is a wildcard or SQL."""
+        self.put("a%b", "a_b", "axb", "a'b", "a\\b", 'a"b', "a*b", "a?b", "a[x]b")
+        for name in ("a%", "a_", "a'", "a\\", 'a"', "a*", "a?", "a[x]"):
+            assert self._found(name) == [f"{name}b"]
+        for text in ("%", "_", "'", "\\", "x' OR '1'='1", "a%x", "a_x", "[a]", "\x00"):
+            assert self._found(text) == []
+
+    def test_search_by_address(self) -> None:
+        """An address finds the users with a restriction that contains it, expired or not."""
+        self.put("alice", "bob", "carol", "dora", "198.51.100.9", "four", "six")
+        self.add(
+            self.restriction("alice", "203.0.113.0/24"),
+            self.restriction("bob", "203.0.113.7-203.0.113.9"),
+            self.restriction("carol", "2001:db8::/32"),
+            self.restriction("dora", "198.51.100.7", expires_at=self.clock()),
+            self.restriction("dora", "203.0.113.6"),
+            self.restriction("dora", "198.51.100.9"),
+        )
+        found: dict[str, tuple[str, ...]] = {
+            "alice bob": ("203.0.113.7", " 203.0.113.9 ", "::ffff:203.0.113.9"),
+            "alice dora": ("203.0.113.6",),
+            "alice": ("203.0.113.10",),
+            "carol": ("2001:db8::1", "2001:DB8:ffff:ffff:ffff:ffff:ffff:ffff"),
+            "dora": ("198.51.100.7",),
+            "198.51.100.9 dora": ("198.51.100.9",),
+            "": ("203.0.114.0", "203.0.112.255", "2001:db9::", "::cb00:7107"),
+        }
+        for names, searches in found.items():
+            for search in searches:
+                assert self._found(search) == names.split(), search
+        for search in ("203.0.113", "203.0.113.007", "203.0.113.0/24"):
+            assert self._found(search) == [], search
+        self.add(
+            self.restriction("four", AddressRange(version=4, first=0, last=2**32 - 1)),
+            self.restriction("six", AddressRange(version=6, first=0, last=2**128 - 1)),
+        )
+        for search in ("0.0.0.0", "127.255.255.255", "128.0.0.0", "255.255.255.255"):  # noqa: S104
+            assert self._found(search) == ["four"]
+        for search in ("::", "7fff::", "8000::", ":".join(["ffff"] * 8)):
+            assert self._found(search) == ["six"]
+
+    def test_a_line_found_by_address_is_complete(self) -> None:
+        """A user found by one restriction is listed once, with all its restrictions."""
+        self.put("alice", "bob")
+        held = [self.restriction("alice", text) for text in ("10.0.0.0/8", "10.0.0.1", "::1")]
+        self.add(*held, self.restriction("bob", "10.0.0.0/9"))
+        (alice, _) = self.store.overview(EVERY, search="10.0.0.1")
+        assert alice.restrictions == tuple(held)
+        page = self.store.overview(EVERY, search="10.0.0.1", limit=1)
+        assert (page.items, page.next) == ((alice,), "alice")
+
+    def test_removed_users(self) -> None:
+        """Removed users with restrictions are listed, for actors of every account only."""
+        self.put("alice", "bob")
+        held = self.restriction()
+        self.add(held)
+        self.store.remove_users(["alice", "bob"])
+        assert self._found(accounts=A1) == self._found("alice", A1) == []
+        (line,) = self.store.overview(EVERY)
+        assert (line.user, line.restrictions, line.removed) == (user("alice"), (held,), True)
+        assert self._found(str(held.addresses)) == ["alice"]
+        with self.store.transaction() as tx:
+            tx.remove_restriction(held.id)
+            self.append(tx, frozenset({"alice"}))
+        assert self._found() == []
+        self.put("alice")
+        (line,) = self.store.overview(A1)
+        assert line.removed is False
+
+
+class HistoryTests(StoreCase):
+    """Tests of `history()`."""
+
+    def _revisions(self, accounts: Accounts = EVERY, **options: Any) -> list[int]:
+        return [change.revision for change in self.store.history(accounts, **options)]
+
+    def _revisions_by_page(self, limit: int, **options: Any) -> Iterator[int]:
+        load = functools.partial(self.store.history, EVERY, limit=limit, **options)
+        for change in pages(lambda before: load(before=before), limit):
+            yield change.revision
+
+    def test_pages_of_changes(self) -> None:
+        """Changes come newest first, each once, page after page."""
+        for _ in range(12):
+            self.touch()
+        everything = list(range(12, 0, -1))
+        assert self._revisions() == everything
+        for limit in (1, 5, 6, 12, 13):
+            assert list(self._revisions_by_page(limit)) == everything
+        assert self.store.history(EVERY, limit=12).next is None
+        assert self._revisions(before=3) == [2, 1]
+        assert self._revisions(before=1) == self._revisions(before=0) == []
+        assert self._revisions(before=10**15) == everything
+
+    def test_changes_committed_between_pages(self) -> None:
+        """A commit between two pages shifts no entry."""
+        for _ in range(6):
+            self.touch()
+        seen = []
+        for revision in self._revisions_by_page(2):
+            seen.append(revision)
+            self.touch()
+        assert seen == [6, 5, 4, 3, 2, 1]
+
+    def test_entries_keep_the_account_of_their_time(self) -> None:
+        """Entries written before a user moved are visible to the old account only."""
+        self.put("alice")
+        self.touch("alice", username="alice", account_id="A1")
+        self.put("alice", account_id="B2")
+        self.touch("alice", username="alice", account_id="B2")
+        assert self._revisions(A1) == [2, 1]
+        assert self._revisions(frozenset({"B2"})) == [4, 3]
+        assert self._revisions(frozenset({"A1", "B2"})) == [4, 3, 2, 1]
+        assert self._revisions(frozenset({"a1", "A", "A10"})) == self._revisions(frozenset()) == []
+        many = frozenset(f"C{n}" for n in range(self.many * 10))
+        assert self._revisions(many | A1) == [2, 1]
+
+    def test_entries_without_an_account(self) -> None:
+        """Bulk entries are visible to actors of every account only."""
+        self.put("alice", "bob")
+        self.touch(username="alice")
+        assert self._revisions(A1) == self._revisions(frozenset({"", "None"})) == []
+        assert self._revisions() == [2, 1]
+
+    def test_entries_of_one_user(self) -> None:
+        """With a username, only the entries about this user are returned, page after page."""
+        for number in range(10):
+            name = "alice" if number % 3 else "bob"
+            self.touch(username=name, account_id="A1")
+        self.touch("alice")
+        for found in (
+            self._revisions(username="bob"),
+            self._revisions(A1, username="bob"),
+            list(self._revisions_by_page(2, username="bob")),
+        ):
+            assert found == [10, 7, 4, 1]
+        assert self._revisions(username="bob", before=7) == [4, 1]
+        assert self._revisions(username="nobody") == self._revisions(username="bo") == []
+        assert self._revisions(frozenset({"B2"}), username="bob") == []
+
+    def test_every_text_of_an_entry_comes_back(self) -> None:
+        """Names, accounts and the detail are kept unchanged."""
+        detail = {"reason": 'Ω漢字 \U0001f3e2 \\" %s=\n' * 40, "via": " a=b "}
+        self.touch(username="söhne", account_id="Übersee", detail=detail, actor="bøss")
+        (entry,) = self.store.history(EVERY)
+        assert (entry.username, entry.account_id) == ("söhne", "Übersee")
+        assert (entry.detail, entry.actor) == (detail, "bøss")
+        assert entry.at.utcoffset() == timedelta()

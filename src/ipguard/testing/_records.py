@@ -1,0 +1,472 @@
+"""Conformance tests of what a store keeps: restrictions, requests, failures and users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any, TypeVar
+
+import attrs
+
+from ipguard.addresses import AddressRange
+from ipguard.errors import StoreError, UsernameError
+from ipguard.model import (
+    EVERYBODY,
+    Action,
+    Change,
+    RequestKind,
+    RequestState,
+    Restriction,
+    StoredUser,
+    User,
+)
+from ipguard.store import NAMED_AT_MOST
+from ipguard.testing._case import (
+    EVERY,
+    EXTREMES,
+    TEXTS,
+    Call,
+    Interrupted,
+    StoreCase,
+    logged,
+    raises,
+    user,
+)
+
+T = TypeVar("T")
+
+MOMENTS = (
+    datetime(1, 1, 1, tzinfo=UTC),
+    datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
+    datetime(2030, 3, 31, 1, 30, 0, 1, tzinfo=UTC),
+    datetime(2030, 10, 27, 2, 30, tzinfo=timezone(timedelta(hours=5, minutes=30))),
+    datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
+)
+"""Times that a store must return to the microsecond."""
+
+
+def assert_utc(moment: datetime) -> None:
+    """Fail unless it is an aware datetime in UTC."""
+    assert isinstance(moment, datetime)
+    assert moment.utcoffset() == timedelta()
+
+
+class RecordTests(StoreCase):
+    """Tests of restrictions, requests and failure counts."""
+
+    def _comes_back(self, restriction: Restriction) -> None:
+        name = restriction.username
+        self.add(restriction)
+        (read,) = self.held(name)
+        assert read == restriction
+        assert type(read.addresses) is AddressRange
+        assert_utc(read.created_at)
+        with self.store.transaction() as tx:
+            assert tx.restriction(restriction.id) == restriction
+            assert tx.restrictions(name) == (restriction,)
+            tx.remove_restriction(restriction.id)
+            self.append(tx, frozenset({name}))
+
+    def test_every_address_comes_back(self) -> None:
+        """Addresses at the ends and in the middle of both address spaces are kept exactly."""
+        self.put("alice")
+        for addresses in EXTREMES:
+            self._comes_back(self.restriction(addresses=addresses))
+
+    def test_every_text_comes_back(self) -> None:
+        """Labels, ids and usernames of up to 256 characters are kept unchanged."""
+        self.put("alice")
+        for text in TEXTS:
+            self._comes_back(self.restriction(label=text))
+        for name in ("a b", "o'brien", "ünïcode", "漢" * 256, "𐐨" * 256, "100%_x\\"):
+            self.put(name)
+            self._comes_back(self.restriction(name, id=f"id of {name}", created_by=name))
+
+    def test_every_time_comes_back(self) -> None:
+        """Times are kept to the microsecond, and are aware and in UTC when read."""
+        self.put("alice")
+        for moment in MOMENTS:
+            at = moment.astimezone(UTC)
+            self._comes_back(self.restriction(created_at=at, expires_at=at))
+        self._comes_back(self.restriction(expires_at=None))
+
+    def test_the_store_uses_the_given_clock(self) -> None:
+        """`now()` is the clock's time, to the microsecond, in UTC."""
+        assert_utc(self.store.now())
+        assert self.store.now() == self.clock()
+        self.clock.advance(timedelta(days=1, microseconds=1))
+        assert self.store.now() == self.clock()
+
+    def test_every_field_of_a_request_comes_back(self) -> None:
+        """A request of any kind and state is kept with all its fields."""
+        self.put("alice")
+        for number, state in enumerate(RequestState):
+            odd = number % 2 == 1
+            stored = attrs.evolve(
+                self.request(
+                    kind=RequestKind.DELETE if odd else RequestKind.ADD,
+                    addresses=AddressRange(version=6, first=2**127, last=2**128 - 1),
+                    label=TEXTS[2],
+                    requested_by="bøss",
+                    requested_at=MOMENTS[1],
+                    expires_at=MOMENTS[4],
+                    number_expires_at=MOMENTS[2],
+                    attempts_left=number,
+                    state=state,
+                    restriction_id="r'1" if odd else None,
+                    restriction_expires_at=MOMENTS[4] if odd else None,
+                    reason="x" * 500,
+                ),
+                email="the+boss@example.com",
+                key_id=b"\x00\xff key",
+                digest=bytes(range(255, 223, -1)),
+                resends=number,
+                mails_failed=number + 1,
+                sent_at=MOMENTS[1] if odd else None,
+            )
+            self.save(stored)
+            with self.store.transaction() as tx:
+                read = tx.request(stored.request.id)
+            assert read == stored
+            assert read is not None
+            assert type(read.request.state) is RequestState
+            assert type(read.request.kind) is RequestKind
+            assert type(read.digest) is type(read.key_id) is bytes
+            assert_utc(read.request.requested_at)
+            assert_utc(read.request.number_expires_at)
+
+    def test_what_is_not_there(self) -> None:
+        """Reads of unknown ids and names return None, 0 or nothing."""
+        with self.store.transaction() as tx:
+            assert tx.user("nobody") is None
+            assert tx.restriction("none") is None
+            assert tx.restrictions("nobody") == ()
+            assert tx.request("none") is None
+            assert tx.pending_requests("nobody") == ()
+            assert tx.request_times("nobody", MOMENTS[0]) == ()
+            assert tx.failures("nobody") == 0
+
+    def test_records_of_users_that_are_not_registered(self) -> None:
+        """A store keeps restrictions and requests of users that are unknown or removed."""
+        self.put("gone")
+        self.store.remove_users(["gone"])
+        written = {
+            name: (self.restriction(name), self.request(name)) for name in ("gone", "unknown")
+        }
+        for name, (restriction, request) in written.items():
+            self.add(restriction)
+            self.save(request)
+            policy = self.store.load_policy(name)
+            assert (policy.known, policy.restrictions) == (False, (restriction,))
+            with self.store.transaction() as tx:
+                assert (tx.user(name) is None) == (name == "unknown")
+                assert tx.request(request.request.id) == request
+                assert tx.pending_requests(name) == (request.request,)
+        assert [line.user.username for line in self.store.overview(EVERY)] == ["gone"]
+        self.put(*written)
+        for line, (restriction, request) in zip(
+            self.store.overview(EVERY), written.values(), strict=True
+        ):
+            assert (line.restrictions, line.pending) == ((restriction,), (request.request,))
+
+    def test_removing_a_restriction(self) -> None:
+        """A removed restriction is gone from every read; an unknown id is ignored."""
+        self.put("alice")
+        kept, gone = self.restriction(), self.restriction()
+        self.add(kept, gone)
+        for removed, left in ((gone, (kept,)), (kept, ())):
+            with self.store.transaction() as tx:
+                tx.remove_restriction(removed.id)
+                tx.remove_restriction("no such restriction")
+                self.append(tx, frozenset({"alice"}))
+            assert self.held() == left
+            with self.store.transaction() as tx:
+                assert tx.restriction(removed.id) is None
+                assert tx.restrictions("alice") == left
+        assert list(self.store.load_all_policies()[1]) == []
+
+    def test_an_id_cannot_be_reused(self) -> None:
+        """A restriction with an id that exists is refused."""
+        self.put("alice", "bob")
+        first = self.restriction(id="one")
+        self.add(first)
+        with self.store.transaction() as tx:
+            with raises(StoreError):
+                tx.add_restriction(self.restriction("bob", id="one"))
+            self.append(tx)
+        assert self.held() == (first,)
+        assert self.held("bob") == ()
+
+    def test_saving_a_request_again_replaces_it(self) -> None:
+        """The last saved state of a request counts; other requests do not change."""
+        self.put("alice")
+        stored = [self.request(requested_at=self.clock() + timedelta(seconds=n)) for n in range(3)]
+        self.save(*stored)
+        closed = attrs.evolve(stored[1].request, state=RequestState.LOCKED, attempts_left=0)
+        newer = attrs.evolve(stored[1], request=closed, digest=b"\x01" * 32, resends=2)
+        self.save(newer)
+        with self.store.transaction() as tx:
+            assert tx.request(closed.id) == newer
+            assert tx.pending_requests("alice") == (stored[0].request, stored[2].request)
+            assert len(tx.request_times("boss", MOMENTS[0])) == 3
+
+    def test_the_order_of_pending_requests(self) -> None:
+        """Pending requests, expired ones included, are ordered by time, then by id."""
+        self.put("alice", "bob")
+        at = self.clock()
+        of_alice = [
+            self.request(id=text, requested_at=at + timedelta(microseconds=shift))
+            for text, shift in (("d", 0), ("c", 1), ("a", 1), ("b", -1))
+        ]
+        closed = [self.request(state=s) for s in RequestState if s is not RequestState.PENDING]
+        self.save(*of_alice, *closed, self.request("bob"))
+        self.clock.advance(timedelta(days=400))
+        with self.store.transaction() as tx:
+            assert [request.id for request in tx.pending_requests("alice")] == list("bdac")
+
+    def test_request_times(self) -> None:
+        """`request_times` returns the time of each request after `since`, in any state, once."""
+        self.put("alice", "bob")
+        start = self.clock()
+        times = [start + timedelta(microseconds=n) for n in (3, 1, 2, 2)]
+        states = (RequestState.CONFIRMED, RequestState.PENDING, RequestState.LOCKED)
+        self.save(
+            *(
+                self.request("bob" if n % 2 else "alice", requested_at=at, state=states[n % 3])
+                for n, at in enumerate(times)
+            ),
+            self.request(requested_by="other"),
+        )
+        again = self.request(requested_at=start + timedelta(microseconds=4))
+        self.save(again)
+        self.save(attrs.evolve(again, resends=1))
+        expected = (*sorted(times), start + timedelta(microseconds=4))
+        with self.store.transaction() as tx:
+            assert tx.request_times("boss", start) == expected
+            assert tx.request_times("boss", expected[0]) == expected[1:]
+            assert tx.request_times("boss", expected[1]) == expected[3:]
+            assert tx.request_times("boss", expected[-1]) == ()
+            assert tx.request_times("other", MOMENTS[0]) == (start,)
+
+    def test_failures_are_counted_for_each_actor(self) -> None:
+        """The count of wrong numbers is set and read for each actor and can return to 0."""
+        for counts in ({"boss": 1, "chef": 100}, {"boss": 0}, {"boss": 2, "chef": 0}):
+            with self.store.transaction() as tx:
+                for actor, count in counts.items():
+                    tx.set_failures(actor, count)
+                self.append(tx)
+            with self.store.transaction() as tx:
+                assert {actor: tx.failures(actor) for actor in counts} == counts
+                assert tx.failures("nobody") == 0
+
+
+class UserTests(StoreCase):
+    """Tests of `put_users()` and `remove_users()`."""
+
+    def _user(self, name: str) -> StoredUser | None:
+        with self.store.transaction() as tx:
+            return tx.user(name)
+
+    def _last(self) -> tuple[str | None, str | None, Any]:
+        """Return the user, the account and the detail of the newest audit entry."""
+        change = self.last_change()
+        return change.username, change.account_id, change.detail
+
+    def test_every_field_of_a_user_comes_back(self) -> None:
+        """Users are kept with all their fields and are known afterwards."""
+        users = [
+            User(username="alice", full_name="Alice Ångström", account_id="A 1"),
+            User(username="o'brien", full_name="", account_id="a1", email="o@example.com"),
+            User(username="漢" * 256, full_name="\U0001f3e2" * 256, account_id="Ω" * 256),
+        ]
+        assert self.store.put_users(iter(users)) == 1
+        for each in users:
+            assert self._user(each.username) == StoredUser(user=each)
+            assert self.store.load_policy(each.username).known
+
+    def test_put_users_appends_one_entry(self) -> None:
+        """The entry counts the users, and names the user if exactly one changed."""
+        self.put("alice", account_id="A7")
+        assert self.last_change() == Change(
+            revision=1,
+            at=self.clock(),
+            actor=None,
+            actor_address=None,
+            action=Action.PUT_USERS,
+            username="alice",
+            detail={"added": "1", "updated": "0"},
+            account_id="A7",
+        )
+        new = user("alice", full_name="New")
+        assert self.store.put_users([new, user("bob"), user("carol")]) == 2
+        assert self._last() == (None, None, {"added": "2", "updated": "1"})
+        assert self.store.put_users([new, user("bob", account_id="B2"), user("carol")]) == 3
+        assert self._last() == ("bob", "B2", {"added": "0", "updated": "1"})
+
+    def test_users_that_do_not_change_append_nothing(self) -> None:
+        """Putting users again, or no users, takes no revision."""
+        assert self.store.put_users([]) == 0
+        self.put("alice", "bob")
+        before = self.cursor()
+        assert self.put("bob", "alice", "alice") == 1
+        assert self.store.put_users(iter(())) == 1
+        assert self.store.remove_users([]) == 1
+        assert self.cursor() == before
+
+    def test_each_field_can_be_changed(self) -> None:
+        """A new name, account or e-mail address is kept and touches no policy."""
+        self.put("alice")
+        for fields in (
+            {"full_name": "Another"},
+            {"account_id": "B2"},
+            {"email": "new@example.com"},
+            {"email": None},
+            {"full_name": "another"},
+        ):
+            before = self.cursor()
+            changed = user("alice", **fields)
+            assert self.store.put_users([changed]) == before[0] + 1
+            assert self._user("alice") == StoredUser(user=changed)
+            assert self.store.changes_since(before).usernames == frozenset()
+            assert not self.store.wait(before[0], 0.0)
+
+    def test_new_and_removed_users_are_touched(self) -> None:
+        """Up to `NAMED_AT_MOST` users are named, more are EVERYBODY; updates touch no user."""
+        few = [f"few{n}" for n in range(NAMED_AT_MOST)]
+        many = [f"many{n}" for n in range(NAMED_AT_MOST + 1)]
+        steps: tuple[tuple[Callable[[], int], object], ...] = (
+            (lambda: self.put(*few), frozenset(few)),
+            (lambda: self.put(*few, "one", full_name="Renamed"), frozenset({"one"})),
+            (lambda: self.put(*few, *many, full_name="Renamed"), EVERYBODY),
+            (lambda: self.put(*few, *many), frozenset()),
+            (lambda: self.store.remove_users(few), frozenset(few)),
+            (lambda: self.store.remove_users([*few, *many]), EVERYBODY),
+        )
+        for revision, (step, touched) in enumerate(steps, start=1):
+            before = self.cursor()
+            assert step() == revision
+            assert self.store.changes_since(before).usernames == touched
+
+    def test_the_last_record_of_a_username_counts(self) -> None:
+        """Records of the same username in one call are one user, with the last record's fields."""
+        self.store.put_users([user("Alice", full_name="First"), user("alice", full_name="Last")])
+        stored = self._user("alice")
+        assert stored is not None
+        assert stored.user.full_name == "Last"
+        assert self._last() == ("alice", "A1", {"added": "1", "updated": "0"})
+        assert self.store.put_users([user("alice", full_name="x"), stored.user]) == 1
+
+    def test_removing_users(self) -> None:
+        """A removed user is not known, but its record and its restrictions stay."""
+        self.put("alice", "bob", "carol", "dora")
+        restriction = self.restriction()
+        self.add(restriction)
+        before = self.cursor()
+        assert self.store.remove_users(["ALICE", "nobody"]) == 3
+        assert self._user("alice") == StoredUser(user=user("alice"), removed=True)
+        assert self._user("bob") == StoredUser(user=user("bob"))
+        policy = self.store.load_policy("alice")
+        assert (policy.known, policy.restrictions) == (False, (restriction,))
+        assert self.store.changes_since(before).usernames == frozenset({"alice"})
+        change = self.last_change()
+        assert (change.action, change.actor) == (Action.REMOVE_USERS, None)
+        assert self._last() == ("alice", "A1", {"removed": "1"})
+        assert self.store.remove_users(["bob", "carol", "Bob"]) == 4
+        assert self._last() == (None, None, {"removed": "2"})
+        # Users that are not registered, or no longer, are ignored.
+        assert self.store.remove_users(iter(["alice", "nobody"])) == 4
+
+    def test_requests_of_removed_users_are_cancelled(self) -> None:
+        """Pending requests of a removed user, expired ones included, are cancelled."""
+        self.put("alice", "bob")
+        live, late = self.request(), self.request(expires_at=self.clock())
+        done = self.request(state=RequestState.CONFIRMED)
+        bobs = self.request("bob")
+        self.save(live, late, done, bobs)
+        self.store.remove_users(["alice"])
+        with self.store.transaction() as tx:
+            for stored in (live, late):
+                cancelled = attrs.evolve(stored.request, state=RequestState.CANCELLED)
+                assert tx.request(stored.request.id) == attrs.evolve(stored, request=cancelled)
+            assert tx.request(done.request.id) == done
+            assert tx.request(bobs.request.id) == bobs
+            assert tx.pending_requests("alice") == ()
+            assert tx.pending_requests("bob") == (bobs.request,)
+            assert len(tx.request_times("boss", self.clock() - timedelta(1))) == 4
+
+    def test_a_user_registered_again_inherits_restrictions(self) -> None:
+        """A removed user that is put again is known and has its old restrictions."""
+        self.put("alice")
+        restriction = self.restriction()
+        self.add(restriction)
+        self.store.remove_users(["alice"])
+        before = self.cursor()
+        assert self.put("alice", account_id="B2") == 4
+        policy = self.store.load_policy("alice")
+        assert (policy.known, policy.restrictions) == (True, (restriction,))
+        assert self.store.changes_since(before).usernames == frozenset({"alice"})
+        assert self._user("alice") == StoredUser(user=user("alice", account_id="B2"))
+        assert self._last() == ("alice", "B2", {"added": "1", "updated": "0"})
+        self.store.remove_users(["alice"])
+        assert self.put("alice", account_id="B2") == 6
+
+    def test_remove_users_checks_its_argument(self) -> None:
+        """A single str, or a name without a canonical form, is refused and removes no user."""
+        self.put("j", "s")
+        with raises(TypeError):
+            self.store.remove_users("js")
+        with raises(UsernameError):
+            self.store.remove_users(["j", " not a name "])
+        assert [self.store.load_policy(name).known for name in ("j", "s")] == [True, True]
+        assert self.cursor()[0] == 1
+
+    def test_a_source_that_raises_changes_nothing(self) -> None:
+        """An error of the iterable is raised unchanged, and the next writer is not blocked."""
+        self.put("alice")
+
+        def source(item: T) -> Iterator[T]:
+            yield item
+            raise Interrupted
+
+        with raises(Interrupted):
+            self.store.put_users(source(user("bob")))
+        with raises(Interrupted):
+            self.store.remove_users(source("alice"))
+        assert self.store.load_policy("alice").known
+        assert not self.store.load_policy("bob").known
+        assert Call(lambda: self.put("carol")).result() == 2
+
+    def test_a_slow_source_of_users_does_not_block_writers(self) -> None:
+        """While the iterable is read, other writers commit."""
+
+        def source(first: T, new: str, last: T) -> Iterator[T]:
+            yield first
+            revisions.append(Call(lambda: self.put(new)).result())
+            yield last
+
+        revisions: list[int] = []
+        revisions.append(self.store.put_users(source(user("alice"), "carol", user("bob"))))
+        revisions.append(self.store.remove_users(source("alice", "dora", "bob")))
+        assert revisions == [1, 2, 3, 4]
+
+    def test_changes_of_users_are_logged(self) -> None:
+        """`ipguard.audit` gets a line for each commit that changed users."""
+        with logged() as lines:
+            self.put("alice", "bob")
+            self.put("alice", "bob")
+            self.store.remove_users(["nobody"])
+            self.store.remove_users(["alice"])
+            with raises(RuntimeError), self.store.transaction():
+                self.put("carol")
+        assert [line.split(" at=")[0] for line in lines] == ["revision=1", "revision=2"]
+        assert "added=2 updated=0" in lines[0]
+        assert "username=alice" in lines[1]
+
+    def test_many_users(self) -> None:
+        """Thousands of users are one change."""
+        names = [f"user{n:06d}" for n in range(self.many * 10)]
+        assert self.put(*names) == self.put(*names) == 1
+        assert self._last() == (None, None, {"added": str(len(names)), "updated": "0"})
+        assert self.store.load_policy(names[-1]).known
+        assert self.store.remove_users(names) == 2
+        assert self._last() == (None, None, {"removed": str(len(names))})

@@ -1,0 +1,453 @@
+"""Conformance tests of transactions: isolation, order, roll-back, staged restrictions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from ipguard.errors import DuplicateRestriction, TooManyRestrictions, UnknownUser
+from ipguard.model import Action, Change, Policy, RequestKind, Restriction
+from ipguard.store import RestrictionStore
+from ipguard.testing._case import (
+    EVERY,
+    EXTREMES,
+    TEXTS,
+    Call,
+    Interrupted,
+    StoreCase,
+    happens,
+    raises,
+    together,
+    user,
+)
+
+
+class TransactionTests(StoreCase):
+    """Tests of `transaction()` and `append()`."""
+
+    def test_a_new_store_is_empty(self) -> None:
+        """A new store is at revision 0, which has a token, and contains nothing."""
+        head, token, names = self.store.changes_since(None)
+        assert (head, names) == (0, frozenset())
+        assert isinstance(token, str)
+        assert token
+        assert self.store.load_policy("alice") == Policy(revision=0, restrictions=(), known=False)
+        revision, policies = self.store.load_all_policies()
+        assert (revision, list(policies)) == (0, [])
+        assert self.store.overview(EVERY).items == ()
+        assert self.store.history(EVERY).items == ()
+
+    def test_every_revision_has_its_own_token(self) -> None:
+        """Tokens are random, that of revision 0 included: no two are the same."""
+        tokens = {self.cursor()[1], self.another().changes_since(None).token}
+        for _ in range(20):
+            self.touch("alice")
+            tokens.add(self.cursor()[1])
+        assert len(tokens) == 22
+
+    def test_append_returns_the_entry_that_history_shows(self) -> None:
+        """`append` returns the complete entry, with the next revision and the time of the lock."""
+        given: dict[str, Any] = {
+            "action": Action.WRONG_NUMBER,
+            "actor": "boss",
+            "actor_address": "2001:db8::1",
+            "username": "alice",
+            "account_id": "A1",
+            "detail": {"request": "q1", "note": "two words"},
+        }
+        empty: dict[str, Any] = dict.fromkeys(given) | {"action": Action.PUT_USERS, "detail": {}}
+        with self.store.transaction() as tx:
+            first = tx.append(**given)
+            second = tx.append(Action.PUT_USERS, actor=None)
+        assert first == Change(revision=1, at=self.clock(), **given)
+        assert second == Change(revision=2, at=self.clock(), **empty)
+        assert self.store.history(EVERY).items == (second, first)
+
+    def test_every_action_comes_back(self) -> None:
+        """Each action is read as the member of `Action` that was written."""
+        with self.store.transaction() as tx:
+            for action in Action:
+                tx.append(action, actor="boss")
+        found = [change.action for change in self.store.history(EVERY)]
+        assert found[::-1] == list(Action)
+        assert all(isinstance(action, Action) for action in found)
+
+    def test_time_stands_still_in_a_transaction(self) -> None:
+        """`now` and the entries' `at` are the time at which the lock was taken."""
+        before = self.clock()
+        with self.store.transaction() as tx:
+            assert tx.now == before
+            self.clock.advance(timedelta(seconds=3))
+            assert tx.now == before
+            self.append(tx)
+        assert self.last_change().at == before
+        assert self.store.now() == before + timedelta(seconds=3)
+        with self.store.transaction() as tx:
+            assert tx.now == self.clock()
+
+    def test_a_transaction_sees_its_own_writes(self) -> None:
+        """Inside the block, reads return what it wrote."""
+        restriction, request = self.restriction(), self.request()
+        self.put("alice")
+        with self.store.transaction() as tx:
+            tx.add_restriction(restriction)
+            tx.save_request(request)
+            tx.set_failures("boss", 3)
+            self.append(tx)
+            assert tx.restriction(restriction.id) == restriction
+            assert tx.restrictions("alice") == (restriction,)
+            assert tx.request(request.request.id) == request
+            assert tx.pending_requests("alice") == (request.request,)
+            assert tx.request_times("boss", self.clock() - timedelta(1)) == (self.clock(),)
+            assert tx.failures("boss") == 3
+            tx.remove_restriction(restriction.id)
+            assert tx.restriction(restriction.id) is None
+            assert tx.restrictions("alice") == ()
+
+    def test_reads_neither_see_nor_wait_for_an_open_transaction(self) -> None:
+        """Until the commit every read returns at once, with the state before the transaction."""
+        self.put("alice")
+        kept = self.restriction(addresses="203.0.113.7")
+        self.add(kept)
+        cursor = self.cursor()
+        with self.store.transaction() as tx:
+            tx.add_restriction(self.restriction(addresses="203.0.113.8"))
+            tx.save_request(self.request())
+            self.append(tx, frozenset({"alice"}))
+            # On this thread as on another: a read that waited for the commit would never return.
+            Call(lambda: self._is_as_before(kept, cursor)).result()
+            self._is_as_before(kept, cursor)
+        assert len(self.held()) == 2
+        assert self.store.changes_since(cursor).usernames == frozenset({"alice"})
+
+    def _is_as_before(self, kept: object, cursor: tuple[int, str]) -> None:
+        revision, policies = self.store.load_all_policies()
+        assert revision == 2
+        assert [policy.restrictions for _, policy in policies] == [(kept,)]
+        policy = self.store.load_policy("alice")
+        assert (policy.restrictions, policy.revision) == ((kept,), 2)
+        assert self.store.changes_since(cursor) == (*cursor, frozenset())
+        assert not self.store.wait(2, 0.0)
+        (line,) = self.store.overview(EVERY)
+        assert (line.restrictions, line.pending) == ((kept,), ())
+        assert self.store.overview(EVERY, search="203.0.113.8").items == ()
+        assert len(self.store.history(EVERY)) == 2
+
+    def _write_everything(self) -> None:
+        with self.store.transaction(staged=[self.restriction(), self.restriction()]) as tx:
+            for restriction in tx.restrictions("alice"):
+                tx.remove_restriction(restriction.id)
+            tx.add_restriction(self.restriction())
+            assert tx.add_staged(per_user=10) == 2
+            for pending in tx.pending_requests("alice"):
+                tx.save_request(self.request(id=pending.id, label="changed"))
+            tx.save_request(self.request())
+            tx.set_failures("boss", 7)
+            self.append(tx, frozenset({"alice"}))
+            raise Interrupted
+
+    def test_an_exception_undoes_everything(self) -> None:
+        """An exception that leaves the block, KeyboardInterrupt included, undoes every write."""
+        self.put("alice")
+        restriction, request = self.restriction(), self.request()
+        self.add(restriction)
+        self.save(request)
+        cursor = self.cursor()
+        entries = self.store.history(EVERY)
+        with raises(Interrupted):
+            self._write_everything()
+        assert self.store.changes_since(cursor) == (*cursor, frozenset())
+        assert self.store.history(EVERY) == entries
+        assert self.held() == (restriction,)
+        assert not self.store.wait(cursor[0], 0.0)
+        with self.store.transaction() as tx:
+            assert tx.restrictions("alice") == (restriction,)
+            assert tx.pending_requests("alice") == (request.request,)
+            assert tx.request_times("boss", self.clock() - timedelta(1)) == (self.clock(),)
+            assert tx.failures("boss") == 0
+        # The next transaction takes the revision that was undone.
+        assert self.touch("alice") == cursor[0] + 1
+
+    def test_an_exception_of_the_block_is_not_replaced(self) -> None:
+        """The store neither wraps nor swallows an exception of the block."""
+        error = ValueError("of the caller")
+        with raises(ValueError) as raised, self.store.transaction():
+            raise error
+        assert raised == [error]
+
+    def test_a_transaction_that_only_reads_takes_no_revision(self) -> None:
+        """A block without writes leaves the revision as it is."""
+        before = self.cursor()
+        with self.store.transaction() as tx:
+            assert tx.user("alice") is None
+        assert self.cursor() == before
+
+    def test_transactions_do_not_nest(self) -> None:
+        """A second transaction of one thread raises RuntimeError instead of deadlocking."""
+        with self.store.transaction() as tx:
+            with raises(RuntimeError), self.store.transaction():
+                raise AssertionError("two transactions at once")
+            with raises(RuntimeError):
+                self.store.put_users([user("bob")])
+            with raises(RuntimeError):
+                self.store.remove_users(["bob"])
+            self.append(tx, frozenset({"alice"}))
+        assert self.cursor()[0] == 1
+        assert self.put("bob") == 2
+
+    def test_two_stores_are_independent(self) -> None:
+        """A transaction of one store does not block another store, even on the same thread."""
+        other = self.another()
+        with self.store.transaction() as tx:
+            self.append(tx)
+            assert other.put_users([user("bob")]) == 1
+        assert self.store.load_policy("bob").known is False
+
+    def test_a_writer_waits_for_the_one_before_it(self) -> None:
+        """A transaction starts after the previous commit, and sees what it wrote."""
+        entered = threading.Event()
+
+        def later() -> tuple[int, int]:
+            happens(entered)
+            with self.store.transaction() as tx:
+                seen = tx.failures("boss")
+                return seen, self.append(tx)
+
+        call = Call(later)
+        with self.store.transaction() as tx:
+            entered.set()
+            assert not call.over(within=0.05), "two writers at once"
+            tx.set_failures("boss", 1)
+            self.append(tx)
+        assert call.result() == (1, 2)
+
+    def test_writers_lose_no_update_and_leave_no_gaps(self) -> None:
+        """Threads that increment one number lose nothing; revisions are in commit order."""
+        stores = [self.store, self.second() or self.store]
+        threads, rounds = 6, 10
+
+        def count(store: RestrictionStore) -> None:
+            for _ in range(rounds):
+                with store.transaction() as tx:
+                    seen = tx.failures("boss")
+                    tx.set_failures("boss", seen + 1)
+                    assert self.append(tx, detail={"seen": str(seen)}) == seen + 1
+
+        together(lambda s=stores[i % 2]: count(s) for i in range(threads))  # type: ignore[misc]
+        total = threads * rounds
+        found = self.store.history(EVERY, limit=total + 1)
+        expected = [(n, {"seen": str(n - 1)}) for n in range(total, 0, -1)]
+        assert [(change.revision, change.detail) for change in found] == expected
+
+    def test_threads_may_share_the_store(self) -> None:
+        """Threads that read and write at the same time get no errors and their own data."""
+
+        def use(number: int) -> None:
+            name = f"user{number}"
+            self.store.put_users([user(name)])
+            self.add(self.restriction(name))
+            assert len(self.held(name)) == 1
+            assert self.store.changes_since(None).head >= 2
+            (line,) = self.store.overview(EVERY, search=name)
+            assert line.user.username == name
+            assert len(self.store.history(EVERY, username=name)) >= 1
+            self.store.remove_users([name])
+            assert not self.store.load_policy(name).known
+
+        together(lambda n=n: use(n) for n in range(10, 22))  # type: ignore[misc]
+        assert self.cursor()[0] == 12 * 3
+
+
+class StagedTests(StoreCase):
+    """Tests of `transaction(staged=...)` and `add_staged()`."""
+
+    def _stage(self, staged: list[Restriction], per_user: int = 1000) -> int:
+        with self.store.transaction(staged=staged) as tx:
+            count = tx.add_staged(per_user=per_user)
+            self.append(tx, frozenset(r.username for r in staged))
+        return count
+
+    def _refused(self, kind: type[Any], staged: list[Restriction], per_user: int = 1000) -> Any:
+        """Fail unless all are refused and none is added, even if the transaction goes on."""
+        before = {r.username: self.held(r.username) for r in staged}
+        with self.store.transaction(staged=staged) as tx:
+            with raises(kind) as raised:
+                tx.add_staged(per_user=per_user)
+            self.append(tx)
+        assert {name: self.held(name) for name in before} == before
+        return raised[0]
+
+    def test_staged_restrictions_are_added(self) -> None:
+        """All staged restrictions are added with every field, and counted."""
+        self.put("alice", "bob")
+        old = self.restriction("alice")
+        self.add(old)
+        staged = [
+            self.restriction(name, label=text, expires_at=self.clock() + timedelta(days=1))
+            for text in TEXTS
+            for name in ("alice", "bob")
+        ]
+        staged += [self.restriction("bob", addresses) for addresses in EXTREMES]
+        assert self._stage(staged) == len(staged)
+        assert self.held("alice") == (old, *(r for r in staged if r.username == "alice"))
+        assert self.held("bob") == tuple(r for r in staged if r.username == "bob")
+        with self.store.transaction() as tx:
+            assert tx.restriction(staged[-1].id) == staged[-1]
+
+    def test_earlier_writes_of_the_transaction_count(self) -> None:
+        """Restrictions that the transaction added are checked like those committed before."""
+        self.put("alice")
+        staged = [self.restriction(addresses="203.0.113.7")]
+        for per_user, addresses, kind in (
+            (10, "203.0.113.7", DuplicateRestriction),
+            (1, "203.0.113.8", TooManyRestrictions),
+        ):
+            with raises(Interrupted), self.store.transaction(staged=staged) as tx:
+                tx.add_restriction(self.restriction(addresses=addresses))
+                with raises(kind):
+                    tx.add_staged(per_user=per_user)
+                raise Interrupted
+        assert self._stage(staged, per_user=1) == 1
+
+    def test_staged_restrictions_last_for_one_transaction(self) -> None:
+        """What a transaction does not add is discarded; without staged restrictions 0 are added."""
+        self.put("alice")
+        with self.store.transaction(staged=[self.restriction()]):
+            pass
+        with raises(Interrupted), self.store.transaction(staged=[self.restriction()]):
+            raise Interrupted
+        with self.store.transaction() as tx:
+            assert tx.add_staged(per_user=10) == 0
+        assert self.held() == ()
+        assert self._stage([]) == 0
+        assert self._stage([self.restriction()]) == 1
+        assert len(self.held()) == 1
+
+    def test_an_unregistered_user_refuses_all(self) -> None:
+        """One restriction for a user that is unknown or removed refuses all of them."""
+        self.put("alice", "bob")
+        self.store.remove_users(["bob"])
+        for name in ("bob", "nobody"):
+            error = self._refused(UnknownUser, [self.restriction(), self.restriction(name)])
+            assert error.username == name
+
+    def test_a_duplicate_refuses_all(self) -> None:
+        """Addresses that a user already has, or that are staged twice, refuse all of them."""
+        self.put("alice", "bob")
+        self.add(self.restriction("alice", "203.0.113.0/24"))
+        expired = self.restriction("bob", "2001:db8::/32", expires_at=self.clock())
+        for name, text, duplicates in (
+            ("alice", "203.0.113.0/24", [self.restriction("alice", "203.0.113.0/24")]),
+            ("bob", "2001:db8::/32", [self.restriction("bob", "2001:db8::/32") for _ in "12"]),
+            ("bob", "2001:db8::/32", [expired, self.restriction("bob", "2001:db8::/32")]),
+        ):
+            error = self._refused(DuplicateRestriction, [self.restriction(), *duplicates])
+            assert (error.username, error.addresses) == (name, text)
+        near = [self.restriction("alice", t) for t in ("203.0.113.0/25", "203.0.113.0")]
+        assert self._stage([*near, self.restriction("bob", "203.0.113.0/24")]) == 3
+
+    def test_an_expired_duplicate_is_replaced(self) -> None:
+        """An expired restriction to the same addresses is replaced; other expired ones stay."""
+        self.put("alice")
+        soon = self.clock() + timedelta(seconds=1)
+        old = self.restriction("alice", "203.0.113.7", expires_at=soon)
+        other = self.restriction("alice", "203.0.113.8", expires_at=soon)
+        self.add(old, other)
+        new = self.restriction("alice", "203.0.113.7", created_at=soon)
+        self._refused(DuplicateRestriction, [new])
+        self.clock.advance(timedelta(seconds=1))
+        assert self._stage([new]) == 1
+        assert self.held() == (other, new)
+        with self.store.transaction() as tx:
+            assert tx.restriction(old.id) is None
+
+    def test_orphaned_deletions(self) -> None:
+        """Only the pending requests to delete a replaced restriction are returned."""
+        self.put("alice", "bob")
+        olds = [
+            self.restriction("alice", f"203.0.113.{n}", expires_at=self.clock()) for n in (7, 8)
+        ]
+        self.add(*olds)
+        requests = [
+            self.request("alice", kind=RequestKind.DELETE, restriction_id=olds[0].id),
+            self.request("alice", kind=RequestKind.DELETE, restriction_id=olds[1].id),
+            self.request("alice"),
+            self.request("bob"),
+        ]
+        self.save(*requests)
+        staged = [self.restriction("alice", "203.0.113.7"), self.restriction("bob")]
+        with self.store.transaction(staged=staged) as tx:
+            assert tx.orphaned_deletions() == ()
+            tx.add_staged(per_user=10)
+            assert tx.orphaned_deletions() == (requests[0].request,)
+            self.append(tx)
+
+    def test_the_limit_of_restrictions_per_user(self) -> None:
+        """`per_user` counts expired restrictions too, but not those that are replaced."""
+        self.put("alice", "bob")
+        expired = self.restriction("alice", "203.0.113.7", expires_at=self.clock())
+        self.add(expired, self.restriction(), self.restriction())
+        bobs = self.restriction("bob")
+        two = [self.restriction(), self.restriction()]
+        error = self._refused(TooManyRestrictions, [bobs, *two], per_user=4)
+        assert (error.username, error.limit) == ("alice", 4)
+        same = self.restriction("alice", "203.0.113.7")
+        assert self._stage([bobs, two[0], same], per_user=4) == 3
+        assert len(self.held()) == 4
+
+    def test_the_order_of_errors(self) -> None:
+        """Unknown users are reported before duplicates, and these before limits."""
+        self.put("alice", "bob")
+        same = [self.restriction("alice", "203.0.113.7") for _ in range(2)]
+        unknown, many = self.restriction("nobody"), [self.restriction("bob") for _ in range(3)]
+        self._refused(UnknownUser, [*many, *same, unknown], per_user=2)
+        self._refused(DuplicateRestriction, [*many, *same], per_user=2)
+        self._refused(TooManyRestrictions, many, per_user=2)
+
+    def test_a_source_that_raises_adds_nothing(self) -> None:
+        """An error of the source is raised unchanged, and the next writer is not blocked."""
+        self.put("alice")
+
+        def source() -> Iterator[Restriction]:
+            yield self.restriction()
+            raise Interrupted
+
+        before = self.cursor()
+        with raises(Interrupted), self.store.transaction(staged=source()):
+            raise AssertionError("the block began")
+        assert self.cursor() == before
+        assert self.held() == ()
+        assert Call(lambda: self.touch("alice")).result() == before[0] + 1
+        assert self._stage([self.restriction()]) == 1
+
+    def test_a_slow_source_does_not_block_writers(self) -> None:
+        """While a source is read, other writers commit and stage restrictions of their own."""
+        self.put("alice", "bob")
+        seen = []
+
+        def source() -> Iterator[Restriction]:
+            yield self.restriction()
+            seen.append(Call(lambda: self.touch("alice")).result())
+            seen.append(Call(lambda: self._stage([self.restriction("bob")])).result())
+            yield self.restriction()
+
+        with self.store.transaction(staged=source()) as tx:
+            assert tx.add_staged(per_user=10) == 2
+            seen.append(self.append(tx, frozenset({"alice"})))
+        assert seen == [2, 1, 4]
+        assert (len(self.held("alice")), len(self.held("bob"))) == (2, 1)
+
+    def test_an_exception_undoes_add_staged(self) -> None:
+        """Staged restrictions, and the removal of what they replaced, are rolled back."""
+        self.put("alice")
+        old = self.restriction("alice", "203.0.113.7", expires_at=self.clock())
+        self.add(old)
+        staged = [self.restriction(), self.restriction("alice", "203.0.113.7")]
+        with raises(Interrupted), self.store.transaction(staged=staged) as tx:
+            assert tx.add_staged(per_user=10) == 2
+            assert len(tx.restrictions("alice")) == 2
+            raise Interrupted
+        assert self.held() == (old,)
+        assert self.last_change().revision == 2
