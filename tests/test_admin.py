@@ -1,4 +1,4 @@
-"""The page: the original's three procedures, and what its users would expect, on both adapters."""
+"""The page: the three procedures of the original page, and what its users expect of it."""
 
 import json
 import re
@@ -8,32 +8,34 @@ from urllib.parse import urlencode
 import pytest
 
 from ipguard import Actor, Decision, Explanation, Reason, User
-from ipguard.admin import _texts
+from ipguard.admin import _messages
 from tests.flows import ADAM, ALICE, BOSS, HOME, OFFICE
 from tests.pages import Browser, Office, query
+from tests.pages import each_office as each_office  # noqa: PLC0414 - a fixture
 from tests.pages import office as office  # noqa: PLC0414 - a fixture
 
 
-def asked(browser: Browser) -> str:
+def request_id(browser: Browser) -> str:
     """Return the id of the request whose number the page asks for."""
     assert browser.page.labels["Confirmation Number"] == "number"
     return query(browser.address)["request"]
 
 
-# -- the original's procedures
+# -- the procedures of the original page
 
 
-def test_add_a_restriction(office: Office):
-    """The link, the form, the number by mail; once it is entered the restriction holds."""
-    alice = office.browser(ALICE, prefix="/ip")
+def test_add_a_restriction(each_office: Office):
+    """The link, the form and the number from the mail: then the restriction holds."""
+    office = each_office
+    alice = office.browser(ALICE)
     alice.follow("Add IP Address Restriction")
     assert alice.page.labels["Trader"] == "user"
     assert alice.page.labels["IP Address"] == "addresses"
     alice.press("Submit", user="jsmith", addresses=OFFICE, label="office")
     assert "You will receive an email" in alice.page.part("note")
     assert office.held() == []
-    alice.press("Submit", number=office.outbox.number_for(asked(alice)))
-    assert alice.answer.status == 200
+    alice.press("Submit", number=office.outbox.number_for(request_id(alice)))
+    assert alice.answer.status_code == 200
     assert alice.page.part("note") == (
         f"{OFFICE} now holds. John Smith can log in only from: {OFFICE}."
     )
@@ -42,8 +44,9 @@ def test_add_a_restriction(office: Office):
     assert not office.guard.is_allowed("jsmith", "203.0.113.8")
 
 
-def test_delete_a_restriction(office: Office):
-    """The Delete link beside an address; it holds no longer."""
+def test_delete_a_restriction(each_office: Office):
+    """The Delete link of an address ends its restriction."""
+    office = each_office
     office.add("203.0.113.0/29")
     office.add(HOME, label="home")
     alice = office.browser(ALICE)
@@ -53,11 +56,13 @@ def test_delete_a_restriction(office: Office):
         f"{HOME} was deleted. John Smith can log in only from: 203.0.113.0/29."
     )
     assert office.held() == ["203.0.113.0/29"]
-    assert office.rows()[0].detail["reason"] == "moved"
+    alice.open("/history")
+    assert "reason: moved" in alice.text
 
 
-def test_cancel_a_request(office: Office):
-    """The Cancel link beside a pending address."""
+def test_cancel_a_request(each_office: Office):
+    """The Cancel button of a pending address cancels the request."""
+    office = each_office
     request = office.ask()
     alice = office.browser(ALICE)
     alice.press(f"Cancel the request for {OFFICE} of John Smith")
@@ -66,7 +71,7 @@ def test_cancel_a_request(office: Office):
 
 
 def test_confirm_from_the_list(office: Office):
-    """The Confirm link beside a pending address."""
+    """The Confirm link of a pending address leads to the form for the number."""
     request = office.ask()
     alice = office.browser(ALICE)
     alice.follow(f"Confirm {OFFICE} for John Smith")
@@ -78,11 +83,11 @@ def test_confirm_from_the_list(office: Office):
 
 
 def test_the_list(office: Office):
-    """All users of the actor's accounts, with all that the original shows and in its words."""
+    """The list has the columns of the original page and all users of the actor's accounts."""
     office.add("203.0.113.0/29", label="office")
     office.ask(HOME, username="mary")
     alice = office.browser(ALICE)
-    heads = [words for tag, words in alice.page.headings if tag == "th"]
+    heads = alice.page.texts("th")
     assert heads[:4] == ["Trader", "Account ID", "Restrictions", "Pending Requests"]
     assert heads[4:] == ["Alice Adams alice", "John Smith jsmith", "Mary Major mary"]
     assert alice.text.count("No restrictions") == 2
@@ -90,9 +95,8 @@ def test_the_list(office: Office):
     assert HOME in alice.text
 
 
-def test_a_user_with_very_many(office: Office):
-    """The list shows ten restrictions of a user and says how many more; the user's page all."""
-    office.use(restrictions_per_user=1000)
+def test_a_user_with_many_restrictions(office: Office):
+    """The list shows ten restrictions of a user and counts the rest; the user's page shows all."""
     office.flow.impose_many(BOSS, [("jsmith", f"10.0.{n}.0/24") for n in range(200)], reason="x")
     alice = office.browser(ALICE)
     assert alice.text.count("Delete") == 10
@@ -104,8 +108,8 @@ def test_a_user_with_very_many(office: Office):
     assert "only from: the 201 restrictions listed here." in alice.page.part("note")
 
 
-def test_what_has_expired_is_said(office: Office):
-    """A user whose restrictions have all expired is restricted to nothing, and the pages say so."""
+def test_expired_restrictions(office: Office):
+    """A user whose restrictions have all expired stays restricted, and the pages say so."""
     office.add(OFFICE, expires_at=office.later(hours=1))
     alice = office.browser(ALICE)
     assert "Until " in alice.text
@@ -123,8 +127,8 @@ def test_what_has_expired_is_said(office: Office):
     assert "Yes, but it has expired" in alice.text
 
 
-def test_removed_users_are_marked(office: Office):
-    """Actors of every account see a removed user with what holds, and may delete it."""
+def test_removed_users(office: Office):
+    """Actors of every account see removed users with restrictions, and may delete these."""
     office.add(OFFICE)
     office.store.remove_users(["jsmith"])
     assert "John Smith" not in office.browser(ALICE).text
@@ -139,29 +143,28 @@ def test_removed_users_are_marked(office: Office):
 
 
 def test_an_actor_without_users(office: Office):
-    """Nobody to show is said."""
-    nobody = Actor(username="new", email="n@x.example", manages=frozenset({"U9"}))
-    assert "There are no traders in your accounts." in office.browser(nobody).text
+    """An empty list says that it is empty."""
+    actor = Actor(username="new", email="n@x.example", manages=frozenset({"U9"}))
+    assert "There are no traders in your accounts." in office.browser(actor).text
 
 
-def many(office: Office, count: int = 120) -> None:
+def add_users(office: Office, count: int = 120) -> None:
     office.store.put_users(
         User(username=f"t{n:04}", full_name=f"Tom{n} Row", account_id="U1") for n in range(count)
     )
 
 
 def test_paging(office: Office):
-    """Each page goes on where the one before ended, and nobody is missing or twice."""
-    many(office)
+    """Each page continues after the previous one, without gaps or repetitions."""
+    add_users(office)
     alice = office.browser(ALICE)
-    seen = []
+    shown = []
     while True:
-        rows = [w for tag, w in alice.page.headings if tag == "th"][4:]
-        seen += [row.split()[-1] for row in rows]
-        if not any(words == "Next page" for words, _ in alice.page.links):
+        shown += [row.split()[-1] for row in alice.page.texts("th")[4:]]
+        if not alice.page.select("[rel=next]"):
             break
         alice.follow("Next page")
-    assert seen == ["alice", "jsmith", "mary", *(f"t{n:04}" for n in range(120))]
+    assert shown == ["alice", "jsmith", "mary", *(f"t{n:04}" for n in range(120))]
     alice.follow("First page")
     assert "Alice Adams" in alice.text
     alice.open("/?after=t9999")
@@ -173,56 +176,54 @@ def test_paging(office: Office):
     [("smi", ["jsmith"]), ("MARY", ["mary"]), ("u1", ["alice", "jsmith", "mary"]), ("zed", [])],
 )
 def test_search(office: Office, text: str, found: list[str]):
-    """The start of a name, username or account finds its users, of the actor's own accounts."""
+    """A search finds users of the actor's accounts by the start of a name, username or account."""
     alice = office.browser(ALICE)
     alice.press("Search", search=text)
-    rows = [w.split()[-1] for tag, w in alice.page.headings if tag == "th"][4 if found else 0 :]
-    assert rows == found
-    assert alice.page.inputs["search"]["value"] == text
+    assert [row.split()[-1] for row in alice.page.texts("tbody th")] == found
+    assert alice.page.value("search") == text
     assert found or f"No trader matches “{text}”." in alice.text
     alice.follow("Show all")
-    assert alice.page.inputs["search"]["value"] == ""
+    assert alice.page.value("search") == ""
 
 
-def test_search_for_an_address_with_pages(office: Office):
-    """Who lists an address is found, over pages; neither URL nor anything but a cookie has it."""
-    many(office)
+def test_search_for_an_address(office: Office):
+    """A search for an address finds the users who list it, over pages; no URL shows the address."""
+    add_users(office)
     rows = [(f"t{n:04}", "203.0.113.0/29") for n in range(120)]
     office.flow.impose_many(BOSS, rows, reason="x")
     alice = office.browser(ALICE)
     alice.press("Search", search=f" {OFFICE} ")
-    pages = [alice.text.count("Row")]
-    while any(words == "Next page" for words, _ in alice.page.links):
+    count = len(alice.page.select("tbody tr"))
+    while alice.page.select("[rel=next]"):
         alice.follow("Next page")
         assert f"Traders found for “{OFFICE}”" in alice.text
-        pages.append(alice.text.count("Row"))
-    assert sum(pages) >= 120
-    alice.open(alice.address)  # reloading shows the same
+        count += len(alice.page.select("tbody tr"))
+    assert count == 120
+    alice.open(alice.address)
     assert f"Traders found for “{OFFICE}”" in alice.text
-    assert not any("203" in url or OFFICE in url for url in alice.log)
+    assert not any(OFFICE in url for url in alice.log)
 
 
 def test_searches_in_two_tabs(office: Office):
-    """The URL holds the search: pages, Back and a reload stay with it, whatever other tabs do."""
-    many(office)
+    """The URL holds the search, so paging and reloading do not depend on other tabs."""
+    add_users(office)
     alice = office.browser(ALICE)
     alice.press("Search", search="tom")
-    first = alice.address
-    following = next(href for words, href in alice.page.links if words == "Next page")
+    first, following = alice.address, str(alice.page.one("[rel=next]")["href"])
     alice.press("Search", search="mary")
     for path, found in ((first, "Tom0"), (following.removeprefix("."), "Tom50")):
         alice.open(path)
         assert "Traders found for “tom”" in alice.text
         assert found in alice.text
         assert "Mary Major" not in alice.text
-    elsewhere = office.stranger(ALICE)  # a bookmark, in a browser without cookies of ours
+    elsewhere = office.stranger(ALICE)  # such as a bookmark in a browser without our cookies
     elsewhere.open(first)
     assert "Traders found for “tom”" in elsewhere.text
     assert not any("tom" in url for url in alice.log)
 
 
-def test_a_search_that_this_page_did_not_make(office: Office):
-    """A search that was altered, made up or is another actor's shows all traders and says so."""
+def test_a_search_with_an_invalid_signature(office: Office):
+    """A search that was altered, made up or signed for another actor lists all traders."""
     adam = office.browser(ADAM)
     adam.press("Search", search="mary")
     stolen = query(adam.address)["search"]
@@ -236,61 +237,60 @@ def test_a_search_that_this_page_did_not_make(office: Office):
 
 
 @pytest.mark.parametrize("text", ["x" * 257, "a\u202eb", "a\x00b"])
-def test_a_search_that_makes_no_sense(office: Office, text: str):
-    """It is refused beside the field, and what was typed is still there."""
+def test_an_invalid_search(office: Office, text: str):
+    """An invalid search is refused at its field, which keeps the text."""
     alice = office.browser(ALICE)
     alice.press("Search", search=text)
-    assert alice.answer.status == 200
+    assert alice.answer.status_code == 200
     assert alice.page.part("search-problem")
-    assert alice.page.inputs["search"]["value"] == text
+    assert alice.page.value("search") == text
 
 
 def test_no_telephone_links(office: Office):
-    """iOS makes links of numbers and addresses unless a page, or a mail, says otherwise."""
-    for path in ("/", "/add", "/history", "/nothing"):
-        metas = [own for tag, own in office.browser(ALICE, path).page.elements if tag == "meta"]
-        (found,) = (own for own in metas if own.get("name") == "format-detection")
-        assert "telephone=no" in found["content"]
+    """Pages tell iOS not to turn numbers and addresses into links."""
+    for path in ("/", "/nothing"):
+        meta = office.browser(ALICE, path).page.one("meta[name=format-detection]")
+        assert "telephone=no" in meta["content"]
 
 
-# -- asking
+# -- requests
 
 
-def test_what_a_range_was_understood_as(office: Office):
-    """A range is shown as it was understood before it is asked for; then the number follows."""
+def test_the_review_of_a_range(office: Office):
+    """A range is shown as it was understood before it is requested."""
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses=" 203.0.113.5-203.0.113.9 ", label="desk <3>")
     assert alice.page.part("understood") == "203.0.113.5-203.0.113.9: 5 addresses"
     assert len(office.rows()) == 1
     alice.press("Submit")
-    office.confirm(office.request_of(asked(alice)))
+    office.confirm(office.request_of(request_id(alice)))
     assert office.held() == ["203.0.113.5-203.0.113.9"]
     assert office.store.load_policy("jsmith").restrictions[0].label == "desk <3>"
 
 
 def test_back_from_the_review(office: Office):
-    """Who meant something else comes back to the form as it was."""
+    """ "Change it" returns to the form with its values."""
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses="203.0.113.0/29", label="l")
     alice.press("Change it")
-    assert alice.page.inputs["addresses"]["value"] == "203.0.113.0/29"
-    assert alice.page.inputs["label"]["value"] == "l"
-    assert alice.form("Submit")[0].fields["user"] == "jsmith"
+    assert alice.page.value("addresses") == "203.0.113.0/29"
+    assert alice.page.value("label") == "l"
+    assert alice.page.form("Submit").fields["user"] == "jsmith"
     assert len(office.rows()) == 1
 
 
-def test_another_text_after_the_review_is_reviewed_again(office: Office):
-    """What was seen counts for that very range alone."""
+def test_a_changed_text_is_reviewed_again(office: Office):
+    """A review applies to exactly the range that it showed."""
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses="203.0.113.0/24", seen="203.0.113.0/29")
     assert alice.page.part("understood") == "203.0.113.0/24: 256 addresses"
 
 
-def test_one_plain_address_needs_no_review(office: Office):
-    """An address in its own canonical text can mean only itself; another spelling is shown."""
+def test_a_canonical_address_needs_no_review(office: Office):
+    """A single address in canonical form is requested at once; another spelling is reviewed."""
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses=" 2001:db8::7 ")
-    assert asked(alice)
+    assert request_id(alice)
     alice.open("/add")
     alice.press("Submit", user="jsmith", addresses="::ffff:203.0.113.9")
     assert alice.page.part("understood") == "203.0.113.9: 1 address"
@@ -305,25 +305,25 @@ def test_one_plain_address_needs_no_review(office: Office):
     ],
 )
 def test_use_my_current_address(office: Office, here: str, proposed: str):
-    """The button fills in where the actor is; for IPv6 the /64, and keeps what was typed."""
+    """The button fills in the actor's address, or its /64, and keeps the other fields."""
     actor = Actor(username="alice", email="a@x.example", manages={"U1"}, address=here)
     alice = office.browser(actor, "/add")
     alice.press("Use my current address", user="jsmith", label="here")
-    assert alice.answer.status == 200
-    assert alice.page.inputs["addresses"]["value"] == proposed
-    assert alice.page.inputs["label"]["value"] == "here"
-    assert alice.form("Submit")[0].fields["user"] == "jsmith"
+    assert alice.answer.status_code == 200
+    assert alice.page.value("addresses") == proposed
+    assert alice.page.value("label") == "here"
+    assert alice.page.form("Submit").fields["user"] == "jsmith"
 
 
 def test_no_current_address(office: Office):
-    """Where the host does not say where the actor is, nothing is proposed."""
+    """The button is missing if the actor's address is unknown."""
     assert "Use my current address" not in office.browser(ADAM, "/add").text
 
 
 WRONG = [
     ({"user": ""}, "user", "Choose a trader."),
     ({"user": "zed"}, "user", "There is no such trader among yours."),
-    ({"user": "nobody"}, "user", "There is no such trader among yours."),
+    ({"user": "unknown"}, "user", "There is no such trader among yours."),
     ({"user": "a\x00"}, "user", "There is no such trader among yours."),
     ({"addresses": ""}, "addresses", "Type an IP address, a network or a first-last range."),
     ({"addresses": "203.0.113.05"}, "addresses", "octal to some programs"),
@@ -333,11 +333,6 @@ WRONG = [
         "'10.1.0.0/8' is not accepted: it has host bits set; the widest network allowed is a /16.",
     ),
     ({"addresses": "10.1.2.0/16"}, "addresses", "Did you mean 10.1.0.0/16?"),
-    (
-        {"addresses": "203.0.113.7 198.51.100.20"},
-        "addresses",
-        "it holds 2 addresses; enter them one at a time",
-    ),
     (
         {"addresses": "203.0.113.7,198.51.100.20; 2001:db8::1"},
         "addresses",
@@ -354,29 +349,28 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("fields", "field", "text"), WRONG)
-def test_errors_are_beside_their_field(office: Office, fields, field, text):
-    """Each is tied to its field and in the summary; nothing typed is lost; nothing is changed."""
+def test_errors_are_shown_at_their_field(office: Office, fields, field, text):
+    """An error is tied to its field and listed at the top; the values stay; nothing changes."""
     typed = {"user": "jsmith", "addresses": "203.0.113.9", "label": "l", "expires_at": "", **fields}
     alice = office.browser(ALICE, "/add")
-    action = alice.form("Submit")[0]
+    form = alice.page.form("Submit")
     with office.unchanged():
-        alice.post(action.action, {**action.fields, **typed})
-    assert alice.answer.status == 200
+        alice.post(form.action, {**form.fields, **typed})
+    assert alice.answer.status_code == 200
     assert text in alice.page.part(f"{field}-problem")
     assert text in alice.page.part("problems")
-    described = alice.page.inputs[field]
+    described = alice.page.field(field)
     assert described["aria-invalid"] == "true"
-    assert f"{field}-problem" in described["aria-describedby"].split()
-    assert (f"#{field}") in [href for _, href in alice.page.links]
-    for name in {"addresses", "label", "expires_at"} & set(typed):
-        assert alice.page.inputs[name]["value"] == typed[name]
-    assert alice.page.elements_with("autofocus")["id"] == "problems"
-    title = next(words for tag, words in alice.page.headings if tag == "title")
-    assert title.startswith("Error: ")
+    assert f"{field}-problem" in str(described["aria-describedby"]).split()
+    assert f"#{field}" in [href for _, href in alice.page.links]
+    for name in ("addresses", "label", "expires_at"):
+        assert alice.page.value(name) == typed[name]
+    assert alice.page.one("[autofocus]")["id"] == "problems"
+    assert alice.page.texts("title")[0].startswith("Error: ")
 
 
-def test_a_trader_who_was_removed(office: Office):
-    """Nobody can ask for a restriction of a user that the host removed."""
+def test_a_removed_trader_gets_no_new_restriction(office: Office):
+    """A user whom the host removed can no longer be chosen."""
     office.add(HOME)
     boss = office.browser(BOSS, "/add")
     office.store.remove_users(["jsmith"])
@@ -385,25 +379,20 @@ def test_a_trader_who_was_removed(office: Office):
 
 
 def test_several_errors_at_once(office: Office):
-    """All that is wrong is said at once."""
+    """All errors of a form are shown at the same time."""
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", addresses="x", label="x" * 101, expires_at="x")
-    problems = [n for n in alice.page.ids if n.endswith("-problem")]
-    assert sorted(problems) == [
-        "addresses-problem",
-        "expires_at-problem",
-        "label-problem",
-        "user-problem",
-    ]
+    problems = {name for name in alice.page.ids if name.endswith("-problem")}
+    assert problems == {f"{name}-problem" for name in ("user", "addresses", "label", "expires_at")}
 
 
 def test_a_temporary_restriction(office: Office):
-    """The time is UTC, and the pages say so."""
+    """The expiry is read as UTC, and the pages say so."""
     until = office.later(days=3).replace(second=0, microsecond=0)
     alice = office.browser(ALICE, "/add")
     assert "Expires (UTC, optional)" in alice.page.labels
     alice.press("Submit", user="jsmith", addresses=OFFICE, expires_at=f"{until:%Y-%m-%dT%H:%M}")
-    request = office.request_of(asked(alice))
+    request = office.request_of(request_id(alice))
     assert request.restriction_expires_at == until
     assert f"{until:%H:%M} UTC" in alice.text
     office.confirm(request)
@@ -412,71 +401,62 @@ def test_a_temporary_restriction(office: Office):
 
 
 def test_the_form_for_one_user(office: Office):
-    """From a user's page the trader is chosen already; one that is not there is no page."""
+    """The link on a user's page selects the user; for an unknown user there is no form."""
     alice = office.browser(ALICE, "/user?user=JSmith")
     alice.follow("Add IP Address Restriction")
-    assert alice.form("Submit")[0].fields["user"] == "jsmith"
+    assert alice.page.form("Submit").fields["user"] == "jsmith"
     alice.open("/add?user=zed")
-    assert alice.answer.status == 404
+    assert alice.answer.status_code == 404
 
 
 def test_many_traders_are_searched(office: Office):
-    """Where a drop-down would be too long, a text is searched, and the choice is offered."""
-    many(office)
+    """With too many traders for a drop-down, the form searches and offers the matches."""
+    add_users(office)
     alice = office.browser(ALICE, "/add")
-    assert alice.page.inputs["user"]["type"] == "text"
+    assert alice.page.field("user")["type"] == "text"
     alice.press("Submit", user="tom11", addresses=OFFICE, label="kept")
-    assert alice.answer.status == 200
-    form = alice.form("Submit")[0]
-    assert form.choices["user"] == ["", "t0011", *(f"t{n:04}" for n in range(110, 120))]
-    assert alice.page.inputs["addresses"]["value"] == OFFICE
+    assert alice.answer.status_code == 200
+    choices = alice.page.form("Submit").choices["user"]
+    assert choices == ["", "t0011", *(f"t{n:04}" for n in range(110, 120))]
+    assert alice.page.value("addresses") == OFFICE
     alice.press("Submit", user="")
-    assert alice.page.inputs["user"]["type"] == "text"
-    assert alice.page.inputs["label"]["value"] == "kept"
+    assert alice.page.field("user")["type"] == "text"
+    assert alice.page.value("label") == "kept"
     alice.press("Submit", user="T0011")
-    assert office.request_of(asked(alice)).username == "t0011"
+    assert office.request_of(request_id(alice)).username == "t0011"
     alice.open("/add?user=t0005")
-    assert alice.form("Submit")[0].choices["user"] == ["t0005"]
+    assert alice.page.form("Submit").choices["user"] == ["t0005"]
     alice.press("Submit", addresses="x")
-    assert alice.form("Submit")[0].choices["user"] == ["t0005"]
+    assert alice.page.form("Submit").choices["user"] == ["t0005"]
     alice.open("/add")
     alice.press("Submit", user="t\u202e", addresses="x")
-    assert alice.page.inputs["user"]["value"] == "t\u202e"
+    assert alice.page.value("user") == "t\u202e"
 
 
-def test_the_same_twice(office: Office):
-    """A form that is sent twice leads to the one request; what somebody else asked is said."""
-    alice = office.browser(ALICE, "/add")
-    form = alice.form("Submit")[0]
-    fields = {**form.fields, "user": "jsmith", "addresses": OFFICE}
-    alice.post("/add", fields)
-    first = asked(alice)
-    mails = len(office.outbox.messages)
-    alice.post("/add", fields)
-    assert asked(alice) == first
-    assert "You have asked for this already." in alice.page.part("note")
-    assert len(office.outbox.messages) == mails
+def test_a_duplicate_request(office: Office):
+    """The form names the pending request of another actor, or the restriction that exists."""
+    request = office.ask()
     adam = office.browser(ADAM, "/add")
     adam.press("Submit", user="jsmith", addresses=OFFICE)
     assert "A request to add 203.0.113.7" in adam.page.part("addresses-problem")
-    office.confirm(office.request_of(first))
-    alice.post("/add", fields)
-    assert "jsmith already has 203.0.113.7" in alice.page.part("addresses-problem")
+    office.confirm(request)
+    adam.press("Submit")
+    assert "jsmith already has 203.0.113.7" in adam.page.part("addresses-problem")
 
 
 def test_too_many_requests(office: Office):
-    """The limit is said with the time after which it works again."""
+    """The limit is shown with the time after which the actor can try again."""
     office.use(requests_per_hour=1)
     office.ask(HOME)
     office.wait(minutes=20)
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses=OFFICE)
     assert "Try again in 40 minutes, after " in alice.page.part("problems")
-    assert alice.page.inputs["addresses"]["value"] == OFFICE
+    assert alice.page.value("addresses") == OFFICE
 
 
-def test_as_many_as_are_allowed(office: Office):
-    """The limit of restrictions is said, and what to do."""
+def test_too_many_restrictions(office: Office):
+    """The limit of restrictions is shown with what to do about it."""
     office.use(restrictions_per_user=1)
     office.add(HOME)
     alice = office.browser(ALICE, "/add")
@@ -485,12 +465,12 @@ def test_as_many_as_are_allowed(office: Office):
 
 
 def test_a_mail_that_fails(office: Office):
-    """The request waits, which is said, and a new number can be sent."""
+    """If the mail fails, the request stays pending and a new number can be sent."""
     office.outbox.fail = True
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses=OFFICE)
     assert "could not be sent. The request waits" in alice.page.part("note")
-    request = office.request_of(asked(alice))
+    request = office.request_of(request_id(alice))
     alice.press("Send a new number")
     assert "could not be sent. The request waits" in alice.page.part("note")
     office.outbox.fail = False
@@ -503,15 +483,15 @@ def test_a_mail_that_fails(office: Office):
 # -- the number
 
 
-def confirming(office: Office, **more) -> tuple[Browser, object]:
+def open_confirm(office: Office, **more) -> tuple[Browser, object]:
     request = office.ask(**more)
     alice = office.browser(ALICE, f"/confirm?user={request.username}&request={request.id}")
     return alice, request
 
 
-def test_the_number_page_says_what_is_confirmed(office: Office):
-    """Trader, addresses, label, who asked, the time and attempts left are on the page."""
-    alice, _ = confirming(office, addresses="203.0.113.0/29", label="office")
+def test_the_form_for_the_number(office: Office):
+    """The form shows what is confirmed, how long the number is valid and the attempts left."""
+    alice, _ = open_confirm(office, addresses="203.0.113.0/29", label="office")
     for words in ("John Smith jsmith", "203.0.113.0/29: 8 addresses", "office", "by alice"):
         assert words in alice.text
     state = alice.page.part("number-state")
@@ -520,36 +500,35 @@ def test_the_number_page_says_what_is_confirmed(office: Office):
     office.wait(minutes=9, seconds=15)
     alice.open(alice.address)
     assert "45 seconds left" in alice.page.part("number-state")
-    assert alice.page.inputs["number"]["autocomplete"] == "one-time-code"
+    assert alice.page.field("number")["autocomplete"] == "one-time-code"
 
 
 def test_wrong_numbers(office: Office):
-    """Each says how many attempts are left; after the last the request is over, and by whom."""
-    alice, request = confirming(office)
-    for left in (4, 3, 2, 1):
+    """Each wrong number shows how many attempts are left; the last one locks the request."""
+    alice, request = open_confirm(office)
+    for left in ("4 attempts", "3 attempts", "2 attempts", "1 attempt"):
         alice.press("Submit", number=office.wrong(request))
-        assert alice.answer.status == 200
-        plural = "attempt" if left == 1 else "attempts"
-        text = f"This is not the number. {left} {plural} left."
-        assert text in alice.page.part("number-problem")
-        assert f"{left} {plural} left" in alice.page.part("number-state")
-        assert "value" not in alice.page.inputs["number"]
+        assert alice.answer.status_code == 200
+        problem = alice.page.part("number-problem")
+        assert f"This is not the number. {left} left." in problem
+        assert f"{left} left" in alice.page.part("number-state")
+        assert not alice.page.field("number").has_attr("value")
     alice.press("Submit", number=office.wrong(request))
     assert "This request is locked, after too many wrong numbers." in alice.page.part("over")
     assert office.held() == []
 
 
-def test_an_empty_number_is_no_guess(office: Office):
-    """Nothing typed costs no attempt."""
-    alice, request = confirming(office)
+def test_an_empty_number_costs_no_attempt(office: Office):
+    """An empty field is a typing error, not a guess."""
+    alice, request = open_confirm(office)
     alice.press("Submit", number="  ")
     assert "Type the confirmation number" in alice.page.part("number-problem")
     assert office.request(request).attempts_left == 5
 
 
 def test_an_expired_number(office: Office):
-    """It is said, and a new one can be sent from there; the old one is dead."""
-    alice, request = confirming(office)
+    """An expired number is refused; a new one can be sent, which invalidates it."""
+    alice, request = open_confirm(office)
     old = office.number(request)
     office.wait(minutes=11)
     alice.press("Submit", number=old)
@@ -563,36 +542,28 @@ def test_an_expired_number(office: Office):
     assert office.held() == [OFFICE]
 
 
-def test_resending_too_soon(office: Office):
-    """How long to wait is said."""
-    alice, _ = confirming(office)
-    alice.press("Send a new number")
-    # A moment has no seconds: "after 12:00 UTC", told at 12:00, would help nobody.
-    assert "Try again in 30 seconds." in alice.page.part("note")
-
-
 def test_an_actor_who_failed_too_often(office: Office):
-    """It is said that no number is judged any more, and who can help."""
+    """The page says that no number is accepted any more, and who can help."""
     office.use(failures_per_actor=1)
     office.guess(office.ask(HOME))
-    alice, request = confirming(office)
+    alice, request = open_confirm(office)
     alice.press("Submit", number=office.number(request))
     assert "until an operator allows you new attempts" in alice.page.part("number-problem")
     assert office.held() == []
 
 
-def test_a_rule_that_came_meanwhile(office: Office):
-    """A right number that a rule refuses is said with the rule; the request still waits."""
+def test_a_right_number_that_a_rule_refuses(office: Office):
+    """The rule is shown, and the request stays pending."""
     until = office.later(minutes=5)
-    alice, request = confirming(office, expires_at=until)
+    alice, request = open_confirm(office, expires_at=until)
     office.wait(minutes=6)
     alice.press("Submit", number=office.number(request))
     assert "The time must be in the future." in alice.page.part("problems")
     assert office.request(request).state == "pending"
 
 
-def test_somebody_elses_request(office: Office):
-    """Who did not ask is told who can confirm, and can cancel."""
+def test_the_request_of_another_actor(office: Office):
+    """Another actor sees who can confirm the request, and can cancel it."""
     request = office.ask()
     adam = office.browser(ADAM)
     assert "Requested by alice" in adam.text
@@ -603,27 +574,27 @@ def test_somebody_elses_request(office: Office):
     assert office.request(request).state == "cancelled"
 
 
-# -- deleting
+# -- deletions
 
 
-def test_a_delete_that_opens_to_every_address(office: Office):
-    """A page says so, and asks for an explicit choice first."""
+def test_a_deletion_that_opens_to_every_address(office: Office):
+    """The page warns and requires a ticked box."""
     office.add(OFFICE)
     alice = office.browser(ALICE)
     alice.follow("Delete")
     assert "can log in from any address" in alice.text
     with office.unchanged():
         alice.press("Delete", reason="kept")
-    assert alice.answer.status == 200
+    assert alice.answer.status_code == 200
     assert alice.page.part("open-problem")
-    assert alice.page.inputs["reason"]["value"] == "kept"
+    assert alice.page.value("reason") == "kept"
     alice.press("Delete", open="accept")
     assert "has no restrictions now and can log in from any address." in alice.page.part("note")
     assert office.held() == []
 
 
-def test_a_delete_that_leaves_only_what_has_expired(office: Office):
-    """The page before it says that no address is left, and so does the one after."""
+def test_a_deletion_that_leaves_only_expired_restrictions(office: Office):
+    """The page warns before that no address will be left, and reports it afterwards."""
     office.add(HOME, expires_at=office.later(hours=1))
     office.add(OFFICE)
     office.wait(hours=2)
@@ -634,8 +605,8 @@ def test_a_delete_that_leaves_only_what_has_expired(office: Office):
     assert "cannot log in from any address: what is left has expired." in alice.page.part("note")
 
 
-def test_what_a_deletion_comes_to_stands_beside_its_number(office: Office):
-    """Where what is left has expired by the time that the number is typed in, and before."""
+def test_the_form_for_the_number_shows_what_a_deletion_leaves(office: Office):
+    """The warning is judged at the time of the form, and only for deletions."""
     office.use(confirm_deletes=True)
     office.add(HOME, expires_at=office.later(hours=1))
     request = office.ask_to_delete(office.add(OFFICE))
@@ -648,8 +619,8 @@ def test_what_a_deletion_comes_to_stands_beside_its_number(office: Office):
     assert "cannot log in from anywhere" not in there
 
 
-def test_who_has_no_full_name_is_called_by_the_username(office: Office):
-    """In what the page warns of and says was done."""
+def test_a_user_without_a_full_name(office: Office):
+    """Warnings and messages use the username instead."""
     office.use(confirm_deletes=True)
     office.store.put_users([User(username="anon", full_name="", account_id="U1")])
     request = office.ask_to_delete(office.add(OFFICE, "anon"))
@@ -659,8 +630,8 @@ def test_who_has_no_full_name_is_called_by_the_username(office: Office):
     assert "anon has no restrictions now" in alice.page.part("note")
 
 
-def test_a_delete_that_leaves_only_what_ends(office: Office):
-    """The page before it says when no address will be left."""
+def test_a_deletion_that_leaves_only_temporary_restrictions(office: Office):
+    """The page says from when on no address will be left."""
     office.add(HOME, expires_at=office.later(hours=1))
     office.add("192.0.2.9", expires_at=office.later(hours=3))
     office.add(OFFICE)
@@ -673,8 +644,8 @@ def test_a_delete_that_leaves_only_what_ends(office: Office):
 
 
 @pytest.mark.parametrize(("setting", "first"), [("last", False), (True, True)])
-def test_deletes_that_need_a_number(office: Office, setting, first: bool):
-    """The page says that a number is needed, and asks for it; confirming deletes."""
+def test_deletions_that_need_a_number(office: Office, setting, first: bool):
+    """The page says that a number is needed and asks for it; confirming deletes."""
     office.use(confirm_deletes=setting)
     office.add(HOME)
     office.add(OFFICE, label="office")
@@ -683,14 +654,14 @@ def test_deletes_that_need_a_number(office: Office, setting, first: bool):
     assert ("You will receive an email" in alice.text) is first
     alice.press("Delete")
     if first:
-        alice.press("Submit", number=office.outbox.number_for(asked(alice)))
+        alice.press("Submit", number=office.outbox.number_for(request_id(alice)))
     assert office.held() == [OFFICE]
     alice.follow("Delete")
     alice.press("Delete", open="accept", reason="<gone>")
     assert "This deletion needs a number." in alice.page.part("note")
     for words in ("Confirm the deletion", "any address", "<gone>", "To be deleted"):
         assert words in alice.text
-    number = office.outbox.number_for(asked(alice))
+    number = office.outbox.number_for(request_id(alice))
     alice.open("/")
     assert "Delete 203.0.113.7" in alice.text
     alice.follow("Confirm")
@@ -698,8 +669,8 @@ def test_deletes_that_need_a_number(office: Office, setting, first: bool):
     assert "has no restrictions now" in alice.page.part("note")
 
 
-def test_a_delete_that_waits_already(office: Office):
-    """Asking twice leads to the request that waits, also somebody else's; a failed mail is said."""
+def test_a_deletion_that_is_pending_already(office: Office):
+    """A second deletion leads to the pending request, also of another actor."""
     office.use(confirm_deletes=True)
     restriction = office.add(OFFICE)
     office.ask(HOME)
@@ -714,8 +685,8 @@ def test_a_delete_that_waits_already(office: Office):
     assert office.held() == [OFFICE]
 
 
-def test_a_reason_that_makes_no_sense(office: Office):
-    """It is refused beside its field."""
+def test_an_invalid_reason(office: Office):
+    """An invalid reason is refused at its field."""
     office.add(HOME)
     restriction = office.add(OFFICE)
     alice = office.browser(ALICE, f"/delete?user=jsmith&restriction={restriction.id}")
@@ -724,8 +695,8 @@ def test_a_reason_that_makes_no_sense(office: Office):
     assert len(office.held()) == 2
 
 
-def test_deletes_asked_for_too_often(office: Office):
-    """The limit is said on the form."""
+def test_too_many_requests_to_delete(office: Office):
+    """The limit of requests is shown on the form."""
     office.use(confirm_deletes=True, requests_per_hour=1)
     office.ask(HOME)
     restriction = office.add(OFFICE)
@@ -734,11 +705,11 @@ def test_deletes_asked_for_too_often(office: Office):
     assert "Try again in " in alice.page.part("problems")
 
 
-# -- locking oneself out
+# -- lockout
 
 
-def test_asking_for_what_would_lock_the_actor_out(office: Office):
-    """A page says so and asks for an explicit choice, at the request and at the confirmation."""
+def test_a_request_that_would_lock_the_actor_out(office: Office):
+    """The page warns and requires a ticked box, at the request and at the confirmation."""
     alice = office.browser(ALICE, "/add")
     with office.unchanged():
         alice.press("Submit", user="alice", addresses=HOME, label="kept")
@@ -747,7 +718,7 @@ def test_asking_for_what_would_lock_the_actor_out(office: Office):
         alice.press("Submit")
         assert "Tick the box if you want this" in alice.page.part("lockout-problem")
     alice.press("Submit", lockout="accept")
-    request = office.request_of(asked(alice))
+    request = office.request_of(request_id(alice))
     assert request.label == "kept"
     alice.press("Submit", number=office.number(request))
     assert "You would lock yourself out" in alice.text
@@ -762,8 +733,8 @@ def test_asking_for_what_would_lock_the_actor_out(office: Office):
     assert office.held("alice") == [HOME]
 
 
-def test_deleting_what_would_lock_the_actor_out(office: Office):
-    """The same for a deletion; going back changes nothing."""
+def test_a_deletion_that_would_lock_the_actor_out(office: Office):
+    """The same for a deletion; "Go back" changes nothing."""
     office.add(OFFICE, username="alice")
     office.add(HOME, username="alice")
     alice = office.browser(ALICE)
@@ -774,51 +745,51 @@ def test_deleting_what_would_lock_the_actor_out(office: Office):
     alice.press("Delete", reason="kept")
     alice.press("Submit", lockout="accept")
     assert office.held("alice") == [HOME]
-    assert office.rows()[0].detail["reason"] == "kept"
+    alice.open("/history")
+    assert "reason: kept" in alice.text
 
 
-# -- looking
+# -- checks and the history
 
 
 @pytest.mark.parametrize(
     ("address", "allowed", "why"),
     [
-        (OFFICE, "allowed", "A restriction of jsmith lists this address."),
         (f" {OFFICE} ", "allowed", "A restriction of jsmith lists this address."),
         (HOME, "not allowed", "No restriction of jsmith lists this address."),
     ],
 )
 def test_check_an_address(office: Office, address: str, allowed: str, why: str):
-    """Whether a login would be let in, and why, as the store has it at that moment."""
+    """The page shows whether and why a login would be allowed; no URL shows the address."""
     office.add("203.0.113.0/29", label="office")
     alice = office.browser(ALICE, "/user?user=jsmith")
     alice.follow("Check an address")
     alice.press("Check", address=address)
     assert alice.page.part("verdict-head") == f"{address.strip()}: {allowed}"
     assert why in alice.page.part("verdict")
-    assert not any("203" in url or "198" in url for url in alice.log)
+    assert not any(address.strip() in url for url in alice.log)
 
 
-def test_check_without_restrictions(office: Office):
-    """Who has no restrictions is let in from anywhere."""
+def test_check_a_user_without_restrictions(office: Office):
+    """A user without restrictions is allowed from any address."""
     alice = office.browser(ALICE, "/check?user=mary")
     alice.press("Check", address=HOME)
     assert "mary has no restrictions: any address is let in." in alice.page.part("verdict")
 
 
 @pytest.mark.parametrize("text", ["", "203.0.113.0/29", "203.0.113.05", "x" * 256])
-def test_check_of_what_is_no_address(office: Office, text: str):
-    """It is refused beside the field, and stays there."""
+def test_check_an_invalid_address(office: Office, text: str):
+    """An invalid address is refused at its field, which keeps the text."""
     alice = office.browser(ALICE, "/check?user=jsmith")
     alice.press("Check", address=text)
-    assert alice.answer.status == 200
+    assert alice.answer.status_code == 200
     assert alice.page.part("address-problem")
-    assert alice.page.inputs["address"]["value"] == text
+    assert alice.page.value("address") == text
 
 
-def test_what_a_check_can_say():
-    """Every reason has its words."""
-    said = set()
+def test_every_reason_is_explained():
+    """Each reason of a decision has a text of its own."""
+    texts = set()
     for reason in Reason:
         decision = Decision(allowed=False, reason=reason, revision=1)
         found = Explanation(
@@ -830,12 +801,12 @@ def test_what_a_check_can_say():
             at=datetime.now(UTC),
             summary="",
         )
-        said.add(_texts.verdict(found))
-    assert len(said) == len(Reason)
+        texts.add(_messages.explain_decision(found))
+    assert len(texts) == len(Reason)
 
 
 def test_history(office: Office):
-    """Who did what, when, from where and to whom, the newest first, and of one trader alone."""
+    """The history shows who did what, when and from where, newest first; also of one trader."""
     restriction = office.add(HOME, label="a b")
     office.delete(restriction, reason="moved")
     office.guess(office.ask())
@@ -855,31 +826,27 @@ def test_history(office: Office):
         "expires: ",
     ):
         assert words in alice.text, words
-    whole = len(alice.page.headings)
+    whole = len(alice.page.select("tr"))
     alice.press("Show", user="MARY")
     assert alice.address == "/history?user=mary"
     assert "jsmith" not in alice.text
-    assert len(alice.page.headings) < whole
+    assert len(alice.page.select("tr")) < whole
     alice.press("Show", user="")
     assert alice.address == "/history"
-    for text in ("nobody", "zed", OFFICE, "a\x00"):
+    for text in ("unknown", "zed", OFFICE, "a\x00"):
         alice.press("Show", user=text)
-        assert alice.answer.status == 200
-        assert alice.page.inputs["user"]["value"] == text
+        assert alice.answer.status_code == 200
+        assert alice.page.value("user") == text
     assert not any(OFFICE in url for url in alice.log)
 
 
-def test_history_of_nobody(office: Office):
-    """Whom a link names, of whom there is nothing."""
+def test_history_of_unknown_and_removed_users(office: Office):
+    """An unknown trader has an empty history, a removed one still has a history."""
     alice = office.browser(ALICE, "/history?user=jsmiht")
     assert "Nothing is recorded about “jsmiht”." in alice.text
-
-
-def test_history_of_who_is_gone(office: Office):
-    """A trader that was removed still has a history."""
     office.add(HOME)
     office.store.remove_users(["jsmith"])
-    alice = office.browser(ALICE, "/history")
+    alice.open("/history")
     alice.press("Show", user="jsmith")
     assert "removed users" in alice.text
 
@@ -900,129 +867,108 @@ def test_entries_of_a_newer_version_are_shown_as_they_are(
     with office.store.transaction() as tx:
         change = tx.append(action, actor="alice", username="jsmith", account_id="U1", detail=detail)
     alice = office.browser(ALICE, "/history")
-    assert alice.answer.status == 200
-    told = f"{_texts.told(change, 'bob')}|{alice.text}"
+    assert alice.answer.status_code == 200
+    text = f"{_messages.describe(change, 'bob')}|{alice.text}"
     for words in shown.split("|"):
-        assert words in told
-
-
-def test_pages_of_the_history(office: Office):
-    """Older pages go on where the newer ended."""
-    for n in range(60):
-        office.delete(office.add(f"10.9.9.{n}"))
-    alice = office.browser(ALICE, "/history")
-    counts = [alice.text.count("10.9.9.")]
-    while any(words == "Older" for words, _ in alice.page.links):
-        alice.follow("Older")
-        counts.append(alice.text.count("10.9.9."))
-    assert counts == [50, 50, 20]
-    alice.follow("Newest")
-    assert alice.text.count("10.9.9.") == 50
+        assert words in text
 
 
 @pytest.mark.parametrize("query", ["before=0", "before=x", "before=" + "9" * 40, "user=%00"])
-def test_no_such_page_of_the_history(office: Office, query: str):
-    """A link that was made up is a bad request."""
-    assert office.browser(ALICE, f"/history?{query}").answer.status == 400
+def test_an_invalid_page_of_the_history(office: Office, query: str):
+    """A made-up link is a bad request."""
+    assert office.browser(ALICE, f"/history?{query}").answer.status_code == 400
 
 
-PROPOSALS = ["10.0.0.0/255.0.0.0", "10.*.*.*", "2001:db8::1/24", "203.0.113.9/24", "10.1.1.1/30"]
+# -- proposals
 
 
 @pytest.mark.parametrize(
-    ("widest_ipv4", "widest_ipv6"), [(16, 32), (32, 128), (24, 72), (31, 127), (8, 20), (0, 0)]
+    ("widest_ipv4", "widest_ipv6", "here"),
+    [
+        (16, 32, "203.0.113.7"),
+        (32, 128, "2001:db8:1:2:a:b:c:d"),
+        (24, 72, "2001:db8:1:2:a:b:c:d"),
+        (0, 0, "203.0.113.7"),
+    ],
 )
-@pytest.mark.parametrize("here", ["2001:db8:1:2:a:b:c:d", "203.0.113.7"])
 def test_the_page_proposes_what_its_settings_accept(
     office: Office, widest_ipv4: int, widest_ipv6: int, here: str
 ):
-    """Neither 'Did you mean', nor 'Understood as', nor the current address is refused later."""
+    """Hints, examples, "Understood as" and the current address are accepted when submitted."""
     office.use(widest_ipv4=widest_ipv4, widest_ipv6=widest_ipv6)
     actor = Actor(username="alice", email="a@x.example", manages={"U1"}, address=here)
     alice = office.browser(actor, "/add")
-    token = alice.form("Submit")[0].fields["token"]
-    proposed = {alice.page.elements_with("data-mine")["data-mine"]}
+    proposed = {str(alice.page.one("[data-mine]")["data-mine"])}
     if ".0/29" in alice.page.part("addresses-hint"):
         proposed |= {"203.0.113.0/29", "203.0.113.5-203.0.113.9"}
-    for text in PROPOSALS:
+    for text in ("10.0.0.0/255.0.0.0", "10.*.*.*", "2001:db8::1/24", "10.1.1.1/30"):
         alice.press("Submit", user="jsmith", addresses=text)
         problem = alice.page.part("addresses-problem")
         found = re.search(r"Did you mean (.*)\?", problem)
         assert found or "the widest network allowed is a /" in problem
-        alice.post("/understood", {"token": token, "addresses": text})
-        assert json.loads(alice.answer.text)["problem"] in problem
+        assert understand(alice, text)["problem"] in problem
         alice.open("/add")
         proposed |= {found[1]} if found else set()
     for text in sorted(proposed):
-        alice.post("/understood", {"token": token, "addresses": text})
-        assert json.loads(alice.answer.text)["canonical"]
-        alice.open("/add")
+        assert understand(alice, text)["canonical"]
         alice.press("Submit", user="mary", addresses=text, seen=text)
-        assert asked(alice), text
+        assert request_id(alice), text
+        alice.open("/add")
 
 
-def test_what_is_too_broad_is_not_called_understood(office: Office):
-    """The script is told so while the text is typed, with or without a proposal."""
-    alice = office.browser(ALICE, "/add")
-    token = alice.form("Submit")[0].fields["token"]
-    for text in ("10.0.0.0/15", "10.1.0.0/8", "10.0.0.0-10.200.0.0"):
-        alice.post("/understood", {"token": token, "addresses": text})
-        told = json.loads(alice.answer.text)
-        assert told["canonical"] == ""
-        assert "allowed is a /16." in told["problem"]
+def understand(browser: Browser, text: str) -> dict[str, str]:
+    """Return what the script is told about a text."""
+    fields = {"token": browser.page.form("Submit").fields["token"], "addresses": text}
+    answer = browser.submit("/understood", fields)
+    assert answer.headers["content-type"] == "application/json"
+    told: dict[str, str] = json.loads(answer.text)
+    return told
 
 
-def test_what_the_script_is_told(office: Office):
-    """The same words as without the script: what a text was understood as, or what is wrong."""
+def test_the_script_gets_the_same_words(office: Office):
+    """While a text is typed, the script gets its meaning or the problem, in the page's words."""
     office.use(widest_ipv4=8)
     alice = office.browser(ALICE, "/add")
-    token = alice.form("Submit")[0].fields["token"]
     for text, expected in (
         ("203.0.113.5-203.0.113.9", "203.0.113.5-203.0.113.9: 5 addresses"),
         ("10.0.0.0/15", "10.0.0.0/15: 131,072 addresses"),
         ("2001:db8::/64", "2001:db8::/64: 2^64 addresses"),
         ("2001:db8::-2001:db8::1:0:0:0:0", "2001:db8::-2001:db8:0:1::: more than 2^64 addresses"),
     ):
-        alice.post("/understood", {"token": token, "addresses": text})
-        assert alice.answer.header("content-type") == "application/json"
-        assert expected.replace(":::", "::") in alice.answer.text or expected in alice.answer.text
-    alice.post("/understood", {"token": token, "addresses": "10.1.0.0/8"})
-    assert "Did you mean 10.0.0.0/8?" in alice.answer.text
+        assert understand(alice, text)["understood"] == expected
+    assert "Did you mean 10.0.0.0/8?" in understand(alice, "10.1.0.0/8")["problem"]
+    office.use(widest_ipv4=16)
+    alice = office.browser(ALICE, "/add")
+    for text in ("10.0.0.0/15", "10.1.0.0/8", "10.0.0.0-10.200.0.0"):
+        told = understand(alice, text)
+        assert told["canonical"] == ""
+        assert "allowed is a /16." in told["problem"]
 
 
-def test_the_guard_has_caught_up(office: Office):
-    """After a change the page waits until this server's own guard knows of it."""
-    request = office.ask()
+# -- after a change
+
+
+def test_the_page_waits_for_its_guard(office: Office):
+    """After a change the page waits until this server's guard knows of it."""
+    alice, request = open_confirm(office)
     assert office.guard.is_allowed("jsmith", HOME)
-    alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
     alice.press("Submit", number=office.number(request))
     assert office.guard.revision == office.rows()[0].revision
     assert not office.guard.is_allowed("jsmith", HOME)
 
 
 def test_a_guard_that_does_not_catch_up(office: Office, monkeypatch):
-    """The change holds, and the page says that it takes a moment longer."""
+    """The change holds, and the message says that login servers are not up to date yet."""
     monkeypatch.setattr(office.guard, "wait_for", lambda revision, timeout: False)
-    request = office.ask()
-    alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
+    alice, request = open_confirm(office)
     alice.press("Submit", number=office.number(request))
     assert "Login servers will know of it within seconds." in alice.page.part("note")
     assert office.held() == [OFFICE]
 
 
-def test_a_message_is_shown_once_and_not_for_long(office: Office):
-    """It is gone with the next page, and after two minutes anyway."""
-    office.ask()
-    alice = office.browser(ALICE)
-    alice.press("Cancel")
-    assert alice.page.part("note")
-    alice.open(alice.address)
-    assert "note" not in alice.page.ids
-
-
-def test_lengths_and_counts():
-    """Lengths are rounded up in their largest unit."""
-    for length, text in (
+def test_durations():
+    """Durations are rounded up in their largest unit."""
+    for duration, text in (
         (timedelta(0), "1 second"),
         (timedelta(milliseconds=30_200), "31 seconds"),
         (timedelta(minutes=1, seconds=1), "2 minutes"),
@@ -1030,4 +976,4 @@ def test_lengths_and_counts():
         (timedelta(hours=23, minutes=1), "24 hours"),
         (timedelta(days=2), "2 days"),
     ):
-        assert _texts.length(length) == text
+        assert _messages.format_duration(duration) == text

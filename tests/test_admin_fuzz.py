@@ -1,4 +1,4 @@
-"""Random requests to the page: never a 500, never a change that its sender had no right to."""
+"""Random requests to the page: never a 500, never a change without the right to make it."""
 
 from collections import Counter
 from typing import Any
@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ipguard import Actor, Change
+from ipguard.admin._concurrency import digest_restrictions
 from ipguard.admin._http import BODY_LIMIT
-from ipguard.admin._seen import _digest
 from ipguard.admin._site import ROUTES
 from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, OFFICE
 from tests.pages import HOST, Browser, Office
@@ -56,7 +56,7 @@ PEOPLE = (None, ALICE, ADAM, CAROL, BOSS)
 
 @attrs.frozen
 class Shot:
-    """One request: who sends it, what, and with whose token; None is the sender's own."""
+    """One request: the sender's index, the request, and whose CSRF token (None: the sender's)."""
 
     who: int
     method: str
@@ -68,7 +68,7 @@ class Shot:
 
 
 def shots() -> st.SearchStrategy[Shot]:
-    # Replaced by something that is there.
+    # Placeholders for existing things, see Range.refill.
     kind = st.sampled_from(["user", "request", "restriction", "number"])
     known = st.tuples(kind, st.integers(0, 5)).map(lambda it: f"<{it[0]} {it[1]}>")
     text = known | st.sampled_from(ODD) | st.text(max_size=40)
@@ -84,7 +84,7 @@ def shots() -> st.SearchStrategy[Shot]:
         },
     )
     complete = st.sampled_from(["/add", "/confirm", "/delete", "/cancel", "/resend"])
-    # What belongs together, as a browser would send it; or nearly.
+    # Fields that belong together, as a browser would send them, or nearly.
     ours = st.tuples(
         complete,
         st.integers(0, 5),
@@ -129,7 +129,7 @@ def shots() -> st.SearchStrategy[Shot]:
 
 
 class Range:
-    """The page under fire: browsers of everybody, and what there is to aim at."""
+    """The page, a browser for each person, and existing things to aim at."""
 
     def __init__(self, office: Office) -> None:
         self.office = office
@@ -144,10 +144,10 @@ class Range:
 
     def _token(self, browser: Browser) -> str:
         browser.open("/add")
-        return browser.form("Submit")[0].fields["token"]
+        return browser.page.form("Submit").fields["token"]
 
     def refill(self) -> None:
-        """Put up what there is to aim at; its ids and numbers are known to the fuzzer."""
+        """Create restrictions and requests whose ids and numbers the fuzzer knows."""
         office = self.office
         self.targets: dict[str, str] = {}
         for user, actor in (("jsmith", ALICE), ("zed", CAROL)):
@@ -172,7 +172,7 @@ class Range:
 
     def fire(self, shot: Shot) -> None:
         browser, who = self.browsers[shot.who], PEOPLE[shot.who]
-        # What the sender would have seen, so that a form may get through.
+        # The current version, so that a form may succeed.
         user = self.targets.get(dict(self._fields(shot)).get("user", ""), "")
         self._seen = self._look(user) if user else ""
         token = self.tokens[shot.who if shot.token is None else shot.token]
@@ -194,15 +194,15 @@ class Range:
             b"" if shot.method == "GET" else body,
             dict(shot.headers),
         )
-        if answer.status == 303:
-            shown = browser.send("GET", urljoin(path, answer.header("location")))
-            assert shown.status in EXPECTED, (shown.status, shown.text[:2000])
+        if answer.status_code == 303:
+            shown = browser.send("GET", urljoin(path, answer.headers.get("location", "")))
+            assert shown.status_code in EXPECTED, (shown.status_code, shown.text[:2000])
         elif shot.method == "POST" and path != "/understood":
-            assert answer.status != 200, path  # a reload would send the form again
+            assert answer.status_code != 200, path  # a reload would send the form again
         browser.cookies = cookies
-        self.seen[answer.status] += 1
-        assert answer.status in EXPECTED, (answer.status, answer.text[:2000])
-        for _, value in answer.headers:
+        self.seen[answer.status_code] += 1
+        assert answer.status_code in EXPECTED, (answer.status_code, answer.text[:2000])
+        for _, value in answer.headers.multi_items():
             assert "\r" not in value
             assert "\n" not in value
         self._judge(shot, who)
@@ -213,7 +213,7 @@ class Range:
     def _look(self, user: str) -> str:
         for line in self.office.flow.overview(BOSS, search=user, limit=10):
             if line.user.username == user:
-                return f"0.{_digest(line)}"
+                return f"0.{digest_restrictions(line)}"
         return ""
 
     def _newest(self) -> tuple[Change, ...]:
@@ -239,13 +239,13 @@ class Range:
 
 
 def test_random_requests(office: Office, rounds: Any):
-    """Whatever is sent, the answer is one that is meant; whatever changes, its sender may."""
+    """Every response is an expected one, and every change was made by someone who may."""
     target = Range(office)
     fired = 0
 
     @settings(
         max_examples=rounds(300, 10_000),
-        phases=[Phase.generate],  # what came before matters: it cannot be made smaller
+        phases=[Phase.generate],  # earlier requests matter, so examples cannot be shrunk
         database=None,
         suppress_health_check=list(HealthCheck),
     )

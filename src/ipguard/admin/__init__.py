@@ -1,19 +1,18 @@
-"""The administration page, to be mounted into the host's own web application.
+"""The administration page, an application to mount into the host's own web application.
 
-    app = asgi_app(flow, guard, authenticate=who)     # Starlette, FastAPI
-    app = wsgi_app(flow, guard, authenticate=who)     # Flask, Django, any WSGI server
+    app = asgi_app(flow, guard, authenticate=authenticate)     # Starlette, FastAPI
+    app = wsgi_app(flow, guard, authenticate=authenticate)     # Flask, Django, any WSGI server
 
-Both answer with the same pages: thin adapters (`_asgi`, `_wsgi`) turn the framework's request into
-a value and the views' value into the framework's response; `_site` finds the view. Every rule is
-the workflow's and the guard's.
+`_asgi` and `_wsgi` translate the framework's requests and responses, `_site` finds the view, and
+the views call the workflow and the guard, which own the rules.
 
-What stays as it is, for tests and scripts of adopters. Below where the page is mounted::
+Tests and scripts of hosts may rely on the following. The paths, below the mount::
 
-    GET  /                            the list; ?after=USERNAME, ?search=SEALED TEXT
+    GET  /                            the list; ?after=USERNAME, ?search=SIGNED TEXT
     POST /search                      search
-    GET  /user?user=                  one user: what holds, what waits
+    GET  /user?user=                  one user: restrictions and pending requests
     GET  /add[?user=]     POST /add          user addresses label expires_at
-    POST /understood                  addresses; answers in JSON, for the script
+    POST /understood                  addresses; returns JSON to the script
     GET  /confirm?user=&request=  POST /confirm   user request number
     POST /resend                      user request
     POST /cancel                      user request
@@ -21,14 +20,14 @@ What stays as it is, for tests and scripts of adopters. Below where the page is 
     GET  /check?user=     POST /check        user address
     GET  /history[?user=&before=]     POST /history   user
 
-Every POST but that of the script is answered by a redirect; a refused form's goes to a page with
-`again=`, which shows the form with what was typed.
+Every form is answered with a redirect. A refused form redirects to a page with `again=`, which
+shows the form with the submitted values.
 
-Each form also carries `token`, and some `seen`: what its sender had seen. The fields' ids are their
-names (`#user`, `#addresses`, `#number`, ...), a field's error is `#NAME-problem`, all errors
-together `#problems`, the message after a change `#note`. Labels: "Trader", "IP Address", "Label",
-"Expires", "Confirmation Number"; buttons and links: "Add IP Address Restriction", "Submit",
-"Confirm", "Cancel", "Delete".
+Each form also carries `token`, the CSRF token, and some carry `seen`, the version that they showed.
+The fields' ids are their names (`#user`, `#addresses`, `#number`, ...), the error of a field is
+`#NAME-problem`, all errors together are `#problems`, the message after a change is `#note`. Labels:
+"Trader", "IP Address", "Label", "Expires", "Confirmation Number"; buttons and links: "Add IP
+Address Restriction", "Submit", "Confirm", "Cancel", "Delete".
 """
 
 from __future__ import annotations
@@ -70,22 +69,22 @@ def asgi_app(
     """Make the page for an ASGI server or framework.
 
     Args:
-        flow: What changes restrictions.
-        guard: What logins are answered by; "Check an address" asks it.
-        authenticate: Called as `authenticate(request)` with Starlette's request; a coroutine
-            function, or a plain one, which runs on a thread. It returns the `Actor` whom the host
-            has signed in; or None: the answer is then 401; or a response of the host's own, such as
-            a redirect. What it raises is the host's to handle.
-        brand: What stands at the top of each page, up to 100 characters.
+        flow: The workflow.
+        guard: The guard; "Check an address" asks it.
+        authenticate: Called as `authenticate(request)` with Starlette's request: a coroutine
+            function, or a plain function, which runs on a thread. It returns the signed-in `Actor`;
+            or None, which is answered with 401; or a response of the host's own, such as a
+            redirect. Its exceptions propagate to the host.
+        brand: The text at the top of each page, up to 100 characters.
 
     Returns:
-        The application. What takes time runs on threads.
+        The application. It calls the workflow and the guard on threads.
 
     Raises:
-        InvalidValue: An argument makes no sense.
+        InvalidValue: An argument is invalid.
         ModuleNotFoundError: The extra `admin` is not installed.
     """
-    app: ASGIApp = _adapter("_asgi").make(Site(flow, guard, brand, authenticate))
+    app: ASGIApp = _load_adapter("_asgi").make_app(Site(flow, guard, brand, authenticate))
     return app
 
 
@@ -101,22 +100,22 @@ def wsgi_app(
     Args:
         flow: As for `asgi_app`.
         guard: As for `asgi_app`.
-        authenticate: Called as `authenticate(request)` with Werkzeug's request. It returns what it
-            does for `asgi_app`; Werkzeug's HTTP exceptions, such as `abort` raises, are answers.
+        authenticate: Called as `authenticate(request)` with Werkzeug's request. It returns the same
+            as for `asgi_app`; Werkzeug's HTTP exceptions, such as those of `abort`, are responses.
         brand: As for `asgi_app`.
 
     Returns:
         The application.
 
     Raises:
-        InvalidValue: An argument makes no sense.
+        InvalidValue: An argument is invalid.
         ModuleNotFoundError: The extra `admin` is not installed.
     """
-    app: WSGIApp = _adapter("_wsgi").make(Site(flow, guard, brand, authenticate))
+    app: WSGIApp = _load_adapter("_wsgi").make_app(Site(flow, guard, brand, authenticate))
     return app
 
 
-def _adapter(name: str) -> Any:
+def _load_adapter(name: str) -> Any:
     try:
         return import_module(f"ipguard.admin.{name}")
     except ModuleNotFoundError as missing:

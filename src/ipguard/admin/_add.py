@@ -1,4 +1,4 @@
-"""Asking for a restriction: the form, what its text was understood as, the request."""
+"""Request a restriction: the form, the review of a range, and the request."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Final
 from ipguard import rules
 from ipguard._checks import check_text
 from ipguard.addresses import AddressRange, parse_address
-from ipguard.admin import _texts
-from ipguard.admin._form import accept_lockout, lockout_page
-from ipguard.admin._http import SAFE_HEADERS, Response
-from ipguard.admin._visit import Draft, Visit
+from ipguard.admin import _http, _messages
+from ipguard.admin._concurrency import check_lockout_accepted, show_lockout_warning
+from ipguard.admin._context import Context, Draft
+from ipguard.admin._http import Response
 from ipguard.errors import (
     AddressError,
     AddressTooBroad,
@@ -24,210 +24,184 @@ from ipguard.errors import (
     StoreError,
     UnknownUser,
 )
-from ipguard.model import LABEL_LIMIT, PendingRequest, User
+from ipguard.model import LABEL_LIMIT, User
 
 _FIELDS: Final = ("user", "addresses", "label", "expires_at")
-_EXAMPLE: Final = 29  # the prefix of the network that the form names as an example
-_DROP_DOWN: Final = 100
-_MATCHES: Final = 20
-_NETWORK: Final = 64  # of one IPv6 subscriber: privacy addresses change inside it
-
-MAIL_FAILED: Final = (
-    "The mail with the confirmation number could not be sent. The request waits; send a new number."
-)
+_EXAMPLE_PREFIX: Final = 29  # of the network that the form gives as an example
+_DROP_DOWN_LIMIT: Final = 100
+_MATCH_LIMIT: Final = 20
+_SUBSCRIBER_PREFIX: Final = 64  # IPv6 privacy addresses change within this network
 
 
-def mine(address: str | None, widest_ipv6: int) -> str:
-    """Propose a restriction for where the actor is: the address, or its IPv6 network.
-
-    Args:
-        address: Where the actor is, if that is known.
-        widest_ipv6: The widest prefix that the settings accept, in bits.
-    """
-    if address is None:
-        return ""
-    here = parse_address(address)
-    if here.version == 4:
-        return str(here)
-    size = 1 << (128 - max(_NETWORK, widest_ipv6))
-    first = here.first // size * size
-    return str(AddressRange(version=6, first=first, last=first + size - 1))
-
-
-def show(visit: Visit) -> Response:
-    """Show the form, for a user if one is given; or what comes next for one that was sent."""
-    given = visit.request.asked().get("user", "")
+def show(context: Context) -> Response:
+    """Show the form, the review of its range, or the lockout warning."""
+    given = context.request.parse_query().get("user", "")
     if given:
-        visit.person(given)  # so that what is not there is no page
-    draft = visit.draft()
+        context.find_user(given)  # raise UnknownUser
+    draft = context.read_draft()
     values = dict.fromkeys(_FIELDS, "") | {"user": given} | draft.values
     if draft.step != "review" and not values.get("asked"):
-        return _form(visit, values, draft.problems)
-    found = _understand(visit, values)
-    if isinstance(found, dict):
-        return _form(visit, values, found)
-    user, addresses, expires_at = found
+        return _show_form(context, values, draft.problems)
+    parsed = _parse(context, values)
+    if isinstance(parsed, dict):
+        return _show_form(context, values, parsed)
+    user, addresses, expires_at = parsed
     if values.get("asked"):
         what = f"add {addresses} for {user.full_name or user.username}"
-        return lockout_page(visit, "add", draft, what, user=user.username)
-    return visit.page(
+        return show_lockout_warning(context, "add", draft, what, user=user.username)
+    return context.page(
         "review.html", values=values, user=user, addresses=addresses, expires_at=expires_at
     )
 
 
-def _form(visit: Visit, values: dict[str, str], problems: dict[str, str]) -> Response:
-    everyone = _matches(visit, values["user"]) if "user" in problems else ()
-    if not everyone:
-        found = visit.flow.overview(visit.actor, limit=_DROP_DOWN)
+def _show_form(context: Context, values: dict[str, str], problems: dict[str, str]) -> Response:
+    choices: tuple[User, ...] | None = ()
+    if "user" in problems:
+        choices = _match_users(context, values["user"])
+    if not choices:
+        found = context.flow.overview(context.actor, limit=_DROP_DOWN_LIMIT)
+        choices = None  # a text field, to type a name or a search
         if found.next is None:
-            everyone = tuple(line.user for line in found if not line.removed)
+            choices = tuple(line.user for line in found if not line.removed)
         elif values["user"] and "user" not in problems:
-            everyone = (visit.person(values["user"]).user,)
-        else:
-            everyone = None
-    return visit.page(
+            choices = (context.find_user(values["user"]).user,)
+    return context.page(
         "add.html",
         values=values,
         problems=problems,
-        everyone=everyone,
-        mine=mine(visit.actor.address, visit.flow.settings.widest_ipv6),
+        choices=choices,
+        current_address=_propose_current_address(context),
         label_limit=LABEL_LIMIT,
-        networks=visit.flow.settings.widest_ipv4 <= _EXAMPLE,
+        networks=context.flow.settings.widest_ipv4 <= _EXAMPLE_PREFIX,
     )
 
 
-def submit(visit: Visit) -> Response:
-    """Ask for the restriction, once what was typed is right, understood and accepted."""
-    values = {name: visit.field(name) for name in _FIELDS}
-    if visit.field("do") == "mine":
-        here = mine(visit.actor.address, visit.flow.settings.widest_ipv6)
-        return visit.again("add", Draft(values=values | {"addresses": here}))
-    if visit.field("do") == "edit":
-        return visit.again("add", Draft(values=values))
-    found = _understand(visit, values)
-    if isinstance(found, dict):
-        return visit.again("add", Draft(values=values, problems=found))
-    user, addresses, expires_at = found
-    if not (_plain(values["addresses"], addresses) or visit.field("seen") == str(addresses)):
-        return visit.again("add", Draft(values=values, step="review"))
-    return _ask(visit, values, user, addresses, expires_at)
+def _propose_current_address(context: Context) -> str:
+    """Return the actor's address, or its IPv6 network; "" if it is unknown."""
+    if context.actor.address is None:
+        return ""
+    here = parse_address(context.actor.address)
+    if here.version == 4:
+        return str(here)
+    size = 1 << (128 - max(_SUBSCRIBER_PREFIX, context.flow.settings.widest_ipv6))
+    first = here.first // size * size
+    return str(AddressRange(version=6, first=first, last=first + size - 1))
 
 
-def _understand(
-    visit: Visit, values: dict[str, str]
-) -> tuple[User, AddressRange, datetime | None] | dict[str, str]:
-    """Return what the fields mean, or what is wrong with them."""
-    problems: dict[str, str] = {}
-    user = _trader(visit, values["user"], problems)
-    addresses = _addresses(visit, values["addresses"], problems)
-    expires_at = _time(values["expires_at"], problems)
-    try:
-        check_text("label", values["label"], LABEL_LIMIT)
-    except InvalidValue as wrong:
-        problems["label"] = _texts.problem(wrong, visit.now).text
-    if problems or user is None or addresses is None:
-        return problems
-    return user, addresses, expires_at
+def submit(context: Context) -> Response:
+    """Request the restriction, unless the form has problems or its range needs a review."""
+    values = {name: context.field(name) for name in _FIELDS}
+    if context.field("do") == "mine":
+        values["addresses"] = _propose_current_address(context)
+    if context.field("do") in ("mine", "edit"):
+        return context.redirect_to_draft("add", Draft(values=values))
+    parsed = _parse(context, values)
+    if isinstance(parsed, dict):
+        return context.redirect_to_draft("add", Draft(values=values, problems=parsed))
+    user, addresses, expires_at = parsed
+    # A single address in canonical form can only mean itself.
+    obvious = addresses.size == 1 and values["addresses"].strip() == str(addresses)
+    if not (obvious or context.field("seen") == str(addresses)):
+        return context.redirect_to_draft("add", Draft(values=values, step="review"))
+    return _request(context, values, user, addresses, expires_at)
 
 
-def _ask(
-    visit: Visit,
+def _request(
+    context: Context,
     values: dict[str, str],
     user: User,
     addresses: AddressRange,
     expires_at: datetime | None,
 ) -> Response:
     try:
-        request = visit.flow.request(
-            visit.actor,
+        request_id = context.flow.request(
+            context.actor,
             user.username,
             addresses,
             label=values["label"],
             expires_at=expires_at,
-            allow_lockout=visit.field("lockout") == "accept",
-        )
+            allow_lockout=context.field("lockout") == "accept",
+        ).id
+        text = "You will receive an email with a confirmation number. Enter it here."
+        return context.redirect("confirm", text, user=user.username, request=request_id)
     except LockoutRisk as risk:
-        more = {"seen": str(addresses), "asked": risk.address}
-        return visit.again("add", Draft(values=values | more, problems=accept_lockout(visit)))
-    except DeliveryError as failed:
-        return visit.go(
-            "confirm", MAIL_FAILED, "problem", user=user.username, request=failed.request_id
-        )
-    except DuplicateRestriction as wrong:
-        waiting = _waiting(visit, user.username, addresses)
-        if waiting is None or wrong.differs:
-            problems = {"addresses": _texts.problem(wrong, visit.now).text}
-            return visit.again("add", Draft(values=values, problems=problems))
-        return visit.go(
-            "confirm",
-            "You have asked for this already. Its number was sent to you by email.",
-            "note",
-            user=user.username,
-            request=waiting.id,
+        values |= {"seen": str(addresses), "asked": risk.address}
+        problems = check_lockout_accepted(context)
+    except DeliveryError as error:
+        text = _messages.MAIL_FAILED
+        return context.redirect(
+            "confirm", text, "problem", user=user.username, request=error.request_id
         )
     except StoreError:
         raise
-    except IPGuardError as wrong:
-        found = _texts.problem(wrong, visit.now)
-        return visit.again("add", Draft(values=values, problems={found.field: found.text}))
-    return visit.go(
-        "confirm",
-        "You will receive an email with a confirmation number. Enter it here.",
-        user=user.username,
-        request=request.id,
-    )
+    except IPGuardError as error:
+        pending = _find_own_request(context, error, addresses)
+        if pending is not None:
+            text = "You have asked for this already. Its number was sent to you by email."
+            return context.redirect("confirm", text, "note", user=user.username, request=pending)
+        problem = _messages.explain(error, context.now)
+        problems = {problem.field: problem.text}
+    return context.redirect_to_draft("add", Draft(values=values, problems=problems))
 
 
-def _waiting(visit: Visit, username: str, addresses: AddressRange) -> PendingRequest | None:
-    """Find the actor's own request for the same: a form that was sent twice."""
-    for request in visit.person(username).pending:
-        same = request.addresses == addresses and request.restriction_id is None
-        if same and request.requested_by == visit.actor.username:
-            return request
+def _find_own_request(context: Context, error: IPGuardError, addresses: AddressRange) -> str | None:
+    """Return the id of the actor's own pending request for the same: a form submitted twice."""
+    if isinstance(error, DuplicateRestriction) and not error.differs:
+        for request in context.find_user(error.username).pending:
+            same = request.addresses == addresses and request.restriction_id is None
+            if same and request.requested_by == context.actor.username:
+                return request.id
     return None
 
 
-def understood(visit: Visit) -> Response:
-    """Tell the script what a text is understood as, or what is wrong with it."""
+def describe_typed(context: Context) -> Response:
+    """Return as JSON, for the script, how a text was understood or what is wrong with it."""
     problems: dict[str, str] = {}
-    addresses = _addresses(visit, visit.field("addresses"), problems)
+    addresses = _parse_addresses(context, context.field("addresses"), problems)
     answer = {
         "canonical": "" if addresses is None else str(addresses),
-        "understood": "" if addresses is None else _texts.understood(addresses),
+        "understood": "" if addresses is None else _messages.format_range(addresses),
         "problem": problems.get("addresses", ""),
     }
-    return Response(
-        status=200,
-        headers=(
-            ("Content-Type", "application/json"),
-            ("Cache-Control", "no-store"),
-            *SAFE_HEADERS,
-        ),
-        body=json.dumps(answer).encode(),
-    )
+    return _http.respond(200, "application/json", json.dumps(answer))
 
 
-def _plain(text: str, addresses: AddressRange) -> bool:
-    """Tell whether a text is one address and can only mean what it says."""
-    return addresses.size == 1 and text.strip() == str(addresses)
+# -- the fields
 
 
-def _addresses(visit: Visit, text: str, problems: dict[str, str]) -> AddressRange | None:
+def _parse(
+    context: Context, values: dict[str, str]
+) -> tuple[User, AddressRange, datetime | None] | dict[str, str]:
+    """Return the user, the addresses and the expiry; or the problems by field."""
+    problems: dict[str, str] = {}
+    user = _parse_user(context, values["user"], problems)
+    addresses = _parse_addresses(context, values["addresses"], problems)
+    expires_at = _parse_time(values["expires_at"], problems)
+    try:
+        check_text("label", values["label"], LABEL_LIMIT)
+    except InvalidValue as error:
+        problems["label"] = _messages.explain(error, context.now).text
+    if problems or user is None or addresses is None:
+        return problems
+    return user, addresses, expires_at
+
+
+def _parse_addresses(context: Context, text: str, problems: dict[str, str]) -> AddressRange | None:
     if not text.strip():
         problems["addresses"] = "Type an IP address, a network or a first-last range."
         return None
-    settings = visit.flow.settings
+    settings = context.flow.settings
     widest = {"widest_ipv4": settings.widest_ipv4, "widest_ipv6": settings.widest_ipv6}
     try:
-        found = rules.read_addresses(text, **widest)
-        rules.check_width(found, **widest)
-    except (AddressError, AddressTooBroad) as wrong:
-        problems["addresses"] = _texts.problem(wrong, visit.now).text
+        addresses = rules.read_addresses(text, **widest)
+        rules.check_width(addresses, **widest)
+    except (AddressError, AddressTooBroad) as error:
+        problems["addresses"] = _messages.explain(error, context.now).text
         return None
-    return found
+    return addresses
 
 
-def _time(text: str, problems: dict[str, str]) -> datetime | None:
+def _parse_time(text: str, problems: dict[str, str]) -> datetime | None:
     if not text.strip():
         return None
     try:
@@ -238,27 +212,26 @@ def _time(text: str, problems: dict[str, str]) -> datetime | None:
         return None
 
 
-def _trader(visit: Visit, text: str, problems: dict[str, str]) -> User | None:
-    """Find the user that was chosen, or say what is wrong with the choice."""
+def _parse_user(context: Context, text: str, problems: dict[str, str]) -> User | None:
     try:
-        return visit.person(text.strip()).user
+        return context.find_user(text.strip()).user
     except UnknownUser:
         pass
     if not text.strip():
         problems["user"] = "Choose a trader."
-    elif _matches(visit, text):
+    elif _match_users(context, text):
         problems["user"] = "Choose the trader that you mean; or none, to search again."
     else:
         problems["user"] = "There is no such trader among yours."
     return None
 
 
-def _matches(visit: Visit, text: str) -> tuple[User, ...] | None:
-    """Return the users that a text may mean; None if there are none."""
+def _match_users(context: Context, text: str) -> tuple[User, ...]:
+    """Return the users that a text may refer to."""
     if not text.strip():
-        return None
+        return ()
     try:
-        lines = visit.flow.overview(visit.actor, search=text.strip(), limit=_MATCHES)
+        lines = context.flow.overview(context.actor, search=text.strip(), limit=_MATCH_LIMIT)
     except InvalidValue:
-        return None
-    return tuple(line.user for line in lines if not line.removed) or None
+        return ()
+    return tuple(line.user for line in lines if not line.removed)

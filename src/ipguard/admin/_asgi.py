@@ -1,96 +1,94 @@
-"""The page for ASGI hosts, on Starlette."""
+"""The ASGI adapter, on Starlette."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from collections.abc import Awaitable
+from typing import cast
 
+from starlette import requests, responses
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as Asked
-from starlette.responses import Response as Answer
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from ipguard.admin._http import BODY_LIMIT, Request, Response
-from ipguard.admin._site import Site, below, inside
+from ipguard.admin._http import BODY_LIMIT, Request, Response, remove_prefix
+from ipguard.admin._site import Site, find_page
 from ipguard.model import Actor
 
-Authenticate = Callable[[Asked], Any]
 
-
-def make(site: Site) -> ASGIApp:
+def make_app(site: Site) -> ASGIApp:
     """Make the application."""
 
-    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await WebSocketClose()(scope, receive, send)
             return
-        asked = Asked(scope, receive)
-        prefix, path = _place(scope)
-        request = _request(asked, prefix, path)
-        answer = site.public(request)
-        if answer is None:
-            actor = await _authenticated(site.authenticate, asked)
+        http_request = requests.Request(scope, receive)
+        prefix, path = split_path(scope)
+        request = _read_request(http_request, prefix, path)
+        response = site.respond_to_anyone(request)
+        if response is None:
+            actor = await _authenticate(site, http_request)
             if actor is None:
-                answer = site.refuse(request)
+                response = site.refuse_stranger(request)
             elif isinstance(actor, Actor):
                 try:
-                    body = await _body(asked)
-                except ClientDisconnect:
-                    return  # nobody is there to be answered
-                request = _request(asked, prefix, path, body)
-                answer = await run_in_threadpool(site.answer, request, actor)
-            else:  # the host's own answer, a redirect perhaps
+                    body = await _read_body(http_request)
+                except requests.ClientDisconnect:
+                    return
+                request = _read_request(http_request, prefix, path, body)
+                response = await run_in_threadpool(site.respond, request, actor)
+            else:  # the host's own response, such as a redirect
                 await cast("ASGIApp", actor)(scope, receive, send)
                 return
-        await _sent(answer)(scope, receive, send)
+        await _make_response(response)(scope, receive, send)
 
-    # It answers for the server's start and end where the page is not mounted into anything.
-    return Router(default=page)
+    # The router handles the server's lifespan events if the page is not mounted.
+    return Router(default=app)
 
 
-async def _authenticated(authenticate: Authenticate, asked: Asked) -> object:
-    if inspect.iscoroutinefunction(authenticate):
-        return await authenticate(asked)
-    found = await run_in_threadpool(authenticate, asked)
+async def _authenticate(site: Site, request: requests.Request) -> object:
+    if inspect.iscoroutinefunction(site.authenticate):
+        return await site.authenticate(request)
+    found = await run_in_threadpool(site.authenticate, request)
     return await cast("Awaitable[object]", found) if inspect.isawaitable(found) else found
 
 
-def _place(scope: Scope) -> tuple[str, str]:
-    """Return where the page is mounted, and the path below that."""
+def split_path(scope: Scope) -> tuple[str, str]:
+    """Return the path of the mount and the path below it."""
     path, prefix = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    meant = inside(path, prefix)
-    return prefix, below(path if meant is None else meant, path, prefix)
+    path_below = remove_prefix(path, prefix)
+    return prefix, find_page(path if path_below is None else path_below, path, prefix)
 
 
-def _request(asked: Asked, prefix: str, path: str, body: bytes | None = b"") -> Request:
+def _read_request(
+    request: requests.Request, prefix: str, path: str, body: bytes | None = b""
+) -> Request:
     return Request(
-        method=asked.method,
+        method=request.method,
         prefix=prefix,
         path=path,
-        query=asked.scope.get("query_string", b"").decode("latin-1"),
-        headers=dict(asked.headers.items()),
-        cookies=asked.cookies,
-        https=asked.scope.get("scheme") == "https",
+        query=request.scope.get("query_string", b"").decode("latin-1"),
+        headers=dict(request.headers.items()),
+        cookies=request.cookies,
+        https=request.scope.get("scheme") == "https",
         body=body,
     )
 
 
-async def _body(asked: Asked) -> bytes | None:
-    """Read the body, or return None as soon as it is too large."""
+async def _read_body(request: requests.Request) -> bytes | None:
+    """Return the body, or None as soon as it exceeds the limit."""
     read = bytearray()
-    async for chunk in asked.stream():
+    async for chunk in request.stream():
         read += chunk
         if len(read) > BODY_LIMIT:
             return None
     return bytes(read)
 
 
-def _sent(answer: Response) -> Answer:
-    sent = Answer(answer.body, answer.status)
-    for name, value in answer.headers:
-        sent.headers.append(name, value)
-    return sent
+def _make_response(response: Response) -> responses.Response:
+    made = responses.Response(response.body, response.status)
+    for name, value in response.headers:
+        made.headers.append(name, value)
+    return made

@@ -1,4 +1,4 @@
-"""What the page knows of HTTP: a request and a response as values, forms, headers, limits."""
+"""Requests and responses as plain values, with the limits and headers that every page shares."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import attrs
 
 BODY_LIMIT: Final = 32_768
-"""How many bytes a form may have. The longest text that can be right takes half of it."""
-_FIELDS: Final = 30
+"""The largest body of a form in bytes: twice the longest one that can be valid."""
+_FIELD_LIMIT: Final = 30
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-# `same-origin` and not `no-referrer`: with that browsers send `Origin: null` with each form.
+# `same-origin`, not `no-referrer`: with the latter, browsers send `Origin: null` with every form.
 SAFE_HEADERS: Final = (
     ("Content-Security-Policy", POLICY),
     ("X-Content-Type-Options", "nosniff"),
@@ -26,35 +26,54 @@ SAFE_HEADERS: Final = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
+_NO_STORE: Final = ("Cache-Control", "no-store")
 
 
-class BadRequest(Exception):
-    """A request that no form of this page makes.
+class PageError(Exception):
+    """A request that is answered with an error page.
 
     Attributes:
-        status: The HTTP status, 400 to 415.
-        text: What to tell whoever sent it.
+        status: The HTTP status.
+        text: The explanation on the page.
+        title: The heading of the page.
+        headers: Additional headers.
     """
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(
+        self,
+        status: int,
+        text: str,
+        title: str = "That did not work",
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         super().__init__(status, text)
         self.status = status
         self.text = text
+        self.title = title
+        self.headers = headers
+
+
+class NotFound(PageError):
+    """A page, user, request or restriction that does not exist, at least for this actor."""
+
+    def __init__(self) -> None:
+        text = "It may have been deleted or closed meanwhile. The list shows what there is."
+        super().__init__(404, text, "Not found")
 
 
 @attrs.frozen(kw_only=True)
 class Request:
-    """A request as the adapters hand it over.
+    """A request in the form that both adapters produce.
 
     Attributes:
-        method: In capitals.
-        prefix: Where the page is mounted, without a slash at its end.
-        path: Below where the page is mounted, percent-decoded; begins with a slash, or is empty.
-        query: As it was sent, without the question mark.
-        headers: By their names in lower case.
-        cookies: By their names.
-        https: Whether it came by TLS, as far as the server knows.
-        body: What was sent, or None where it was more than `BODY_LIMIT`.
+        method: The HTTP method in capitals.
+        prefix: The path at which the page is mounted, without a slash at the end.
+        path: The percent-decoded path below the mount; empty, or begins with a slash.
+        query: The raw query string without the question mark.
+        headers: The headers by lower-case name.
+        cookies: The cookies by name.
+        https: Whether the request used TLS, according to the server.
+        body: The body, or None if it was longer than `BODY_LIMIT`.
     """
 
     method: str
@@ -66,35 +85,35 @@ class Request:
     https: bool
     body: bytes | None = attrs.field(default=b"", repr=False)
 
-    def asked(self) -> dict[str, str]:
-        """Return the query's fields.
+    def parse_query(self) -> dict[str, str]:
+        """Return the fields of the query string.
 
         Raises:
-            BadRequest: It is none that this page's links have.
+            PageError: The query is malformed.
         """
-        return _fields(self.query)
+        return _parse_fields(self.query)
 
-    def form(self) -> dict[str, str]:
-        """Return the form's fields.
+    def parse_form(self) -> dict[str, str]:
+        """Return the fields of the submitted form.
 
         Raises:
-            BadRequest: It is too large, or not a form as browsers send it.
+            PageError: The body is too large, malformed, or of another content type.
         """
         if self.body is None:
-            raise BadRequest(413, "That was more than this form takes.")
+            raise PageError(413, "That was more than this form takes.")
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/x-www-form-urlencoded":
-            raise BadRequest(415, "That was not sent by a form of this page.")
+            raise PageError(415, "That was not sent by a form of this page.")
         try:
-            return _fields(self.body.decode("ascii"))
+            return _parse_fields(self.body.decode("ascii"))
         except UnicodeDecodeError:
-            raise BadRequest(400, "That form cannot be read.") from None
+            raise PageError(400, "That form cannot be read.") from None
 
-    def from_elsewhere(self) -> bool:
-        """Tell whether a browser says that another site's page sent this.
+    def is_cross_site(self) -> bool:
+        """Return whether the browser reports that another site sent this request.
 
-        `Sec-Fetch-Site` is what current browsers say; `Origin` is compared where it is missing.
-        The scheme is left out: a proxy that ends TLS changes it on the way.
+        Current browsers send `Sec-Fetch-Site`; without it, `Origin` is compared with `Host`. The
+        scheme is ignored because a proxy that terminates TLS changes it.
         """
         site = self.headers.get("sec-fetch-site")
         if site is not None:
@@ -109,7 +128,7 @@ class Request:
 
     @property
     def base(self) -> str:
-        """How links lead from here to where the page is mounted: `./` but for odd paths."""
+        """The relative path from this page to the mount: `./` except below unknown paths."""
         return "../" * max(0, self.path.count("/") - 1) or "./"
 
 
@@ -119,8 +138,8 @@ class Response:
 
     Attributes:
         status: The HTTP status.
-        headers: Names and values, one pair for each line.
-        body: The bytes.
+        headers: Pairs of name and value, one for each header line.
+        body: The body.
     """
 
     status: int
@@ -128,46 +147,53 @@ class Response:
     body: bytes = attrs.field(repr=False)
 
 
-def page(status: int, html: str, more: Iterable[tuple[str, str]] = ()) -> Response:
-    """Make a page that nobody keeps."""
+def respond(status: int, kind: str, body: str, headers: Iterable[tuple[str, str]] = ()) -> Response:
+    """Make a response of a content type that no cache may store."""
     return Response(
         status=status,
-        headers=(
-            ("Content-Type", "text/html; charset=utf-8"),
-            ("Cache-Control", "no-store"),
-            *SAFE_HEADERS,
-            *more,
-        ),
-        body=html.encode("utf-8", "replace"),
+        headers=(("Content-Type", kind), _NO_STORE, *SAFE_HEADERS, *headers),
+        body=body.encode("utf-8", "replace"),
     )
 
 
-def redirect(where: str, more: Iterable[tuple[str, str]] = ()) -> Response:
-    """Send the browser on with a GET."""
+def respond_html(status: int, html: str, headers: Iterable[tuple[str, str]] = ()) -> Response:
+    """Make an HTML page that no cache may store."""
+    return respond(status, "text/html; charset=utf-8", html, headers)
+
+
+def redirect(location: str, headers: Iterable[tuple[str, str]] = ()) -> Response:
+    """Redirect the browser with a GET."""
     return Response(
-        status=303,
-        headers=(("Location", where), ("Cache-Control", "no-store"), *SAFE_HEADERS, *more),
-        body=b"",
+        status=303, headers=(("Location", location), _NO_STORE, *SAFE_HEADERS, *headers), body=b""
     )
 
 
-def link(base: str, name: str, **query: object) -> str:
-    """Make a link within the page; what is None or empty stays out of the query.
-
-    No address and no confirmation number ever goes in here: URLs are written to logs.
-    """
+def build_link(base: str, page: str, **query: object) -> str:
+    """Return a link to one of the pages; parameters that are None or empty are omitted."""
     text = urlencode({key: value for key, value in query.items() if value not in (None, "")})
-    return f"{base}{name}{'?' if text else ''}{text}"
+    return f"{base}{page}{'?' if text else ''}{text}"
 
 
-def _fields(text: str) -> dict[str, str]:
+def remove_prefix(path: str, prefix: str) -> str | None:
+    """Return the part of a path below a prefix, or None if the path is not below it."""
+    if not prefix or not (path == prefix or path.startswith(f"{prefix}/")):
+        return None
+    rest = path[len(prefix) :]
+    return rest and f"/{rest.lstrip('/')}"
+
+
+def _parse_fields(text: str) -> dict[str, str]:
     try:
         pairs = parse_qsl(
-            text, keep_blank_values=True, max_num_fields=_FIELDS, errors="strict", separator="&"
+            text,
+            keep_blank_values=True,
+            max_num_fields=_FIELD_LIMIT,
+            errors="strict",
+            separator="&",
         )
     except ValueError:
-        raise BadRequest(400, "That cannot be read.") from None
+        raise PageError(400, "That cannot be read.") from None
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise BadRequest(400, "That cannot be read: a field is there twice.")
+        raise PageError(400, "That cannot be read: a field is there twice.")
     return fields

@@ -1,19 +1,24 @@
-"""From a request to the view that answers it; what goes wrong on the way becomes a page."""
+"""The site: routes, error pages, templates and static files, shared by both adapters."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import traceback
 from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from ipguard._checks import check_text
-from ipguard.admin import _add, _confirm, _delete, _http, _list, _look
-from ipguard.admin._http import BadRequest, Request, Response
-from ipguard.admin._render import loaded
-from ipguard.admin._signing import PURPOSE, Signer
-from ipguard.admin._visit import Missing, Visit
+from ipguard.admin import _add, _changes, _http, _listing, _messages
+from ipguard.admin._context import Context, Services, Signer
+from ipguard.admin._http import SAFE_HEADERS, NotFound, PageError, Request, Response
 from ipguard.errors import (
     InvalidValue,
     IPGuardError,
@@ -28,63 +33,66 @@ from ipguard.workflow import Workflow
 
 _log = logging.getLogger("ipguard.admin")
 
-View = Callable[[Visit], Response]
+View = Callable[[Context], Response]
 
 ROUTES: Final[Mapping[str, Mapping[str, View]]] = {
-    "/": {"GET": _list.show},
-    "/search": {"POST": _list.search},
-    "/user": {"GET": _look.user},
+    "/": {"GET": _listing.show_list},
+    "/search": {"POST": _listing.search},
+    "/user": {"GET": _listing.show_user},
     "/add": {"GET": _add.show, "POST": _add.submit},
-    "/understood": {"POST": _add.understood},
-    "/confirm": {"GET": _confirm.show, "POST": _confirm.submit},
-    "/resend": {"POST": _confirm.resend},
-    "/cancel": {"POST": _confirm.cancel},
-    "/delete": {"GET": _delete.show, "POST": _delete.submit},
-    "/check": {"GET": _look.check, "POST": _look.checked},
-    "/history": {"GET": _look.history, "POST": _look.find_history},
+    "/understood": {"POST": _add.describe_typed},
+    "/confirm": {"GET": _changes.show_confirm, "POST": _changes.confirm},
+    "/resend": {"POST": _changes.resend},
+    "/cancel": {"POST": _changes.cancel},
+    "/delete": {"GET": _changes.show_delete, "POST": _changes.delete},
+    "/check": {"GET": _listing.show_check, "POST": _listing.check},
+    "/history": {"GET": _listing.show_history, "POST": _listing.find_history},
 }
-_UNKNOWN: Final = (Missing, UnknownUser, UnknownRequest, UnknownRestriction)
+PURPOSE: Final = "ipguard.admin"  # of the keys that are derived from the workflow's
+
+_HERE: Final = Path(__file__).resolve().parent
 _STATIC: Final = "/static/"
-_PATHS: Final = frozenset({"", *ROUTES})  # "" is the mount without its slash
+_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_YEAR: Final = 31_536_000  # seconds
 
 
-def below(meant: str, path: str, prefix: str) -> str:
-    """Return the path below where the page is mounted.
+def find_page(path_below: str, path: str, prefix: str) -> str:
+    """Return the path below the mount.
 
-    Servers, frameworks and proxies disagree about what a prefix that they know does to the path: it
-    is in the path, or a proxy has removed it, or it is there twice, or only the part that a
-    framework's mount added is there. The first reading that leads to a page is taken.
+    Servers, frameworks and proxies treat a configured prefix differently: the path contains it, or
+    a proxy removed it, or it is there twice, or the path contains only the part that a framework's
+    mount added. Take the first interpretation that names a page.
 
     Args:
-        meant: The path below the prefix, as the server's specification has it.
+        path_below: The path below the prefix according to the server's specification.
         path: The path that the server passed.
-        prefix: The prefix that the server passed, without a slash at its end.
+        prefix: The prefix that the server passed, without a slash at the end.
     """
-    ends = (prefix[at:] for at, char in enumerate(prefix) if char == "/")
-    readings = (meant, inside(meant, prefix), path, *(inside(path, end) for end in ends))
-    found = (it for it in readings if it is not None and (it in _PATHS or it.startswith(_STATIC)))
-    return next(found, meant)
-
-
-def inside(path: str, prefix: str) -> str | None:
-    """Return the part of a path below a prefix, or None if the path is not below it."""
-    if not prefix or not (path == prefix or path.startswith(f"{prefix}/")):
-        return None
-    rest = path[len(prefix) :]
-    return rest and f"/{rest.lstrip('/')}"
+    suffixes = (prefix[at:] for at, char in enumerate(prefix) if char == "/")
+    candidates = (
+        path_below,
+        _http.remove_prefix(path_below, prefix),
+        path,
+        *(_http.remove_prefix(path, suffix) for suffix in suffixes),
+    )
+    for found in candidates:
+        # An empty path is the mount without its slash.
+        if found is not None and (found in ROUTES or not found or found.startswith(_STATIC)):
+            return found
+    return path_below
 
 
 class Site:
-    """The page: what the two adapters have in common. Thread-safe.
+    """The page, independent of a framework. Thread-safe.
 
     Args:
-        flow: What changes restrictions.
-        guard: What a login would be answered.
-        brand: What stands at the top of each page.
-        authenticate: Who is signed in; the adapters ask it.
+        flow: The workflow.
+        guard: The guard for "Check an address".
+        brand: The text at the top of each page.
+        authenticate: The host's function that returns the actor; the adapters call it.
 
     Raises:
-        InvalidValue: One of them is not what it should be.
+        InvalidValue: An argument is invalid.
     """
 
     def __init__(
@@ -97,127 +105,147 @@ class Site:
         if not isinstance(guard, Guard):
             raise InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
         self.authenticate = authenticate
-        self.flow = flow
-        self.guard = guard
-        self.brand = check_text("brand", brand, 100, required=True)
-        # The page shares the workflow's keys, which are not part of its public interface.
-        self.signer = Signer(flow._derived_keys(PURPOSE))  # noqa: SLF001
-        self.assets, self.templates = loaded()
+        self._files, self._render = _load_files()
+        self.services = Services(
+            flow=flow,
+            guard=guard,
+            brand=check_text("brand", brand, 100, required=True),
+            # The workflow's keys are not part of its public interface.
+            signer=Signer(flow._derived_keys(PURPOSE)),  # noqa: SLF001
+            render=self._render,
+        )
 
-    def public(self, request: Request) -> Response | None:
-        """Answer what everybody may have, without asking who it is; None for all else."""
+    def respond_to_anyone(self, request: Request) -> Response | None:
+        """Respond to a request that needs no actor; return None for any other."""
         if not request.path:
             # Links are relative, so the slash matters.
             return _http.redirect(f"{quote(request.prefix.rpartition('/')[2])}/")
         if not request.path.startswith(_STATIC):
             return None
-        found = self.assets.get(request.path.removeprefix(_STATIC))
+        found = self._files.get(request.path.removeprefix(_STATIC))
         if found is None or request.method not in ("GET", "HEAD"):
-            return _http.page(404, "Not found")
+            return _http.respond_html(404, "Not found")
         return found
 
-    def refuse(self, request: Request) -> Response:
-        """Answer who is not signed in."""
-        return self._error(
-            request, None, 401, "You are not signed in", "Sign in, then open this page again."
-        )
+    def refuse_stranger(self, request: Request) -> Response:
+        """Respond to a request without an actor."""
+        text = "Sign in, then open this page again."
+        return self._show_error(request, None, PageError(401, text, "You are not signed in"))
 
-    def answer(self, request: Request, actor: Actor) -> Response:
-        """Answer an actor. Nothing is raised."""
+    def respond(self, request: Request, actor: Actor) -> Response:
+        """Respond to an actor. Every exception becomes an error page."""
         try:
-            return self._answer(request, actor)
-        except BadRequest as wrong:
-            return self._error(request, actor, wrong.status, "That did not work", wrong.text)
-        except _UNKNOWN:
-            return self._not_found(request, actor)
-        except StoreError as failure:
-            _log.error("the store does not answer: %s", type(failure).__name__)
-            return self._unavailable(request, actor)
-        except IPGuardError as refused:
-            return self._error(request, actor, 409, "That did not work", str(refused))
-        except Exception as failure:
-            # Without its message: that may hold what was typed.
-            _log.error(
-                "a page failed: %s\n%s",
-                type(failure).__name__,
-                "".join(traceback.format_tb(failure.__traceback__)),
-            )
-            return self._error(
-                request,
-                actor,
-                500,
-                "Something went wrong",
-                "It has been recorded. Go back to the list and see whether your change was made "
-                "before you try again.",
-            )
+            return self._dispatch(request, actor)
+        except Exception as error:
+            return self._show_error(request, actor, _to_page_error(request, error))
 
-    def _answer(self, request: Request, actor: Actor) -> Response:
+    def _dispatch(self, request: Request, actor: Actor) -> Response:
         views = ROUTES.get(request.path)
         if views is None:
-            raise Missing
+            raise NotFound
         method = "GET" if request.method == "HEAD" else request.method
         view = views.get(method)
         if view is None:
-            allowed = ", ".join(views)
-            return self._error(
-                request,
-                actor,
-                405,
-                "That did not work",
-                "Go back to the list.",
-                (("Allow", allowed),),
-            )
-        visit = Visit(self, request, actor)
+            allow = ("Allow", ", ".join(views))
+            raise PageError(405, "Go back to the list.", headers=(allow,))
+        context = Context(self.services, request, actor)
         if method == "POST":
-            visit.form = request.form()
-            if not visit.is_ours():
-                return self._error(
-                    request,
-                    actor,
+            context.form = request.parse_form()
+            if not context.has_valid_token():
+                raise PageError(
                     403,
-                    "This form is not one that you opened here",
                     "Nothing was changed. Perhaps you signed in anew since you opened it, or your "
                     "browser keeps no cookies. Open the page again, and send the form from there.",
+                    "This form is not one that you opened here",
                 )
-        return view(visit)
+        return view(context)
 
-    def _not_found(self, request: Request, actor: Actor) -> Response:
-        return self._error(
-            request,
-            actor,
-            404,
-            "Not found",
-            "It may have been deleted or closed meanwhile. The list shows what there is.",
-        )
-
-    def _unavailable(self, request: Request, actor: Actor) -> Response:
-        text = "The restrictions cannot be read or changed at the moment. Try again shortly."
-        if request.method == "POST":
-            text += " Look at the list before you repeat a change: it may have been made."
-        return self._error(request, actor, 503, "Not available now", text, (("Retry-After", "5"),))
-
-    def _error(
-        self,
-        request: Request,
-        actor: Actor | None,
-        status: int,
-        title: str,
-        text: str,
-        more: tuple[tuple[str, str], ...] = (),
-    ) -> Response:
-        html = self.templates.render(
+    def _show_error(self, request: Request, actor: Actor | None, error: PageError) -> Response:
+        html = self._render(
             "error.html",
             {
                 "base": request.base,
-                "brand": self.brand,
-                "title": title,
-                "text": text,
-                "link": lambda name: _http.link(request.base, name),
-                "status": status,
+                "brand": self.services.brand,
+                "title": error.title,
+                "text": error.text,
+                "link": lambda page: _http.build_link(request.base, page),
+                "status": error.status,
                 "actor": actor,
-                "now": None,  # it is the store's, which may not answer
+                "now": None,  # the store, whose time it is, may be unavailable
                 "note": None,
                 "problems": {},
             },
         )
-        return _http.page(status, html, more)
+        return _http.respond_html(error.status, html, error.headers)
+
+
+def _to_page_error(request: Request, error: Exception) -> PageError:
+    if isinstance(error, PageError):
+        return error
+    if isinstance(error, (UnknownUser, UnknownRequest, UnknownRestriction)):
+        return NotFound()
+    if isinstance(error, StoreError):
+        _log.error("the store is unavailable: %s", type(error).__name__)
+        text = "The restrictions cannot be read or changed at the moment. Try again shortly."
+        if request.method == "POST":
+            text += " Look at the list before you repeat a change: it may have been made."
+        return PageError(503, text, "Not available now", (("Retry-After", "5"),))
+    if isinstance(error, IPGuardError):
+        return PageError(409, str(error))
+    # Do not log the exception's message: it may contain what the actor typed.
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("a page failed: %s\n%s", type(error).__name__, trace)
+    text = (
+        "It has been recorded. Go back to the list and see whether your change was made "
+        "before you try again."
+    )
+    return PageError(500, text, "Something went wrong")
+
+
+# -- files
+
+
+@functools.cache
+def _load_files() -> tuple[Mapping[str, Response], Callable[[str, Mapping[str, Any]], str]]:
+    """Return the static files by name in URLs, and the function that renders a template.
+
+    A static file's name contains a digest of its content, so browsers may cache it for ever.
+    """
+    names, files = {}, {}
+    for path in sorted((_HERE / "static").iterdir()):
+        content = path.read_bytes()
+        name = f"{path.stem}.{hashlib.sha256(content).hexdigest()[:16]}{path.suffix}"
+        names[path.name] = name
+        headers = (
+            ("Content-Type", f"{_TYPES[path.suffix]}; charset=utf-8"),
+            ("Cache-Control", f"public, max-age={_YEAR}, immutable"),
+            *SAFE_HEADERS,
+        )
+        files[name] = Response(status=200, headers=headers, body=content)
+    templates = Environment(
+        loader=FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    templates.globals.update(assets=names)
+    templates.filters.update(
+        when=_format_time_element,
+        understood=_messages.format_range,
+        lasting=_messages.format_duration,
+        shut=_messages.is_shut_out,
+        attempts=_messages.format_attempts,
+        done=_messages.describe_action,
+        more=_messages.describe_particulars,
+    )
+    for name in templates.list_templates():
+        templates.get_template(name)  # compile it now rather than for the first request
+    return files, lambda name, values: templates.get_template(name).render(values)
+
+
+def _format_time_element(at: datetime) -> Markup:
+    return Markup('<time datetime="{}">{}</time>').format(
+        at.strftime("%Y-%m-%dT%H:%M:%SZ"), _messages.format_time(at)
+    )

@@ -1,75 +1,75 @@
-"""The page for WSGI hosts, on Werkzeug."""
+"""The WSGI adapter, on Werkzeug."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from werkzeug import wrappers
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
-from werkzeug.wrappers import Request as Asked
-from werkzeug.wrappers import Response as Answer
 
 from ipguard.admin._http import BODY_LIMIT, Request, Response
-from ipguard.admin._site import Site, below
+from ipguard.admin._site import Site, find_page
 from ipguard.model import Actor
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 
 
-def make(site: Site) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
+def make_app(site: Site) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
     """Make the application."""
 
-    def page(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        asked = Asked(environ)
-        request = _request(asked)
-        answer = site.public(request)
-        if answer is None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        http_request = wrappers.Request(environ)
+        request = _read_request(http_request)
+        response = site.respond_to_anyone(request)
+        if response is None:
             try:
-                actor = site.authenticate(asked)
-            except HTTPException as raised:  # `abort` and redirects: answers that are raised
+                actor = site.authenticate(http_request)
+            except HTTPException as raised:  # such as by abort(): it is a response itself
                 actor = raised
             if actor is None:
-                answer = site.refuse(request)
+                response = site.refuse_stranger(request)
             elif isinstance(actor, Actor):
-                answer = site.answer(_request(asked, _body(asked)), actor)
-            else:  # the host's own answer, a redirect perhaps
+                request = _read_request(http_request, read_body(http_request))
+                response = site.respond(request, actor)
+            else:  # the host's own response, such as a redirect
                 own: Iterable[bytes] = actor(environ, start_response)
                 return own
-        return _sent(answer)(environ, start_response)
+        return _make_response(response)(environ, start_response)
 
-    return page
+    return app
 
 
-def _request(asked: Asked, body: bytes | None = b"") -> Request:
-    prefix = asked.root_path.rstrip("/")
-    path = asked.environ.get("PATH_INFO", "") and asked.path
+def _read_request(request: wrappers.Request, body: bytes | None = b"") -> Request:
+    prefix = request.root_path.rstrip("/")
+    path = request.environ.get("PATH_INFO", "") and request.path
     return Request(
-        method=asked.method,
+        method=request.method,
         prefix=prefix,
-        path=below(path, path, prefix),
-        query=asked.query_string.decode("latin-1"),
-        headers={name.lower(): value for name, value in asked.headers.items()},
-        cookies=asked.cookies,
-        https=asked.is_secure,
+        path=find_page(path, path, prefix),
+        query=request.query_string.decode("latin-1"),
+        headers={name.lower(): value for name, value in request.headers.items()},
+        cookies=request.cookies,
+        https=request.is_secure,
         body=body,
     )
 
 
-def _body(asked: Asked) -> bytes | None:
-    """Read the body, or return None where it is too large."""
-    asked.max_content_length = BODY_LIMIT
+def read_body(request: wrappers.Request) -> bytes | None:
+    """Return the body; None if it exceeds the limit, empty if the client went away."""
+    request.max_content_length = BODY_LIMIT
     try:
-        return asked.get_data(cache=False)
+        return request.get_data(cache=False)
     except RequestEntityTooLarge:
         return None
     except ClientDisconnected:
-        return b""  # cut off; what is left of it is no form of ours
+        return b""
 
 
-def _sent(answer: Response) -> Answer:
-    sent = Answer(answer.body, answer.status)
-    sent.headers.remove("Content-Type")
-    for name, value in answer.headers:
-        sent.headers.add(name, value)
-    return sent
+def _make_response(response: Response) -> wrappers.Response:
+    made = wrappers.Response(response.body, response.status)
+    made.headers.remove("Content-Type")
+    for name, value in response.headers:
+        made.headers.add(name, value)
+    return made

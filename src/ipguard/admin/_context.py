@@ -1,0 +1,253 @@
+"""The context of one request: the actor, cookies, CSRF tokens, drafts, and how to respond."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final, Literal
+
+import attrs
+from itsdangerous import BadData, URLSafeSerializer
+
+from ipguard.admin import _http
+from ipguard.admin._http import NotFound, Request, Response
+from ipguard.guard import Guard
+from ipguard.model import Actor, UserOverview
+from ipguard.workflow import Workflow
+
+Level = Literal["done", "note", "problem"]
+
+_SESSION: Final = re.compile(r"[A-Za-z0-9_-]{22}")
+_NOTE_SECONDS: Final = 120
+_DRAFT_SECONDS: Final = 3_600
+_DRAFT_LENGTH: Final = 2_800  # characters; gunicorn accepts request lines of 4 KB
+_ID_LENGTH: Final = 64  # longer than every id
+
+
+class Signer:
+    """Sign values and verify them: JSON, compressed and base64-encoded by itsdangerous.
+
+    Signed values are not encrypted. All servers that share the workflow's keys accept them.
+
+    Args:
+        keys: The newest key first; it signs, and every key verifies.
+    """
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self._keys = keys[::-1]  # itsdangerous expects the newest key last
+
+    def _serializer(self, purpose: str, bound: Sequence[str]) -> URLSafeSerializer:
+        # The salt selects a key of its own for each purpose, actor and browser. JSON delimits the
+        # parts, so no two lists have the same salt.
+        options = {"key_derivation": "hmac", "digest_method": hashlib.sha256}
+        salt = json.dumps([purpose, *bound])
+        return URLSafeSerializer(self._keys, salt, signer_kwargs=options)
+
+    def sign(self, purpose: str, value: object, *bound: str, seconds: int | None = None) -> str:
+        """Return a value as signed text.
+
+        Args:
+            purpose: The use of the text; it verifies for no other purpose.
+            value: The value, serialisable as JSON.
+            bound: What must be equal when it is verified: the actor, the browser, the page.
+            seconds: How long the text is valid, or None for no limit.
+        """
+        # Not URLSafeTimedSerializer: it rejects the signatures of a server whose clock is ahead.
+        until = None if seconds is None else int(time.time()) + seconds
+        return self._serializer(purpose, bound).dumps([until, value])
+
+    def verify(self, purpose: str, text: str, *bound: str) -> Any:
+        """Return the value of a text that `sign` made with these arguments, or None."""
+        try:
+            until, value = self._serializer(purpose, bound).loads(text)
+        except BadData:
+            return None
+        return value if until is None or time.time() < until else None
+
+
+@attrs.frozen(kw_only=True)
+class Draft:
+    """A submitted form that was not carried out, for the next page to show again.
+
+    Attributes:
+        values: The submitted values by field, except confirmation numbers.
+        problems: The error messages by field; "" is the form as a whole.
+        step: "review" to confirm how a range was understood, "changed" to show concurrent changes,
+            or "".
+    """
+
+    values: dict[str, str] = attrs.Factory(dict)
+    problems: dict[str, str] = attrs.Factory(dict)
+    step: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Services:
+    """What all requests share."""
+
+    flow: Workflow
+    guard: Guard
+    brand: str
+    signer: Signer
+    render: Callable[[str, Mapping[str, Any]], str]
+
+
+class Context:
+    """One request of one actor.
+
+    Attributes:
+        flow: The workflow.
+        guard: The guard of this server.
+        request: The request.
+        actor: The signed-in actor.
+        form: The fields of the submitted form; empty for a GET.
+        now: The store's time.
+    """
+
+    def __init__(self, services: Services, request: Request, actor: Actor) -> None:
+        self._services = services
+        self._sign, self._verify = services.signer.sign, services.signer.verify
+        self.flow = services.flow
+        self.guard = services.guard
+        self.request = request
+        self.actor = actor
+        self.form: dict[str, str] = {}
+        self.now: datetime = services.flow.now()
+        self._cookies: dict[str, tuple[str, int | None]] = {}
+        session = self._cookie("form")
+        if not _SESSION.fullmatch(session):
+            session = secrets.token_urlsafe(16)
+            self._cookies["form"] = (session, None)
+        self._browser = (session, actor.username)
+
+    # -- cookies
+
+    def _cookie_name(self, name: str) -> str:
+        # Browsers keep other hosts of the domain from setting cookies with this prefix.
+        return f"{'__Host-' if self.request.https else ''}ipguard-{name}"
+
+    def _cookie(self, name: str) -> str:
+        return self.request.cookies.get(self._cookie_name(name), "")
+
+    def _cookie_headers(self) -> list[tuple[str, str]]:
+        secure = "; Secure" if self.request.https else ""
+        return [
+            (
+                "Set-Cookie",
+                f"{self._cookie_name(name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
+                + ("" if seconds is None else f"; Max-Age={seconds}"),
+            )
+            for name, (value, seconds) in self._cookies.items()
+        ]
+
+    # -- forms
+
+    def has_valid_token(self) -> bool:
+        """Return whether the form carries a CSRF token of this actor and this browser."""
+        if self.request.is_cross_site():
+            return False
+        return self._verify("form", self.field("token"), *self._browser) is not None
+
+    def field(self, name: str) -> str:
+        """Return a field of the form, or "" if it is missing."""
+        return self.form.get(name, "")
+
+    def id_field(self, name: str) -> str:
+        """Return a field that holds an id and is short enough for a URL.
+
+        Raises:
+            NotFound: It is too long.
+        """
+        text = self.field(name)
+        if len(text) > _ID_LENGTH:
+            raise NotFound
+        return text
+
+    def read_draft(self) -> Draft:
+        """Return the draft in the URL; an empty one if it is missing, expired or invalid."""
+        query = self.request.parse_query()
+        text = query.pop("again", "")
+        page = _http.build_link("", self.request.path[1:], **query)
+        found = self._verify("draft", text, page, *self._browser)
+        if found is None:
+            return Draft()
+        values, problems, step = found
+        return Draft(values=values, problems=problems, step=step)
+
+    def sign_search(self, text: str) -> str:
+        """Return the text of a search as it stands in URLs."""
+        return self._sign("search", text, self.actor.username)
+
+    def verify_search(self, text: str) -> str:
+        """Return the text of a search in a URL, or "" if this actor did not search for it."""
+        return self._verify("search", text, self.actor.username) or ""
+
+    # -- responses
+
+    def page(self, template: str, status: int = 200, **values: Any) -> Response:
+        """Respond with a page, which shows a pending message once."""
+        note = self._verify("note", self._cookie("note"), *self._browser)
+        here = _http.build_link("", self.request.path[1:], **self.request.parse_query())
+        if note and note["to"] != here:
+            note = None  # it is for the page that another tab is loading
+        elif self._cookie("note"):
+            self._cookies["note"] = ("", 0)
+        base = self.request.base
+        html = self._services.render(
+            template,
+            {
+                "actor": self.actor,
+                "base": base,
+                "brand": self._services.brand,
+                "link": lambda page, **query: _http.build_link(base, page, **query),
+                "note": note,
+                "now": self.now,
+                # A different token each time, so that compression does not reveal it (BREACH).
+                "token": self._sign("form", secrets.token_urlsafe(9), *self._browser),
+                "problems": {},
+                **values,
+            },
+        )
+        return _http.respond_html(status, html, self._cookie_headers())
+
+    def redirect(
+        self, page: str, note: str = "", level: Level = "done", /, **query: object
+    ) -> Response:
+        """Redirect to a page, with a message for it to show."""
+        if note:
+            to = _http.build_link("", page, **query)
+            value = {"text": note, "level": level, "to": to}
+            text = self._sign("note", value, *self._browser, seconds=_NOTE_SECONDS)
+            self._cookies["note"] = (text, _NOTE_SECONDS)
+        location = _http.build_link(self.request.base, page, **query)
+        return _http.redirect(location, self._cookie_headers())
+
+    def redirect_to_draft(self, page: str, draft: Draft, /, **query: object) -> Response:
+        """Redirect to the submitted form, with its values and what is wrong with them.
+
+        If the response to the POST were the form itself, each reload would submit it again. The
+        draft is in the URL, so that tabs do not share it. Long values are cut until it fits.
+        """
+        to, values = _http.build_link("", page, **query), dict(draft.values)
+        while True:
+            value = [values, draft.problems, draft.step]
+            signed = self._sign("draft", value, to, *self._browser, seconds=_DRAFT_SECONDS)
+            longest = max(values, key=lambda name: len(values[name]), default="")
+            if len(signed) <= _DRAFT_LENGTH or not values.get(longest):
+                return self.redirect(page, **query, again=signed)
+            values[longest] = values[longest][: len(values[longest]) // 2]
+
+    # -- users
+
+    def find_user(self, username: str) -> UserOverview:
+        """Return a user of the actor's accounts.
+
+        Raises:
+            UnknownUser: The actor has no such user.
+        """
+        return self.flow.user(self.actor, username)

@@ -1,0 +1,254 @@
+"""The wording of the pages: numbers, times, errors, decisions and audit entries as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+from ipguard import audit
+from ipguard.addresses import AddressRange
+from ipguard.errors import (
+    AddressError,
+    AddressTooBroad,
+    DuplicateRestriction,
+    InvalidValue,
+    IPGuardError,
+    TooManyRequests,
+    TooManyRestrictions,
+    UnknownUser,
+    UsernameError,
+)
+from ipguard.model import (
+    Action,
+    Change,
+    Explanation,
+    PendingRequest,
+    Reason,
+    RequestKind,
+    UserOverview,
+)
+from ipguard.rules import shifted
+
+_EXACT_BELOW: Final = 10**12  # larger counts are shown as powers of two
+
+MAIL_FAILED: Final = (
+    "The mail with the confirmation number could not be sent. The request waits; send a new number."
+)
+
+
+def format_count(addresses: AddressRange) -> str:
+    """Return how many addresses a range holds."""
+    size = addresses.size
+    if size < _EXACT_BELOW:
+        return f"{size:,} address{'' if size == 1 else 'es'}"
+    power = size.bit_length() - 1
+    return f"{'' if size == 1 << power else 'more than '}2^{power} addresses"
+
+
+def format_range(addresses: AddressRange) -> str:
+    """Return a range in canonical form, with its size."""
+    return f"{addresses}: {format_count(addresses)}"
+
+
+def format_time(at: datetime) -> str:
+    """Return a UTC time to the minute."""
+    return f"{at.day} {at:%b %Y, %H:%M} UTC"
+
+
+def format_duration(duration: timedelta) -> str:
+    """Return a duration in its largest unit, rounded up."""
+    seconds = max(1, -(-int(duration.total_seconds() * 1000) // 1000))
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds > size:
+            return _plural(-(-seconds // size), unit)
+    return _plural(seconds, "second")
+
+
+def format_attempts(left: int) -> str:
+    """Return how many attempts are left."""
+    return f"{_plural(left, 'attempt')} left"
+
+
+def _plural(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
+def is_shut_out(line: UserOverview, now: datetime) -> bool:
+    """Return whether a user is restricted and every restriction has expired."""
+    return bool(line.restrictions) and all(one.expired(now) for one in line.restrictions)
+
+
+def describe_request(request: PendingRequest) -> str:
+    """Return what a request is for."""
+    return f"{'add' if request.kind is RequestKind.ADD else 'delete'} {request.addresses}"
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A problem of a form: the field, or "" for the whole form, and the error message."""
+
+    field: str
+    text: str
+
+
+def explain(error: IPGuardError, now: datetime) -> Problem:
+    """Return what an error of the workflow means for the person who submitted a form."""
+    for kind, explain_kind in _PROBLEMS.items():
+        if isinstance(error, kind):
+            return explain_kind(error, now)
+    return Problem("", _sentence(str(error)))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?')) else '.'}"
+
+
+def _explain_address(error: AddressError, _: datetime) -> Problem:
+    hint = "" if error.hint is None else f" Did you mean {error.hint}?"
+    return Problem("addresses", f"{error.text} is not accepted: {error.reason}.{hint}")
+
+
+def _explain_too_broad(error: AddressTooBroad, _: datetime) -> Problem:
+    return Problem(
+        "addresses",
+        f"{error.addresses} holds more addresses than a restriction may. "
+        f"The widest network allowed is a /{error.widest}.",
+    )
+
+
+def _explain_duplicate(error: DuplicateRestriction, _: datetime) -> Problem:
+    text = str(error)  # which may begin with the username: keep its case
+    return Problem("addresses", f"{text}." if text.startswith(error.username) else _sentence(text))
+
+
+def _explain_too_many(error: TooManyRestrictions, _: datetime) -> Problem:
+    return Problem(
+        "addresses",
+        f"{error.username} already has {error.limit} restrictions, as many as are allowed. "
+        "Delete some first, or use a network in place of single addresses.",
+    )
+
+
+def _explain_pace(error: TooManyRequests, now: datetime) -> Problem:
+    return Problem("", f"Too many requests for now. {format_retry(error, now)}")
+
+
+def format_retry(error: TooManyRequests, now: datetime) -> str:
+    """Return when something can be tried again."""
+    wait = f"Try again in {format_duration(error.retry_after)}"
+    if error.retry_after <= timedelta(minutes=1):  # times are shown without seconds
+        return f"{wait}."
+    return f"{wait}, after {format_time(shifted(now, error.retry_after))}."
+
+
+_NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
+
+
+def _explain_value(error: InvalidValue, _: datetime) -> Problem:
+    return Problem(error.name, f"{_NAMES.get(error.name, 'This')} {error.reason}.")
+
+
+def _explain_user(_: IPGuardError, __: datetime) -> Problem:
+    return Problem("user", "There is no such trader among yours. Choose one from the list.")
+
+
+_PROBLEMS: Final[Mapping[type[IPGuardError], Callable[[Any, datetime], Problem]]] = {
+    AddressError: _explain_address,
+    AddressTooBroad: _explain_too_broad,
+    DuplicateRestriction: _explain_duplicate,
+    TooManyRestrictions: _explain_too_many,
+    TooManyRequests: _explain_pace,
+    InvalidValue: _explain_value,
+    UsernameError: _explain_user,
+    UnknownUser: _explain_user,
+}
+
+
+# -- decisions -----------------------------------------------------------------------------------
+
+
+def explain_decision(found: Explanation) -> str:
+    """Return why a login would be allowed or not."""
+    name, reason = found.username, found.decision.reason
+    if reason is Reason.NOT_LISTED and all(one.expired(found.at) for one in found.restrictions):
+        return (
+            f"Every restriction of {name} has expired. Time never lifts a restriction: "
+            "until somebody adds or deletes one, no address is let in."
+        )
+    return {
+        Reason.UNRESTRICTED: f"{name} has no restrictions: any address is let in.",
+        Reason.LISTED: f"A restriction of {name} lists this address.",
+        Reason.NOT_LISTED: f"No restriction of {name} lists this address.",
+        Reason.BAD_ADDRESS: "This is no address.",
+        Reason.BAD_USERNAME: "This is no username.",
+        Reason.UNKNOWN_USER: f"{name} is not registered, and such users are not let in.",
+        Reason.STORE_UNAVAILABLE: "The store does not answer now.",
+    }[reason]
+
+
+# -- audit entries -------------------------------------------------------------------------------
+
+
+_ACTIONS: Final[Mapping[tuple[str, str], str]] = {
+    (Action.REQUEST, ""): "asked for {addresses}",
+    (Action.REQUEST, "delete"): "asked to delete {addresses}",
+    (Action.CONFIRM, ""): "confirmed {addresses}",
+    (Action.CONFIRM, "delete"): "confirmed the deletion of {addresses}",
+    (Action.CANCEL, ""): "cancelled the request for {addresses}",
+    (Action.CANCEL, "delete"): "cancelled the request to delete {addresses}",
+    (Action.RESEND, ""): "had a new number sent for {addresses}",
+    (Action.DELETE, ""): "deleted {addresses}",
+    (Action.IMPOSE, ""): "imposed {addresses} without a number",
+    (Action.IMPOSE_MANY, ""): "imposed many restrictions without numbers",
+    (Action.LIFT, ""): "lifted {addresses} without a number",
+    (Action.UNLOCK, ""): "allowed new attempts after too many wrong numbers",
+    (Action.PUT_USERS, ""): "registered or changed users",
+    (Action.REMOVE_USERS, ""): "removed users",
+    (Action.WRONG_NUMBER, ""): "gave a wrong number for {addresses}",
+    (Action.DELIVERY_FAILED, ""): "could not be sent the number for {addresses}",
+}
+
+
+_PARTICULARS: Final = (
+    ("label", "label: {}"),
+    ("reason", "reason: {}"),
+    ("expires_at", "expires: {}"),
+    ("attempts_left", "attempts left: {}"),
+    ("locked", "the request is locked"),
+    ("unrestricted", "no restrictions left: any address"),
+    ("restricted_to_nothing", "all that is left has expired: no address"),
+    ("added", "added: {}"),
+    ("updated", "changed: {}"),
+    ("removed", "removed: {}"),
+    ("restrictions", "restrictions: {}"),
+    ("failures", "wrong numbers before: {}"),
+    ("via", "by way of: {}"),
+)
+
+
+def describe_particulars(entry: Change) -> str:
+    """Return the particulars of an audit entry; those that this version cannot read, as stored."""
+    if not isinstance(entry.action, Action) or "" in entry.detail:
+        return audit.encode(entry.detail)
+    found = dict(entry.detail)
+    if "expires_at" in found:
+        with suppress(ValueError):
+            found["expires_at"] = format_time(datetime.fromisoformat(found["expires_at"]))
+    return "; ".join(text.format(found[name]) for name, text in _PARTICULARS if name in found)
+
+
+def describe_action(entry: Change) -> str:
+    """Return what an audit entry records, as the words after the actor's name."""
+    known = _ACTIONS.get((entry.action, entry.detail.get("kind", "")))
+    text = known or _ACTIONS.get((entry.action, ""), "did “{action}”")
+    return text.format(addresses=entry.detail.get("addresses", ""), action=entry.action).strip()
+
+
+def describe(entry: Change, reader: str) -> str:
+    """Return an audit entry as a sentence: who did what, and when."""
+    who = "You" if entry.actor == reader else entry.actor or "The system"
+    return f"{who} {describe_action(entry)} on {format_time(entry.at)}."
