@@ -1,8 +1,7 @@
 """Every error that ipguard raises.
 
-All of them are an `IPGuardError`, and each carries what a caller needs to act on it as attributes,
-so that no caller has to read the message. Their positional arguments are all there is to them:
-they survive `pickle` and so cross process boundaries.
+All of them are an `IPGuardError`. Each carries its data as attributes, so that no caller has to
+parse the message, and survives `pickle`, so that it can cross process boundaries.
 """
 
 from __future__ import annotations
@@ -10,13 +9,41 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import cast
 
+import attrs
+
+__all__ = [
+    "AddressError",
+    "AddressTooBroad",
+    "DeliveryError",
+    "DuplicateRestriction",
+    "IPGuardError",
+    "InvalidValue",
+    "LockoutRisk",
+    "NumberExpired",
+    "NumberFormatError",
+    "OpeningRisk",
+    "RequestClosed",
+    "SchemaVersionError",
+    "StoreConfigError",
+    "StoreError",
+    "StoreUnavailable",
+    "TooManyAttempts",
+    "TooManyRequests",
+    "TooManyRestrictions",
+    "UnknownRequest",
+    "UnknownRestriction",
+    "UnknownUser",
+    "UsernameError",
+    "WrongNumber",
+]
+
 _SHOWN = 60
 
 
 def shorten(value: object) -> str:
     """Quote a value from outside for a message: one line, at most about 60 characters.
 
-    Nothing of the value's own is called: a class may claim to be str and do anything.
+    No method of the value is called: a subclass of str may return anything.
     """
     kind = type(value)
     if not issubclass(kind, str):
@@ -25,21 +52,31 @@ def shorten(value: object) -> str:
     return ascii(start[:_SHOWN]) + ("…" if len(start) > _SHOWN else "")
 
 
+class _Quoted(str):
+    """Text that `shorten` returned; unpickling must not quote it again."""
+
+    __slots__ = ()
+
+
+def _quoted(text: object) -> _Quoted:
+    return text if isinstance(text, _Quoted) else _Quoted(shorten(text))
+
+
 class IPGuardError(Exception):
     """The base of every error of this library."""
 
 
 class AddressError(IPGuardError, ValueError):
-    """Text that is not an address, a network or a range as ipguard accepts them.
+    """The text is not an acceptable address, network or range.
 
     Attributes:
-        text: The input, quoted and shortened; never more than about 60 characters of it.
-        reason: What is wrong with it, in a few words.
-        hint: What was perhaps meant, or None.
+        text: The input, quoted and shortened to about 60 characters.
+        reason: The reason, in a few words.
+        hint: A likely correction, or None.
     """
 
     def __init__(self, text: object, reason: str, hint: str | None = None) -> None:
-        self.text = text if isinstance(text, _Quoted) else _Quoted(shorten(text))
+        self.text: str = _quoted(text)
         self.reason = reason
         self.hint = hint
         super().__init__(self.text, reason, hint)
@@ -49,22 +86,16 @@ class AddressError(IPGuardError, ValueError):
         return message if self.hint is None else f"{message} (did you mean {self.hint}?)"
 
 
-class _Quoted(str):
-    """Text that `shorten` has been through already; unpickling must not quote it again."""
-
-    __slots__ = ()
-
-
 class UsernameError(IPGuardError, ValueError):
-    """A username that has no canonical form.
+    """The username has no canonical form.
 
     Attributes:
         text: The input, quoted and shortened.
-        reason: What is wrong with it, in a few words.
+        reason: The reason, in a few words.
     """
 
     def __init__(self, text: object, reason: str) -> None:
-        self.text = text if isinstance(text, _Quoted) else _Quoted(shorten(text))
+        self.text: str = _quoted(text)
         self.reason = reason
         super().__init__(self.text, reason)
 
@@ -72,118 +103,105 @@ class UsernameError(IPGuardError, ValueError):
         return f"{self.text} is not a username: {self.reason}"
 
 
+@attrs.define(slots=False, repr=False)
 class InvalidValue(IPGuardError, ValueError):
-    """A value that makes no sense where it was given: a label, a reason, a time, a setting.
+    """An argument, setting or field has an invalid value.
 
     Attributes:
         name: The argument or field.
-        reason: What is wrong with it, in a few words.
+        reason: The reason, in a few words.
     """
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name = name
-        self.reason = reason
+    name: str
+    reason: str
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
 
 
+@attrs.define(slots=False, repr=False)
 class NumberFormatError(InvalidValue):
-    """Text that cannot be a confirmation number. It is a typing error: no attempt is counted.
+    """The text cannot be a confirmation number. No attempt is counted for a typing error.
 
     Attributes:
         digits: How many digits a number has.
-        reason: What is wrong with the text, in a few words.
+        reason: The reason, in a few words.
     """
 
-    def __init__(self, digits: int, reason: str) -> None:
-        super().__init__("number", reason)
-        self.args = (digits, reason)
-        self.digits = digits
+    digits: int
+    reason: str
+    name: str = attrs.field(default="number", init=False)
 
     def __str__(self) -> str:
         return f"the confirmation number {self.reason}; no attempt was counted"
 
 
+@attrs.define(slots=False, repr=False)
 class AddressTooBroad(IPGuardError):
-    """A restriction that would hold more addresses than the settings allow.
+    """The restriction holds more addresses than the settings allow.
 
     Attributes:
-        addresses: The range in its canonical text.
+        addresses: The range, canonical.
         widest: The shortest prefix length that the settings allow for its version.
     """
 
-    def __init__(self, addresses: str, widest: int) -> None:
-        super().__init__(addresses, widest)
-        self.addresses = addresses
-        self.widest = widest
+    addresses: str
+    widest: int
 
     def __str__(self) -> str:
         return f"{self.addresses} holds more addresses than a /{self.widest}, the widest allowed"
 
 
+@attrs.define(slots=False, repr=False)
 class LockoutRisk(IPGuardError):
-    """The change would keep the acting user itself out.
+    """After the change, the actor could not log in from its present address.
 
     Attributes:
-        address: The actor's address, which would no longer get in.
+        address: The actor's address.
     """
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
-        self.address = address
+    address: str
 
     def __str__(self) -> str:
         return f"after this change you could not log in from {self.address}, where you are now"
 
 
+@attrs.define(slots=False, repr=False)
 class OpeningRisk(IPGuardError):
-    """The change would end a user's last restriction, and the caller had not accepted that.
+    """The change would end the user's last restriction, which the caller did not allow.
 
     Attributes:
-        username: The user, in canonical form, who could log in from every address.
+        username: The user, canonical, who could log in from every address.
     """
 
-    def __init__(self, username: str) -> None:
-        super().__init__(username)
-        self.username = username
+    username: str
 
     def __str__(self) -> str:
         return f"after this change {self.username} could log in from every address"
 
 
+@attrs.define(slots=False, repr=False)
 class DuplicateRestriction(IPGuardError):
     """The user already has these addresses, or a request for them is pending.
 
-    Nothing was changed, neither the label nor the expiry of what exists.
+    Nothing was changed, neither the label nor the expiry of the existing one.
 
     Attributes:
-        username: The user, in canonical form.
-        addresses: The range in its canonical text.
+        username: The user, canonical.
+        addresses: The range, canonical.
         found: What exists: `restriction`, `request` (pending), `deletion` (a pending request to
             delete it), or `row` (an earlier row of the same import).
-        label: The label that it has.
-        expires_at: When it expires, or None.
-        differs: Whether its label or expiry is not the one asked for.
+        label: Its label.
+        expires_at: Its expiry, or None.
+        differs: Whether its label or expiry differs from the requested one.
     """
 
-    def __init__(
-        self,
-        username: str,
-        addresses: str,
-        found: str = "restriction",
-        label: str = "",
-        expires_at: datetime | None = None,
-        differs: bool = False,  # noqa: FBT001, FBT002 - positional, for pickle
-    ) -> None:
-        super().__init__(username, addresses, found, label, expires_at, differs)
-        self.username = username
-        self.addresses = addresses
-        self.found = found
-        self.label = label
-        self.expires_at = expires_at
-        self.differs = differs
+    username: str
+    addresses: str
+    found: str = "restriction"
+    label: str = ""
+    expires_at: datetime | None = None
+    differs: bool = False
 
     def __str__(self) -> str:
         if self.found == "deletion":
@@ -207,172 +225,162 @@ class DuplicateRestriction(IPGuardError):
         return f"{text}; it was not changed. {change}" if self.differs else text
 
 
+@attrs.define(slots=False, repr=False)
 class UnknownUser(IPGuardError):
-    """No such user for this actor: not registered, or of an account it does not manage.
+    """The user does not exist for this actor: not registered, or of another account.
 
     Attributes:
-        username: The username asked for.
+        username: The requested username.
     """
 
-    def __init__(self, username: str) -> None:
-        super().__init__(username)
-        self.username = username
+    username: str
 
     def __str__(self) -> str:
         return f"no user {shorten(self.username)}"
 
 
+@attrs.define(slots=False, repr=False)
 class UnknownRequest(IPGuardError):
-    """No such request for this actor.
+    """The request does not exist for this actor.
 
     Attributes:
-        request_id: The id asked for.
+        request_id: The requested id.
     """
 
-    def __init__(self, request_id: str) -> None:
-        super().__init__(request_id)
-        self.request_id = request_id
+    request_id: str
 
     def __str__(self) -> str:
         return f"no request {shorten(self.request_id)}"
 
 
+@attrs.define(slots=False, repr=False)
 class UnknownRestriction(IPGuardError):
-    """No such restriction for this actor.
+    """The restriction does not exist for this actor.
 
     Attributes:
-        restriction_id: The id asked for.
+        restriction_id: The requested id.
     """
 
-    def __init__(self, restriction_id: str) -> None:
-        super().__init__(restriction_id)
-        self.restriction_id = restriction_id
+    restriction_id: str
 
     def __str__(self) -> str:
         return f"no restriction {shorten(self.restriction_id)}"
 
 
+@attrs.define(slots=False, repr=False)
 class RequestClosed(IPGuardError):
-    """The request can no longer be changed.
+    """The request is not pending any more.
 
     Attributes:
-        state: What became of it: `confirmed`, `cancelled`, `expired` or `locked`.
+        state: Its final state: `confirmed`, `cancelled`, `expired` or `locked`.
     """
 
-    def __init__(self, state: str) -> None:
-        super().__init__(state)
-        self.state = state
+    state: str
 
     def __str__(self) -> str:
         return f"the request is closed: {self.state}"
 
 
 class NumberExpired(IPGuardError):
-    """The confirmation number is no longer valid; `resend` issues a new one."""
+    """The confirmation number has expired; `Workflow.resend` issues a new one."""
 
     def __str__(self) -> str:
         return "the confirmation number has expired; ask for a new one"
 
 
+@attrs.define(slots=False, repr=False)
 class WrongNumber(IPGuardError):
-    """The confirmation number is not the one that was sent.
+    """The confirmation number is wrong.
 
     Attributes:
-        attempts_left: How many more guesses this number allows; 0 means the request is locked.
+        attempts_left: How many guesses are left for this number; at 0 the request is locked.
     """
 
-    def __init__(self, attempts_left: int) -> None:
-        super().__init__(attempts_left)
-        self.attempts_left = attempts_left
+    attempts_left: int
 
     def __str__(self) -> str:
         return f"wrong confirmation number; attempts left: {self.attempts_left}"
 
 
 class TooManyAttempts(IPGuardError):
-    """No further guess is evaluated: the request is locked, or the actor failed too often."""
+    """No more guesses are evaluated: the request is locked, or the actor failed too often."""
 
     def __str__(self) -> str:
         return "too many wrong confirmation numbers"
 
 
+@attrs.define(slots=False, repr=False)
 class TooManyRequests(IPGuardError):
-    """The actor asks more often than the settings allow.
+    """The actor exceeds the rate limit of the settings.
 
     Attributes:
-        retry_after: How long to wait before the same call can succeed.
+        retry_after: How long to wait until the same call can succeed.
     """
 
-    def __init__(self, retry_after: timedelta) -> None:
-        super().__init__(retry_after)
-        self.retry_after = retry_after
+    retry_after: timedelta
 
     def __str__(self) -> str:
-        return (
-            f"too many requests; try again in {max(1, round(self.retry_after.total_seconds()))} s"
-        )
+        seconds = max(1, round(self.retry_after.total_seconds()))
+        return f"too many requests; try again in {seconds} s"
 
 
+@attrs.define(slots=False, repr=False)
 class TooManyRestrictions(IPGuardError):
     """The user has as many restrictions as the settings allow.
 
     Attributes:
-        username: The user, in canonical form.
+        username: The user, canonical.
         limit: How many restrictions a user may have.
     """
 
-    def __init__(self, username: str, limit: int) -> None:
-        super().__init__(username, limit)
-        self.username = username
-        self.limit = limit
+    username: str
+    limit: int
 
     def __str__(self) -> str:
         return f"{self.username} already has {self.limit} restrictions, as many as are allowed"
 
 
+@attrs.define(slots=False, repr=False)
 class DeliveryError(IPGuardError):
     """The mail with the confirmation number could not be sent.
 
     The request stays pending, and `Workflow.resend` sends a new number.
 
     Attributes:
-        reason: What went wrong, without the number and without a password.
-        request_id: The request that waits for its number, where one does; pass it to `resend`.
+        reason: The reason, without the number and without a password.
+        request_id: The pending request, to pass to `resend`; None if there is none.
     """
 
-    def __init__(self, reason: str, request_id: str | None = None) -> None:
-        super().__init__(reason, request_id)
-        self.reason = reason
-        self.request_id = request_id
+    reason: str
+    request_id: str | None = None
 
     def __str__(self) -> str:
         return f"the mail could not be sent: {self.reason}"
 
 
 class StoreError(IPGuardError):
-    """Something is wrong with the store; the base of the three below."""
+    """The store failed; the base of the three errors below."""
 
 
 class StoreUnavailable(StoreError):
-    """The store does not answer now, or the outcome of a commit is lost. Trying again may help."""
+    """The store does not respond, or the outcome of a commit is unknown. A retry may help."""
 
 
 class StoreConfigError(StoreError):
-    """The store cannot be used as it was asked for: a bad URL, a missing extra, no permission."""
+    """The store cannot be used as configured: a bad URL, a missing extra, no permission."""
 
 
+@attrs.define(slots=False, repr=False)
 class SchemaVersionError(StoreError):
-    """The store's schema may not be used by this version of the library.
+    """This version of the library may not use the store's schema.
 
     Attributes:
-        found: The schema's version, or None where there is no schema.
+        found: The schema's version, or None if the store has no schema.
         needed: The version that this library needs, or the oldest library that the schema admits.
     """
 
-    def __init__(self, found: int | None, needed: int) -> None:
-        super().__init__(found, needed)
-        self.found = found
-        self.needed = needed
+    found: int | None
+    needed: int
 
     def __str__(self) -> str:
         if self.found is None:
