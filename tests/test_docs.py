@@ -103,7 +103,7 @@ def test_the_reasons():
 
 def texts(columns: int) -> list[tuple[str, ...]]:
     lines = (ROOT / "docs/restrictions.md").read_text().splitlines()
-    head = {2: "| written | is |", 3: "| written | reason | hint |"}[columns]
+    head = {2: "| text | canonical |", 3: "| text | reason | hint |"}[columns]
     start = lines.index(head) + 2
     end = lines.index("", start)
     return [tuple(c.strip().strip("`") for c in x.strip("|").split("|")) for x in lines[start:end]]

@@ -1,12 +1,12 @@
-"""Decide at login time whether a user may come in from an address.
+"""Decide at login time whether a user may log in from an IP address.
 
     store = ipguard.open_store("sqlite:///ipguard.db")
     guard = ipguard.Guard(store)
     flow = ipguard.Workflow(store, notifier, key=secret_bytes)
 
-`Guard` answers login servers, from memory where it can. `Workflow` changes what the answers are: a
-restriction is requested, its confirmation number goes out by e-mail, and once that is typed in, it
-holds. `ipguard.mail` and `ipguard.testing` are imported by those who use them.
+`Guard` answers login servers, usually from memory. `Workflow` changes restrictions in two phases: a
+request mails a confirmation number, and the number puts the change into force. Import
+`ipguard.mail`, `ipguard.aio`, `ipguard.admin` and `ipguard.testing` separately.
 """
 
 from __future__ import annotations
@@ -117,5 +117,5 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# A library says nothing unless the application asks to hear it.
+# Libraries log nothing unless the application configures a handler.
 logging.getLogger("ipguard").addHandler(logging.NullHandler())

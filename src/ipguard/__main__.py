@@ -1,11 +1,11 @@
-"""The program `ipguard`, also `python -m ipguard`. What it does is in `ipguard.cli`."""
+"""Run the command line: `ipguard`, or `python -m ipguard`."""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 
-_NEEDS_EXTRA = 7  # as `ipguard.cli._codes.Exit.CONFIG`, which cannot be had without the extra
+_NEEDS_EXTRA = 7  # Exit.CONFIG of ipguard.cli, which cannot be imported without the extra
 
 
 def main() -> int:
@@ -15,7 +15,7 @@ def main() -> int:
             'ipguard: the command line needs two more packages: pip install "ipguard[cli]"\n'
         )
         return _NEEDS_EXTRA
-    # Late: without the extra it cannot be imported at all.
+    # Import late: the import fails without the extra.
     from ipguard.cli import run  # noqa: PLC0415
 
     return run(sys.argv[1:])

@@ -107,7 +107,7 @@ def check_seconds(
 
 
 def check_switch(name: str, value: object) -> bool:
-    """Check True or False. Text is refused: "false" is true, and could let everybody in."""
+    """Check True or False. Text is refused, because "false" is true."""
     if not isinstance(value, bool):
         raise InvalidValue(name, "must be True or False")
     return value

@@ -1,9 +1,9 @@
-"""Confirmation numbers: mint, digest, compare.
+"""Mint, digest and compare confirmation numbers.
 
-A number is short, so a plain hash of it could be undone by trying all of them. What a store keeps
-is therefore an HMAC-SHA256 under a key that no store holds (OWASP ASVS 4.0.3 2.7.5). The digest
-covers what is being confirmed, so a number sent for one change can never confirm another (OWASP
-Transaction Authorization 2.6, 2.10).
+A number is short, so a plain hash could be inverted by trying all numbers. A store therefore keeps
+an HMAC-SHA256 under a key that no store holds (OWASP ASVS 4.0.3 2.7.5). The digest covers the
+change, so that the number of one change cannot confirm another (OWASP Transaction Authorization
+2.6, 2.10).
 """
 
 from __future__ import annotations
@@ -16,45 +16,46 @@ from typing import Final
 
 from ipguard.errors import InvalidValue, NumberFormatError, shorten
 
+__all__ = ["Keyring", "mint", "spaced", "typed"]
+
 _KEY_BYTES: Final = 32
 _GROUP: Final = 5
 _LONGEST_TYPED: Final = 256
 _IGNORED_CATEGORIES: Final = frozenset({"Cf", "Pd"})
-# Characters that people see as a dash or as nothing at all, but that Unicode puts in other
-# categories: minus signs, the hyphen bullet, the long-vowel mark that a Japanese keyboard types for
-# a hyphen; fillers, joiners, variation selectors, the blank Braille pattern.
+# Dashes and invisible characters that Unicode puts in other categories: minus signs, the hyphen
+# bullet, the long-vowel mark that a Japanese keyboard types for a hyphen; fillers, joiners,
+# variation selectors, the blank Braille pattern.
 _IGNORED: Final = frozenset(
     "\u02d7\u2043\u2212\u30fc\u034f\u115f\u1160\u2800" + "".join(map(chr, range(0xFE00, 0xFE10)))
 )
 
 
 def mint(digits: int) -> str:
-    """Make a new confirmation number from the system's secure random source.
+    """Make a confirmation number from the system's secure random source.
 
     Args:
-        digits: How many decimal digits; ASVS 5.0 6.5.4 asks for 20 bits, which 7 digits have.
+        digits: How many decimal digits. ASVS 5.0 6.5.4 requires 20 bits: 7 digits.
 
     Returns:
-        The digits alone, leading zeros included.
+        The digits, leading zeros included.
     """
     return f"{secrets.randbelow(10**digits):0{digits}d}"
 
 
 def spaced(number: str) -> str:
-    """Return the number as a person reads it: groups of five digits, `49201-77340`."""
+    """Return the number in groups of five digits, for people: `49201-77340`."""
     return "-".join(number[i : i + _GROUP] for i in range(0, len(number), _GROUP))
 
 
 def typed(text: str, digits: int) -> str:
     """Read a number as a person typed or pasted it.
 
-    Spaces, dashes and invisible characters of any kind are ignored: mail programs and clipboards
-    add them. Decimal digits of any script are read, such as the full-width digits of a Japanese
-    keyboard. Anything else cannot be the number that was mailed, so it is a typing error and not a
-    guess.
+    Spaces, dashes and invisible characters are ignored: mail programs and clipboards add them.
+    Decimal digits of any script are accepted, such as the full-width digits of a Japanese keyboard.
+    Any other text cannot be a mailed number, so it is a typing error and not a guess.
 
     Args:
-        text: What the person typed.
+        text: The text.
         digits: How many digits the number has.
 
     Returns:
@@ -63,7 +64,7 @@ def typed(text: str, digits: int) -> str:
     Raises:
         NumberFormatError: The text cannot be a number of that length.
     """
-    if len(text) > _LONGEST_TYPED:  # read under the writer's lock, so bound the work
+    if len(text) > _LONGEST_TYPED:  # this runs under the writer's lock: bound the work
         raise NumberFormatError(digits, f"must have {digits} digits; this is far longer")
     read = ""
     for char in unicodedata.normalize("NFKC", text):
@@ -72,7 +73,7 @@ def typed(text: str, digits: int) -> str:
         value = unicodedata.decimal(char, None)
         if value is None:
             raise NumberFormatError(
-                digits, f"must have {digits} digits and nothing else; {shorten(char)} is no digit"
+                digits, f"must have {digits} digits only; {shorten(char)} is not a digit"
             )
         read += str(value)
     if len(read) != digits:
@@ -81,13 +82,13 @@ def typed(text: str, digits: int) -> str:
 
 
 class Keyring:
-    """The keys of the digests: the first mints, all verify. Never stored, never shown.
+    """The keys of the digests: the first mints, all verify. They are never stored or shown.
 
     Args:
-        keys: One key of at least 32 bytes, or several, the newest first.
+        keys: One key of at least 32 bytes, or several, newest first.
 
     Raises:
-        InvalidValue: There is no key, or one is not bytes or too short.
+        InvalidValue: The keys are empty, not bytes, or too short.
     """
 
     def __init__(self, keys: bytes | Sequence[bytes]) -> None:
@@ -99,8 +100,8 @@ class Keyring:
                 raise InvalidValue("key", f"must be bytes, not {type(key).__name__}")
             if len(bytes(key)) < _KEY_BYTES:
                 raise InvalidValue("key", f"must have at least {_KEY_BYTES} bytes")
-        # A key is known in the store by a digest of it, so that a number minted under a key that
-        # was since withdrawn can be told from a wrong guess.
+        # The store identifies a key by a digest, which distinguishes a number minted under a
+        # withdrawn key from a wrong guess.
         self._keys = {_hmac(bytes(key), [b"ipguard key id"])[:8]: bytes(key) for key in ring}
         self.minting: bytes = next(iter(self._keys))
 
@@ -114,10 +115,10 @@ class Keyring:
         """Derive a key for another purpose from each key of this ring, in order.
 
         Args:
-            purpose: What the keys are for; another purpose has other keys.
+            purpose: A name; each purpose has its own keys.
 
         Returns:
-            Keys of 32 bytes each: sign with the first, accept what any of them signed.
+            Keys of 32 bytes each: sign with the first, verify with all.
         """
         fields = [b"ipguard derived key", purpose.encode()]
         return tuple(_hmac(key, fields) for key in self._keys.values())
@@ -126,15 +127,15 @@ class Keyring:
         """Digest a number together with the change that it confirms.
 
         Args:
-            key_id: One of this ring's, such as `minting`.
-            number: The number, as minted or as `typed` returns it.
-            subject: What is being confirmed, field by field, in a fixed order.
+            key_id: A key of this ring, such as `minting`.
+            number: The digits, from `mint` or `typed`.
+            subject: The fields of the change, in a fixed order.
 
         Returns:
             32 bytes.
 
         Raises:
-            KeyError: The ring does not hold that key.
+            KeyError: The key is not in this ring.
         """
         # The fields of a stored request may hold lone surrogates.
         fields = [text.encode("utf-8", "surrogatepass") for text in (number, *subject)]
@@ -144,19 +145,19 @@ class Keyring:
         """Compare a number with a digest, in constant time.
 
         Args:
-            key_id: The key that the digest was made with.
+            key_id: The key of the digest.
             digest: The stored digest.
-            number: The digits, as `typed` returns them.
-            subject: As it was given to `digest`.
+            number: The digits, from `typed`.
+            subject: As for `digest`.
 
         Raises:
-            KeyError: The ring does not hold that key.
+            KeyError: The key is not in this ring.
         """
         return hmac.compare_digest(digest, self.digest(key_id, number, subject))
 
 
 def _hmac(key: bytes, fields: Iterable[bytes]) -> bytes:
-    """HMAC-SHA256 over fields that each carry their length, so that none can run into the next."""
+    """HMAC-SHA256 over length-prefixed fields, so that their boundaries are unambiguous."""
     mac = hmac.new(key, digestmod="sha256")
     for field in fields:
         mac.update(len(field).to_bytes(8, "big"))

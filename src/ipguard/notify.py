@@ -1,4 +1,4 @@
-"""The contract of a notifier: how confirmation numbers and notices reach people."""
+"""The contract of a notifier, which sends confirmation numbers and notices to people."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ from typing import Protocol
 
 from ipguard.model import Actor, Change, PendingRequest, User
 
+__all__ = ["Notifier"]
+
 
 class Notifier(Protocol):
-    """What a `Workflow` tells people through.
+    """Sends the messages of a `Workflow`.
 
-    The workflow calls it after the transaction has committed, on the caller's thread and without
-    any lock, so an implementation must bound the time that it takes and must be thread-safe.
+    The workflow calls it after the commit, on the caller's thread and without a lock. An
+    implementation must be thread-safe and must bound its time.
     """
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
         """Send the confirmation number to the actor.
 
         Args:
-            request: What is to be confirmed; the message has to show it: the user, the addresses,
-                who asked, from where, and when (OWASP Transaction Authorization 1.1).
-            number: The number as a person reads it. It is a secret until the request is closed:
+            request: The request. The message must show it: the user, the addresses, the requester,
+                the requester's address, and the time (OWASP Transaction Authorization 1.1).
+            number: The number, formatted for people. It is a secret until the request is closed:
                 never log it.
-            actor: Who asked. `actor.email` is the address recorded when the request was made, which
-                need not be the one that the actor has now.
+            actor: The requester. `actor.email` is the address at the time of the request; the
+                actor's present one may differ.
 
         Raises:
-            Exception: Whatever it raises becomes `DeliveryError`; the request stays pending.
+            Exception: Any exception becomes `DeliveryError`; the request stays pending.
         """
 
     def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
-        """Tell the actor and the affected user that a change holds (OWASP ASVS 5.0 6.3.7).
+        """Notify the actor and the user concerned of a change (OWASP ASVS 5.0 6.3.7).
 
         Args:
-            change: What was done.
-            actor: Who did it.
-            user: Whom it concerns; None where that is nobody registered, or a bulk change.
+            change: The audit entry of the change.
+            actor: The actor.
+            user: The user concerned; None for a bulk change or a user who is not registered.
 
         Raises:
-            Exception: Whatever it raises is logged and counted; the change holds.
+            Exception: Any exception is logged and counted; the change stays in force.
         """

@@ -1,14 +1,13 @@
-"""What decides about one user in few bytes, for a guard that holds every restricted user.
+"""Pack a policy into few bytes, for guards that hold every restricted user.
 
-One byte says whether the user is registered (1) or not (0). Then, for each restriction, the oldest
-first:
+The first byte is 1 if the user is registered, else 0. Then, for each restriction, oldest first:
 
 * one byte of flags: 1 for IPv6, 2 for an expiry;
 * the first and the last address, 4 or 16 bytes each, in network order;
-* the expiry, where there is one: 8 signed bytes, microseconds since 1970-01-01 UTC;
+* the expiry, if there is one: 8 signed bytes, microseconds since 1970-01-01 UTC;
 * the id in UTF-8, and a zero byte.
 
-Labels and who created a restriction decide about no login, and are left out.
+Fields that affect no login, such as the label, are left out.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ _EXPIRES: Final = 2
 
 
 def pack(policy: Policy) -> bytes:
-    """Return what decides about a user, without the revision.
+    """Pack a policy, without its revision.
 
     Raises:
-        ValueError: An id is no text that this form can hold: it has a NUL or a lone surrogate.
+        ValueError: An id has a NUL or a lone surrogate.
     """
     parts = [b"\1" if policy.known else b"\0"]
     for restriction in policy.restrictions:
@@ -52,18 +51,18 @@ def pack(policy: Policy) -> bytes:
 
 
 def unpack(packed: bytes, username: str, revision: int) -> Policy:
-    """Return a policy whose restrictions decide as those that were packed.
+    """Return a policy that decides like the packed one.
 
     Args:
-        packed: What `pack` gave.
-        username: Whose it is, canonical.
-        revision: The revision that it is known to be of.
+        packed: The bytes from `pack`.
+        username: The user, canonical.
+        revision: The revision of the policy.
 
     Returns:
-        The policy. Its restrictions have no label, and who made them, and when, is not told.
+        The policy. Its restrictions have no label, creator or creation time.
 
     Raises:
-        ValueError: The bytes are nothing that `pack` gives.
+        ValueError: The bytes are not from `pack`.
     """
     if packed[:1] not in (b"\0", b"\1"):
         raise ValueError("packed by something else")

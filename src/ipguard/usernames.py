@@ -1,7 +1,7 @@
 """The one canonical form of a username.
 
-Usernames are compared in this form everywhere, so that a restriction on `jsmith` cannot be stepped
-around as `JSmith` or in full-width letters. Names that merely look alike stay different users.
+Usernames are compared in this form everywhere, so that `JSmith` or full-width letters cannot bypass
+a restriction on `jsmith`. Names that merely look alike stay different users.
 """
 
 from __future__ import annotations
@@ -15,37 +15,36 @@ __all__ = ["canonical_username", "canonical_usernames"]
 
 _LONGEST = 256
 _REFUSED = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
-# One round settles every text that is known; the tests go through each character.
+# One round is enough for every known text; the tests try each character.
 _ROUNDS = 4
 
 
 def canonical_username(text: str) -> str:
-    """Give the canonical form of a username: the fixed point of casefold and then NFKC.
+    """Return the canonical form of a username: the fixed point of casefold followed by NFKC.
 
-    NFKC is of UAX #15, casefold of section 3.13 of the Unicode Standard, both as this Python has
-    them. The canonical form of a canonical form is itself. It is always in NFKC; where folding
-    takes a letter apart that NFKC composes again (U+01F0 and some twenty more), NFKC has the
-    last word.
+    NFKC is defined in UAX #15, casefold in section 3.13 of the Unicode Standard; this Python's
+    version of both applies. The result is always in NFKC, also for the letters that casefold
+    decomposes and NFKC composes (U+01F0 and some twenty more).
 
     Args:
-        text: The username, as the host's user record has it.
+        text: The username from the host's user record.
 
     Returns:
         The canonical form, 1 to 256 characters.
 
     Raises:
-        UsernameError: It is not text, it is empty or longer than 256 characters, it has a blank at
-            an end or a character of the categories Cc, Cf, Cs, Co or Cn (control, format,
-            surrogate, private use, unassigned); as given, or in its canonical form.
+        UsernameError: The text or its canonical form is not a str, empty, longer than 256
+            characters, has a blank at an end, or has a character of the categories Cc, Cf, Cs, Co
+            or Cn (control, format, surrogate, private use, unassigned).
     """
     if not issubclass(type(text), str):
         raise UsernameError(text, "it is not text")
-    # A subclass's own methods are not asked, nor is an unbounded text copied or normalised.
+    # Call no method of a subclass, and copy or normalise no unbounded text.
     plain = str.__getitem__(text, slice(_LONGEST + 1))
     _check(plain)
     if plain.isascii():
         return plain.lower()
-    # Before folding too: U+0345 folds to a letter, and the marks must be in their order by then.
+    # Normalise before folding too: U+0345 folds to a letter, after which marks are not reordered.
     canonical = normalize("NFKC", plain)
     for _ in range(_ROUNDS):
         previous, canonical = canonical, normalize("NFKC", canonical.casefold())
@@ -56,11 +55,11 @@ def canonical_username(text: str) -> str:
 
 
 def canonical_usernames(texts: Iterable[str]) -> Iterator[str]:
-    """Give the canonical form of each of several usernames, as they come.
+    """Yield the canonical form of each username.
 
     Raises:
-        TypeError: It is one text, whose characters would be taken for usernames.
-        UsernameError: One has no canonical form.
+        TypeError: The argument is one str, whose characters would be taken for usernames.
+        UsernameError: A username has no canonical form.
     """
     if isinstance(texts, str):
         raise TypeError("usernames must be several, not one str")
@@ -68,7 +67,7 @@ def canonical_usernames(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _check(*forms: str) -> None:
-    """Refuse a username for the first of its forms that is not acceptable; name the last."""
+    """Check each form of a username; the error names the last."""
     for form in forms:
         if not form:
             raise UsernameError(forms[-1], "it is empty")
