@@ -1,4 +1,4 @@
-"""Confirmation numbers: minted, shown, typed, digested, compared."""
+"""Confirmation numbers: mint, format, parse, digest, compare."""
 
 import collections
 import hmac
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ipguard.confirmation import Keyring, mint, spaced, typed
+from ipguard.confirmation import Keyring, format_number, mint, parse_number
 from ipguard.errors import InvalidValue, NumberFormatError
 
 OLD, NEW = b"o" * 32, b"n" * 33
@@ -66,12 +66,12 @@ class TestAsAPersonSeesIt:
     )
     def test_spaced(self, number, shown):
         """A person reads groups of five digits."""
-        assert spaced(number) == shown
+        assert format_number(number) == shown
 
     @given(numbers)
     def test_what_is_shown_can_be_typed(self, number):
         """The number typed as it is shown is the number."""
-        assert typed(spaced(number), len(number)) == number
+        assert parse_number(format_number(number), len(number)) == number
 
     @pytest.mark.parametrize(
         "text",
@@ -97,7 +97,7 @@ class TestAsAPersonSeesIt:
     )
     def test_spaces_dashes_and_invisible_characters_are_ignored(self, text):
         """Mail programs, clipboards and people add characters that change nothing."""
-        assert typed(text, 10) == "4920177340"
+        assert parse_number(text, 10) == "4920177340"
 
     @pytest.mark.parametrize(
         "text",
@@ -111,7 +111,7 @@ class TestAsAPersonSeesIt:
     )
     def test_digits_of_any_script_are_read(self, text):
         """A keyboard set to another script types the same number."""
-        assert typed(text, 10) == "4920177340"
+        assert parse_number(text, 10) == "4920177340"
 
     @pytest.mark.parametrize(
         ("text", "reason"),
@@ -133,15 +133,15 @@ class TestAsAPersonSeesIt:
     def test_other_text_is_a_typing_error(self, text, reason):
         """Text that cannot be the number is told apart from a wrong number."""
         with pytest.raises(NumberFormatError) as raised:
-            typed(text, 10)
+            parse_number(text, 10)
         assert (raised.value.digits, raised.value.reason) == (10, reason)
 
     def test_long_text_is_refused_unread(self):
         """At most 256 characters are read."""
-        assert typed(" " * 255 + "1", 1) == "1"
+        assert parse_number(" " * 255 + "1", 1) == "1"
         for text in (" " * 256 + "1", "1" * 1_000_000):
             with pytest.raises(NumberFormatError, match="far longer"):
-                typed(text, 1)
+                parse_number(text, 1)
 
 
 class TestKeyring:

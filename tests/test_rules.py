@@ -445,6 +445,23 @@ class TestJudgeAdditions:
         ]
 
 
+class TestWithout:
+    @given(restricted(), st.sampled_from(["r0", "r1", "r9"]), addresses)
+    def test_agrees_with_the_decision(self, held, deleted, address):
+        """What is left opens the user, shuts the user out, or ends, as the decisions say."""
+        found = rules.without(held, deleted, NOW)
+        assert found.left == tuple(each for each in held if each.id != deleted)
+        decision = rules.decide(policy(*found.left), address, NOW)
+        assert found.opens == (decision.reason is Reason.UNRESTRICTED)
+        assert found.shuts == bool(found.left and all(each.expired(NOW) for each in found.left))
+        assert not (found.shuts and decision)
+        if found.ends is not None:
+            assert all(each.expired(found.ends) for each in found.left)
+            assert not all(each.expired(found.ends - SECOND) for each in found.left)
+        else:
+            assert found.opens or any(each.expires_at is None for each in found.left)
+
+
 class TestSummarise:
     def test_none(self):
         """The words of the page where there is no restriction, and only there."""

@@ -16,7 +16,7 @@ from typing import Final
 
 from ipguard.errors import InvalidValue, NumberFormatError, shorten
 
-__all__ = ["Keyring", "mint", "spaced", "typed"]
+__all__ = ["Keyring", "format_number", "mint", "parse_number"]
 
 _KEY_BYTES: Final = 32
 _GROUP: Final = 5
@@ -42,12 +42,12 @@ def mint(digits: int) -> str:
     return f"{secrets.randbelow(10**digits):0{digits}d}"
 
 
-def spaced(number: str) -> str:
+def format_number(number: str) -> str:
     """Return the number in groups of five digits, for people: `49201-77340`."""
     return "-".join(number[i : i + _GROUP] for i in range(0, len(number), _GROUP))
 
 
-def typed(text: str, digits: int) -> str:
+def parse_number(text: str, digits: int) -> str:
     """Read a number as a person typed or pasted it.
 
     Spaces, dashes and invisible characters are ignored: mail programs and clipboards add them.
@@ -128,7 +128,7 @@ class Keyring:
 
         Args:
             key_id: A key of this ring, such as `minting`.
-            number: The digits, from `mint` or `typed`.
+            number: The digits, from `mint` or `parse_number`.
             subject: The fields of the change, in a fixed order.
 
         Returns:
@@ -147,7 +147,7 @@ class Keyring:
         Args:
             key_id: The key of the digest.
             digest: The stored digest.
-            number: The digits, from `typed`.
+            number: The digits, from `parse_number`.
             subject: As for `digest`.
 
         Raises:

@@ -428,7 +428,7 @@ class Change:
         at: The time, by the store's clock.
         actor: The username of the actor, or None for the host itself (users put and removed).
         actor_address: The actor's address, if known.
-        action: What was done: an `Action`, or the stored text if a newer version of the library
+        action: An `Action`, or the stored text if a newer version of the library
             wrote an action that this version does not know.
         username: The user concerned, or None for a bulk change.
         detail: The particulars, text by name. A stored detail that this version cannot read is

@@ -1,15 +1,15 @@
-"""The rules, pure: what they judge comes in as arguments, the time of day included.
+"""The rules about restrictions and requests, as pure functions; `now` is an argument.
 
-A request's life is one table, `STEPS`:
+The states of a request are one table, `STEPS`:
 
     pending --confirm--> confirmed
     pending --cancel---> cancelled
-    pending --expire---> expired      (by time; see `state_at`)
+    pending --expire---> expired      (at its time; see `state_at`)
     pending --lock-----> locked       (the last wrong guess)
     pending --guess----> pending      (a wrong guess before the last)
     pending --resend---> pending
 
-There is no other step. One that is not in the table raises `RequestClosed` and changes nothing.
+Any other step raises `RequestClosed` and changes nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +39,26 @@ from ipguard.model import (
     StoredRequest,
 )
 
+__all__ = [
+    "STEPS",
+    "Remainder",
+    "Step",
+    "after",
+    "check_lockout",
+    "check_width",
+    "decide",
+    "duplicate",
+    "judge_additions",
+    "lasting",
+    "number_expired",
+    "read_addresses",
+    "shifted",
+    "state_at",
+    "summarise",
+    "wait_left",
+    "without",
+]
+
 NO_RESTRICTIONS: Final = "No restrictions"
 
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
@@ -48,16 +68,16 @@ _LAST: Final = datetime.max.replace(tzinfo=UTC)
 def decide(
     policy: Policy, address: AddressRange | None, now: datetime, *, deny_unknown: bool = False
 ) -> Decision:
-    """Decide whether a login may go on.
+    """Decide whether a login is allowed.
 
     Args:
-        policy: All that is known of the user.
-        address: The client's address as `parse_address` returns it, or None where it is not one.
-        now: The store's time, which expiry is judged by.
-        deny_unknown: Whether a user that is not registered is refused.
+        policy: The policy of the user.
+        address: The client's address from `parse_address`; None if the text is not an address.
+        now: The store's time, for expiry.
+        deny_unknown: Whether to refuse users who are not registered.
 
     Returns:
-        The decision; `revision` is the policy's.
+        The decision, with the policy's revision.
     """
     allowed, reason, restriction_id = False, Reason.NOT_LISTED, None
     if address is None:
@@ -67,8 +87,7 @@ def decide(
     elif not policy.restrictions:
         allowed, reason = True, Reason.UNRESTRICTED
     else:
-        # A user whose restrictions have all expired stays restricted, to nothing: time never opens
-        # a door, only a person does.
+        # Expiry never lifts a restriction: if all have expired, no address is allowed.
         for restriction in policy.restrictions:
             if address in restriction.addresses and not restriction.expired(now):
                 allowed, reason, restriction_id = True, Reason.LISTED, restriction.id
@@ -79,12 +98,12 @@ def decide(
 
 
 def lasting(restrictions: Iterable[Restriction]) -> AddressSet:
-    """Return the addresses let in whatever the time: temporary restrictions are left out."""
+    """Return the addresses of the permanent restrictions."""
     return AddressSet(r.addresses for r in restrictions if r.expires_at is None)
 
 
 class Step(StrEnum):
-    """What can happen to a request."""
+    """A transition of a request."""
 
     CONFIRM = "confirm"
     CANCEL = "cancel"
@@ -104,14 +123,14 @@ STEPS: Final[Mapping[tuple[RequestState, Step], RequestState]] = MappingProxyTyp
         (RequestState.PENDING, Step.RESEND): RequestState.PENDING,
     }
 )
-"""From a state, by a step, to a state."""
+"""The state after each step from each state."""
 
 
 def after(state: RequestState, step: Step) -> RequestState:
-    """Return the state that a step leads to.
+    """Return the state after a step.
 
     Raises:
-        RequestClosed: The table has no such step; it carries the state.
+        RequestClosed: The table has no such step.
     """
     try:
         return STEPS[state, step]
@@ -120,43 +139,43 @@ def after(state: RequestState, step: Step) -> RequestState:
 
 
 def state_at(request: PendingRequest, now: datetime) -> RequestState:
-    """Return a request's state at a time: one that is pending expires by itself."""
+    """Return the state of a request at a time: a pending request expires."""
     if request.state is RequestState.PENDING and request.expires_at <= now:
         return after(request.state, Step.EXPIRE)
     return request.state
 
 
 def number_expired(stored: StoredRequest, now: datetime) -> bool:
-    """Return whether a request's number can no longer be confirmed.
+    """Return whether the number of a request has expired.
 
-    A number issued in the future was issued by a clock that ran ahead and has been set right: how
-    old it is cannot be known, so it counts as expired.
+    A number from the future was issued by a clock that ran ahead and was corrected. Its age is
+    unknown, so it counts as expired.
     """
     ahead = stored.sent_at is not None and stored.sent_at > now
     return ahead or stored.request.number_expires_at <= now
 
 
 def wait_left(times: Iterable[datetime], most: int, period: timedelta, now: datetime) -> timedelta:
-    """Return how long to wait until fewer than `most` of some times lie within a period.
+    """Return how long a rate limit requires to wait.
 
-    Times in the future come from a clock that ran ahead and has been set right. They are not
-    counted: otherwise the wait would last until the clock reaches them again.
+    Times in the future come from a clock that ran ahead and was corrected. They are ignored:
+    otherwise the wait would last until the clock reaches them again.
 
     Args:
-        times: When something was done, in any order.
-        most: How often it may be done within the period; at least 1.
+        times: The times of the previous calls, in any order.
+        most: How many calls the period allows, at least 1.
         period: The period, which ends now.
         now: The store's time.
 
     Returns:
-        The wait; zero if it may be done now.
+        The wait until another call is allowed; zero if it is allowed now.
     """
     ages = sorted(age for at in times if timedelta(0) <= (age := now - at) < period)
     return timedelta(0) if len(ages) < most else period - ages[most - 1]
 
 
 def shifted(moment: datetime, by: timedelta) -> datetime:
-    """Add a duration to a time in UTC, ending at the first or the last time that there is."""
+    """Add a duration to a time in UTC, clamped to the range of datetime."""
     try:
         return moment + by
     except OverflowError:
@@ -169,17 +188,17 @@ def check_lockout(
     restrictions: Iterable[Restriction],
     now: datetime,
 ) -> None:
-    """Refuse a change by which acting users would keep themselves out.
+    """Refuse a change that would lock the actor out.
 
     Args:
-        address: Where the actor comes from, or None where that is not known.
-        before: The actor's own policy as it is.
-        restrictions: The actor's own restrictions as the change would leave them.
+        address: The actor's present address, or None if it is unknown.
+        before: The actor's own policy before the change.
+        restrictions: The actor's own restrictions after the change.
         now: The store's time.
 
     Raises:
-        LockoutRisk: The address gets in now, and after the change would not, or not once the
-            temporary restrictions end.
+        LockoutRisk: The address is allowed now, but would not be after the change, or after the
+            temporary restrictions expire.
     """
     left = tuple(restrictions)
     if address is None or not left or not decide(before, address, now):
@@ -189,15 +208,15 @@ def check_lockout(
 
 
 def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressRange:
-    """Read a restriction as a person typed it, and propose only what the settings accept.
+    """Read a restriction as a person typed it; hint only at text that the settings accept.
 
     Args:
-        text: What was typed.
+        text: The text.
         widest_ipv4: The shortest prefix length for IPv4, 0 to 32.
         widest_ipv6: The shortest prefix length for IPv6, 0 to 128.
 
     Raises:
-        AddressError: It is not acceptable text. Its hint is not wider than the settings allow.
+        AddressError: The text is not acceptable.
     """
     try:
         return parse_typed(text)
@@ -214,15 +233,15 @@ def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressR
 
 
 def check_width(addresses: AddressRange, *, widest_ipv4: int, widest_ipv6: int) -> None:
-    """Refuse a restriction that lets in more addresses than a prefix of the widest length holds.
+    """Refuse a restriction to more addresses than the widest prefix holds.
 
     Args:
-        addresses: What the restriction would let in.
+        addresses: The addresses of the restriction.
         widest_ipv4: The shortest prefix length for IPv4, 0 to 32.
         widest_ipv6: The shortest prefix length for IPv6, 0 to 128.
 
     Raises:
-        AddressTooBroad: It holds more.
+        AddressTooBroad: There are more addresses.
     """
     bits, widest = (32, widest_ipv4) if addresses.version == 4 else (128, widest_ipv6)
     if addresses.size > 1 << (bits - widest):
@@ -240,20 +259,20 @@ def judge_additions(
     per_user: int,
     now: datetime,
 ) -> tuple[list[Restriction], list[_Refused]]:
-    """Judge restrictions that would be added to one user in one change.
+    """Judge restrictions to be added to one user in one change.
 
-    An expired restriction to the same addresses is replaced; one that still lets them in is not.
+    An expired restriction to the same addresses is replaced; a live one is a duplicate.
 
     Args:
-        username: The user, in canonical form.
+        username: The user, canonical.
         present: The user's restrictions, expired ones included.
         wanted: The restrictions to add.
         per_user: How many restrictions a user may have, expired ones included.
         now: The store's time.
 
     Returns:
-        The restrictions that would be replaced; and the refused ones, each with its error:
-        duplicates first, then those beyond the limit.
+        The restrictions to replace; and the refused ones, each with its error: duplicates first,
+        then those beyond the limit.
     """
     held: dict[AddressRange, list[Restriction]] = {}
     for restriction in present:
@@ -282,7 +301,7 @@ def judge_additions(
 
 
 class Remainder(NamedTuple):
-    """What a deletion leaves to a user.
+    """The restrictions of a user after a deletion.
 
     Attributes:
         left: The other restrictions, expired ones included.
@@ -312,7 +331,7 @@ def without(restrictions: Iterable[Restriction], deleted: str, now: datetime) ->
 
 
 def duplicate(found: Restriction | PendingRequest, wanted: Restriction) -> DuplicateRestriction:
-    """Return the error for addresses that exist already: it says whether anything else differs."""
+    """Return the error for addresses that exist already, and whether label or expiry differ."""
     if isinstance(found, PendingRequest):
         kind, expires_at = "request", found.restriction_expires_at
     else:
@@ -330,8 +349,8 @@ def duplicate(found: Restriction | PendingRequest, wanted: Restriction) -> Dupli
 def summarise(restrictions: Iterable[Restriction], now: datetime) -> str:
     """Return the text of the page's Restrictions column.
 
-    "No restrictions" is said only where there is none: a user left with expired ones can log in
-    from nowhere, which the text says.
+    "No restrictions" means that any address is allowed; if all restrictions have expired, the text
+    says that no address is.
     """
     left = tuple(restrictions)
     if not left:

@@ -7,7 +7,7 @@ workflow asks `ipguard.rules`, a store reads and writes. A store guarantees:
   use the store, before it reads anything.
 * **One total order.** Each change takes the next revision, 1, 2, 3, … without gaps, in commit
   order, and carries a random token. A store restored from a backup continues from an old revision;
-  the token shows a guard that revision 7 is no longer the revision 7 that it read.
+  the token shows a guard that revision 7 has changed since it was read.
 * **Snapshots.** Each read is of one committed state, and never waits for a writer.
 
 `ipguard.testing.StoreConformance` tests an implementation completely: subclass it, open an empty
@@ -157,7 +157,7 @@ class Transaction(Snapshot, Protocol):
         A transaction that writes anything appends at least once.
 
         Args:
-            action: What was done.
+            action: The action.
             actor: The username of the actor, or None for the host.
             actor_address: The actor's address.
             username: The user concerned, or None.

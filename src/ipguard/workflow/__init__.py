@@ -217,7 +217,7 @@ class Workflow(Closing):
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=True)
             failures = self._check_confirmable(tx, stored)
-            digits = confirmation.typed(number, self.settings.number_digits)
+            digits = confirmation.parse_number(number, self.settings.number_digits)
             outcome: tuple[Applied | int, Change]
             if self._keys.matches(stored.key_id, stored.digest, digits, _subject(stored.request)):
                 outcome = tx.apply(
@@ -801,7 +801,7 @@ class Workflow(Closing):
         try:
             self._notifier.number_issued(
                 stored.request,
-                confirmation.spaced(issued.number),
+                confirmation.format_number(issued.number),
                 attrs.evolve(actor, email=stored.email),
             )
         except Exception as exc:
