@@ -1,11 +1,10 @@
-"""Pages of many users: the ways to look them up, each pressed to its edges by small figures."""
+"""The listing of the SQL stores gives the memory store's answers, whichever library wrote."""
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,19 +15,15 @@ from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, Action, Actor, Restriction, User
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
+from ipguard.stores._search import folded
 from ipguard.stores._sql import encodable, listing, migrations
-from ipguard.stores._sql.listing import _bound
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.conftest import rounds
 from tests.postgres import Given, Server, fresh_schema
 
-pytestmark = pytest.mark.slow
-
 START = datetime(2030, 1, 1, tzinfo=UTC)
 EVERY = Actor.EVERY_ACCOUNT
-
-# ------------------------------------------------------------------------- what is put and asked
 
 WORDS = ("Jo", "jon", "JONES", "Straße", "strasse", "Ω", "\uff21b", "ab", "b")
 ACCOUNTS = ("A1", "a2", "A 3", "ab", "Ü1", "A10")
@@ -44,11 +39,11 @@ RUNS = (
 ADDRESSES = (
     "10.0.0.0", "10.0.0.1", "10.0.0.255", "10.0.1.0", "10.0.1.1", "10.200.0.0", "127.255.255.255",
     "128.0.0.0", "255.255.255.255", "0.0.0.0", "::", "::1", "2001:db8::", "2001:db8::1:0",
-    "2001:db8:0:1::", "2001:db7:ffff::5",
+    "2001:db8:0:1::", "2001:db7:ffff::5", "10.0.0.1/32", "::1/128",
 )  # fmt: skip
 TEXTS = (
-    "", "a", "A1", "a10", "jo", "JON", "jones", "jo j", "strasse", "STRA", "ab", "\uff41", "ω",
-    "a b", "z", "z3", "zz", "ü", "b", "u",
+    "", "a", "A1", "a10", "jo", "JON", "jones", "jo j", "jones jo", "ab jo b", "strasse", "STRA",
+    "ab", "\uff41", "ω", "a b", "a 3", "z", "z3", "zz", "ü", "b", "u", "b-ab", "\ud800",
 )  # fmt: skip
 
 people = st.builds(
@@ -61,11 +56,17 @@ people = st.builds(
 accounts = st.just(EVERY) | st.frozensets(st.sampled_from([*ACCOUNTS, "none", "x\ny", "\ud800"]))
 pages = st.tuples(
     accounts,
-    st.sampled_from(TEXTS + ADDRESSES),
+    st.sampled_from(TEXTS + ADDRESSES + RUNS),
     st.none() | st.sampled_from([*NAMES, "", "jo", "\ud800", "a\0"]),
     st.integers(1, 5),
 )
 lists = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(RUNS)), max_size=12)
+
+
+@pytest.fixture
+def two_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walk through all users or changes for an actor of more than two accounts."""
+    monkeypatch.setattr(listing, "_FEW", 2)
 
 
 def restrictions(rows: Iterable[tuple[str, str]], mark: str) -> Iterator[Restriction]:
@@ -87,77 +88,50 @@ def add(store: RestrictionStore, rows: list[tuple[str, str]], mark: str) -> None
         turn.append(Action.IMPOSE_MANY, actor=None, touches=EVERYBODY)
 
 
-@pytest.fixture
-def edges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few users, looks at a few rows: every way is gone, and left half way."""
-    monkeypatch.setattr(listing, "BLOCK", 2)
-    figures: dict[ModuleType, dict[str, int]] = {
-        listing: {
-            "_MANY": 3,
-            "_FIRST_LOOK": 1,
-            "LOOKED_AT": 3,
-            "FEW": 2,
-            "_SEVERAL": 1,
-            "_SMALL": 2,
-            "_UNPLACED": 1,
-            "_TOGETHER": 2,
-            "_AT_ONCE": 2,
-        },
-    }
-    for module, names in figures.items():
-        for name, figure in names.items():
-            monkeypatch.setattr(module, name, figure)
+# --------------------------------------------------------------------- older libraries
 
+Run = Callable[[str, tuple[Any, ...]], object]
 
-# ------------------------------------------------------------------------- the library before
-
-_OLD_UPSERT = (
+_UPSERT = (
     "INSERT INTO users (username, full_name, account_id, email, removed) VALUES (?, ?, ?, ?, 0)"
     " ON CONFLICT (username) DO UPDATE SET full_name = excluded.full_name,"
     " account_id = excluded.account_id, email = excluded.email, removed = 0"
 )
-_OLD_RESTRICTION = (
+_RESTRICTION = (
     "INSERT INTO restrictions (username, id, first_ip, last_ip, label, created_at, created_by,"
     " expires_at) VALUES (?, ?, ?, ?, '', 0, 'boss', NULL)"
 )
-Run = Callable[[str, tuple[Any, ...]], object]
 
 
-def old_put(run: Run, users: Iterable[User]) -> None:
-    """Write users as the library for schema 1 does."""
+def old_put(run: Run, users: Iterable[User], *, schema: int) -> None:
+    """Write users as the libraries for schemas 1 to 3 do."""
     for user in users:
-        words = listing.folded(user.full_name).split()
-        terms = {" ".join(words[at:]) for at in range(len(words))}
-        terms |= {listing.folded(user.username), listing.folded(user.account_id)}
+        words, own = folded(user.full_name).split(), folded(user.account_id)
+        terms = {" ".join(words[at:]) for at in range(len(words))} | {user.username, own}
         run("DELETE FROM search_terms WHERE username = ?", (user.username,))
         for term in terms - {""}:
-            run("INSERT INTO search_terms (term, username) VALUES (?, ?)", (term, user.username))
-        run(_OLD_UPSERT, (user.username, user.full_name, user.account_id, user.email))
-
-
-def old_add(run: Run, rows: Iterable[tuple[str, str]], mark: str) -> None:
-    """Write restrictions as that library does."""
-    for restriction in restrictions(rows, mark):
-        run(
-            _OLD_RESTRICTION,
-            (restriction.username, restriction.id, *restriction.addresses.packed),
-        )
-
-
-def old_remove(run: Run, names: Iterable[str]) -> None:
-    """Remove users as that library does."""
-    for name in names:
-        run("UPDATE users SET removed = 1 WHERE username = ?", (name,))
+            if schema == 1:
+                run(
+                    "INSERT INTO search_terms (username, term) VALUES (?, ?)",
+                    (user.username, term),
+                )
+                continue
+            account = None if term in (user.username, own) else user.account_id
+            run(
+                "INSERT INTO search_terms (username, term, block, account_id) VALUES (?, ?, ?, ?)",
+                (user.username, term, int(term != user.username), account),
+            )
+        run(_UPSERT, (user.username, user.full_name, user.account_id, user.email))
 
 
 class Sqlite:
-    """A file with schema 1, and the store over it."""
+    """A file with an old schema, and the store over it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, schema: int) -> None:
         self.path = folder / "old.db"
-        ((_, sql),) = migrations("sqlite")[:1]
         with closing(sqlite3.connect(self.path)) as connection:
-            connection.executescript(sql)
+            for _, sql in migrations("sqlite")[:schema]:
+                connection.executescript(sql)
 
     def old(self, write: Callable[[Run], object]) -> None:
         with closing(sqlite3.connect(self.path)) as connection, connection:
@@ -170,9 +144,9 @@ class Sqlite:
 class Postgres:
     """The same in a server."""
 
-    def __init__(self, server: Server | Given) -> None:
+    def __init__(self, server: Server | Given, schema: int) -> None:
         self.server, self.schema = server, fresh_schema()
-        ((_, sql),) = migrations("postgresql")[:1]
+        sql = "".join(sql for _, sql in migrations("postgresql")[:schema])
         server.execute(f"CREATE SCHEMA {self.schema}; SET search_path TO {self.schema}; {sql}")
 
     def old(self, write: Callable[[Run], object]) -> None:
@@ -186,23 +160,31 @@ class Postgres:
         return open_store(self.server.url(schema=self.schema), clock=FakeClock(START))
 
 
-# ------------------------------------------------------------------------- the same answers
+# --------------------------------------------------------------------- the same answers
 
 
 def _written(
-    step: str, users: list[User], rows: list[tuple[str, str]], mark: str
+    step: str, users: list[User], rows: list[tuple[str, str]], mark: str, schema: int
 ) -> tuple[Callable[[RestrictionStore], object], Callable[[Run], object]]:
-    """Return how a store writes something, and how the library before does."""
+    """Return how a store makes a change, and how an older library does."""
+
+    def old_add(run: Run) -> None:
+        for each in restrictions(rows, mark):
+            run(_RESTRICTION, (each.username, each.id, *each.addresses.packed))
+
+    def old_remove(run: Run) -> None:
+        for user in users:
+            run("UPDATE users SET removed = 1 WHERE username = ?", (user.username,))
+
     if "add" in step:
-        return lambda store: add(store, rows, mark), lambda run: old_add(run, rows, mark)
+        return lambda store: add(store, rows, mark), old_add
     if step == "remove":
-        names = {user.username for user in users}
-        return lambda store: store.remove_users(names), lambda run: old_remove(run, names)
-    last = {user.username: user for user in users}
-    return lambda store: store.put_users(users), lambda run: old_put(run, last.values())
+        return lambda store: store.remove_users(user.username for user in users), old_remove
+    last = {user.username: user for user in users}.values()
+    return lambda store: store.put_users(users), lambda run: old_put(run, last, schema=schema)
 
 
-@pytest.mark.usefixtures("edges")
+@pytest.mark.usefixtures("two_are_many")
 @settings(max_examples=rounds(25, 1_000))
 @given(
     steps=st.lists(
@@ -213,51 +195,72 @@ def _written(
         ),
         max_size=6,
     ),
-    before=st.integers(0, 3),
+    migrated_before=st.integers(0, 3),
+    schema=st.sampled_from([1, 3]),
     asked=st.lists(pages, min_size=5, max_size=25),
 )
-def test_pages_are_the_references_whoever_wrote(
+def test_pages_equal_those_of_the_memory_store(
     steps: list[tuple[str, list[User], list[tuple[str, str]]]],
-    before: int,
+    migrated_before: int,
+    schema: int,
     asked: list[tuple[Any, str, str | None, int]],
     tmp_path_factory: pytest.TempPathFactory,
     postgres: Server | Given,
 ) -> None:
-    """Before, while and after the schema is brought up to date, by old servers and new ones."""
+    """Older and newer libraries write before and after the migration; every page is the same."""
     places: tuple[Sqlite | Postgres, ...] = (
-        Sqlite(tmp_path_factory.mktemp("old")),
-        Postgres(postgres),
+        Sqlite(tmp_path_factory.mktemp("old"), schema),
+        Postgres(postgres, schema),
     )
-    memory = MemoryStore(clock=FakeClock(START))
-    stores: list[RestrictionStore] = []
-    for number, (step, users, rows) in enumerate(steps):
-        if number == before:
-            stores = [place.open() for place in places]
-        write, old_write = _written(step, users, rows, str(number))
-        write(memory)
-        if stores and not step.startswith("old"):
-            for store in stores:
-                write(store)
-        else:
-            for place in places:
-                place.old(old_write)
-    stores = stores or [place.open() for place in places]
-    try:
+    with ExitStack() as stack:
+        memory = stack.enter_context(MemoryStore(clock=FakeClock(START)))
+        stores: list[Any] = []
+        for number, (step, users, rows) in enumerate(steps):
+            if number == migrated_before:
+                stores = [stack.enter_context(place.open()) for place in places]  # type: ignore[arg-type]
+            write, old_write = _written(step, users, rows, str(number), schema)
+            write(memory)
+            for place, store in zip(places, stores or [None, None], strict=True):
+                if store is None or step.startswith("old"):
+                    place.old(old_write)
+                else:
+                    write(store)
+        stores = stores or [stack.enter_context(place.open()) for place in places]  # type: ignore[arg-type]
         for whose, search, after, limit in asked:
             expected = memory.overview(whose, search=search, after=after, limit=limit)
             for store in stores:
                 found = store.overview(whose, search=search, after=after, limit=limit)
-                assert [i.user for i in found] == [i.user for i in expected]
-                assert [len(i.restrictions) for i in found] == [
-                    len(i.restrictions) for i in expected
+                assert [(i.user, len(i.restrictions)) for i in found] == [
+                    (i.user, len(i.restrictions)) for i in expected
                 ]
                 assert found.next == expected.next
-    finally:
-        for store in stores:
-            store.close()
 
 
-@pytest.mark.usefixtures("edges")
+@pytest.mark.parametrize("kind", ["SQLite", "PostgreSQL"])
+def test_parts_of_names_that_an_older_library_wrote(
+    kind: str, tmp_path: Path, postgres: Server | Given
+) -> None:
+    """Terms for parts of a name come with the migration, and later with the next change."""
+    place = Sqlite(tmp_path, 3) if kind == "SQLite" else Postgres(postgres, 3)
+    early = User(username="anna", full_name="Anna-Lena (O'Brien)", account_id="A1")
+    same = User(username="li-wei", full_name="Li-Wei", account_id="A1")
+    late = User(username="eve", full_name="Eve Smith-Jones", account_id="A1")
+    place.old(lambda run: old_put(run, [early, same], schema=3))
+
+    def found(search: str) -> list[str]:
+        return [line.user.username for line in store.overview(frozenset({"A1"}), search=search)]
+
+    with place.open() as store:  # type: ignore[attr-defined]
+        assert found("lena") == found("brien") == found("o'brien anna") == ["anna"]
+        assert found("wei") == ["li-wei"]
+        place.old(lambda run: old_put(run, [late], schema=3))
+        assert found("smith") == found("eve") == found("a1")[1:2] == ["eve"]
+        assert found("jones") == []
+        store.put_users([User(username="max", full_name="Max", account_id="A1")])
+        assert found("jones") == ["eve"]
+
+
+@pytest.mark.usefixtures("two_are_many")
 @settings(max_examples=rounds(25, 1_000))
 @given(
     rows=st.lists(
@@ -275,13 +278,13 @@ def test_pages_are_the_references_whoever_wrote(
         max_size=25,
     ),
 )
-def test_the_trail_is_the_references(
+def test_history_equals_that_of_the_memory_store(
     rows: list[tuple[str | None, str | None]],
     asked: list[tuple[Any, str | None, int | None, int]],
     tmp_path_factory: pytest.TempPathFactory,
     postgres: Server | Given,
 ) -> None:
-    """Whose rows are asked for, many or few, each page has those that the reference has."""
+    """Every page of the audit log is the same, for few accounts and for many."""
     folder = tmp_path_factory.mktemp("trail")
     with (
         MemoryStore(clock=FakeClock(START)) as memory,
@@ -300,9 +303,9 @@ def test_the_trail_is_the_references(
 
 
 @pytest.mark.parametrize("after", ["\ud800", "jo\ud900x", "b\udfff", "jo\0\ud800", "\0"])
-def test_a_page_may_begin_after_what_no_store_has(after: str) -> None:
-    """What takes its place can be stored, and has the same usernames after it."""
+def test_a_page_may_begin_after_a_text_that_no_store_holds(after: str) -> None:
+    """The text that replaces it can be stored and has the same usernames after it."""
     names = ["a", "jo", "jo한", "jo\ud7a3x", "jo😀", "한", "\ud7a3", "😀", "\ufb50"]
-    bound = _bound(after)
+    bound = listing._storable_bound(after)
     assert encodable(bound)
     assert [name for name in names if name > bound] == [name for name in names if name > after]

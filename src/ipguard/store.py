@@ -290,8 +290,11 @@ class RestrictionStore(Protocol):
             accounts: A set of account ids, or `Actor.EVERY_ACCOUNT`. Only the latter includes
                 removed users, if they have restrictions.
             search: The start of a username, an account id or any word of the full name, ignoring
-                case (it may continue into the following words); or an address: users with a
-                restriction that holds it, expired or not. Empty: all users.
+                case (it may continue into the following words). Words end at punctuation such as
+                hyphens and apostrophes too. A search of several words finds the users that each of
+                the words finds. An address finds the users with a restriction that contains it,
+                expired or not; a network or a range finds those with exactly that restriction.
+                Empty: all users.
             after: The `next` of the previous page.
             limit: The maximum number of users, at least 1.
 

@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Generic, NamedTuple, TypeVar
-from unicodedata import normalize
 
 import attrs
 
 from ipguard import audit, rules
 from ipguard._checks import check_time, check_whole
 from ipguard._fork import ReentrantLock, acquire
-from ipguard.addresses import AddressRange, parse_address
 from ipguard.errors import (
-    AddressError,
     DuplicateRestriction,
     StoreError,
     StoreUnavailable,
@@ -32,7 +29,6 @@ from ipguard.model import (
     RESET,
     Accounts,
     Action,
-    Actor,
     Change,
     Changes,
     Page,
@@ -56,6 +52,7 @@ from ipguard.store import (
     check_accounts,
     log_change,
 )
+from ipguard.stores._search import Search, is_visible
 from ipguard.usernames import canonical_usernames
 
 V = TypeVar("V")
@@ -453,13 +450,18 @@ class MemoryStore(Closing):
         """Return users with their restrictions and live pending requests, by username."""
         check_whole("limit", limit, 1)
         accounts = check_accounts(accounts)
-        state, now, matches = self._snapshot(), self.now(), _Search(search)
+        state, now, wanted = self._snapshot(), self.now(), Search.of(search)
         found = sorted(
             name
             for name, stored in state.users.items()
             if (after is None or name > after)
-            and _visible(state, stored, accounts)
-            and matches(stored.user, state.restrictions.get(name, ()))
+            and is_visible(
+                accounts,
+                stored.user.account_id,
+                removed=stored.removed,
+                restricted=name in state.restrictions,
+            )
+            and wanted.matches(stored.user, state.restrictions.get(name, ()))
         )
         items = tuple(_overview(state, name, now) for name in found[:limit])
         return Page(items=items, next=found[limit - 1] if len(found) > limit else None)
@@ -535,48 +537,10 @@ class MemoryStore(Closing):
                 self._touched.notify_all()
 
 
-class _Search:
-    """What an overview's search text matches.
-
-    The text is the start of a username, of an account id, or of a full name from any of its words
-    on; and where it is an address, whoever has a restriction that holds it.
-    """
-
-    def __init__(self, text: str) -> None:
-        self._start = _folded(text)
-        try:
-            self._address: AddressRange | None = parse_address(text.strip(" \t\r\n"))
-        except AddressError:
-            self._address = None
-
-    def __call__(self, user: User, restrictions: tuple[Restriction, ...]) -> bool:
-        return (
-            _folded(user.username).startswith(self._start)
-            or _folded(user.account_id).startswith(self._start)
-            or f" {self._start}" in f" {_folded(user.full_name)}"
-            or (
-                self._address is not None
-                and any(self._address in r.addresses for r in restrictions)
-            )
-        )
-
-
-def _folded(text: str) -> str:
-    """Return text as it is searched for: two rounds make any username its canonical form."""
-    once = normalize("NFKC", text).casefold()
-    return " ".join(normalize("NFKC", once).casefold().split())
-
-
 def _logged(turn: Turn) -> int:
     for row in turn.rows:
         log_change(row.change)
     return turn.head
-
-
-def _visible(state: State, stored: StoredUser, accounts: Accounts) -> bool:
-    if stored.removed:
-        return accounts is Actor.EVERY_ACCOUNT and stored.user.username in state.restrictions
-    return stored.user.account_id in accounts
 
 
 def _overview(state: State, username: str, now: datetime) -> UserOverview:

@@ -572,8 +572,9 @@ class Workflow(Closing):
 
         Args:
             actor: Who looks.
-            search: The start of a username, an account ID or any word of the name; or an address,
-                which finds users with a restriction that contains it. Empty: all users.
+            search: The start of a username, an account ID or any word of the name, or of several
+                words in any order. An address finds the users with a restriction that contains
+                it, a network or a range those with exactly that restriction. Empty: all users.
             after: The `next` of the previous page.
             limit: The largest number of users, 1 to 1,000.
 

@@ -333,7 +333,7 @@ def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
     return frozenset(names)
 
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """The schema that this library was written for: the number of the last migration."""
 
 

@@ -18,6 +18,7 @@ from ipguard.addresses import AddressRange
 from ipguard.errors import DuplicateRestriction, StoreUnavailable, TooManyRestrictions, UnknownUser
 from ipguard.model import EVERYBODY, Action, Change, PendingRequest, Restriction, Touched, User
 from ipguard.store import NAMED_AT_MOST, Transaction
+from ipguard.stores._search import terms_of
 from ipguard.stores._sql import (
     PENDING,
     RESTRICTION,
@@ -34,14 +35,6 @@ from ipguard.stores._sql import (
     restriction_row,
     touched_of,
     user_row,
-)
-from ipguard.stores._sql.listing import (
-    TERM,
-    Placing,
-    add_blocks,
-    blocks_of,
-    cut_grown,
-    placed_terms,
 )
 from ipguard.stores._sql.policies import TOUCHED_SINCE, head
 
@@ -246,10 +239,32 @@ _APPLY_USERS: Final = f"""
 INSERT INTO users ({USER}, removed) SELECT {USER}, 0 FROM changed_users WHERE true {_APPLIED}
 """
 _APPLY_USER: Final = f"INSERT INTO users ({USER}, removed) VALUES ({marks(USER)}, 0) {_APPLIED}"
-_ADD_TERM: Final = f"INSERT INTO search_terms ({TERM}) VALUES ({marks(TERM)})"
+_TERM: Final = "username, term, account_id"
+_ADD_TERM: Final = f"INSERT INTO search_terms ({_TERM}) VALUES ({marks(_TERM)})"
+# Older libraries leave the account out of some of a user's terms, and write fewer of them.
+_OUTDATED: Final = """
+SELECT username, full_name, account_id FROM users WHERE username IN (
+    SELECT username FROM search_terms WHERE account_id IS NULL LIMIT ?
+)
+"""
 _USERS_MOVED: Final = """
 SELECT 1 FROM changes WHERE revision > ? AND action IN ('put_users', 'remove_users') LIMIT 1
 """
+
+
+def _write_terms(db: Executor, users: Iterable[Row]) -> None:
+    """Write the terms of users, and of a few others that an older library wrote.
+
+    Args:
+        db: The transaction.
+        users: Username, full name and account of each.
+    """
+    by_name = {row[0]: row for row in (*db.rows(_OUTDATED, (_FEW,)), *users)}
+    if by_name:
+        db.run(f"DELETE FROM search_terms WHERE {db.among('username')}", (db.texts(by_name),))
+    for username, full_name, account_id in by_name.values():
+        for term in terms_of(username, full_name, account_id):
+            db.run(_ADD_TERM, (username, term, account_id))
 
 
 class FewUsers:
@@ -289,15 +304,9 @@ class FewUsers:
             return None
         names = [user.username for user in changed]
         added = [name for name in names if name not in stored or stored[name][0]]
-        blocks = blocks_of(db, names)
-        db.run(f"DELETE FROM search_terms WHERE {db.among('username')}", (db.texts(names),))
+        _write_terms(db, [user_row(user)[:3] for user in changed])
         for user in changed:
-            block = blocks[user.username]
-            for term in placed_terms(user.username, user.full_name, user.account_id, block):
-                db.run(_ADD_TERM, term)
             db.run(_APPLY_USER, user_row(user))
-        for block in {blocks[name] for name in added}:
-            cut_grown(db, block)
         return _append_users(
             turn,
             Action.PUT_USERS,
@@ -325,10 +334,7 @@ class StagedUsers:
             "CREATE TEMPORARY TABLE changed_users (username TEXT PRIMARY KEY, full_name TEXT,"
             " account_id TEXT, email TEXT, added INTEGER, present INTEGER)"
         )
-        db.run(
-            "CREATE TEMPORARY TABLE changed_terms (username TEXT, term TEXT, block INTEGER,"
-            " account_id TEXT)"
-        )
+        db.run("CREATE TEMPORARY TABLE changed_terms (username TEXT, term TEXT, account_id TEXT)")
         rows = ((seq, *user_row(user)) for seq, user in enumerate(users))
         db.insert_many("staged_users", f"seq, {USER}", rows)
         _keep_last(db, "staged_users")
@@ -339,25 +345,23 @@ class StagedUsers:
         db.run("DELETE FROM changed_users")
         db.run("DELETE FROM changed_terms")
         db.run(_FIND_CHANGED)
-        self._placing = Placing(db)
-        terms = self._placing.terms(self._changed(db))
-        db.insert_many("changed_terms", TERM, terms)
+        db.insert_many("changed_terms", _TERM, self._changed_terms(db))
         ((count,),) = db.rows("SELECT count(*) FROM changed_users")
         return self._seen[0], count
 
     @staticmethod
-    def _changed(db: Executor) -> Iterator[Row]:
-        last = ""
-        while True:
+    def _changed_terms(db: Executor) -> Iterator[Row]:
+        last: str | None = ""
+        while last is not None:
             rows = db.rows(
-                "SELECT username, full_name, account_id, added FROM changed_users"
+                "SELECT username, full_name, account_id FROM changed_users"
                 " WHERE username > ? ORDER BY username LIMIT ?",
                 (last, _CHUNK),
             )
-            yield from rows
-            if len(rows) < _CHUNK:
-                return
-            last = rows[-1][0]
+            for username, full_name, account_id in rows:
+                for term in sorted(terms_of(username, full_name, account_id)):
+                    yield username, term, account_id
+            last = rows[-1][0] if rows else None
 
     def write_ahead(self, db: Executor) -> None:
         """Write what changes before the lock is taken, where nobody puts or removes users."""
@@ -397,16 +401,13 @@ class StagedUsers:
         return moved or own != [(token,)]
 
     def _write(self, db: Executor) -> None:
-        placing = self._placing
-        add_blocks(db, placing.new, placing.cut)
         db.run(
             "DELETE FROM search_terms"
             " WHERE username IN (SELECT username FROM changed_users WHERE present = 1)"
         )
-        db.run(f"INSERT INTO search_terms ({TERM}) SELECT {TERM} FROM changed_terms")
+        db.run(f"INSERT INTO search_terms ({_TERM}) SELECT {_TERM} FROM changed_terms")
         db.run(_APPLY_USERS)
-        for block in placing.touched:
-            cut_grown(db, block)
+        _write_terms(db, ())
 
 
 def few(users: Iterable[User]) -> tuple[FewUsers | None, Iterable[User]]:

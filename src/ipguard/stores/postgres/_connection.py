@@ -22,8 +22,8 @@ from ipguard.stores._sql import Params, Row, moment
 
 _TABLES: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE)(\s+)"
-    r"(head|changes|users|search_blocks|search_terms|restrictions|requests|failures"
-    r"|schema_version|zz_restore_marker)\b"
+    r"(head|changes|users|search_terms|restrictions|requests|failures|schema_version"
+    r"|zz_restore_marker)\b"
 )
 _TEMPORARY: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"

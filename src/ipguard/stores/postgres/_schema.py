@@ -200,9 +200,7 @@ GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
 GRANT SELECT, UPDATE ON {schema}.head TO {role};
 GRANT SELECT, INSERT ON {schema}.changes TO {role};
 GRANT SELECT, INSERT, UPDATE ON {schema}.users, {schema}.requests, {schema}.failures TO {role};
-GRANT SELECT, INSERT, DELETE ON {schema}.restrictions TO {role};
-GRANT SELECT, INSERT ON {schema}.search_blocks TO {role};
-GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.search_terms TO {role};
+GRANT SELECT, INSERT, DELETE ON {schema}.restrictions, {schema}.search_terms TO {role};
 """
 
 
