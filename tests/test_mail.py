@@ -1,4 +1,4 @@
-"""Mail: what arrives at a real server, in what time, and what never leaves the process."""
+"""Mail over SMTP: content, failures, time limits and secrets, with real servers."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,10 +26,9 @@ from ipguard.addresses import AddressRange
 from ipguard.audit import decode
 from ipguard.errors import DeliveryError, InvalidValue, IPGuardError
 from ipguard.mail import ConsoleNotifier, EmailNotifier
-from ipguard.mail._letters import Letter, notices, number_letter
-from ipguard.mail._session import Session, _literal
+from ipguard.mail._messages import notices, number_message
+from ipguard.mail._smtp import Connection, _literal
 from ipguard.model import Action, Actor, Change, PendingRequest, RequestKind, RequestState, User
-from ipguard.notify import Notifier
 from ipguard.stores import open_store
 from ipguard.testing import FakeClock
 from ipguard.workflow import Workflow
@@ -38,7 +37,7 @@ from tests.smtp_server import BadServer, Mail, MailServer
 NUMBER = "49201-77340"
 SENDER = "no-reply@bank.example"
 NOW = datetime(2026, 11, 21, 13, 55, 2, tzinfo=UTC)
-AGES = 60.0  # only ever reached where a bound does not hold
+AGES = 60.0  # reached only if a time limit does not work
 
 ALICE = Actor(
     username="alice", email="alice@example.com", manages=Actor.EVERY_ACCOUNT, address="198.51.100.4"
@@ -74,6 +73,10 @@ def notifier(server, **settings) -> EmailNotifier:
     settings = {"sender": SENDER, "tls": getattr(server, "client_tls", None), **settings}
     url = settings.pop("url", None) or server.url
     return EmailNotifier(url, **settings)
+
+
+def connected(server: MailServer) -> Connection:
+    return Connection(server.host, server.port, helo=None, timeout=9, deadline=9, tls=None)
 
 
 def bad_url(server: BadServer, scheme="smtp") -> str:
@@ -123,7 +126,7 @@ def html_facts(mail: Mail | str) -> dict[str, str]:
 
 
 def delivery_error(send) -> DeliveryError:
-    """Expect a delivery to fail, and within bounds that are far above any that was set."""
+    """Return the DeliveryError of a call, which must not take as long as AGES."""
     began = time.monotonic()
     with pytest.raises(DeliveryError) as caught:
         send()
@@ -137,7 +140,7 @@ def delivery_error(send) -> DeliveryError:
 @pytest.mark.parametrize("security", ["plain", "starttls", "tls"])
 @pytest.mark.parametrize("login", [None, ("bank", "p:a/s@s %41?#")])
 def test_number_arrives(security, login):
-    """Over each kind of connection, with a login and without, the mail arrives as it was meant."""
+    """The mail arrives over each kind of connection, with and without a login."""
     with MailServer(security, login=login) as server:
         notifier(server).number_issued(REQUEST, NUMBER, ALICE)
         (mail,) = server.wait_for(1)
@@ -156,10 +159,13 @@ def test_number_arrives(security, login):
     assert [part.get_content_type() for part in message.iter_parts()] == ["text/plain", "text/html"]
     assert not message.defects
     assert not any(part.defects for part in message.walk())
+    head = mail.raw.partition(b"\r\n\r\n")[0].decode()
+    assert NUMBER not in head
+    assert NUMBER.replace("-", "") not in head
 
 
 def test_number_mail_shows_what_is_confirmed():
-    """Both parts show the number and every particular of the change, and warn not to pass it on."""
+    """Both parts show the number and all details of the change, and warn not to pass it on."""
     with MailServer() as server:
         notifier(server, product="Example Trading").number_issued(REQUEST, NUMBER, ALICE)
         (mail,) = server.wait_for(1)
@@ -188,19 +194,18 @@ def test_number_mail_shows_what_is_confirmed():
 
 
 def test_number_mail_of_a_deletion():
-    """A deletion says so, a range says how many, and what is not known is said or left out."""
+    """A deletion is named as one, and the size of a range is shown."""
     request = attrs.evolve(
         REQUEST,
         kind=RequestKind.DELETE,
         addresses=AddressRange.parse("2001:db8::/64"),
         label="",
         reason="left the firm",
-        restriction_expires_at=NOW.astimezone(timezone(timedelta(hours=2))) + timedelta(days=1),
+        restriction_expires_at=NOW + timedelta(days=1),
     )
-    request = attrs.evolve(request, restriction_expires_at=NOW + timedelta(days=1))
-    letter = number_letter(request, NUMBER, attrs.evolve(ALICE, address=None), "the bank")
-    assert letter.subject == "Confirmation number to delete login addresses"
-    facts = dict(letter.facts)
+    message = number_message(request, NUMBER, attrs.evolve(ALICE, address=None), "the bank")
+    assert message.subject == "Confirmation number to delete login addresses"
+    facts = dict(message.facts)
     assert facts["Change"] == "delete these addresses"
     assert facts["Addresses"] == "2001:db8::/64 (18,446,744,073,709,551,616 addresses)"
     assert facts["Reason"] == "left the firm"
@@ -210,7 +215,7 @@ def test_number_mail_of_a_deletion():
 
 
 def test_number_mail_is_the_one_in_the_guide():
-    """The mail that docs/mail.md shows is the mail that is sent."""
+    """docs/mail.md shows the mail as it is sent."""
     request = attrs.evolve(
         REQUEST, addresses=AddressRange.parse("203.0.113.0/29"), requested_by="rjones"
     )
@@ -223,48 +228,38 @@ def test_number_mail_is_the_one_in_the_guide():
     assert f"```text\n{stream.getvalue().rstrip()}\n```" in guide.read_text(encoding="utf-8")
 
 
-def test_number_is_not_in_any_header():
-    """The number is in the body alone: subjects are shown on locked screens and kept in logs."""
-    with MailServer() as server:
-        notifier(server).number_issued(REQUEST, NUMBER, ALICE)
-        (mail,) = server.wait_for(1)
-    head = mail.raw.partition(b"\r\n\r\n")[0].decode()
-    assert NUMBER not in head
-    assert NUMBER.replace("-", "") not in head
-
-
 def assert_no_links(html: str, text: str) -> None:
     page = Page(html)
     assert page.tags <= {"html", "head", "meta", "title", "body", "p", "table", "tr", "th", "td"}
     own = {"lang", "charset", "name", "content", "style", "align", "cellpadding"}
     assert page.attributes <= own
     assert "url(" not in html
-    assert 'content="telephone=no' in html  # iOS makes links of numbers and addresses by itself
+    assert 'content="telephone=no' in html  # iOS would turn numbers and addresses into links
     for part in (html, text):
         assert "://" not in part
         assert "www." not in part
 
 
-def test_mails_hold_no_links():
-    """No part of a mail is a link, and what people wrote cannot become one."""
+def test_mails_contain_no_links():
+    """Mails contain no links, and no text that mail programs turn into links."""
     hostile = "http://evil.example/x and www.evil.example, HTTPS://a.b"
     request = attrs.evolve(REQUEST, label=hostile, reason=hostile)
-    letter = number_letter(request, NUMBER, ALICE, "the bank")
-    assert_no_links(letter.html(), letter.text())
-    assert dict(letter.facts)["Label"].startswith("http[:]//evil[.]example/x and www[.]evil[.]")
+    message = number_message(request, NUMBER, ALICE, "the bank")
+    assert_no_links(message.html(), message.text())
+    assert dict(message.facts)["Label"].startswith("http[:]//evil[.]example/x and www[.]evil[.]")
     user = attrs.evolve(JSMITH, full_name=hostile)
     change = attrs.evolve(CHANGE, detail={"label": hostile, "reason": hostile})
     for notice in notices(change, ALICE, user, "the bank"):
         assert_no_links(notice.html(), notice.text())
 
 
-def test_names_and_numbers_stay_as_they_are():
-    """A dot or a slash that makes no link is not touched."""
-    letter = number_letter(attrs.evolve(REQUEST, label="Dr. K, 3.5/7 a/b"), NUMBER, ALICE, "x")
-    assert dict(letter.facts)["Label"] == "Dr. K, 3.5/7 a/b"
+def test_other_dots_and_slashes_are_kept():
+    """Dots and slashes that form no link are left alone."""
+    message = number_message(attrs.evolve(REQUEST, label="Dr. K, 3.5/7 a/b"), NUMBER, ALICE, "x")
+    assert dict(message.facts)["Label"] == "Dr. K, 3.5/7 a/b"
 
 
-# ------------------------------------------------------------------ what comes from outside
+# ------------------------------------------------------------------ untrusted text
 
 HOSTILE = [
     "x\r\nBcc: thief@example.com",
@@ -282,8 +277,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_text_from_outside_stays_in_its_place(text):
-    """Whatever a label holds, though the model was got around, it is one fact of the body."""
+def test_untrusted_text_is_one_fact(text):
+    """Untrusted text, even if it bypassed the model, is one fact of the body."""
     request = attrs.evolve(REQUEST, label=text, reason=text, username="jsmith")
     with MailServer() as server:
         notifier(server).number_issued(request, NUMBER, ALICE)
@@ -295,7 +290,7 @@ def test_text_from_outside_stays_in_its_place(text):
     }  # fmt: skip
     assert mail.message["Subject"] == "Confirmation number to add login addresses"
     shown = text_facts(mail.part("plain"))
-    assert list(shown) == [name for name, _ in number_letter(request, "", ALICE, "x").facts]
+    assert list(shown) == [name for name, _ in number_message(request, "", ALICE, "x").facts]
     assert html_facts(mail) == shown
     assert len(shown["Label"]) <= 601
     assert all(len(line) <= 998 for line in mail.raw.split(b"\r\n"))
@@ -303,15 +298,15 @@ def test_text_from_outside_stays_in_its_place(text):
 
 @given(st.text(max_size=700))
 def test_any_text_is_one_printable_line(text):
-    """Any text at all comes out as one printable line, the same in both parts."""
+    """Any text becomes one printable line, the same in both parts."""
     change = attrs.evolve(
         CHANGE, actor=text or "x", username=text or None, detail={"": text, "label": text}
     )
-    for letter in notices(change, ALICE, None, "the bank"):
-        lines = letter.text().split("\n")
+    for message in notices(change, ALICE, None, "the bank"):
+        lines = message.text().split("\n")
         assert all(line.isprintable() for line in lines)
-        values = list(html_facts(letter.html()).values())
-        assert values == [value for _, value in letter.facts]
+        values = list(html_facts(message.html()).values())
+        assert values == [value for _, value in message.facts]
 
 
 @pytest.mark.parametrize(
@@ -323,8 +318,8 @@ def test_any_text_is_one_printable_line(text):
         "@example.com",
     ],
 )
-def test_address_with_two_readings_gets_no_mail(address):
-    """An address that the model accepts but mail software reads in two ways is refused unsent."""
+def test_ambiguous_address_is_refused(address):
+    """An address that mail software can read in two ways is refused."""
     actor: Any = SimpleNamespace(username="a", email=address, address=None)
     with MailServer() as server:
         error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, actor))
@@ -332,8 +327,8 @@ def test_address_with_two_readings_gets_no_mail(address):
     assert "address" in error.reason
 
 
-def test_local_part_beyond_ascii_goes_out_with_smtputf8():
-    """It needs a server that offers SMTPUTF8; without that the error says so."""
+def test_non_ascii_local_part_needs_smtputf8():
+    """A non-ASCII local part needs a server with SMTPUTF8; otherwise the error says so."""
     actor = attrs.evolve(ALICE, email="jürgen@exämple.de")
     with MailServer(utf8=True) as server:
         notifier(server).number_issued(REQUEST, NUMBER, actor)
@@ -356,8 +351,8 @@ def test_local_part_beyond_ascii_goes_out_with_smtputf8():
         ("rita@xn--bcher-kva.example", "rita@xn--bcher-kva.example"),
     ],
 )
-def test_a_domain_beyond_ascii_needs_no_smtputf8(mailbox, sent_to):
-    """The domain travels in its ASCII form, in numbers, notices and trials."""
+def test_non_ascii_domain_needs_no_smtputf8(mailbox, sent_to):
+    """A non-ASCII domain is sent in its ASCII form."""
     actor = attrs.evolve(ALICE, email=mailbox)
     with MailServer(utf8=False) as server:
         mailer = notifier(server)
@@ -378,16 +373,16 @@ def test_a_domain_beyond_ascii_needs_no_smtputf8(mailbox, sent_to):
         f"rita@{'ü' * 64}.example",
     ],
 )
-def test_a_domain_without_one_ascii_form_gets_no_mail(mailbox):
-    """A number is not sent to a domain that only resembles the one on record."""
+def test_domain_without_unambiguous_ascii_form_is_refused(mailbox):
+    """A domain that IDNA 2003 and 2008 encode differently is refused."""
     with MailServer(utf8=True) as server:
         error = delivery_error(lambda: notifier(server).send_test(mailbox))
         assert server.connections == 0
     assert "no unambiguous ASCII form" in error.reason
 
 
-def test_a_trial_says_that_it_is_one():
-    """It arrives at the address asked for, changes nothing, and says when it cannot arrive."""
+def test_test_mail():
+    """A test mail arrives and says that it is a test; failures are raised."""
     with MailServer(refuse=["nobody@example.com"]) as server:
         notifier = EmailNotifier(server.url, sender=SENDER, product="Example Trading")
         notifier.send_test("ops@example.com")
@@ -402,8 +397,8 @@ def test_a_trial_says_that_it_is_one():
         assert "Example Trading" in mail.part(subtype)
 
 
-def test_notice_goes_to_both_apart():
-    """The actor and the user get a mail each, and neither shows the other's address."""
+def test_notice_goes_to_actor_and_user_separately():
+    """Actor and user each get a mail; neither mail shows the other's address."""
     with MailServer() as server:
         notifier(server).change_applied(CHANGE, ALICE, JSMITH)
         first, second = server.wait_for(2)
@@ -438,35 +433,36 @@ def test_notice_goes_to_both_apart():
         attrs.evolve(JSMITH, email="Alice@EXAMPLE.com"),
     ],
 )
-def test_nobody_gets_a_notice_twice(user):
-    """Only the actor is told where there is no user with an address of its own."""
+def test_same_address_gets_one_notice(user):
+    """Without a user who has another address, only the actor gets a notice."""
     with MailServer() as server:
         notifier(server).change_applied(CHANGE, ALICE, user)
         assert [mail.recipients for mail in server.mails] == [("alice@example.com",)]
 
 
-def test_second_notice_goes_out_though_the_first_fails():
-    """A refused actor does not keep the user from being told; the failure is raised even so."""
-    with MailServer(refuse={"alice@example.com"}) as server:
+@pytest.mark.parametrize(
+    "refused", [["alice@example.com"], ["alice@example.com", "jsmith@example.net"]]
+)
+def test_both_notices_are_tried(refused):
+    """The second notice is sent although the first failed, and one error names all failures."""
+    with MailServer(refuse=set(refused)) as server:
         error = delivery_error(lambda: notifier(server).change_applied(CHANGE, ALICE, JSMITH))
-        (mail,) = server.mails
-    assert mail.recipients == ("jsmith@example.net",)
-    assert error.reason.count("refused") == 1
+        sent = {address for mail in server.mails for address in mail.recipients}
+        assert server.connections == 2
+    assert sent == {"alice@example.com", "jsmith@example.net"} - set(refused)
+    assert error.reason.count("550 5.1.1") == len(refused)
     assert isinstance(error.__cause__, smtplib.SMTPRecipientsRefused)
 
 
-def test_failures_of_both_notices_are_one_error():
-    """Where both mails fail, one error tells of both."""
-    with MailServer(refuse={"alice@example.com", "jsmith@example.net"}) as server:
-        error = delivery_error(lambda: notifier(server).change_applied(CHANGE, ALICE, JSMITH))
-        assert server.connections == 2
-    assert error.reason.count("550 5.1.1") == 2
-
-
 @pytest.mark.parametrize(
-    ("action", "detail", "subject", "told"),
+    ("action", "detail", "subject", "opening"),
     [
-        (Action.CONFIRM, "", "Login addresses were added", "From any address that is not among"),
+        (
+            Action.CONFIRM,
+            "",
+            "Login addresses were added",
+            "Logins from any other address are refused.",
+        ),
         (Action.CONFIRM, "kind=delete", "Login addresses were deleted", "Addresses were deleted"),
         (Action.DELETE, "", "Login addresses were deleted", "Addresses were deleted"),
         (Action.LIFT, "", "Login addresses were deleted", "Addresses were deleted"),
@@ -486,12 +482,12 @@ def test_failures_of_both_notices_are_one_error():
         (Action.REMOVE_USERS, "", "A change was recorded", "in the bank: remove users."),
     ],
 )
-def test_notice_says_what_was_done(action, detail, subject, told):
-    """Each kind of change has words of its own."""
+def test_notice_says_what_was_done(action, detail, subject, opening):
+    """Each kind of change has its own subject and text."""
     change = attrs.evolve(CHANGE, action=action, detail=decode(detail))
-    (letter,) = notices(change, ALICE, None, "the bank")
-    assert letter.subject == subject
-    assert told in letter.opening
+    (message,) = notices(change, ALICE, None, "the bank")
+    assert message.subject == subject
+    assert opening in message.opening
 
 
 @pytest.mark.parametrize(
@@ -504,34 +500,36 @@ def test_notice_says_what_was_done(action, detail, subject, told):
         (r'label="a\" unrestricted=true \"" reason=x', False, False),
     ],
 )
-def test_notice_says_when_a_user_is_left_open_or_shut_out(detail, any_address, no_address):
-    """The two ends that surprise people are said in words; a label cannot pretend to them."""
+def test_notice_warns_of_open_and_shut_out_users(detail, any_address, no_address):
+    """The notice says if a user can log in from anywhere or nowhere; labels cannot fake that."""
     change = attrs.evolve(CHANGE, action=Action.DELETE, detail=decode(detail))
-    (letter,) = notices(change, ALICE, None, "the bank")
-    for part in (" ".join(letter.text().split()), Page(letter.html()).shown):
+    (message,) = notices(change, ALICE, None, "the bank")
+    for part in (" ".join(message.text().split()), Page(message.html()).shown):
         assert ("can now log in from any address" in part) is any_address
-        assert ("can log in from no address" in part) is no_address
+        assert ("cannot log in from any address" in part) is no_address
 
 
 def test_notice_of_a_bulk_change():
-    """Of a bulk change, the actor reads how many restrictions, and each user reads its own name."""
+    """The actor's notice has the number of restrictions, a user's notice the username."""
     change = attrs.evolve(
         CHANGE,
         action=Action.IMPOSE_MANY,
         username=None,
         detail={"restrictions": "12", "reason": "moved"},
     )
-    (letter,) = notices(change, ALICE, None, "the bank")
-    assert dict(letter.facts)["Restrictions"] == "12"
-    assert "User" not in dict(letter.facts)
-    (letter,) = notices(change, attrs.evolve(ALICE, email="jsmith@example.net"), JSMITH, "the bank")
-    assert letter.to == "jsmith@example.net"
-    assert dict(letter.facts)["User"] == "jsmith"
-    assert dict(letter.facts)["Done by"] == "alice"
+    (message,) = notices(change, ALICE, None, "the bank")
+    assert dict(message.facts)["Restrictions"] == "12"
+    assert "User" not in dict(message.facts)
+    (message,) = notices(
+        change, attrs.evolve(ALICE, email="jsmith@example.net"), JSMITH, "the bank"
+    )
+    assert message.to == "jsmith@example.net"
+    assert dict(message.facts)["User"] == "jsmith"
+    assert dict(message.facts)["Done by"] == "alice"
 
 
-def test_notice_reads_the_particulars():
-    """Quoted values, ranges and times are shown as people read them."""
+def test_notice_formats_the_detail():
+    """Addresses and times are formatted for people."""
     detail = {
         "addresses": "203.0.113.0/29",
         "label": 'a "b" = c',
@@ -547,8 +545,8 @@ def test_notice_reads_the_particulars():
     assert facts["From address"] == "not known"
 
 
-def test_notice_shows_particulars_that_it_cannot_read():
-    """Values of another library's store are shown as they stand rather than lost."""
+def test_notice_shows_unreadable_detail():
+    """Values that cannot be parsed are shown unchanged."""
     detail = {"addresses": "somewhere", "expires_at": "soon", "": 'label="\\q"'}
     change = attrs.evolve(CHANGE, actor=None, detail=detail)
     facts = dict(notices(change, ALICE, None, "the bank")[0].facts)
@@ -562,7 +560,7 @@ def test_notice_shows_particulars_that_it_cannot_read():
 
 
 def test_number_from_the_mail_confirms():
-    """With a real workflow and a real server, the number read in the mail confirms the change."""
+    """With a real workflow and server, the number in the mail confirms the change."""
     clock = FakeClock()
     with (
         MailServer("starttls", login=("bank", "s3cret")) as server,
@@ -586,7 +584,7 @@ def test_number_from_the_mail_confirms():
         assert second.restriction is not None
         assert applied.restriction is not None
         flow.lift(ALICE, second.restriction.id, reason="was wrong")
-        assert "can log in from no address" in server.wait_for(7)[6].part("plain")
+        assert "have expired: this user cannot log in" in server.wait_for(7)[6].part("plain")
         flow.delete(ALICE, applied.restriction.id)
         assert "can now log in from any address" in server.wait_for(9)[8].part("plain")
         flow.impose_many(ALICE, [("jsmith", "192.0.2.1"), ("jsmith", "192.0.2.2")], reason="r")
@@ -601,7 +599,7 @@ def test_number_from_the_mail_confirms():
 
 
 def test_refused_recipient_is_an_error():
-    """A recipient that the server does not know is a failed delivery, chained to its cause."""
+    """A refused recipient is a DeliveryError with its cause."""
     with MailServer(refuse={"alice@example.com"}) as server:
         error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
     expected = "the recipient was refused: 550 5.1.1 <alice@example.com>: no such mailbox"
@@ -625,7 +623,7 @@ def test_refused_recipient_is_an_error():
     ],
 )
 def test_server_that_refuses_or_hangs_up(trouble, reason):
-    """A refusal or a lost connection at any step before the end is a failed delivery."""
+    """A refusal or a lost connection before the end is a DeliveryError."""
     with MailServer(trouble=trouble) as server:
         error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
         assert server.mails == ()
@@ -635,15 +633,15 @@ def test_server_that_refuses_or_hangs_up(trouble, reason):
 
 
 @pytest.mark.parametrize("trouble", [{"QUIT": "drop"}, {"QUIT": "hang"}, {"QUIT": "500 what?"}])
-def test_what_a_server_does_after_accepting_does_not_matter(trouble):
-    """Once the server has taken the mail it is sent, however the goodbye goes."""
+def test_failures_after_acceptance_are_ignored(trouble):
+    """Once the server has accepted the mail, failures of QUIT are ignored."""
     with MailServer(trouble=trouble) as server:
         notifier(server, timeout=0.2, deadline=AGES).number_issued(REQUEST, NUMBER, ALICE)
         assert len(server.mails) == 1
 
 
 def test_wrong_login_is_an_error():
-    """A wrong password, or a server that offers no login, is a failed delivery."""
+    """A wrong password, or a server without login, is a DeliveryError."""
     with MailServer("tls", login=("bank", "right")) as server:
         url = server.url.replace("right", "wr0ng")
         mailer = notifier(server, url=url)
@@ -656,8 +654,8 @@ def test_wrong_login_is_an_error():
         assert error.reason == "No suitable authentication method found."
 
 
-def test_starttls_is_never_done_without():
-    """Where the server offers no STARTTLS, nothing is sent in the clear instead."""
+def test_starttls_is_required():
+    """If the server has no STARTTLS, nothing is sent unencrypted instead."""
     with MailServer() as server:
         mailer = notifier(server, url=f"smtp+starttls://127.0.0.1:{server.port}")
         error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
@@ -667,7 +665,7 @@ def test_starttls_is_never_done_without():
 
 @pytest.mark.parametrize("security", ["starttls", "tls"])
 def test_unknown_certificate_is_refused(security):
-    """Without the authority of its certificate, a server gets no mail and no password."""
+    """A server with an untrusted certificate gets no mail and no password."""
     with MailServer(security, login=("bank", "s3cret")) as server:
         mailer = notifier(server, tls=None)
         error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
@@ -677,15 +675,15 @@ def test_unknown_certificate_is_refused(security):
 
 
 def test_server_without_tls_is_an_error():
-    """TLS from the first byte with a server that has none is a failed delivery."""
+    """TLS with a server that has none is a DeliveryError."""
     with MailServer() as server:
         mailer = notifier(server, url=f"smtps://127.0.0.1:{server.port}")
         error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
     assert error.reason.startswith("no encrypted connection: ")
 
 
-def test_server_that_is_not_there():
-    """A closed port is a failed delivery that says so."""
+def test_closed_port():
+    """A closed port is a DeliveryError that says so."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     mailer = EmailNotifier(f"smtp://127.0.0.1:{port}", sender=SENDER)
@@ -693,8 +691,8 @@ def test_server_that_is_not_there():
     assert error.reason == "the server cannot be reached: Connection refused"
 
 
-def test_name_that_is_not_known(monkeypatch):
-    """A host that does not resolve is a failed delivery, and so is one that cannot be looked up."""
+def test_unknown_host_name(monkeypatch):
+    """A host name that does not resolve, or cannot, is a DeliveryError."""
 
     def unknown(*_args, **_settings):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -709,7 +707,7 @@ def test_name_that_is_not_known(monkeypatch):
 
 
 def test_every_address_of_a_host_is_tried(monkeypatch):
-    """Where the first of a host's addresses does not answer, the next one is asked."""
+    """If a host's first address does not answer, the next one is tried."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         closed = listening.getsockname()
     with MailServer() as server:
@@ -726,67 +724,48 @@ def test_every_address_of_a_host_is_tried(monkeypatch):
 # ------------------------------------------------------------------ time
 
 
-@pytest.mark.parametrize("scheme", ["smtp", "smtps"])
-@pytest.mark.parametrize("bound", ["timeout", "deadline"])
-def test_silent_server_is_given_up(scheme, bound):
-    """A server that accepts and says nothing is given up by either bound."""
-    bounds: Any = {"timeout": AGES, "deadline": AGES, bound: 0.2}
-    with BadServer("silent") as server:
-        mailer = EmailNotifier(bad_url(server, scheme), sender=SENDER, **bounds)
+LATE = "the server did not answer in time"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "scheme", "bounds", "reason"),
+    [
+        ("silent", "smtp", {"timeout": 0.2}, LATE),
+        ("silent", "smtp", {"deadline": 0.2}, LATE),
+        ("silent", "smtps", {"timeout": 0.2}, LATE),
+        ("silent", "smtps", {"deadline": 0.2}, LATE),
+        ("stall", "smtp+starttls", {"timeout": 0.5}, LATE),
+        ("stall", "smtp+starttls", {"deadline": 0.5}, LATE),
+        ("drip", "smtp", {"deadline": 0.3}, LATE),  # never exceeds the timeout
+        ("flood", "smtp", {}, "the server's replies do not end"),
+        ("drop", "smtp", {}, "Connection unexpectedly closed"),
+    ],
+)
+def test_bad_server_is_given_up(behaviour, scheme, bounds, reason):
+    """Servers that do not answer, or not properly, cannot hold a mail up."""
+    settings: Any = {"timeout": AGES, "deadline": AGES, **bounds}
+    with BadServer(behaviour) as server:
+        mailer = EmailNotifier(bad_url(server, scheme), sender=SENDER, **settings)
         error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-    assert error.reason == "the server did not answer in time"
-
-
-@pytest.mark.parametrize("bound", ["timeout", "deadline"])
-def test_stalled_handshake_is_given_up(bound):
-    """A server that stalls after it agreed to TLS is given up by either bound."""
-    bounds: Any = {"timeout": AGES, "deadline": AGES, bound: 0.5}
-    with BadServer("stall") as server:
-        mailer = EmailNotifier(bad_url(server, "smtp+starttls"), sender=SENDER, **bounds)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-    assert error.reason == "the server did not answer in time"
-
-
-def test_dripping_server_is_given_up():
-    """A server that sends a byte now and then never exceeds the timeout, but the deadline."""
-    with BadServer("drip") as server:
-        mailer = EmailNotifier(bad_url(server), sender=SENDER, timeout=AGES, deadline=0.3)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-    assert error.reason == "the server did not answer in time"
-
-
-def test_server_that_never_stops_talking_is_given_up():
-    """A greeting without end is given up for its size, long before any time has passed."""
-    with BadServer("flood") as server:
-        mailer = EmailNotifier(bad_url(server), sender=SENDER, timeout=AGES, deadline=AGES)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-    assert "the server's replies do not end" in error.reason
-
-
-def test_server_that_hangs_up_at_once():
-    """A connection closed before the greeting is a failed delivery."""
-    with BadServer("drop") as server:
-        mailer = EmailNotifier(bad_url(server), sender=SENDER)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-    assert error.__cause__ is not None
+    assert reason in error.reason
 
 
 @pytest.mark.parametrize("command", ["MAIL", "RCPT", "DATA"])
 @pytest.mark.parametrize("bound", ["timeout", "deadline"])
-def test_server_that_hangs_half_way_is_given_up(command, bound):
-    """A server that stops answering in the middle is given up by either bound."""
+def test_server_that_hangs_in_the_middle_is_given_up(command, bound):
+    """Either limit ends a mail to a server that stops answering."""
     bounds: Any = {"timeout": AGES, "deadline": AGES, bound: 0.5}
     with MailServer(trouble={command: "hang"}) as server:
         mailer = notifier(server, **bounds)
         error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-    assert error.reason == "the server did not answer in time"
+    assert error.reason == LATE
 
 
-def test_deadline_is_counted_over_all_addresses(monkeypatch):
-    """Many addresses that do not answer share one deadline: none is tried once it has passed."""
+def test_deadline_covers_all_addresses(monkeypatch):
+    """All addresses of a host share one deadline."""
     clock = iter([0.0, 1.0, 7.0, 8.0])
     tried = []
-    monkeypatch.setattr("ipguard.mail._session.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ipguard.mail._smtp.monotonic", lambda: next(clock))
 
     class Deaf(socket.socket):
         def connect(self, address):
@@ -797,19 +776,21 @@ def test_deadline_is_counted_over_all_addresses(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_settings: found)
     monkeypatch.setattr(socket, "socket", Deaf)
     with pytest.raises(TimeoutError, match="deadline has passed"):
-        Session("mail.test", 25, helo=None, timeout=5, deadline=7.5, tls=None)
+        Connection("mail.test", 25, helo=None, timeout=5, deadline=7.5, tls=None)
     assert tried == [(("127.0.0.1", 1), 5), (("127.0.0.1", 2), 0.5)]
 
 
-def test_reply_in_time_counts_though_the_deadline_passes_then(monkeypatch):
-    """A reply read in time is a reply: the next step fails, not the one that was answered."""
+def test_reply_in_time_is_used(monkeypatch):
+    """A reply in time is used even if the deadline passes afterwards."""
     late = threading.Event()
     real = time.monotonic
     monkeypatch.setattr(
-        "ipguard.mail._session.monotonic", lambda: real() + (1e6 if late.is_set() else 0)
+        "ipguard.mail._smtp.monotonic", lambda: real() + (1e6 if late.is_set() else 0)
     )
     with MailServer() as server:
-        session = Session(server.host, server.port, helo=None, timeout=9, deadline=9, tls=None)
+        connection = Connection(
+            server.host, server.port, helo=None, timeout=9, deadline=9, tls=None
+        )
         getreply = smtplib.SMTP.getreply
 
         def answered(self):
@@ -819,23 +800,25 @@ def test_reply_in_time_counts_though_the_deadline_passes_then(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(smtplib.SMTP, "getreply", answered)
-            assert session.noop()[0] == 250
+            assert connection.noop()[0] == 250
         with pytest.raises(TimeoutError):
-            session.noop()
-        session.close()
+            connection.noop()
+        connection.close()
 
 
-def test_closed_session_says_so():
-    """Using a session after its end is smtplib's own error."""
+def test_closed_connection_is_an_error():
+    """Using a closed connection raises smtplib's own error."""
     with MailServer() as server:
-        session = Session(server.host, server.port, helo=None, timeout=9, deadline=9, tls=None)
-        session.close()
+        connection = Connection(
+            server.host, server.port, helo=None, timeout=9, deadline=9, tls=None
+        )
+        connection.close()
         with pytest.raises(smtplib.SMTPServerDisconnected):
-            session.noop()
+            connection.noop()
 
 
 def test_many_threads_share_a_notifier():
-    """One notifier serves many threads at once."""
+    """A notifier is thread-safe."""
     with MailServer("tls") as server:
         mailer = notifier(server)
         numbers = [f"{n:05}-00000" for n in range(8)]
@@ -859,13 +842,13 @@ PASSWORD = "s3cret-Pa55"
 
 
 def everything_about(error: BaseException | None) -> str:
-    """All that a log or an error tracker could show of an error."""
-    told = ""
+    """Return everything that a log or an error tracker could show of an error."""
+    text = ""
     while error is not None:
-        told += repr(error) + str(error) + repr(error.args) + repr(vars(error))
+        text += repr(error) + str(error) + repr(error.args) + repr(vars(error))
         assert error.__context__ is None or error.__context__ is error.__cause__
         error = error.__cause__
-    return told
+    return text
 
 
 @pytest.mark.parametrize(
@@ -877,26 +860,26 @@ def everything_about(error: BaseException | None) -> str:
     ],
 )
 def test_password_that_the_server_repeats_is_not_shown(reply):
-    """A server that quotes the password in its refusal is not quoted in turn."""
+    """A reply that repeats the password is not shown."""
     with MailServer("tls", login=("bank", PASSWORD), trouble={"AUTH": reply}) as server:
         error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
-    told = everything_about(error)
-    assert PASSWORD not in told
-    assert reply[4:] not in told
-    assert error.reason == "the server refused, in words that are not shown here"
+    text = everything_about(error)
+    assert PASSWORD not in text
+    assert reply[4:] not in text
+    assert error.reason == "the server refused; its reply contains a secret and is not shown"
     assert pickle.loads(pickle.dumps(error)).reason == error.reason
 
 
 @pytest.mark.parametrize("number", [NUMBER, NUMBER.replace("-", "")])
 def test_number_that_the_server_repeats_is_not_shown(number):
-    """A server that quotes the number when it refuses the mail is not quoted in turn."""
+    """A reply that repeats the number is not shown."""
     with MailServer(trouble={"DATA": f"554 5.6.0 looks like spam: {number}"}) as server:
         error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
     assert number not in everything_about(error)
 
 
 def test_nothing_secret_is_logged(caplog, capfd):
-    """At DEBUG, neither the number nor the password is logged or printed, sent or not."""
+    """Neither the number nor the password is logged or printed, even at DEBUG."""
     caplog.set_level(logging.DEBUG)
     logging.getLogger("mail.log").setLevel(logging.WARNING)
     with MailServer("starttls", login=("bank", PASSWORD)) as server:
@@ -914,9 +897,9 @@ def test_nothing_secret_is_logged(caplog, capfd):
         assert base64.b64encode(secret.encode()).decode() not in out
 
 
-def test_letter_does_not_show_its_number():
-    """The repr of a letter, which a traceback might hold, leaves the number out."""
-    assert NUMBER not in repr(number_letter(REQUEST, NUMBER, ALICE, "the bank"))
+def test_repr_of_a_message_hides_the_number():
+    """Tracebacks may contain the repr."""
+    assert NUMBER not in repr(number_message(REQUEST, NUMBER, ALICE, "the bank"))
 
 
 # ------------------------------------------------------------------ settings
@@ -935,7 +918,7 @@ def test_letter_does_not_show_its_number():
     ],
 )
 def test_url_and_default_ports(url, shown):
-    """The URL names scheme, host and port; the repr shows them and no login."""
+    """The URL names scheme, host and port; the repr leaves the login out."""
     assert repr(EmailNotifier(url, sender=SENDER)) == f"<EmailNotifier {shown}>"
 
 
@@ -976,7 +959,7 @@ def test_url_and_default_ports(url, shown):
     ],
 )
 def test_bad_url_is_refused_without_repeating_it(url):
-    """A URL that is wrong, or would send a password in the clear, is refused and never quoted."""
+    """An unusable or insecure URL is refused, and no part of it is shown."""
     with pytest.raises(InvalidValue) as caught:
         EmailNotifier(url, sender=SENDER)
     assert isinstance(caught.value, IPGuardError)
@@ -1014,8 +997,8 @@ def test_bad_url_is_refused_without_repeating_it(url):
         ("tls", ssl.create_default_context()),
     ],
 )
-def test_settings_that_make_no_sense(name, value):
-    """Each setting is tested at construction, and the error says which it was."""
+def test_invalid_settings(name, value):
+    """Each setting is checked at construction."""
     with pytest.raises(InvalidValue) as caught:
         EmailNotifier("smtp://127.0.0.1", **{"sender": SENDER, name: value})
     assert caught.value.name == name
@@ -1029,7 +1012,7 @@ def test_settings_that_make_no_sense(name, value):
     ],
 )
 def test_sender_with_a_name(sender, shown):
-    """A sender's name is shown as it was written, and the envelope holds the address alone."""
+    """The sender's name is in the header, the envelope has the address alone."""
     with MailServer() as server:
         notifier(server, sender=sender).number_issued(REQUEST, NUMBER, ALICE)
         (mail,) = server.mails
@@ -1039,7 +1022,7 @@ def test_sender_with_a_name(sender, shown):
 
 
 def test_client_names_itself():
-    """The client says the name it was given, or the address that it connects from."""
+    """The client uses the given name, or the address that it connects from."""
     with MailServer() as server:
         notifier(server).number_issued(REQUEST, NUMBER, ALICE)
         notifier(server, helo="login1.bank.example").number_issued(REQUEST, NUMBER, ALICE)
@@ -1047,7 +1030,7 @@ def test_client_names_itself():
 
 
 def test_client_names_itself_over_ipv6():
-    """An IPv6 client's address has its tag (RFC 5321 4.1.3)."""
+    """An IPv6 address has a tag (RFC 5321 4.1.3)."""
 
     class Connected:
         family = socket.AF_INET6
@@ -1062,7 +1045,7 @@ def test_client_names_itself_over_ipv6():
 
 
 def test_console_prints_the_number(capsys):
-    """On a terminal the mail is printed as text, the number included."""
+    """The mail is printed as text, with the number."""
     ConsoleNotifier().number_issued(REQUEST, NUMBER, ALICE)
     out = capsys.readouterr().out
     assert out.startswith("To: alice@example.com\nSubject: Confirmation number to add")
@@ -1070,7 +1053,7 @@ def test_console_prints_the_number(capsys):
 
 
 def test_console_prints_every_notice():
-    """Each notice that would be mailed is printed, to the stream that was given."""
+    """Each notice is printed to the given stream."""
     stream = io.StringIO()
     ConsoleNotifier(stream, product="Example Trading").change_applied(CHANGE, ALICE, JSMITH)
     assert re.findall("^To: (.*)$", stream.getvalue(), re.MULTILINE) == [
@@ -1078,16 +1061,3 @@ def test_console_prints_every_notice():
         "jsmith@example.net",
     ]
     assert "log in to Example Trading" in " ".join(stream.getvalue().split())
-
-
-def test_console_checks_the_product():
-    """The console's product is tested as the mailer's is."""
-    with pytest.raises(InvalidValue):
-        ConsoleNotifier(product="")
-
-
-def test_both_are_notifiers():
-    """Both are what a workflow takes; the type checker proves it."""
-    both: list[Notifier] = [ConsoleNotifier(), EmailNotifier("smtp://127.0.0.1", sender=SENDER)]
-    assert len(both) == 2
-    assert isinstance(number_letter(REQUEST, NUMBER, ALICE, "x"), Letter)

@@ -17,7 +17,7 @@ import pytest
 import ipguard
 from ipguard import Action, DeliveryError, Guard, InvalidValue, IPGuardError, Workflow
 from ipguard.mail import EmailNotifier
-from ipguard.mail._session import failure_of
+from ipguard.mail._smtp import failure_of
 from ipguard.testing import Outbox
 from tests.flows import ALICE, BOSS, HOME, KEY, OFFICE, Desk
 from tests.secrets_watch import Watch, watching

@@ -70,7 +70,7 @@ _COLUMNS: Final = ("username", "addresses", "label", "expires_at")
 _SEARCH_LIMIT: Final = 256
 _PAGE_LIMIT: Final = 1000
 _REVISION_LIMIT: Final = 2**63 - 1  # what databases hold
-_LAST_CHARACTER: Final = "\U0010ffff"  # unassigned for ever, so in no username
+_LAST_CHARACTER: Final = "\U0010ffff"  # a noncharacter, which no username contains
 _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -85,8 +85,8 @@ class _Issued(NamedTuple):
 class Workflow(Closing):
     """Changes restrictions on behalf of actors. Thread-safe, survives `fork()`.
 
-    The host authenticates the actor: a number sent by e-mail confirms a change, but does not
-    authenticate anybody (NIST SP 800-63B-4 3.1.3.1). Users, requests and restrictions of accounts
+    The host authenticates the actor: a number sent by e-mail confirms a change, but is not an
+    authenticator (NIST SP 800-63B-4 3.1.3.1). Users, requests and restrictions of accounts
     that the actor does not manage do not exist for it: `UnknownUser`, `UnknownRequest`,
     `UnknownRestriction`.
 
@@ -142,8 +142,8 @@ class Workflow(Closing):
         """Request a restriction, and mail its confirmation number to the actor.
 
         Args:
-            actor: Who requests it.
-            username: Whom to restrict.
+            actor: The requester.
+            username: The user to restrict.
             addresses: An address, a network or a `first-last` range. Surrounding blanks are
                 ignored.
             label: A name for it, up to 100 characters.
@@ -190,7 +190,7 @@ class Workflow(Closing):
         """Apply a request, given its number.
 
         Args:
-            actor: Who made the request.
+            actor: The requester.
             request_id: The request.
             number: As it was mailed. Spaces, dashes and invisible characters are ignored, and
                 decimal digits of any script are read.
@@ -259,7 +259,7 @@ class Workflow(Closing):
         The attempts are restored.
 
         Args:
-            actor: Who made the request.
+            actor: The requester.
             request_id: The request.
 
         Returns:
@@ -267,7 +267,7 @@ class Workflow(Closing):
 
         Raises:
             UnknownRequest: The actor has made no such request.
-            RequestClosed: It is no longer pending.
+            RequestClosed: Its state is not `pending`.
             TooManyRequests: The last mail is too recent, or all resends are used up.
             DeliveryError: The mail could not be sent; it does not count.
             StoreUnavailable: The store failed; the old number may still be the valid one.
@@ -301,7 +301,7 @@ class Workflow(Closing):
         """Cancel a request, on behalf of any actor who manages the user.
 
         Args:
-            actor: Who cancels it.
+            actor: The administrator.
             request_id: The request.
 
         Returns:
@@ -309,7 +309,7 @@ class Workflow(Closing):
 
         Raises:
             UnknownRequest: The request does not exist for this actor.
-            RequestClosed: It is no longer pending.
+            RequestClosed: Its state is not `pending`.
             StoreUnavailable: The store failed; the request may or may not be cancelled.
         """
         with self._transaction(actor) as tx:
@@ -341,7 +341,7 @@ class Workflow(Closing):
         to that: one of two restrictions on the screen may be the last one by now.
 
         Args:
-            actor: Who deletes it.
+            actor: The administrator.
             restriction_id: The restriction.
             reason: Why, up to 500 characters.
             allow_lockout: Accept that the actor itself may no longer be able to log in.
@@ -398,8 +398,8 @@ class Workflow(Closing):
         """Add a restriction at once; only for actors of every account.
 
         Args:
-            actor: Who imposes it.
-            username: Whom to restrict.
+            actor: The operator.
+            username: The user to restrict.
             addresses: As for `request`.
             reason: Why; required, up to 500 characters.
             label: As for `request`.
@@ -435,7 +435,7 @@ class Workflow(Closing):
         if there are more, only the actor does.
 
         Args:
-            actor: Who imposes them; of every account.
+            actor: The operator.
             rows: Each is `(username, addresses[, label[, expires_at]])`, or a mapping with the keys
                 `username`, `addresses`, `label`, `expires_at`.
             reason: Why; required, up to 500 characters.
@@ -447,7 +447,7 @@ class Workflow(Closing):
             IPGuardError: As `request` raises, for the first row that is refused; a note on the
                 error names the row. Errors that only the store finds (an unknown user, a duplicate,
                 too many restrictions) name the user instead. Nothing is changed.
-            InvalidValue: Also: the reason is missing, or there are no rows.
+            InvalidValue: Also: the reason is missing, or `rows` is empty.
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
         _check_operator(actor, UnknownUser("(any)"))
@@ -484,7 +484,7 @@ class Workflow(Closing):
         """Check a row of `impose_many` as far as that needs no store.
 
         Args:
-            actor: Who would impose it.
+            actor: The operator.
             row: As for `impose_many`.
 
         Returns:
@@ -506,7 +506,7 @@ class Workflow(Closing):
         """Delete a restriction at once; only for actors of every account.
 
         Args:
-            actor: Who lifts it.
+            actor: The operator.
             restriction_id: The restriction.
             reason: Why; required, up to 500 characters.
             allow_opening: Accept that it is the user's last restriction.
@@ -541,7 +541,7 @@ class Workflow(Closing):
         Only for actors of every account.
 
         Args:
-            actor: Who unlocks.
+            actor: The operator.
             username: The actor who failed too often; need not be a registered user.
             reason: Why; required, up to 500 characters.
 
@@ -571,7 +571,7 @@ class Workflow(Closing):
         """List the users of the actor's accounts with their restrictions and pending requests.
 
         Args:
-            actor: Who looks.
+            actor: The viewer.
             search: The start of a username, an account ID or any word of the name, or of several
                 words in any order. An address finds the users with a restriction that contains
                 it, a network or a range those with exactly that restriction. Empty: all users.
@@ -604,7 +604,7 @@ class Workflow(Closing):
         An entry is visible to actors who manage the account that the user had at that time.
 
         Args:
-            actor: Who looks.
+            actor: The viewer.
             username: Only entries about this user, or None.
             before: The `next` of the previous page.
             limit: The largest number of entries, 1 to 1,000.
@@ -624,7 +624,7 @@ class Workflow(Closing):
         """Return one user as `overview` lists it.
 
         Args:
-            actor: Who looks.
+            actor: The viewer.
             username: In any spelling.
 
         Raises:
@@ -645,7 +645,7 @@ class Workflow(Closing):
         """Return a restriction, expired or not.
 
         Args:
-            actor: Who looks.
+            actor: The viewer.
             restriction_id: The restriction.
 
         Raises:
@@ -659,7 +659,7 @@ class Workflow(Closing):
         """Return a request that the actor made, in its present state, which may be closed.
 
         Args:
-            actor: Who made the request.
+            actor: The requester.
             request_id: The request.
 
         Raises:
@@ -671,11 +671,11 @@ class Workflow(Closing):
         return attrs.evolve(stored.request, state=state)
 
     def failures(self, actor: Actor, username: str) -> int:
-        """Return how many wrong numbers in a row somebody gave; for actors of every account.
+        """Return an actor's count of consecutive wrong numbers; only for actors of every account.
 
         Args:
-            actor: Who looks.
-            username: Who gave the numbers; need not be a registered user.
+            actor: The viewer.
+            username: An actor; need not be a registered user.
 
         Raises:
             UnknownUser: The actor is not of every account.
@@ -838,7 +838,7 @@ class Workflow(Closing):
         try:
             self._notifier.change_applied(change, actor, user)
         except Exception:
-            # The change holds, even if nobody hears of it.
+            # The change holds with or without its notice.
             self.notices_failed += 1
             _log.exception("could not send the notice of revision %d", change.revision)
 

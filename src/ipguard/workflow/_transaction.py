@@ -116,7 +116,7 @@ class ActorView:
         return restriction, user.user
 
     def failures(self, username: str) -> int:
-        """Return how many wrong numbers in a row somebody gave."""
+        """Return an actor's count of consecutive wrong numbers."""
         return self._snapshot.failures(username)
 
 
@@ -301,7 +301,7 @@ class ActorTransaction(ActorView):
         return left, change
 
     def reset_failures(self, username: str, user: User | None, reason: str) -> Change:
-        """Forget the wrong numbers that somebody gave."""
+        """Reset an actor's count of consecutive wrong numbers."""
         failures = self.failures(username)
         self._tx.set_failures(username, 0)
         return self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)

@@ -1,4 +1,4 @@
-"""An SMTP connection that ends in bounded time, whatever the server does."""
+"""An SMTP connection with a deadline that holds whatever the server does."""
 
 from __future__ import annotations
 
@@ -12,29 +12,16 @@ from time import monotonic
 from typing import Any, Final, NamedTuple
 
 _MOST_REPLY_BYTES: Final = 64 * 1024
-_PARTING: Final = 1.0
+_QUIT_SECONDS: Final = 1.0
 _SHOWN: Final = 200
 
 
-class Session(smtplib.SMTP):
-    """One connection, open and greeted once constructed.
+class Connection(smtplib.SMTP):
+    """One SMTP connection, connected and greeted once constructed.
 
-    A socket's timeout bounds one read. A server that sends a byte every few seconds satisfies it
-    for hours, so what is left until the deadline is set anew before each read and write. Only the
-    look-up of the host's name is outside of it: the system's resolver takes no timeout.
-
-    Args:
-        host: The server's name or address.
-        port: Its port.
-        helo: How the client names itself; None for the address that it connects from.
-        timeout: How long one operation on the socket may take, in seconds.
-        deadline: How long all of them together may take, in seconds.
-        tls: Speak TLS from the first byte; None to begin in the clear.
-
-    Raises:
-        OSError: The server cannot be reached, or does not greet (`smtplib` and `ssl` errors are
-            among these).
-        UnicodeError: The host's name cannot be looked up.
+    A socket's timeout bounds a single read, which a server that sends a byte every few seconds
+    satisfies for hours. Therefore the time left until the deadline is set before each read and
+    write. Only the look-up of the host's name is exempt: the system's resolver has no timeout.
     """
 
     def __init__(
@@ -51,16 +38,13 @@ class Session(smtplib.SMTP):
         self._until = monotonic() + deadline
         self._tls = tls
         self._reply_bytes = 0
-        # Given no name, smtplib asks the resolver for one.
+        # Without a name, smtplib asks the resolver for one.
         super().__init__(host, port, local_hostname=helo or "localhost")
         if helo is None:
             self.local_hostname = _literal(self._connected())
 
     def connect(
-        self,
-        host: str = "localhost",
-        port: int = 0,
-        source_address: object = None,  # noqa: ARG002
+        self, host: str = "localhost", port: int = 0, _source: object = None
     ) -> tuple[int, bytes]:
         """Connect to the first address of the host that answers, and read the greeting."""
         failure = OSError("the host has no address")
@@ -83,27 +67,27 @@ class Session(smtplib.SMTP):
         raise failure
 
     def getreply(self) -> tuple[int, bytes]:
-        """Read one reply; a TLS handshake that follows is bounded too."""
+        """Read one reply, and bound the TLS handshake that may follow."""
         if self.file is None:
             self.file = io.BufferedReader(_Replies(self))
         reply = super().getreply()
-        with contextlib.suppress(TimeoutError):  # what was answered in time stays answered
+        with contextlib.suppress(TimeoutError):  # the reply came in time
             self._connected().settimeout(self._left())
         return reply
 
     def send(self, s: Any) -> None:
-        """Send all of it. Python bounds a whole `sendall`, not only each part of it."""
+        """Send all of it. A socket's timeout bounds the whole of `sendall`."""
         self._connected().settimeout(self._left())
         super().send(s)
 
-    def part(self) -> None:
-        """Say goodbye to a server that has accepted the mail: nothing it does matters any more."""
-        self._until = min(self._until, monotonic() + _PARTING)
+    def say_goodbye(self) -> None:
+        """Quit after the server has accepted the mail; failures no longer matter."""
+        self._until = min(self._until, monotonic() + _QUIT_SECONDS)
         with contextlib.suppress(OSError):
             self.quit()
 
     def receive_into(self, buffer: Any) -> int:
-        """Read what there is, at most until the deadline."""
+        """Read what has arrived; wait for it until the deadline at most."""
         sock = self._connected()
         sock.settimeout(self._left())
         count = sock.recv_into(buffer)
@@ -125,50 +109,41 @@ class Session(smtplib.SMTP):
 
 
 class _Replies(io.RawIOBase):
-    """What `smtplib` reads replies from; `socket.makefile` would know nothing of the deadline."""
+    """The stream that `smtplib` reads replies from; `socket.makefile` would ignore the deadline."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        return self._session.receive_into(buffer)
+        return self._connection.receive_into(buffer)
 
 
 def _literal(sock: socket.socket) -> str:
-    """Name the client by its address (RFC 5321 4.1.3), which needs no look-up."""
+    """Return the client's address as its name (RFC 5321 4.1.3), which needs no look-up."""
     address = sock.getsockname()[0]
     return f"[IPv6:{address}]" if sock.family == socket.AF_INET6 else f"[{address}]"
 
 
 class Failure(NamedTuple):
-    """Why a mail was not sent.
-
-    Attributes:
-        reason: In a few words.
-        cause: The error, or None where it holds a secret.
-    """
+    """Why a mail was not sent; the cause is None if it contains a secret."""
 
     reason: str
     cause: Exception | None
 
 
 def failure_of(error: Exception, secrets: Iterable[str]) -> Failure:
-    """Say why a mail was not sent, without a secret that the server may have repeated.
-
-    Args:
-        error: What was raised.
-        secrets: What nobody may see: the number, the password, each as it travels.
-    """
+    """Describe why a mail was not sent, without secrets that the server may have repeated."""
     chain: list[BaseException] = [error]
     for link in chain:  # it grows
         chain += [each for each in (link.__cause__, link.__context__) if each and each not in chain]
-    told = " ".join(repr(link.args) for link in chain) + _reason(error, chain)
-    if any(secret in told for secret in secrets):
-        return Failure("the server refused, in words that are not shown here", None)
-    return Failure(_reason(error, chain), error)
+    reason = _reason(error, chain)
+    text = " ".join(repr(link.args) for link in chain) + reason
+    if any(secret in text for secret in secrets):
+        return Failure("the server refused; its reply contains a secret and is not shown", None)
+    return Failure(reason, error)
 
 
 def _reason(error: Exception, chain: Iterable[BaseException]) -> str:
@@ -179,10 +154,9 @@ def _reason(error: Exception, chain: Iterable[BaseException]) -> str:
             reason = f"the recipient was refused: {_reply(*next(iter(error.recipients.values())))}"
         case smtplib.SMTPNotSupportedError() if "SMTPUTF8" in str(error):
             reason = "the server does not offer SMTPUTF8, which the recipient's address needs"
-        case smtplib.SMTPAuthenticationError():
-            reason = f"the login was refused: {_reply(error.smtp_code, error.smtp_error)}"
         case smtplib.SMTPResponseException():
-            reason = f"the mail was refused: {_reply(error.smtp_code, error.smtp_error)}"
+            what = "login" if isinstance(error, smtplib.SMTPAuthenticationError) else "mail"
+            reason = f"the {what} was refused: {_reply(error.smtp_code, error.smtp_error)}"
         case ssl.SSLCertVerificationError():
             reason = f"the server's certificate was not accepted: {error.verify_message}"
         case ssl.SSLError():
@@ -194,6 +168,6 @@ def _reason(error: Exception, chain: Iterable[BaseException]) -> str:
     return reason
 
 
-def _reply(code: int, said: bytes | str) -> str:
-    text = said if isinstance(said, str) else said.decode("ascii", "backslashreplace")
+def _reply(code: int, text: bytes | str) -> str:
+    text = text if isinstance(text, str) else text.decode("ascii", "backslashreplace")
     return f"{code} {' '.join(text.split())[:_SHOWN]}"
