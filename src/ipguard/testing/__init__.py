@@ -51,8 +51,8 @@ class StoreConformance(
             def reopen(self, store, clock):
                 return MyStore(store.path, clock=clock)
 
-    The store is opened on first use, so fixtures of the subclass have run by then, and closed
-    after the test. Tests that wait for another thread fail after 20 seconds; no test sleeps.
+    The store is opened on first use, after the fixtures of the subclass, and closed after the
+    test. Tests that wait for another thread fail after 20 seconds; no test sleeps.
 
     Attributes:
         many: The number of restrictions in the tests with many of them, 200 by default; those

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
@@ -84,17 +85,15 @@ class Call(Generic[T]):
     """A function call on a thread of its own, started at once."""
 
     def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._result: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._future: Future[T] = Future()
+        self._thread = threading.Thread(target=self._run, args=[function], daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, function: Callable[[], T]) -> None:
         try:
-            self._result.append(self._function())
+            self._future.set_result(function())
         except BaseException as error:
-            self._error = error
+            self._future.set_exception(error)
 
     def over(self, within: float) -> bool:
         """Return whether the call ends within so many seconds."""
@@ -104,9 +103,7 @@ class Call(Generic[T]):
     def result(self) -> T:
         """Wait for the call to end; return its result or raise its error."""
         assert self.over(PATIENCE), "the call still waits"
-        if self._error is not None:
-            raise self._error
-        return self._result[0]
+        return self._future.result()
 
 
 def happens(event: threading.Event) -> None:
@@ -152,6 +149,20 @@ def user(name: str, **fields: Any) -> User:
     """Return a user of account A1."""
     given = {"full_name": "Some One", "account_id": "A1", "email": "one@example.com"}
     return User(username=name, **(given | fields))
+
+
+def everything(store: RestrictionStore) -> object:
+    """Return all that a store's reads show, the search for an address included."""
+    revision, policies = store.load_all_policies()
+    return (
+        store.changes_since(None),
+        revision,
+        dict(policies),
+        store.load_policy("alice"),
+        store.overview(EVERY, limit=1000),
+        store.overview(EVERY, search="203.0.113.8"),
+        store.history(EVERY, limit=1000),
+    )
 
 
 class StoreCase:

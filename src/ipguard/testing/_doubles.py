@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -145,15 +145,7 @@ class Outbox:
         Raises:
             OSError: `fail` is set.
         """
-        self._keep(
-            Message(
-                kind="number_issued",
-                to=(actor.email,),
-                actor=actor,
-                request=request,
-                number=number,
-            )
-        )
+        self._keep("number_issued", [actor.email], actor=actor, request=request, number=number)
 
     def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
         """Keep a notice; see `ipguard.notify.Notifier`.
@@ -161,19 +153,14 @@ class Outbox:
         Raises:
             OSError: `fail` is set.
         """
-        concerned = user.email if user is not None else None
-        addresses = dict.fromkeys(a for a in (actor.email, concerned) if a is not None)
-        self._keep(
-            Message(
-                kind="change_applied", to=tuple(addresses), actor=actor, change=change, user=user
-            )
-        )
+        to = [actor.email, *([user.email] if user is not None and user.email else [])]
+        self._keep("change_applied", to, actor=actor, change=change, user=user)
 
-    def _keep(self, message: Message) -> None:
+    def _keep(self, kind: Any, to: list[str], **fields: Any) -> None:
         if self.fail:
             raise OSError("Outbox.fail is set")
         with self._lock:
-            self._messages.append(message)
+            self._messages.append(Message(kind=kind, to=tuple(dict.fromkeys(to)), **fields))
 
     def __repr__(self) -> str:
         return f"<Outbox of {len(self.messages)}>"

@@ -11,14 +11,6 @@ from ipguard.testing._case import A1, EVERY, Call, StoreCase
 class GuardReadTests(StoreCase):
     """Tests of the reads that guards depend on."""
 
-    def test_changes_since_none_names_no_user(self) -> None:
-        """`changes_since(None)` returns the head and its token, without usernames."""
-        self.touch("alice")
-        self.touch("bob")
-        head, token, names = self.store.changes_since(None)
-        assert (head, names) == (2, frozenset())
-        assert self.store.changes_since((head, token)) == (head, token, frozenset())
-
     def test_changes_after_the_cursor_are_named(self) -> None:
         """Users touched after the cursor are named; those touched by its own entry are not."""
         cursors = [self.cursor()]
@@ -31,6 +23,11 @@ class GuardReadTests(StoreCase):
             found = self.store.changes_since(cursor)
             assert type(found.usernames) is frozenset
             assert found == (*cursors[-1], frozenset(names))
+        many = frozenset(f"user {n} ünïcode 漢字 𐐨" for n in range(NAMED_AT_MOST))
+        self.touch(*many)
+        assert self.store.changes_since(cursors[-1]).usernames == many
+        # Without a cursor only the head and its token are returned.
+        assert self.store.changes_since(None) == (*self.cursor(), frozenset())
 
     def test_an_entry_that_touches_no_user(self) -> None:
         """A wrong guess takes a revision, names no user and wakes no guard."""
@@ -44,7 +41,7 @@ class GuardReadTests(StoreCase):
         assert self.store.wait(0, 0.0) is True
 
     def test_everybody_outweighs_names(self) -> None:
-        """One entry after the cursor that touches everybody makes the answer EVERYBODY."""
+        """One entry after the cursor that touches EVERYBODY decides."""
         start = self.cursor()
         self.touch("alice")
         with self.store.transaction() as tx:
@@ -53,13 +50,6 @@ class GuardReadTests(StoreCase):
         self.touch("bob")
         assert self.store.changes_since(start) == (*self.cursor(), EVERYBODY)
         assert self.store.changes_since(middle).usernames == frozenset({"bob"})
-
-    def test_an_entry_may_name_many_users(self) -> None:
-        """An entry can name `NAMED_AT_MOST` users with names in any script."""
-        names = frozenset(f"user {n} ünïcode 漢字 𐐨" for n in range(NAMED_AT_MOST))
-        before = self.cursor()
-        self.touch(*names)
-        assert self.store.changes_since(before).usernames == names
 
     def test_an_unknown_cursor_is_a_reset(self) -> None:
         """A wrong token or a revision that does not exist returns RESET with the real head."""
@@ -82,20 +72,15 @@ class GuardReadTests(StoreCase):
             self.touch("alice", store=store)
         assert other.changes_since(self.cursor()).usernames is RESET
 
-    def test_wait_returns_at_once_for_a_committed_change(self) -> None:
-        """A change after the revision that touches a user is reported without waiting."""
+    def test_wait(self) -> None:
+        """`wait` returns True at once for a committed change, and False after its timeout."""
         self.touch("alice")
         assert Call(lambda: self.store.wait(0, 3600.0)).result() is True
+        for revision, timeout in ((1, 0.0), (1, 0.02), (2, 0.0)):
+            assert self.store.wait(revision, timeout) is False
         with self.store.transaction() as tx:
             self.append(tx, EVERYBODY)
         assert Call(lambda: self.store.wait(1, 3600.0)).result() is True
-
-    def test_wait_times_out(self) -> None:
-        """Without such a change `wait` returns False after its timeout."""
-        self.touch("alice")
-        assert self.store.wait(1, 0.0) is False
-        assert self.store.wait(1, 0.02) is False
-        assert self.store.wait(2, 0.0) is False
 
     def test_a_commit_wakes_wait(self) -> None:
         """A commit by another thread or another handle, or a new user, ends the wait."""
