@@ -196,7 +196,7 @@ def test_a_child_lets_go_of_what_it_inherits(own_postgres: Server) -> None:
             with store.transaction() as turn:
                 store.load_policy("jsmith")
                 assert turn.user("jsmith") is None
-                store._client.pool.forget()
+                store._pool.forget()
                 proxy.silent = True
                 load = threading.Thread(target=_try, args=(lambda: store.load_policy("jsmith"),))
                 load.start()
@@ -228,7 +228,7 @@ def test_cancelled_at_random_points_no_connection_is_left(postgres: Server | Giv
     )
     with PostgresStore(postgres.url(schema=name, application_name=name), timeout=20.0) as store:
         cancel_at_random_points(store, rounds(200, 10_000))
-        pool = store._client.pool
+        pool = store._pool
         until(lambda: len(pool._idle) == pool._open, "every connection is given back")
         assert 0 < pool._open <= store._options.pool_size
         most = pool._open + 1  # the one that listens
@@ -273,7 +273,7 @@ with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
             gevent.sleep(0.001)
     clock = gevent.spawn(tick)
     before = ticks
-    store._client.read(lambda session: session.rows("SELECT pg_sleep(0.2)"))
+    store._pool.read(lambda session: session.rows("SELECT pg_sleep(0.2)"))
     assert ticks > before + 10, "a query held up the other greenlets"
     for refused in (AsyncGuard, AsyncWorkflow):
         try:

@@ -161,8 +161,8 @@ def test_a_child_refuses_a_file_that_a_statement_was_reading(tmp_path: Path) -> 
     """SQLite: nobody can close a connection whose thread, inside a call, does not exist here."""
     with open_store(f"sqlite:///{tmp_path / 'f.db'}") as store:
         inner: Any = store
-        session = inner._pool.take()
-        session.busy = True
+        connection = inner._pool.take()
+        connection.busy = True
 
         def child() -> str:
             with suppress(StoreUnavailable):
@@ -170,7 +170,7 @@ def test_a_child_refuses_a_file_that_a_statement_was_reading(tmp_path: Path) -> 
             return "refused"
 
         assert in_child(child, fork_in_c) == "refused"
-        inner._pool.discard(session)
+        inner._pool.discard(connection)
         assert store.load_policy("jsmith").revision == 0
 
 

@@ -37,7 +37,7 @@ from ipguard.model import EVERYBODY, Action, Restriction
 from ipguard.stores import open_store
 from ipguard.stores._sql import SCHEMA_VERSION
 from ipguard.stores.postgres import _CHANGES, _POLICY, PostgresStore, grants, migrations
-from ipguard.stores.postgres._connection import Session, dialect, quoted
+from ipguard.stores.postgres._connection import Connection, dialect, quoted
 from ipguard.stores.postgres._options import Options
 from ipguard.testing import Outbox
 from tests.flows import HOME, OFFICE, Desk
@@ -212,7 +212,7 @@ def test_a_password_is_told_nowhere(url: str, caplog: pytest.LogCaptureFixture) 
     text = ""
     try:
         with PostgresStore(url, timeout=0.5) as store:
-            text += repr(store) + repr(store._options) + repr(vars(store._client))
+            text += repr(store) + repr(store._options) + repr(vars(store._pool))
             store.load_policy("jo")
     except StoreError as error:
         text += "".join(traceback.format_exception(error)) + repr(error)
@@ -634,11 +634,11 @@ def test_no_thread_before_it_is_needed(url: str) -> None:
 def test_a_pool_that_is_used_up_is_waited_for(url: str) -> None:
     """Who finds every connection lent waits, and is refused at the deadline."""
     with PostgresStore(url, pool_size=1, timeout=0.3) as store:
-        pool = store._client.pool
-        session = pool.take(time.monotonic() + 60)
+        pool = store._pool
+        connection = pool.take(time.monotonic() + 60)
         with pytest.raises(StoreUnavailable, match="in use"):
             store.load_policy("jo")
-        timer = threading.Timer(0.1, pool.give, (session,))
+        timer = threading.Timer(0.1, pool.give, (connection,))
         timer.start()
         assert store.load_policy("jo").revision == 0
         timer.join()
@@ -679,7 +679,7 @@ def test_connections_are_not_left_behind(url: str, postgres: Server | Given) -> 
         _, policies = store.load_all_policies()
         next(policies, None)
         del policies
-        pool = store._client.pool
+        pool = store._pool
         assert pool._open == len(pool._idle) == postgres.execute(ask, name)[0][0] <= 2
     assert pool._open == 0
 
@@ -724,13 +724,13 @@ def test_what_is_written_waits_for_the_next_question(
 ) -> None:
     """Writes go out with the next read, or with the commit."""
     sent: list[int] = []
-    pipelined = Session.pipelined
+    run_batch = Connection.run_batch
 
-    def sending(self: Session, statements: Any) -> str | None:
+    def sending(self: Connection, statements: Any) -> str | None:
         sent.append(len(statements))
-        return pipelined(self, statements)
+        return run_batch(self, statements)
 
-    monkeypatch.setattr(Session, "pipelined", sending)
+    monkeypatch.setattr(Connection, "run_batch", sending)
     with store.transaction() as turn:
         turn.set_failures("jo", 3)
         turn.set_failures("al", 4)
@@ -751,13 +751,13 @@ def test_a_child_has_connections_of_its_own(store: PostgresStore) -> None:
     store.put_users([user("jo")])
     store.load_policy("jo")
     store.wait(10**6, 0.05)  # the listener's connection is inherited as well
-    idle = store._client.pool._idle[0]
+    idle = store._pool._idle[0]
     backend = idle.info.backend_pid
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            own = store._client.read(lambda s: s.rows("SELECT pg_backend_pid()"))[0][0]
+            own = store._pool.read(lambda s: s.rows("SELECT pg_backend_pid()"))[0][0]
             revision = touch(store, "jo")
             told = store.wait(revision - 1, 5.0)
             store.close()
@@ -770,8 +770,8 @@ def test_a_child_has_connections_of_its_own(store: PostgresStore) -> None:
     with os.fdopen(reader, "rb") as pipe:
         assert pipe.read() == b"True 2 True"
     os.waitpid(child, 0)
-    assert store._client.pool._idle[0] is idle
-    assert store._client.read(lambda s: s.rows("SELECT pg_backend_pid()")) == [(backend,)]
+    assert store._pool._idle[0] is idle
+    assert store._pool.read(lambda s: s.rows("SELECT pg_backend_pid()")) == [(backend,)]
     assert store.wait(1, 5.0)
 
 

@@ -125,13 +125,13 @@ def test_whoever_waits_reads_and_another_reads_on(
     """One of those who wait reads; when it leaves, one of the others does."""
     until(lambda: listening(store), "it listens")
     listener, readers = store._listener, list[threading.Thread]()
-    hear = listener._hear
+    hear = listener._receive
 
     def noting(*given: Any) -> list[str]:
         readers.append(threading.current_thread())
         return hear(*given)
 
-    monkeypatch.setattr(listener, "_hear", noting)
+    monkeypatch.setattr(listener, "_receive", noting)
     leave = threading.Event()
 
     def leaves() -> None:
@@ -156,7 +156,7 @@ def test_who_leaves_when_it_was_to_read_has_another_read(monkeypatch: pytest.Mon
     """Where the time of the one who was told to read on is over, another one reads at once."""
     listener = Listener(Options.parse("postgresql://127.0.0.1/nowhere", {}), lambda _: None)
     monkeypatch.setattr(listener, "_start", lambda: None)  # nobody else sees to it
-    monkeypatch.setattr(listener, "_hear", lambda *_: listener.tell(1))
+    monkeypatch.setattr(listener, "_receive", lambda *_: listener.tell(1))
     source: Any = object()
     gone: Any = None
     listener._source = source
@@ -192,17 +192,17 @@ def test_a_signal_ends_the_wait_and_not_the_listening(
 
     until(lambda: listening(store), "it listens")
     listener = store._listener
-    hear = listener._hear
+    hear = listener._receive
 
     def hears(*given: Any) -> list[str]:
         if threading.current_thread() is threading.main_thread():
-            monkeypatch.setattr(listener, "_hear", hear)
+            monkeypatch.setattr(listener, "_receive", hear)
             signal.raise_signal(signal.SIGALRM)
         return hear(*given)
 
     before = signal.signal(signal.SIGALRM, late)
     try:
-        monkeypatch.setattr(listener, "_hear", hears)
+        monkeypatch.setattr(listener, "_receive", hears)
         with pytest.raises(TimeoutError, match="the host's own"):
             store.wait(0, PATIENCE)
     finally:
@@ -326,7 +326,7 @@ def test_a_store_that_nobody_waits_on_stops_listening(
     from ipguard.stores.postgres import _listener as _postgres_listen
 
     until(lambda: listening(store), "it listens")
-    monkeypatch.setattr(_postgres_listen, "_LONELY", 0.0)
+    monkeypatch.setattr(_postgres_listen, "_IDLE_SECONDS", 0.0)
     until(lambda: store._listener._thread is None, "it stops")
     monkeypatch.undo()
     until(lambda: listening(store), "it listens again")

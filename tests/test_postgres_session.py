@@ -268,7 +268,7 @@ def test_the_settings_last_as_long_as_the_connection_is_ours(site: Site) -> None
         store.put_users([user(f"u{n}") for n in range(MANY)])
         store.load_policy("jo")
         store.changes_since(None)
-        (idle,) = store._client.pool._idle
+        (idle,) = store._pool._idle
         assert idle.settled is not site.pooled
         shown = {name: idle.execute(f"SHOW {name}").fetchone() for name in SETTINGS}
         if not site.pooled:
@@ -286,7 +286,7 @@ def test_without_prepared_statements_no_setting_lasts(site: Site) -> None:
     """A pooler that reports the server's own process number looks like a direct connection."""
     with PostgresStore(site.url, prepare="off") as store:
         store.put_users([user("jo")])
-        (idle,) = store._client.pool._idle
+        (idle,) = store._pool._idle
         assert idle.execute("SHOW row_security").fetchone() == ("on",)
         site.execute("ALTER TABLE ipguard.restrictions ENABLE ROW LEVEL SECURITY")
         with pytest.raises(StoreUnavailable, match="row-level security"):
@@ -461,8 +461,8 @@ def test_a_bulk_change_drops_every_outdated_session(site: Site) -> None:
         store.put_users([user("jo")])
         read_only(site, True)
         site.end_sessions()
-        pool = store._client.pool
-        sessions = [pool.take(store._client.deadline()) for _ in range(3)]
+        pool = store._pool
+        sessions = [pool.take(store._pool.deadline()) for _ in range(3)]
         for session in sessions:
             pool.give(session)
         read_only(site, False)
@@ -478,7 +478,7 @@ def test_an_error_of_the_statement_keeps_the_connection(site: Site) -> None:
     """A duplicate key says nothing about the session."""
     with PostgresStore(site.url) as store:
         store.load_policy("jo")
-        (before,) = store._client.pool._idle
+        (before,) = store._pool._idle
         with pytest.raises(StoreError):
-            store._client.read(lambda it: it.rows("SELECT 1 / 0"))
-        assert list(store._client.pool._idle) == [before]
+            store._pool.read(lambda it: it.rows("SELECT 1 / 0"))
+        assert list(store._pool._idle) == [before]

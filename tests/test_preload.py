@@ -48,7 +48,7 @@ def test_what_the_server_packs_is_what_pack_makes(store: PostgresStore) -> None:
     packed: Any = stream
     assert sorted(packed.packed()) == sorted(expected)
     assert again == revision
-    assert len(store._client.pool._idle) == 1
+    assert len(store._pool._idle) == 1
 
 
 def test_a_packed_stream_can_be_left_half_read(store: PostgresStore) -> None:
@@ -63,7 +63,7 @@ def test_a_packed_stream_can_be_left_half_read(store: PostgresStore) -> None:
         for _ in range(reads):
             next(rows)
         packed.close()
-        assert store._client.pool._open == len(store._client.pool._idle) == 1
+        assert store._pool._open == len(store._pool._idle) == 1
 
 
 @settings(max_examples=rounds(10, 500))

@@ -27,16 +27,16 @@ class CountedSqlite:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.work = folder / "a.db", 0
-        ask = _pool.Session.rows
+        ask = _pool.Connection.rows
 
-        def rows(session: _pool.Session, sql: str, params: Params = ()) -> list[Row]:
-            session.connection.set_progress_handler(self._ten_steps, 10)
+        def rows(session: _pool.Connection, sql: str, params: Params = ()) -> list[Row]:
+            session.driver.set_progress_handler(self._ten_steps, 10)
             try:
                 return ask(session, sql, params)
             finally:
-                session.connection.set_progress_handler(None, 0)
+                session.driver.set_progress_handler(None, 0)
 
-        monkeypatch.setattr(_pool.Session, "rows", rows)
+        monkeypatch.setattr(_pool.Connection, "rows", rows)
 
     def _ten_steps(self) -> int:
         self.work += 1
@@ -55,9 +55,9 @@ class CountedPostgres:
 
     def __init__(self, server: Server | Given, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server, self.schema, self.work = server, fresh_schema(), 0
-        ask = _connection.Session.rows
+        ask = _connection.Connection.rows
 
-        def rows(session: _connection.Session, sql: str, params: Params = ()) -> list[Row]:
+        def rows(session: _connection.Connection, sql: str, params: Params = ()) -> list[Row]:
             if sql.lstrip().startswith("SELECT"):
                 explain = f"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) {sql}"
                 plan = ask(session, explain, params)[0][0][0]["Plan"]
@@ -65,7 +65,7 @@ class CountedPostgres:
                 self.work += plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
             return ask(session, sql, params)
 
-        monkeypatch.setattr(_connection.Session, "rows", rows)
+        monkeypatch.setattr(_connection.Connection, "rows", rows)
 
     def open(self) -> RestrictionStore:
         return open_store(self.server.url(schema=self.schema, timeout=30), clock=FakeClock(START))

@@ -32,11 +32,11 @@ from ipguard.errors import (
 )
 from ipguard.guard import Guard
 from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
-from ipguard.stores import open_store, sqlite
+from ipguard.stores import open_store
 from ipguard.stores._sql import SCHEMA_VERSION, micros
 from ipguard.stores._sql.policies import CHANGES_SINCE
 from ipguard.stores.sqlite import SQLiteStore, _schema, migrations
-from ipguard.stores.sqlite._pool import Files, Session, file_id
+from ipguard.stores.sqlite._pool import Connection, Files, file_id
 from tests.conftest import rounds
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -321,16 +321,13 @@ def test_a_forked_transaction_stays_the_parents(store: SQLiteStore, path: Path) 
 @may_fork
 def test_a_child_does_not_commit_for_its_parent(store: SQLiteStore) -> None:
     """Leaving the block in the child raises; only the parent's leaving commits."""
-    with store.transaction() as turn:
-        turn.add_restriction(restriction("jo", 1))
-        turn.append(Action.IMPOSE, actor="admin", touches=frozenset({"jo"}))
-        session = next(iter(store._pool._open))
-
-        def leave() -> None:
-            sqlite._commit(store._pool, session, turn._db)  # type: ignore[attr-defined]
-
-        assert in_child(leave) == "StoreUnavailable"
-        assert store.load_policy("jo").restrictions == ()
+    transaction = store.transaction()
+    tx = transaction.__enter__()
+    tx.add_restriction(restriction("jo", 1))
+    tx.append(Action.IMPOSE, actor="admin", touches=frozenset({"jo"}))
+    assert in_child(lambda: transaction.__exit__(None, None, None)) == "StoreUnavailable"
+    assert store.load_policy("jo").restrictions == ()
+    transaction.__exit__(None, None, None)
     assert len(store.load_policy("jo").restrictions) == 1
 
 
@@ -347,8 +344,8 @@ def held():
             pass
     return found
 store = SQLiteStore(path)
-session = store._pool.take()
-session.run("BEGIN")  # in a transaction: one at rest is closed
+connection = store._pool.take()
+connection.run("BEGIN")  # in a transaction: one at rest is closed
 before = held()
 assert before > 0
 pid = os.fork()
@@ -356,7 +353,7 @@ if pid == 0:
     try:
         store.now(), store.load_policy("jo")
     except StoreUnavailable:
-        del session, store
+        del connection, store
         gc.collect()
         os._exit(0 if held() == before else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -669,19 +666,19 @@ def test_a_connection_to_the_old_file_is_not_lent_again(
     """Whether it comes back after the file was replaced, or at the very moment."""
     other = other_database(tmp_path, 3)
     for late in (False, True):
-        session = store._pool.take()
+        connection = store._pool.take()
         if not late:
             remove(path)
             other.rename(path)
             assert store.changes_since(None).head == 3
-            store._pool.give(session)
-            assert session not in store._pool._open
+            store._pool.give(connection)
+            assert connection not in store._pool._open
         else:
-            session.files = Files((0, 0), None, None)
-            store._pool._idle.append(session)
-            with store._pool.session() as lent:
-                assert lent is not session
-            assert session not in store._pool._open
+            connection.files = Files((0, 0), None, None)
+            store._pool._idle.append(connection)
+            with store._pool.connection() as lent:
+                assert lent is not connection
+            assert connection not in store._pool._open
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database" * 1000])
@@ -818,7 +815,7 @@ def test_a_stale_connection_keeps_the_log_of_a_killed_process(
     """Closed as usual, SQLite would take itself for the last user and remove the other log."""
     script = """
 store = SQLiteStore(path)
-with store._pool.session() as reader, reader.snapshot():  # keeps the commit in the log
+with store._pool.connection() as reader, reader.snapshot():  # keeps the commit in the log
     reader.rows("SELECT * FROM head")
     print(append(store), flush=True)
     os.kill(os.getpid(), 9)
@@ -840,7 +837,7 @@ def test_a_waiting_thread_gives_a_stale_connection_back(store: SQLiteStore, path
     answers: list[bool] = []
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(store.wait, 10**9, 60)
-        until(lambda: any(session.thread for session in store._pool._open))
+        until(lambda: any(connection.thread for connection in store._pool._open))
         Path(f"{path}-shm").unlink()
         assert elsewhere(path, "append(store)") == "2"
         assert store.changes_since(cursor).usernames is RESET
@@ -895,7 +892,7 @@ def test_a_commit_leaves_nothing_in_the_log(store: SQLiteStore, path: Path) -> N
     """The file alone holds all that was committed, unless a reader kept an older state."""
     impose(store, "jo", 1)
     assert Path(f"{path}-wal").stat().st_size == 0
-    with store._pool.session() as reader, reader.snapshot():
+    with store._pool.connection() as reader, reader.snapshot():
         reader.rows("SELECT * FROM head")
         impose(store, "jo", 2)
         assert Path(f"{path}-wal").stat().st_size > 0
@@ -931,9 +928,9 @@ def copied_over(store: SQLiteStore, path: Path) -> tuple[int, str]:
         if number == 1:
             shutil.copy(path, old)
     cursor = store.changes_since(None)[:2]
-    with store._pool.session() as one, store._pool.session() as two:
-        for session in (one, two):  # both have the pages in their cache now
-            assert session.rows("SELECT revision FROM head") == [(3,)]
+    with store._pool.connection() as one, store._pool.connection() as two:
+        for connection in (one, two):  # both have the pages in their cache now
+            assert connection.rows("SELECT revision FROM head") == [(3,)]
         shutil.copyfile(old, path)
     return cursor
 
@@ -942,9 +939,9 @@ def test_an_older_copy_written_over_the_file(store: SQLiteStore, path: Path) -> 
     """SQLite does not notice `cp old.db live.db`; the next `changes_since` does."""
     changes = store.changes_since(copied_over(store, path))
     assert (changes.head, changes.usernames) == (2, RESET)
-    with store._pool.session() as one, store._pool.session() as two:
-        for session in (one, two):
-            assert session.rows("SELECT revision FROM head") == [(2,)]
+    with store._pool.connection() as one, store._pool.connection() as two:
+        for connection in (one, two):
+            assert connection.rows("SELECT revision FROM head") == [(2,)]
     assert len(store.load_policy("jo").restrictions) == 1
 
 
@@ -1196,7 +1193,7 @@ def test_threads_that_end_leave_no_connection(store: SQLiteStore) -> None:
 
         def read(barrier: threading.Barrier = barrier) -> None:
             barrier.wait()
-            with store._pool.session():
+            with store._pool.connection():
                 barrier.wait()
 
         threads = [threading.Thread(target=read) for _ in range(40)]
@@ -1210,10 +1207,10 @@ def test_threads_that_end_leave_no_connection(store: SQLiteStore) -> None:
 def test_a_connection_given_back_at_the_last_moment_is_closed(store: SQLiteStore) -> None:
     """Who closes the store empties the pool; what comes back just then does not stay."""
 
-    class Idle(deque[Session]):
-        def append(self, session: Session) -> None:
+    class Idle(deque[Connection]):
+        def append(self, connection: Connection) -> None:
             store.close()
-            super().append(session)
+            super().append(connection)
 
     store._pool.forget()
     store._pool._idle = Idle()
@@ -1239,9 +1236,9 @@ def at_statement(
     before: Callable[[], object] = lambda: None,
     after: Callable[[], object] = lambda: None,
 ) -> None:
-    plain = Session.run
+    plain = Connection.run
 
-    def run(self: Session, sql: str, params: tuple[object, ...] = ()) -> None:
+    def run(self: Connection, sql: str, params: tuple[object, ...] = ()) -> None:
         if sql != statement:
             plain(self, sql, params)
             return
@@ -1249,7 +1246,7 @@ def at_statement(
         plain(self, sql, params)
         after()
 
-    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(Connection, "run", run)
 
 
 def fail() -> None:
@@ -1326,7 +1323,9 @@ def test_a_read_that_fails_closes_its_connection(
     for failure in (interrupt, fail):
         store.load_policy("jo")
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "rows", lambda self, sql, params=(), failure=failure: failure())
+            patch.setattr(
+                Connection, "rows", lambda self, sql, params=(), failure=failure: failure()
+            )
             with pytest.raises((StoreUnavailable, KeyboardInterrupt)):
                 store.load_policy("jo")
         assert not store._pool._open
@@ -1367,7 +1366,7 @@ def test_the_files_are_their_owners_alone(path: Path) -> None:
 def test_a_new_store_is_told_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where a file was lost, one made in its place restricts nobody: a warning says so, once."""
     with SQLiteStore(path), SQLiteStore(path):
-        assert caplog.messages == [f"{path}: made a new store, in which nobody is restricted"]
+        assert caplog.messages == [f"{path}: created a new store, in which no user is restricted"]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
@@ -1379,7 +1378,7 @@ def test_a_file_that_others_may_use_is_warned_of(
     caplog.clear()
     path.chmod(0o640)
     SQLiteStore(path).close()
-    assert caplog.messages == [f"{path}: others than its owner have rights to it (mode 640)"]
+    assert caplog.messages == [f"{path}: users other than its owner have access (mode 640)"]
 
 
 def test_commits_are_durable(store: SQLiteStore) -> None:
@@ -1391,11 +1390,11 @@ def test_commits_are_durable(store: SQLiteStore) -> None:
         "foreign_keys": 1,
         "trusted_schema": 0,
     }
-    with store._pool.session() as one, store._pool.session() as two:
-        for session in (one, two):
-            found = {name: session.rows(f"PRAGMA {name}")[0][0] for name in wanted}
+    with store._pool.connection() as one, store._pool.connection() as two:
+        for connection in (one, two):
+            found = {name: connection.rows(f"PRAGMA {name}")[0][0] for name in wanted}
             assert found == wanted
-            assert session.connection.isolation_level is None
+            assert connection.driver.isolation_level is None
 
 
 def test_a_relative_path_stays_the_same_file(
@@ -1412,22 +1411,22 @@ def test_a_relative_path_stays_the_same_file(
 def test_one_statement_is_a_policy(store: SQLiteStore) -> None:
     """A policy is one SELECT, and with that one snapshot, which finds every row by a key."""
     impose(store, "jo", 1)
-    with store._pool.session() as session:
+    with store._pool.connection() as connection:
         seen: list[str] = []
-        session.connection.set_trace_callback(seen.append)
+        connection.driver.set_trace_callback(seen.append)
     store.load_policy("jo")
     assert len([sql for sql in seen if "SELECT" in sql]) == len(seen) == 1
-    with store._pool.session() as session:
-        session.connection.set_trace_callback(None)
-        plan = session.rows("EXPLAIN QUERY PLAN " + seen[0])
+    with store._pool.connection() as connection:
+        connection.driver.set_trace_callback(None)
+        plan = connection.rows("EXPLAIN QUERY PLAN " + seen[0])
     assert all(row[3].startswith("SEARCH") for row in plan)
 
 
 def test_a_sync_reads_nothing_but_what_changed(store: SQLiteStore) -> None:
     """However long the trail is, a sync finds its rows in it by keys."""
     impose(store, "jo", 1)
-    with store._pool.session() as session:
-        plan = session.rows("EXPLAIN QUERY PLAN " + CHANGES_SINCE, (1, 1, 10))
+    with store._pool.connection() as connection:
+        plan = connection.rows("EXPLAIN QUERY PLAN " + CHANGES_SINCE, (1, 1, 10))
     steps = [row[3] for row in plan if row[3].split()[1] != "t"]  # t: what has been found
     assert len(steps) == 4
     assert all(step.startswith("SEARCH") for step in steps)
@@ -1511,8 +1510,8 @@ def test_what_was_read_only_for_a_while_is_written_again(where: str) -> None:
                 barrier = threading.Barrier(4)
 
                 def read() -> None:
-                    with store._pool.session() as session:
-                        session.rows("SELECT * FROM head")
+                    with store._pool.connection() as connection:
+                        connection.rows("SELECT * FROM head")
                         barrier.wait()
 
                 readers = [threading.Thread(target=read) for _ in range(4)]
@@ -1521,7 +1520,7 @@ def test_what_was_read_only_for_a_while_is_written_again(where: str) -> None:
                     thread.start()
                 for thread in readers:
                     thread.join()
-                until(lambda: any(session.thread for session in store._pool._open))
+                until(lambda: any(connection.thread for connection in store._pool._open))
             place.chmod(mode)
             written = [impose(store, "jo", 2), store.put_users([user("ann")])]
             store.close()
@@ -1627,8 +1626,8 @@ def test_a_faster_process_makes_the_schema(path: Path, monkeypatch: pytest.Monke
     """Whoever waited for the lock finds the work done."""
     plain, turns = _schema._use_wal, [True]
 
-    def overtaken(session: Session) -> None:
-        plain(session)
+    def overtaken(connection: Connection) -> None:
+        plain(connection)
         while turns:
             turns.pop()
             with SQLiteStore(path) as other:
@@ -1677,31 +1676,31 @@ def test_many_users_do_not_fill_the_memory(store: SQLiteStore) -> None:
 
 
 def store_token(store: SQLiteStore, revision: int) -> str:
-    with store._pool.session() as session:
-        ((token,),) = session.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
+    with store._pool.connection() as connection:
+        ((token,),) = connection.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
     return str(token)
 
 
 def test_users_put_in_between_are_compared_again(store: SQLiteStore) -> None:
     """What changes is found out before the lock, and again if users were put since then."""
     began, go = threading.Event(), threading.Event()
-    plain = store._turn
+    plain = store._write_bulk
     revisions: list[int] = []
 
     @contextmanager
-    def late(session: Session, **options: bool) -> Iterator[object]:
+    def late(connection: Connection, *restrictions: None) -> Iterator[object]:
         began.set()
         go.wait()
-        with plain(session, **options) as turn:
+        with plain(connection, *restrictions) as turn:
             yield turn
 
-    store._turn = late  # type: ignore[method-assign, assignment]
+    store._write_bulk = late  # type: ignore[method-assign, assignment]
     thread = threading.Thread(
         target=lambda: revisions.append(store.put_users([user("jo", "Jo B"), user("ann")]))
     )
     thread.start()
     began.wait()
-    store._turn = plain  # type: ignore[method-assign]
+    store._write_bulk = plain  # type: ignore[method-assign]
     store.put_users([user("jo", "Jo B"), user("ann"), user("zoe")])
     go.set()
     thread.join()

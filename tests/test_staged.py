@@ -24,8 +24,8 @@ from ipguard.model import EVERYBODY, Action, Actor, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores._sql import Params, Row
-from ipguard.stores._sql.bulk import StagedRestrictions, StagedUsers
-from ipguard.stores.postgres._transaction import Turn
+from ipguard.stores._sql.bulk import BulkRestrictions, BulkUsers
+from ipguard.stores.postgres._transaction import Batch
 from ipguard.testing import FakeClock
 from ipguard.testing._case import Call, StoreCase, raises, user
 from tests.postgres import Given, Server, fresh_schema, until
@@ -42,15 +42,15 @@ class Between(StoreCase):
 
     def between(self, change: Callable[[], object]) -> None:
         """Let another thread change something once the restrictions are judged."""
-        judge = StagedRestrictions.judge
+        judge = BulkRestrictions.judge
 
-        def judged(staged: StagedRestrictions, db: Any, now: datetime) -> bool:
+        def judged(staged: BulkRestrictions, db: Any, now: datetime) -> None:
             found = judge(staged, db, now)
-            self.patch.setattr(StagedRestrictions, "judge", judge)
+            self.patch.setattr(BulkRestrictions, "judge", judge)
             Call(change).result()
             return found
 
-        self.patch.setattr(StagedRestrictions, "judge", judged)
+        self.patch.setattr(BulkRestrictions, "judge", judged)
 
     def stage(self, *staged: Restriction, per_user: int = 10) -> int:
         with self.store.transaction(staged=staged) as turn:
@@ -111,7 +111,7 @@ class Between(StoreCase):
 
     def test_more_changes_than_are_read(self) -> None:
         """After many changes all are judged again, and the last of them counts."""
-        self.patch.setattr("ipguard.stores._sql.bulk.MOVED_AT_MOST", 1)
+        self.patch.setattr("ipguard.stores._sql.bulk.CHANGES_READ", 1)
         self.put("alice", "bob")
 
         def change() -> None:
@@ -170,16 +170,16 @@ class Between(StoreCase):
         """Users put and removed while many are compared: the import says what is so afterwards."""
         many = [user(f"u{number:03}") for number in range(MANY)]
         self.store.put_users(many[:50])
-        compare = StagedUsers.compare
+        compare = BulkUsers.compare
 
-        def compared(staged: StagedUsers, db: Any) -> tuple[int, int]:
+        def compared(staged: BulkUsers, db: Any) -> tuple[int, int]:
             found = compare(staged, db)
-            self.patch.setattr(StagedUsers, "compare", compare)
+            self.patch.setattr(BulkUsers, "compare", compare)
             Call(lambda: self.store.put_users(many[50:52])).result()
             Call(lambda: self.store.remove_users(["u000"])).result()
             return found
 
-        self.patch.setattr(StagedUsers, "compare", compared)
+        self.patch.setattr(BulkUsers, "compare", compared)
         self.store.put_users([*many[:149], user("u149", full_name="Last One")])
         page = self.store.overview(Actor.EVERY_ACCOUNT, limit=2 * MANY)
         assert [each.user.username for each in page] == [each.username for each in many]
@@ -212,14 +212,14 @@ class TestPostgres(Between):
     @contextmanager
     def written_ahead(self, meanwhile: Callable[[], object]) -> Iterator[None]:
         """Do something on another thread when many users are written, and not yet there."""
-        ahead = StagedUsers.write_ahead
+        ahead = BulkUsers.write_ahead
 
-        def wrote(staged: StagedUsers, db: Any) -> None:
+        def wrote(staged: BulkUsers, db: Any) -> None:
             ahead(staged, db)
             Call(meanwhile).result()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(StagedUsers, "write_ahead", wrote)
+            patch.setattr(BulkUsers, "write_ahead", wrote)
             yield
 
     def test_nobody_waits_for_users_that_are_being_put(self) -> None:
@@ -279,17 +279,17 @@ class TestPostgres(Between):
     def test_a_trail_that_is_pruned_meanwhile(self) -> None:
         """Whose policies have changed is not known then, so all are judged again."""
         self.put("alice", "bob")
-        rows = Turn.rows
+        rows = Batch.rows
 
         def change() -> None:
             self.add(self.restriction("bob", "203.0.113.7"))
             self.touch("alice")
-            self.patch.setattr(Turn, "rows", pruned)
+            self.patch.setattr(Batch, "rows", pruned)
 
-        def pruned(turn: Turn, sql: str, params: Params = ()) -> list[Row]:
+        def pruned(turn: Batch, sql: str, params: Params = ()) -> list[Row]:
             found = rows(turn, sql, params)
             if "FROM changes" in sql:
-                self.patch.setattr(Turn, "rows", rows)
+                self.patch.setattr(Batch, "rows", rows)
                 before = self.clock() + timedelta(seconds=1)
                 assert Call(lambda: self.store.prune(before)).result() == 3  # type: ignore[attr-defined]
             return found

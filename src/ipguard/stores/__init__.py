@@ -1,6 +1,6 @@
-"""The stores, and `open_store`, which finds the one that a URL names.
+"""The stores, and `open_store`, which opens the one that a URL names.
 
-Importing this loads no store: each is a module of its own, with the driver that it needs.
+Importing this package loads no store and no database driver.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def open_store(
 
     Args:
         url: Where the store is.
-        clock: Returns the current time as an aware datetime. Without it PostgreSQL's own clock
-            decides there, the host's elsewhere.
-        migrate: Whether to make the schema and bring it up to date. None: where that is allowed.
+        clock: Returns the current time as an aware datetime. By default, PostgreSQL uses the
+            server's clock, and the other stores the host's.
+        migrate: Whether to create the schema or bring it up to date. None: if that is allowed.
             False only checks it.
 
     Returns:
         The store; close it when it is no longer needed.
 
     Raises:
-        StoreConfigError: The URL makes no sense, names an unknown store, or one that is not
-            installed; or the store cannot be used as the URL says.
-        SchemaVersionError: The schema is not one that this library may use.
-        StoreUnavailable: The store is kept busy by others.
+        StoreConfigError: The URL is invalid, or names a store that is unknown or not installed;
+            or the store cannot be used as the URL says.
+        SchemaVersionError: The schema is not one that this library can use.
+        StoreUnavailable: Others keep the store locked.
     """
     if not isinstance(url, str):
         raise StoreConfigError(f"a store's URL is text, not {type(url).__name__}")
@@ -83,7 +83,7 @@ def _open_sqlite(rest: str, *, clock: Clock | None, migrate: bool | None) -> Res
     for name in options:
         if name != "timeout":
             raise StoreConfigError(f"sqlite:// has no option {shorten(name)}; it has timeout")
-    timeout = 0.0  # which the store refuses
+    timeout = 0.0  # refused by the store
     with suppress(ValueError):
         timeout = float(options.get("timeout", "5.0"))
     path = unquote(place[1:], errors="surrogateescape")
@@ -92,7 +92,7 @@ def _open_sqlite(rest: str, *, clock: Clock | None, migrate: bool | None) -> Res
 
 def _options(query: str) -> dict[str, str]:
     pairs: list[tuple[str, str]] | None = None
-    with suppress(ValueError):  # whose text has a part of the URL
+    with suppress(ValueError):  # its message contains a part of the URL
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     if pairs is None:
         raise StoreConfigError("options are written ?name=value&name=value")
@@ -102,7 +102,7 @@ def _options(query: str) -> dict[str, str]:
 
 
 def _open_postgres(url: str, *, clock: Clock | None, migrate: bool | None) -> RestrictionStore:
-    # By its name: the module comes with the extra's driver, and may be missing with it.
+    # By name, because the driver that the module imports may be missing.
     from importlib import import_module
 
     try:
@@ -135,7 +135,7 @@ def _known() -> str:
 
 
 def _plugins() -> list[Any]:
-    # Late: it loads much, e-mail among it, and most hosts never ask for it.
+    # Imported late: it loads many modules, and most hosts never need it.
     from importlib.metadata import entry_points
 
     return list(entry_points(group=_GROUP))

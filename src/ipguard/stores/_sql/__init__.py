@@ -48,6 +48,11 @@ _EVERYBODY: Final = "*"  # no JSON, so it cannot be taken for a list of username
 BIGGEST: Final = 2**63 - 1
 """What a column holds at the most; numbers from outside are cut down to it."""
 
+UNFINISHED: Final = (
+    "the database is being restored, or a restore was left unfinished: its restore marker is"
+    " missing"
+)
+
 
 class Executor(Protocol):
     """One connection inside one transaction or snapshot."""

@@ -1,7 +1,7 @@
-"""Restrictions added in the SQL stores, any number at once: staged on the connection, then applied.
+"""Bulk writes of the SQL stores: any number of restrictions or users in one change.
 
-All that can be found out before the writer's lock is taken is found out then. Under the lock it is
-asked again only about users whose policies have changed in between.
+Rows are staged in temporary tables and checked before the writer's lock is acquired. Under the
+lock, only users whose policies have changed since then are checked again.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _TABLE: Final = (
     " created_at INTEGER, created_by TEXT, expires_at INTEGER)"
 )
 _NEVER: Final = (-1, "")
-MOVED_AT_MOST: Final = 1_000
-"""Of more changes than this, it is not asked whom they touched."""
+CHANGES_READ: Final = 1_000
+"""If more changes than this happened since the check, everything is checked again."""
 
-# In each `%s` is a condition on the users that are asked about.
+# The `%s` in each statement is a condition that limits it to some users.
 _UNKNOWN: Final = """
 SELECT s.username FROM staged_restrictions s LEFT JOIN users u ON u.username = s.username
 WHERE (u.username IS NULL OR u.removed = 1) %s ORDER BY s.seq LIMIT 1
@@ -56,7 +56,7 @@ _TWICE: Final = """
 SELECT s.username, s.first_ip, s.last_ip FROM staged_restrictions s WHERE true %s
 GROUP BY s.username, s.first_ip, s.last_ip HAVING count(*) > 1 ORDER BY min(s.seq) LIMIT 1
 """
-# CROSS JOIN: SQLite then keeps the order, which begins with the fewer rows.
+# CROSS JOIN makes SQLite keep this order, which begins with the smaller table.
 _SAME: Final = """
 FROM staged_restrictions s CROSS JOIN restrictions r
 WHERE r.username = s.username AND r.first_ip = s.first_ip AND r.last_ip = s.last_ip %s
@@ -86,19 +86,25 @@ SELECT {PENDING} FROM requests WHERE state = 'pending'
 AND username IN (SELECT username FROM replaced_restrictions)
 AND restriction_id IN (SELECT id FROM replaced_restrictions)
 """
-_ADD: Final = f"INSERT INTO restrictions (username, {RESTRICTION})"
 
 
-class StagedRestrictions:
-    """Restrictions on their way into the store, on one connection.
+class BulkRestrictions:
+    """Restrictions to add in one change, staged on one connection.
+
+    This is `rules.judge_additions` as statements about sets; the conformance suite compares the
+    two.
 
     Args:
         db: The connection, before it has the writer's lock.
-        restrictions: They are read to the end, into a temporary table of the connection.
+        restrictions: Read to the end into a temporary table of the connection.
+        ahead: Whether `judge` writes the restrictions into the store's table already, where other
+            transactions do not see them. Otherwise it only sorts them. Either way, little is left
+            to do while the lock is held.
     """
 
-    def __init__(self, db: Executor, restrictions: Iterable[Restriction]) -> None:
+    def __init__(self, db: Executor, restrictions: Iterable[Restriction], *, ahead: bool) -> None:
         self._table = "staged_restrictions"
+        self._write_ahead = ahead
         self._ahead = self._added = False
         self._seen, self._most = _NEVER, 0
         self._refused: str | None = None
@@ -108,21 +114,21 @@ class StagedRestrictions:
         db.insert_many("staged_restrictions", _COLUMNS, rows)
         db.run("CREATE INDEX staged_addresses ON staged_restrictions (username, first_ip, last_ip)")
 
-    def judge(self, db: Executor, now: datetime) -> bool:
-        """Find out whether anything refuses them, but for how many a user may have."""
+    def judge(self, db: Executor, now: datetime) -> None:
+        """Find what refuses the restrictions, except for the limit of restrictions per user."""
         self._seen = head(db)
         try:
             self._check(db, now)
         except (UnknownUser, DuplicateRestriction) as exc:
             self._refused = exc.username
-            return False
+            return
         self._find_replaced(db)
         ((most,),) = db.rows(_MOST % "")
         self._most = most or 0
-        return True
-
-    def arrange(self, db: Executor) -> None:
-        """Sort them, where they cannot be written ahead, so that under the lock nothing is."""
+        if self._write_ahead:
+            self._insert(db)
+            self._ahead = True
+            return
         db.run(f"CREATE TEMPORARY TABLE sorted_restrictions {_TABLE}")
         db.run(
             f"INSERT INTO sorted_restrictions (username, {RESTRICTION}) SELECT username,"
@@ -130,18 +136,11 @@ class StagedRestrictions:
         )
         self._table = "sorted_restrictions"
 
-    def write_ahead(self, db: Executor) -> None:
-        """Write them before the lock is taken, where nobody sees them and nobody waits for them.
-
-        Their ids are theirs alone, so no other writer comes upon them.
-        """
-        self._insert(db)
-        self._ahead = True
-
     def withdraw(self, db: Executor) -> None:
-        """Take back what was written ahead, unless it has been added.
+        """Undo what was written ahead, unless it has been added.
 
-        The turn reads or writes by itself before it adds them: so all are asked about again.
+        The transaction reads or writes restrictions before it adds these, so all of them have to
+        be checked again.
         """
         self._seen = _NEVER
         if self._ahead:
@@ -149,28 +148,28 @@ class StagedRestrictions:
             self._ahead = False
 
     def add(self, db: Executor, now: datetime, *, per_user: int) -> int:
-        """Add them under the lock; see `ipguard.store.Transaction.add_staged`."""
-        # Everything is tested before anything is written: a caller may catch the error and go on.
-        moved = self._moved(db)
+        """Add the restrictions under the lock; see `ipguard.store.Transaction.add_staged`."""
+        # Check everything before writing anything: a caller may catch the error and continue.
+        changed = self._changed(db)
         if self._refused is not None:
-            if not moved:
-                self._check(db, now, *_about(db, [self._refused]))
-            moved = EVERYBODY  # that one has expired by now, or another made room
-        asked = ("", ()) if isinstance(moved, Touched) else _about(db, moved)
-        if moved:
-            self._check(db, now, *asked)
+            if not changed:
+                self._check(db, now, *_only(db, [self._refused]))
+            changed = EVERYBODY  # the duplicate has expired since, or was removed
+        only = ("", ()) if isinstance(changed, Touched) else _only(db, changed)
+        if changed:
+            self._check(db, now, *only)
         if self._most > per_user:
-            asked = "", ()
-        if moved or self._most > per_user:
-            about, names = asked
-            for (username,) in db.rows(_TOO_MANY % about, (*names, per_user)):
+            only = "", ()
+        if changed or self._most > per_user:
+            condition, names = only
+            for (username,) in db.rows(_TOO_MANY % condition, (*names, per_user)):
                 raise TooManyRestrictions(username, per_user)
-        if moved:
-            self._find_replaced(db, *asked)
+        if changed:
+            self._find_replaced(db, *only)
         db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM replaced_restrictions)")
         if not self._ahead:
             self._insert(db)
-        # From now on they are restrictions like others.
+        # They are now restrictions like all others.
         self._ahead, self._added, self._seen = False, True, _NEVER
         ((count,),) = db.rows("SELECT count(*) FROM staged_restrictions")
         return int(count)
@@ -181,39 +180,42 @@ class StagedRestrictions:
 
     def _insert(self, db: Executor) -> None:
         order = "username, created_at, id" if self._table == "staged_restrictions" else "seq"
-        db.run(f"{_ADD} SELECT username, {RESTRICTION} FROM {self._table} ORDER BY {order}")
+        db.run(
+            f"INSERT INTO restrictions (username, {RESTRICTION})"
+            f" SELECT username, {RESTRICTION} FROM {self._table} ORDER BY {order}"
+        )
 
-    def _moved(self, db: Executor) -> frozenset[str] | Touched:
-        """Return whose policy may have changed since they were judged."""
+    def _changed(self, db: Executor) -> frozenset[str] | Touched:
+        """Return the users whose policy may have changed since `judge`."""
         revision, token = self._seen
-        rows = db.rows(TOUCHED_SINCE, (revision, MOVED_AT_MOST + 1))
-        # Asked last: where this row is there still, none of those was pruned.
+        rows = db.rows(TOUCHED_SINCE, (revision, CHANGES_READ + 1))
+        # Read this entry last: if it still exists, no entry after it was pruned.
         if db.rows("SELECT token FROM changes WHERE revision = ?", (revision,)) != [(token,)]:
             return EVERYBODY
-        return EVERYBODY if len(rows) > MOVED_AT_MOST else touched_of(row[0] for row in rows)
+        return EVERYBODY if len(rows) > CHANGES_READ else touched_of(row[0] for row in rows)
 
-    def _check(self, db: Executor, now: datetime, about: str = "", names: Params = ()) -> None:
-        for (username,) in db.rows(_UNKNOWN % about, names):
+    def _check(self, db: Executor, now: datetime, only: str = "", names: Params = ()) -> None:
+        for (username,) in db.rows(_UNKNOWN % only, names):
             raise UnknownUser(username)
-        own = self._others(about)
-        for username, first, last in db.rows(_TWICE % about, names):
+        for username, first, last in db.rows(_TWICE % only, names):
             addresses = str(AddressRange.from_packed(first, last))
             raise DuplicateRestriction(username, addresses, "row")
-        for *held, username, label, expires_at in db.rows(_HELD % own, (*names, micros(now))):
+        held_by = _HELD % self._others(only)
+        for *held, username, label, expires_at in db.rows(held_by, (*names, micros(now))):
             found = restriction_of(username, tuple(held))
             until = None if expires_at is None else moment(expires_at)
             raise rules.duplicate(found, attrs.evolve(found, label=label, expires_at=until))
 
-    def _find_replaced(self, db: Executor, about: str = "", names: Params = ()) -> None:
-        """Note which restrictions make way: all that are to the same addresses have expired."""
-        db.run(_REPLACED % self._others(about), names)
+    def _find_replaced(self, db: Executor, only: str = "", names: Params = ()) -> None:
+        """Record which restrictions are replaced: all with the same addresses have expired."""
+        db.run(_REPLACED % self._others(only), names)
 
-    def _others(self, about: str) -> str:
-        return f"{about} AND r.id <> s.id" if self._ahead else about
+    def _others(self, only: str) -> str:
+        return f"{only} AND r.id <> s.id" if self._ahead else only
 
 
-def _about(db: Executor, usernames: Iterable[str]) -> tuple[str, Params]:
-    """Return the condition that asks about some users only, and its parameter."""
+def _only(db: Executor, usernames: Iterable[str]) -> tuple[str, Params]:
+    """Return a condition that limits a statement to some users, and its parameter."""
     return f"AND {db.among('s.username')}", (db.texts(usernames),)
 
 
@@ -296,7 +298,7 @@ class FewUsers:
             if name not in stored or stored[name] != (0, *user_row(user))
         ]
 
-    def apply(self, turn: Transaction, db: Executor) -> Change | None:
+    def apply(self, tx: Transaction, db: Executor) -> Change | None:
         """Write what changes, under the lock, and return the one row that says so, if any."""
         _, stored = self._stored(db)
         changed = self._changed(stored)
@@ -308,7 +310,7 @@ class FewUsers:
         for user in changed:
             db.run(_APPLY_USER, user_row(user))
         return _append_users(
-            turn,
+            tx,
             Action.PUT_USERS,
             concerned=[(user.username, user.account_id) for user in changed],
             touched=[(name,) for name in added],
@@ -316,7 +318,7 @@ class FewUsers:
         )
 
 
-class StagedUsers:
+class BulkUsers:
     """Users on their way into the store, on one connection.
 
     What really changes is found out before the lock is taken, and again under it only where users
@@ -370,7 +372,7 @@ class StagedUsers:
         self._write(db)
         self._written = True
 
-    def apply(self, turn: Transaction, db: Executor) -> Change | None:
+    def apply(self, tx: Transaction, db: Executor) -> Change | None:
         """Write what changes, under the lock, and return the one row that says so, if any."""
         if self._moved(db):
             if self._written:  # by a library that does not know what is written ahead
@@ -383,7 +385,7 @@ class StagedUsers:
             return None
         # A login asks only whether a user is known: a new name or account decides nothing.
         return _append_users(
-            turn,
+            tx,
             Action.PUT_USERS,
             concerned=db.rows("SELECT username, account_id FROM changed_users LIMIT 2"),
             touched=db.rows(
@@ -410,7 +412,7 @@ class StagedUsers:
         _write_terms(db, ())
 
 
-def few(users: Iterable[User]) -> tuple[FewUsers | None, Iterable[User]]:
+def few_users(users: Iterable[User]) -> tuple[FewUsers | None, Iterable[User]]:
     """Tell whether users are a few; else return all of them, the first ones read already."""
     source = iter(users)
     first = list(islice(source, _FEW + 1))
@@ -433,7 +435,7 @@ def _keep_last(db: Executor, table: str) -> None:
     )
 
 
-def remove_staged(turn: Transaction, db: Executor) -> Change | None:
+def remove_named(tx: Transaction, db: Executor) -> Change | None:
     """Remove the users whose names are staged, under the lock; return the row that says so."""
     db.run(
         "DELETE FROM staged_names WHERE username NOT IN"
@@ -453,7 +455,7 @@ def remove_staged(turn: Transaction, db: Executor) -> Change | None:
     )
     db.run("UPDATE users SET removed = 1 WHERE username IN (SELECT username FROM staged_names)")
     return _append_users(
-        turn,
+        tx,
         Action.REMOVE_USERS,
         concerned=concerned,
         touched=concerned,
@@ -462,7 +464,7 @@ def remove_staged(turn: Transaction, db: Executor) -> Change | None:
 
 
 def _append_users(
-    turn: Transaction,
+    tx: Transaction,
     action: Action,
     *,
     concerned: list[Row],
@@ -471,7 +473,7 @@ def _append_users(
 ) -> Change:
     one = concerned[0] if len(concerned) == 1 else (None, None)
     names = frozenset(row[0] for row in touched)
-    return turn.append(
+    return tx.append(
         action,
         actor=None,
         username=one[0],

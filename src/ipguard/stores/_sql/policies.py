@@ -11,6 +11,7 @@ from ipguard.model import EVERYBODY, RESET, Changes, Policy
 from ipguard.stores._sql import (
     BIGGEST,
     RESTRICTION,
+    UNFINISHED,
     Executor,
     Row,
     columns,
@@ -23,10 +24,6 @@ from ipguard.stores._sql import (
 _FOLLOWED_AT_MOST: Final = 10_000
 """A guard that is behind by more changes than this is told EVERYBODY."""
 
-UNFINISHED: Final = (
-    "the database is being restored, or a restore was left unfinished: its restore marker is"
-    " missing"
-)
 POLICY: Final = f"""
 SELECT h.revision, u.removed, {columns(RESTRICTION, "r")}, %s, %s
 FROM head h

@@ -1,46 +1,40 @@
-"""The store in PostgreSQL, for any number of login servers. docs/postgresql.md tells how to deploy.
+"""The store in PostgreSQL, for any number of login servers. See docs/postgresql.md.
 
-* A policy is one prepared statement, in autocommit: one round trip.
-* The writer's turn is a row lock on `head`, so revisions are in commit order. What it writes is
-  sent with its next question, or with the commit.
-* A change that touches a policy notifies in its own transaction (`_postgres_listen`).
-* Every wait for the server ends at a deadline of this side (`_postgres`).
+* A policy is loaded by one prepared statement, in autocommit: one round trip.
+* The writer's lock is a row lock on `head`, so revisions are in commit order. Writes are sent
+  together with the next query, or with the commit.
+* A change that touches a policy notifies in its own transaction (`_listener`).
+* Every wait for the server ends at a deadline on the client's side (`_connection`).
 
-Limits, stated: a name is resolved by the system's resolver, which has no deadline: write addresses,
-or `hostaddr`. A server that was cut off from its successor, and does not know it, answers until it
-is stopped: fencing is the cluster manager's work.
+Known limits: the system's resolver looks names up without a deadline, so write addresses, or
+`hostaddr`. A server that was cut off from its successor without noticing answers until it is
+stopped: fencing is the cluster manager's work.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
-from typing import Final, Literal, cast
+from typing import Final, Literal, TypeVar, cast
 
 import attrs
 
 from ipguard._checks import check_time
 from ipguard.errors import StoreUnavailable
-from ipguard.model import Accounts, Change, Changes, Page, Policy, Restriction, User, UserOverview
-from ipguard.store import Closing, Snapshot, Transaction, log_change
-from ipguard.stores._sql import SCHEMA_VERSION, Row
-from ipguard.stores._sql import bulk as users_of
-from ipguard.stores._sql import listing as pages
+from ipguard.model import Changes, Policy
+from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, Row, policies
 from ipguard.stores._sql import migrations as _migrations
-from ipguard.stores._sql import policies as read
-from ipguard.stores._sql.bulk import StagedRestrictions
-from ipguard.stores._sql.transaction import SqlSnapshot, SqlTransaction, prune
-from ipguard.stores.postgres import _schema as schema
-from ipguard.stores.postgres._connection import Session, quoted, ticks
+from ipguard.stores._sql.bulk import BulkRestrictions
+from ipguard.stores._sql.store import SqlStore, Writing
+from ipguard.stores.postgres._connection import Connection, quoted, ticks
 from ipguard.stores.postgres._listener import Listener
 from ipguard.stores.postgres._options import Options
-from ipguard.stores.postgres._pool import Client, connect
-from ipguard.stores.postgres._schema import RESTORE
+from ipguard.stores.postgres._pool import Pool, connect
+from ipguard.stores.postgres._schema import MICROS, RESTORE, STATE, check_version, grants
 from ipguard.stores.postgres._transaction import Writer
-from ipguard.usernames import canonical_usernames
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -53,8 +47,22 @@ __all__ = [
 ]
 
 _log = logging.getLogger("ipguard.stores.postgres")
+T = TypeVar("T")
 
-grants = schema.grants
+_POLICY: Final = policies.POLICY % ("?::text", STATE)
+_CHANGES: Final = f"""
+SELECT f.*, {STATE}, {MICROS}, v.version, v.oldest, s.touching, {RESTORE}
+FROM ({policies.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
+JOIN zz_restore_marker m ON m.id = 1
+"""
+# The statements of a listing are written in the order and for the indexes that they should use.
+# The planner would need statistics for that, which a store that was just filled does not have.
+_LISTING: Final = (
+    "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off;"
+    " SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;"
+    " SET LOCAL enable_material = off; SET LOCAL max_parallel_workers_per_gather = 0;"
+    " SET LOCAL join_collapse_limit = 1; SET LOCAL plan_cache_mode = force_custom_plan"
+)
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -144,12 +152,11 @@ def examine(url: str) -> Examination:
         StoreUnavailable: The server does not respond.
     """
     options = Options.parse(url, {})
-    connection = connect(options.servers[0], time.monotonic() + options.timeout)
+    connection = connect(options.servers[0], time.monotonic() + options.timeout, options.schema)
     try:
-        session = Session(connection, options.schema)
-        session.patience = options.timeout
-        ((backend, role, recovering, temporary),) = session.rows(_SESSION)
-        tables = session.rows(_PRIVILEGES, (options.schema,))
+        connection.patience = options.timeout
+        ((backend, role, recovering, temporary),) = connection.rows(_SESSION)
+        tables = connection.rows(_PRIVILEGES, (options.schema,))
         pooled = backend != connection.info.backend_pid
     finally:
         connection.close()
@@ -175,33 +182,35 @@ def examine(url: str) -> Examination:
     )
 
 
-class PostgresStore(Closing):
-    """A store in PostgreSQL. See `ipguard.store.RestrictionStore` for what each method does.
+class PostgresStore(SqlStore[Connection]):
+    """A store in PostgreSQL. See `ipguard.store.RestrictionStore` for its methods.
 
-    Each keyword below but the first two may be an option of the URL instead; what else the URL
-    says (`sslmode`, …) is libpq's.
+    Each keyword below except the first two can be an option of the URL instead. All other options
+    of the URL (`sslmode`, …) are passed to libpq.
 
     Args:
         url: `postgresql://user@host:port/database?option=value`; several hosts are tried in turn.
-        clock: Returns the current time as an aware datetime; the server's clock without it.
-        migrate: Whether to bring the schema up to date on opening. None: where the role may.
-            False: only check. True: raise where that cannot be.
-        pool_size: How many connections this process may have, the one that listens not counted; 5.
+        clock: Returns the current time as an aware datetime; the server's clock by default.
+        migrate: Whether to bring the schema up to date on opening. None: if the role may.
+            False: only check. True: raise if that is impossible.
+        pool_size: How many connections this process may have, not counting the listener; 5.
         timeout: How many seconds all waits of a read or of a change may take together; 2.0. Keep it
             below the `max_staleness` of the guards.
         bulk_timeout: How many seconds a step with any number of rows may take; 300.0.
         schema: The schema that holds the tables; `ipguard`.
-        prepare: `auto`: prepare statements unless there is a pooler between; `on`, `off`.
+        prepare: `auto`: prepare statements unless there is a pooler in between; `on`, `off`.
         prepare_threshold: After how many uses a statement is prepared.
-        listen: A URL to listen on where `url` leads through a pooler; `off`: do not listen.
-        replica: `allow`: let servers in recovery answer, whatever the age of what they hold;
+        listen: A URL to listen on if `url` leads through a pooler; `off`: do not listen.
+        replica: `allow`: accept answers of servers in recovery, however old their data is;
             `refuse`.
 
     Raises:
-        StoreConfigError: The URL or an option makes no sense, or the database cannot be used.
-        SchemaVersionError: The schema is not one that this library may use.
-        StoreUnavailable: With `migrate=True`: the server does not answer.
+        StoreConfigError: The URL or an option is invalid, or the database cannot be used.
+        SchemaVersionError: The schema is not one that this library can use.
+        StoreUnavailable: With `migrate=True`: the server does not respond.
     """
+
+    _WRITES_AHEAD = True
 
     def __init__(
         self,
@@ -231,16 +240,17 @@ class PostgresStore(Closing):
         options = Options.parse(url, keywords)
         self._options = options
         self._clock = clock
-        self._client = Client(options)
+        self.timeout = options.timeout
+        self._pool = Pool(options)
         self._listener = Listener(options, self._notify)
-        self._writer = Writer(self._client, clock and self.now, self._listener.tell)
+        self._writer = Writer(self._pool, clock and self.now, self._listener.tell)
         if options.replica:
             _log.warning(
-                "%s: replica=allow: what servers in recovery answer counts, whatever its age;"
-                " nothing bounds how late a change takes effect",
+                "%s: replica=allow: answers of servers in recovery are accepted, however old their"
+                " data is; nothing bounds how late a change takes effect",
                 options.place,
             )
-        self._client.open(migrate=migrate)
+        self._pool.open(migrate=migrate)
 
     def __repr__(self) -> str:
         return f"<PostgresStore {self._options.place}, schema {self._options.schema}>"
@@ -249,185 +259,109 @@ class PostgresStore(Closing):
         """Return the store's time, aware and in UTC, without I/O."""
         if self._clock is not None:
             return check_time("clock", self._clock())
-        return self._client.clock.now()
+        return self._pool.clock.now()
 
-    # -------------------------------------------------------------------------- reading
+    def close(self) -> None:
+        """Wake all waiting threads and refuse every later call."""
+        self._pool.close()
+        self._listener.close()
+
+    # ------------------------------------------------------------------------- the reads of guards
 
     def load_policy(self, username: str) -> Policy:
-        """Return what decides about a user, and the revision of that very snapshot."""
+        """Load the policy of a user and the revision of the same snapshot."""
 
-        def ask(session: Session) -> Policy:
-            rows = session.prepared_rows(_POLICY, (username,) * 3)
+        def load(connection: Connection) -> Policy:
+            rows = connection.rows(_POLICY, (username,) * 3, login=True)
             try:
-                policy = read.policy_of(username, rows)
+                policy = policies.policy_of(username, rows)
             except StoreUnavailable:
-                session.connection.spoilt = True
+                connection.spoilt = True
                 raise
-            self._client.refuse(session, *rows[0][-2:])
+            self._pool.refuse(connection, *rows[0][-2:])
             return policy
 
-        return self._client.read(ask)
+        return self._pool.read(load)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
-        """Return the revision, and the policy of each user with restrictions, from one snapshot."""
-        stream = PolicyStream(self._client)
+        """Load the policies of all restricted users, from one snapshot."""
+        stream = PolicyStream(self._pool)
         return stream.revision, stream
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
-        """Return where the store is, and whose policy changed since a revision."""
+        """Return the store's position and the users whose policy changed since a revision."""
         told = self._listener.count
-        params = read.changes_params(cursor)
+        params = policies.changes_params(cursor)
 
-        def ask(session: Session) -> tuple[float, list[Row]]:
-            asked_at, rows = ticks(), session.prepared_rows(_CHANGES, params)
+        def load(connection: Connection) -> tuple[float, list[Row]]:
+            asked_at, rows = ticks(), connection.rows(_CHANGES, params, login=True)
             if not rows:
-                raise StoreUnavailable(f"{self._options.place}: {read.UNFINISHED}")
-            self._client.refuse(session, *rows[0][4:6])
+                raise StoreUnavailable(f"{self._options.place}: {UNFINISHED}")
+            self._pool.refuse(connection, *rows[0][4:6])
             return asked_at, rows
 
-        asked_at, rows = self._client.read(ask)
+        asked_at, rows = self._pool.read(load)
         micros, version, oldest, touching, restore = rows[0][6:]
-        schema.check_version(version, oldest)
-        self._client.clock.set(micros, asked_at)
+        check_version(version, oldest)
+        self._pool.clock.set(micros, asked_at)
         self._listener.tell(touching, exactly=told == self._listener.count)
-        return read.changes_of(cursor, [row[:4] for row in rows], restore=restore)
+        return policies.changes_of(cursor, [row[:4] for row in rows], restore=restore)
 
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait until a change after `revision` touches a policy, or the store is closed."""
-        if self._client.pool.closed:
+        if self._pool.closed:
             raise StoreUnavailable("the store is closed")
         if self._listener.touching is None:
-            self._listener.tell(self._client.read(read.touching))
+            self._listener.tell(self._pool.read(policies.touching))
         return self._listener.wait(revision, timeout)
 
     def _notify(self, payload: str) -> None:
-        self._client.read(lambda it: it.rows(_NOTIFY, (self._options.schema, payload)))
+        channel = self._options.schema
+        self._pool.read(lambda it: it.rows("SELECT pg_notify(?, ?)", (channel, payload)))
 
-    def overview(
-        self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
-    ) -> Page[UserOverview]:
-        """Return users with their restrictions and live pending requests, by username."""
-        with self._client.snapshot(_PAGES) as session:
-            return pages.overview(
-                session, self.now(), accounts, search=search, after=after, limit=limit
-            )
+    # ------------------------------------------------------------------------- connections
 
-    def history(
-        self,
-        accounts: Accounts,
-        *,
-        username: str | None = None,
-        before: int | None = None,
-        limit: int = 100,
-    ) -> Page[Change]:
-        """Return changes, the newest first."""
-        with self._client.snapshot(_PAGES) as session:
-            return pages.history(session, accounts, username=username, before=before, limit=limit)
+    def _snapshot(self) -> AbstractContextManager[Connection]:
+        return self._pool.snapshot(_LISTING)
+
+    def _read(self, reading: Callable[[Connection], T], deadline: float) -> T:
+        return self._pool.read(reading, deadline=deadline)
+
+    def _bulk(self) -> AbstractContextManager[Connection]:
+        return self._writer.bulk()
+
+    def _step(self, _connection: Connection) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _lock_users(self, connection: Connection) -> AbstractContextManager[None]:
+        return self._writer.lock_users(connection)
 
     @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
-        """Open a snapshot for look-ups."""
-        with self._client.snapshot() as session:
-            yield SqlSnapshot(session, self.now())
+    def _pruning(self) -> Iterator[Connection]:
+        # Without the writer's lock: nothing else deletes audit entries, and new ones are later.
+        with self._writer.bulk() as connection:
+            yield connection
+            connection.script("COMMIT")
 
-    # -------------------------------------------------------------------------- writing
-
-    @contextmanager
-    def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
-        """Take the writer's turn."""
+    def _refuse_nested(self) -> None:
         self._writer.refuse_nested()
-        if staged is None:
-            with self._writer.turn() as (turn, _):
-                yield turn
-            return
-        with self._writer.staging() as session:
-            many = StagedRestrictions(session, staged)
-            if many.judge(session, self.now()):
-                many.write_ahead(session)
-            with self._writer.staged_turn(session, many) as (turn, _):
-                yield turn
 
-    def put_users(self, users: Iterable[User]) -> int:
-        """Add or update users, as one change; what is already so appends nothing."""
-        self._writer.refuse_nested()
-        few, many = users_of.few(users)
-        if few is not None:
-            deadline = self._client.deadline()
-            revision, changed = self._client.read(few.compare, deadline=deadline)
-            if not changed:
-                return revision
-            with self._writer.turn(users=True, deadline=deadline) as (turn, db):
-                change = few.apply(turn, db)
-            return _told(turn, change)
-        with self._writer.staging() as session:
-            put = users_of.StagedUsers(session, many)
-            revision, changed = put.compare(session)
-            if not changed:
-                session.script("ROLLBACK")
-                return revision
-            with self._writer.users(session):
-                put.write_ahead(session)
-                with self._writer.staged_turn(session) as (turn, db):
-                    change = put.apply(turn, db)
-        return _told(turn, change)
+    def _write(self, *, users: bool = False, deadline: float | None = None) -> Writing:
+        return self._writer.write(users=users, deadline=deadline)
 
-    def remove_users(self, usernames: Iterable[str]) -> int:
-        """Remove users, as one change."""
-        self._writer.refuse_nested()
-        with self._writer.staging() as session:
-            users_of.stage_names(session, canonical_usernames(usernames))
-            with self._writer.users(session), self._writer.staged_turn(session) as (turn, db):
-                change = users_of.remove_staged(turn, db)
-        return _told(turn, change)
-
-    def prune(self, before: datetime) -> int:
-        """Delete the changes before a moment, for the schema's owner alone; return how many.
-
-        Only a beginning of the trail goes, and never its last row. A guard that has not synced
-        since then starts over.
-        """
-        with self._writer.staging() as session:
-            count = prune(session, before)
-            session.script("COMMIT")
-        return count
-
-    # -------------------------------------------------------------------------- ending
-
-    def close(self) -> None:
-        """Let the waiting go and refuse every later call."""
-        self._client.pool.close()
-        self._listener.close()
+    def _write_bulk(
+        self, connection: Connection, restrictions: BulkRestrictions | None = None
+    ) -> Writing:
+        return self._writer.write_bulk(connection, restrictions)
 
 
-_POLICY: Final = read.POLICY % ("?::text", schema.STATE)
-_CHANGES: Final = f"""
-SELECT f.*, {schema.STATE}, {schema.MICROS}, v.version, v.oldest, s.touching, {schema.RESTORE}
-FROM ({read.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
-JOIN zz_restore_marker m ON m.id = 1
-"""
-# The statements of a page say themselves in which order to go, by which index. The planner would
-# know better only with statistics, which a store that was filled just now does not have.
-_PAGES: Final = (
-    "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off;"
-    " SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;"
-    " SET LOCAL enable_material = off; SET LOCAL max_parallel_workers_per_gather = 0;"
-    " SET LOCAL join_collapse_limit = 1; SET LOCAL plan_cache_mode = force_custom_plan"
-)
-_NOTIFY: Final = "SELECT pg_notify(?, ?)"
-
-
-def _told(turn: SqlTransaction, change: Change | None) -> int:
-    """Log a change that has been committed; return the revision."""
-    if change is not None:
-        log_change(change)
-    return turn.revision
-
+# ----------------------------------------------------------------------------- preloading
 
 _FETCHED: Final = 5_000
-
-# Written so that most rows need the fewest steps: no expiry, and three values joined. `textsend`
-# gives the connection's encoding, which is UTF-8. The users are joined by nothing but their names:
-# with a condition more, a planner without statistics expects so few that it looks them up in turn.
+_RESTORE: Final = f"SELECT {RESTORE} FROM zz_restore_marker m WHERE m.id = 1"
+# Most rows have no expiry, and then take the fewest steps. `textsend` returns the connection's
+# encoding, which is UTF-8. The join has no condition besides the name: with one more, a planner
+# without statistics expects so few users that it looks them up one by one.
 _PACKED: Final = """
 SELECT q.username,
     CASE WHEN u.removed = 0 THEN decode('01', 'hex') ELSE decode('00', 'hex') END || q.packed
@@ -454,41 +388,35 @@ LEFT JOIN users u ON u.username = q.username
 """
 
 
-_RESTORE: Final = f"SELECT {RESTORE} FROM zz_restore_marker m WHERE m.id = 1"
-
-
 class PolicyStream:
     """An iterator over users and their policies, which holds a connection until its end.
-
-    Args:
-        client: The connections.
 
     Attributes:
         revision: The store's revision in the snapshot.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._packed = False
-        self._stream = self._streamed(client)
-        # Started here, so that the snapshot is of now, and closing the iterator always ends it.
+        self._stream = self._start(pool)
+        # Start it here, so that the snapshot is of now, and closing the iterator always ends it.
         self.revision = cast("int", next(self._stream))
 
-    def _streamed(self, client: Client) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
-        with client.snapshot(patience=client.options.bulk_timeout) as session:
-            revision, _ = read.head(session)
-            restore = session.rows(_RESTORE)
+    def _start(self, pool: Pool) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
+        with pool.snapshot(patience=pool.options.bulk_timeout) as connection:
+            revision, _ = policies.head(connection)
+            restore = connection.rows(_RESTORE)
             yield revision
-            statement = _PACKED if self._packed else read.ALL_POLICIES
-            session.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
-            rows = _fetched(session)
+            statement = _PACKED if self._packed else policies.ALL_POLICIES
+            connection.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
+            rows = _fetch(connection)
             if self._packed:
                 yield from cast("Iterator[tuple[str, bytes]]", rows)
             else:
-                yield from read.policies_of(revision, rows)
+                yield from policies.policies_of(revision, rows)
         # A snapshot does not protect from TRUNCATE and DROP: to an older snapshot, the tables that
         # they leave are empty.
-        if client.read(lambda it: it.rows(_RESTORE)) != restore:
-            raise StoreUnavailable(f"{client.options.place}: {read.UNFINISHED}")
+        if pool.read(lambda it: it.rows(_RESTORE)) != restore:
+            raise StoreUnavailable(f"{pool.options.place}: {UNFINISHED}")
 
     def __iter__(self) -> PolicyStream:
         return self
@@ -497,18 +425,22 @@ class PolicyStream:
         return cast("tuple[str, Policy]", next(self._stream))
 
     def packed(self) -> Iterator[tuple[str, bytes]]:
-        """Give users with what `ipguard.packed.pack` makes of their policies, instead."""
+        """Return users with what `ipguard.packed.pack` makes of their policies, instead.
+
+        The server packs: one row for each user then crosses the wire, and a preloading guard makes
+        no objects of it before that user logs in.
+        """
         self._packed = True
         return cast("Iterator[tuple[str, bytes]]", self._stream)
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Return the connection to the pool."""
         self._stream.close()  # type: ignore[attr-defined]
 
 
-def _fetched(session: Session) -> Iterator[Row]:
+def _fetch(connection: Connection) -> Iterator[Row]:
     while True:
-        rows = session.rows(f"FETCH FORWARD {_FETCHED} FROM policies")
+        rows = connection.rows(f"FETCH FORWARD {_FETCHED} FROM policies")
         yield from rows
         if len(rows) < _FETCHED:
             return

@@ -1,4 +1,4 @@
-"""One connection of the PostgreSQL store: its deadline, its dialect, and how it fails."""
+"""One connection to PostgreSQL: its deadline, its SQL dialect, its errors, the server's clock."""
 
 from __future__ import annotations
 
@@ -20,79 +20,87 @@ from psycopg.sql import Identifier, Literal
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores._sql import Params, Row, moment
 
-_TABLES: Final = re.compile(
-    r"\b(FROM|JOIN|INTO|UPDATE)(\s+)"
-    r"(head|changes|users|search_terms|restrictions|requests|failures|schema_version"
-    r"|zz_restore_marker)\b"
+_NAMES: Final = re.compile(
+    r"'(?P<index>\w+)'::regclass"
+    r"|\b(?P<before>(?:FROM|JOIN|INTO|UPDATE)\s+)"
+    r"(?P<table>head|changes|users|search_terms|restrictions|requests|failures"
+    r"|schema_version|zz_restore_marker)\b"
 )
 _TEMPORARY: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"
     r"((?:staged|sorted|replaced|changed)_(?:restrictions|users|names|terms))\b"
 )
 _STATEMENT_FAILED: Final = (psycopg.IntegrityError, psycopg.DataError, errors.LockNotAvailable)
-"""The errors after which a connection is used again. The others may come from its session."""
-_CLASSES: Final = re.compile(r"'(\w+)'::regclass")
+"""Errors after which a connection is used again. All others may come from its session."""
 _STAGED_AT_ONCE: Final = 5_000
 NEVER: Final = float("inf")
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
-"""Whatever the database's default is: once a lock is had, all that its last holder did is seen."""
+"""Independent of the database's default: after a lock is acquired, its last holder's commit is
+visible."""
 SETTINGS: Final = {
-    # Functions, operators and types are those of PostgreSQL, whatever else has their names.
+    # Use PostgreSQL's own functions, operators and types, whatever else has their names.
     "search_path": "pg_catalog, pg_temp",
-    # A policy that hides rows makes a query fail. Without this, a user whose restrictions are
-    # hidden would be unrestricted.
+    # Make a policy that hides rows an error. Otherwise a user whose restrictions are hidden would
+    # be unrestricted.
     "row_security": "off",
-    # The driver's text form of bytes depends on it.
+    # The driver's text format of bytes depends on it.
     "standard_conforming_strings": "on",
-    # A read outside of a transaction neither fails nor waits because of other transactions.
+    # Reads outside of a transaction neither fail nor wait because of other transactions.
     "default_transaction_isolation": "read committed",
 }
-"""What the queries depend on, whatever the role, the database or the server has as its default."""
+"""The settings that the queries depend on, whatever the role's, database's or server's defaults."""
 
 
 class Connection(psycopg.Connection[Row]):
-    """A connection whose every wait for the server ends at a deadline of this side.
+    """A connection whose every wait for the server ends at a deadline on the client's side.
 
     A server that is stopped keeps its connections open and outlives its own timeouts, so only the
-    client can end a wait. A connection that missed its deadline is closed: nobody knows what the
-    server will still answer on it.
+    client can end a wait. A connection that missed its deadline is closed, because it may still
+    receive the old answer. It is the `Executor` of PostgreSQL.
 
     Attributes:
-        deadline: On the clock of `time.monotonic`.
+        schema: The schema that holds the tables.
+        deadline: When all waits end, on the clock of `time.monotonic`.
+        patience: How many seconds each statement may take from now on; None: all of them together
+            may take until the deadline.
         waited: How many seconds it has waited for the server in all.
-        prepares: True where what logins wait for is prepared at its first use; None where the
-            driver's `prepare_threshold` says when, or never.
+        new: Whether it was opened for the present loan.
+        prepares: True if the queries of logins are prepared at their first use; None if the
+            driver's `prepare_threshold` decides.
         settled: Whether `SETTINGS` hold for the whole session. Otherwise each transaction sets
             them: through a transaction pooler, a session's settings would reach other clients.
-            None: the next transaction makes them last, if the connection is direct.
-        pid: The process that opened it; in a forked child it is never used and never closed.
+            None: the next transaction sets them for the session, if the connection is direct.
+        pid: The process that opened it. A forked child never uses and never closes it.
         slot: Its place in a pool.
-        used_at: When it was last given back.
-        spoilt: Whether it is not to be used again: after an error that a new connection may not
-            have. A session keeps the defaults of its role and database, such as read-only, from
-            when it began.
+        used_at: When it was last returned to the pool.
+        spoilt: Whether to discard it, after an error that a new connection may not have: a session
+            keeps the defaults of its role and database, such as read-only, from when it began.
     """
 
+    schema: str = ""
     deadline: float = NEVER
+    patience: float | None = None
     waited: float = 0.0
+    new: bool = True
     prepares: bool | None = None
     settled: bool | None = False
     pid: int = 0
     slot: object = None
     used_at: float = 0.0
     spoilt: bool = False
+    _shared: float | None = None
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run a generator of the driver to its end, but no longer than the deadline."""
         if self.pid != os.getpid():
-            raise StoreUnavailable("PostgreSQL: this connection is the parent process's")
+            raise StoreUnavailable("PostgreSQL: the connection belongs to the parent process")
         began = time.monotonic()
         left = max(0.0, self.deadline - began)
         own = timeout is None or left < timeout
         limit = (None if left == NEVER else left) if own else timeout
         try:
             return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=limit)
-        except errors._WaitTimeout:  # noqa: SLF001 - the driver has no other name for it
+        except errors._WaitTimeout:  # noqa: SLF001 - the driver has no public name for it
             if own:
                 self.pgconn.finish()
             raise
@@ -105,102 +113,71 @@ class Connection(psycopg.Connection[Row]):
 
     @property
     def usable(self) -> bool:
-        """Whether it may be used again, once its transaction has ended."""
+        """Whether it can be used again once its transaction has ended."""
         return not (self.closed or self.spoilt)
 
     @property
     def idle(self) -> bool:
-        """Whether it is usable and in no transaction."""
+        """Whether it is usable and not in a transaction."""
         return self.usable and self.info.transaction_status == TransactionStatus.IDLE
 
     def __del__(self, *_: object) -> None:
-        # The parent class warns, and a child that was forked has nothing to be warned of.
+        # The parent class would warn; a forked child must not touch the connection.
         if self.pid == os.getpid() and not self.closed:
             self.pgconn.finish()
 
+    # ------------------------------------------------------------------------- deadlines
 
-class Session:
-    """A connection lent to one thread. It is the `Executor` of PostgreSQL.
-
-    Attributes:
-        connection: The connection.
-        schema: The schema that holds the tables.
-        patience: How many seconds each statement may take from now on; None: all of them together
-            may take until the connection's deadline.
-        new: Whether the connection was opened for this.
-    """
-
-    __slots__ = ("_shared", "connection", "new", "patience", "schema")
-
-    def __init__(self, connection: Connection, schema: str, *, new: bool = False) -> None:
-        self.connection = connection
-        self.schema = schema
-        self.new = new
-        self.patience: float | None = None
-        self._shared: float | None = None
+    def lend(self, deadline: float) -> None:
+        """Give the next user of this connection a deadline."""
+        self.deadline, self.patience, self._shared = deadline, None, None
 
     def share(self, seconds: float) -> None:
-        """Let all further statements together wait for so many seconds.
+        """Let all further statements together wait for some seconds.
 
-        The time between the statements, which is the caller's, does not count.
+        The time between the statements, which the caller spends, does not count.
         """
-        self.patience, self._shared = None, self.connection.waited + seconds
+        self.patience, self._shared = None, self.waited + seconds
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         if self.patience is not None:
-            self.connection.deadline = time.monotonic() + self.patience
+            self.deadline = time.monotonic() + self.patience
         elif self._shared is not None:
-            left = self._shared - self.connection.waited
-            self.connection.deadline = time.monotonic() + left
+            self.deadline = time.monotonic() + self._shared - self.waited
 
-    def rows(self, sql: str, params: Params = ()) -> list[Row]:
-        self._begin()
-        return self._rows(sql, params)
+    # ------------------------------------------------------------------------- statements
 
-    def prepared_rows(self, sql: str, params: Params) -> list[Row]:
-        """Run one of the queries that logins wait for."""
-        return self._rows(sql, params, prepare=self.connection.prepares)
+    def rows(self, sql: str, params: Params = (), *, login: bool = False) -> list[Row]:
+        """Run a query and return all its rows.
 
-    def _rows(self, sql: str, params: Params, *, prepare: bool | None = None) -> list[Row]:
-        connection = self.connection
-        text = dialect(sql, self.schema)
-        cursor = connection.cursor(binary=True)
-        if connection.settled or not connection.idle:
+        Args:
+            sql: A portable statement.
+            params: Its parameters.
+            login: Whether logins wait for this query. It is prepared as early as possible.
+        """
+        self._start()
+        text, prepare = dialect(sql, self.schema), self.prepares if login else None
+        cursor = self.cursor(binary=True)
+        if self.settled or not self.idle:
             with self._translated():
                 cursor.execute(text, params, prepare=prepare)
         else:
             # A batch outside of a transaction is a transaction, and one round trip.
-            with self._pipeline():
-                connection.execute(self._settings())
+            with self._batch():
+                self.execute(self._settings())
                 cursor.execute(text, params, prepare=prepare)
         return cursor.fetchall() if cursor.description else []
-
-    def _settings(self) -> str:
-        """Return the statement that sets `SETTINGS`, for the transaction or for the session."""
-        local = "true"
-        if self.connection.settled is None:  # a pooler reports a process number that it made up
-            pid = self.connection.info.backend_pid
-            local = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) {pid}"
-        settings = ", ".join(
-            f"pg_catalog.set_config('{name}', '{value}', l.local)"
-            for name, value in SETTINGS.items()
-        )
-        return f"SELECT {settings} FROM (SELECT {local} AS local) l"
 
     def run(self, sql: str, params: Params = ()) -> None:
         self.rows(sql, params)
 
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
-        # A COPY for each so many rows: they may come slowly, or from queries on this connection.
+        # Use several COPYs: the rows may come slowly, or from queries on this connection.
         source, total = iter(rows), 0
         statement = f"COPY pg_temp.{table} ({columns}) FROM STDIN"
         while some := list(islice(source, _STAGED_AT_ONCE)):
-            self._begin()
-            with (
-                self._translated(),
-                self.connection.cursor() as cursor,
-                cursor.copy(statement) as copy,
-            ):
+            self._start()
+            with self._translated(), self.cursor() as cursor, cursor.copy(statement) as copy:
                 for row in some:
                     copy.write_row(row)
             total += len(some)
@@ -214,7 +191,7 @@ class Session:
         return "unnest(?::text[]) AS j (value)"
 
     def texts(self, values: Iterable[str]) -> object:
-        # A hundred thousand account ids take the driver a tenth of a second.
+        # The driver takes 0.1 s to adapt 100,000 account ids.
         texts = list(values)
         joined = '","'.join(texts)
         if "\\" in joined or joined.count('"') != 2 * len(texts) - 2:
@@ -223,9 +200,9 @@ class Session:
 
     def script(self, text: str) -> list[list[Row]]:
         """Run several statements without parameters in one round trip; return each one's rows."""
-        self._begin()
+        self._start()
         with self._translated():
-            cursor, found = self.connection.execute(text, prepare=False), []
+            cursor, found = self.execute(text, prepare=False), []
             while True:
                 found.append(cursor.fetchall() if cursor.description else [])
                 if not cursor.nextset():
@@ -233,21 +210,32 @@ class Session:
 
     def begin(self, text: str) -> list[list[Row]]:
         """Run a script whose first statement begins a transaction."""
-        if self.connection.settled:
+        if self.settled:
             return self.script(text)
         begin, _, rest = text.partition(";")
         found = self.script(f"{begin}; {self._settings()}; {rest}")
         return [found[0], *found[2:]]
 
-    def pipelined(self, statements: Sequence[tuple[str, Params]]) -> str | None:
+    def run_batch(self, statements: Sequence[tuple[str, Params]]) -> str | None:
         """Run statements in one round trip, and return the last one's command tag."""
-        self._begin()
-        with self._pipeline():
+        self._start()
+        with self._batch():
             cursors = [
-                self.connection.execute(dialect(text, self.schema), params)
-                for text, params in statements
+                self.execute(dialect(text, self.schema), params) for text, params in statements
             ]
         return cursors[-1].statusmessage
+
+    def _settings(self) -> str:
+        """Return the statement that applies `SETTINGS` to the transaction or to the session."""
+        local = "true"
+        if self.settled is None:  # a pooler reports a backend pid that it made up
+            pid = self.info.backend_pid
+            local = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) {pid}"
+        settings = ", ".join(
+            f"pg_catalog.set_config('{name}', '{value}', l.local)"
+            for name, value in SETTINGS.items()
+        )
+        return f"SELECT {settings} FROM (SELECT {local} AS local) l"
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -256,60 +244,63 @@ class Session:
                 yield
         except StoreError as exc:
             if not isinstance(exc.__cause__, _STATEMENT_FAILED):
-                self.connection.spoilt = True
+                self.spoilt = True
             raise
 
     @contextmanager
-    def _pipeline(self) -> Iterator[None]:
+    def _batch(self) -> Iterator[None]:
         try:
-            with translated(), self.connection.pipeline():
+            with self.pipeline():
                 yield
+        except psycopg.Error as exc:
+            self.spoilt = True
+            # If the connection broke, leaving the driver's pipeline mode fails as well, and that
+            # error would hide the first one.
+            first = exc.__context__ if isinstance(exc.__context__, psycopg.Error) else exc
+            raise error_of(first) from first
         except BaseException:
-            # What follows the statement that failed was not run, but the driver may take it for
-            # prepared, now and for as long as the connection lives.
-            self.connection.spoilt = True
+            # Statements after the one that failed were not run, but the driver may take them for
+            # prepared from now on.
+            self.spoilt = True
             raise
 
 
 @lru_cache(maxsize=512)
 def dialect(text: str, schema: str) -> str:
-    """Return a portable statement as PostgreSQL and its driver take it.
+    """Translate a portable statement for PostgreSQL and its driver.
 
-    The tables carry the schema's name, so that no search path decides which tables are meant.
+    The tables get the schema's name, so that they do not depend on the search path.
     """
     place = quoted(schema).replace("%", "%%")
     text = text.replace("%", "%%").replace("?", "%s")
     if text.startswith("CREATE TEMPORARY TABLE"):
-        # The order of code points, as in the tables that these are compared with.
+        # Sort by code point, as the tables do that these are compared with.
         text = text.replace(" TEXT", ' TEXT COLLATE "C"') + " ON COMMIT DROP"
         text = text.replace(" BLOB", " BYTEA").replace(" INTEGER", " BIGINT")
     text = _TEMPORARY.sub(r"\1\2pg_temp.\3", text)
-    return located(text, place)
+    return qualified(text, place)
 
 
-def located(text: str, place: str) -> str:
-    """Return a statement with the schema's name before each table.
+def qualified(text: str, place: str) -> str:
+    """Put the name of a schema, quoted, before each table and index in a statement."""
 
-    Args:
-        text: The statement.
-        place: The schema, quoted.
-    """
+    def qualify(found: re.Match[str]) -> str:
+        if found["index"]:
+            return f"{Literal(place + '.' + found['index']).as_string(None)}::regclass"
+        return f"{found['before']}{place}.{found['table']}"
 
-    def constant(found: re.Match[str]) -> str:
-        return f"{Literal(f'{place}.{found[1]}').as_string(None)}::regclass"
-
-    text = _CLASSES.sub(constant, text)
-    return _TABLES.sub(lambda found: f"{found[1]}{found[2]}{place}.{found[3]}", text)
+    # In one pass: the schema's name may itself look like a part of a statement.
+    return _NAMES.sub(qualify, text)
 
 
 def quoted(name: str) -> str:
-    """Return a name as an identifier."""
+    """Return a name as an SQL identifier."""
     return Identifier(name).as_string(None)
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Let no exception of the driver out."""
+    """Raise the library's errors instead of the driver's."""
     try:
         yield
     except psycopg.Error as exc:
@@ -317,46 +308,44 @@ def translated() -> Iterator[None]:
 
 
 def error_of(exc: psycopg.Error) -> StoreError:
-    """Return the library's error for a driver's. The server's words hold no password."""
+    """Return the library's error for a driver's. The server's messages contain no password."""
     words = exc.diag.message_primary or str(exc).strip() or type(exc).__name__
     if isinstance(exc, errors._WaitTimeout):  # noqa: SLF001
         return StoreUnavailable("PostgreSQL did not answer in time")
-    if exc.diag.source_function == "check_enable_rls":  # its SQLSTATE says only: not allowed
+    if exc.diag.source_function == "check_enable_rls":  # its SQLSTATE only says: not allowed
         return StoreUnavailable(f"PostgreSQL: {words}")
     if isinstance(exc, errors.InsufficientPrivilege):
         return StoreConfigError(f"PostgreSQL: {words}")
     if isinstance(exc, psycopg.IntegrityError):
         return StoreError(f"PostgreSQL: the change contradicts what is stored: {words}")
     if isinstance(exc, errors.LockNotAvailable):
-        return StoreUnavailable("PostgreSQL: another writer kept its turn for too long")
+        return StoreUnavailable("PostgreSQL: another writer kept the lock for too long")
     return StoreUnavailable(f"PostgreSQL: {words}")
 
 
+# ----------------------------------------------------------------------------- the server's clock
+
+
 def ticks() -> float:
-    """Return the seconds of a clock that nobody sets, and that counts a machine's sleep as well."""
+    """Return the seconds of a monotonic clock that includes the time a machine sleeps."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.monotonic()
 
 
 class ServerClock:
-    """What the server's clock said last, and how long ago that was.
+    """The server's clock, read without asking the server.
 
-    It is never behind the server's by more than the two clocks' rates differ, and ahead by no more
-    than the answer took: what is temporary ends early rather than late. Before the first answer it
-    is the host's.
+    It is never behind the server's clock, except for the difference of the two clocks' rates, and
+    ahead by at most the time of the round trip: temporary restrictions end early rather than late.
+    Before the first reading it is the host's clock.
     """
 
     def __init__(self) -> None:
         self._seen: tuple[int, float] | None = None
 
     def set(self, micros: int, asked_at: float) -> None:
-        """Take a reading.
-
-        Args:
-            micros: What the server said.
-            asked_at: The `ticks` before it was asked.
-        """
+        """Record a reading: the server's time, and the `ticks` before it was asked."""
         self._seen = micros, asked_at
 
     def now(self) -> datetime:

@@ -1,10 +1,10 @@
-"""Wake-ups: one connection of its own that listens, shared by all who wait on a store.
+"""Wake-ups: one connection that listens for notifications, shared by all waiters on a store.
 
-It is a hint and no more: what is lost while it reconnects, or on the way through a pooler, costs
-time. So it may fail in any way; what it does then is to say so in the log once, and try again.
+A wake-up is only a hint: one that is lost, while reconnecting or in a pooler, costs time and
+nothing else. So the listener may fail in any way; it logs that once, and tries again.
 
-A thread sees to the connection. While it is good, one of those who wait reads from it and tells the
-others: so that what it hears it acts upon, without a change of threads in between.
+A background thread keeps the connection alive. While it is healthy, one waiter reads notifications
+itself and wakes the others, which saves a thread switch.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ from ipguard import _fork
 from ipguard._fork import ReentrantLock, acquire
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._sql.policies import TOUCHING
-from ipguard.stores.postgres._connection import Connection, Session, quoted, translated
+from ipguard.stores.postgres._connection import Connection, quoted, translated
 from ipguard.stores.postgres._options import Options
 from ipguard.stores.postgres._pool import connect
 
 _log = logging.getLogger("ipguard.stores.postgres")
 
-_FIRST_PAUSE: Final = 0.1
-_LONGEST_PAUSE: Final = 1.0
+_FIRST_DELAY: Final = 0.1
+_LONGEST_DELAY: Final = 1.0
 _SLICE: Final = 0.2  # how promptly the thread ends
-_HEARTBEAT: Final = 5.0  # a connection that is dead may be silent for ever
+_HEARTBEAT: Final = 5.0  # a dead connection may stay silent
 _PROBE: Final = 1.0
 _PROBE_AGAIN: Final = 60.0
-_LONELY: Final = 30.0  # with nobody waiting for so long, the thread ends
+_IDLE_SECONDS: Final = 30.0  # without a waiter for this long, the thread ends
 
 
 class Listener(_fork.Forkable):
-    """Knows the last change that touched a policy, as far as it has been told.
+    """The latest change that touched a policy, as far as is known.
 
     Args:
-        options: What to listen on.
+        options: Where to listen.
         notify: Sends a notification with this payload over the store's pool.
+
+    Attributes:
+        touching: The revision of that change; None before anything is known.
+        count: How often it has changed.
     """
 
     def __init__(self, options: Options, notify: Callable[[str], None]) -> None:
@@ -52,7 +56,7 @@ class Listener(_fork.Forkable):
         self._after_fork_in_child()
         _fork.register(self)
         if options.listen is None:
-            self._say(logging.INFO, "polling: listen=off")
+            self._log_state(logging.INFO, "polling: listen=off")
 
     def _after_fork_in_child(self) -> None:
         """Start over: the thread does not exist here, and its connection is the parent's."""
@@ -60,16 +64,16 @@ class Listener(_fork.Forkable):
         self._told = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._waited_at = time.monotonic()
-        self._source: Connection | None = None  # what those who wait may read from
+        self._source: Connection | None = None  # what a waiter may read from
         self._reading = threading.Lock()
-        self._failure: Exception | None = None  # of the one who read
+        self._failure: Exception | None = None  # of the waiter that read
         self.touching: int | None = None
-        self.count = 0  # how often it was told
+        self.count = 0
 
-    # ------------------------------------------------------------------------- the waiting
+    # ------------------------------------------------------------------------- waiters
 
     def wait(self, revision: int, timeout: float) -> bool:
-        """Wait until a change after a revision touches a policy, as far as can be told."""
+        """Wait until a change after a revision is known to have touched a policy."""
         _fork.check()
         deadline = time.monotonic() + timeout
         with self._lock:
@@ -82,7 +86,7 @@ class Listener(_fork.Forkable):
                 self._waited_at = time.monotonic()
                 left = deadline - self._waited_at
                 if left <= 0:
-                    self._told.notify()  # who was told to read on may be this one
+                    self._told.notify()  # this one may have been woken to read
                     return False
                 source = self._source
                 if source is None or self._reading.locked():
@@ -92,14 +96,14 @@ class Listener(_fork.Forkable):
         return False
 
     def _read(self, source: Connection, seconds: float) -> None:
-        """Read for all who wait, unless another thread began to do so."""
+        """Read for all waiters, unless another thread began to do so."""
         reading, held = self._reading, list[bool]()
         try:
             if acquire(reading, 0, held) and source is self._source:
-                self._hear(source, seconds)
-        except StoreError as exc:  # the thread says so, and sees to it
+                self._receive(source, seconds)
+        except StoreError as exc:  # the thread logs it and reconnects
             self._source, self._failure = None, exc
-        except BaseException as exc:  # not of the connection: as from the handler of a signal
+        except BaseException as exc:  # from a signal handler, for example
             failure = StoreUnavailable(f"{type(exc).__name__} ended a wait")
             self._source, self._failure = None, failure
             raise
@@ -107,14 +111,14 @@ class Listener(_fork.Forkable):
             if True in held:
                 reading.release()
             with self._lock:
-                self._told.notify()  # another one reads on
+                self._told.notify()  # another waiter reads next
 
     def tell(self, touching: int, *, exactly: bool = False) -> None:
-        """Note a change that touched a policy.
+        """Record a change that touched a policy.
 
         Args:
             touching: Its revision.
-            exactly: There is none after it: the store has read it so, and nothing came since.
+            exactly: It is the latest one: the store has read it, and nothing was recorded since.
         """
         _fork.check()
         with self._lock:
@@ -125,7 +129,7 @@ class Listener(_fork.Forkable):
                 self._told.notify_all()
 
     def close(self) -> None:
-        """Let the waiting go, and end the thread."""
+        """Wake all waiters, and end the thread."""
         self._closed = True
         _fork.check()
         with self._lock:
@@ -141,52 +145,51 @@ class Listener(_fork.Forkable):
             self._thread = threading.Thread(target=self._run, name="ipguard-listener", daemon=True)
             self._thread.start()
 
-    def _over(self) -> bool:
+    def _must_end(self) -> bool:
         with self._lock:
-            if self._closed or time.monotonic() - self._waited_at > _LONELY:
+            if self._closed or time.monotonic() - self._waited_at > _IDLE_SECONDS:
                 self._thread = None
-            # Whoever waits meanwhile may have started another.
+            # A new waiter may have started another thread.
             return self._thread is not threading.current_thread()
 
     def _run(self) -> None:
-        pause = _FIRST_PAUSE
-        while not self._over():
+        delay = _FIRST_DELAY
+        while not self._must_end():
             began = time.monotonic()
             try:
-                heard = self._listen()
+                arrives = self._listen()
             except Exception as exc:
-                self._say(logging.WARNING, "polling: cannot listen (%s)", exc)
-                heard = True
-            if not heard:
-                pause = _PROBE_AGAIN
-            elif time.monotonic() - began > _LONGEST_PAUSE:
-                pause = _FIRST_PAUSE
-            self._rest(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+                self._log_state(logging.WARNING, "polling: cannot listen (%s)", exc)
+                arrives = True
+            if not arrives:
+                delay = _PROBE_AGAIN
+            elif time.monotonic() - began > _LONGEST_DELAY:
+                delay = _FIRST_DELAY
+            self._sleep(delay)
+            delay = min(delay * 2, _LONGEST_DELAY)
 
-    def _rest(self, seconds: float) -> None:
+    def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not self._over():
+        while time.monotonic() < until and not self._must_end():
             time.sleep(min(_SLICE, max(0.0, until - time.monotonic())))
 
-    def _say(self, level: int, message: str, *args: object) -> None:
-        """Log what wakes guards, when that changes."""
+    def _log_state(self, level: int, message: str, *args: object) -> None:
+        """Log how guards are woken, if that has changed."""
         state = message % args
         if state != self._state:
             self._state = state
             _log.log(level, "%s: %s", self._options.place, state)
 
     def _listen(self) -> bool:
-        """Listen until the connection fails or the thread is to end; False if nothing arrives."""
-        connection = self._connected()
+        """Listen until the connection fails or the thread ends; return False if nothing arrives."""
+        connection = self._connect()
         try:
-            session = Session(connection, self._options.schema)
-            session.script(f"LISTEN {quoted(self._options.schema)}")
-            # After that nothing is missed; what came before it is read.
-            ((touching,),) = session.rows(TOUCHING)
+            connection.script(f"LISTEN {quoted(self._options.schema)}")
+            # From now on no notification is missed; read what happened before.
+            ((touching,),) = connection.rows(TOUCHING)
             self.tell(touching)
             if not self._arrives(connection):
-                self._say(
+                self._log_state(
                     logging.WARNING,
                     "polling: notifications do not arrive, as through a transaction pooler; give a"
                     " direct connection as listen=, or listen=off",
@@ -194,24 +197,24 @@ class Listener(_fork.Forkable):
                 return False
             self._failure = None
             self._lend(connection)
-            self._say(logging.INFO, "listening for changes")
+            self._log_state(logging.INFO, "listening for changes")
             beat = time.monotonic()
-            while not self._over():
+            while not self._must_end():
                 time.sleep(_SLICE)
                 now = time.monotonic()
                 if self._failure is not None:
                     raise self._failure
                 if now - beat > _HEARTBEAT:
-                    with self._to_itself(connection):
+                    with self._exclusively(connection):
                         connection.deadline = now + self._options.timeout
-                        ((touching,),) = session.rows(TOUCHING)
+                        ((touching,),) = connection.rows(TOUCHING)
                     self.tell(touching)
                     beat = now
-                elif now - self._waited_at > 2 * _SLICE:  # nobody reads what has come
-                    with self._to_itself(connection):
-                        self._hear(connection, 0)
+                elif now - self._waited_at > 2 * _SLICE:  # no waiter reads
+                    with self._exclusively(connection):
+                        self._receive(connection, 0)
         finally:
-            with self._to_itself(None):
+            with self._exclusively(None):
                 connection.close()
         return True
 
@@ -221,42 +224,44 @@ class Listener(_fork.Forkable):
             self._told.notify_all()
 
     @contextmanager
-    def _to_itself(self, connection: Connection | None) -> Iterator[None]:
-        """Let nobody else read for the block; after it they read from this connection."""
+    def _exclusively(self, connection: Connection | None) -> Iterator[None]:
+        """Keep waiters from reading during the block; afterwards they read from a connection."""
         self._source = None
         with self._reading:
             yield
         self._lend(connection)
 
-    def _connected(self) -> Connection:
+    def _connect(self) -> Connection:
         failure: StoreError = StoreUnavailable("nothing to listen on")
         for server in self._options.listen or ():
             try:
-                return connect(server, time.monotonic() + self._options.timeout)
+                return connect(
+                    server, time.monotonic() + self._options.timeout, self._options.schema
+                )
             except StoreError as exc:
                 failure = exc
         raise failure
 
     def _arrives(self, connection: Connection) -> bool:
-        """Send a notification over the pool, and tell whether it is heard here."""
+        """Send a notification over the pool, and return whether it arrives here."""
         token = secrets.token_hex(8)
         self._notify(token)
         until = time.monotonic() + _PROBE
-        while time.monotonic() < until and not self._over():
-            if token in self._hear(connection, min(_SLICE, _PROBE)):
+        while time.monotonic() < until and not self._must_end():
+            if token in self._receive(connection, min(_SLICE, _PROBE)):
                 return True
         return False
 
-    def _hear(self, connection: Connection, seconds: float) -> list[str]:
-        heard: list[str] = []
+    def _receive(self, connection: Connection, seconds: float) -> list[str]:
+        received: list[str] = []
         connection.deadline = time.monotonic() + seconds + self._options.timeout
         with translated():
-            heard += [
+            received += [
                 notification.payload
                 for notification in connection.notifies(timeout=seconds, stop_after=1)
             ]
-        for payload in heard:
+        for payload in received:
             with suppress(ValueError):
                 if len(payload) < 20:
                     self.tell(int(payload))
-        return heard
+        return received

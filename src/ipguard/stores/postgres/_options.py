@@ -1,4 +1,4 @@
-"""What a `postgresql://` URL and the keywords beside it say."""
+"""The options of the PostgreSQL store, from its URL and keywords."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from psycopg.pq import Conninfo
 from ipguard.errors import StoreConfigError, shorten
 
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in Conninfo.get_defaults())
-# What a connection gets that nobody has asked for otherwise. A peer that is gone is noticed soon,
-# also by a connection that is only listened on.
+# Defaults of each connection. With keepalives, even a connection that only listens notices soon
+# that the server is gone.
 _DEFAULTS: Final = {
     "fallback_application_name": "ipguard",
     "keepalives_idle": "5",
     "keepalives_interval": "2",
     "keepalives_count": "3",
 }
-_ENCODING: Final = {"client_encoding": "utf8"}  # any other could not give every name
+_ENCODING: Final = {"client_encoding": "utf8"}  # others cannot represent all names
 _LISTENER: Final = {"fallback_application_name": "ipguard listener"}
 _NAME_AT_MOST: Final = 63  # bytes of an identifier
 
 
 @attrs.frozen(kw_only=True)
 class Options:
-    """How the store connects. Its `repr` shows no password.
+    """How the store connects. The `repr` contains no password.
 
     Attributes:
-        servers: A connection string for each server that may be tried, in order.
+        servers: A connection string for each server to try, in order.
         listen: The same for the connection that listens; None: do not listen.
-        pool_size: How many connections this process may have at a time, the listener's not counted.
-        timeout: How long all waits of a read or of a change may take together.
-        bulk_timeout: How long a step may take that reads or writes any number of rows.
+        pool_size: How many connections this process may have, not counting the listener.
+        timeout: How many seconds all waits of a read or of a change may take together.
+        bulk_timeout: How many seconds a step with any number of rows may take.
         schema: The schema that holds the tables; also the name of the channel.
-        prepare: After how many uses a statement is prepared; None: never; -1: as the connection
-            turns out to allow, see `_postgres_pool`.
-        replica: Whether a server in recovery may answer.
+        prepare: After how many uses a statement is prepared; None: never; -1: if the connection
+            allows it, see `_schema.greet`.
+        replica: Whether answers of a server in recovery are accepted.
         place: Where the store is, for messages.
     """
 
@@ -58,17 +58,17 @@ class Options:
 
     @classmethod
     def parse(cls, url: str, keywords: Mapping[str, Any]) -> Options:
-        """Read a URL; keywords say the same as its options, and None says nothing.
+        """Parse a URL, and keywords that are not None.
 
         Raises:
-            StoreConfigError: Something in it makes no sense. The message repeats no secret.
+            StoreConfigError: An option is invalid or given twice. The message contains no secret.
         """
         dsn, given = _split(url)
         for name, value in keywords.items():
             if value is None:
                 continue
             if name in given:
-                raise StoreConfigError(f"{name} is given twice: in the URL and beside it")
+                raise StoreConfigError(f"{name} is given twice: in the URL and as a keyword")
             given[name] = value
         params = _conninfo(dsn)
         listen = given.get("listen", dsn)
@@ -103,7 +103,7 @@ _OURS: Final = frozenset(
 
 
 def _split(url: str) -> tuple[str, dict[str, Any]]:
-    """Part the library's own options from the URL that libpq is given."""
+    """Separate the library's own options from the URL for libpq."""
     scheme, separator, rest = url.partition("://")
     address, _, query = f"{scheme.lower()}{separator}{rest}".partition("?")
     given: dict[str, Any] = {}
@@ -134,22 +134,18 @@ _NO_URL: Final = (
 
 
 def _conninfo(dsn: str) -> dict[str, Any]:
-    # libpq takes what follows the first `@` or `/` for a host or a database, and errors name these.
+    # libpq takes the text after the first `@` or `/` for a host or database, which errors name.
     authority, _, path = dsn.partition("?")[0].partition("://")[2].partition("/")
     if authority.count("@") < 2 and "@" not in path:
-        # The driver's error may repeat the password. Raised inside `except`, ours would keep it as
-        # its context, whatever it is raised from.
+        # The driver's error may contain the password, and would be the context of an error raised
+        # inside `except`, even with `from None`.
         with suppress(ProgrammingError, UnicodeError, ValueError):
             return _DEFAULTS | conninfo_to_dict(dsn) | _ENCODING
     raise StoreConfigError(_NO_URL)
 
 
 def _servers(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a connection string for each of several hosts.
-
-    libpq would try them in turn too, but spend all the time that there is on the first one that
-    hangs.
-    """
+    """Return one connection string per host: libpq may spend all the time on one that hangs."""
     lists = {name: str(params.get(name) or "").split(",") for name in ("host", "hostaddr", "port")}
     count = max(len(lists["host"]), len(lists["hostaddr"]))
     found = []
@@ -157,10 +153,12 @@ def _servers(params: Mapping[str, Any]) -> tuple[str, ...]:
         one = dict(params)
         for name, values in lists.items():
             if len(values) not in (1, count):
-                raise StoreConfigError("host, hostaddr and port must be as many each")
+                raise StoreConfigError(
+                    "host, hostaddr and port must have the same number of values"
+                )
             value = values[at] if len(values) == count else values[0]
             if name == "port" and value and not (value.isascii() and value.isdecimal()):
-                # Part of a password with a `/` in it; libpq would repeat it when it connects.
+                # Part of a password with a `/` in it; errors of libpq would contain it.
                 raise StoreConfigError(_NO_URL)
             if value:
                 one[name] = value
@@ -190,7 +188,7 @@ def _seconds(name: str, value: object) -> float:
         number = float(value) if isinstance(value, int | float | str) else math.nan
     except ValueError:
         number = math.nan
-    # Above that, milliseconds do not fit the server's settings.
+    # More milliseconds do not fit the server's settings.
     if isinstance(value, bool) or not 0 < number <= 2_000_000:
         raise StoreConfigError(f"{name} must be a number of seconds above 0")
     return number

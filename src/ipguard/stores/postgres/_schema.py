@@ -1,4 +1,4 @@
-"""The schema in PostgreSQL: made, checked with each new connection, and who may do what in it."""
+"""The schema in PostgreSQL: its creation, the check of each new connection, and the roles."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Final, NamedTuple
 from psycopg import errors
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
-from ipguard.stores._sql import SCHEMA_VERSION, check_schema, migrations
-from ipguard.stores._sql.policies import UNFINISHED
-from ipguard.stores.postgres._connection import BEGIN, Session, quoted, ticks
+from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, check_schema, migrations
+from ipguard.stores.postgres._connection import BEGIN, Connection, quoted, ticks
 from ipguard.stores.postgres._options import Options
 
 _log = logging.getLogger("ipguard.stores.postgres")
@@ -25,12 +24,12 @@ STATE: Final = (
 )
 """Whether the server is in recovery, and whether the tables have their indexes.
 
-`pg_restore --jobs` may restore the restore marker before it has filled other tables, but it makes
-the indexes of a table only when that table is filled. A name without an index is an error when the
-statement is parsed, so that a prepared statement does not pay for it.
+`pg_restore --jobs` may restore the restore marker before it has filled other tables, but it creates
+the indexes of a table only after that. The name of a missing index is an error when the statement
+is parsed, so a prepared statement does not pay for the check.
 """
 RESTORE: Final = "m.tableoid::bigint || '.' || m.xmin::text"
-"""Which restore made the tables: the marker `m` is written once, by a transaction of its own."""
+"""Which restore created the tables: the marker `m` is written once, in its own transaction."""
 _PREPARED_AFTER: Final = 5
 _GREETING: Final = f"""
 SELECT pg_backend_pid(), pg_is_in_recovery(), current_setting('server_encoding'), {MICROS},
@@ -48,7 +47,7 @@ _LOCK: Final = 0x49504764  # "IPGd"; with the schema's name it makes the advisor
 
 
 class Greeting(NamedTuple):
-    """What a new connection turned out to be."""
+    """What the server said about itself on a new connection."""
 
     asked_at: float  # the `ticks` before it was asked
     micros: int
@@ -56,21 +55,20 @@ class Greeting(NamedTuple):
     oldest: int
 
 
-def greet(session: Session, options: Options) -> Greeting:
-    """Find out what a new connection leads to, and whether statements may be prepared on it.
+def greet(connection: Connection, options: Options) -> Greeting:
+    """Check what a new connection leads to, and whether statements can be prepared on it.
 
     Raises:
         SchemaVersionError: There is no schema.
         StoreConfigError: The database cannot be used, or not by this role.
-        StoreUnavailable: The server does not answer, or is in recovery.
+        StoreUnavailable: The server does not respond, is in recovery, or hides rows.
     """
-    connection = session.connection
     auto = options.prepare == -1
     connection.prepare_threshold = None if auto else options.prepare
     connection.settled = False if options.prepare is None else None
     asked_at = ticks()
     try:
-        rows = session.rows(_GREETING, (options.schema,))
+        rows = connection.rows(_GREETING, (options.schema,))
     except StoreError as exc:
         if isinstance(exc.__cause__, _MISSING):
             raise SchemaVersionError(None, SCHEMA_VERSION) from exc.__cause__
@@ -82,17 +80,17 @@ def greet(session: Session, options: Options) -> Greeting:
         raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
     if recovering and not options.replica:
         raise StoreUnavailable(
-            f"{options.place}: the server is in recovery; what it holds may be of any age"
+            f"{options.place}: the server is in recovery; its data may be of any age"
         )
     if hidden:
         raise StoreUnavailable(
             f"{options.place}: row-level security hides rows of {hidden} from this role"
         )
-    if zeroed:  # only a superuser could switch it off for this session
+    if zeroed:  # only a superuser could turn it off for this session
         raise StoreUnavailable(f"{options.place}: zero_damaged_pages is on, which drops rows")
-    if other:  # as of a view, which may show fewer rows
+    if other:  # a view, for example, may show fewer rows
         raise StoreUnavailable(f"{options.place}: {other} must be a table")
-    # A pooler reports a process number that it made up. Behind it, the next transaction may be on
+    # A pooler reports a backend pid that it made up. Behind it, the next transaction may be in
     # another session, so nothing is prepared, and settings do not last.
     direct = backend == connection.info.backend_pid
     connection.settled = direct and options.prepare is not None
@@ -102,10 +100,10 @@ def greet(session: Session, options: Options) -> Greeting:
 
 
 def check_version(version: int, oldest: int) -> None:
-    """See that the schema is still one that this library may use.
+    """Check that the schema of an open store can still be used.
 
     Raises:
-        StoreUnavailable: It is not, though it was when the store was opened.
+        StoreUnavailable: It was migrated in the meantime, and cannot be used any more.
     """
     try:
         check_schema(version, oldest)
@@ -113,29 +111,29 @@ def check_version(version: int, oldest: int) -> None:
         raise StoreUnavailable(str(exc)) from exc
 
 
-def prepare(session: Session, options: Options, *, migrate: bool | None) -> Greeting:
-    """Greet the first connection of a store, making the schema or bringing it up to date.
+def prepare(connection: Connection, options: Options, *, migrate: bool | None) -> Greeting:
+    """Check the first connection of a store, and create or migrate the schema.
 
     Args:
-        session: The connection.
-        options: What the store was opened with.
-        migrate: True: it must be possible. None: where the role may. False: only check.
+        connection: The connection.
+        options: The options of the store.
+        migrate: True: it must be possible. None: if the role may. False: only check.
 
     Raises:
-        SchemaVersionError: The schema may not be used, and not be made so.
+        SchemaVersionError: The schema cannot be used, and was not migrated.
         StoreConfigError: The database cannot be used, or not by this role.
-        StoreUnavailable: The server does not answer.
+        StoreUnavailable: The server does not respond.
     """
     greeting: Greeting | None = None
     try:
-        greeting = greet(session, options)
+        greeting = greet(connection, options)
         check_schema(greeting.version, greeting.oldest)
     except SchemaVersionError as exc:
         newer = greeting is not None and greeting.oldest > SCHEMA_VERSION
         if migrate is False or newer:
             raise
         try:
-            _migrate(session, options)
+            _migrate(connection, options)
         except StoreError as failure:
             if migrate is None and isinstance(failure.__cause__, _NOT_ALLOWED):
                 raise exc from failure
@@ -144,46 +142,46 @@ def prepare(session: Session, options: Options, *, migrate: bool | None) -> Gree
                     f"the schema {options.schema} has tables of another program"
                 ) from failure.__cause__
             raise
-        greeting = greet(session, options)
+        greeting = greet(connection, options)
         check_schema(greeting.version, greeting.oldest)
     return greeting
 
 
-def _migrate(session: Session, options: Options) -> None:
+def _migrate(connection: Connection, options: Options) -> None:
     """Bring the schema up to date, in one transaction, one process at a time."""
     schema, milliseconds = quoted(options.schema), int(options.bulk_timeout * 1000)
-    session.patience = options.bulk_timeout
+    connection.patience = options.bulk_timeout
     try:
-        session.begin(
+        connection.begin(
             f"{BEGIN}; SET LOCAL lock_timeout = {milliseconds};"
             f" SET LOCAL statement_timeout = {milliseconds}"
         )
-        session.rows(
+        connection.rows(
             f"SELECT pg_advisory_xact_lock({_LOCK}::int, hashtext(?::text))", (options.schema,)
         )
-        # CREATE SCHEMA IF NOT EXISTS asks for more rights, whether it is there or not.
-        ((there,),) = session.rows(
+        # CREATE SCHEMA IF NOT EXISTS needs more rights even if the schema exists.
+        ((there,),) = connection.rows(
             "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = ?)", (options.schema,)
         )
         if not there:
-            session.script(f"CREATE SCHEMA {schema}")
-        session.script(f"SET LOCAL search_path TO {schema}, pg_temp")
-        ((version,),) = session.rows(
+            connection.script(f"CREATE SCHEMA {schema}")
+        connection.script(f"SET LOCAL search_path TO {schema}, pg_temp")
+        ((version,),) = connection.rows(
             "SELECT COALESCE((SELECT c.oid::bigint FROM pg_class c WHERE c.oid ="
             " to_regclass('schema_version')), 0)"
         )
         if version:
-            found = session.rows("SELECT version FROM schema_version WHERE id = 1")
+            found = connection.rows("SELECT version FROM schema_version WHERE id = 1")
             if not found:
                 raise StoreUnavailable(f"{options.place}: {UNFINISHED}")
             ((version,),) = found
         for number, text in migrations("postgresql"):
             if number > version:
-                session.script(text)
+                connection.script(text)
                 _log.info("%s: schema brought to version %d", options.place, number)
-        session.script("COMMIT")
+        connection.script("COMMIT")
     except BaseException:
-        session.connection.close()
+        connection.close()
         raise
 
 
@@ -205,16 +203,17 @@ GRANT SELECT, INSERT, DELETE ON {schema}.restrictions, {schema}.search_terms TO 
 
 
 def grants(*, schema: str = "ipguard", reader: str | None = None, writer: str | None = None) -> str:
-    """Return the SQL that gives roles what they need and no more; the schema's owner runs it.
+    """Return the SQL that grants roles what they need and no more; the schema's owner runs it.
 
-    The owner itself is for migrations and `prune`. The roles must be there; running it again does
-    no harm.
+    Only migrations and `prune` need the owner. The roles must exist. The SQL can be run again.
 
     Args:
         schema: The schema that holds the tables.
-        reader: The role of login servers: it changes nothing, and sees no digest and no e-mail.
-        writer: The role of administration: it adds to the trail, and can neither change nor delete
-            what is there. It also needs TEMPORARY on the database, which everybody has by default.
+        reader: The role of login servers: it changes nothing, and cannot read digests and e-mail
+            addresses.
+        writer: The role of administration: it appends to the audit log, but cannot change or
+            delete entries. It also needs TEMPORARY on the database, which all roles have by
+            default.
     """
     place, text = quoted(schema), ""
     for role, rights in ((reader, _READER), (writer, _WRITER)):

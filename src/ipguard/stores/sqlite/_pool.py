@@ -62,11 +62,11 @@ def files_at(path: str) -> Files:
     return Files(main, wal, shm)
 
 
-class Session:
+class Connection:
     """One connection, lent to one thread at a time. It is the `Executor` of SQLite.
 
     Args:
-        connection: The connection, in autocommit.
+        driver: The driver's connection, in autocommit.
         path: Its file, for messages.
         files: The files that it has open.
         patience: How long its statements may wait for locks, all together, in seconds.
@@ -81,8 +81,8 @@ class Session:
         "__weakref__",
         "broken",
         "busy",
-        "connection",
         "cursor",
+        "driver",
         "files",
         "path",
         "patience",
@@ -92,10 +92,10 @@ class Session:
     )
 
     def __init__(
-        self, connection: sqlite3.Connection, path: str, files: Files, patience: float
+        self, driver: sqlite3.Connection, path: str, files: Files, patience: float
     ) -> None:
-        self.connection = connection
-        self.cursor = connection.cursor()  # a new one for each statement is slower
+        self.driver = driver
+        self.cursor = driver.cursor()  # a new one for each statement is slower
         self.path = path
         self.files = files
         self.patience = patience
@@ -107,7 +107,7 @@ class Session:
 
     def __del__(self) -> None:
         if self.pid == os.getpid():
-            self.connection.close()
+            self.driver.close()
 
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
         self.busy = True
@@ -128,7 +128,7 @@ class Session:
         marks = ", ".join("?" * len(columns.split(",")))
         try:
             # A cursor of its own: `rows` may come from queries on this connection.
-            self.connection.executemany(f"INSERT INTO {table} ({columns}) VALUES ({marks})", rows)
+            self.driver.executemany(f"INSERT INTO {table} ({columns}) VALUES ({marks})", rows)
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
 
@@ -154,7 +154,7 @@ class Session:
             raise self._failure(exc) from exc
 
     def _patiently(self, sql: str, params: Params) -> list[Row]:
-        """Retry a statement while the database is locked, within the session's patience.
+        """Retry a statement while the database is locked, within the connection's patience.
 
         SQLite's own busy handler is off: it sleeps up to 100 ms at a time, some statements ignore
         it, and it gives each statement the whole timeout again.
@@ -238,7 +238,7 @@ class Pool(_fork.Forkable):
         check: Called with each new connection; raises if the file must not be used.
     """
 
-    def __init__(self, path: str, timeout: float, check: Callable[[Session], None]) -> None:
+    def __init__(self, path: str, timeout: float, check: Callable[[Connection], None]) -> None:
         self._given = path
         self.path = os.path.realpath(path)
         self.timeout = timeout
@@ -251,9 +251,9 @@ class Pool(_fork.Forkable):
         _pools.add(self)
 
     def _begin(self) -> None:
-        self._idle: deque[Session] = deque()
+        self._idle: deque[Connection] = deque()
         # Idle or lent; one that was lost, as when a signal handler raises, closes itself.
-        self._open: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._opening = threading.Lock()
         self.writing = threading.Lock()
         self.writer: int | None = None  # the thread that holds `writing`
@@ -265,7 +265,7 @@ class Pool(_fork.Forkable):
 
     # ------------------------------------------------------------------------- lending
 
-    def take(self, patience: float | None = None) -> Session:
+    def take(self, patience: float | None = None) -> Connection:
         """Lend a connection to this thread.
 
         Args:
@@ -281,52 +281,52 @@ class Pool(_fork.Forkable):
             if self._closed or self._paused:
                 self._make_ready(deadline)
             try:
-                session = self._idle.pop()
+                connection = self._idle.pop()
             except IndexError:
                 return self._connect(deadline)
-            session.thread = threading.get_ident()
-            if session.files is self._files:
-                session.patience = _until(deadline)
-                return session
-            self.discard(session)
+            connection.thread = threading.get_ident()
+            if connection.files is self._files:
+                connection.patience = remaining(deadline)
+                return connection
+            self.discard(connection)
 
-    def give(self, session: Session) -> None:
+    def give(self, connection: Connection) -> None:
         """Take a connection back; one that is not whole is closed."""
-        if session.pid != os.getpid():
+        if connection.pid != os.getpid():
             return  # inherited: abandoned already
-        if session.broken and session.unwritable and session.files is self._files:
+        if connection.broken and connection.unwritable and connection.files is self._files:
             # Connections that were opened while the files were read-only stay so, and so does the
             # index, which all connections of a process share: replace them all.
             self._files = None
             self.forget()
         if (
-            session.broken
-            or session.busy
-            or session.connection.in_transaction
-            or session.files is not self._files
+            connection.broken
+            or connection.busy
+            or connection.driver.in_transaction
+            or connection.files is not self._files
             or len(self._idle) >= _IDLE_AT_MOST
         ):
-            self.discard(session)
+            self.discard(connection)
             return
-        session.thread = 0
-        self._idle.append(session)
+        connection.thread = 0
+        self._idle.append(connection)
         # Tested afterwards: who closes or forks sets its mark first, and then empties the pool.
         if self._closed or self._paused:
             self.forget()
 
-    def discard(self, session: Session) -> None:
+    def discard(self, connection: Connection) -> None:
         """Close a connection, whatever state it is in; in a child, leave it alone."""
-        if session.pid != os.getpid():
+        if connection.pid != os.getpid():
             return
-        session.broken = True
-        with suppress(sqlite3.Error), _files_kept(session):
-            session.connection.close()
-        self._open.discard(session)
+        connection.broken = True
+        with suppress(sqlite3.Error), _files_kept(connection):
+            connection.driver.close()
+        self._open.discard(connection)
 
     @contextmanager
-    def session(
+    def connection(
         self, *, keep: bool = True, write: bool = False, patience: float | None = None
-    ) -> Iterator[Session]:
+    ) -> Iterator[Connection]:
         """Lend a connection to the file that is at the path now.
 
         Args:
@@ -336,27 +336,27 @@ class Pool(_fork.Forkable):
         """
         _fork.check()
         self.follow()
-        session = self.take(patience)
-        if write and session.unwritable:  # opened while the files were read-only
-            session.broken = True
-            self.give(session)
-            session = self.take(session.patience)
+        connection = self.take(patience)
+        if write and connection.unwritable:  # opened while the files were read-only
+            connection.broken = True
+            self.give(connection)
+            connection = self.take(connection.patience)
         try:
-            yield session
+            yield connection
         except Exception:
             if keep:
-                self.give(session)
+                self.give(connection)
             else:
-                self.discard(session)
+                self.discard(connection)
             raise
         except BaseException:
             # Interrupted anywhere, perhaps half way through a query.
-            self.discard(session)
+            self.discard(connection)
             raise
         if keep:
-            self.give(session)
+            self.give(connection)
         else:
-            self.discard(session)
+            self.discard(connection)
 
     def _make_ready(self, deadline: float) -> None:
         while self._paused and time.monotonic() < deadline:
@@ -371,18 +371,18 @@ class Pool(_fork.Forkable):
         """Whether whoever waits with a connection in hand has to give it back now."""
         return self._closed or self._paused
 
-    def recalled(self, session: Session) -> bool:
+    def recalled(self, connection: Connection) -> bool:
         """Return whether a long call has to give its connection back now."""
-        return self.moving or session.files is not self._files
+        return self.moving or connection.files is not self._files
 
     def forget(self) -> None:
         """Close what is idle, and with it what those connections have cached."""
         while True:
             try:
-                session = self._idle.pop()
+                connection = self._idle.pop()
             except IndexError:
                 return
-            self.discard(session)
+            self.discard(connection)
 
     def close(self) -> None:
         """Close what is idle now, and what is lent as soon as it comes back."""
@@ -393,22 +393,22 @@ class Pool(_fork.Forkable):
 
     # ------------------------------------------------------------------------- opening
 
-    def _connect(self, deadline: float) -> Session:
+    def _connect(self, deadline: float) -> Connection:
         # One at a time, so that a fork can tell whether a connection is half open.
         opening, held = self._opening, list[bool]()
         try:
-            if not acquire(opening, _until(deadline), held):
+            if not acquire(opening, remaining(deadline), held):
                 raise StoreUnavailable(f"{self.path}: could not be opened in time")
             if self._closed:
                 raise StoreUnavailable(f"{self.path}: the store is closed")
-            session = self._opened(deadline)
-            self._open.add(session)
-            return session
+            connection = self._opened(deadline)
+            self._open.add(connection)
+            return connection
         finally:
             if True in held:
                 opening.release()
 
-    def _opened(self, deadline: float) -> Session:
+    def _opened(self, deadline: float) -> Connection:
         self.follow()
         self.path = os.path.realpath(self._given)
         main = file_id(self.path)
@@ -419,27 +419,27 @@ class Pool(_fork.Forkable):
         self._release_old(main, deadline)
         writable = _make_writable(self.path)
         try:
-            connection = sqlite3.connect(
+            driver = sqlite3.connect(
                 f"file:{quote(self.path)}?mode=rw",  # never a new file: an empty one allows all
                 uri=True,
-                timeout=0,  # see `Session._patiently`
+                timeout=0,  # see `Connection._patiently`
                 isolation_level=None,
                 check_same_thread=False,
             )
         except sqlite3.Error as exc:
             raise error_of(self.path, exc) from exc
         try:
-            session = Session(connection, self.path, Files(main, None, None), _until(deadline))
-            self.check(session)
+            connection = Connection(driver, self.path, Files(main, None, None), remaining(deadline))
+            self.check(connection)
             for pragma in _PRAGMAS:
-                session.run(pragma)
-            session.files = self._files_of(main)
-            session.unwritable = not writable or any(s.unwritable for s in tuple(self._open))
+                connection.run(pragma)
+            connection.files = self._files_of(main)
+            connection.unwritable = not writable or any(s.unwritable for s in tuple(self._open))
         except BaseException:
-            connection.close()
+            driver.close()
             raise
-        self._files = session.files
-        return session
+        self._files = connection.files
+        return connection
 
     def _files_of(self, main: FileId) -> Files:
         """Return the files that a connection which was opened just now has open."""
@@ -465,7 +465,7 @@ class Pool(_fork.Forkable):
         not see what other processes commit.
         """
         pools = tuple(_pools)
-        while sum(pool.holds_old(main) for pool in pools) and _until(deadline):
+        while sum(pool.holds_old(main) for pool in pools) and remaining(deadline):
             time.sleep(0.0005)
 
     def holds_old(self, main: FileId) -> bool:
@@ -477,8 +477,10 @@ class Pool(_fork.Forkable):
             self.forget()
         me = threading.get_ident()
         return any(
-            session.files.main == main and session.files is not self._files and session.thread != me
-            for session in tuple(self._open)
+            connection.files.main == main
+            and connection.files is not self._files
+            and connection.thread != me
+            for connection in tuple(self._open)
         )
 
     # ------------------------------------------------------------------------- replaced files
@@ -544,19 +546,19 @@ class Pool(_fork.Forkable):
 
     def _after_fork_in_child(self) -> None:
         """Close or abandon what was inherited, and start over."""
-        for session in tuple(self._open):
+        for connection in tuple(self._open):
             # To close the last connection to a replaced file would remove the new file's log.
             there = False
             with suppress(StoreUnavailable):
-                there = files_at(self.path) == session.files
-            used = session.busy or session.broken or session.connection.in_transaction
+                there = files_at(self.path) == connection.files
+            used = connection.busy or connection.broken or connection.driver.in_transaction
             if there and not used:
-                session.cursor.close()
-                session.connection.close()
+                connection.cursor.close()
+                connection.driver.close()
             else:
-                _abandon(session.connection, session.cursor)
-                _inherited.add(session.files.main)
-            self._open.discard(session)
+                _abandon(connection.driver, connection.cursor)
+                _inherited.add(connection.files.main)
+            self._open.discard(connection)
         if self._opening.locked() and True not in self._forking:  # a connection was half open
             with suppress(StoreUnavailable):
                 _inherited.add(file_id(self.path))
@@ -588,13 +590,13 @@ def make_file(path: str) -> None:
             raise StoreConfigError(f"{path}: cannot be made: {exc.strerror}") from exc
 
 
-def _until(deadline: float) -> float:
+def remaining(deadline: float) -> float:
     """Return how many seconds are left, at least 0."""
     return max(0.0, deadline - time.monotonic())
 
 
 @contextmanager
-def _files_kept(session: Session) -> Iterator[None]:
+def _files_kept(connection: Connection) -> Iterator[None]:
     """Let the closing of a stale connection neither write to the database nor remove a log.
 
     The log at the path is another one then, and may hold commits of a process that was killed. If
@@ -602,16 +604,16 @@ def _files_kept(session: Session) -> Iterator[None]:
     """
     with ExitStack() as stack:
         with suppress(OSError, StoreUnavailable):
-            found = files_at(session.path)
-            if found == session.files or found.main != session.files.main:
+            found = files_at(connection.path)
+            if found == connection.files or found.main != connection.files.main:
                 pass
             elif sys.version_info >= (3, 12):
-                session.connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
+                connection.driver.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
             elif sys.platform == "linux":
                 # SQLite does both only as the last user of the file. A lock of an open file
                 # description is another user's, even in the same process. To close that file drops
                 # SQLite's locks, which only stale connections of this process have by now.
-                file = stack.enter_context(open(session.path, "rb"))  # noqa: PTH123
+                file = stack.enter_context(open(connection.path, "rb"))  # noqa: PTH123
                 fcntl.fcntl(file, fcntl.F_OFD_SETLK, _SHARED_LOCK)
         yield
 

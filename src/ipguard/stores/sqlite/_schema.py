@@ -1,4 +1,4 @@
-"""Opening an SQLite file for the first time: is it ours, and is its schema one that we may use?"""
+"""The checks of an SQLite file when it is opened, and its migrations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
-from ipguard.stores._sql import SCHEMA_VERSION, check_schema, migrations
-from ipguard.stores._sql.policies import UNFINISHED
-from ipguard.stores.sqlite._pool import Pool, Session, make_file
+from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, check_schema, migrations
+from ipguard.stores.sqlite._pool import Connection, Pool, make_file
 
 _log = logging.getLogger("ipguard.stores")
 
@@ -27,37 +26,37 @@ _UNUSABLE: Final = {
 }
 
 
-def check(session: Session) -> None:
-    """See that a new connection is to a database that may be used; run for each.
+def check(connection: Connection) -> None:
+    """Check that a new connection leads to a database that can be used.
 
     Raises:
-        StoreUnavailable: It is not, though it was when the store was opened.
+        StoreUnavailable: It does not, although it did when the store was opened.
     """
-    if session.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
-        raise StoreUnavailable(f"{session.path}: holds no ipguard database any more")
-    _use_wal(session)  # a property of the file, which a restored copy may have lost
-    check_version(session)
+    if connection.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
+        raise StoreUnavailable(f"{connection.path}: is not an ipguard database any more")
+    _use_wal(connection)  # a restored copy of the file may have lost it
+    check_version(connection)
 
 
-def check_version(session: Session) -> None:
-    """See that the schema is still one that this library may use.
+def check_version(connection: Connection) -> None:
+    """Check that the schema of an open store can still be used.
 
     Raises:
-        StoreUnavailable: It was migrated since, to one that is not.
+        StoreUnavailable: It was migrated in the meantime, and cannot be used any more.
     """
     try:
-        check_schema(*_version(session))
+        check_schema(*_version(connection))
     except SchemaVersionError as exc:
-        raise StoreUnavailable(f"{session.path}: {exc}") from exc
+        raise StoreUnavailable(f"{connection.path}: {exc}") from exc
 
 
 def prepare(pool: Pool, *, migrate: bool) -> None:
-    """Make the file and its schema as far as may be, else say what is wrong; keep nothing open.
+    """Check a file, and create or migrate it if `migrate`; leave no connection open.
 
     Raises:
         StoreConfigError: The file cannot be used.
-        SchemaVersionError: Its schema may not be used.
-        StoreUnavailable: It is kept locked by others.
+        SchemaVersionError: Its schema cannot be used.
+        StoreUnavailable: Others keep it locked.
     """
     path = pool.path
     if migrate:
@@ -71,24 +70,25 @@ def prepare(pool: Pool, *, migrate: bool) -> None:
         raise StoreConfigError(f"{path}: is not a file")
     _refuse_second_name(path, found.st_nlink)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        _log.warning("%s: others than its owner have rights to it (mode %o)", path, mode & 0o777)
-    pool.check = lambda session: _prepare(session, migrate=migrate)
+        _log.warning("%s: users other than its owner have access (mode %o)", path, mode & 0o777)
+    pool.check = lambda connection: _prepare(connection, migrate=migrate)
     try:
-        with pool.session():
+        with pool.connection():
             pool.check = check
     except StoreUnavailable as exc:
         code = getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF
         if code not in _UNUSABLE:
             raise
         raise StoreConfigError(f"{path}: {_UNUSABLE[code]}") from exc.__cause__
-    pool.forget()  # a fork then has nothing to close
+    pool.forget()  # so that a fork inherits no connection
 
 
 def _refuse_second_name(path: str, links: int) -> None:
     """Refuse a file that others may use under another name.
 
-    SQLite finds the log and the index by the file's name. Two names mean two logs, whose commits
-    overwrite each other: a file that is mounted alone into containers, or has a second hard link.
+    SQLite finds the log and the index by the file's name. With two names, because of a hard link or
+    of a file that is mounted alone into containers, there are two logs, whose commits overwrite
+    each other.
     """
     if links > 1:
         raise StoreConfigError(f"{path}: has a second hard link; remove one of the two names")
@@ -103,7 +103,7 @@ def _is_mounted(path: str) -> bool:
     try:
         with open("/proc/self/mountinfo", "rb") as mounts:  # noqa: PTH123
             points = [line.split()[4] for line in mounts]
-    except OSError:  # not Linux: a file of another file system than its folder's is mounted
+    except OSError:  # not Linux: a mounted file is on another file system than its folder
         return os.stat(path).st_dev != os.stat(os.path.dirname(path)).st_dev  # noqa: PTH116, PTH120
     # The kernel escapes these four characters.
     name = os.fsencode(path).replace(b"\\", b"\\134")
@@ -112,48 +112,48 @@ def _is_mounted(path: str) -> bool:
     return name in points
 
 
-def _prepare(session: Session, *, migrate: bool) -> None:
-    with session.snapshot():
-        found = _found(session)
+def _prepare(connection: Connection, *, migrate: bool) -> None:
+    with connection.snapshot():
+        found = _found(connection)
     if migrate and (found is None or found[0] < SCHEMA_VERSION):
-        _use_wal(session)
-        session.run("BEGIN IMMEDIATE")
-        found = _found(session)  # another process may have been faster
+        _use_wal(connection)
+        connection.run("BEGIN IMMEDIATE")
+        found = _found(connection)  # another process may have been faster
         version = found[0] if found else 0
         for number, text in migrations("sqlite"):
             if number > version:
                 for statement in _statements(text):
-                    session.run(statement)
-        session.run("COMMIT")
-        found = _found(session)
+                    connection.run(statement)
+        connection.run("COMMIT")
+        found = _found(connection)
         if not version:
-            # Right at first, wrong where a file was lost: nobody is restricted in an empty one.
-            _log.warning("%s: made a new store, in which nobody is restricted", session.path)
+            # Expected at first, but wrong if a file was lost: an empty store restricts no user.
+            _log.warning("%s: created a new store, in which no user is restricted", connection.path)
     if found is None:
         raise SchemaVersionError(None, SCHEMA_VERSION)
     check_schema(*found)
-    check(session)
+    check(connection)
 
 
-def _found(session: Session) -> tuple[int, int] | None:
-    """Return the schema's version and the oldest to know for using it; None for no schema."""
-    ((application,),) = session.rows("PRAGMA application_id")
-    ((tables,),) = session.rows("SELECT count(*) FROM sqlite_master")
+def _found(connection: Connection) -> tuple[int, int] | None:
+    """Return the version and the oldest compatible version of the schema; None if there is none."""
+    ((application,),) = connection.rows("PRAGMA application_id")
+    ((tables,),) = connection.rows("SELECT count(*) FROM sqlite_master")
     if application == 0 and tables == 0:
         return None
     if application != APPLICATION_ID:
-        raise StoreConfigError(f"{session.path}: is the database of another program")
-    return _version(session)
+        raise StoreConfigError(f"{connection.path}: is a database of another program")
+    return _version(connection)
 
 
-def _version(session: Session) -> tuple[int, int]:
-    for version, oldest in session.rows(_VERSION):
+def _version(connection: Connection) -> tuple[int, int]:
+    for version, oldest in connection.rows(_VERSION):
         return version, oldest
-    raise StoreUnavailable(f"{session.path}: {UNFINISHED}")
+    raise StoreUnavailable(f"{connection.path}: {UNFINISHED}")
 
 
 def _statements(text: str) -> Iterator[str]:
-    """Split a script; `executescript` would commit the transaction that it has to run in."""
+    """Split a script; `executescript` would commit the transaction that it must run in."""
     statement = ""
     for line in text.splitlines(keepends=True):
         statement += line
@@ -162,7 +162,7 @@ def _statements(text: str) -> Iterator[str]:
             statement = ""
 
 
-def _use_wal(session: Session) -> None:
-    ((mode,),) = session.rows("PRAGMA journal_mode = WAL")
+def _use_wal(connection: Connection) -> None:
+    ((mode,),) = connection.rows("PRAGMA journal_mode = WAL")
     if mode != "wal":
-        raise StoreConfigError(f"{session.path}: SQLite has no WAL on this file system")
+        raise StoreConfigError(f"{connection.path}: SQLite has no WAL on this file system")
