@@ -40,7 +40,7 @@ def open_store(
             False only checks it.
 
     Returns:
-        The store; close it when it is no longer needed.
+        The store; the caller closes it.
 
     Raises:
         StoreConfigError: The URL is invalid, or names a store that is unknown or not installed;

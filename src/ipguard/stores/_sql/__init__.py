@@ -1,9 +1,8 @@
-"""What the SQL stores share: how values are laid out in rows, and what a dialect has to provide.
+"""What the SQL stores share: the layout of values in rows, the schema version, `Executor`.
 
-The statements are in the modules that run them (`_sql_read`, `_sql_write`, `_sql_staged`,
-`_sql_users`). They are portable SQL with `?` for each parameter; an `Executor` adapts that to its
-driver. Times are stored as microseconds, addresses as packed bytes, so that reading them back
-parses no text.
+The statements, in the other modules, are portable SQL with `?` for each parameter; an `Executor`
+adapts them to its driver. Times are stored as microseconds and addresses as packed bytes, so that
+reading them parses no text.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
 _VERSIONS: Final = {(4, 4): 4, (16, 16): 6}
 _SHOWN: Final = 256
-_EVERYBODY: Final = "*"  # no JSON, so it cannot be taken for a list of usernames
+_EVERYBODY: Final = "*"  # not JSON, so it differs from every list of usernames
 BIGGEST: Final = 2**63 - 1
-"""What a column holds at the most; numbers from outside are cut down to it."""
+"""The largest number in a column; larger arguments are replaced by it."""
 
 UNFINISHED: Final = (
     "the database is being restored, or a restore was left unfinished: its restore marker is"
@@ -64,13 +63,13 @@ class Executor(Protocol):
         """Run a statement."""
 
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
-        """Insert many rows, which are read as they are needed, perhaps by queries on this."""
+        """Insert many rows, which may come from queries on this connection."""
 
     def among(self, column: str) -> str:
-        """Return the condition that a column is one of the texts in one parameter."""
+        """Return the condition that a column is one of the texts in a parameter."""
 
     def each(self) -> str:
-        """Return a table `j` whose column `value` holds the texts in one parameter."""
+        """Return a table `j` whose column `value` has the texts in a parameter."""
 
     def texts(self, values: Iterable[str]) -> object:
         """Return the parameter for `among` and `each`."""
@@ -86,10 +85,10 @@ def _optional_micros(moment: datetime | None) -> int | None:
 
 
 def moment(stored: int) -> datetime:
-    """Return a time from how it is stored.
+    """Return a stored time.
 
-    A row of another program may hold a time before year 1 or after year 9999. The first or last
-    time that a datetime can hold replaces it, so that it still decides the same.
+    A row of another program may have a time before year 1 or after year 9999. It is replaced by the
+    first or last possible datetime, which leads to the same decisions.
     """
     try:
         return _EPOCH + timedelta(0, 0, stored)
@@ -102,10 +101,7 @@ def _optional_moment(stored: int | None) -> datetime | None:
 
 
 def encodable(text: str) -> bool:
-    """Tell whether a text from outside can be looked up: lone surrogates are stored nowhere.
-
-    Neither is NUL: PostgreSQL cannot, and no value of ours has one.
-    """
+    """Return whether text can be stored at all: without lone surrogates, and without NUL."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -114,7 +110,7 @@ def encodable(text: str) -> bool:
 
 
 def reads_rows(read: Callable[P, T]) -> Callable[P, T]:
-    """Let a row that makes no value, which ipguard has not written, be the store's failure."""
+    """Report rows that cannot be decoded, which ipguard did not write, as StoreUnavailable."""
 
     @wraps(read)
     def reading(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -127,23 +123,23 @@ def reads_rows(read: Callable[P, T]) -> Callable[P, T]:
 
 
 RESTRICTION: Final = "id, first_ip, last_ip, label, created_at, created_by, expires_at"
-"""The columns that `restriction_of` takes, after the username."""
+"""The columns for `restriction_of`, after the username."""
 
 
 def columns(names: str, table: str) -> str:
-    """Return a list of columns with the table named before each."""
+    """Put a table's name before each of several columns."""
     return ", ".join(f"{table}.{name.strip()}" for name in names.split(","))
 
 
 def marks(names: str) -> str:
-    """Return as many parameters as a list of columns has names."""
+    """Return one parameter for each of several columns."""
     return ", ".join("?" * len(names.split(",")))
 
 
 def make_restriction(username: str, row: Row) -> Restriction:
     """Return a restriction from the columns of `RESTRICTION`, for callers that `reads_rows`."""
-    # Each login that misses the cache comes through here, so it is written out. Other lengths than
-    # these two raise; the rest `AddressRange` tests by itself.
+    # Fast path of each login that misses the cache. Other lengths of addresses raise a KeyError;
+    # `AddressRange` checks the rest.
     restriction_id, first, last, label, created_at, created_by, expires_at = row
     return Restriction(
         id=restriction_id,
@@ -161,7 +157,7 @@ def make_restriction(username: str, row: Row) -> Restriction:
 
 
 restriction_of = reads_rows(make_restriction)
-"""The same, for all others."""
+"""The same for all other callers."""
 
 
 def restriction_row(restriction: Restriction) -> Row:
@@ -183,9 +179,9 @@ PENDING: Final = (
     "id, username, kind, first_ip, last_ip, label, requested_by, requested_at, expires_at, "
     "number_expires_at, attempts_left, state, restriction_id, restriction_expires_at, reason"
 )
-"""The columns that `pending_of` takes."""
+"""The columns for `pending_of`."""
 REQUEST: Final = PENDING + ", email, key_id, digest, resends, mails_failed, sent_at"
-"""The columns that `request_of` takes."""
+"""The columns for `request_of`."""
 _PENDING_COLUMNS: Final = len(PENDING.split(","))
 
 
@@ -255,15 +251,15 @@ def request_row(stored: StoredRequest) -> Row:
 
 
 USER: Final = "username, full_name, account_id, email"
-"""The columns that `user_of` takes."""
+"""The columns for `user_of`."""
 
 
 @reads_rows
 def user_of(row: Row) -> User:
     """Return a user from the columns of `USER`.
 
-    What another program wrote there, and ipguard would have refused, must not keep a whole page
-    from being shown: such characters are escaped, and an e-mail address that is none is left out.
+    Values of another program that ipguard would have refused must not break a whole page:
+    such characters are escaped, and an invalid e-mail address is left out.
     """
     username, full_name, account_id, email = row
     try:
@@ -287,7 +283,7 @@ def user_row(user: User) -> Row:
 
 
 CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, account_id"
-"""The columns that `change_of` takes."""
+"""The columns for `change_of`."""
 
 
 @reads_rows
@@ -321,7 +317,7 @@ def change_row(change: Change) -> Row:
 
 
 def touched_text(touches: frozenset[str] | Touched) -> str | None:
-    """Return whose policy a change touches as it is stored; None for nobody's."""
+    """Return the stored form of the users whose policy a change touches; None if there are none."""
     if isinstance(touches, Touched):
         return _EVERYBODY
     return json.dumps(sorted(touches)) if touches else None
@@ -329,7 +325,7 @@ def touched_text(touches: frozenset[str] | Touched) -> str | None:
 
 @reads_rows
 def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
-    """Return whose policy several changes touch together."""
+    """Return the users whose policy any of several changes touches."""
     names: set[str] = set()
     for text in texts:
         if text == _EVERYBODY:
@@ -339,18 +335,14 @@ def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
 
 
 SCHEMA_VERSION: Final = 4
-"""The schema that this library was written for: the number of the last migration."""
+"""The schema of this library: the number of the last migration."""
 
 
 def migrations(dialect: str) -> list[tuple[int, str]]:
-    """Return the SQL that leads from an empty database to this library's schema.
+    """Return the version and SQL text of each migration, in order.
 
     Args:
         dialect: `sqlite` or `postgresql`.
-
-    Returns:
-        Version and SQL text, in the order in which they are to be applied, each text within one
-        transaction.
     """
     folder = files("ipguard.stores") / "migrations" / dialect
     found = sorted((item.name, item) for item in folder.iterdir() if item.name.endswith(".sql"))
@@ -358,13 +350,13 @@ def migrations(dialect: str) -> list[tuple[int, str]]:
 
 
 def check_schema(version: int, oldest: int) -> None:
-    """Refuse a schema that this library may not use.
+    """Refuse a schema that this library cannot use.
 
-    A newer schema is fine as long as it says so: servers run on while it is rolled out.
+    A newer schema can be compatible, so that old servers keep running while it is rolled out.
 
     Args:
         version: The schema's version.
-        oldest: The oldest schema that a library must have been written for to use it.
+        oldest: The oldest version that a library must know to use this schema.
 
     Raises:
         SchemaVersionError: The schema is too old, or too new.

@@ -1,4 +1,4 @@
-"""What guards read in the SQL stores: policies, and whose changed."""
+"""The reads of guards in the SQL stores: policies, and which of them changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ipguard.stores._sql import (
 )
 
 _FOLLOWED_AT_MOST: Final = 10_000
-"""A guard that is behind by more changes than this is told EVERYBODY."""
+"""For a guard that is further behind than this, the answer is EVERYBODY."""
 
 POLICY: Final = f"""
 SELECT h.revision, u.removed, {columns(RESTRICTION, "r")}, %s, %s
@@ -33,11 +33,11 @@ LEFT JOIN restrictions r ON r.username = ?
 WHERE h.id = 1
 ORDER BY r.created_at, r.id
 """
-"""A policy in one statement, which is one snapshot. Its parameters are the username, three times.
+"""A policy in one statement, which is one snapshot. The username is its parameter, three times.
 
-The first `%s` is the parameter that comes back as a column, the second any other columns. Without
-the restore marker there is no row: tables that are being filled must not be taken for those of
-unrestricted users.
+The first `%s` is the parameter that is returned as a column, the second any other columns. Without
+the restore marker there is no row: tables that are being filled must not make users look
+unrestricted.
 """
 _RESTRICTION_ENDS: Final = 2 + len(RESTRICTION.split(","))
 
@@ -47,8 +47,8 @@ def policy_of(username: str, rows: list[Row]) -> Policy:
     """Return a policy from the rows of `POLICY`.
 
     Raises:
-        StoreUnavailable: The store is being restored, or the rows are about another user, as on a
-            connection that two processes use at once.
+        StoreUnavailable: The store is being restored; or the rows are about another user, because
+            two processes share the connection.
     """
     if not rows:
         raise StoreUnavailable(UNFINISHED)
@@ -72,7 +72,7 @@ ORDER BY r.username, r.created_at, r.id
 
 
 def policies_of(revision: int, rows: Iterable[Row]) -> Iterator[tuple[str, Policy]]:
-    """Give the policies from the rows of `ALL_POLICIES`, as they come."""
+    """Yield the policies from the rows of `ALL_POLICIES`."""
     for username, group in groupby(rows, key=lambda row: row[0]):
         held = list(group)
         restrictions = tuple(restriction_of(username, row[2:]) for row in held)
@@ -107,10 +107,10 @@ TOUCHED_SINCE: Final = (
     "SELECT touched FROM changes WHERE revision > ? AND touched IS NOT NULL"
     " ORDER BY revision LIMIT ?"
 )
-"""Whose policies changed after a revision, by at most so many changes.
+"""The users touched by the changes after a revision; the parameters are that and a limit.
 
-It is asked for an order so that it is read from the index: a planner that does not know the
-revision takes a third of the trail to be after it, and would look through all of it each time.
+The order makes PostgreSQL use the index: a planner that does not know the revision expects a third
+of the audit log after it, and would scan all of it each time.
 """
 CHANGES_SINCE: Final = f"""
 SELECT h.revision, h.token, c.token, t.touched
@@ -120,7 +120,7 @@ LEFT JOIN changes c ON c.revision = ?
 LEFT JOIN ({TOUCHED_SINCE}) t ON 1 = 1
 WHERE h.id = 1
 """
-"""What `changes_of` reads, with the parameters of `changes_params`."""
+"""The rows for `changes_of`, with the parameters of `changes_params`."""
 
 
 def changes_params(cursor: tuple[int, str] | None) -> Row:
@@ -133,13 +133,12 @@ def changes_params(cursor: tuple[int, str] | None) -> Row:
 def changes_of(
     cursor: tuple[int, str] | None, rows: list[Row], *, restore: str | None = None
 ) -> Changes:
-    """Return where the store is, and whose policy changed, from the rows of `CHANGES_SINCE`.
+    """Return the store's position and the users whose policy changed.
 
     Args:
         cursor: The position of the guard.
-        rows: The rows.
-        restore: What tells these tables from others that were restored from the same dump. It
-            becomes part of the token.
+        rows: The rows of `CHANGES_SINCE`.
+        restore: Identifies the restore that created the tables; becomes part of the token.
 
     Raises:
         StoreUnavailable: The restore marker is missing.
@@ -151,7 +150,7 @@ def changes_of(
         now_token = f"{now_token}:{restore}"
     if cursor is None:
         return Changes(now_at, now_token, frozenset())
-    # A token from a transaction names no restore: it fits any table that holds its change.
+    # A token from a transaction has no restore: it fits all tables that have its change.
     if own_token is None or cursor[1] not in (own_token, f"{own_token}:{restore}"):
         return Changes(now_at, now_token, RESET)
     if len(rows) > _FOLLOWED_AT_MOST:

@@ -360,7 +360,7 @@ class PostgresStore(SqlStore[Connection]):
 _FETCHED: Final = 5_000
 _RESTORE: Final = f"SELECT {RESTORE} FROM zz_restore_marker m WHERE m.id = 1"
 # Most rows have no expiry, and then take the fewest steps. `textsend` returns the connection's
-# encoding, which is UTF-8. The join has no condition besides the name: with one more, a planner
+# encoding, which is UTF-8. The join's only condition is the name: with one more, a planner
 # without statistics expects so few users that it looks them up one by one.
 _PACKED: Final = """
 SELECT q.username,

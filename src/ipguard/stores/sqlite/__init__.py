@@ -274,7 +274,7 @@ def _commit(pool: Pool, connection: Connection) -> None:
     connection.run("COMMIT")
     _check_files(pool, connection, "during the commit, which may be lost")
     # Move the commit into the database file, unless a reader is in the way: then a log that is
-    # lost, or left beside another file, does no harm. The commit holds even if this fails.
+    # lost, or combined with another file, does no harm. The commit holds even if this fails.
     with suppress(sqlite3.Error):
         connection.cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 

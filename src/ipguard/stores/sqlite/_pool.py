@@ -1,4 +1,16 @@
-"""One connection of the SQLite store, and how long and in which words it fails."""
+"""The connections of the SQLite store: opened, lent, and kept out of forked children.
+
+Each thread inside a call has its own connection. Between calls connections wait in a pool, so that
+a thread that ends leaves none behind.
+
+Fork. SQLite forbids a child to use or close an inherited connection, and a child with an inherited
+open connection cannot open a sound one either. SQLite keeps a table of locks per file and process,
+so the child would believe that it holds its parent's locks. When the parent closed the file, it
+would delete the log under the child, and the child's commits would be lost. So before a fork the
+pool waits for calls to end and closes every connection. A connection that it cannot wait for, that
+of the forking thread's own transaction, is abandoned in the child and never closed, and the child's
+store refuses that file.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +51,10 @@ def file_id(path: str) -> FileId:
     """Return the device and inode of a file.
 
     Raises:
-        StoreUnavailable: It does not exist, or may not be read.
+        StoreUnavailable: It does not exist, or cannot be accessed.
     """
     try:
-        found = os.stat(path)  # noqa: PTH116 - on the way of every sync
+        found = os.stat(path)  # noqa: PTH116 - called by every sync
     except OSError as exc:
         raise StoreUnavailable(f"{path}: {exc.strerror}") from exc
     return found.st_dev, found.st_ino
@@ -52,7 +64,7 @@ def files_at(path: str) -> Files:
     """Return the identities of the three files of a database.
 
     Raises:
-        StoreUnavailable: The database file does not exist, or may not be read.
+        StoreUnavailable: The database file does not exist, or cannot be accessed.
     """
     main, wal, shm = file_id(path), None, None
     with suppress(StoreUnavailable):
@@ -66,15 +78,15 @@ class Connection:
     """One connection, lent to one thread at a time. It is the `Executor` of SQLite.
 
     Args:
-        driver: The driver's connection, in autocommit.
+        driver: The driver's connection, in autocommit mode.
         path: Its file, for messages.
         files: The files that it has open.
-        patience: How long its statements may wait for locks, all together, in seconds.
+        patience: How many seconds all its statements together may wait for locks.
 
     Attributes:
-        broken: Whether a statement has failed, or the connection is being closed. It is not used
-            again.
+        broken: Whether to discard it, because a statement failed or it is being closed.
         busy: Whether a statement is in progress, or was interrupted.
+        unwritable: Whether it was opened while the files were read-only, or failed to use them.
     """
 
     __slots__ = (
@@ -101,9 +113,9 @@ class Connection:
         self.patience = patience
         self.pid = os.getpid()
         self.thread = threading.get_ident()
-        self.broken = False  # failed, or being closed
+        self.broken = False
         self.busy = False
-        self.unwritable = False  # opened while the files were read-only, or failed to use them
+        self.unwritable = False
 
     def __del__(self) -> None:
         if self.pid == os.getpid():
@@ -139,7 +151,7 @@ class Connection:
         return "json_each(?) j"
 
     def texts(self, values: Iterable[str]) -> object:
-        # A hundred thousand account ids are written sooner like this, where nothing is to escape.
+        # This is faster for 100,000 account ids, as long as no character has to be escaped.
         texts = list(values)
         joined = '","'.join(texts)
         if "\\" in joined or not joined.isprintable() or joined.count('"') != 2 * len(texts) - 2:
@@ -147,23 +159,23 @@ class Connection:
         return f'["{joined}"]'
 
     def stream(self, sql: str) -> Generator[Row, None, None]:
-        """Run a query and give its rows as they are read."""
+        """Run a query and yield its rows as they are read."""
         try:
             yield from self.cursor.execute(sql)
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
 
     def _patiently(self, sql: str, params: Params) -> list[Row]:
-        """Retry a statement while the database is locked, within the connection's patience.
+        """Retry a statement with back-off and jitter while the database is locked.
 
         SQLite's own busy handler is off: it sleeps up to 100 ms at a time, some statements ignore
-        it, and it gives each statement the whole timeout again.
+        it, and it allows each statement the whole timeout again.
         """
         deadline = time.monotonic() + self.patience
         longest = 0.001
         try:
             while (left := deadline - time.monotonic()) > 0:
-                jitter = random.uniform(0.2, 1)  # noqa: S311 - no secret
+                jitter = random.uniform(0.2, 1)  # noqa: S311 - not a secret
                 time.sleep(min(jitter * longest, left))
                 longest = min(longest * 2, 0.01)
                 try:
@@ -184,7 +196,7 @@ class Connection:
         """Run the block's statements against one committed state."""
         self.run("BEGIN")
         yield
-        # Not after an exception: the pool then closes the connection, which ends it as well.
+        # After an exception the pool closes the connection, which rolls back.
         self.run("COMMIT")
 
     def _failure(self, exc: sqlite3.Error) -> StoreError:
@@ -221,10 +233,10 @@ _PRAGMAS: Final = (
     "PRAGMA fullfsync = ON",  # the same on macOS
     "PRAGMA foreign_keys = ON",
     "PRAGMA trusted_schema = OFF",
-    "PRAGMA temp_store = FILE",  # what is staged may be large
+    "PRAGMA temp_store = FILE",  # staged rows may be many
 )
 
-# SQLite's lock of a reader, as a `struct flock`: type, whence, start, length, process.
+# The lock of an SQLite reader, as a `struct flock`: type, whence, start, length, process.
 _SHARED_LOCK: Final = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0x40000002, 510, 0)
 
 
@@ -233,9 +245,15 @@ class Pool(_fork.Forkable):
 
     Args:
         path: The file, absolute. Symbolic links are resolved when the file is opened: SQLite keeps
-            the log and the index beside the real file.
-        timeout: How long a call may wait, all its steps together, in seconds.
+            the log and the index in the folder of the real file.
+        timeout: How many seconds a call may wait, all its steps together.
         check: Called with each new connection; raises if the file must not be used.
+
+    Attributes:
+        replaced: Whether the files were replaced since the last sync.
+        writing: The lock of this process's writers.
+        writer: The thread that holds `writing`.
+        stirred: Set when waiting calls must return.
     """
 
     def __init__(self, path: str, timeout: float, check: Callable[[Connection], None]) -> None:
@@ -243,8 +261,8 @@ class Pool(_fork.Forkable):
         self.path = os.path.realpath(path)
         self.timeout = timeout
         self.check = check
-        self._files: Files | None = None  # those of the connections that may be lent
-        self.replaced = False  # since the last sync
+        self._files: Files | None = None  # the files of usable connections
+        self.replaced = False
         self._closed = False
         self._begin()
         _fork.register(self)
@@ -252,11 +270,11 @@ class Pool(_fork.Forkable):
 
     def _begin(self) -> None:
         self._idle: deque[Connection] = deque()
-        # Idle or lent; one that was lost, as when a signal handler raises, closes itself.
+        # Idle or lent. A connection that is lost, because a signal handler raised, closes itself.
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._opening = threading.Lock()
         self.writing = threading.Lock()
-        self.writer: int | None = None  # the thread that holds `writing`
+        self.writer: int | None = None
         self._paused = False
         self._forking: list[bool] = []
         self.stirred = threading.Event()
@@ -269,8 +287,8 @@ class Pool(_fork.Forkable):
         """Lend a connection to this thread.
 
         Args:
-            patience: How long the call may wait, in seconds, here and in all its statements; the
-                pool's timeout by default.
+            patience: How many seconds the call may wait, here and in all its statements; the pool's
+                timeout by default.
 
         Raises:
             StoreUnavailable: The store is closed, or the file cannot be opened.
@@ -291,12 +309,12 @@ class Pool(_fork.Forkable):
             self.discard(connection)
 
     def give(self, connection: Connection) -> None:
-        """Take a connection back; one that is not whole is closed."""
+        """Take a connection back; close it if it is not sound."""
         if connection.pid != os.getpid():
-            return  # inherited: abandoned already
+            return  # inherited, and abandoned already
         if connection.broken and connection.unwritable and connection.files is self._files:
-            # Connections that were opened while the files were read-only stay so, and so does the
-            # index, which all connections of a process share: replace them all.
+            # Connections that were opened while the files were read-only stay read-only, and so
+            # does the index, which all connections of a process share: replace them all.
             self._files = None
             self.forget()
         if (
@@ -310,12 +328,12 @@ class Pool(_fork.Forkable):
             return
         connection.thread = 0
         self._idle.append(connection)
-        # Tested afterwards: who closes or forks sets its mark first, and then empties the pool.
+        # Check again: `close` and `before_fork` set their flag first, and then empty the pool.
         if self._closed or self._paused:
             self.forget()
 
     def discard(self, connection: Connection) -> None:
-        """Close a connection, whatever state it is in; in a child, leave it alone."""
+        """Close a connection in any state, except in a forked child."""
         if connection.pid != os.getpid():
             return
         connection.broken = True
@@ -330,8 +348,8 @@ class Pool(_fork.Forkable):
         """Lend a connection to the file that is at the path now.
 
         Args:
-            keep: Whether it may be used again afterwards.
-            write: Whether it is going to write.
+            keep: Whether it can be used again afterwards.
+            write: Whether it will write.
             patience: As in `take`.
         """
         _fork.check()
@@ -350,7 +368,7 @@ class Pool(_fork.Forkable):
                 self.discard(connection)
             raise
         except BaseException:
-            # Interrupted anywhere, perhaps half way through a query.
+            # Interrupted anywhere, possibly in the middle of a query.
             self.discard(connection)
             raise
         if keep:
@@ -368,15 +386,15 @@ class Pool(_fork.Forkable):
 
     @property
     def moving(self) -> bool:
-        """Whether whoever waits with a connection in hand has to give it back now."""
+        """Whether all calls must return their connections now."""
         return self._closed or self._paused
 
     def recalled(self, connection: Connection) -> bool:
-        """Return whether a long call has to give its connection back now."""
+        """Return whether a long call must return its connection now."""
         return self.moving or connection.files is not self._files
 
     def forget(self) -> None:
-        """Close what is idle, and with it what those connections have cached."""
+        """Close all idle connections, and drop their caches with them."""
         while True:
             try:
                 connection = self._idle.pop()
@@ -385,7 +403,7 @@ class Pool(_fork.Forkable):
             self.discard(connection)
 
     def close(self) -> None:
-        """Close what is idle now, and what is lent as soon as it comes back."""
+        """Close idle connections now, and lent ones as soon as they are returned."""
         self._closed = True
         self.stirred.set()
         _fork.check()
@@ -394,7 +412,7 @@ class Pool(_fork.Forkable):
     # ------------------------------------------------------------------------- opening
 
     def _connect(self, deadline: float) -> Connection:
-        # One at a time, so that a fork can tell whether a connection is half open.
+        # One at a time, so that a fork can detect a half-open connection.
         opening, held = self._opening, list[bool]()
         try:
             if not acquire(opening, remaining(deadline), held):
@@ -420,7 +438,8 @@ class Pool(_fork.Forkable):
         writable = _make_writable(self.path)
         try:
             driver = sqlite3.connect(
-                f"file:{quote(self.path)}?mode=rw",  # never a new file: an empty one allows all
+                # Never create a file: an empty database restricts no user.
+                f"file:{quote(self.path)}?mode=rw",
                 uri=True,
                 timeout=0,  # see `Connection._patiently`
                 isolation_level=None,
@@ -442,7 +461,7 @@ class Pool(_fork.Forkable):
         return connection
 
     def _files_of(self, main: FileId) -> Files:
-        """Return the files that a connection which was opened just now has open."""
+        """Return the files of a connection that was just opened."""
         found, known = files_at(self.path), self._files
         if found.main != main:
             raise StoreUnavailable(f"{self.path}: replaced while it was being opened")
@@ -461,15 +480,15 @@ class Pool(_fork.Forkable):
     def _release_old(self, main: FileId, deadline: float) -> None:
         """Wait until connections with other logs of the same database are closed.
 
-        SQLite opens the index once for a process: a new connection would share it with them, and
-        not see what other processes commit.
+        SQLite opens the index once per process: a new connection would share theirs, and would not
+        see commits of other processes.
         """
         pools = tuple(_pools)
         while sum(pool.holds_old(main) for pool in pools) and remaining(deadline):
             time.sleep(0.0005)
 
     def holds_old(self, main: FileId) -> bool:
-        """Return whether other threads have connections with other logs of a database open."""
+        """Return whether other threads have open connections with another log of a database."""
         if self._files is not None and self._files.main == main:
             with suppress(StoreUnavailable):
                 self.follow()
@@ -486,10 +505,10 @@ class Pool(_fork.Forkable):
     # ------------------------------------------------------------------------- replaced files
 
     def follow(self) -> None:
-        """Let go of the files that were at the path if others are there now, and note that.
+        """Discard all connections if other files are at the path now.
 
-        The log and the index count as well: if one of them was removed, SQLite goes on with what it
-        has open and does not see what other processes commit.
+        The log and the index count as well: if one of them was removed, SQLite keeps using its open
+        file and does not see commits of other processes.
 
         Raises:
             StoreUnavailable: The database file is gone, or it was replaced and the log of the old
@@ -505,13 +524,15 @@ class Pool(_fork.Forkable):
         found = files_at(path)
         in_use = self._in_use(known)
         if found.main == known.main:
-            if not in_use:  # the last connection to close removes them, and the next makes new ones
+            if (
+                not in_use
+            ):  # the last connection removes them when it closes, and the next creates new ones
                 return
         elif in_use and (
             (found.wal is not None and found.wal == known.wal)
             or (found.shm is not None and found.shm == known.shm)
         ):
-            # Open connections keep these inodes from being used again: equal means the same file.
+            # Open connections keep the inodes in use: equal inodes mean the same file.
             raise StoreUnavailable(
                 f"{path}: replaced, but the -wal and -shm files beside it belong to the old"
                 " database: remove both, as they would damage the new one"
@@ -524,7 +545,7 @@ class Pool(_fork.Forkable):
     # ------------------------------------------------------------------------- fork
 
     def _before_fork(self) -> None:
-        """Close every connection, waiting for those that other threads are using."""
+        """Close every connection; wait for those that other threads are using."""
         self._paused = True
         self.stirred.set()
         me, deadline = threading.get_ident(), time.monotonic() + self.timeout
@@ -536,7 +557,7 @@ class Pool(_fork.Forkable):
             self.forget()
 
     def _after_fork_in_parent(self) -> None:
-        """Let calls go on."""
+        """Let calls continue."""
         if not self._closed:
             self.stirred.clear()
         self._paused = False
@@ -545,9 +566,9 @@ class Pool(_fork.Forkable):
             self._opening.release()
 
     def _after_fork_in_child(self) -> None:
-        """Close or abandon what was inherited, and start over."""
+        """Close or abandon the inherited connections, and start over."""
         for connection in tuple(self._open):
-            # To close the last connection to a replaced file would remove the new file's log.
+            # Closing the last connection to a replaced file would remove the new file's log.
             there = False
             with suppress(StoreUnavailable):
                 there = files_at(self.path) == connection.files
@@ -566,28 +587,28 @@ class Pool(_fork.Forkable):
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-# Files of which this process inherited an open connection; see the module.
+# Files to which this process inherited an open connection; see the module.
 _inherited: set[FileId] = set()
 _abandoned: list[object] = []
-# Making a file opens and closes it, and closing drops every lock that the process has on it: nobody
-# may have opened it in between.
-_making = ReentrantLock()
+# Creating a file opens and closes it, and closing drops all locks of the process on it: no other
+# thread may open it in between.
+_creating = ReentrantLock()
 
 
-def make_file(path: str) -> None:
-    """Make an empty file that its owner alone can read, if nothing is there.
+def create_file(path: str) -> None:
+    """Create an empty file, readable by its owner alone, unless it exists.
 
     Raises:
-        StoreConfigError: It cannot be made.
+        StoreConfigError: It cannot be created.
     """
     _fork.check()
-    with _making:
+    with _creating:
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except FileExistsError:
             return
         except OSError as exc:
-            raise StoreConfigError(f"{path}: cannot be made: {exc.strerror}") from exc
+            raise StoreConfigError(f"{path}: cannot be created: {exc.strerror}") from exc
 
 
 def remaining(deadline: float) -> float:
@@ -597,10 +618,10 @@ def remaining(deadline: float) -> float:
 
 @contextmanager
 def _files_kept(connection: Connection) -> Iterator[None]:
-    """Let the closing of a stale connection neither write to the database nor remove a log.
+    """Keep a stale connection from writing to the database and from removing a log on closing.
 
-    The log at the path is another one then, and may hold commits of a process that was killed. If
-    the database file was replaced, SQLite detects that itself.
+    The log at the path is another one, and may contain commits of a process that was killed. If the
+    database file was replaced, SQLite detects that itself.
     """
     with ExitStack() as stack:
         with suppress(OSError, StoreUnavailable):
@@ -611,18 +632,18 @@ def _files_kept(connection: Connection) -> Iterator[None]:
                 connection.driver.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
             elif sys.platform == "linux":
                 # SQLite does both only as the last user of the file. A lock of an open file
-                # description is another user's, even in the same process. To close that file drops
-                # SQLite's locks, which only stale connections of this process have by now.
+                # description counts as another user, even in the same process. Closing that file
+                # drops SQLite's locks, which only stale connections of this process have by now.
                 file = stack.enter_context(open(connection.path, "rb"))  # noqa: PTH123
                 fcntl.fcntl(file, fcntl.F_OFD_SETLK, _SHARED_LOCK)
         yield
 
 
 def _make_writable(path: str) -> bool:
-    """Return whether a database may be written, and give its log and index the same rights.
+    """Return whether a database is writable, and give its log and index the same permissions.
 
-    SQLite makes them with the rights of the database file. Made while that was read-only, they
-    would stay so.
+    SQLite creates them with the permissions of the database file. If that was read-only then, they
+    would stay read-only.
     """
     effective = os.access in os.supports_effective_ids
     if not os.access(path, os.W_OK, effective_ids=effective):
@@ -635,7 +656,7 @@ def _make_writable(path: str) -> bool:
 
 
 def _has_open(file: FileId | None) -> bool:
-    """Return whether this process has a file open, as far as the system shows that."""
+    """Return whether this process has a file open, as far as the system shows it."""
     try:
         descriptors = os.listdir("/proc/self/fd")  # noqa: PTH208
     except OSError:
@@ -649,21 +670,21 @@ def _has_open(file: FileId | None) -> bool:
 
 
 def _abandon(*objects: object) -> None:
-    """See to it that objects are never finalised, not even at the interpreter's shutdown."""
+    """Keep objects from ever being finalised, even at the interpreter's shutdown."""
     try:
-        import ctypes  # noqa: PLC0415 - only a child that inherited something needs it
+        import ctypes  # noqa: PLC0415 - only a child with an inherited connection needs it
 
         for each in objects:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
-    except (ImportError, AttributeError):  # no ctypes, or not CPython
+    except (ImportError, AttributeError):  # no ctypes, or another Python than CPython
         _abandoned.extend(objects)
 
 
-class _Making(_fork.Forkable):
+class _FileLock(_fork.Forkable):
     def _after_fork_in_child(self) -> None:
-        global _making  # noqa: PLW0603 - a thread that is not there any more may have held it
-        _making = ReentrantLock()
+        global _creating  # noqa: PLW0603 - a thread of the parent may hold it
+        _creating = ReentrantLock()
 
 
-_making_is_renewed = _Making()
-_fork.register(_making_is_renewed)
+_file_lock = _FileLock()
+_fork.register(_file_lock)

@@ -11,7 +11,7 @@ from typing import Final
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
 from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, check_schema, migrations
-from ipguard.stores.sqlite._pool import Connection, Pool, make_file
+from ipguard.stores.sqlite._pool import Connection, Pool, create_file
 
 _log = logging.getLogger("ipguard.stores")
 
@@ -60,7 +60,7 @@ def prepare(pool: Pool, *, migrate: bool) -> None:
     """
     path = pool.path
     if migrate:
-        make_file(path)
+        create_file(path)
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError as exc:
