@@ -19,6 +19,7 @@ from ipguard.errors import (
     RequestClosed,
 )
 from ipguard.model import (
+    Actor,
     Decision,
     PendingRequest,
     Policy,
@@ -26,6 +27,7 @@ from ipguard.model import (
     RequestKind,
     RequestState,
     Restriction,
+    User,
 )
 from ipguard.rules import STEPS, Step
 
@@ -491,3 +493,52 @@ class TestSummarise:
         said = rules.summarise(held, NOW) == "No restrictions"
         reason = rules.decide(policy(*held), address, NOW).reason
         assert said == (reason is Reason.UNRESTRICTED)
+
+
+# ------------------------------------------------------------------------------ searches
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("", True),
+        ("JSM", True),
+        ("u12", True),
+        ("smith", False),
+        ("li\u2010wei", True),
+        ("wei", True),
+        ("o'brien", True),
+        ("o\xb4brien", True),
+        ("brien, li", True),
+        ("brien lee", False),
+        ("an (", False),
+        ("- -", False),
+        ("203.0.113.7", True),
+        ("203.0.114.7", False),
+        ("203.0.113.0/24", True),
+        ("203.0.113.0-203.0.113.255", True),
+        ("203.0.113.7/32", False),
+        ("2001:db8::", False),
+        ("a.b", False),
+    ],
+)
+def test_search(typed: str, found: bool) -> None:
+    """A search finds names by their words, and restrictions by their addresses."""
+    person = User(username="jsmith", full_name="Li-Wei O\u2019Brien", account_id="U12")
+    search = rules.Search.of(typed)
+    assert search.matches(person, [restriction("203.0.113.0/24")]) is found
+
+
+@pytest.mark.parametrize("restricted", [True, False])
+def test_visibility(restricted: bool) -> None:
+    """Removed users are visible to actors of every account only, if they are restricted."""
+    every, own = Actor.EVERY_ACCOUNT, frozenset({"U1"})
+    for accounts, removed, visible in (
+        (every, False, True),
+        (own, False, True),
+        (frozenset({"u1"}), False, False),
+        (every, True, restricted),
+        (own, True, False),
+    ):
+        shown = rules.is_visible(accounts, "U1", removed=removed, restricted=restricted)
+        assert shown is visible

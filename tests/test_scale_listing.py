@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,6 @@ from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, Action, Actor, Restriction, User
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
-from ipguard.stores._search import folded
 from ipguard.stores._sql import encodable, listing, migrations
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
@@ -101,6 +101,10 @@ _RESTRICTION = (
     "INSERT INTO restrictions (username, id, first_ip, last_ip, label, created_at, created_by,"
     " expires_at) VALUES (?, ?, ?, ?, '', 0, 'boss', NULL)"
 )
+
+
+def folded(text: str) -> str:
+    return normalize("NFKC", text).casefold()
 
 
 def old_put(run: Run, users: Iterable[User], *, schema: int) -> None:

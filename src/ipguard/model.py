@@ -134,14 +134,22 @@ Accounts = frozenset[str] | _EveryAccount
 """The accounts that an actor manages: their ids, or `Actor.EVERY_ACCOUNT`."""
 
 
+def check_accounts(accounts: Iterable[str] | _EveryAccount, name: str = "accounts") -> Accounts:
+    """Check the accounts that `overview` and `history` of a store are called with.
+
+    Raises:
+        TypeError: It is one str: `"U1" in "xU1"` is true, so a substring would grant access.
+    """
+    if isinstance(accounts, _EveryAccount):
+        return accounts
+    if isinstance(accounts, (str, bytes)) or not isinstance(accounts, Iterable):
+        raise TypeError(f"{name} must be a set of account ids, or Actor.EVERY_ACCOUNT")
+    return frozenset(accounts)
+
+
 def _accounts(value: Iterable[str] | _EveryAccount) -> Accounts:
-    if isinstance(value, _EveryAccount):
-        return value
-    # A str is refused because `"U1" in "xU1"` is true: a substring would grant access.
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise TypeError("manages must be a set of account ids, or Actor.EVERY_ACCOUNT")
-    accounts = frozenset(value)
-    if not all(isinstance(account, str) for account in accounts):
+    accounts = check_accounts(value, "manages")
+    if not isinstance(accounts, _EveryAccount) and not all(isinstance(a, str) for a in accounts):
         raise TypeError("manages must hold account ids as str")
     return accounts
 

@@ -14,13 +14,16 @@ Any other step raises `RequestClosed` and changes nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, NamedTuple
+from unicodedata import normalize
 
-from ipguard.addresses import AddressRange, AddressSet, parse_typed
+from ipguard.addresses import AddressRange, AddressSet, parse_address, parse_typed
 from ipguard.errors import (
     AddressError,
     AddressTooBroad,
@@ -30,6 +33,8 @@ from ipguard.errors import (
     TooManyRestrictions,
 )
 from ipguard.model import (
+    Accounts,
+    Actor,
     Decision,
     PendingRequest,
     Policy,
@@ -37,21 +42,25 @@ from ipguard.model import (
     RequestState,
     Restriction,
     StoredRequest,
+    User,
 )
 
 __all__ = [
     "STEPS",
     "Remainder",
+    "Search",
     "Step",
     "after",
     "check_lockout",
     "check_width",
     "decide",
     "duplicate",
+    "is_visible",
     "judge_additions",
     "lasting",
     "number_expired",
     "read_addresses",
+    "search_terms",
     "shifted",
     "state_at",
     "summarise",
@@ -61,6 +70,12 @@ __all__ = [
 
 NO_RESTRICTIONS: Final = "No restrictions"
 
+# Blanks, hyphens, dashes, apostrophes, quotes and other punctuation of names. Normalisation makes
+# an acute accent that was typed as an apostrophe a blank and a combining accent.
+_BETWEEN_WORDS: Final = re.compile(
+    r"""[ \-'"`,.;:()\[\]/\xab\xb7\xbb\u02b9-\u02bc\u2010-\u201f\u2032\u30fb]+[\u0300-\u036f]*"""
+)
+_LIKE_AN_ADDRESS: Final = re.compile("[0-9A-Fa-f]*[.:]")
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
 
@@ -357,3 +372,74 @@ def summarise(restrictions: Iterable[Restriction], now: datetime) -> str:
         return NO_RESTRICTIONS
     live = [str(r.addresses) for r in left if not r.expired(now)]
     return ", ".join(live) if live else "No address allowed (every restriction has expired)"
+
+
+def _folded(text: str) -> str:
+    """Return text as it is compared; two rounds turn any username into its canonical form."""
+    if text.isascii():
+        return " ".join(text.lower().split())
+    once = normalize("NFKC", text).casefold()
+    return " ".join(normalize("NFKC", once).casefold().split())
+
+
+def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
+    """Return the texts by whose beginning a search finds a user.
+
+    These are the username, the account id, and the full name from each of its words on.
+    """
+    name = _folded(full_name)
+    starts = {0, *(found.end() for found in _BETWEEN_WORDS.finditer(name))}
+    starts.update(at for at, character in enumerate(name, 1) if character == " ")
+    return {_folded(username), _folded(account_id), *(name[start:] for start in starts)} - {""}
+
+
+class Search(NamedTuple):
+    """A text that was searched for in the list of users.
+
+    A text finds the users with a term that begins with it. A text of several words also finds the
+    users with a term for each word, in any order. An address finds the users with a restriction
+    that contains it; a network or a range finds those with exactly that restriction.
+
+    Attributes:
+        text: The text, folded; empty finds every user.
+        words: The words of a text that is more than one word.
+        address: The address to look for in restrictions, if the text is one.
+        addresses: The restriction to look for, if the text is a network or a range.
+    """
+
+    text: str
+    words: frozenset[str] = frozenset()
+    address: AddressRange | None = None
+    addresses: AddressRange | None = None
+
+    @classmethod
+    def of(cls, typed: str) -> Search:
+        """Read a text as a person typed it."""
+        text, plain = _folded(typed), typed.strip(" \t\r\n")
+        if _LIKE_AN_ADDRESS.match(plain):
+            with suppress(AddressError):
+                return cls(text, address=parse_address(plain))
+            with suppress(AddressError):
+                return cls(text, addresses=AddressRange.parse(plain))
+        words = [word for word in _BETWEEN_WORDS.split(text) if word]
+        return cls(text, frozenset(words) if len(words) > 1 else frozenset())
+
+    def matches(self, user: User, restrictions: Iterable[Restriction]) -> bool:
+        """Return whether this search finds a user with these restrictions."""
+        terms = search_terms(user.username, user.full_name, user.account_id)
+        begun = [any(term.startswith(word) for term in terms) for word in self.words]
+        if any(term.startswith(self.text) for term in terms) or (begun and all(begun)):
+            return True
+        if self.address is not None:
+            return any(self.address in each.addresses for each in restrictions)
+        return any(self.addresses == each.addresses for each in restrictions)
+
+
+def is_visible(accounts: Accounts, account_id: str, *, removed: bool, restricted: bool) -> bool:
+    """Return whether the listing shows a user to an actor of these accounts.
+
+    Removed users are shown to actors of every account only, and only with restrictions.
+    """
+    if removed:
+        return accounts is Actor.EVERY_ACCOUNT and restricted
+    return account_id in accounts

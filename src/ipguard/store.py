@@ -31,7 +31,6 @@ from ipguard import audit
 from ipguard.model import (
     Accounts,
     Action,
-    Actor,
     Change,
     Changes,
     Page,
@@ -43,6 +42,7 @@ from ipguard.model import (
     Touched,
     User,
     UserOverview,
+    check_accounts,
 )
 
 __all__ = [
@@ -358,19 +358,6 @@ class Closing:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def check_accounts(accounts: Accounts) -> Accounts:
-    """Check the accounts that `overview` and `history` are called with.
-
-    Raises:
-        TypeError: It is one str: `"U1" in "xU1"` is true, so a substring would grant access.
-    """
-    if accounts is Actor.EVERY_ACCOUNT:
-        return accounts
-    if isinstance(accounts, (str, bytes)):
-        raise TypeError("accounts must be a set of account ids, or Actor.EVERY_ACCOUNT")
-    return frozenset(accounts)
 
 
 def log_change(change: Change) -> None:

@@ -52,7 +52,6 @@ from ipguard.store import (
     check_accounts,
     log_change,
 )
-from ipguard.stores._search import Search, is_visible
 from ipguard.usernames import canonical_usernames
 
 V = TypeVar("V")
@@ -450,12 +449,12 @@ class MemoryStore(Closing):
         """Return users with their restrictions and live pending requests, by username."""
         check_whole("limit", limit, 1)
         accounts = check_accounts(accounts)
-        state, now, wanted = self._snapshot(), self.now(), Search.of(search)
+        state, now, wanted = self._snapshot(), self.now(), rules.Search.of(search)
         found = sorted(
             name
             for name, stored in state.users.items()
             if (after is None or name > after)
-            and is_visible(
+            and rules.is_visible(
                 accounts,
                 stored.user.account_id,
                 removed=stored.removed,

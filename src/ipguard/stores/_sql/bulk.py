@@ -18,7 +18,6 @@ from ipguard.addresses import AddressRange
 from ipguard.errors import DuplicateRestriction, StoreUnavailable, TooManyRestrictions, UnknownUser
 from ipguard.model import EVERYBODY, Action, Change, PendingRequest, Restriction, Touched, User
 from ipguard.store import NAMED_AT_MOST, Transaction
-from ipguard.stores._search import terms_of
 from ipguard.stores._sql import (
     PENDING,
     RESTRICTION,
@@ -265,7 +264,7 @@ def _write_terms(db: Executor, users: Iterable[Row]) -> None:
     if by_name:
         db.run(f"DELETE FROM search_terms WHERE {db.among('username')}", (db.texts(by_name),))
     for username, full_name, account_id in by_name.values():
-        for term in terms_of(username, full_name, account_id):
+        for term in rules.search_terms(username, full_name, account_id):
             db.run(_ADD_TERM, (username, term, account_id))
 
 
@@ -361,7 +360,7 @@ class BulkUsers:
                 (last, _CHUNK),
             )
             for username, full_name, account_id in rows:
-                for term in sorted(terms_of(username, full_name, account_id)):
+                for term in sorted(rules.search_terms(username, full_name, account_id)):
                     yield username, term, account_id
             last = rows[-1][0] if rows else None
 

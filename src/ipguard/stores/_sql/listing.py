@@ -21,9 +21,9 @@ from ipguard.model import (
     PendingRequest,
     Restriction,
     UserOverview,
+    check_accounts,
 )
-from ipguard.store import check_accounts
-from ipguard.stores._search import Search, is_visible
+from ipguard.rules import Search
 from ipguard.stores._sql import (
     BIGGEST,
     CHANGE,
@@ -115,7 +115,7 @@ def _lines(
         pending.setdefault(row[1], []).append(pending_of(row))
     for name, full_name, account_id, email, removed in users:
         held = restrictions.get(name, [])
-        if is_visible(accounts, account_id, removed=removed != 0, restricted=bool(held)):
+        if rules.is_visible(accounts, account_id, removed=removed != 0, restricted=bool(held)):
             yield (
                 name,
                 UserOverview(
