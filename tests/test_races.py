@@ -1,6 +1,6 @@
-"""Many at once: one number confirmed by many, guesses in parallel, confirm against cancel, delete.
+"""Races: simultaneous confirmations, guesses, cancellations and deletions.
 
-All begin at one barrier; what came of it must be what one after another would have made.
+The outcome must be one of calls made one after another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE = 60.0
 
 
 class Crowd:
-    """Threads that live through all rounds, and begin each round at one moment."""
+    """Threads that start each round at the same moment."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size + 1)
@@ -48,13 +48,13 @@ class Crowd:
             self._barrier.wait(PATIENCE)
 
     def all_at_once(self, *calls: Callable[[], object]) -> list[object]:
-        """Make the calls, each by its share of the threads, and return what came of them."""
+        """Make the calls, distributed over the threads, and return their outcomes."""
         self._calls = list(calls)
         self._barrier.wait(PATIENCE)
         self._barrier.wait(PATIENCE)
         return list(self._outcomes)
 
-    def go_home(self) -> None:
+    def end(self) -> None:
         """End the threads."""
         self._calls = []
         self._barrier.wait(PATIENCE)
@@ -64,26 +64,26 @@ class Crowd:
 
 @pytest.fixture
 def crowd() -> Iterator[Callable[[int], Crowd]]:
-    """Gathers crowds, and sends them home."""
-    gathered: list[Crowd] = []
+    """Return a function that starts threads; they end with the test."""
+    crowds: list[Crowd] = []
 
-    def gather(size: int) -> Crowd:
-        gathered.append(Crowd(size))
-        return gathered[-1]
+    def start(size: int) -> Crowd:
+        crowds.append(Crowd(size))
+        return crowds[-1]
 
-    yield gather
-    for it in gathered:
-        it.go_home()
+    yield start
+    for it in crowds:
+        it.end()
 
 
 def patient(url: str) -> str:
-    """Return the URL of a store whose writers wait as long as the slowest machine needs."""
+    """Return the URL of a store with a timeout long enough for slow machines."""
     return url if url == "memory://" else f"{url}{'&' if '?' in url else '?'}timeout=60"
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgres"])
 def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Desk]:
-    """A desk over each store, the server's included."""
+    """A desk over each store."""
     if request.param == "postgres":
         it = Desk(url=request.getfixturevalue("postgres").url(schema=fresh_schema()))
     else:
@@ -94,7 +94,7 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Desk]:
 
 @pytest.fixture
 def busy(desk: Desk) -> Desk:
-    """A desk with 64 impatient people before it: nobody is sent away, and all may ask on."""
+    """A desk without limits on requests and failures."""
     if desk.url != "memory://":
         desk.store.close()
         desk.store = ipguard.open_store(patient(desk.url), clock=desk.clock)
@@ -107,12 +107,12 @@ def _kinds(outcomes: list[object]) -> Counter[str]:
 
 
 def test_64_threads_confirm_one_number(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
-    """Exactly one succeeds; the others find the request confirmed; one restriction comes of it."""
-    people = crowd(64)
+    """One call succeeds, the others find the request confirmed."""
+    threads = crowd(64)
     for n in range(rounds(5, 200)):
         request = busy.ask(f"10.0.{n}.1")
         number = busy.number(request)
-        outcomes = people.all_at_once(lambda: busy.flow.confirm(ALICE, request.id, number))  # noqa: B023
+        outcomes = threads.all_at_once(lambda: busy.flow.confirm(ALICE, request.id, number))  # noqa: B023
         assert _kinds(outcomes) == {"Applied": 1, "RequestClosed": 63}
         assert {e.state for e in outcomes if isinstance(e, RequestClosed)} == {"confirmed"}
         assert len(busy.held()) == n + 1
@@ -121,12 +121,12 @@ def test_64_threads_confirm_one_number(busy: Desk, crowd: Callable[[int], Crowd]
 
 
 def test_64_threads_guess_at_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
-    """Exactly five guesses are evaluated, with 4, 3, 2, 1, 0 left; the others are too many."""
-    people = crowd(64)
+    """Five guesses are evaluated, the others are refused."""
+    threads = crowd(64)
     for n in range(rounds(5, 200)):
         request = busy.ask(f"10.0.{n}.1")
         wrong = busy.wrong(request)
-        outcomes = people.all_at_once(lambda: busy.flow.confirm(ALICE, request.id, wrong))  # noqa: B023
+        outcomes = threads.all_at_once(lambda: busy.flow.confirm(ALICE, request.id, wrong))  # noqa: B023
         assert _kinds(outcomes) == {"WrongNumber": 5, "TooManyAttempts": 59}
         left = [e.attempts_left for e in outcomes if isinstance(e, WrongNumber)]
         assert sorted(left) == [0, 1, 2, 3, 4]
@@ -138,8 +138,8 @@ def test_64_threads_guess_at_once(busy: Desk, crowd: Callable[[int], Crowd]) -> 
 def test_the_cap_of_an_actor_holds_over_all_requests(
     busy: Desk, crowd: Callable[[int], Crowd]
 ) -> None:
-    """64 guesses on 16 requests at once: as many are evaluated as the cap allows, and no more."""
-    people = crowd(64)
+    """64 guesses on 16 requests: as many are evaluated as the cap allows."""
+    threads = crowd(64)
     busy.use(requests_per_hour=10**9, failures_per_actor=7)
     for n in range(rounds(3, 50)):
         requests = [busy.ask(f"10.{n}.{m}.1") for m in range(16)]
@@ -147,28 +147,28 @@ def test_the_cap_of_an_actor_holds_over_all_requests(
             lambda r=r: busy.flow.confirm(ALICE, r.id, busy.wrong(r))  # type: ignore[misc]
             for r in requests
         ]
-        assert _kinds(people.all_at_once(*calls)) == {"WrongNumber": 7, "TooManyAttempts": 57}
+        assert _kinds(threads.all_at_once(*calls)) == {"WrongNumber": 7, "TooManyAttempts": 57}
         busy.flow.unlock(BOSS, "alice", reason="the next round")
 
 
 def test_requests_at_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
-    """64 ask for the same at once: one is mailed a number. 64 ask for more than the hour allows."""
-    people = crowd(64)
-    outcomes = people.all_at_once(busy.ask)
+    """Of 64 equal requests one is made; of 64 others, as many as an hour allows."""
+    threads = crowd(64)
+    outcomes = threads.all_at_once(busy.ask)
     assert _kinds(outcomes) == {"PendingRequest": 1, "DuplicateRestriction": 63}
     assert len(busy.outbox.messages) == 1
     busy.use(requests_per_hour=20)
     calls = [lambda n=n: busy.ask(f"10.0.0.{n}") for n in range(64)]  # type: ignore[misc]
-    assert _kinds(people.all_at_once(*calls)) == {"PendingRequest": 19, "TooManyRequests": 45}
+    assert _kinds(threads.all_at_once(*calls)) == {"PendingRequest": 19, "TooManyRequests": 45}
 
 
 def test_the_last_place_is_taken_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
-    """16 confirm their own requests at once where three restrictions are allowed."""
-    people = crowd(16)
+    """16 confirmations at once, with three restrictions allowed."""
+    threads = crowd(16)
     requests = [busy.ask(f"10.0.0.{n}") for n in range(16)]
     busy.use(restrictions_per_user=3)
     calls = [lambda r=r: busy.confirm(r) for r in requests]  # type: ignore[misc]
-    assert _kinds(people.all_at_once(*calls)) == {"Applied": 3, "TooManyRestrictions": 13}
+    assert _kinds(threads.all_at_once(*calls)) == {"Applied": 3, "TooManyRestrictions": 13}
     assert len(busy.held()) == 3
 
 
@@ -178,12 +178,11 @@ def test_the_last_place_is_taken_once(busy: Desk, crowd: Callable[[int], Crowd])
 def _one_after_another(
     desk: Desk, since: int, request: PendingRequest, outcomes: list[Any]
 ) -> None:
-    """See that the trail, replayed, explains what each of the three was told."""
+    """Check that the replayed audit log explains the outcome of each call."""
     confirmed, cancelled, lifted = outcomes
     state, restriction = "pending", request.restriction_id
     revisions = {}
     for row in reversed([row for row in desk.rows() if row.revision > since]):
-        # What each row says must have been possible where it stands.
         if row.action is Action.CONFIRM:
             assert state == "pending"
             assert restriction is not None
@@ -220,8 +219,8 @@ def _one_after_another(
 
 
 def test_confirm_against_cancel_against_delete(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
-    """Whichever came first, the history is one of one after another, and explains each outcome."""
-    people = crowd(3)
+    """The history is one of calls made one after another, and explains each outcome."""
+    threads = crowd(3)
     seen: Counter[tuple[str, ...]] = Counter()
     for n in range(rounds(25, 500)):
         restriction = busy.add()
@@ -232,9 +231,9 @@ def test_confirm_against_cancel_against_delete(busy: Desk, crowd: Callable[[int]
             lambda: busy.flow.cancel(ADAM, request.id),  # noqa: B023
             lambda: busy.flow.lift(BOSS, restriction.id, reason="x"),  # noqa: B023
         ]
-        # The threads are woken in much the same order each time: let each have each place.
+        # Threads wake in much the same order: rotate the calls.
         turn = n % 3
-        outcomes = people.all_at_once(*calls[turn:], *calls[:turn])
+        outcomes = threads.all_at_once(*calls[turn:], *calls[:turn])
         outcomes = outcomes[3 - turn :] + outcomes[: 3 - turn]
         _one_after_another(busy, since, request, outcomes)
         seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
@@ -245,8 +244,8 @@ def test_confirm_against_cancel_against_delete(busy: Desk, crowd: Callable[[int]
 
 
 def test_confirm_against_resend(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
-    """Either the old number was in time, or it was a wrong guess on the new one; never both."""
-    people = crowd(2)
+    """Either the old number was in time, or it is a wrong number for the new one."""
+    threads = crowd(2)
     for n in range(rounds(10, 200)):
         request = busy.ask(f"10.0.{n}.1")
         busy.wait(seconds=30)
@@ -255,7 +254,9 @@ def test_confirm_against_resend(busy: Desk, crowd: Callable[[int], Crowd]) -> No
             lambda: busy.flow.confirm(ALICE, request.id, number),  # noqa: B023
             lambda: busy.flow.resend(ALICE, request.id),  # noqa: B023
         ]
-        confirmed, resent = people.all_at_once(*calls[:: 1 if n % 2 else -1])[:: 1 if n % 2 else -1]
+        confirmed, resent = threads.all_at_once(*calls[:: 1 if n % 2 else -1])[
+            :: 1 if n % 2 else -1
+        ]
         if isinstance(confirmed, Applied):
             assert isinstance(resent, RequestClosed)
         else:
@@ -269,7 +270,7 @@ def test_confirm_against_resend(busy: Desk, crowd: Callable[[int], Crowd]) -> No
 
 
 def _confirm_in_a_process(url: str, barrier: Any, tasks: Any, answers: Any) -> None:
-    """Confirm what comes in, each round together with the other processes."""
+    """Confirm the requests of a queue, each together with the other processes."""
     with ipguard.open_store(url) as store:
         flow = ipguard.Workflow(store, ipguard.testing.Outbox(), key=KEY)
         while True:
@@ -291,7 +292,7 @@ def _confirm_in_a_process(url: str, barrier: Any, tasks: Any, answers: Any) -> N
 def test_8_processes_confirm_one_number(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """Exactly one succeeds on one database, in each round; of wrong numbers five are counted."""
+    """One process succeeds in each round; five wrong numbers are counted."""
     if kind == "sqlite":
         desk = Desk(tmp_path / "desk.db")
     else:
@@ -300,7 +301,7 @@ def test_8_processes_confirm_one_number(
     url = patient(desk.url)
     desk.store = ipguard.open_store(url)
     desk.use(requests_per_hour=10**9)
-    # Fresh interpreters: nothing is inherited but the file's name.
+    # Fresh interpreters inherit nothing but the URL.
     fresh = multiprocessing.get_context("spawn")
     barrier, answers = fresh.Barrier(8), fresh.Queue()
     tasks = [fresh.Queue() for _ in range(8)]

@@ -1,4 +1,4 @@
-"""A clock that ran ahead and is set right, and times at the ends of the calendar."""
+"""Clocks that are set back, and times at the ends of the calendar."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def set_right(desk: Desk) -> None:
     desk.clock.set(desk.clock() - DAY)
 
 
-def test_requests_made_in_the_future_do_not_limit_the_pace(desk: Desk) -> None:
-    """Requests stored by a clock that ran ahead are not counted once it is set right."""
+def test_requests_from_the_future_are_not_counted(desk: Desk) -> None:
+    """Requests stored by a clock that was ahead are not counted."""
     desk.use(requests_per_hour=2)
     a_day_ahead(desk)
     desk.ask("203.0.113.1")
@@ -113,7 +113,7 @@ def test_the_wait_for_used_up_resends_is_no_longer_than_a_request_lives(desk: De
     ids=["year 1", "year 9999"],
 )
 def test_the_workflow_at_the_ends_of_the_calendar(desk: Desk, now: datetime) -> None:
-    """A clock at the first or the last day that there is breaks no call."""
+    """No call fails at the first or last day of the calendar."""
     desk.clock.set(now)
     request = desk.ask()
     with pytest.raises(TooManyRequests) as caught:
@@ -146,7 +146,7 @@ def test_how_long_to_wait(ages: list[int], most: int, wait: int) -> None:
 
 
 def test_times_end_with_the_calendar() -> None:
-    """Adding a duration ends at the first and at the last time that there is."""
+    """Adding a duration ends at the first and the last possible time."""
     assert shifted(NOW, HOUR) == NOW + HOUR
     assert shifted(NOW, timedelta.max) == datetime.max.replace(tzinfo=UTC)
     assert shifted(NOW, timedelta.min) == datetime.min.replace(tzinfo=UTC)
@@ -173,7 +173,7 @@ class Broken(tzinfo):
 
 
 def test_a_time_zone_that_fails_is_bad_input() -> None:
-    """What a caller's time zone raises becomes an error that names the argument."""
+    """An error of a caller's time zone becomes InvalidValue, with the name of the argument."""
     desk = Desk()
     with pytest.raises(InvalidValue, match="expires_at: has a time zone that fails: LookupError"):
         desk.ask(expires_at=datetime(2031, 1, 1, tzinfo=Broken()))

@@ -1,4 +1,4 @@
-"""Bad input, everywhere: a clear error, and a store in which nothing has changed."""
+"""Bad input: a clear error, and an unchanged store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)  # as a desk's clock begins
 
 
 class Sly(str):
-    """A str that lies about itself."""
+    """A str that claims to equal everything."""
 
     __slots__ = ()
 
@@ -32,7 +32,7 @@ class Sly(str):
     ids=repr,
 )
 def test_labels(desk: Desk, label: Any) -> None:
-    """Up to 100 characters in one line, and text."""
+    """At most 100 characters of text on one line."""
     for call in (
         lambda: desk.ask(label=label),
         lambda: desk.flow.impose(BOSS, "jsmith", OFFICE, reason="x", label=label),
@@ -43,8 +43,8 @@ def test_labels(desk: Desk, label: Any) -> None:
 
 
 @pytest.mark.parametrize("label", ["", "x" * 100, "Büro 東京", "<b>", "%s {0} $(x)", "' OR 1=1 --"])
-def test_labels_that_are_text(desk: Desk, label: str) -> None:
-    """Whatever it says, it is kept as it is."""
+def test_valid_labels(desk: Desk, label: str) -> None:
+    """A label is stored unchanged."""
     applied = desk.confirm(desk.ask(label=label))
     assert applied.restriction is not None
     assert applied.restriction.label == label
@@ -53,7 +53,7 @@ def test_labels_that_are_text(desk: Desk, label: str) -> None:
 
 @pytest.mark.parametrize("reason", ["x" * 501, "a\nb", "\0", *NO_TEXT], ids=repr)
 def test_reasons_for_deleting(desk: Desk, reason: Any) -> None:
-    """Up to 500 characters in one line, and text."""
+    """At most 500 characters of text on one line."""
     restriction = desk.add()
     for setting in (False, True):
         desk.use(confirm_deletes=setting)
@@ -80,7 +80,7 @@ def test_reasons_for_deleting(desk: Desk, reason: Any) -> None:
     ids=repr,
 )
 def test_times(desk: Desk, moment: Any) -> None:
-    """An aware time to come, nothing else."""
+    """Only aware times in the future are accepted."""
     for call in (
         lambda: desk.ask(expires_at=moment),
         lambda: desk.flow.impose(BOSS, "jsmith", OFFICE, reason="x", expires_at=moment),
@@ -91,7 +91,7 @@ def test_times(desk: Desk, moment: Any) -> None:
 
 
 def test_the_farthest_time(desk: Desk) -> None:
-    """The last moment that there is can be kept."""
+    """The last possible time can be stored."""
     last = datetime.max.replace(tzinfo=UTC)
     applied = desk.confirm(desk.ask(expires_at=last))
     assert applied.restriction is not None
@@ -122,7 +122,7 @@ def test_the_farthest_time(desk: Desk) -> None:
     ids=lambda value: repr(value)[:20],
 )
 def test_addresses(desk: Desk, addresses: Any) -> None:
-    """What is no restriction is refused as such."""
+    """Invalid addresses are refused."""
     for call in (
         lambda: desk.ask(addresses),
         lambda: desk.flow.impose(BOSS, "jsmith", addresses, reason="x"),
@@ -131,8 +131,8 @@ def test_addresses(desk: Desk, addresses: Any) -> None:
             call()
 
 
-def test_a_range_that_was_made_is_refused_like_its_text(desk: Desk) -> None:
-    """No restriction gets in as a value that would not as text."""
+def test_a_constructed_range_is_checked(desk: Desk) -> None:
+    """A constructed range is checked like its text."""
     for first in (0, 2**32 - 1, 0xE0 << 24):
         made = ipguard.AddressRange(version=4, first=first, last=first)
         with desk.unchanged(), pytest.raises(AddressError):
@@ -145,7 +145,7 @@ def test_a_range_that_was_made_is_refused_like_its_text(desk: Desk) -> None:
     ids=repr,
 )
 def test_usernames(desk: Desk, username: Any) -> None:
-    """A name without a canonical form is refused before anything is looked up."""
+    """A name without a canonical form is refused before any look-up."""
     for call in (
         lambda: desk.flow.request(ALICE, username, OFFICE),
         lambda: desk.flow.impose(BOSS, username, OFFICE, reason="x"),
@@ -157,7 +157,7 @@ def test_usernames(desk: Desk, username: Any) -> None:
 
 @pytest.mark.parametrize("username", ["", "jsmith ", "a\0", 5, b"x"], ids=repr)
 def test_usernames_in_the_history(desk: Desk, username: Any) -> None:
-    """Likewise where one looks."""
+    """The history refuses such names too."""
     with pytest.raises(UsernameError):
         desk.flow.history(BOSS, username=username)
 
@@ -168,7 +168,7 @@ def test_usernames_in_the_history(desk: Desk, username: Any) -> None:
     ids=lambda value: repr(value)[:20],
 )
 def test_ids(desk: Desk, made_up: Any) -> None:
-    """Whatever a page's client sends as an id, there is no such thing."""
+    """An invented id of any kind does not exist."""
     request, restriction = desk.ask(), desk.add(HOME)
     assert made_up not in (request.id, restriction.id)
     for call, error in (
@@ -184,16 +184,16 @@ def test_ids(desk: Desk, made_up: Any) -> None:
 
 
 @pytest.mark.parametrize("number", [None, 4920177340, b"49201-77340", ["1"], True, 1.5], ids=repr)
-def test_numbers_that_are_no_text(desk: Desk, number: Any) -> None:
-    """A program's mistake is told, and is no guess."""
+def test_numbers_of_the_wrong_type(desk: Desk, number: Any) -> None:
+    """A number of the wrong type is an error of the program, not an attempt."""
     request = desk.ask()
     with desk.unchanged(), pytest.raises(InvalidValue) as caught:
         desk.flow.confirm(ALICE, request.id, number)
     assert caught.value.name == "number"
 
 
-def test_text_that_lies_about_itself(desk: Desk) -> None:
-    """A str that claims to equal everything opens nothing."""
+def test_text_with_overridden_equality(desk: Desk) -> None:
+    """A str subclass that equals everything matches nothing."""
     request, restriction = desk.ask(), desk.add(HOME)
     with pytest.raises(ipguard.WrongNumber):
         desk.flow.confirm(ALICE, request.id, Sly(desk.wrong(request)))
@@ -207,8 +207,8 @@ def test_text_that_lies_about_itself(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("actor", [None, "boss", {"username": "boss"}])
-def test_an_actor_that_is_none(desk: Desk, actor: Any) -> None:
-    """A program that passes something else is stopped, and nothing has changed."""
+def test_actors_of_the_wrong_type(desk: Desk, actor: Any) -> None:
+    """Objects that are not actors are refused, and nothing changes."""
     request, restriction = desk.ask(), desk.add(HOME)
     flow = desk.flow
     for call in (
@@ -228,8 +228,8 @@ def test_an_actor_that_is_none(desk: Desk, actor: Any) -> None:
             call()
 
 
-def test_an_error_inside_a_turn_undoes_everything(desk: Desk) -> None:
-    """Where something breaks after the first writes, none of them has been made."""
+def test_an_error_inside_a_transaction_undoes_everything(desk: Desk) -> None:
+    """If an error occurs after the first writes, all are undone."""
     request = desk.ask()
     broken = desk.workflow()
     broken._keys = None  # type: ignore[assignment]

