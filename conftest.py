@@ -1,4 +1,4 @@
-"""Makes the Python code of README.md and docs/ into tests."""
+"""Run the Python code blocks of README.md and docs/ as tests."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 
 def _enter(namespace: dict[str, Any]) -> None:
-    # A document may open databases: it does so in a folder of its own.
+    # Documents open databases: run each in a folder of its own.
     namespace["_before"] = Path.cwd()
     namespace["_folder"] = tempfile.TemporaryDirectory(prefix="ipguard-docs-")
     os.chdir(namespace["_folder"].name)
@@ -21,7 +21,7 @@ def _leave(namespace: dict[str, Any]) -> None:
     namespace["_folder"].cleanup()
 
 
-# The blocks of one document share a namespace. `<!-- skip: next -->` leaves the next one out.
+# The blocks of one document share a namespace; `<!-- skip: next -->` skips the next one.
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md", "docs/**/*.md"],

@@ -1,4 +1,4 @@
-"""What all tests share: the two profiles, and how many rounds each has."""
+"""Fixtures and settings of all tests."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ from tests.flows import desk as desk  # noqa: PLC0414
 from tests.postgres import Given, Server, own_server, running_server
 from tests.secrets_watch import Watch, watching
 
-#: `dev.py test --long` sets it: the same tests, with the full number of rounds.
+#: Set by `dev.py test --long`: run every test with its full number of rounds.
 LONG = bool(os.environ.get("IPGUARD_LONG"))
 
-# No deadline: these machines are shared and slow at times. Failures print what repeats them.
+# No deadline, because the machine may be busy.
 settings.register_profile("short", max_examples=100, deadline=None, print_blob=True)
 settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True)
-# Mutation testing asks one thing, whether a test fails, and wants the same answer each time.
+# Mutation testing needs the same result each time.
 settings.register_profile(
     "mutation",
     max_examples=100,
@@ -35,24 +35,21 @@ settings.register_profile(
 )
 settings.load_profile("long" if LONG else "short")
 
-# A shell that starts the tests in the background has them ignore Ctrl-C; what they start would too.
+# Shells make background jobs ignore SIGINT, which programs started by the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-#: The files that take longest. They are begun first, or at the end one process would be left alone
-#: with the last of them.
-LONGEST = (
-    "test_cli.py",
-    "test_cli_changes.py",
-    "test_browser_axe.py",
-    "test_browser_confirming.py",
+#: The slowest files start first, so that neither process is left alone with one of them at the end.
+SLOWEST = (
     "test_stores.py",
     "test_races.py",
-    "test_outage_confirm.py",
+    "test_cli.py",
+    "test_browser_axe.py",
+    "test_browser_confirming.py",
     "test_serve.py",
     "test_postgres_failures.py",
     "test_cli_watch.py",
-    "test_scale_listing.py",
     "test_cli_bulk.py",
+    "test_outage_confirm.py",
     "test_outage.py",
     "test_state_machine.py",
     "test_postgres.py",
@@ -62,13 +59,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; within a file, and among the others, the order stays."""
-    places = {name: place for place, name in enumerate(LONGEST)}
+    """Put the slowest files first; keep the order otherwise."""
+    places = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def rounds(short: int, long: int) -> int:
-    """Return how often a test repeats itself in the profile that is running."""
+    """Return the number of rounds for the current profile."""
     return long if LONG else short
 
 
@@ -79,27 +76,27 @@ def _rounds() -> Callable[[int, int], int]:
 
 @pytest.fixture
 def long() -> bool:
-    """Whether the full rounds are asked for."""
+    """Whether `dev.py test --long` is running."""
     return LONG
 
 
 @pytest.fixture(scope="session", autouse=True)
 def watch() -> Iterator[Watch]:
-    """What watches the whole run for confirmation numbers in logs; the end of the run fails."""
-    with watching() as it:
-        yield it
+    """Fail at the end of the run if a confirmation number was logged."""
+    with watching() as watch:
+        yield watch
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server | Given]:
-    """A PostgreSQL server for all tests of this process; it is not to be stopped."""
+    """A PostgreSQL server shared by the tests of this process; do not stop it."""
     with running_server() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def own_postgres(postgres: Server | Given) -> Iterator[Server]:
-    """One whose processes and port are ours to meddle with; it is not to be stopped either."""
+    """A shared server of our own, whose processes and port can be inspected; do not stop it."""
     if isinstance(postgres, Server):
         yield postgres
         return

@@ -1,7 +1,7 @@
-"""Watches a whole test run: no confirmation number that was minted may turn up in a log.
+"""A log handler that finds confirmation numbers in the log of a whole test run.
 
-`tests/conftest.py` begins it with the session. Numbers of ten digits and more are looked for, as
-whole words, with or without their hyphens: shorter ones are found in any log by chance.
+`tests/conftest.py` installs it. It looks for numbers of at least ten digits, with or without
+hyphens, as whole words: shorter numbers occur in logs by chance.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _mint = confirmation.mint
 
 
 class Watch(logging.Handler):
-    """Reads every record of `ipguard.*` as it would be written, tracebacks included.
+    """Search every record of `ipguard.*` as it would be formatted, tracebacks included.
 
     Attributes:
-        minted: The numbers so far, digits alone.
-        found: What was logged that held one.
-        read: How many records were read.
+        minted: The digits of all numbers so far.
+        found: The log lines that contain a number.
+        read: The number of records.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Watch(logging.Handler):
         self.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
 
     def mint(self, digits: int) -> str:
-        """Mint as the library does, and remember the number."""
+        """Mint a number and remember it."""
         number = _mint(digits)
         if len(number) >= _SHORTEST:
             self.minted.add(number)
@@ -46,7 +46,7 @@ class Watch(logging.Handler):
         return number
 
     def holds_a_number(self, text: str) -> bool:
-        """Tell whether a text holds a number that was minted."""
+        """Return whether a text contains a number that was minted."""
         words = (re.sub("[- ]", "", word) for word in _WORDS.findall(text))
         return any(
             word[n : n + size] in self.minted
@@ -64,7 +64,7 @@ class Watch(logging.Handler):
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Watch until the block ends, then fail if a number was logged in it."""
+    """Fail at the end of the block if it logged a number."""
     watch, logger = Watch(), logging.getLogger("ipguard")
     patch = pytest.MonkeyPatch()
     patch.setattr(confirmation, "mint", watch.mint)

@@ -1,4 +1,4 @@
-"""What the documents say in tables and diagrams is what the code does."""
+"""Tests that tables, diagrams and links of the documentation match the code."""
 
 import re
 import tomllib
@@ -16,7 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/ad
 
 
 def table(page: str, first: str) -> list[tuple[str, ...]]:
-    """Return the rows of the table whose first heading is `first`, without backticks."""
+    """Return the rows of the table with this first heading, without backticks."""
     lines = (ROOT / page).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
     rows = []
@@ -27,29 +27,29 @@ def table(page: str, first: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def steps(text: str) -> dict[tuple[str, str], str]:
-    """Read a diagram of lines such as `pending --confirm--> confirmed`."""
+def transitions(text: str) -> dict[tuple[str, str], str]:
+    """Parse a diagram with lines such as `pending --confirm--> confirmed`."""
     found = re.findall(r"^ *(\w+) --(\w+)-+> (\w+)", text, re.MULTILINE)
     return {(before, step): after for before, step, after in found}
 
 
-TABLE_OF_STEPS = {(str(b), str(step)): str(a) for (b, step), a in rules.STEPS.items()}
+TRANSITIONS = {(str(b), str(step)): str(a) for (b, step), a in rules.STEPS.items()}
 
 
-def test_the_diagram_of_states_is_the_table():
-    """ARCHITECTURE.md and the module draw the steps that there are, and no other."""
-    assert steps((ROOT / "ARCHITECTURE.md").read_text()) == TABLE_OF_STEPS
-    assert steps(rules.__doc__ or "") == TABLE_OF_STEPS
+def test_diagrams_of_states():
+    """The diagrams in ARCHITECTURE.md and in `rules` have exactly the transitions of the code."""
+    assert transitions((ROOT / "ARCHITECTURE.md").read_text()) == TRANSITIONS
+    assert transitions(rules.__doc__ or "") == TRANSITIONS
 
 
-def test_the_guide_lists_the_steps():
-    """A request's life in the guide is the table."""
+def test_table_of_states():
+    """The table in docs/workflow.md has exactly the transitions of the code."""
     rows = table("docs/workflow.md", "from")
-    assert {(before, step): after for before, step, after in rows} == TABLE_OF_STEPS
+    assert {(before, step): after for before, step, after in rows} == TRANSITIONS
 
 
-def test_the_rooms_are_those_that_exist():
-    """Each room is in the architecture's table, in the layer that import-linter holds it to."""
+def test_rooms_and_layers():
+    """ARCHITECTURE.md lists every room with its layer in import-linter's contract."""
     here = {
         path.stem
         for path in (ROOT / "src" / "ipguard").iterdir()
@@ -67,7 +67,7 @@ def test_the_rooms_are_those_that_exist():
 
 
 def written(value: object) -> str:
-    """Write a default as the table of settings does."""
+    """Format a default as the table of settings does."""
     if isinstance(value, timedelta):
         seconds = int(value.total_seconds())
         for unit, length in (("hours", 3600), ("minutes", 60)):
@@ -77,14 +77,14 @@ def written(value: object) -> str:
     return str(value)
 
 
-def test_the_settings_and_their_defaults():
-    """The guide's table has every setting, with the default that it has."""
+def test_table_of_settings():
+    """docs/workflow.md lists every setting with its default."""
     defaults = {field.name: written(field.default) for field in attrs.fields(WorkflowSettings)}
     assert {row[0]: row[1] for row in table("docs/workflow.md", "setting")} == defaults
 
 
-def test_the_errors():
-    """The guide's table has every error that can be raised, once."""
+def test_table_of_errors():
+    """docs/workflow.md lists every error once."""
     every = {
         name
         for name, error in vars(errors).items()
@@ -94,8 +94,8 @@ def test_the_errors():
     assert sorted(listed) == sorted(every - {"IPGuardError"})
 
 
-def test_the_reasons():
-    """The operator's table has every reason, and whether it allows."""
+def test_table_of_reasons():
+    """docs/operations.md lists every reason and whether it allows."""
     listed = {row[0]: row[1] for row in table("docs/operations.md", "reason")}
     allowing = {Reason.UNRESTRICTED, Reason.LISTED}
     assert listed == {reason.name: "yes" if reason in allowing else "no" for reason in Reason}
@@ -110,21 +110,21 @@ def texts(columns: int) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(("text", "canonical"), texts(2))
-def test_what_may_be_written(text, canonical):
-    """What the guide says may be written, may be, and means that."""
+def test_accepted_addresses(text, canonical):
+    """docs/restrictions.md: each accepted text has the given canonical form."""
     assert str(AddressRange.parse(text)) == canonical
 
 
 @pytest.mark.parametrize(("text", "reason", "hint"), texts(3))
-def test_what_is_refused(text, reason, hint):
-    """What the guide says is refused, is, for that reason and with that hint."""
+def test_refused_addresses(text, reason, hint):
+    """docs/restrictions.md: each refused text has the given reason and hint."""
     with pytest.raises(AddressError) as refused:
         AddressRange.parse(text)
     assert (refused.value.reason, refused.value.hint) == (reason, hint or None)
 
 
-def test_the_promises_are_tested_where_the_readme_says():
-    """Each file of tests that README.md names exists."""
+def test_files_of_the_promises():
+    """The test files that README.md names exist."""
     named = [
         pattern
         for row in table("README.md", "promise")
@@ -135,8 +135,8 @@ def test_the_promises_are_tested_where_the_readme_says():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    """A relative link leads to a file, and its fragment to a heading there."""
+def test_links(page):
+    """Relative links point to files and headings that exist."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
@@ -153,9 +153,12 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_imports_what_it_uses(page):
-    """`import ipguard` loads neither mail nor testing; that a test before did would hide it."""
+def test_code_imports_submodules(page):
+    """Code does not use `ipguard.mail` or `ipguard.testing` after `import ipguard` alone.
+
+    Other tests import them, so running the code would not show the error.
+    """
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     code = re.sub(r"#.*", "", "".join(blocks))
     used = set(re.findall(r"\bipguard\.(?:mail|testing)\.", code))
-    assert not used, "import what is needed from these, by name"
+    assert not used, "import the names from these modules"
