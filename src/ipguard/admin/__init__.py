@@ -32,31 +32,30 @@ Address Restriction", "Submit", "Confirm", "Cancel", "Delete".
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ipguard.guard import Guard
 from ipguard.workflow import Workflow
 
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
+
+    from starlette.types import ASGIApp
+
 __all__ = ["asgi_app", "wsgi_app"]
 
-_MISSING = 'the administration page needs its extra: pip install "ipguard[admin]"'
 
-try:
-    from ipguard.admin._site import Site
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(_MISSING, name=missing.name) from missing
+def _load(name: str) -> Any:
+    try:
+        return import_module(f"ipguard.admin.{name}")
+    except ModuleNotFoundError as missing:
+        text = 'the administration page needs its extra: pip install "ipguard[admin]"'
+        raise ModuleNotFoundError(text, name=missing.name) from missing
 
-ASGIApp = Callable[
-    [
-        MutableMapping[str, Any],
-        Callable[[], Awaitable[MutableMapping[str, Any]]],
-        Callable[[MutableMapping[str, Any]], Awaitable[None]],
-    ],
-    Awaitable[None],
-]
-WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+_Site = _load("_site").Site
 
 
 def asgi_app(
@@ -84,7 +83,7 @@ def asgi_app(
         InvalidValue: An argument is invalid.
         ModuleNotFoundError: The extra `admin` is not installed.
     """
-    app: ASGIApp = _load_adapter("_asgi").make_app(Site(flow, guard, brand, authenticate))
+    app: ASGIApp = _load("_asgi").make_app(_Site(flow, guard, brand, authenticate))
     return app
 
 
@@ -94,7 +93,7 @@ def wsgi_app(
     *,
     authenticate: Callable[[Any], Any],
     brand: str = "Account Administration",
-) -> WSGIApp:
+) -> WSGIApplication:
     """Make the page for a WSGI server or framework.
 
     Args:
@@ -111,12 +110,5 @@ def wsgi_app(
         InvalidValue: An argument is invalid.
         ModuleNotFoundError: The extra `admin` is not installed.
     """
-    app: WSGIApp = _load_adapter("_wsgi").make_app(Site(flow, guard, brand, authenticate))
+    app: WSGIApplication = _load("_wsgi").make_app(_Site(flow, guard, brand, authenticate))
     return app
-
-
-def _load_adapter(name: str) -> Any:
-    try:
-        return import_module(f"ipguard.admin.{name}")
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(_MISSING, name=missing.name) from missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
 
@@ -139,8 +140,7 @@ def _request(
         if pending is not None:
             text = "You have asked for this already. Its number was sent to you by email."
             return context.redirect("confirm", text, "note", user=user.username, request=pending)
-        problem = _messages.explain(error, context.now)
-        problems = {problem.field: problem.text}
+        problems = _messages.explain(error, context.now)
     return context.redirect_to_draft("add", Draft(values=values, problems=problems))
 
 
@@ -155,7 +155,7 @@ def _find_own_request(context: Context, error: IPGuardError, addresses: AddressR
 
 
 def describe_typed(context: Context) -> Response:
-    """Return as JSON, for the script, how a text was understood or what is wrong with it."""
+    """Return to the script, as JSON, the range that a text means, or the problem."""
     problems: dict[str, str] = {}
     addresses = _parse_addresses(context, context.field("addresses"), problems)
     answer = {
@@ -163,7 +163,7 @@ def describe_typed(context: Context) -> Response:
         "understood": "" if addresses is None else _messages.format_range(addresses),
         "problem": problems.get("addresses", ""),
     }
-    return _http.respond(200, "application/json", json.dumps(answer))
+    return _http.respond(200, json.dumps(answer), kind="application/json")
 
 
 # -- the fields
@@ -180,7 +180,7 @@ def _parse(
     try:
         check_text("label", values["label"], LABEL_LIMIT)
     except InvalidValue as error:
-        problems["label"] = _messages.explain(error, context.now).text
+        problems |= _messages.explain(error, context.now)
     if problems or user is None or addresses is None:
         return problems
     return user, addresses, expires_at
@@ -196,7 +196,7 @@ def _parse_addresses(context: Context, text: str, problems: dict[str, str]) -> A
         addresses = rules.read_addresses(text, **widest)
         rules.check_width(addresses, **widest)
     except (AddressError, AddressTooBroad) as error:
-        problems["addresses"] = _messages.explain(error, context.now).text
+        problems |= _messages.explain(error, context.now)
         return None
     return addresses
 
@@ -213,10 +213,8 @@ def _parse_time(text: str, problems: dict[str, str]) -> datetime | None:
 
 
 def _parse_user(context: Context, text: str, problems: dict[str, str]) -> User | None:
-    try:
+    with suppress(UnknownUser):
         return context.find_user(text.strip()).user
-    except UnknownUser:
-        pass
     if not text.strip():
         problems["user"] = "Choose a trader."
     elif _match_users(context, text):

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Awaitable
 from typing import cast
 
+import attrs
 from starlette import requests, responses
 from starlette.concurrency import run_in_threadpool
 from starlette.routing import Router
@@ -25,8 +26,7 @@ def make_app(site: Site) -> ASGIApp:
             await WebSocketClose()(scope, receive, send)
             return
         http_request = requests.Request(scope, receive)
-        prefix, path = split_path(scope)
-        request = _read_request(http_request, prefix, path)
+        request = _read_request(http_request)
         response = site.respond_to_anyone(request)
         if response is None:
             actor = await _authenticate(site, http_request)
@@ -34,10 +34,9 @@ def make_app(site: Site) -> ASGIApp:
                 response = site.refuse_stranger(request)
             elif isinstance(actor, Actor):
                 try:
-                    body = await _read_body(http_request)
+                    request = attrs.evolve(request, body=await _read_body(http_request))
                 except requests.ClientDisconnect:
                     return
-                request = _read_request(http_request, prefix, path, body)
                 response = await run_in_threadpool(site.respond, request, actor)
             else:  # the host's own response, such as a redirect
                 await cast("ASGIApp", actor)(scope, receive, send)
@@ -62,9 +61,8 @@ def split_path(scope: Scope) -> tuple[str, str]:
     return prefix, find_page(path if path_below is None else path_below, path, prefix)
 
 
-def _read_request(
-    request: requests.Request, prefix: str, path: str, body: bytes | None = b""
-) -> Request:
+def _read_request(request: requests.Request) -> Request:
+    prefix, path = split_path(request.scope)
     return Request(
         method=request.method,
         prefix=prefix,
@@ -73,7 +71,6 @@ def _read_request(
         headers=dict(request.headers.items()),
         cookies=request.cookies,
         https=request.scope.get("scheme") == "https",
-        body=body,
     )
 
 

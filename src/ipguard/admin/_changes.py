@@ -26,14 +26,7 @@ from ipguard.errors import (
     UnknownRestriction,
     WrongNumber,
 )
-from ipguard.model import (
-    REASON_LIMIT,
-    Applied,
-    PendingRequest,
-    Restriction,
-    User,
-    UserOverview,
-)
+from ipguard.model import REASON_LIMIT, Applied, PendingRequest, Restriction, User, UserOverview
 
 _ACTOR_LOCKED: Final = (
     "You have given too many wrong numbers, over all your requests. No number is accepted from you "
@@ -41,7 +34,6 @@ _ACTOR_LOCKED: Final = (
 )
 _SUMMARY_LENGTH: Final = 200
 _CATCH_UP_SECONDS: Final = 2.0
-_EXPIRED: Final = "This number has expired. Send a new number; the request still waits."
 
 
 def preview_removal(
@@ -100,7 +92,7 @@ def confirm(context: Context) -> Response:
     except LockoutRisk as risk:
         return _CONFIRM.warn_of_lockout(context, risk.address)
     except OpeningRisk:
-        return _CONFIRM.show_changes(context)
+        return _CONFIRM.refuse(context, step="changed")
     except (StoreError, UnknownRequest):
         raise
     except IPGuardError as error:
@@ -109,21 +101,20 @@ def confirm(context: Context) -> Response:
 
 
 def _refuse_number(context: Context, error: IPGuardError) -> Response:
-    problems = {"number": _EXPIRED}
-    if isinstance(error, RequestClosed) or (
-        isinstance(error, WrongNumber) and not error.attempts_left
-    ):
-        return _CONFIRM.open(context)
-    if isinstance(error, WrongNumber):
-        text = f"This is not the number. {_messages.format_attempts(error.attempts_left)}."
-        problems = {"number": text}
-    elif isinstance(error, NumberFormatError):
-        problems = {"number": f"The confirmation number {error.reason}. No attempt was counted."}
-    elif isinstance(error, TooManyAttempts):
-        problems = {"number": _ACTOR_LOCKED}
-    elif not isinstance(error, NumberExpired):
-        problems = {"": _messages.explain(error, context.now).text}
-    return _CONFIRM.refuse(context, problems)
+    match error:
+        case RequestClosed() | WrongNumber(attempts_left=0):
+            return _CONFIRM.open(context)
+        case WrongNumber():
+            text = f"This is not the number. {_messages.format_attempts(error.attempts_left)}."
+        case NumberFormatError():
+            text = f"The confirmation number {error.reason}. No attempt was counted."
+        case TooManyAttempts():
+            text = _ACTOR_LOCKED
+        case NumberExpired():
+            text = "This number has expired. Send a new number; the request still waits."
+        case _:
+            return _CONFIRM.refuse(context, _messages.explain(error, context.now))
+    return _CONFIRM.refuse(context, {"number": text})
 
 
 def resend(context: Context) -> Response:
@@ -139,7 +130,7 @@ def resend(context: Context) -> Response:
     except RequestClosed:
         return _CONFIRM.open(context)
     except TooManyRequests as error:
-        text = _messages.explain(error, context.now).text
+        text = _messages.explain(error, context.now)[""]
         if error.retry_after <= context.flow.settings.resend_interval:
             text = f"A number was sent a moment ago. {_messages.format_retry(error, context.now)}"
     except DeliveryError:
@@ -161,7 +152,7 @@ def cancel(context: Context) -> Response:
 
 
 def show_applied(context: Context, user: User, applied: Applied) -> Response:
-    """Redirect to the user's page, with a message about what was done and what holds now."""
+    """Redirect to the user's page, with a message about the change and its effect."""
     known = context.guard.wait_for(applied.revision, _CATCH_UP_SECONDS)
     assert applied.restriction is not None
     line = context.find_user(user.username)
@@ -215,7 +206,8 @@ def delete(context: Context) -> Response:
     if isinstance(checked, Response):
         return checked
     line, restriction = checked
-    name, last = line.user.username, len(line.restrictions) == 1
+    name = line.user.username
+    last = rules.without(line.restrictions, restriction.id, context.now).opens
     if last and context.field("open") != "accept":
         problem = "Tick the box if you want this, or keep the restriction."
         return _DELETE.refuse(context, {"open": problem})
@@ -244,7 +236,7 @@ def _refuse_deletion(
     if isinstance(error, LockoutRisk):
         return _DELETE.warn_of_lockout(context, error.address)
     if isinstance(error, OpeningRisk):
-        return _DELETE.show_changes(context)
+        return _DELETE.refuse(context, step="changed")
     if isinstance(error, UnknownRestriction):
         return _DELETE.open(context)
     if isinstance(error, DeliveryError):
@@ -252,8 +244,7 @@ def _refuse_deletion(
         return context.redirect("confirm", text, "problem", user=username, request=request_id)
     if isinstance(error, DuplicateRestriction):
         return _open_pending_deletion(context, username, restriction)
-    problem = _messages.explain(error, context.now)
-    return _DELETE.refuse(context, {problem.field: problem.text})
+    return _DELETE.refuse(context, _messages.explain(error, context.now))
 
 
 def _open_pending_deletion(context: Context, username: str, restriction: Restriction) -> Response:

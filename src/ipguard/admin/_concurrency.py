@@ -22,6 +22,7 @@ from ipguard.model import Action, Change, PendingRequest, Restriction, UserOverv
 T = TypeVar("T", PendingRequest, Restriction)
 
 _ENTRY_LIMIT: Final = 200
+_ID_LENGTH: Final = 64  # longer than every id
 _CHANGING: Final = frozenset(
     {Action.CONFIRM, Action.DELETE, Action.IMPOSE, Action.IMPOSE_MANY, Action.LIFT}
 )
@@ -149,7 +150,7 @@ class Form(Generic[T]):
         subject = self.find(line, subject_id)
         if subject is None:
             return self.show_over(context, username, subject_id)
-        if draft.values.get("asked"):
+        if draft.values.get("asked") and not draft.step:
             what = f"{self.describe(subject)} for {line.user.full_name or line.user.username}"
             about = {"user": username, self.field: subject_id}
             return show_lockout_warning(context, self.name, draft, what, **about)
@@ -168,7 +169,7 @@ class Form(Generic[T]):
 
     def open(self, context: Context, draft: Draft | None = None) -> Response:
         """Redirect to this form about the subject of the submitted one."""
-        about = {"user": context.field("user"), self.field: context.id_field(self.field)}
+        about = {"user": context.field("user"), self.field: context.field(self.field)[:_ID_LENGTH]}
         if draft is None:
             return context.redirect(self.name, **about)
         return context.redirect_to_draft(self.name, draft, **about)
@@ -181,21 +182,14 @@ class Form(Generic[T]):
         asked: str | None = None,
         step: str = "",
     ) -> Response:
-        """Redirect to the form with the submitted values.
+        """Redirect to the form with the submitted values and the problems by field.
 
-        Args:
-            context: The context.
-            problems: The error messages by field.
-            asked: The actor's address if the change would lock the actor out.
-            step: The step of the draft.
+        `asked` is the actor's address if the change would lock the actor out; `step` is "changed"
+        for the form to show concurrent changes.
         """
         values = {name: context.field(name) for name in ("seen", *self.kept)}
         values["asked"] = context.field("asked") if asked is None else asked
         return self.open(context, Draft(values=values, problems=problems or {}, step=step))
-
-    def show_changes(self, context: Context) -> Response:
-        """Redirect to the form, which then shows the concurrent changes."""
-        return self.refuse(context, asked="", step="changed")
 
     def warn_of_lockout(self, context: Context, address: str) -> Response:
         """Redirect to the warning that the actor would be locked out."""
@@ -208,7 +202,7 @@ class Form(Generic[T]):
         if subject is None:
             return self.open(context)
         if describe_changes(context, line, context.field("seen")):
-            return self.show_changes(context)
+            return self.refuse(context, step="changed")
         return line, subject
 
 

@@ -15,7 +15,7 @@ import attrs
 from itsdangerous import BadData, URLSafeSerializer
 
 from ipguard.admin import _http
-from ipguard.admin._http import NotFound, Request, Response
+from ipguard.admin._http import Request, Response
 from ipguard.guard import Guard
 from ipguard.model import Actor, UserOverview
 from ipguard.workflow import Workflow
@@ -26,7 +26,6 @@ _SESSION: Final = re.compile(r"[A-Za-z0-9_-]{22}")
 _NOTE_SECONDS: Final = 120
 _DRAFT_SECONDS: Final = 3_600
 _DRAFT_LENGTH: Final = 2_800  # characters; gunicorn accepts request lines of 4 KB
-_ID_LENGTH: Final = 64  # longer than every id
 
 
 class Signer:
@@ -49,13 +48,10 @@ class Signer:
         return URLSafeSerializer(self._keys, salt, signer_kwargs=options)
 
     def sign(self, purpose: str, value: object, *bound: str, seconds: int | None = None) -> str:
-        """Return a value as signed text.
+        """Return a JSON value as signed text.
 
-        Args:
-            purpose: The use of the text; it verifies for no other purpose.
-            value: The value, serialisable as JSON.
-            bound: What must be equal when it is verified: the actor, the browser, the page.
-            seconds: How long the text is valid, or None for no limit.
+        The text verifies only for the same purpose and the same `bound` values, such as the actor
+        and the browser, and for `seconds`, if they are given.
         """
         # Not URLSafeTimedSerializer: it rejects the signatures of a server whose clock is ahead.
         until = None if seconds is None else int(time.time()) + seconds
@@ -157,17 +153,6 @@ class Context:
         """Return a field of the form, or "" if it is missing."""
         return self.form.get(name, "")
 
-    def id_field(self, name: str) -> str:
-        """Return a field that holds an id and is short enough for a URL.
-
-        Raises:
-            NotFound: It is too long.
-        """
-        text = self.field(name)
-        if len(text) > _ID_LENGTH:
-            raise NotFound
-        return text
-
     def read_draft(self) -> Draft:
         """Return the draft in the URL; an empty one if it is missing, expired or invalid."""
         query = self.request.parse_query()
@@ -213,7 +198,7 @@ class Context:
                 **values,
             },
         )
-        return _http.respond_html(status, html, self._cookie_headers())
+        return _http.respond(status, html, self._cookie_headers())
 
     def redirect(
         self, page: str, note: str = "", level: Level = "done", /, **query: object
@@ -228,7 +213,7 @@ class Context:
         return _http.redirect(location, self._cookie_headers())
 
     def redirect_to_draft(self, page: str, draft: Draft, /, **query: object) -> Response:
-        """Redirect to the submitted form, with its values and what is wrong with them.
+        """Redirect to the submitted form, with its values and problems.
 
         If the response to the POST were the form itself, each reload would submit it again. The
         draft is in the URL, so that tabs do not share it. Long values are cut until it fits.

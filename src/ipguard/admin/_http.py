@@ -26,9 +26,9 @@ SAFE_HEADERS: Final = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
-_NO_STORE: Final = ("Cache-Control", "no-store")
 
 
+@attrs.define(eq=False, slots=False)
 class PageError(Exception):
     """A request that is answered with an error page.
 
@@ -39,18 +39,10 @@ class PageError(Exception):
         headers: Additional headers.
     """
 
-    def __init__(
-        self,
-        status: int,
-        text: str,
-        title: str = "That did not work",
-        headers: tuple[tuple[str, str], ...] = (),
-    ) -> None:
-        super().__init__(status, text)
-        self.status = status
-        self.text = text
-        self.title = title
-        self.headers = headers
+    status: int
+    text: str
+    title: str = "That did not work"
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 class NotFound(PageError):
@@ -147,25 +139,24 @@ class Response:
     body: bytes = attrs.field(repr=False)
 
 
-def respond(status: int, kind: str, body: str, headers: Iterable[tuple[str, str]] = ()) -> Response:
-    """Make a response of a content type that no cache may store."""
+def respond(
+    status: int,
+    body: str,
+    headers: Iterable[tuple[str, str]] = (),
+    *,
+    kind: str = "text/html; charset=utf-8",
+) -> Response:
+    """Make a response that no cache may store."""
     return Response(
         status=status,
-        headers=(("Content-Type", kind), _NO_STORE, *SAFE_HEADERS, *headers),
+        headers=(("Content-Type", kind), ("Cache-Control", "no-store"), *SAFE_HEADERS, *headers),
         body=body.encode("utf-8", "replace"),
     )
 
 
-def respond_html(status: int, html: str, headers: Iterable[tuple[str, str]] = ()) -> Response:
-    """Make an HTML page that no cache may store."""
-    return respond(status, "text/html; charset=utf-8", html, headers)
-
-
 def redirect(location: str, headers: Iterable[tuple[str, str]] = ()) -> Response:
     """Redirect the browser with a GET."""
-    return Response(
-        status=303, headers=(("Location", location), _NO_STORE, *SAFE_HEADERS, *headers), body=b""
-    )
+    return respond(303, "", (("Location", location), *headers))
 
 
 def build_link(base: str, page: str, **query: object) -> str:

@@ -17,7 +17,6 @@ from ipguard.usernames import canonical_username
 _PAGE_SIZE: Final = 50
 _SEARCH_LENGTH: Final = 256
 _BLANKS: Final = " \t\r\n"
-_NO_SUCH_PAGE: Final = "There is no such page of the history."
 
 
 def show_list(context: Context) -> Response:
@@ -86,7 +85,7 @@ def check(context: Context) -> Response:
     try:
         parse_address(text)
     except AddressError as error:
-        problem = _messages.explain(error, context.now).text
+        problem = _messages.explain(error, context.now)["addresses"]
         problems["address"] = problem if text else "Type an IP address."
     draft = Draft(values={"address": text}, problems=problems)
     return context.redirect_to_draft("check", draft, user=line.user.username)
@@ -99,8 +98,6 @@ def show_history(context: Context) -> Response:
     username, cursor = draft.values.get("user", query.get("user", "")), query.get("before", "")
     found: Page[Change] = Page(items=())
     if not draft.problems:
-        if cursor and not (cursor.isascii() and cursor.isdecimal() and len(cursor) < 20):
-            raise PageError(400, _NO_SUCH_PAGE)
         try:
             found = context.flow.history(
                 context.actor,
@@ -108,8 +105,8 @@ def show_history(context: Context) -> Response:
                 before=int(cursor) if cursor else None,
                 limit=_PAGE_SIZE,
             )
-        except (InvalidValue, UsernameError):
-            raise PageError(400, _NO_SUCH_PAGE) from None
+        except (ValueError, UsernameError):
+            raise PageError(400, "There is no such page of the history.") from None
     return context.page(
         "history.html",
         entries=found.items,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from ipguard import audit
 from ipguard.addresses import AddressRange
@@ -38,18 +38,13 @@ MAIL_FAILED: Final = (
 )
 
 
-def format_count(addresses: AddressRange) -> str:
-    """Return how many addresses a range holds."""
+def format_range(addresses: AddressRange) -> str:
+    """Return a range in canonical form, with the number of its addresses."""
     size = addresses.size
     if size < _EXACT_BELOW:
-        return f"{size:,} address{'' if size == 1 else 'es'}"
+        return f"{addresses}: {size:,} address{'' if size == 1 else 'es'}"
     power = size.bit_length() - 1
-    return f"{'' if size == 1 << power else 'more than '}2^{power} addresses"
-
-
-def format_range(addresses: AddressRange) -> str:
-    """Return a range in canonical form, with its size."""
-    return f"{addresses}: {format_count(addresses)}"
+    return f"{addresses}: {'' if size == 1 << power else 'more than '}2^{power} addresses"
 
 
 def format_time(at: datetime) -> str:
@@ -88,53 +83,35 @@ def describe_request(request: PendingRequest) -> str:
 # -- errors --------------------------------------------------------------------------------------
 
 
-class Problem(NamedTuple):
-    """A problem of a form: the field, or "" for the whole form, and the error message."""
-
-    field: str
-    text: str
+_NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
 
 
-def explain(error: IPGuardError, now: datetime) -> Problem:
-    """Return what an error of the workflow means for the person who submitted a form."""
-    for kind, explain_kind in _PROBLEMS.items():
-        if isinstance(error, kind):
-            return explain_kind(error, now)
-    return Problem("", _sentence(str(error)))
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?')) else '.'}"
-
-
-def _explain_address(error: AddressError, _: datetime) -> Problem:
-    hint = "" if error.hint is None else f" Did you mean {error.hint}?"
-    return Problem("addresses", f"{error.text} is not accepted: {error.reason}.{hint}")
-
-
-def _explain_too_broad(error: AddressTooBroad, _: datetime) -> Problem:
-    return Problem(
-        "addresses",
-        f"{error.addresses} holds more addresses than a restriction may. "
-        f"The widest network allowed is a /{error.widest}.",
-    )
-
-
-def _explain_duplicate(error: DuplicateRestriction, _: datetime) -> Problem:
-    text = str(error)  # which may begin with the username: keep its case
-    return Problem("addresses", f"{text}." if text.startswith(error.username) else _sentence(text))
-
-
-def _explain_too_many(error: TooManyRestrictions, _: datetime) -> Problem:
-    return Problem(
-        "addresses",
-        f"{error.username} already has {error.limit} restrictions, as many as are allowed. "
-        "Delete some first, or use a network in place of single addresses.",
-    )
-
-
-def _explain_pace(error: TooManyRequests, now: datetime) -> Problem:
-    return Problem("", f"Too many requests for now. {format_retry(error, now)}")
+def explain(error: IPGuardError, now: datetime) -> dict[str, str]:
+    """Return the problem that an error of the workflow is for a form, by field; "" is the form."""
+    field = "addresses"
+    match error:
+        case AddressError():
+            hint = "" if error.hint is None else f" Did you mean {error.hint}?"
+            text = f"{error.text} is not accepted: {error.reason}.{hint}"
+        case AddressTooBroad():
+            text = f"{error.addresses} holds more addresses than a restriction may. "
+            text += f"The widest network allowed is a /{error.widest}."
+        case DuplicateRestriction():
+            text = str(error)
+        case TooManyRestrictions():
+            text = f"{error.username} already has {error.limit} restrictions, as many as are "
+            text += "allowed. Delete some first, or use a network in place of single addresses."
+        case TooManyRequests():
+            field, text = "", f"Too many requests for now. {format_retry(error, now)}"
+        case InvalidValue():
+            field, text = error.name, f"{_NAMES.get(error.name, 'This')} {error.reason}."
+        case UsernameError() | UnknownUser():
+            field, text = "user", "There is no such trader among yours. Choose one from the list."
+        case _:
+            field, text = "", str(error)
+    if not text.startswith(getattr(error, "username", " ")):
+        text = text[:1].upper() + text[1:]
+    return {field: text if text.endswith((".", "?")) else f"{text}."}
 
 
 def format_retry(error: TooManyRequests, now: datetime) -> str:
@@ -143,29 +120,6 @@ def format_retry(error: TooManyRequests, now: datetime) -> str:
     if error.retry_after <= timedelta(minutes=1):  # times are shown without seconds
         return f"{wait}."
     return f"{wait}, after {format_time(shifted(now, error.retry_after))}."
-
-
-_NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
-
-
-def _explain_value(error: InvalidValue, _: datetime) -> Problem:
-    return Problem(error.name, f"{_NAMES.get(error.name, 'This')} {error.reason}.")
-
-
-def _explain_user(_: IPGuardError, __: datetime) -> Problem:
-    return Problem("user", "There is no such trader among yours. Choose one from the list.")
-
-
-_PROBLEMS: Final[Mapping[type[IPGuardError], Callable[[Any, datetime], Problem]]] = {
-    AddressError: _explain_address,
-    AddressTooBroad: _explain_too_broad,
-    DuplicateRestriction: _explain_duplicate,
-    TooManyRestrictions: _explain_too_many,
-    TooManyRequests: _explain_pace,
-    InvalidValue: _explain_value,
-    UsernameError: _explain_user,
-    UnknownUser: _explain_user,
-}
 
 
 # -- decisions -----------------------------------------------------------------------------------
@@ -249,6 +203,6 @@ def describe_action(entry: Change) -> str:
 
 
 def describe(entry: Change, reader: str) -> str:
-    """Return an audit entry as a sentence: who did what, and when."""
+    """Return an audit entry as a sentence with its actor and time."""
     who = "You" if entry.actor == reader else entry.actor or "The system"
     return f"{who} {describe_action(entry)} on {format_time(entry.at)}."

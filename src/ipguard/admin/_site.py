@@ -61,12 +61,8 @@ def find_page(path_below: str, path: str, prefix: str) -> str:
 
     Servers, frameworks and proxies treat a configured prefix differently: the path contains it, or
     a proxy removed it, or it is there twice, or the path contains only the part that a framework's
-    mount added. Take the first interpretation that names a page.
-
-    Args:
-        path_below: The path below the prefix according to the server's specification.
-        path: The path that the server passed.
-        prefix: The prefix that the server passed, without a slash at the end.
+    mount added. Take the first interpretation that names a page. `path_below` is the one of the
+    server's specification, `path` and `prefix` (without a slash at the end) are what it passed.
     """
     suffixes = (prefix[at:] for at, char in enumerate(prefix) if char == "/")
     candidates = (
@@ -105,14 +101,14 @@ class Site:
         if not isinstance(guard, Guard):
             raise InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
         self.authenticate = authenticate
-        self._files, self._render = _load_files()
+        self._files, render = _load_files()
         self.services = Services(
             flow=flow,
             guard=guard,
             brand=check_text("brand", brand, 100, required=True),
             # The workflow's keys are not part of its public interface.
             signer=Signer(flow._derived_keys(PURPOSE)),  # noqa: SLF001
-            render=self._render,
+            render=render,
         )
 
     def respond_to_anyone(self, request: Request) -> Response | None:
@@ -124,7 +120,7 @@ class Site:
             return None
         found = self._files.get(request.path.removeprefix(_STATIC))
         if found is None or request.method not in ("GET", "HEAD"):
-            return _http.respond_html(404, "Not found")
+            return _http.respond(404, "Not found")
         return found
 
     def refuse_stranger(self, request: Request) -> Response:
@@ -143,13 +139,12 @@ class Site:
         views = ROUTES.get(request.path)
         if views is None:
             raise NotFound
-        method = "GET" if request.method == "HEAD" else request.method
-        view = views.get(method)
+        view = views.get("GET" if request.method == "HEAD" else request.method)
         if view is None:
             allow = ("Allow", ", ".join(views))
             raise PageError(405, "Go back to the list.", headers=(allow,))
         context = Context(self.services, request, actor)
-        if method == "POST":
+        if request.method == "POST":
             context.form = request.parse_form()
             if not context.has_valid_token():
                 raise PageError(
@@ -161,7 +156,7 @@ class Site:
         return view(context)
 
     def _show_error(self, request: Request, actor: Actor | None, error: PageError) -> Response:
-        html = self._render(
+        html = self.services.render(
             "error.html",
             {
                 "base": request.base,
@@ -176,7 +171,7 @@ class Site:
                 "problems": {},
             },
         )
-        return _http.respond_html(error.status, html, error.headers)
+        return _http.respond(error.status, html, error.headers)
 
 
 def _to_page_error(request: Request, error: Exception) -> PageError:
@@ -209,7 +204,7 @@ def _to_page_error(request: Request, error: Exception) -> PageError:
 def _load_files() -> tuple[Mapping[str, Response], Callable[[str, Mapping[str, Any]], str]]:
     """Return the static files by name in URLs, and the function that renders a template.
 
-    A static file's name contains a digest of its content, so browsers may cache it for ever.
+    A static file's name contains a digest of its content, so it may be cached for long.
     """
     names, files = {}, {}
     for path in sorted((_HERE / "static").iterdir()):

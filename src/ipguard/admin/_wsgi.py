@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+import attrs
 from werkzeug import wrappers
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
@@ -12,14 +13,11 @@ from ipguard.admin._http import BODY_LIMIT, Request, Response
 from ipguard.admin._site import Site, find_page
 from ipguard.model import Actor
 
-Environ = dict[str, Any]
-StartResponse = Callable[..., Any]
 
-
-def make_app(site: Site) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
+def make_app(site: Site) -> WSGIApplication:
     """Make the application."""
 
-    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         http_request = wrappers.Request(environ)
         request = _read_request(http_request)
         response = site.respond_to_anyone(request)
@@ -31,7 +29,7 @@ def make_app(site: Site) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
             if actor is None:
                 response = site.refuse_stranger(request)
             elif isinstance(actor, Actor):
-                request = _read_request(http_request, read_body(http_request))
+                request = attrs.evolve(request, body=read_body(http_request))
                 response = site.respond(request, actor)
             else:  # the host's own response, such as a redirect
                 own: Iterable[bytes] = actor(environ, start_response)
@@ -41,7 +39,7 @@ def make_app(site: Site) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
     return app
 
 
-def _read_request(request: wrappers.Request, body: bytes | None = b"") -> Request:
+def _read_request(request: wrappers.Request) -> Request:
     prefix = request.root_path.rstrip("/")
     path = request.environ.get("PATH_INFO", "") and request.path
     return Request(
@@ -52,7 +50,6 @@ def _read_request(request: wrappers.Request, body: bytes | None = b"") -> Reques
         headers={name.lower(): value for name, value in request.headers.items()},
         cookies=request.cookies,
         https=request.is_secure,
-        body=body,
     )
 
 
