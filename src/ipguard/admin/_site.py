@@ -15,7 +15,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ipguard._checks import check_text
+from ipguard._checks import check_callable, check_text
 from ipguard.admin import _add, _changes, _http, _listing, _messages
 from ipguard.admin._context import Context, Services, Signer
 from ipguard.admin._http import SAFE_HEADERS, NotFound, PageError, Request, Response
@@ -94,8 +94,7 @@ class Site:
     def __init__(
         self, flow: Workflow, guard: Guard, brand: str, authenticate: Callable[[Any], Any]
     ) -> None:
-        if not callable(authenticate):
-            raise InvalidValue("authenticate", "must be callable")
+        check_callable("authenticate", authenticate)
         if not isinstance(flow, Workflow):
             raise InvalidValue("flow", "must be a Workflow; an AsyncWorkflow has one as .flow")
         if not isinstance(guard, Guard):
