@@ -268,11 +268,11 @@ class Restorable(World):
         """Return the act of restoring what is there now."""
         if self.path is None:
             inner: Any = self.inner
-            state, rows = inner._state, list(inner._rows)
+            state, entries = inner._state, list(inner._entries)
 
             def restore() -> None:
                 copy = MemoryStore(clock=self.clock)
-                copy._state, copy._rows, copy._origin = state, list(rows), inner._origin
+                copy._state, copy._entries, copy._origin = state, list(entries), inner._origin
                 self.store.store = copy
 
             return restore

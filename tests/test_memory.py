@@ -144,7 +144,7 @@ class TestFork:
                 return b"refused"
             return b"waited"
 
-        with store._touched, store._turn:
+        with store._touched, store._writing:
             assert self._in_child(ask) == b"refused"
 
 

@@ -1,15 +1,24 @@
-"""What the memory store keeps, and a writer's turn over it."""
+"""The store in memory: the reference that every other store is tested against.
+
+It is plain rather than fast. A committed state is never modified: a write transaction copies each
+table before its first write to it, and committing replaces one reference. So a reader has a
+snapshot without a lock, and a transaction that raises changes nothing.
+
+The store lasts as long as its process. A forked child would have a copy that diverges from the
+parent's without notice, and possibly a lock that is never released; so every call in a child is
+refused.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
 import threading
-from bisect import bisect_right, insort
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import attrs
 
@@ -41,6 +50,7 @@ from ipguard.model import (
     Touched,
     User,
     UserOverview,
+    check_accounts,
 )
 from ipguard.rules import Step
 from ipguard.store import (
@@ -49,25 +59,24 @@ from ipguard.store import (
     Closing,
     Snapshot,
     Transaction,
-    check_accounts,
     log_change,
 )
 from ipguard.usernames import canonical_usernames
 
-V = TypeVar("V")
+__all__ = ["MemoryStore"]
 
 
-class Row(NamedTuple):
-    """One change as the store keeps it."""
+class Entry(NamedTuple):
+    """One entry of the audit log."""
 
     change: Change
     token: str
     touches: frozenset[str] | Touched
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class State:
-    """A committed state. The dictionaries are written to by nobody once they are in here."""
+    """The tables and the position of the store, committed or not."""
 
     head: int = 0
     token: str
@@ -76,8 +85,6 @@ class State:
     restrictions: dict[str, tuple[Restriction, ...]] = attrs.field(factory=dict)
     owners: dict[str, str] = attrs.field(factory=dict)  # restriction id -> username
     requests: dict[str, StoredRequest] = attrs.field(factory=dict)
-    pending: dict[str, frozenset[str]] = attrs.field(factory=dict)  # username -> request ids
-    asked: dict[str, tuple[tuple[datetime, str], ...]] = attrs.field(factory=dict)
     failures: dict[str, int] = attrs.field(factory=dict)
 
     def policy(self, username: str) -> Policy:
@@ -88,24 +95,13 @@ class State:
             known=stored is not None and not stored.removed,
         )
 
-
-class Table(Generic[V]):
-    """A table as a turn sees it: the committed one until the first write to it, then a copy."""
-
-    def __init__(self, committed: dict[str, V]) -> None:
-        self.rows = committed
-        self._copied = False
-
-    def __setitem__(self, key: str, value: V) -> None:
-        self._own()[key] = value
-
-    def drop(self, key: str) -> None:
-        del self._own()[key]
-
-    def _own(self) -> dict[str, V]:
-        if not self._copied:
-            self.rows, self._copied = dict(self.rows), True
-        return self.rows
+    def pending(self, username: str) -> tuple[PendingRequest, ...]:
+        found = (
+            stored.request
+            for stored in self.requests.values()
+            if stored.request.username == username and stored.request.state is RequestState.PENDING
+        )
+        return tuple(sorted(found, key=lambda request: (request.requested_at, request.id)))
 
 
 def _restriction_order(restriction: Restriction) -> tuple[datetime, str]:
@@ -118,131 +114,97 @@ def _error_order(error: DuplicateRestriction | TooManyRestrictions) -> int:
     return int(error.found != "row")
 
 
-def pending_of(
-    requests: dict[str, StoredRequest], ids: Iterable[str]
-) -> tuple[PendingRequest, ...]:
-    found = (requests[request_id].request for request_id in ids)
-    return tuple(sorted(found, key=lambda request: (request.requested_at, request.id)))
+class WriteTransaction:
+    """A write transaction; `ipguard.store.Transaction` documents its methods.
 
-
-class Turn:
-    """A writer's turn; see `ipguard.store.Transaction` for what each method promises."""
+    Attributes:
+        state: The state after what was written so far.
+        entries: The entries appended so far.
+        over: Whether to refuse all further writes.
+    """
 
     def __init__(self, base: State, now: datetime, staged: tuple[Restriction, ...]) -> None:
         self.now = now
-        self._base = base
-        self._staged = staged
-        self._replaced: set[str] = set()
-        self._users = Table(base.users)
-        self._restrictions = Table(base.restrictions)
-        self._owners = Table(base.owners)
-        self._requests = Table(base.requests)
-        self._pending = Table(base.pending)
-        self._asked = Table(base.asked)
-        self._failures = Table(base.failures)
-        self.rows: list[Row] = []
+        self.state = attrs.evolve(base)
+        self.entries: list[Entry] = []
         self.over = False
+        self._staged = staged
+        self._copied: set[str] = set()
+        self._replaced: set[str] = set()
 
-    @property
-    def head(self) -> int:
-        """The revision that this turn has come to."""
-        return self._base.head + len(self.rows)
-
-    def result(self) -> State:
-        """Return the state that committing this turn leads to."""
-        touching = [row.change.revision for row in self.rows if row.touches]
-        return State(
-            head=self.head,
-            token=self.rows[-1].token if self.rows else self._base.token,
-            touching=touching[-1] if touching else self._base.touching,
-            users=self._users.rows,
-            restrictions=self._restrictions.rows,
-            owners=self._owners.rows,
-            requests=self._requests.rows,
-            pending=self._pending.rows,
-            asked=self._asked.rows,
-            failures=self._failures.rows,
-        )
+    def _table(self, name: str) -> dict[str, Any]:
+        """Return a table to write to; the first time, copy it."""
+        self._check()
+        if name not in self._copied:
+            setattr(self.state, name, dict(getattr(self.state, name)))
+            self._copied.add(name)
+        table: dict[str, Any] = getattr(self.state, name)
+        return table
 
     def _check(self) -> None:
-        # The tables may be a committed state's by now, which nobody writes to.
+        # The state may be committed by now.
         if self.over:
             raise RuntimeError("this transaction is over")
 
     def user(self, username: str) -> StoredUser | None:
-        return self._users.rows.get(username)
+        return self.state.users.get(username)
 
     def restriction(self, restriction_id: str) -> Restriction | None:
-        owner = self._owners.rows.get(restriction_id)
-        held = () if owner is None else self._restrictions.rows[owner]
+        owner = self.state.owners.get(restriction_id)
+        held = () if owner is None else self.state.restrictions[owner]
         return next((r for r in held if r.id == restriction_id), None)
 
     def restrictions(self, username: str) -> tuple[Restriction, ...]:
-        return self._restrictions.rows.get(username, ())
+        return self.state.restrictions.get(username, ())
 
     def request(self, request_id: str) -> StoredRequest | None:
-        return self._requests.rows.get(request_id)
+        return self.state.requests.get(request_id)
 
     def pending_requests(self, username: str) -> tuple[PendingRequest, ...]:
-        return pending_of(self._requests.rows, self._pending.rows.get(username, ()))
+        return self.state.pending(username)
 
     def request_times(self, requested_by: str, since: datetime) -> tuple[datetime, ...]:
-        asked = self._asked.rows.get(requested_by, ())
-        first = bisect_right(asked, since, key=lambda entry: entry[0])
-        return tuple(at for at, _ in asked[first:])
+        found = (
+            stored.request.requested_at
+            for stored in self.state.requests.values()
+            if stored.request.requested_by == requested_by
+        )
+        return tuple(sorted(at for at in found if at > since))
 
     def failures(self, actor: str) -> int:
-        return self._failures.rows.get(actor, 0)
+        return self.state.failures.get(actor, 0)
 
     def save_request(self, stored: StoredRequest) -> None:
-        self._check()
-        new, old = stored.request, self._requests.rows.get(stored.request.id)
-        if old is not None:
-            waiting = self._pending.rows.get(old.request.username, frozenset())
-            self._pending[old.request.username] = waiting - {new.id}
-            entry = (old.request.requested_at, new.id)
-            asked = self._asked.rows[old.request.requested_by]
-            self._asked[old.request.requested_by] = tuple(e for e in asked if e != entry)
-        self._requests[new.id] = stored
-        if new.state is RequestState.PENDING:
-            waiting = self._pending.rows.get(new.username, frozenset())
-            self._pending[new.username] = waiting | {new.id}
-        by_actor = list(self._asked.rows.get(new.requested_by, ()))
-        insort(by_actor, (new.requested_at, new.id))
-        self._asked[new.requested_by] = tuple(by_actor)
+        self._table("requests")[stored.request.id] = stored
 
     def set_failures(self, actor: str, count: int) -> None:
-        self._check()
-        self._failures[actor] = count
+        self._table("failures")[actor] = count
 
     def add_restriction(self, restriction: Restriction) -> None:
-        self._check()
-        if restriction.id in self._owners.rows:
+        owners = self._table("owners")
+        if restriction.id in owners:
             raise StoreError(f"there is a restriction {shorten(restriction.id)} already")
         held = list(self.restrictions(restriction.username))
         insort(held, restriction, key=_restriction_order)
-        self._restrictions[restriction.username] = tuple(held)
-        self._owners[restriction.id] = restriction.username
+        self._table("restrictions")[restriction.username] = tuple(held)
+        owners[restriction.id] = restriction.username
 
     def remove_restriction(self, restriction_id: str) -> None:
-        self._check()
-        owner = self._owners.rows.get(restriction_id)
+        owner = self._table("owners").pop(restriction_id, None)
         if owner is None:
             return
-        self._owners.drop(restriction_id)
-        left = tuple(r for r in self._restrictions.rows[owner] if r.id != restriction_id)
-        if left:
-            self._restrictions[owner] = left
-        else:
-            self._restrictions.drop(owner)
+        table = self._table("restrictions")
+        table[owner] = tuple(r for r in table[owner] if r.id != restriction_id)
+        if not table[owner]:
+            del table[owner]
 
     def add_staged(self, *, per_user: int) -> int:
         self._check()
         by_user: dict[str, list[Restriction]] = {}
         for restriction in self._staged:
             by_user.setdefault(restriction.username, []).append(restriction)
-        # Everything is tested before anything is written, each error for all users before the next:
-        # a caller may catch the error and go on with its turn.
+        # Check everything before writing anything, and each error for all users before the next: a
+        # caller may catch the error and continue.
         for username in by_user:
             stored = self.user(username)
             if stored is None or stored.removed:
@@ -259,11 +221,11 @@ class Turn:
         for old in replaced:
             self.remove_restriction(old.id)
             self._replaced.add(old.id)
+        table, owners = self._table("restrictions"), self._table("owners")
         for username, new in by_user.items():
             both = [*self.restrictions(username), *new]
-            self._restrictions[username] = tuple(sorted(both, key=_restriction_order))
-            for restriction in new:
-                self._owners[restriction.id] = username
+            table[username] = tuple(sorted(both, key=_restriction_order))
+            owners.update((restriction.id, username) for restriction in new)
         return len(self._staged)
 
     def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
@@ -288,7 +250,7 @@ class Turn:
     ) -> Change:
         self._check()
         change = Change(
-            revision=self.head + 1,
+            revision=self.state.head + 1,
             at=self.now,
             actor=actor,
             actor_address=actor_address,
@@ -297,11 +259,15 @@ class Turn:
             detail=dict(detail),
             account_id=account_id,
         )
-        self.rows.append(Row(change, new_token(), touches))
+        entry = Entry(change, _new_token(), touches)
+        self.entries.append(entry)
+        self.state.head, self.state.token = change.revision, entry.token
+        if touches:
+            self.state.touching = change.revision
         return change
 
     def put_users(self, users: dict[str, User]) -> None:
-        """Add or update users, and append the one row that says so."""
+        """Add or update users, and append one entry."""
         added, updated = [], []
         for username, user in users.items():
             stored = self.user(username)
@@ -310,27 +276,25 @@ class Turn:
             elif stored.user != user:
                 updated.append(user)
         for user in (*added, *updated):
-            self._users[user.username] = StoredUser(user=user)
-        # A login asks only whether a user is known: a new name or account decides nothing.
+            self._table("users")[user.username] = StoredUser(user=user)
+        # Only added users are touched: policies contain neither names nor accounts.
         counts = audit.detail(added=len(added), updated=len(updated))
         self._append_users(Action.PUT_USERS, [*added, *updated], added, counts)
 
     def remove_users(self, usernames: set[str]) -> None:
-        """Remove the registered users among `usernames`, and append the one row that says so."""
+        """Remove the registered users among `usernames`, and append one entry."""
         removed = []
         for username in sorted(usernames):
             stored = self.user(username)
             if stored is None or stored.removed:
                 continue
             removed.append(stored.user)
-            self._users[username] = StoredUser(user=stored.user, removed=True)
+            self._table("users")[username] = StoredUser(user=stored.user, removed=True)
             for request in self.pending_requests(username):
                 closed = attrs.evolve(request, state=rules.after(request.state, Step.CANCEL))
-                kept = self._requests.rows[request.id]
-                self.save_request(attrs.evolve(kept, request=closed))
-        self._append_users(
-            Action.REMOVE_USERS, removed, removed, audit.detail(removed=len(removed))
-        )
+                self.save_request(attrs.evolve(self.state.requests[request.id], request=closed))
+        counts = audit.detail(removed=len(removed))
+        self._append_users(Action.REMOVE_USERS, removed, removed, counts)
 
     def _append_users(
         self, action: Action, concerned: list[User], touched: list[User], detail: Mapping[str, str]
@@ -349,19 +313,16 @@ class Turn:
         )
 
 
-def new_token() -> str:
+def _new_token() -> str:
     return secrets.token_hex(8)
 
 
-__all__ = ["MemoryStore"]
-
-
 class MemoryStore(Closing):
-    """A store that lives and dies with its process. See `ipguard.store.RestrictionStore`.
+    """A store that ends with its process. See `ipguard.store.RestrictionStore` for its methods.
 
     Args:
-        clock: Returns the current time as an aware datetime; the host's clock without it.
-        timeout: How long a writer waits for its turn, in seconds.
+        clock: Returns the current time as an aware datetime; the host's clock by default.
+        timeout: How many seconds a writer waits for the writer's lock.
     """
 
     def __init__(
@@ -371,11 +332,11 @@ class MemoryStore(Closing):
         self._timeout = timeout
         self._pid = os.getpid()
         self._closed = False
-        self._origin = new_token()  # of revision 0: another store's 0 is not this one's
+        self._origin = _new_token()  # of revision 0, which differs between stores
         self._state = State(token=self._origin)
-        # All states share this list, which only grows: a state's own rows are the first `head`.
-        self._rows: list[Row] = []
-        self._turn = threading.Lock()
+        # All states share this list, which only grows: the first `head` entries belong to a state.
+        self._entries: list[Entry] = []
+        self._writing = threading.Lock()
         self._writer: int | None = None
         self._lock = ReentrantLock()
         self._touched = threading.Condition(self._lock)
@@ -385,71 +346,71 @@ class MemoryStore(Closing):
         return check_time("clock", self._clock())
 
     def load_policy(self, username: str) -> Policy:
-        """Return what decides about a user, and the revision of that very snapshot."""
-        return self._snapshot().policy(username)
+        """Load the policy of a user and the revision of the same snapshot."""
+        return self._committed().policy(username)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
-        """Return the revision, and the policy of each user with restrictions."""
-        state = self._snapshot()
+        """Load the policies of all restricted users, from one snapshot."""
+        state = self._committed()
         return state.head, ((name, state.policy(name)) for name in sorted(state.restrictions))
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
-        """Return where the store is, and whose policy changed since a revision."""
-        state = self._snapshot()
+        """Return the store's position and the users whose policy changed since a revision."""
+        state = self._committed()
         if cursor is None:
             return Changes(state.head, state.token, frozenset())
         revision, token = cursor
         if not 0 <= revision <= state.head or token != self._token_of(revision):
             return Changes(state.head, state.token, RESET)
         names: set[str] = set()
-        for row in self._rows[revision : state.head]:
-            if isinstance(row.touches, Touched):
+        for entry in self._entries[revision : state.head]:
+            if isinstance(entry.touches, Touched):
                 return Changes(state.head, state.token, EVERYBODY)
-            names |= row.touches
+            names |= entry.touches
         return Changes(state.head, state.token, frozenset(names))
 
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait until a change after `revision` touches a policy, or the store is closed."""
-        self._snapshot()
+        self._committed()
         with self._lock:
             self._touched.wait_for(lambda: self._closed or self._state.touching > revision, timeout)
             return self._state.touching > revision
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
-        """Open a snapshot for look-ups."""
-        turn = Turn(self._snapshot(), self.now(), ())
-        turn.over = True  # it refuses to write
-        yield turn
+        """Open a snapshot for look-ups, which waits for no writer."""
+        tx = WriteTransaction(self._committed(), self.now(), ())
+        tx.over = True  # refuse writes
+        yield tx
 
     @contextmanager
     def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
-        """Take the writer's turn."""
+        """Begin a write transaction."""
         rows = () if staged is None else tuple(staged)
-        with self._take_turn(rows) as turn:
-            yield turn
+        with self._write(rows) as tx:
+            yield tx
 
     def put_users(self, users: Iterable[User]) -> int:
-        """Add or update users, as one change; what is already so appends nothing."""
+        """Add or update users in one change; users that are stored already change nothing."""
         by_name = {user.username: user for user in users}
-        with self._take_turn() as turn:
-            turn.put_users(by_name)
-        return _logged(turn)
+        with self._write() as tx:
+            tx.put_users(by_name)
+        return _log(tx)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
-        """Remove users, as one change."""
+        """Remove users in one change."""
         names = set(canonical_usernames(usernames))
-        with self._take_turn() as turn:
-            turn.remove_users(names)
-        return _logged(turn)
+        with self._write() as tx:
+            tx.remove_users(names)
+        return _log(tx)
 
     def overview(
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
     ) -> Page[UserOverview]:
-        """Return users with their restrictions and live pending requests, by username."""
+        """Return users with their restrictions and pending requests, by username."""
         check_whole("limit", limit, 1)
         accounts = check_accounts(accounts)
-        state, now, wanted = self._snapshot(), self.now(), rules.Search.of(search)
+        state, now, wanted = self._committed(), self.now(), rules.Search.of(search)
         found = sorted(
             name
             for name, stored in state.users.items()
@@ -473,13 +434,13 @@ class MemoryStore(Closing):
         before: int | None = None,
         limit: int = 100,
     ) -> Page[Change]:
-        """Return changes, the newest first."""
+        """Return audit entries, newest first."""
         check_whole("limit", limit, 1)
         accounts = check_accounts(accounts)
-        head = self._snapshot().head
+        head = self._committed().head
         found = []
         for revision in range(head if before is None else min(head, before - 1), 0, -1):
-            change = self._rows[revision - 1].change
+            change = self._entries[revision - 1].change
             if change.account_id in accounts and username in (None, change.username):
                 found.append(change)
             if len(found) > limit:
@@ -488,15 +449,15 @@ class MemoryStore(Closing):
         return Page(items=items, next=items[-1].revision if len(found) > limit else None)
 
     def close(self) -> None:
-        """Let the waiting go and refuse every later call."""
+        """Wake all waiting threads and refuse every later call."""
         if os.getpid() != self._pid:
             return
         with self._lock:
             self._closed = True
             self._touched.notify_all()
 
-    def _snapshot(self) -> State:
-        # Before any lock: a thread of the parent may have held it, and in a child nobody lets go.
+    def _committed(self) -> State:
+        # Before any lock: in a forked child, nothing releases a lock that the parent held.
         if os.getpid() != self._pid:
             raise StoreUnavailable("a memory store does not outlive a fork")
         if self._closed:
@@ -504,42 +465,42 @@ class MemoryStore(Closing):
         return self._state
 
     def _token_of(self, revision: int) -> str:
-        return self._rows[revision - 1].token if revision else self._origin
+        return self._entries[revision - 1].token if revision else self._origin
 
     @contextmanager
-    def _take_turn(self, staged: tuple[Restriction, ...] = ()) -> Iterator[Turn]:
-        self._snapshot()
+    def _write(self, staged: tuple[Restriction, ...] = ()) -> Iterator[WriteTransaction]:
+        self._committed()
         if self._writer == threading.get_ident():
             raise RuntimeError("this thread is in a transaction of this store already")
         held: list[bool] = []
         try:
-            if not acquire(self._turn, self._timeout, held):
-                raise StoreUnavailable(f"no writer's turn within {self._timeout:g} s")
+            if not acquire(self._writing, self._timeout, held):
+                raise StoreUnavailable(f"no writer's lock within {self._timeout:g} s")
             self._writer = threading.get_ident()
-            turn = Turn(self._snapshot(), self.now(), staged)
+            tx = WriteTransaction(self._committed(), self.now(), staged)
             try:
-                yield turn
-                self._commit(turn)
+                yield tx
+                self._commit(tx)
             finally:
-                turn.over = True
+                tx.over = True
         finally:
             if True in held:
                 self._writer = None
-                self._turn.release()
+                self._writing.release()
 
-    def _commit(self, turn: Turn) -> None:
-        base, new = self._snapshot(), turn.result()
-        self._rows[base.head :] = turn.rows
+    def _commit(self, tx: WriteTransaction) -> None:
+        base = self._committed()
+        self._entries[base.head :] = tx.entries
         with self._lock:
-            self._state = new
-            if new.touching > base.touching:
+            self._state = tx.state
+            if tx.state.touching > base.touching:
                 self._touched.notify_all()
 
 
-def _logged(turn: Turn) -> int:
-    for row in turn.rows:
-        log_change(row.change)
-    return turn.head
+def _log(tx: WriteTransaction) -> int:
+    for entry in tx.entries:
+        log_change(entry.change)
+    return tx.state.head
 
 
 def _overview(state: State, username: str, now: datetime) -> UserOverview:
@@ -550,7 +511,7 @@ def _overview(state: State, username: str, now: datetime) -> UserOverview:
         restrictions=restrictions,
         pending=tuple(
             request
-            for request in pending_of(state.requests, state.pending.get(username, ()))
+            for request in state.pending(username)
             if rules.state_at(request, now) is RequestState.PENDING
         ),
         summary=rules.summarise(restrictions, now),

@@ -248,13 +248,13 @@ SELECT username, full_name, account_id FROM users WHERE username IN (
     SELECT username FROM search_terms WHERE account_id IS NULL LIMIT ?
 )
 """
-_USERS_MOVED: Final = """
+_USERS_CHANGED: Final = """
 SELECT 1 FROM changes WHERE revision > ? AND action IN ('put_users', 'remove_users') LIMIT 1
 """
 
 
 def _write_terms(db: Executor, users: Iterable[Row]) -> None:
-    """Write the terms of users, and of a few others that an older library wrote.
+    """Write the search terms of users, and of a few others that an older library wrote.
 
     Args:
         db: The transaction.
@@ -269,16 +269,16 @@ def _write_terms(db: Executor, users: Iterable[Row]) -> None:
 
 
 class FewUsers:
-    """A few users on their way into the store, as many as a login or a sign-up brings.
+    """A few users to add or update, as after a login or a sign-up.
 
-    They are compared here, in one read; only what differs takes a turn.
+    One read compares them. Only if one of them differs is a write transaction needed.
     """
 
     def __init__(self, users: Iterable[User]) -> None:
         self._users = {user.username: user for user in users}
 
     def compare(self, db: Executor) -> tuple[int, int]:
-        """Return the store's revision and how many users differ, by one statement."""
+        """Return the store's revision and how many users differ, with one statement."""
         revision, stored = self._stored(db)
         return revision, len(self._changed(stored))
 
@@ -298,7 +298,7 @@ class FewUsers:
         ]
 
     def apply(self, tx: Transaction, db: Executor) -> Change | None:
-        """Write what changes, under the lock, and return the one row that says so, if any."""
+        """Write the differences under the lock; return the audit entry, if there is one."""
         _, stored = self._stored(db)
         changed = self._changed(stored)
         if not changed:
@@ -318,10 +318,10 @@ class FewUsers:
 
 
 class BulkUsers:
-    """Users on their way into the store, on one connection.
+    """Any number of users to add or update, staged on one connection.
 
-    What really changes is found out before the lock is taken, and again under it only where users
-    were put or removed in between.
+    They are compared before the lock is acquired, and again under the lock only if users were added
+    or removed since then.
     """
 
     def __init__(self, db: Executor, users: Iterable[User]) -> None:
@@ -341,7 +341,7 @@ class BulkUsers:
         _keep_last(db, "staged_users")
 
     def compare(self, db: Executor) -> tuple[int, int]:
-        """Find out what changes, in one snapshot; return the revision and how many users it is."""
+        """Find the users that differ, in one snapshot; return the revision and their number."""
         self._seen = head(db)
         db.run("DELETE FROM changed_users")
         db.run("DELETE FROM changed_terms")
@@ -365,24 +365,24 @@ class BulkUsers:
             last = rows[-1][0] if rows else None
 
     def write_ahead(self, db: Executor) -> None:
-        """Write what changes before the lock is taken, where nobody puts or removes users."""
-        if self._moved(db):
+        """Write the differences before the writer's lock is acquired, under the users' lock."""
+        if self._users_changed(db):
             self.compare(db)
         self._write(db)
         self._written = True
 
     def apply(self, tx: Transaction, db: Executor) -> Change | None:
-        """Write what changes, under the lock, and return the one row that says so, if any."""
-        if self._moved(db):
-            if self._written:  # by a library that does not know what is written ahead
-                raise StoreUnavailable("users were changed meanwhile; nothing was put")
+        """Write the differences under the lock; return the audit entry, if there is one."""
+        if self._users_changed(db):
+            if self._written:  # an older library does not know the users' lock
+                raise StoreUnavailable("other users were written at the same time; try again")
             self.compare(db)
         if not self._written:
             self._write(db)
         ((count, added),) = db.rows("SELECT count(*), count(nullif(added, 0)) FROM changed_users")
         if not count:
             return None
-        # A login asks only whether a user is known: a new name or account decides nothing.
+        # Only added users are touched: policies contain neither names nor accounts.
         return _append_users(
             tx,
             Action.PUT_USERS,
@@ -393,11 +393,11 @@ class BulkUsers:
             detail=audit.detail(added=added, updated=count - added),
         )
 
-    def _moved(self, db: Executor) -> bool:
-        """Tell whether users were put or removed since they were compared."""
+    def _users_changed(self, db: Executor) -> bool:
+        """Return whether users were added or removed since `compare`."""
         revision, token = self._seen
-        moved = bool(db.rows(_USERS_MOVED, (revision,)))
-        # Asked last: where this row is there still, none of those was pruned.
+        moved = bool(db.rows(_USERS_CHANGED, (revision,)))
+        # Read this entry last: if it still exists, no entry after it was pruned.
         own = db.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
         return moved or own != [(token,)]
 
@@ -412,7 +412,7 @@ class BulkUsers:
 
 
 def few_users(users: Iterable[User]) -> tuple[FewUsers | None, Iterable[User]]:
-    """Tell whether users are a few; else return all of them, the first ones read already."""
+    """Return users as `FewUsers` if they are few, else an iterator over all of them."""
     source = iter(users)
     first = list(islice(source, _FEW + 1))
     return (FewUsers(first), ()) if len(first) <= _FEW else (None, chain(first, source))
@@ -426,7 +426,7 @@ def stage_names(db: Executor, usernames: Iterable[str]) -> None:
 
 
 def _keep_last(db: Executor, table: str) -> None:
-    """Keep the last of several staged rows with one username."""
+    """Keep the last of several staged rows with the same username."""
     db.run(f"CREATE INDEX {table}_by_name ON {table} (username, seq)")
     db.run(
         f"DELETE FROM {table} WHERE EXISTS (SELECT 1 FROM {table} l"
@@ -435,7 +435,7 @@ def _keep_last(db: Executor, table: str) -> None:
 
 
 def remove_named(tx: Transaction, db: Executor) -> Change | None:
-    """Remove the users whose names are staged, under the lock; return the row that says so."""
+    """Remove the users whose names are staged; return the audit entry, if there is one."""
     db.run(
         "DELETE FROM staged_names WHERE username NOT IN"
         " (SELECT username FROM users WHERE removed = 0)"
