@@ -1,6 +1,6 @@
 """Real mail servers on a loopback port, for tests and demonstrations.
 
-`MailServer` is aiosmtpd, and keeps what it accepts. `BadServer` speaks bytes, to be rude with.
+`MailServer` runs aiosmtpd and keeps the mails. `BadServer` sends raw bytes that break the protocol.
 
     with MailServer("starttls", login=("user", "secret")) as server:
         notifier = EmailNotifier(server.url, sender="no-reply@example.com", tls=server.client_tls)
@@ -26,7 +26,7 @@ from urllib.parse import quote
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
-# It logs what it receives.
+# It logs the mails it receives.
 logging.getLogger("mail.log").setLevel(logging.WARNING)
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ _SCHEMES = {"plain": "smtp", "starttls": "smtp+starttls", "tls": "smtps"}
 
 @dataclass(frozen=True, kw_only=True)
 class Mail:
-    """A mail as the server got it: the envelope, and the message parsed as a mail client would."""
+    """A received mail: the envelope, and the message as a mail client parses it."""
 
     sender: str
     recipients: tuple[str, ...]
@@ -50,7 +50,7 @@ class Mail:
         return email.message_from_bytes(self.raw, policy=email.policy.default)
 
     def part(self, subtype: Literal["plain", "html"]) -> str:
-        """Return the text of one of the two alternatives, its lines ended as Python does."""
+        """Return the text of one of the two alternatives, with Python line ends."""
         body = self.message.get_body((subtype,))
         assert body is not None
         return cast(str, body.get_content()).replace("\r\n", "\n")
@@ -64,8 +64,8 @@ class _Loop:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
-        # What waits for this is held by it: the loop itself forgets a task that waits for nothing
-        # it knows, and the collector then ends it.
+        # Holds references to the waiting tasks, which the loop does not: without it the garbage
+        # collector ends them.
         self._never = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -87,7 +87,7 @@ class _Loop:
 
     async def _close(self) -> None:
         self._server.close()
-        for _ in range(20):  # a connection just accepted becomes a task only some turns later
+        for _ in range(20):  # a new connection becomes a task after some iterations
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
@@ -99,11 +99,10 @@ class MailServer(_Loop):
     """A mail server that keeps what it accepts.
 
     Args:
-        security: Nothing; STARTTLS, without which it takes no mail; or TLS from the first byte.
-        login: The only user and password; without, nobody has to log in.
-        refuse: Recipients that it does not know.
-        trouble: What it does at a command instead of its duty: `hang`, `drop` the connection, or
-            give this reply. `AUTH` can only be a reply.
+        security: None; STARTTLS, which it then requires; or TLS from the first byte.
+        login: The required user and password, or None.
+        refuse: Unknown recipients.
+        trouble: Faults by command: `hang`, `drop`, or a reply (for `AUTH` only a reply).
         utf8: Whether it offers SMTPUTF8.
     """
 
@@ -135,13 +134,13 @@ class MailServer(_Loop):
 
     @property
     def url(self) -> str:
-        """What `EmailNotifier` takes, the login included."""
+        """The URL for `EmailNotifier`, with the login."""
         login = "" if self.login is None else "{}:{}@".format(*(quote(x, "") for x in self.login))
         return f"{_SCHEMES[self.security]}://{login}{self.host}:{self.port}"
 
     @property
     def mails(self) -> tuple[Mail, ...]:
-        """What arrived so far, the oldest first."""
+        """The mails so far, the oldest first."""
         with self._arrived:
             return tuple(self._mails)
 
@@ -228,12 +227,11 @@ class MailServer(_Loop):
 
 
 class BadServer(_Loop):
-    """A server that never gets as far as taking a mail.
+    """A server that never accepts a mail.
 
     Args:
-        manner: `silent` says nothing; `drop` hangs up; `drip` sends the greeting's first line for
-            ever, a byte at a time; `flood` sends lines of a greeting without end; `stall` says that
-            it is ready for TLS, and then nothing.
+        manner: `silent` sends nothing; `drop` closes the connection; `drip` sends an endless line
+            byte by byte; `flood` sends endless greeting lines; `stall` agrees to TLS and stops.
     """
 
     def __init__(self, manner: Literal["silent", "drop", "drip", "flood", "stall"]) -> None:
@@ -261,6 +259,6 @@ class BadServer(_Loop):
                 writer.write(b"220-and there is more to come\r\n" * 100)
                 await writer.drain()
         except ConnectionError:
-            pass  # the client had enough
+            pass  # the client gave up
         finally:
             writer.transport.abort()

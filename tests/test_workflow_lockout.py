@@ -43,7 +43,7 @@ def test_the_check_is_repeated_on_confirming(desk: Desk) -> None:
 
 @pytest.mark.parametrize("setting", [False, "last", True])
 def test_deleting_ones_own_way_in(desk: Desk, setting: Any) -> None:
-    """A deletion is checked when requested and confirmed; the last one opens and is no risk."""
+    """A deletion is checked when requested and confirmed; deleting the last is allowed."""
     desk.use(confirm_deletes=setting)
     office, home = _alices(desk, OFFICE), _alices(desk, HOME)
     with desk.unchanged(), pytest.raises(LockoutRisk):

@@ -110,7 +110,7 @@ def test_look_ups_do_not_wait_for_a_writer(desk: Desk) -> None:
 
 
 def test_a_snapshot_writes_nothing(desk: Desk) -> None:
-    """What looks things up has no way to change them."""
+    """A snapshot has no usable writing methods."""
     with desk.unchanged(), desk.store.snapshot() as snapshot:
         assert snapshot.now == desk.clock()
         with pytest.raises((AttributeError, RuntimeError)):

@@ -152,7 +152,7 @@ def test_a_dead_mail_server_is_not_flooded(desk: Desk) -> None:
 
 
 def test_a_failed_resend_can_be_repeated_at_once(desk: Desk) -> None:
-    """The interval is between sent mails; the old number is replaced all the same."""
+    """The interval is between sent mails; the old number is replaced anyway."""
     request = desk.ask()
     old = desk.number(request)
     desk.wait(seconds=30)

@@ -1,4 +1,4 @@
-"""The workflow's figures: their defaults, and what is refused at construction."""
+"""The settings of the workflow: defaults, and checks at construction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ipguard
 from ipguard import InvalidValue, Workflow, WorkflowSettings
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import Outbox
-from tests.flows import ALICE, KEY, PEOPLE, Desk
+from tests.flows import KEY, PEOPLE, Desk
 
 COUNTS = {
     "number_digits": (6, 18),
@@ -25,13 +25,13 @@ COUNTS = {
     "widest_ipv6": (0, 128),
     "restrictions_per_user": (1, 10**9),
 }
-LENGTHS = ("number_lifetime", "request_lifetime", "resend_interval")
+DURATIONS = ("number_lifetime", "request_lifetime", "resend_interval")
 NO_COUNTS: tuple[Any, ...] = (True, False, None, "5", 5.0, math.nan, [], timedelta(1))
-NO_LENGTHS: tuple[Any, ...] = (None, 600, 600.0, "10 min", True, timedelta(microseconds=-1))
+NO_DURATIONS: tuple[Any, ...] = (None, 600, 600.0, "10 min", True, timedelta(microseconds=-1))
 
 
-def test_the_defaults_are_those_of_the_contract() -> None:
-    """Word for word."""
+def test_defaults() -> None:
+    """The defaults are documented."""
     assert WorkflowSettings() == WorkflowSettings(
         number_digits=10,
         number_lifetime=timedelta(minutes=10),
@@ -51,12 +51,12 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 def test_every_setting_is_tested_here() -> None:
     """A new setting needs a line above."""
     names = {field.name for field in attrs.fields(WorkflowSettings)}
-    assert names == {*COUNTS, *LENGTHS, "confirm_deletes"}
+    assert names == {*COUNTS, *DURATIONS, "confirm_deletes"}
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_counts_have_ends(name: str) -> None:
-    """The least and the most are accepted, what is past them is refused by name."""
+def test_bounds_of_counts(name: str) -> None:
+    """The bounds are accepted, and values beyond them refused by name."""
     least, most = COUNTS[name]
     for good in (least, most):
         assert getattr(WorkflowSettings(**{name: good}), name) == good
@@ -69,24 +69,24 @@ def test_counts_have_ends(name: str) -> None:
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
 def test_a_count_is_a_whole_number(name: str, value: Any) -> None:
-    """True is not 1, and neither is "5" 5."""
+    """Booleans, text and other numbers are refused."""
     with pytest.raises(InvalidValue) as caught:
         WorkflowSettings(**{name: value})
     assert caught.value.name == name
 
 
-@pytest.mark.parametrize("name", LENGTHS)
-@pytest.mark.parametrize("value", NO_LENGTHS, ids=repr)
-def test_a_length_of_time_is_a_timedelta(name: str, value: Any) -> None:
-    """Seconds as a number are refused: they might have been meant as minutes."""
+@pytest.mark.parametrize("name", DURATIONS)
+@pytest.mark.parametrize("value", NO_DURATIONS, ids=repr)
+def test_a_duration_is_a_timedelta(name: str, value: Any) -> None:
+    """Plain numbers are refused, because their unit is ambiguous."""
     with pytest.raises(InvalidValue) as caught:
         WorkflowSettings(**{name: value})
     assert caught.value.name == name
 
 
-@pytest.mark.parametrize("name", LENGTHS)
-def test_lengths_have_ends(name: str) -> None:
-    """None at all only where mails may follow at once, and never longer than a year."""
+@pytest.mark.parametrize("name", DURATIONS)
+def test_bounds_of_durations(name: str) -> None:
+    """Only the interval between mails may be 0; a year is the maximum."""
     zero: dict[str, Any] = {name: timedelta()}
     if name == "resend_interval":
         assert WorkflowSettings(**zero).resend_interval == timedelta()
@@ -99,7 +99,7 @@ def test_lengths_have_ends(name: str) -> None:
 
 
 def test_a_number_does_not_outlive_its_request() -> None:
-    """Such settings contradict themselves."""
+    """Contradictory lifetimes are refused."""
     with pytest.raises(InvalidValue):
         WorkflowSettings(number_lifetime=timedelta(hours=25))
     with pytest.raises(InvalidValue):
@@ -108,21 +108,21 @@ def test_a_number_does_not_outlive_its_request() -> None:
 
 
 @pytest.mark.parametrize("value", [False, True, "last"])
-def test_deletes_are_confirmed_never_always_or_the_last(value: Any) -> None:
-    """These three are what it can be."""
+def test_confirm_deletes(value: Any) -> None:
+    """The three valid values."""
     assert WorkflowSettings(confirm_deletes=value).confirm_deletes == value
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, "", "LAST", "always", "first", b"last", ["last"]])
-def test_anything_else_for_deletes_is_refused(value: Any) -> None:
-    """A misspelt setting must not turn the number off."""
+def test_invalid_confirm_deletes(value: Any) -> None:
+    """A misspelt value must not turn confirmation off."""
     with pytest.raises(InvalidValue) as caught:
         WorkflowSettings(confirm_deletes=value)
     assert caught.value.name == "confirm_deletes"
 
 
 def test_settings_are_frozen_and_named() -> None:
-    """Nobody changes them behind a workflow's back, and none is given by position or misspelt."""
+    """Settings cannot be changed, passed by position, or misspelt."""
     settings: Any = WorkflowSettings()
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         settings.attempts_per_number = 10**9
@@ -134,21 +134,19 @@ def test_settings_are_frozen_and_named() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"number_digits": 8}, "", 0, False, WorkflowSettings])
-def test_a_workflow_takes_settings_and_nothing_like_them(settings: Any) -> None:
-    """A dictionary is refused at once, an empty one too, not at the first request."""
+def test_settings_of_the_wrong_type(settings: Any) -> None:
+    """A dictionary is refused at construction, even if empty."""
     with ipguard.open_store("memory://") as store, pytest.raises(InvalidValue) as caught:
         Workflow(store, Outbox(), key=KEY, settings=settings)
     assert caught.value.name == "settings"
 
 
 def test_the_extremes_work(desk: Desk) -> None:
-    """With every figure at its most, and at its least, a restriction travels the whole way."""
-    for index, lengths in ((1, timedelta(days=366)), (0, timedelta(microseconds=1))):
+    """A restriction can be added and deleted with all settings at either bound."""
+    for index, durations in ((1, timedelta(days=366)), (0, timedelta(microseconds=1))):
         ends = {name: both[index] for name, both in COUNTS.items()}
-        desk.use(**ends, **dict.fromkeys(LENGTHS, lengths))
-        for person in PEOPLE[:1]:
-            request = desk.ask(f"203.0.113.{index}/32", person.username, ALICE)
-            desk.confirm(request)
+        desk.use(**ends, **dict.fromkeys(DURATIONS, durations))
+        desk.confirm(desk.ask(f"203.0.113.{index}/32"))
         desk.store.remove_users(["jsmith"])
         desk.store.put_users(PEOPLE)
         for restriction in desk.store.load_policy("jsmith").restrictions:
@@ -158,7 +156,7 @@ def test_the_extremes_work(desk: Desk) -> None:
 
 @pytest.mark.parametrize("digits", [6, 11, 18])
 def test_numbers_have_as_many_digits(desk: Desk, digits: int) -> None:
-    """Written in groups of five, and confirmed as they are written."""
+    """Numbers are in groups of five digits, and confirmed that way."""
     desk.use(number_digits=digits)
     request = desk.ask()
     assert len(desk.number(request).replace("-", "")) == digits
@@ -167,17 +165,17 @@ def test_numbers_have_as_many_digits(desk: Desk, digits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("store", "notifier", "said"),
+    ("store", "notifier", "message"),
     [
-        (None, Outbox(), "store: is no restriction store; open_store opens one"),
-        ("memory://", Outbox(), "store: is no restriction store; open_store opens one"),
-        (MemoryStore(), None, "notifier: is no notifier"),
-        (MemoryStore(), print, "notifier: is no notifier"),
+        (None, Outbox(), "store: must be a restriction store, such as open_store returns"),
+        ("memory://", Outbox(), "store: must be a restriction store, such as open_store returns"),
+        (MemoryStore(), None, "notifier: must be a notifier, such as ipguard.mail has"),
+        (MemoryStore(), print, "notifier: must be a notifier, such as ipguard.mail has"),
     ],
     ids=["no store", "a url", "no notifier", "a function"],
 )
-def test_a_workflow_of_the_wrong_parts(store: Any, notifier: Any, said: str) -> None:
-    """The mistake is told at construction, not at an administrator's first request."""
+def test_arguments_of_the_wrong_type(store: Any, notifier: Any, message: str) -> None:
+    """Wrong arguments are refused at construction."""
     with pytest.raises(InvalidValue) as caught:
         Workflow(store, notifier, key=bytes(32))
-    assert str(caught.value) == said
+    assert str(caught.value) == message
