@@ -1,4 +1,4 @@
-"""What the tests of the workflow share: a desk with a store, a clock, a mailbox, and people."""
+"""The `desk` fixture: a store with users, a clock, an outbox and a workflow."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ PEOPLE = (
 
 
 class Desk:
-    """A store with four users, a workflow over it, and what a test does with them again and again.
+    """A store with four users, a workflow on it, and shortcuts for common steps.
 
     Attributes:
-        path: The database file, or None where there is none.
-        url: Where the store is.
+        path: The SQLite file, or None for another store.
+        url: The URL of the store.
     """
 
     def __init__(self, path: Path | None = None, *, url: str = "memory://") -> None:
@@ -59,21 +59,21 @@ class Desk:
         self.store.put_users(PEOPLE)
 
     def use(self, **settings: Any) -> None:
-        """Go on with other settings."""
+        """Replace the workflow by one with other settings."""
         self.flow = self.workflow(**settings)
 
     def workflow(self, store: RestrictionStore | None = None, **settings: Any) -> Workflow:
-        """Return another server's workflow over the same data."""
+        """Return another workflow on the same data."""
         return Workflow(
             store or self.store, self.outbox, key=KEY, settings=WorkflowSettings(**settings)
         )
 
     def wait(self, **length: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         self.clock.advance(timedelta(**length))
 
     def later(self, **length: float) -> datetime:
-        """Return a time to come."""
+        """Return a time in the future."""
         return self.clock() + timedelta(**length)
 
     def ask(
@@ -87,7 +87,7 @@ class Desk:
         return self.outbox.number_for(request.id)
 
     def wrong(self, request: PendingRequest) -> str:
-        """Return a number that was not mailed for a request."""
+        """Return a wrong number for a request."""
         right = self.number(request)
         return ("1" if right[0] == "0" else "0") + right[1:]
 
@@ -96,7 +96,7 @@ class Desk:
         return self.flow.confirm(actor, request.id, self.number(request), **more)
 
     def guess(self, request: PendingRequest, actor: Actor = ALICE, times: int = 1) -> list[int]:
-        """Type wrong numbers, and return how many attempts each left."""
+        """Confirm with wrong numbers; return the attempts left after each."""
         left = []
         for _ in range(times):
             with pytest.raises(ipguard.WrongNumber) as caught:
@@ -107,7 +107,7 @@ class Desk:
     def add(
         self, addresses: str = OFFICE, username: str = "jsmith", **more: Any
     ) -> ipguard.Restriction:
-        """Let a restriction hold, without leaving a request behind."""
+        """Add a restriction without a request."""
         applied = self.flow.impose(BOSS, username, addresses, reason="a test", **more)
         assert applied.restriction is not None
         return applied.restriction
@@ -115,7 +115,7 @@ class Desk:
     def delete(
         self, restriction: ipguard.Restriction, actor: Actor = ALICE, **more: Any
     ) -> Applied:
-        """Delete a restriction at once."""
+        """Delete a restriction without a confirmation."""
         applied = self.flow.delete(actor, restriction.id, **more)
         assert isinstance(applied, Applied)
         return applied
@@ -129,27 +129,27 @@ class Desk:
         return asked
 
     def held(self, username: str = "jsmith") -> list[str]:
-        """Return what a user is restricted to, as a guard reads it."""
+        """Return the addresses of a user's restrictions, as a guard reads them."""
         return [str(r.addresses) for r in self.store.load_policy(username).restrictions]
 
     def request(self, request: PendingRequest) -> PendingRequest:
-        """Return a request as the store has it now."""
+        """Return the current state of a request."""
         with self.store.transaction() as turn:
             stored = turn.request(request.id)
         assert stored is not None
         return stored.request
 
     def failures(self, actor: Actor = ALICE) -> int:
-        """Return how often in a row an actor has failed."""
+        """Return an actor's count of consecutive wrong numbers."""
         with self.store.transaction() as turn:
             return turn.failures(actor.username)
 
     def rows(self) -> tuple[Change, ...]:
-        """Return the whole trail, the newest first."""
+        """Return the audit log, newest first."""
         return self.store.history(Actor.EVERY_ACCOUNT, limit=100_000).items
 
     def dump(self) -> object:
-        """Return everything that the store holds."""
+        """Return the complete contents of the store."""
         if self.path is None:
             store: Any = self.store
             return store._state, tuple(store._rows)
@@ -158,7 +158,7 @@ class Desk:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Fail unless the block leaves the store as it was, and mails nothing."""
+        """Fail if the block changes the store or sends mail."""
         before, mails = self.dump(), self.outbox.messages
         yield
         assert self.dump() == before
@@ -167,7 +167,7 @@ class Desk:
 
 @pytest.fixture(params=["memory", "sqlite"])
 def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Desk]:
-    """A desk over each store."""
+    """A desk on the memory store and on SQLite."""
     it = Desk(tmp_path / "desk.db" if request.param == "sqlite" else None)
     with it.store:
         yield it

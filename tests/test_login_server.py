@@ -1,4 +1,4 @@
-"""The example of a login server: what it tells, and what it gives away, which is nothing."""
+"""Tests of examples/login_server.py: its answers, and that refusals reveal nothing."""
 
 import asyncio
 import hashlib
@@ -6,7 +6,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 import ipguard
 from ipguard.testing import FakeClock, Outbox
+from tests.postgres import until
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "login_server.py"
 OFFICE = "203.0.113.5"
@@ -32,19 +32,19 @@ def load() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its annotations are looked up
+    sys.modules[spec.name] = module  # FastAPI resolves annotations there
     spec.loader.exec_module(module)
     return module
 
 
 example = load()
-# Tests are about what is done, not about how long an attacker would need.
+# Fast parameters: the tests need no resistance to brute force.
 example.SCRYPT.update(n=16, p=1)
 ACCOUNTS = [example.Account.new(name, f"{name}'s own") for name in ("jsmith", "mlee")]
 
 
 class Server:
-    """The application in this process, over a store that tests can take away."""
+    """The application in this process, on a memory store."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -55,26 +55,26 @@ class Server:
         )
         flow = ipguard.Workflow(self.store, Outbox(), key=b"k" * 32)
         flow.impose(OPERATOR, "jsmith", "203.0.113.0/29", reason="test")
-        self.asked: list[tuple[object, object, ipguard.Decision]] = []
+        self.decisions: list[tuple[object, object, ipguard.Decision]] = []
         self.guard = ipguard.Guard(
             self.store,
             monotonic=self.clock.monotonic,
-            observer=lambda *asked: self.asked.append(asked),
+            observer=lambda *decision: self.decisions.append(decision),
         )
         self.app = example.create_app(self.guard, ACCOUNTS)
 
-    def post(self, address: str, **what: Any) -> httpx.Response:
+    def post(self, address: str, **body: Any) -> httpx.Response:
         async def post() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, client=(address, 50000))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await client.post("/login", **what)
+                return await client.post("/login", **body)
 
         return asyncio.run(post())
 
     def login(
         self, username: object, password: object, address: str = OFFICE, **headers: str
     ) -> tuple[int, list[tuple[str, str]], bytes]:
-        """Try to log in, and return everything that the client gets to see."""
+        """Try to log in; return the status, the headers and the body."""
         attempt = {"username": username, "password": password}
         answer = self.post(address, json=attempt, headers=headers)
         return answer.status_code, sorted(answer.headers.items()), answer.content
@@ -82,21 +82,21 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    with made.store:
-        yield made
+    server = Server()
+    with server.store:
+        yield server
 
 
 @pytest.fixture
 def refused(server: Server) -> Any:
-    """What a wrong password for an unrestricted user gets to see."""
+    """The answer to a wrong password of a user without restrictions."""
     answer = server.login("mlee", "wrong")
     assert answer[0] == 401
     return answer
 
 
-def test_right_password_from_the_right_address(server):
-    """The right password gets in from a listed address, and from anywhere without restrictions."""
+def test_logins_that_succeed(server):
+    """A right password works from a listed address, or anywhere without restrictions."""
     assert server.login("jsmith", "jsmith's own")[0] == 200
     status, _, body = server.login("mlee", "mlee's own", ELSEWHERE)
     assert (status, body) == (200, b'{"username":"mlee"}')
@@ -119,8 +119,8 @@ def test_right_password_from_the_right_address(server):
         ("jsmith", "jsmith's own", "203.0.113.5%eth0"),
     ],
 )
-def test_every_refusal_is_the_same_to_the_byte(server, refused, username, password, address):
-    """Status, headers and body of a refusal are the same, whatever it was that was wrong."""
+def test_refusals_are_identical(server, refused, username, password, address):
+    """Refusals have the same status, headers and body, whatever the reason."""
     assert server.login(username, password, address) == refused
 
 
@@ -134,38 +134,38 @@ def test_every_refusal_is_the_same_to_the_byte(server, refused, username, passwo
     ],
 )
 def test_every_attempt_costs_the_same_work(server, monkeypatch, username, password, address):
-    """Each attempt costs one hash with the same figures and one question to the guard."""
+    """Each attempt computes one hash with the same parameters and asks the guard once."""
     hashes = []
     scrypt = hashlib.scrypt
 
-    def counted(*args, **figures):
-        hashes.append({name: value for name, value in figures.items() if name != "salt"})
-        return scrypt(*args, **figures)
+    def counted(*args, **parameters):
+        hashes.append({name: value for name, value in parameters.items() if name != "salt"})
+        return scrypt(*args, **parameters)
 
     monkeypatch.setattr(hashlib, "scrypt", counted)
     loads = server.guard.stats().loads
     server.login(username, password, address)
     assert hashes == [example.SCRYPT]
-    assert len(server.asked) == 1
+    assert len(server.decisions) == 1
     assert server.guard.stats().loads == loads + 1
 
 
 @pytest.mark.parametrize("username", ["JSmith", "JSMITH", "j\u017fmith"])
-def test_spelling_does_not_step_around_a_restriction(server, refused, username):
-    """However the name is typed, it is the record's restrictions that hold."""
+def test_other_spellings_of_a_username(server, refused, username):
+    """Whatever spelling is typed, the restrictions of the user record apply."""
     assert server.login(username, "jsmith's own", ELSEWHERE) == refused
     assert server.login(username, "jsmith's own", OFFICE)[0] == 200
-    assert {asked[0] for asked in server.asked if asked[0] != "mlee"} == {"jsmith"}
+    assert {username for username, *_ in server.decisions if username != "mlee"} == {"jsmith"}
 
 
-def test_mapped_address_is_the_ipv4_address(server, refused):
-    """On a socket for both versions an IPv4 client shows as a mapped address, and is itself."""
+def test_ipv4_mapped_address(server, refused):
+    """An IPv4-mapped address, as dual-stack sockets report it, counts as the IPv4 address."""
     assert server.login("jsmith", "jsmith's own", f"::ffff:{OFFICE}")[0] == 200
     assert server.login("jsmith", "jsmith's own", f"::ffff:{ELSEWHERE}") == refused
 
 
-def test_headers_of_the_client_are_not_believed(server, refused):
-    """What a client says of its own address changes nothing."""
+def test_address_headers_are_ignored(server, refused):
+    """Headers with an address do not change the decision."""
     claims = {
         "X-Forwarded-For": OFFICE,
         "X-Real-IP": OFFICE,
@@ -175,8 +175,8 @@ def test_headers_of_the_client_are_not_believed(server, refused):
     assert server.login("jsmith", "jsmith's own", ELSEWHERE, **claims) == refused
 
 
-def test_outage_tells_nothing(server):
-    """While the store is down the answer is one, whatever the password and the address."""
+def test_outage_answers_are_identical(server):
+    """During an outage all logins get the same answer, whatever the password and address."""
     server.store.close()
     answers = {
         repr(server.login(username, password, address))
@@ -189,8 +189,8 @@ def test_outage_tells_nothing(server):
     assert "('retry-after', '5')" in answer
 
 
-def test_outage_denies_those_who_were_in_memory(server):
-    """What the guard remembers lets nobody in once its lease is over."""
+def test_outage_after_the_lease(server):
+    """After the lease, cached answers allow no login."""
     assert server.login("mlee", "mlee's own")[0] == 200
     server.store.close()
     assert server.login("mlee", "mlee's own")[0] == 200
@@ -212,8 +212,8 @@ def test_outage_denies_those_who_were_in_memory(server):
         b'{"username": "mlee\xff", "password": "s3cret"}',
     ],
 )
-def test_what_cannot_be_read_is_not_repeated(server, body):
-    """A body that is no login is refused without a word of what it held."""
+def test_malformed_bodies(server, body):
+    """A malformed body is refused without repeating any of it."""
     answer = server.post(OFFICE, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 422)
     assert answer.status_code == 400 or answer.json() == {"detail": example.UNREADABLE}
@@ -221,7 +221,7 @@ def test_what_cannot_be_read_is_not_repeated(server, body):
 
 
 def test_refresher_runs_with_the_application(server):
-    """The guard's refresher runs while the application does, and ends with it."""
+    """The guard's refresher runs as long as the application."""
 
     async def run() -> str:
         async with server.app.router.lifespan_context(server.app):
@@ -232,18 +232,18 @@ def test_refresher_runs_with_the_application(server):
     assert server.guard.stats().woken_by == "callers"
 
 
-def test_nothing_shows_a_password():
-    """The records and the attempt keep passwords, salts and digests out of their repr."""
+def test_reprs_hide_passwords():
+    """Accounts and login attempts show no password, salt or digest in their repr."""
     assert repr(ACCOUNTS[0]) == "Account(username='jsmith')"
     assert "s3cret" not in repr(example.Login(username="a", password="s3cret"))
 
 
-# ------------------------------------------------------------------ as it is run
+# ------------------------------------------------------------------ as a process
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, str]]:
-    """The example as a process of its own, on a database file."""
+    """The example as a process, on a database file."""
     url = f"sqlite:///{tmp_path_factory.mktemp('login')}/ipguard.db"
     command = [sys.executable, "-u", EXAMPLE, "--store", url, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
@@ -263,34 +263,32 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cl
     assert process.returncode in (0, -15)
 
 
-def seen(client: httpx.Client, username: str, password: str, **headers: str) -> Any:
+def log_in(client: httpx.Client, username: str, password: str, **headers: str) -> Any:
     answer = client.post(
         "/login", json={"username": username, "password": password}, headers=headers
     )
-    shown = sorted((k, v) for k, v in answer.headers.items() if k != "date")
-    return answer.status_code, shown, answer.content
+    received = sorted((k, v) for k, v in answer.headers.items() if k != "date")
+    return answer.status_code, received, answer.content
 
 
 def test_real_server(running):
-    """Over a real socket: who may, gets in; all who may not see the same; headers do not help."""
+    """Over a socket: allowed users get in, refusals are identical, address headers are ignored."""
     client, _ = running
-    assert seen(client, "mlee", example.PASSWORD)[0] == 200
-    assert seen(client, "JSmith", example.PASSWORD)[0] == 200
-    refused = seen(client, "mlee", "wrong")
+    assert log_in(client, "mlee", example.PASSWORD)[0] == 200
+    assert log_in(client, "JSmith", example.PASSWORD)[0] == 200
+    refused = log_in(client, "mlee", "wrong")
     assert refused[0] == 401
-    assert seen(client, "rjones", example.PASSWORD) == refused
-    assert seen(client, "nobody", example.PASSWORD) == refused
-    assert seen(client, "rjones", example.PASSWORD, **{"X-Forwarded-For": OFFICE}) == refused
+    assert log_in(client, "rjones", example.PASSWORD) == refused
+    assert log_in(client, "nobody", example.PASSWORD) == refused
+    assert log_in(client, "rjones", example.PASSWORD, **{"X-Forwarded-For": OFFICE}) == refused
 
 
 def test_real_server_follows_a_change(running):
-    """A restriction lifted in another process lets the user in at that server."""
+    """A restriction lifted by another process takes effect at the running server."""
     client, url = running
     with ipguard.open_store(url) as store:
         flow = ipguard.Workflow(store, Outbox(), key=b"k" * 32)
         (rjones,) = flow.overview(OPERATOR, search="rjones")
-        assert seen(client, "rjones", example.PASSWORD)[0] == 401
+        assert log_in(client, "rjones", example.PASSWORD)[0] == 401
         flow.lift(OPERATOR, rjones.restrictions[0].id, reason="test")
-        until = time.monotonic() + 30
-        while seen(client, "rjones", example.PASSWORD)[0] != 200:
-            assert time.monotonic() < until
+        until(lambda: log_in(client, "rjones", example.PASSWORD)[0] == 200, "the login works")
