@@ -1,6 +1,6 @@
-"""A login server as gunicorn runs it: what `--preload` imports is there before the workers are.
+"""A login server for `gunicorn --preload`, which imports it before it forks the workers.
 
-Its master has asked the guard, and its refresher and its listener run, when it forks.
+The guard has answered a login, and its refresher and listener run, when the master forks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ first = guard.is_allowed("jsmith", "203.0.113.7")
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
-    """Answer `?username=...&address=...` with who answered, and how."""
-    asked = dict(parse_qsl(environ["QUERY_STRING"]))
-    decision = guard.check(asked["username"], asked["address"])
+    """Answer `?username=...&address=...` with the decision and the process ids."""
+    query = dict(parse_qsl(environ["QUERY_STRING"]))
+    decision = guard.check(query["username"], query["address"])
     start_response("200 OK", [("Content-Type", "application/json")])
-    told = {"worker": os.getpid(), "master": master, "first": first, "reason": decision.reason}
-    return [json.dumps(told).encode()]
+    answer = {"worker": os.getpid(), "master": master, "first": first, "reason": decision.reason}
+    return [json.dumps(answer).encode()]

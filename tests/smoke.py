@@ -1,4 +1,4 @@
-"""Run by `dev.py build` in an environment of the built wheel and its three dependencies alone."""
+"""The smoke test of `dev.py build`, which runs with the wheel and its dependencies alone."""
 
 import sys
 import tempfile
@@ -24,10 +24,10 @@ with tempfile.TemporaryDirectory() as folder:
 
             flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
             store.put_users([user])
-            assert guard.is_allowed("jsmith", "203.0.113.8"), "unrestricted, yet refused"
+            assert guard.is_allowed("jsmith", "203.0.113.8"), "refused without restrictions"
             applied = flow.impose(boss, "jsmith", "203.0.113.7", reason="smoke")
-            assert guard.wait_for(applied.revision, 10), "the guard did not follow"
-            assert guard.is_allowed("jsmith", "203.0.113.7"), "listed, yet refused"
-            assert not guard.is_allowed("jsmith", "203.0.113.8"), "not listed, yet allowed"
-            assert not guard.is_allowed("jsmith", "junk"), "junk got in"
+            assert guard.wait_for(applied.revision, 10), "the guard did not see the change"
+            assert guard.is_allowed("jsmith", "203.0.113.7"), "refused a listed address"
+            assert not guard.is_allowed("jsmith", "203.0.113.8"), "allowed another address"
+            assert not guard.is_allowed("jsmith", "junk"), "allowed a malformed address"
 print(f"smoke: ipguard {ipguard.__version__} works on Python {sys.version.split()[0]}")

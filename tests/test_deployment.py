@@ -1,4 +1,4 @@
-"""How login servers are run: many processes, forked workers, greenlets, and upgrades under them."""
+"""Tests of login servers: many processes, forked workers, greenlets, and schema upgrades."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.proxy import Proxy
 from tests.test_aio import cancel_at_random_points
 from tests.test_guard_fork import in_child
 
-# Many processes, and a machine that others may be busy on.
+# The tests start many processes, and the machine may be busy.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(300, 3_600))]
 
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
@@ -46,7 +46,7 @@ def user(name: str) -> ipguard.User:
 
 
 def test_a_change_holds_on_every_server(postgres: Server | Given) -> None:
-    """What is confirmed or deleted by one process is what all of eight login servers answer by."""
+    """Changes made by one process take effect on eight login servers."""
     url = postgres.url(schema=fresh_schema())
     users = [f"user{n}" for n in range(rounds(20, 1_000))]
     outbox = Outbox()
@@ -77,7 +77,7 @@ def test_a_change_holds_on_every_server(postgres: Server | Given) -> None:
 
 
 def test_a_flood_of_unknown_users() -> None:
-    """However many names are invented, memory stays within its bound, and real users remembered."""
+    """Invented usernames neither exceed the memory bound nor evict real users."""
     clock = FakeClock()
     store = ipguard.open_store("memory://", clock=clock)
     real = [f"user{n}" for n in range(rounds(500, 10_000))]
@@ -90,23 +90,23 @@ def test_a_flood_of_unknown_users() -> None:
         guard = ipguard.Guard(store, capacity=capacity, monotonic=clock.monotonic)
         assert all(guard.is_allowed(name, HOME) for name in real)
         for n in range(flood):
-            guard.is_allowed(f"a-name-that-somebody-has-invented-{n}", ELSEWHERE)
+            guard.is_allowed(f"an-invented-username-{n}", ELSEWHERE)
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     stats = guard.stats()
     assert (stats.users, stats.loads) == (capacity, len(real) + flood)
-    # As `Guard` says: about 1 kB for each user, and the restrictions of those who have some.
+    # The documented bound: about 1 kB for each user, plus the restrictions.
     assert taken < capacity * 1_000 + len(real) * 1_000
     assert all(guard.is_allowed(name, HOME) for name in real)
-    assert guard.stats().loads == stats.loads  # not one was forgotten
+    assert guard.stats().loads == stats.loads  # no real user was evicted
 
 
 # ------------------------------------------------------------------------------ fork
 
 
 def sockets(pid: int) -> set[str]:
-    """Return the sockets that a process has open, by the names that the kernel gives them."""
+    """Return the open sockets of a process, by their names in /proc."""
     found = set()
     for each in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -114,22 +114,22 @@ def sockets(pid: int) -> set[str]:
     return {name for name in found if name.startswith("socket:")}
 
 
-def to_server(port: int) -> set[str]:
-    """Return the clients' ends of all connections to a local TCP port, by the same names."""
+def clients_of(port: int) -> set[str]:
+    """Return the client sockets of all connections to a local TCP port, by the same names."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {f"socket:[{row[9]}]" for row in rows if int(row[2].rpartition(":")[2], 16) == port}
 
 
 def ask(port: int, username: str, address: str) -> dict[str, Any]:
     url = f"http://127.0.0.1:{port}/?username={username}&address={address}"
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        told: dict[str, Any] = json.load(answer)
-    return told
+    with urllib.request.urlopen(url, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
 
 
 @contextmanager
 def gunicorn(url: str, workers: int) -> Iterator[int]:
-    """Run the application in forked workers, and give its port."""
+    """Run the application in forked workers; yield its port."""
     port = free_port()
     process = subprocess.Popen(
         [
@@ -154,44 +154,47 @@ def gunicorn(url: str, workers: int) -> Iterator[int]:
 
 
 def test_gunicorn_with_preload(own_postgres: Server) -> None:
-    """Workers forked from a master that listens share no connection, and each sees a change."""
+    """Workers forked from a master that uses the store share no connection and see changes."""
     schema = fresh_schema()
     with PostgresStore(own_postgres.url(schema=schema), listen="off") as store:
         store.put_users([user("jsmith")])
         url = own_postgres.url(tcp=True, schema=schema, sslmode="disable", gssencmode="disable")
         with gunicorn(url, 4) as port:
-            told: dict[int, dict[str, Any]] = {}
+            answers: dict[int, dict[str, Any]] = {}
 
-            def meet(reason: str) -> bool:
+            def all_answer(reason: str) -> bool:
                 answer = ask(port, "jsmith", ELSEWHERE)
-                told[answer["worker"]] = answer
-                return [each["reason"] for each in told.values()] == [reason] * 4
+                answers[answer["worker"]] = answer
+                return [each["reason"] for each in answers.values()] == [reason] * 4
 
-            until(lambda: meet(Reason.UNRESTRICTED), "each of four workers answers")
+            until(lambda: all_answer(Reason.UNRESTRICTED), "each of four workers answers")
             applied = ipguard.Workflow(store, Outbox(), key=bytes(32)).impose(
                 BOSS, "jsmith", HOME, reason="a test"
             )
             assert applied.restriction is not None
-            until(lambda: meet(Reason.NOT_LISTED), "each has seen the change")
-            (master,) = {answer["master"] for answer in told.values()}
-            assert all(answer["first"] for answer in told.values())
-            assert master not in told
-            mine = {pid: sockets(pid) & to_server(own_postgres.port) for pid in (master, *told)}
-            assert all(mine.values())  # every one of them is connected
-            assert len(set.union(*mine.values())) == sum(map(len, mine.values()))
+            until(lambda: all_answer(Reason.NOT_LISTED), "each worker has seen the change")
+            (master,) = {answer["master"] for answer in answers.values()}
+            assert all(answer["first"] for answer in answers.values())
+            assert master not in answers
+            open_sockets = {
+                pid: sockets(pid) & clients_of(own_postgres.port) for pid in (master, *answers)
+            }
+            assert all(open_sockets.values())  # each process is connected
+            total = sum(map(len, open_sockets.values()))
+            assert len(set.union(*open_sockets.values())) == total
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_lets_go_of_what_it_inherits(own_postgres: Server) -> None:
-    """Sockets that are idle, lent, or being opened when the fork comes are the parent's alone."""
+def test_a_forked_child_closes_inherited_sockets(own_postgres: Server) -> None:
+    """A forked child closes sockets that were idle, in use or being opened."""
     with Proxy(own_postgres.port) as proxy:
         url = own_postgres.url(
             port=proxy.port, schema=fresh_schema(), sslmode="disable", gssencmode="disable"
         )
         with PostgresStore(url, listen="off", timeout=20.0) as store:
 
-            def mine() -> set[str]:
-                return sockets(os.getpid()) & to_server(proxy.port)
+            def own_sockets() -> set[str]:
+                return sockets(os.getpid()) & clients_of(proxy.port)
 
             with store.transaction() as turn:
                 store.load_policy("jsmith")
@@ -200,11 +203,13 @@ def test_a_child_lets_go_of_what_it_inherits(own_postgres: Server) -> None:
                 proxy.silent = True
                 load = threading.Thread(target=_try, args=(lambda: store.load_policy("jsmith"),))
                 load.start()
-                until(lambda: len(mine()) == 2, "one is lent, and one is being opened")
-                assert in_child(lambda: len(mine())) == 0
+                until(
+                    lambda: len(own_sockets()) == 2, "one connection is in use, one is being opened"
+                )
+                assert in_child(lambda: len(own_sockets())) == 0
                 proxy.silent = False
-                assert len(mine()) == 2
-                assert turn.failures("jsmith") == 0  # the parent's session goes on
+                assert len(own_sockets()) == 2
+                assert turn.failures("jsmith") == 0  # the parent's session still works
             proxy.cut()
             load.join(60)
             assert not load.is_alive()
@@ -219,8 +224,8 @@ def _try(call: Callable[[], object]) -> None:
 # --------------------------------------------------------------------------- asyncio, gevent
 
 
-def test_cancelled_at_random_points_no_connection_is_left(postgres: Server | Given) -> None:
-    """Calls cancelled anywhere leak no connection, here or on the server, and the pool is whole."""
+def test_cancelled_calls_leak_no_connection(postgres: Server | Given) -> None:
+    """Calls that are cancelled at random points leak no connection, here or on the server."""
     name = fresh_schema()
     ask = (
         "SELECT count(*), count(*) FILTER (WHERE state = 'idle') FROM pg_stat_activity"
@@ -229,20 +234,22 @@ def test_cancelled_at_random_points_no_connection_is_left(postgres: Server | Giv
     with PostgresStore(postgres.url(schema=name, application_name=name), timeout=20.0) as store:
         cancel_at_random_points(store, rounds(200, 10_000))
         pool = store._pool
-        until(lambda: len(pool._idle) == pool._open, "every connection is given back")
+        until(lambda: len(pool._idle) == pool._open, "every connection is returned")
         assert 0 < pool._open <= store._options.pool_size
-        most = pool._open + 1  # the one that listens
+        most = pool._open + 1  # the listener
         until(
             lambda: postgres.execute(ask, name) in ([(pool._open, pool._open)], [(most, most)]),
-            "the server has no others, and none in a transaction",
+            "the server has no other connection and none in a transaction",
         )
         assert store._writer._queue.acquire(blocking=False)
         store._writer._queue.release()
-    until(lambda: postgres.execute(ask, name) == [(0, 0)], "closing leaves none")
+    until(
+        lambda: postgres.execute(ask, name) == [(0, 0)], "closing the store closes all connections"
+    )
 
 
 def test_gevent(postgres: Server | Given) -> None:
-    """All patched, guard and workflow go on in greenlets, which a query does not hold up."""
+    """With gevent, guard and workflow run in greenlets, and a query does not block the others."""
     code = """
 import sys
 from gevent import monkey
@@ -274,7 +281,7 @@ with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
     clock = gevent.spawn(tick)
     before = ticks
     store._pool.read(lambda session: session.rows("SELECT pg_sleep(0.2)"))
-    assert ticks > before + 10, "a query held up the other greenlets"
+    assert ticks > before + 10, "a query blocked the other greenlets"
     for refused in (AsyncGuard, AsyncWorkflow):
         try:
             refused(guard if refused is AsyncGuard else flow)
@@ -297,11 +304,11 @@ with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
 
 
 class Library:
-    """A copy of the library with more migrations than the present one.
+    """A copy of the library with additional migrations.
 
     Args:
-        folder: Where it is put.
-        dialect: Whose migrations; `sqlite` or `postgresql`.
+        folder: The folder of the copy.
+        dialect: The dialect of the migrations, `sqlite` or `postgresql`.
     """
 
     def __init__(self, folder: Path, dialect: str) -> None:
@@ -323,7 +330,7 @@ class Library:
         module.write_text(changed)
 
     def run(self, code: str, url: str) -> None:
-        """Run code with this library, in a process of its own."""
+        """Run code with this library in another process."""
         found = f"assert ipguard.__file__.startswith({str(self._package)!r})"
         code = f"import ipguard, sys\n{found}\n{code}"
         done = subprocess.run(
@@ -335,7 +342,7 @@ class Library:
 
 
 class Administration:
-    """A thread that imposes and lifts restrictions to HOME, until it may not any more."""
+    """A thread that imposes and lifts restrictions to HOME until the store refuses."""
 
     def __init__(self, flow: ipguard.Workflow, users: Sequence[str]) -> None:
         self._flow, self._users = flow, users
@@ -355,29 +362,32 @@ class Administration:
             except ipguard.StoreUnavailable as exc:
                 self.refused = exc
 
-    def goes_on(self) -> None:
-        """Wait until it has done some more."""
+    def proceed(self) -> None:
+        """Wait for more changes."""
         wanted = self.count + 5
-        until(lambda: self.count >= wanted or not self._thread.is_alive(), "it goes on")
+        until(
+            lambda: self.count >= wanted or not self._thread.is_alive(),
+            "the thread makes more changes",
+        )
         assert self.refused is None
         assert self._thread.is_alive()
 
-    def ends(self) -> str:
-        """Wait until it may not go on; return why."""
+    def refusal(self) -> str:
+        """Wait until the store refuses; return the message."""
         self._thread.join(60)
         return str(self.refused)
 
 
 @pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
-def test_the_next_migration_under_a_running_library(
+def test_a_newer_schema_under_a_running_library(
     request: pytest.FixtureRequest, dialect: str, tmp_path: Path
 ) -> None:
-    """The next library migrates under this one, which runs on, until the schema says otherwise."""
+    """This library works on a newer schema until the schema requires a newer library."""
     if dialect == "sqlite":
         url = f"sqlite:///{tmp_path / 'upgrade.db'}"
     else:
         url = request.getfixturevalue("postgres").url(schema=fresh_schema(), timeout=20.0)
-    coming = Library(tmp_path, dialect)
+    newer = Library(tmp_path, dialect)
     with ipguard.open_store(url) as store:
         users = [f"user{n}" for n in range(5)]
         everybody = [*users, "jsmith", "mary"]
@@ -385,28 +395,28 @@ def test_the_next_migration_under_a_running_library(
         flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
         with LoginServer(url, everybody, ELSEWHERE, pace=0.01, max_staleness=1.0) as logins:
             work = Administration(flow, users)
-            work.goes_on()
-            coming.add(
+            work.proceed()
+            newer.add(
                 "ALTER TABLE restrictions ADD COLUMN remark TEXT NOT NULL DEFAULT 'none'",
                 "ALTER TABLE changes ADD COLUMN origin TEXT",
                 "CREATE TABLE remarks (username TEXT NOT NULL PRIMARY KEY, text TEXT)",
                 "CREATE INDEX restrictions_by_remark ON restrictions (remark, username)",
             )
-            coming.run(NEXT, url)
+            newer.run(NEXT, url)
             until(
                 lambda: logins.report().all(Reason.NOT_LISTED, ["jsmith"]),
-                "what the next library changed holds on a login server of this one",
+                "a change by the newer library takes effect on a login server",
             )
-            work.goes_on()
-            ipguard.open_store(url).close()  # a server of this one may be started again
+            work.proceed()
+            ipguard.open_store(url).close()  # this library can still open it
 
-            oldest = coming.version + 1
-            coming.add(f"UPDATE schema_version SET oldest = {oldest}")
-            coming.run(NEXT.replace(HOME, "203.0.113.8"), url)
-            assert f"this library needs {oldest}" in work.ends()
+            oldest = newer.version + 1
+            newer.add(f"UPDATE schema_version SET oldest = {oldest}")
+            newer.run(NEXT.replace(HOME, "203.0.113.8"), url)
+            assert f"this library needs {oldest}" in work.refusal()
             until(
                 lambda: logins.report().all(Reason.STORE_UNAVAILABLE, ["mary"]),
-                "login servers of this one let nobody in",
+                "login servers refuse all logins",
             )
             with pytest.raises(ipguard.SchemaVersionError):
                 ipguard.open_store(url)
@@ -417,6 +427,6 @@ boss = ipguard.Actor(username="boss", email="b@x.example", manages=ipguard.Actor
 from ipguard.testing import FakeClock, Outbox
 with ipguard.open_store(sys.argv[1]) as store, ipguard.Guard(store) as guard:
     flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
-    applied = flow.impose(boss, "jsmith", "{HOME}", reason="by the next library")
+    applied = flow.impose(boss, "jsmith", "{HOME}", reason="newer library")
     assert guard.check("jsmith", "{HOME}", at_least=applied.revision)
 """
