@@ -1,4 +1,4 @@
-"""What is read as an address, what is refused and why, and what is inside what."""
+"""Addresses: accepted and refused text, hints, membership, ranges and sets as values."""
 
 import copy
 import ipaddress
@@ -25,7 +25,7 @@ from ipguard.addresses import (
     parse_address,
     parse_typed,
 )
-from ipguard.errors import AddressError, IPGuardError, shorten
+from ipguard.errors import AddressError, shorten
 
 parse = AddressRange.parse
 
@@ -35,7 +35,7 @@ def number(text: str) -> int:
 
 
 def attempt(read: Callable[[Any], AddressRange], text: object) -> AddressRange | AddressError:
-    """What a reader makes of a text, be it a range or the error."""
+    """Return the range or the error of a reader."""
     try:
         return read(text)
     except AddressError as error:
@@ -43,13 +43,13 @@ def attempt(read: Callable[[Any], AddressRange], text: object) -> AddressRange |
 
 
 def refusal(text: object) -> AddressError:
-    """The error with which a restriction is refused."""
+    """Return the error for a restriction."""
     with pytest.raises(AddressError) as caught:
         parse(text)  # type: ignore[arg-type]
     return caught.value
 
 
-# ---- what people write ---------------------------------------------------------------------------
+# ---- restrictions --------------------------------------------------------------------------------
 
 LONGEST_ADDRESS = "2001:0db8:2001:0db8:2001:0db8:203.100.113.107"
 
@@ -89,12 +89,12 @@ ACCEPTED = [
     ("::ffff:0.0.0.0/96", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
     ("::ffff:1.2.3.4-::ffff:1.2.3.9", 4, "1.2.3.4", "1.2.3.9", "1.2.3.4-1.2.3.9"),
     ("::ffff:0:0-::ffff:ffff:ffff", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
-    # What covers the mapped block as a whole is IPv6, and what lies beside it.
+    # Ranges that cover the whole mapped block, or none of it, are IPv6.
     ("::fffe:0:0/95", 6, "::fffe:0:0", "::ffff:ffff:ffff", "::fffe:0:0/95"),
     ("::5-::1:0:0:0", 6, "::5", "::1:0:0:0", "::5-::1:0:0:0"),
     ("::5-::fffe:ffff:ffff", 6, "::5", "::fffe:ffff:ffff", "::5-::fffe:ffff:ffff"),
     ("::1:0:0:0-::1:0:0:6", 6, "::1:0:0:0", "::1:0:0:6", "::1:0:0:0-::1:0:0:6"),
-    # What holds multicast addresses and others is no multicast range.
+    # Ranges that hold multicast addresses and others.
     ("223.255.255.255-224.0.0.9", 4, "223.255.255.255", "224.0.0.9", "223.255.255.255-224.0.0.9"),
     ("239.255.255.255-240.0.0.0", 4, "239.255.255.255", "240.0.0.0", "239.255.255.255-240.0.0.0"),
     ("223.255.255.255", 4, "223.255.255.255", "223.255.255.255", "223.255.255.255"),
@@ -122,7 +122,7 @@ ACCEPTED = [
 
 @pytest.mark.parametrize(("text", "version", "first", "last", "canonical"), ACCEPTED)
 def test_accepted(text, version, first, last, canonical):
-    """Addresses, networks and ranges of both versions are read, and written as short as can be."""
+    """Addresses, networks and ranges of both versions have one canonical, shortest text."""
     found = parse(text)
     assert found == AddressRange(version=version, first=number(first), last=number(last))
     assert str(found) == canonical
@@ -149,12 +149,10 @@ VERSIONS = "its ends are of different versions"
 MAPPED_END = "one of its ends is IPv4-mapped, the other is not"
 
 REFUSED = [
-    # text, start of the reason, hint: each class of bad input that other parsers read somehow.
-    # Octal, hexadecimal, short: CVE-2021-29921 and its kin. No hint: the meaning is not certain.
+    # text, start of the reason, hint: each class of bad input that other parsers accept.
+    # Octal, hexadecimal, short: CVE-2021-29921. No hint: the meaning is ambiguous.
     ("010.8.8.8", LATER, None),
-    ("10.08.8.8", LATER, None),
     ("10.8.8.010", LATER, None),
-    ("00.0.0.1", LATER, None),
     ("10.0.0.00/8", LATER, None),
     ("1.2.3.4-01.2.3.9", LATER, None),
     ("::ffff:01.2.3.4", LATER, None),
@@ -163,46 +161,33 @@ REFUSED = [
     ("1.2.3", NUMBERS, None),
     ("1.2.3.4.5", NUMBERS, None),
     ("1.2.3.256", NUMBERS, None),
-    ("1.2.3.", NUMBERS, None),
     ("2130706433", NUMBERS, None),
-    ("10.0.0/8", NUMBERS, None),
     ("192.168/16", NUMBERS, None),
-    ("10/8", NUMBERS, None),
     ("0x7f.1", NEITHER, None),
-    ("0x7f000001", NEITHER, None),
-    # Blanks are forgiven around a whole address only, and only by `parse_typed`.
+    # Only `parse_typed` ignores blanks, and only at the ends.
     ("1.2.3.4\n", BLANK, "1.2.3.4"),
     (" 1.2.3.4", BLANK, "1.2.3.4"),
     ("\t2001:db8::/32\v\f\r", BLANK, "2001:db8::/32"),
     ("1.2.3.4 - 1.2.3.9", BLANK, "1.2.3.4-1.2.3.9"),
-    ("10.0.0.0/ 8", BLANK, "10.0.0.0/8"),
     ("10.0.0.0 /8", BLANK, "10.0.0.0/8"),
-    ("10.0.0.0/8\n", BLANK, "10.0.0.0/8"),
     ("1.2.3.4 foo", BLANK, None),
-    ("1.2.3.4 5", BLANK, None),
     ("1.2.3. 4", BLANK, None),
     ("", NEITHER, None),
     (" ", BLANK, None),
-    # Digits that are none, and characters that a C string ends at or cannot hold.
+    # Digits of other scripts, and characters that C strings cannot hold.
     ("\uff11.2.3.4", CHARACTERS, None),
-    ("\u0661.2.3.4", CHARACTERS, None),
     ("10.0.0.0/\u0668", CHARACTERS, None),
-    ("10.0.0.0/1\u0666", CHARACTERS, None),
     ("1.2.3.4\0", CHARACTERS, None),
     ("1.2.3.4\0.5", CHARACTERS, None),
     ("::1\0", CHARACTERS, None),
     ("1.2.3.4\x7f", CHARACTERS, None),
-    ("1.2.3.4\x1f", CHARACTERS, None),
     ("\ud800", CHARACTERS, None),
-    ("::\udfff", CHARACTERS, None),
     ("1.2.3.4\u00a0", CHARACTERS, None),
     ("1.2.3.4\u20131.2.3.9", CHARACTERS, "1.2.3.4-1.2.3.9"),
     ("1.2.3.+4", NEITHER, None),
     ("1.2.3.1_0", NEITHER, None),
-    ("+1.2.3.4", NEITHER, None),
     # Zones.
     ("fe80::1%eth0", ZONE, "fe80::1"),
-    ("fe80::1%1", ZONE, "fe80::1"),
     ("fe80::1%", ZONE, "fe80::1"),
     ("::ffff:1.2.3.4%x", ZONE, "1.2.3.4"),
     ("fe80::%eth0/64", ZONE, "fe80::/64"),
@@ -211,34 +196,28 @@ REFUSED = [
     ("%", ZONE, None),
     # Prefix lengths that `int()` would read.
     ("10.0.0.0/+8", PREFIX4, None),
-    ("0.0.0.0/-0", PREFIX4, None),
     ("10.0.0.0/08", PREFIX4, None),
     ("10.0.0.0/1_0", PREFIX4, None),
     ("10.0.0.0/", PREFIX4, None),
     ("10.0.0.0/33", PREFIX4, None),
-    ("10.0.0.0/999", PREFIX4, None),
     ("10.0.0.0/1000", PREFIX4, None),
     ("10.0.0.0/8/8", PREFIX4, None),
     ("10.0.0.0/8-10.0.0.9", PREFIX4, None),
-    ("10.0.0.0/x", PREFIX4, None),
     ("::/129", PREFIX6, None),
     ("::/00", PREFIX6, None),
     ("/8", NEITHER, None),
-    ("/", NEITHER, None),
     ("x/8", NEITHER, None),
     # Netmasks and hostmasks. All zeros is /0 to some and /32 to others.
     ("127.0.0.1/0.0.0.255", MASK, "127.0.0.0/24"),
     ("10.0.0.0/255.0.0.0", MASK, "10.0.0.0/8"),
     ("192.0.2.65/255.255.254.0", MASK, "192.0.2.0/23"),
     ("10.0.0.0/0.0.0.0", MASK, None),
-    ("10.0.0.0/255.255.255.255", MASK, None),
     ("10.0.0.0/255.0.255.0", MASK, None),
     ("2001:db8::/ffff:ffff::", MASK, None),
     ("::/255.0.0.0", MASK, None),
     # Host bits.
     ("10.1.0.0/0", HOSTS, "0.0.0.0/0"),
     ("10.1.2.3/8", HOSTS, "10.0.0.0/8"),
-    ("203.0.113.7/31", HOSTS, "203.0.113.6/31"),
     ("2001:db8::1/32", HOSTS, "2001:db8::/32"),
     ("::ffff:1.2.3.4/120", HOSTS, "1.2.3.0/24"),
     ("::ffff:1.2.3.4/96", HOSTS, "0.0.0.0/0"),
@@ -246,15 +225,11 @@ REFUSED = [
     # IPv4-mapped networks with a prefix length of IPv4, and ranges that mean two things.
     ("::ffff:1.2.3.0/24", "the prefix length of an IPv4-mapped network", "1.2.3.0/24"),
     ("::ffff:1.2.3.4/24", "the prefix length of an IPv4-mapped network", None),
-    ("::ffff:1.2.3.4/95", "the prefix length of an IPv4-mapped network", None),
     ("::ffff:1.2.3.4-1.2.3.9", VERSIONS, "1.2.3.4-1.2.3.9"),
     ("1.2.3.4-::ffff:1.2.3.9", VERSIONS, "1.2.3.4-1.2.3.9"),
     ("1.2.3.4-2001:db8::1", VERSIONS, None),
-    ("::1-1.2.3.4", VERSIONS, None),
     ("::1-::ffff:1.2.3.4", MAPPED_END, None),
-    ("::ffff:1.2.3.4-2001:db8::1", MAPPED_END, None),
     ("::ffff:0:1-::1:0:0:0", MAPPED_END, None),
-    ("::fffe:ffff:ffff-::ffff:0:0", MAPPED_END, None),
     ("::5-::ffff:ffff:fffe", MAPPED_END, None),
     # Ranges.
     ("1.2.3.9-1.2.3.4", "it runs backwards", "1.2.3.4-1.2.3.9"),
@@ -266,15 +241,12 @@ REFUSED = [
     ("1.2.3.4-256", "the end of a range is a whole address", None),
     ("::1-9", "the end of a range is a whole address", None),
     ("1.2.3.4-3.9", NUMBERS, None),
-    ("1.2.3-1.2.3.9", NUMBERS, None),
     ("1.2.3-1.2.3.4-1.2.3.5", NUMBERS, None),
     ("1.2.3.4-", NEITHER, None),
     ("-1.2.3.4", NEITHER, None),
-    ("-", NEITHER, None),
     ("1.2.3.4-1.2.3.5-1.2.3.6", NEITHER, None),
     ("1.2.3.0-1.2.3.128/25", NEITHER, None),
-    ("1.2.3.4--1.2.3.9", NEITHER, None),
-    # Ports, brackets, wildcards, other things that stand where an address should.
+    # Ports, brackets, wildcards, names.
     ("1.2.3.4:443", PORT, "1.2.3.4"),
     ("[::1]:443", PORT, "::1"),
     ("[::1]", PORT, "::1"),
@@ -285,7 +257,6 @@ REFUSED = [
     ("1.2.*.*", "wildcards are not accepted", "1.2.0.0/16"),
     ("10.*", "wildcards are not accepted", "10.0.0.0/8"),
     ("1.2.3.4.*", NEITHER, None),
-    ("1.*.3.*", NEITHER, None),
     ("*", NEITHER, None),
     ("1.2.3.*-1.2.4.*", "wildcards are not accepted", None),
     ("1.2.3.4-1.2.3.*", "wildcards are not accepted", None),
@@ -293,32 +264,22 @@ REFUSED = [
     ("[::]/64", PORT, None),
     ("example.com", NEITHER, None),
     ("1.2.3.4,1.2.3.5", "it holds 2 addresses; enter them one at a time", None),
-    (":", NEITHER, None),
     (":::", NEITHER, None),
-    ("1::2::3", NEITHER, None),
-    ("12345::", NEITHER, None),
-    ("1:2:3:4:5:6:7", NEITHER, None),
     ("1:2:3:4:5:6:7:8:9", NEITHER, None),
-    ("::g", NEITHER, None),
-    ("::1.2.3", NEITHER, None),
     ("1.2.3.4::", NEITHER, None),
-    # No login comes from there.
+    # Addresses that no login comes from.
     ("224.0.0.0", MULTICAST, None),
     ("224.0.0.0/4", MULTICAST, None),
     ("239.255.255.255", MULTICAST, None),
-    ("224.0.0.5-239.1.2.3", MULTICAST, None),
     ("::ffff:224.0.0.1", MULTICAST, None),
     ("ff00::/8", MULTICAST, None),
-    ("ff02::1", MULTICAST, None),
     ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", MULTICAST, None),
     ("0.0.0.0", UNSPECIFIED, None),
-    ("0.0.0.0/32", UNSPECIFIED, None),
     ("0.0.0.0-0.0.0.0", UNSPECIFIED, None),
     ("::ffff:0.0.0.0", UNSPECIFIED, None),
     ("::", UNSPECIFIED, None),
     ("0:0:0:0:0:0:0:0/128", UNSPECIFIED, None),
     ("255.255.255.255", BROADCAST, None),
-    ("255.255.255.255/32", BROADCAST, None),
     ("255.255.255.255-255.255.255.255", BROADCAST, None),
     ("::ffff:255.255.255.255", BROADCAST, None),
 ]
@@ -326,7 +287,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("text", "reason", "hint"), REFUSED)
 def test_refused(text, reason, hint):
-    """Each class of bad input is refused with its reason, and with what was perhaps meant."""
+    """Each class of bad input has its reason, and a hint if the correction is likely."""
     error = refusal(text)
     assert error.reason.startswith(reason)
     assert error.hint == hint
@@ -337,7 +298,7 @@ def test_refused(text, reason, hint):
 
 @pytest.mark.parametrize("text", [text for text, reason, _ in REFUSED if reason not in UNFIT])
 def test_refused_as_a_login_too(text):
-    """What is malformed as a restriction is no login's address either, and is in nothing."""
+    """A malformed restriction is not a login's address either, and in no range or set."""
     assert login_address(text) is None
     with pytest.raises(AddressError):
         parse_address(text)
@@ -347,8 +308,8 @@ def test_refused_as_a_login_too(text):
 
 
 @pytest.mark.parametrize("text", [text for text, reason, _ in REFUSED if reason in UNFIT])
-def test_where_no_login_comes_from_is_fine_as_an_address(text):
-    """Unspecified, multicast and broadcast addresses are valid text for a client's address."""
+def test_unfit_restrictions_are_valid_client_addresses(text):
+    """Unspecified, multicast and broadcast addresses can be parsed as a client's address."""
     if "/" not in text and "-" not in text:
         assert parse_address(text).size == 1
 
@@ -358,7 +319,7 @@ def test_where_no_login_comes_from_is_fine_as_an_address(text):
     [0, 1, True, 3232235777, b"1.2.3.4", bytearray(b"::1"), None, 1.5, ["1.2.3.4"], object(), str],
 )
 def test_only_text_is_an_address(thing):
-    """Numbers, booleans, bytes and other things are refused, and are in nothing."""
+    """Other types are refused, and in no range or set."""
     assert refusal(thing).reason == "it is not text"
     assert refusal(thing).text == f"{type(thing).__name__} object"
     for read in (parse_address, parse_typed):
@@ -372,11 +333,11 @@ def test_only_text_is_an_address(thing):
 @pytest.mark.parametrize(
     "text", ["1" * 92, "1" * 10**6, ":" * 10**6, "1.2.3.4-" * 10**5, "٣" * 10**6, " " * 10**6]
 )
-def test_over_long_text_is_not_looked_at(text, monkeypatch):
-    """Over-long text is refused by its length alone: nothing that would read it is reached."""
+def test_over_long_text_is_not_parsed(text, monkeypatch):
+    """Over-long text is refused by its length alone."""
 
     def reached(*args, **kwargs):
-        raise AssertionError("over-long text was read")
+        raise AssertionError("over-long text was parsed")
 
     for holder, name in [
         (addresses, "_read"),
@@ -397,7 +358,7 @@ def test_over_long_text_is_not_looked_at(text, monkeypatch):
 
 @pytest.mark.parametrize("text", ["1" * 46, LONGEST_ADDRESS + "0", "1" * 91])
 def test_one_address_has_45_characters(text, monkeypatch):
-    """Text too long for one address never reaches a library that reads addresses."""
+    """Text too long for one address reaches no library."""
 
     def bounded(read: Callable[..., object]) -> Callable[..., object]:
         def reading(*args: object, **kwargs: object) -> object:
@@ -415,7 +376,7 @@ def test_one_address_has_45_characters(text, monkeypatch):
 
 
 def test_over_long_by_one():
-    """The last length that is read is 91; of 92 characters only the length is said."""
+    """91 characters are parsed, 92 are not."""
     assert refusal("1" * 91).reason.startswith(NUMBERS)
     assert refusal("1" * 92).reason.startswith("it is longer")
     assert login_address(LONGEST_ADDRESS) == (6, number(LONGEST_ADDRESS))
@@ -425,8 +386,8 @@ def test_over_long_by_one():
     "text",
     ["1.2.3.4", " 1.2.3.4", "1.2.3.4\n", "\t\n\r\v\f 1.2.3.4 \f\v\r\n\t", " " * 170 + "1.2.3.4"],
 )
-def test_typed_forgives_blanks_at_the_ends(text):
-    """What a person parse_typed or pasted may have ASCII blanks around it."""
+def test_typed_text_may_have_blanks_at_the_ends(text):
+    """Only ASCII blanks are ignored."""
     assert parse_typed(text) == parse("1.2.3.4")
 
 
@@ -434,8 +395,8 @@ def test_typed_forgives_blanks_at_the_ends(text):
     "text",
     ["\u00a01.2.3.4", "1.2.3.4\u2003", "1.2.3.4\x1f", "\x1c1.2.3.4", "1.2.3.4\0", "1. 2.3.4"],
 )
-def test_typed_forgives_nothing_else(text):
-    """Other blanks, separators and control characters are refused, at the ends as well."""
+def test_other_typed_characters_are_refused(text):
+    """Other blanks, separators and control characters are refused at the ends too."""
     with pytest.raises(AddressError):
         parse_typed(text)
 
@@ -451,8 +412,8 @@ def test_typed_forgives_nothing_else(text):
         (" ".join(f"203.0.113.{n}" for n in range(12)), 12),  # longer than any one address
     ],
 )
-def test_several_addresses_are_named(text, count):
-    """Two addresses pasted into one field are two addresses, not a blank inside one."""
+def test_several_addresses_have_their_own_reason(text, count):
+    """Two addresses pasted into one field are not reported as a blank."""
     for read in (parse_typed, AddressRange.parse) if len(text) < 90 else (parse_typed,):
         with pytest.raises(AddressError) as raised:
             read(text)
@@ -464,7 +425,7 @@ def test_several_addresses_are_named(text, count):
     "text", ["203.0.113.0 255.255.255.0", "203.0.113.7 office", "203.0.113. 7", "1" * 100, ",", ""]
 )
 def test_other_text_is_not_several_addresses(text):
-    """An address and a netmask, or a word, keep their own reasons."""
+    """An address and a netmask, or a word, have other reasons."""
     with pytest.raises(AddressError) as raised:
         parse_typed(text)
     assert "one at a time" not in raised.value.reason
@@ -474,8 +435,8 @@ def test_other_text_is_not_several_addresses(text):
     ("text", "read"),
     [(" " * 176 + "1.2.3.4", "longer"), (" " * 175 + "1.2.3.4", None), (" " * 183, "longer")],
 )
-def test_typed_forgives_a_bounded_number_of_blanks(text, read):
-    """Blanks are forgiven up to a length; past it the text is over-long."""
+def test_typed_text_is_bounded(text, read):
+    """Blanks count towards the maximum length."""
     if read is None:
         assert parse_typed(text) == parse("1.2.3.4")
     else:
@@ -484,7 +445,7 @@ def test_typed_forgives_a_bounded_number_of_blanks(text, read):
 
 
 class Hostile(str):
-    """Text that lies about itself wherever Python lets it."""
+    """Text whose methods return something else."""
 
     __slots__ = ()
 
@@ -492,13 +453,13 @@ class Hostile(str):
         return 7
 
     def __contains__(self, item: object) -> bool:
-        raise AssertionError("asked")
+        raise AssertionError("called")
 
     def __getitem__(self, item: object) -> str:
-        raise AssertionError("asked")
+        raise AssertionError("called")
 
     def __iter__(self):
-        raise AssertionError("asked")
+        raise AssertionError("called")
 
     def __str__(self) -> str:
         return "1.2.3.4"
@@ -510,8 +471,8 @@ class Hostile(str):
     partition = strip = split = encode = isascii = replace = __iter__  # type: ignore[assignment]
 
 
-def test_a_subclass_of_str_cannot_lie():
-    """What a `str` subclass holds is read; its own methods are not asked."""
+def test_methods_of_a_str_subclass_are_not_called():
+    """The content of a `str` subclass counts, not its own methods."""
     assert login_address(Hostile("9.9.9.9")) == (4, number("9.9.9.9"))
     assert parse(Hostile("9.9.9.0/24")) == parse("9.9.9.0/24")
     assert parse_address(Hostile("::1")) == parse("::1")
@@ -526,7 +487,7 @@ def test_a_subclass_of_str_cannot_lie():
 
 
 class Impostor:
-    """Something that claims to be whatever it is asked to be."""
+    """An object with a false `__class__`."""
 
     def __init__(self, claimed: object) -> None:
         self.claimed = claimed
@@ -540,9 +501,9 @@ class Impostor:
     version, first, last = 4, 0, 0
 
 
-@pytest.mark.parametrize("claimed", [str, AddressRange, RuntimeError("asked")])
-def test_an_impostor_is_no_address(claimed):
-    """An object is judged by its type, not by what it says that its class is."""
+@pytest.mark.parametrize("claimed", [str, AddressRange, RuntimeError("called")])
+def test_a_false_class_is_not_an_address(claimed):
+    """The type counts, not `__class__`."""
     assert login_address(Impostor(claimed)) is None
     assert Impostor(claimed) not in parse("0.0.0.0/0")
     assert Impostor(claimed) not in AddressSet([parse("0.0.0.0/0")])
@@ -580,7 +541,7 @@ VALID = st.one_of(
 
 @st.composite
 def nearly_valid(draw, valid=VALID):
-    """Valid text with up to three characters put in, taken out or replaced."""
+    """Valid text with up to three characters inserted, removed or replaced."""
     text = draw(valid)
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(text)))
@@ -598,7 +559,7 @@ ANY_TEXT = st.one_of(
 @example("\ud800")
 @example("::ffff:1.2.3.4")
 def test_both_readers_accept_the_same_addresses(text):
-    """A login's address is valid exactly when netaddr, and when a restriction's reader, says so."""
+    """login_address, parse_address, AddressRange.parse and netaddr agree."""
     expected = by_netaddr(text)
     found = login_address(text)
     assert found == expected
@@ -616,8 +577,8 @@ def test_both_readers_accept_the_same_addresses(text):
 
 @given(ANY_TEXT)
 @example("::%0/00/80")
-def test_parsing_raises_address_errors_only(text):
-    """Any text is either read, and canonical when written, or refused with an error of ours."""
+def test_parsing_raises_only_address_errors(text):
+    """Any text is parsed to a range with a canonical text, or refused with AddressError."""
     for read in (parse, parse_address, parse_typed):
         found = attempt(read, text)
         again = parse_address if read is parse_address else parse
@@ -641,7 +602,7 @@ def test_parsing_raises_address_errors_only(text):
     ],
 )
 def test_a_client_address_is_one_address(text, reason, hint):
-    """Where one address is asked for, networks are refused and no hint names one."""
+    """Networks are refused, and never hinted at."""
     with pytest.raises(AddressError) as caught:
         parse_address(text)
     assert caught.value.reason.startswith(reason)
@@ -650,7 +611,7 @@ def test_a_client_address_is_one_address(text, reason, hint):
 
 
 def lenient_inet_pton(family, text):
-    """A C library that reads zones, leading zeros and short forms, as some do."""
+    """A C library that accepts zones, leading zeros and short forms."""
     text = text.split("%")[0]
     if family == socket.AF_INET:
         return socket.inet_aton(text)
@@ -673,7 +634,7 @@ def lenient_inet_pton(family, text):
     ],
 )
 def test_strict_on_a_lenient_platform(text, monkeypatch):
-    """Zones and leading zeros are refused even where the C library reads them."""
+    """Zones and leading zeros are refused even if the C library accepts them."""
     for module in (addresses, netaddr.strategy.ipv4, netaddr.strategy.ipv6):
         name = "inet_pton" if module is addresses else "_inet_pton"
         assert getattr(module, name) is socket.inet_pton
@@ -687,7 +648,7 @@ def test_strict_on_a_lenient_platform(text, monkeypatch):
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_a_c_library_that_is_lenient_in_one_family(family, monkeypatch):
-    """It is found out in either, and a strict one is not suspected."""
+    """A lenient C library is detected in either family."""
     assert not addresses._reads_leading_zeros()
 
     def half_lenient(asked, text):
@@ -697,8 +658,8 @@ def test_a_c_library_that_is_lenient_in_one_family(family, monkeypatch):
     assert addresses._reads_leading_zeros()
 
 
-def test_the_quick_reader_refuses_what_login_address_refuses(monkeypatch):
-    """`strict_pton` is the C library's where that is strict, and else looks at the text before."""
+def test_strict_pton_refuses_what_login_address_refuses(monkeypatch):
+    """`strict_pton` is the C library's function if that is strict."""
     assert addresses.strict_pton is (
         socket.inet_pton if sys.platform == "linux" else addresses._checked_pton
     )
@@ -716,32 +677,32 @@ def test_the_quick_reader_refuses_what_login_address_refuses(monkeypatch):
 MAPPED = 0xFFFF << 32
 
 
-NO_VERSION = "the version is 4 or 6"
-NO_INTEGER = "the ends of a range are integers"
-NO_ORDER = "the ends of a range are in order and within its version"
+BAD_VERSION = "the version is 4 or 6"
+BAD_INTEGER = "the ends of a range are integers"
+BAD_ORDER = "the ends of a range are in order and within its version"
 SPLIT = "it holds a part of ::ffff:0:0/96, whose addresses are IPv4"
 
 
 @pytest.mark.parametrize(
     ("version", "first", "last", "reason"),
     [
-        (5, 0, 0, NO_VERSION),
-        (0, 0, 0, NO_VERSION),
-        (True, 0, 0, NO_VERSION),
-        (4.0, 0, 0, NO_VERSION),
-        ("4", 0, 0, NO_VERSION),
-        (None, 0, 0, NO_VERSION),
-        ([], 0, 0, NO_VERSION),
-        (4, 0, True, NO_INTEGER),
-        (4, False, 1, NO_INTEGER),
-        (4, 0.0, 1, NO_INTEGER),
-        (4, 0, 1.0, NO_INTEGER),
-        (4, "0", "1", NO_INTEGER),
-        (4, None, None, NO_INTEGER),
-        (4, -1, 0, NO_ORDER),
-        (4, 1, 0, NO_ORDER),
-        (4, 0, 2**32, NO_ORDER),
-        (6, 0, 2**128, NO_ORDER),
+        (5, 0, 0, BAD_VERSION),
+        (0, 0, 0, BAD_VERSION),
+        (True, 0, 0, BAD_VERSION),
+        (4.0, 0, 0, BAD_VERSION),
+        ("4", 0, 0, BAD_VERSION),
+        (None, 0, 0, BAD_VERSION),
+        ([], 0, 0, BAD_VERSION),
+        (4, 0, True, BAD_INTEGER),
+        (4, False, 1, BAD_INTEGER),
+        (4, 0.0, 1, BAD_INTEGER),
+        (4, 0, 1.0, BAD_INTEGER),
+        (4, "0", "1", BAD_INTEGER),
+        (4, None, None, BAD_INTEGER),
+        (4, -1, 0, BAD_ORDER),
+        (4, 1, 0, BAD_ORDER),
+        (4, 0, 2**32, BAD_ORDER),
+        (6, 0, 2**128, BAD_ORDER),
         (6, MAPPED, MAPPED, SPLIT),
         (6, MAPPED, MAPPED + 2**32 - 1, SPLIT),
         (6, MAPPED + 5, MAPPED + 9, SPLIT),
@@ -751,12 +712,12 @@ SPLIT = "it holds a part of ::ffff:0:0/96, whose addresses are IPv4"
         (6, MAPPED + 2**32 - 1, MAPPED + 2**32, SPLIT),
     ],
 )
-def test_no_range(version, first, last, reason):
-    """Values that make no range, or cut the IPv4-mapped block, are refused at construction."""
+def test_invalid_ranges(version, first, last, reason):
+    """Wrong types, a wrong order, or a part of the mapped block are refused at construction."""
     with pytest.raises(AddressError) as caught:
         AddressRange(version=version, first=first, last=last)
     assert caught.value.reason == reason
-    culprit = version if reason == NO_VERSION else first
+    culprit = version if reason == BAD_VERSION else first
     assert caught.value.text == shorten(culprit)
 
 
@@ -775,7 +736,7 @@ def test_no_range(version, first, last, reason):
     ],
 )
 def test_the_edges_of_ranges(version, first, last):
-    """All else is a range, which its packed bytes give back."""
+    """Extreme ranges are valid, and equal after packing."""
     made = AddressRange(version=version, first=first, last=last)
     assert AddressRange.from_packed(*made.packed) == made
     assert AddressRange.from_packed(*made.packed) in made
@@ -784,42 +745,42 @@ def test_the_edges_of_ranges(version, first, last):
         assert parse(str(made)) == made
 
 
-NO_PAIR = "packed ends are bytes, and of one length"
-NO_LENGTH = "packed ends are 4 or 16 bytes long"
+BAD_PAIR = "packed ends are bytes, and of one length"
+BAD_LENGTH = "packed ends are 4 or 16 bytes long"
 
 
 @pytest.mark.parametrize(
     ("first", "last", "reason"),
     [
-        (b"", b"", NO_LENGTH),
-        (b"\1", b"\1", NO_LENGTH),
-        (b"\1\2\3", b"\1\2\3", NO_LENGTH),
-        (b"\1\2\3\4\5", b"\1\2\3\4\5", NO_LENGTH),
-        (b"\1" * 6, b"\1" * 6, NO_LENGTH),
-        (b"\0" * 17, b"\0" * 17, NO_LENGTH),
-        (b"\1\2\3\4", b"\1\2\3\3", NO_ORDER),
-        (b"\1\2\3\4", b"\1" * 16, NO_PAIR),
-        (b"\1" * 16, b"\1\2\3\4", NO_PAIR),
+        (b"", b"", BAD_LENGTH),
+        (b"\1", b"\1", BAD_LENGTH),
+        (b"\1\2\3", b"\1\2\3", BAD_LENGTH),
+        (b"\1\2\3\4\5", b"\1\2\3\4\5", BAD_LENGTH),
+        (b"\1" * 6, b"\1" * 6, BAD_LENGTH),
+        (b"\0" * 17, b"\0" * 17, BAD_LENGTH),
+        (b"\1\2\3\4", b"\1\2\3\3", BAD_ORDER),
+        (b"\1\2\3\4", b"\1" * 16, BAD_PAIR),
+        (b"\1" * 16, b"\1\2\3\4", BAD_PAIR),
         (b"\0" * 10 + b"\xff\xff\1\2\3\4", b"\0" * 10 + b"\xff\xff\1\2\3\4", SPLIT),
-        ("1234", "1234", NO_PAIR),
-        (b"1234", "1234", NO_PAIR),
-        ("1234", b"1234", NO_PAIR),
-        (None, None, NO_PAIR),
-        (bytearray(4), bytearray(4), NO_PAIR),
-        (0, 1, NO_PAIR),
+        ("1234", "1234", BAD_PAIR),
+        (b"1234", "1234", BAD_PAIR),
+        ("1234", b"1234", BAD_PAIR),
+        (None, None, BAD_PAIR),
+        (bytearray(4), bytearray(4), BAD_PAIR),
+        (0, 1, BAD_PAIR),
     ],
 )
 def test_corrupt_packed_bytes(first, last, reason):
-    """Bytes that make no range are refused: wrong length, wrong order, wrong type, IPv4-mapped."""
+    """Bytes of a wrong length, order or type, or IPv4-mapped ones, are refused."""
     with pytest.raises(AddressError) as caught:
         AddressRange.from_packed(first, last)
     assert caught.value.reason == reason
-    if reason in (NO_PAIR, NO_LENGTH):
+    if reason in (BAD_PAIR, BAD_LENGTH):
         assert caught.value.text == shorten(first)
 
 
 def test_packed_is_network_byte_order():
-    """The packed ends are the bytes that the protocols carry."""
+    """The packed ends are the bytes that protocols use."""
     assert parse("1.2.3.0/24").packed == (b"\1\2\3\0", b"\1\2\3\xff")
     assert parse("2001:db8::/32").packed == (
         socket.inet_pton(socket.AF_INET6, "2001:db8::"),
@@ -828,7 +789,7 @@ def test_packed_is_network_byte_order():
 
 
 def test_a_range_is_a_value():
-    """Ranges are equal by their addresses, hashable, immutable, small, keyword-only, readable."""
+    """Ranges are equal by their addresses, hashable, immutable, slotted and keyword-only."""
     one, same = parse("1.2.3.0/24"), parse("1.2.3.0-1.2.3.255")
     assert one == same
     assert hash(one) == hash(same)
@@ -844,17 +805,6 @@ def test_a_range_is_a_value():
         AddressRange(4, 1, 1)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         iter(one)  # type: ignore[call-overload]
-
-
-def test_the_error_can_be_handled_and_sent():
-    """An AddressError is a ValueError of ours, and pickles with all that it says."""
-    error = refusal("1.2.3.9-1.2.3.4")
-    assert isinstance(error, ValueError)
-    assert isinstance(error, IPGuardError)
-    again = pickle.loads(pickle.dumps(error))
-    assert (again.text, again.reason, again.hint) == (error.text, error.reason, error.hint)
-    assert str(again) == str(error)
-    assert error.__cause__ is None
 
 
 @pytest.mark.parametrize(
@@ -878,14 +828,14 @@ def test_the_error_can_be_handled_and_sent():
         ("0:0:3:4:5:6:7:8", "::3:4:5:6:7:8"),
     ],
 )
-def test_ipv6_is_written_as_rfc_5952_has_it(text, canonical):
-    """IPv6 is written in the one recommended form."""
+def test_ipv6_text_follows_rfc_5952(text, canonical):
+    """IPv6 has one recommended text."""
     assert str(parse(text)) == canonical
 
 
 @given(st.ip_addresses(), st.data())
-def test_writing_agrees_with_the_standard_library(address, data):
-    """Addresses and networks are written as Python's own `ipaddress` writes them."""
+def test_text_agrees_with_the_standard_library(address, data):
+    """Addresses and networks have the same text as in `ipaddress`."""
     if address.version == 6:
         mask = data.draw(st.lists(st.sampled_from([0, 0xFFFF, 0xF0]), min_size=8, max_size=8))
         sparse = int.from_bytes(b"".join(group.to_bytes(2, "big") for group in mask), "big")
@@ -921,8 +871,8 @@ RANGES = st.builds(
 
 
 @given(RANGES, RANGES)
-def test_what_is_written_is_read_again(one, other):
-    """Text and packed bytes give back the range, and packed bytes order as addresses do."""
+def test_ranges_survive_text_and_packing(one, other):
+    """Text and packed bytes give an equal range, and packed bytes sort as addresses do."""
     again = attempt(parse, str(one))
     assert again == one or (isinstance(again, AddressError) and again.reason.endswith(WHERE))
     assert AddressRange.from_packed(*one.packed) == one
@@ -948,7 +898,7 @@ EDGES = {
 def written_addresses(
     dice: random.Random,
 ) -> tuple[str, Ends, ipaddress.IPv4Network | ipaddress.IPv6Network | None]:
-    """A restriction as it may be written, and what it holds in the standard library's terms."""
+    """The text of a restriction, and its ends and network for the standard library."""
     version = dice.choice((4, 6))
     bits = 32 if version == 4 else 128
     make = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
@@ -971,7 +921,7 @@ def written_addresses(
 
 
 def nearby(dice: random.Random, ends: Ends) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address at an end of a range, beside it, within it or anywhere."""
+    """An address at an end of a range, next to it, within it or anywhere."""
     first, last, top = int(ends[0]), int(ends[1]), 2 ** ends[0].max_prefixlen - 1
     value = dice.choice(
         (first - 1, first, last, last + 1, dice.randint(first, last), dice.randint(0, top))
@@ -981,7 +931,7 @@ def nearby(dice: random.Random, ends: Ends) -> ipaddress.IPv4Address | ipaddress
 
 @given(st.integers(0, 2**64))
 def test_agrees_with_the_standard_library(seed):
-    """A hundred pairs (range, address) and more: the same are inside as by Python's `ipaddress`."""
+    """Membership in ranges and sets is the same as by `ipaddress`."""
     dice = random.Random(seed)
     ranges, held = [], []
     for text, ends, network in (written_addresses(dice) for _ in range(12)):
@@ -1034,8 +984,8 @@ def test_agrees_with_the_standard_library(seed):
         (["::fffe:ffff:ffff", "::1:0:0:0"], ["::fffe:ffff:ffff", "::1:0:0:0"]),
     ],
 )
-def test_a_set_is_as_few_ranges_as_can_be(texts, merged):
-    """Ranges that overlap or touch become one, IPv4 stays apart from IPv6, and order is kept."""
+def test_a_set_merges_its_ranges(texts, merged):
+    """Ranges that overlap or touch become one; IPv4 comes before IPv6."""
     united = AddressSet(parse(text) for text in texts)
     assert [str(r) for r in united] == merged
     assert all(parse(str(r)) == r for r in united)
@@ -1047,7 +997,7 @@ def test_a_set_is_as_few_ranges_as_can_be(texts, merged):
 
 
 def test_a_set_is_a_value():
-    """A set is equal to any other of the same addresses, immutable, and readable."""
+    """Sets of the same addresses are equal; a set is immutable and slotted."""
     united = AddressSet([parse("1.2.3.0/24"), parse("::1")])
     assert united == AddressSet([parse("::1"), parse("1.2.3.128/25"), parse("1.2.3.0/25")])
     assert united != AddressSet([parse("1.2.3.0/24")])
@@ -1060,7 +1010,7 @@ def test_a_set_is_a_value():
 
 
 def test_the_bounds_of_a_set():
-    """The bounds are flat and sorted, one past each end, apart for each version."""
+    """The bounds of each version are sorted; the upper ones are exclusive."""
     united = AddressSet([parse("0.0.0.5-0.0.0.9"), parse("0.0.0.2"), parse("::7")])
     assert united.bounds(4) == (2, 3, 5, 10)
     assert united.bounds(6) == (7, 8)
@@ -1090,27 +1040,15 @@ def test_the_bounds_of_a_set():
     ],
 )
 def test_inside_a_set(item, inside):
-    """An address is in a set, and a range is when all of it is in one run."""
+    """A range is in a set if one run holds all of it."""
     united = AddressSet(map(parse, ["1.2.3.4-1.2.3.9", "1.2.3.20", "2001:db8::/32"]))
     assert (item in united) is inside
     assert any(item in r for r in united) is inside
 
 
-def test_no_version_holds_the_other():
-    """All of IPv4 holds no IPv6, and all of IPv6, the mapped block included, holds no IPv4."""
-    assert "::1" not in parse("0.0.0.0/0")
-    assert "::102:304" not in parse("0.0.0.0/0")
-    assert "1.2.3.4" not in parse("::/0")
-    assert "::ffff:1.2.3.4" not in parse("::/0")
-    assert "::ffff:1.2.3.4" in parse("0.0.0.0/0")
-    assert "::ffff:1.2.3.4" not in AddressSet([parse("::/0")])
-    assert parse("1.2.3.4") not in AddressSet([parse("::/0")])
-    assert parse("0.0.0.0/0") not in parse("::/0")
-
-
 @given(st.lists(RANGES, max_size=8), RANGES)
-def test_a_set_agrees_with_asking_each(ranges, probe):
-    """A set holds exactly what one of its ranges holds, and its runs are sorted and apart."""
+def test_a_set_holds_what_its_ranges_hold(ranges, probe):
+    """A set holds exactly the addresses of its ranges, in sorted, separate runs."""
     united = AddressSet(ranges)
     edges = [(r.version, end) for r in (*ranges, probe) for end in (r.first, r.last)]
     for version, edge in edges:
