@@ -1,4 +1,4 @@
-"""What `import ipguard` brings along: three packages, no driver, no mail, no framework."""
+"""Imports: what `import ipguard` loads, which names are public, and how modules depend."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ KNOWN_CIRCLE = ("ipguard.cli._doctor_postgres", "ipguard.cli.doctor")
 
 
 def _run(code: str, *args: object) -> str:
-    """Run Python in an interpreter that sees the folders given and the standard library alone."""
+    """Run Python with the standard library and the given folders only."""
     # -I: no environment, no working directory; -S: no site-packages, and no .pth files.
     command = [sys.executable, "-I", "-S", "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _only_what_is_needed(folder: Path) -> None:
-    """Put links to the library and its three dependencies into a folder."""
+def _link_dependencies(folder: Path) -> None:
+    """Link the library and its three dependencies into a folder."""
     (folder / "ipguard").symlink_to(Path(ipguard.__file__).parent)
     for name in NEEDED:
         spec = importlib.util.find_spec(name)
@@ -59,8 +59,8 @@ def _only_what_is_needed(folder: Path) -> None:
 
 
 def test_three_packages_are_enough(tmp_path: Path) -> None:
-    """With attrs, netaddr and cachetools beside it and nothing else, it imports and works."""
-    _only_what_is_needed(tmp_path)
+    """The library works with attrs, netaddr and cachetools alone."""
+    _link_dependencies(tmp_path)
     code = """
 import sys
 sys.path.append(sys.argv[1])
@@ -71,7 +71,7 @@ for name in ("pytest", "hypothesis", "aiosmtpd", "fastapi"):
         __import__(name)
     except ImportError:
         continue
-    raise SystemExit(f"{name} can be imported: this is not the environment it should be")
+    raise SystemExit(f"{name} can be imported: the environment is wrong")
 boss = ipguard.Actor(username="boss", email="b@x.example", manages=ipguard.Actor.EVERY_ACCOUNT)
 for url in ("memory://", f"sqlite:///{sys.argv[1]}/a.db"):
     with ipguard.open_store(url) as store, ipguard.Guard(store) as guard:
@@ -87,8 +87,8 @@ for url in ("memory://", f"sqlite:///{sys.argv[1]}/a.db"):
 
 
 def test_importing_loads_nothing_heavy(tmp_path: Path) -> None:
-    """Neither a database driver nor mail, TLS or a framework is in `sys.modules` after it."""
-    _only_what_is_needed(tmp_path)
+    """The import loads no database driver, mail, TLS or framework."""
+    _link_dependencies(tmp_path)
     code = """
 import json, sys
 before = set(sys.modules)
@@ -105,8 +105,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_memory_needs_no_sqlite_and_testing_no_pytest(tmp_path: Path) -> None:
-    """Opening a store loads that store alone, and the tools for tests bring no test runner."""
-    _only_what_is_needed(tmp_path)
+    """Opening a store loads that store alone, and `ipguard.testing` loads no test runner."""
+    _link_dependencies(tmp_path)
     code = """
 import json, sys
 sys.path.append(sys.argv[1])
@@ -119,8 +119,8 @@ print(json.dumps(sorted(sys.modules)))
     assert loaded & (HEAVY | {"pytest", "_pytest", "hypothesis", "ipguard.stores.sqlite"}) == set()
 
 
-def test_the_metadata_asks_for_three_packages() -> None:
-    """What is declared is what is needed."""
+def test_the_metadata_requires_three_packages() -> None:
+    """The extras are optional."""
     needs = importlib.metadata.requires("ipguard") or []
     plain = {need.partition(">")[0] for need in needs if "extra ==" not in need}
     assert plain == {"attrs", "cachetools", "netaddr"}

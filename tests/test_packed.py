@@ -1,4 +1,4 @@
-"""What decides about a user in few bytes: nothing that decides is lost, nothing else is taken."""
+"""Packed policies: the bytes, the round trip, and damaged bytes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def policy(*restrictions: Restriction, known: bool = True) -> Policy:
 
 
 @given(restrictions=st.lists(RESTRICTIONS, max_size=5), known=st.booleans())
-def test_what_decides_comes_back(restrictions: list[Restriction], known: bool) -> None:
+def test_unpacking_restores_the_deciding_fields(
+    restrictions: list[Restriction], known: bool
+) -> None:
     """Addresses, ids, expiries, their order and whether the user is registered."""
     given_ = Policy(revision=3, restrictions=tuple(restrictions), known=known)
     expected = tuple(
@@ -61,7 +63,7 @@ def test_what_decides_comes_back(restrictions: list[Restriction], known: bool) -
 
 
 def test_the_bytes() -> None:
-    """The form is written down, because stores make it too."""
+    """The format is fixed, because stores write it too."""
     moment = EPOCH + timedelta(seconds=1)
     early = EPOCH - timedelta(microseconds=1)
     assert pack(policy(known=False)) == b"\0"
@@ -75,15 +77,15 @@ def test_the_bytes() -> None:
     )
 
 
-def test_three_restrictions_take_little() -> None:
-    """A user of three IPv4 restrictions with the workflow's ids takes 79 bytes."""
+def test_the_size_of_three_restrictions() -> None:
+    """Three IPv4 restrictions with ids of the workflow take 79 bytes."""
     three = [restriction(id="0123456789abcdef") for _ in range(3)]
     assert len(pack(policy(*three))) == 79
 
 
 @pytest.mark.parametrize("odd", ["a\0b", "\ud800", "\0"])
-def test_an_id_that_has_no_such_form_is_refused(odd: str) -> None:
-    """Nothing is cut off or replaced."""
+def test_ids_that_cannot_be_packed(odd: str) -> None:
+    """They are refused, not truncated."""
     with pytest.raises(ValueError, match=r"NUL|surrogates"):
         pack(policy(restriction(id=odd)))
 
@@ -107,13 +109,13 @@ GOOD = pack(policy(restriction()))
     ],
 )
 def test_damaged_bytes_are_refused(damaged: bytes) -> None:
-    """What is not whole makes no policy: one with a restriction less would let in."""
+    """A policy that lost a restriction could allow an address."""
     with pytest.raises(ValueError):
         unpack(damaged, "jsmith", 1)
 
 
-def test_a_part_is_no_policy() -> None:
-    """Cut off anywhere, it is refused, or is what has no restriction at all when packed."""
+def test_truncated_bytes_are_refused() -> None:
+    """Every prefix with a part of a restriction is refused."""
     for end in range(2, len(GOOD)):
         with pytest.raises(ValueError):
             unpack(GOOD[:end], "jsmith", 1)
