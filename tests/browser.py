@@ -96,7 +96,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def program() -> str:
-    """Return where the browser is; where tests gate, one that is missing fails them."""
+    """Return the path of the browser. If it is missing, skip the test; on CI, fail it."""
     for name in _NAMES:
         found = shutil.which(name)
         if found is not None:
@@ -107,8 +107,7 @@ def program() -> str:
     pytest.fail(missing)
 
 
-# One for each file: an event loop of its own runs in this thread as long as Playwright does, and
-# other files have loops of theirs.
+# One for each file: Playwright runs an event loop in this thread, and other files run their own.
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """The browser."""
@@ -123,24 +122,21 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def mails() -> Iterator[MailServer]:
-    """The mail server; each test's world reads only what came in its time."""
+    """The mail server; each world reads only the mails that arrived during its test."""
     with MailServer() as server:
         yield server
 
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest, tmp_path: Path, mails: MailServer) -> Iterator[World]:
-    """A host that is not served yet; `@settings(...)` says what its workflow goes by."""
+    """A host that is not served yet; `@settings(...)` sets its workflow's settings."""
     it = World(tmp_path, mails, **getattr(request.function, "settings", {}))
     with it.store, it.guard:
         yield it
 
 
 class Windows(dict[tuple[bool, str, int], "Page"]):
-    """Browser windows of each kind, opened once: that takes longer than most of what they show.
-
-    Two of a kind are for two people.
-    """
+    """Browser windows by kind, opened once because opening takes long; numbered by person."""
 
     def __init__(self, chromium: Browser) -> None:
         super().__init__()
@@ -155,13 +151,13 @@ class Windows(dict[tuple[bool, str, int], "Page"]):
 
 @pytest.fixture(scope="module")
 def windows(chromium: Browser) -> Windows:
-    """The windows of this file's walks."""
+    """The browser windows of a file's tests."""
     return Windows(chromium)
 
 
 @pytest.fixture
 def walk(windows: Windows, world: World, way: Way) -> Iterator[Walk]:
-    """Alice at the page, in one combination."""
+    """Alice's browser at the page."""
     with HOSTS[way.host](world) as world.url, walking(windows.get_one(way), world, way) as it:
         yield it
 
@@ -170,10 +166,10 @@ def walk(windows: Windows, world: World, way: Way) -> Iterator[Walk]:
 
 
 class Walk:
-    """One person's browser. Whatever the browser complains of fails the walk at its end.
+    """One person's browser. Every error that the browser reports fails the walk at its end.
 
     Attributes:
-        expected: HTTP statuses of pages, from 400 on, that the test means to see.
+        expected: The HTTP statuses from 400 on that the test expects of pages.
     """
 
     def __init__(self, page: Page, world: World, way: Way) -> None:
@@ -201,11 +197,11 @@ class Walk:
             self.page.remove_listener(event, listener)
 
     def _before(self, url: str) -> bool:
-        """Tell whether this is the window's last walk, at a host that is gone."""
+        """Return whether a URL belongs to the previous walk in this window, whose host is gone."""
         return url.startswith("http://127.0.0.1:") and not url.startswith(self._origin)
 
     def _failed(self, request: Any) -> None:
-        # A navigation ends what the page before still asked for; nothing is wrong with that.
+        # A navigation aborts pending requests of the previous page, which is not an error.
         if request.failure != "net::ERR_ABORTED" and not self._before(request.url):
             self.complaints.append(f"{request.method} {request.url}: {request.failure}")
 
@@ -215,20 +211,20 @@ class Walk:
             self.complaints.append(f"{response.status} for {response.url}")
 
     def _said(self, message: Any) -> None:
-        # That a page came with a status from 400 on is said too; that is judged above.
+        # The console also reports statuses from 400 on, which `_answered` checks.
         judged = "Failed to load resource" in message.text
         if message.type in ("error", "warning") and not judged:
             self.complaints.append(f"{message.type}: {message.text}")
 
-    # -- going about
+    # -- actions
 
     def open(self, path: str = "") -> None:
-        """Go to a page, below where ours is mounted."""
+        """Open a page by its path below the mount."""
         self.page.goto(self.world.url + path)
         self.look()
 
     def look(self) -> None:
-        """Look at a page that has just come: one heading, a title, nothing that sticks out."""
+        """Check a new page: one main heading, a title, no horizontal overflow."""
         title, headings, wide, room = self.page.evaluate(
             "[document.title, document.querySelectorAll('h1').length,"
             " document.documentElement.scrollWidth, document.documentElement.clientWidth]"
@@ -242,27 +238,27 @@ class Walk:
         self.go((within or self.page).get_by_role("link", name=name, exact=True))
 
     def press(self, name: str, within: Locator | None = None) -> None:
-        """Press a button that sends a form."""
+        """Press a button that submits a form."""
         self.go((within or self.page).get_by_role("button", name=name, exact=True))
 
     def go(self, what: Locator) -> None:
-        """Click what leads to another page."""
+        """Click an element that leads to another page."""
         with self.page.expect_navigation():
             what.click()
         self.look()
 
     def fill(self, label: str, text: str) -> None:
-        """Type into a field, which is found by its label."""
+        """Fill in the field with a label."""
         self.field(label).fill(text)
 
     def submit_addresses(self) -> None:
-        """Send the form; without scripts, a page between says what the text was understood as."""
+        """Submit the form and, without scripts, the review."""
         self.press("Submit")
         if self.heading == "Is this what you mean?":
             self.press("Submit")
 
     def become(self, who: str) -> None:
-        """Be signed in as somebody else."""
+        """Sign in as another person."""
         self.page.context.add_cookies([{"name": "who", "value": who, "url": self.world.url}])
 
     def field(self, label: str) -> Locator:
@@ -272,20 +268,20 @@ class Walk:
         """Return a user's row of the list."""
         return self.page.get_by_role("row").filter(has=self.page.get_by_text(username, exact=True))
 
-    # -- seeing
+    # -- checks
 
     def sees(self, *texts: str, within: Locator | None = None) -> None:
-        """Fail unless each text is on the page, to be seen."""
+        """Fail unless each text is visible on the page."""
         shown = (within or self.page.locator("body")).inner_text()
         for text in texts:
             assert text in shown, f"{text!r} is not in:\n{shown}"
 
     def waits_for(self, text: str) -> None:
-        """Wait for a text that a script brings."""
+        """Wait for a text that a script adds."""
         self.page.get_by_text(text).wait_for()
 
     def misses(self, *texts: str, within: Locator | None = None) -> None:
-        """Fail if one of the texts is on the page."""
+        """Fail if one of the texts is visible on the page."""
         shown = (within or self.page.locator("body")).inner_text()
         for text in texts:
             assert text not in shown, f"{text!r} is in:\n{shown}"
@@ -296,7 +292,7 @@ class Walk:
 
 
 def window(chromium: Browser, way: Way) -> Page:
-    """Open a browser window with cookies of its own."""
+    """Open a browser window with its own cookies."""
     width, height = WIDTHS[way.width]
     context = chromium.new_context(
         java_script_enabled=way.scripts,
@@ -311,7 +307,7 @@ def window(chromium: Browser, way: Way) -> Page:
 
 @contextlib.contextmanager
 def walking(page: Page, world: World, way: Way, who: str = ALICE.username) -> Iterator[Walk]:
-    """Walk in a window, as somebody who is signed in; or as nobody where `who` is empty."""
+    """Walk in a window as a signed-in person; `who` is empty for a visitor."""
     page.context.clear_cookies()
     page.emulate_media(color_scheme="light")
     with Walk(page, world, way) as it:

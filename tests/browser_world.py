@@ -1,6 +1,6 @@
-"""A host with the page in it, served for real: what a browser's walk needs around it.
+"""A host that serves the page to a real browser.
 
-The store is a database file, the mails go to a real mail server, and the clock stands still.
+The store is a database file, mails go to a real mail server, and the clock is a fake.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ NUMBER = re.compile(r"^ {4}([\d-]{11})$", re.MULTILINE)
 
 
 class World:
-    """One host: its users, its page, and its mails.
+    """One host: its users, its page and its mails.
 
     Args:
-        folder: Where the database goes.
+        folder: The folder of the database.
         mails: The mail server.
-        clock: What the store and the guard go by.
-        settings: Of the workflow.
+        clock: The clock of the store and the guard.
+        settings: The settings of the workflow.
 
     Attributes:
-        quiet: A workflow over the same store, for what is so already: it mails nobody.
+        quiet: A workflow over the same store that sends no mails, to prepare tests.
     """
 
     def __init__(
@@ -66,22 +66,22 @@ class World:
             self.store, self.notifier, key=KEY, settings=WorkflowSettings(**settings)
         )
 
-    # -- what a test prepares and asks
+    # -- preparation and checks
 
     def add(self, addresses: str = OFFICE, username: str = "jsmith", **more: Any) -> Restriction:
-        """Let a restriction hold already."""
+        """Add a restriction."""
         applied = self.quiet.impose(BOSS, username, addresses, reason="a test", **more)
         assert applied.restriction is not None
         return applied.restriction
 
     def remove(self, restriction_id: str) -> None:
-        """Let a restriction be gone already."""
+        """Remove a restriction."""
         self.quiet.lift(BOSS, restriction_id, reason="a test")
 
     def ask(
         self, addresses: str = OFFICE, username: str = "jsmith", actor: Actor = ALICE, **more: Any
     ) -> PendingRequest:
-        """Let a request wait already, its mail unread."""
+        """Request a restriction; its mail stays unread."""
         return self.flow.request(actor, username, addresses, **more)
 
     def crowd(self, size: int, account_id: str = "U1") -> None:
@@ -96,20 +96,20 @@ class World:
         )
 
     def held(self, username: str = "jsmith") -> list[str]:
-        """Return what a user is restricted to."""
+        """Return the addresses of a user's restrictions."""
         return [str(r.addresses) for r in self.store.load_policy(username).restrictions]
 
     def pending(self, username: str = "jsmith") -> list[str]:
-        """Return what is asked for a user."""
+        """Return the addresses of a user's pending requests."""
         (line,) = (x for x in self.flow.overview(BOSS) if x.user.username == username)
         return [str(request.addresses) for request in line.pending]
 
     def wait(self, **length: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         self.clock.advance(timedelta(**length))
 
     def number(self, recipient: str = ALICE.email) -> str:
-        """Return the number of the next mail with one, as its reader sees it."""
+        """Return the number in the next mail that contains one."""
         while True:
             mail = self.mails.wait_for(self._seen + 1)[self._seen]
             self._seen += 1
@@ -119,18 +119,18 @@ class World:
                 return found[1]
 
     def notices(self) -> int:
-        """Return how many mails have come since the last that was read."""
+        """Return how many mails have arrived since the last one that was read."""
         return len(self.mails.mails) - self._seen
 
 
 def authenticate(request: Any) -> Actor | None:
-    """Be the host that knows who is signed in: in these tests a cookie says it."""
+    """Return the signed-in actor; in these tests a cookie names it."""
     return ACTORS.get(request.cookies.get("who", ""))
 
 
 @contextlib.contextmanager
 def asgi(world: World) -> Iterator[str]:
-    """Serve the page in a Starlette application, by uvicorn, and give where."""
+    """Serve the page in a Starlette application by uvicorn; yield its URL."""
     import uvicorn
     from starlette.applications import Starlette
     from starlette.routing import Mount
@@ -155,7 +155,7 @@ def asgi(world: World) -> Iterator[str]:
 
 @contextlib.contextmanager
 def wsgi(world: World) -> Iterator[str]:
-    """Serve the page below another WSGI application, by Werkzeug's threads, and give where."""
+    """Serve the page below another WSGI application by Werkzeug; yield its URL."""
     from werkzeug.exceptions import NotFound
     from werkzeug.middleware.dispatcher import DispatcherMiddleware
     from werkzeug.serving import WSGIRequestHandler, make_server

@@ -1,4 +1,4 @@
-"""Asking for a restriction: what the form proposes, understands, and refuses."""
+"""The form for a restriction in a real browser: proposals, the meaning of a text, errors."""
 
 from datetime import timedelta
 
@@ -12,7 +12,7 @@ TWO_DAYS = timedelta(days=2)
 
 
 def test_use_my_current_address(walk):
-    """The actor's own address is filled in; of IPv6 its /64, as privacy addresses change in it."""
+    """The button fills in the actor's address; for IPv6 its /64."""
     for who, proposed, meaning in (
         ("alice", OFFICE, f"{OFFICE}: 1 address"),
         ("iris", "2001:db8:7:1::/64", "2^64 addresses"),
@@ -30,13 +30,13 @@ def test_use_my_current_address(walk):
         assert walk.field("Trader").input_value() == "jsmith"
         walk.submit_addresses()
         walk.sees("Confirm the restriction", meaning)
-    walk.become(ADAM.username)  # of whom the host knows no address
+    walk.become(ADAM.username)  # an actor without an address
     walk.open("add")
     walk.misses("Use my current address")
 
 
 def test_label_and_expiry(walk, world):
-    """A label and an end are kept, shown, and the end is not what lifts the restriction."""
+    """The label and the expiry are shown; an expired restriction still restricts."""
     until = world.clock() + TWO_DAYS
     walk.open("add")
     walk.field("Trader").select_option("jsmith")
@@ -59,7 +59,7 @@ def test_label_and_expiry(walk, world):
 
 
 def test_what_was_understood(walk, world):
-    """Before anything is asked for, the page says what the text means: while typing, or apart."""
+    """The page shows what a text means, while it is typed or on a page of its own."""
     walk.open("add")
     walk.field("Trader").select_option("jsmith")
     walk.fill("IP Address", " 203.0.113.5-203.0.113.9 ")
@@ -80,7 +80,7 @@ def test_what_was_understood(walk, world):
 
 
 def test_errors_stand_beside_their_fields(walk, world):
-    """All that is wrong is said at once, each beside its field, and nothing typed is lost."""
+    """Each error is shown at its field, and the values stay."""
     walk.open("add")
     typed = {"IP Address": "203.0.113.3/29", "Label (optional)": "my “office”"}
     for label, text in typed.items():
@@ -106,33 +106,3 @@ def test_errors_stand_beside_their_fields(walk, world):
     assert walk.field("Trader").input_value() == "jsmith"
     assert walk.field("Label (optional)").input_value() == "my “office”"
     assert world.pending() == []
-
-
-def test_addresses_that_are_refused(walk):
-    """Whatever is wrong with an address is said beside it, in words."""
-    walk.open("add")
-    for text, told in (
-        ("", "Type an IP address"),
-        ("010.8.8.8", "leading zero"),
-        ("10.0.0.0/8", "The widest network allowed is a /16"),
-        ("224.0.0.1", "multicast"),
-    ):
-        walk.field("Trader").select_option("jsmith")
-        walk.fill("IP Address", text)
-        walk.submit_addresses()
-        walk.sees(told, within=walk.page.locator("#addresses-problem"))
-        assert walk.field("IP Address").input_value() == text
-
-
-def test_asked_for_twice(walk, world):
-    """Who asks for the same again is taken to the request that waits."""
-    world.ask(OFFICE)
-    walk.open("add")
-    walk.field("Trader").select_option("jsmith")
-    walk.fill("IP Address", OFFICE)
-    walk.press("Submit")
-    walk.sees("You have asked for this already")
-    assert world.pending() == [OFFICE]
-    walk.fill("Confirmation Number", world.number())
-    walk.press("Submit")
-    assert world.held() == [OFFICE]

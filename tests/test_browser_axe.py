@@ -18,34 +18,34 @@ pytestmark = pytest.mark.slow
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-#: WCAG 2.2 AA with all that it builds on, what axe calls best practice, and its newest rules.
+#: WCAG 2.2 AA and earlier, axe's best practices, and its experimental rules.
 TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice", "experimental")
 COLOURS = ("cat.color",)
 
 
 def violations(page: Page, tags: tuple[str, ...] = TAGS) -> list[str]:
-    """Return what axe finds on the page as it is shown now."""
-    # Evaluated from outside the page, so the page's own policy need not let it in.
+    """Return the violations that axe finds on the current page."""
+    # Evaluated by the browser, so the Content-Security-Policy does not apply.
     if not page.evaluate("typeof axe === 'object'"):
         page.evaluate(resources.files("axe_playwright_python").joinpath("axe.min.js").read_text())
     found: dict[str, Any] = page.evaluate(
         "tags => axe.run(document, {runOnly: tags, resultTypes: ['violations']})", tags
     )
-    assert found["passes"], "axe has looked at nothing"
+    assert found["passes"], "axe checked nothing"
     return [
         f"{each['id']}: {node['html']}" for each in found["violations"] for node in each["nodes"]
     ]
 
 
 class Pages:
-    """Goes to every page there is, and stops at each."""
+    """Visits every page and yields its name."""
 
     def __init__(self, walk: Walk, world: World) -> None:
         self.walk = walk
         self.world = world
 
     def all(self) -> Iterator[str]:
-        """Give the name of each page, when it is open."""
+        """Yield the name of each page when it is open."""
         yield from self._adding()
         yield from self._confirming()
         yield from self._deleting()
@@ -78,7 +78,7 @@ class Pages:
         walk.page.unroute("**/understood")
         assert walk.heading == "Is this what you mean?"
         yield "review"
-        walk.complaints.clear()  # of the route that was cut off
+        walk.complaints.clear()  # about the aborted request
         walk.open("add")
         walk.field("Trader").select_option("alice")
         walk.fill("IP Address", HOME)
@@ -108,7 +108,7 @@ class Pages:
         world.remove(restriction.id)
         walk.expected.add(409)
         walk.press("Delete")
-        yield "deleted by somebody else, or changed meanwhile"
+        yield "deleted or changed by another actor"
         world.add(OFFICE, "mary")
         walk.open()
         walk.follow(f"Delete {OFFICE} of Mary Major")
@@ -168,10 +168,10 @@ def unavailable(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("way", [Way("asgi", True, "wide"), Way("wsgi", True, "narrow")], ids=str)
 @pytest.mark.timeout(600)  # many pages, twice each
 def test_axe_finds_nothing(walk, world, long):
-    """Every page, in light and in dark: no violation of WCAG 2.2 AA, and none of good practice."""
+    """No page violates WCAG 2.2 AA or axe's best practices, in light or dark."""
     seen = {}
     for name in Pages(walk, world).all():
-        # The two differ in colours alone, so in the dark a short round looks at those.
+        # Light and dark differ only in colours, so a short run checks only these in dark.
         for scheme, tags in (("light", TAGS), ("dark", TAGS if long else COLOURS)):
             walk.page.emulate_media(color_scheme=scheme)
             seen[name, scheme] = violations(walk.page, tags)
@@ -182,7 +182,7 @@ def test_axe_finds_nothing(walk, world, long):
 
 @pytest.mark.parametrize("way", [Way("asgi", True, "wide")], ids=str)
 def test_axe_finds_what_is_wrong(walk):
-    """The check can fail: a field without its label and a pale text are found."""
+    """axe finds a field without a label and a text with low contrast."""
     walk.open("add")
     assert violations(walk.page) == []
     walk.page.evaluate(
@@ -213,13 +213,13 @@ INLINE = "document.body.append(Object.assign(document.createElement('script'), {
     ],
 )
 def test_a_walk_notices(windows: Windows, world: World, way: Way, wrong: str, told: str):
-    """What the policy stops, what is not found, a script that fails, and what sticks out."""
+    """A walk fails on policy violations, missing files, script errors and overflow."""
 
     def walks() -> None:
         with walking(windows.get_one(way), world, way) as walk:
             walk.open()
             walk.page.evaluate(wrong)
-            walk.page.evaluate("new Promise(go => setTimeout(go))")  # after what was set before
+            walk.page.evaluate("new Promise(go => setTimeout(go))")  # after pending timers
             walk.look()
 
     with HOSTS[way.host](world) as world.url, pytest.raises(AssertionError, match=told):
@@ -228,7 +228,7 @@ def test_a_walk_notices(windows: Windows, world: World, way: Way, wrong: str, to
 
 @pytest.mark.parametrize("gates", [False, True])
 def test_a_browser_that_is_missing(monkeypatch, gates):
-    """Without one the walks are skipped; where tests gate they fail, with what installs it."""
+    """Without a browser, walks are skipped; on CI they fail and name the package."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CI", "true" if gates else "")
     with pytest.raises((pytest.skip.Exception, pytest.fail.Exception)) as caught:

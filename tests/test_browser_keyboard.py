@@ -1,4 +1,4 @@
-"""The page without a mouse: Tab, Enter and typing, and the focus always shows."""
+"""The page with the keyboard alone; the focus is always visible."""
 
 import pytest
 
@@ -8,14 +8,14 @@ pytestmark = pytest.mark.slow
 
 
 class Keys:
-    """Somebody who uses no mouse."""
+    """A person who uses only the keyboard."""
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
         self.page = walk.page
 
     def to(self, name: str) -> None:
-        """Press Tab until what has this name has the focus, and see that it shows."""
+        """Press Tab until the element with this name has the focus, which must be visible."""
         for _ in range(60):
             self.page.keyboard.press("Tab")
             if self.focused() == name:
@@ -24,7 +24,7 @@ class Keys:
         pytest.fail(f"Tab does not lead to {name!r}")
 
     def focused(self) -> str:
-        """Return the name of what has the focus, as a screen reader would say it."""
+        """Return the name of the focused element as a screen reader would announce it."""
         text: str = self.page.evaluate(
             "(e => (e.labels && e.labels.length ? e.labels[0].textContent : e.textContent)"
             ".replace(/\\s+/g, ' ').trim())(document.activeElement)"
@@ -32,7 +32,7 @@ class Keys:
         return text
 
     def shows(self) -> None:
-        """Fail unless the focus is to be seen: an outline, and inside the window."""
+        """Fail unless the focused element has an outline and is inside the window."""
         style, width, top, bottom, height = self.page.evaluate(
             "(e => [getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth),"
             " e.getBoundingClientRect().top, e.getBoundingClientRect().bottom, innerHeight])"
@@ -44,14 +44,14 @@ class Keys:
         assert bottom <= height
 
     def enter(self) -> None:
-        """Press Enter, which leads to another page."""
+        """Press Enter and wait for the next page."""
         with self.page.expect_navigation():
             self.page.keyboard.press("Enter")
         self.walk.look()
 
 
 def test_keyboard_alone(walk, world):
-    """The first procedure and a deletion with Tab, Enter and typing; the focus always shows."""
+    """A restriction is added and deleted with Tab, Enter and typing."""
     walk.open()
     keys = Keys(walk)
     keys.to("Skip to main content")
@@ -63,7 +63,7 @@ def test_keyboard_alone(walk, world):
     keys.to("IP Address")
     keys.page.keyboard.type("203.0.113.07")
     keys.enter()
-    # The summary of what is wrong has the focus; its first link leads to the field.
+    # The list of errors has the focus; its first link leads to the field.
     keys.page.keyboard.press("Tab")
     keys.shows()
     keys.page.keyboard.press("Enter")

@@ -9,7 +9,7 @@ from tests.browser import everywhere
 
 @everywhere
 def test_add_a_restriction(walk, world):
-    """The link, the trader's drop-down, the address, Submit, the number by mail: then it holds."""
+    """The link, the drop-down, the address, Submit and the number: the restriction holds."""
     walk.open()
     assert walk.heading == "IP Restrictions"
     row = walk.row("jsmith")
@@ -29,7 +29,7 @@ def test_add_a_restriction(walk, world):
     assert world.held() == ["203.0.113.7"]
     assert world.guard.is_allowed("jsmith", "203.0.113.7")
     assert not world.guard.is_allowed("jsmith", "203.0.113.8")
-    assert world.notices() == 2  # to who asked and to whom it concerns
+    assert world.notices() == 2  # to the requester and the user
     assert number not in walk.page.url
 
     walk.open()
@@ -40,7 +40,7 @@ def test_add_a_restriction(walk, world):
 @pytest.mark.slow
 @everywhere
 def test_delete_a_restriction(walk, world):
-    """Each address has a Delete; after it the user is no longer restricted to that address."""
+    """The Delete link of an address ends its restriction."""
     world.add("203.0.113.7")
     world.add("198.51.100.0/29", label="office")
     walk.open()
@@ -63,7 +63,7 @@ def test_delete_a_restriction(walk, world):
 @pytest.mark.slow
 @everywhere
 def test_confirm_or_cancel_a_pending_request(walk, world):
-    """The column Pending Requests shows each address with Confirm and Cancel, and they do that."""
+    """The column Pending Requests has Confirm and Cancel for each address, and they work."""
     world.ask("203.0.113.7")
     number = world.number()
     world.ask("198.51.100.7")
