@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -11,11 +10,9 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,8 +22,8 @@ from ipguard.stores._sql import SCHEMA_VERSION
 from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds
-from tests.logins import ALLOWED, ROOT, LoginServer
-from tests.postgres import Given, Server, free_port, fresh_schema, until
+from tests.logins import ALLOWED, LoginServer
+from tests.postgres import Given, Server, fresh_schema, until
 from tests.proxy import Proxy
 from tests.test_aio import cancel_at_random_points
 from tests.test_guard_fork import in_child
@@ -118,70 +115,6 @@ def clients_of(port: int) -> set[str]:
     """Return the client sockets of all connections to a local TCP port, by the same names."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {f"socket:[{row[9]}]" for row in rows if int(row[2].rpartition(":")[2], 16) == port}
-
-
-def ask(port: int, username: str, address: str) -> dict[str, Any]:
-    url = f"http://127.0.0.1:{port}/?username={username}&address={address}"
-    with urllib.request.urlopen(url, timeout=60) as response:
-        answer: dict[str, Any] = json.load(response)
-    return answer
-
-
-@contextmanager
-def gunicorn(url: str, workers: int) -> Iterator[int]:
-    """Run the application in forked workers; yield its port."""
-    port = free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "gunicorn", "--preload", "--workers", str(workers),
-            "--bind", f"127.0.0.1:{port}", "--no-control-socket", "tests.gunicorn_app:app",
-        ],
-        cwd=ROOT, stdin=subprocess.DEVNULL, env=os.environ | {"IPGUARD_TEST_STORE": url},
-    )  # fmt: skip
-    try:
-
-        def answers() -> bool:
-            assert process.poll() is None
-            with contextlib.suppress(OSError):
-                return bool(ask(port, "nobody", HOME))
-            return False
-
-        until(answers, "gunicorn answers")
-        yield port
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def test_gunicorn_with_preload(own_postgres: Server) -> None:
-    """Workers forked from a master that uses the store share no connection and see changes."""
-    schema = fresh_schema()
-    with PostgresStore(own_postgres.url(schema=schema), listen="off") as store:
-        store.put_users([user("jsmith")])
-        url = own_postgres.url(tcp=True, schema=schema, sslmode="disable", gssencmode="disable")
-        with gunicorn(url, 4) as port:
-            answers: dict[int, dict[str, Any]] = {}
-
-            def all_answer(reason: str) -> bool:
-                answer = ask(port, "jsmith", ELSEWHERE)
-                answers[answer["worker"]] = answer
-                return [each["reason"] for each in answers.values()] == [reason] * 4
-
-            until(lambda: all_answer(Reason.UNRESTRICTED), "each of four workers answers")
-            applied = ipguard.Workflow(store, Outbox(), key=bytes(32)).impose(
-                BOSS, "jsmith", HOME, reason="a test"
-            )
-            assert applied.restriction is not None
-            until(lambda: all_answer(Reason.NOT_LISTED), "each worker has seen the change")
-            (master,) = {answer["master"] for answer in answers.values()}
-            assert all(answer["first"] for answer in answers.values())
-            assert master not in answers
-            open_sockets = {
-                pid: sockets(pid) & clients_of(own_postgres.port) for pid in (master, *answers)
-            }
-            assert all(open_sockets.values())  # each process is connected
-            total = sum(map(len, open_sockets.values()))
-            assert len(set.union(*open_sockets.values())) == total
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -1,6 +1,7 @@
-"""A login server for `gunicorn --preload`, which imports it before it forks the workers.
+"""A WSGI login server whose store and guard exist before the server forks its workers.
 
-The guard has answered a login, and its refresher and listener run, when the master forks.
+The master has asked the guard, so a connection of the pool is open. With `IPGUARD_TEST_START` its
+refresher and its listener run too.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from urllib.parse import parse_qsl
 import ipguard
 
 store = ipguard.open_store(os.environ["IPGUARD_TEST_STORE"])
-guard = ipguard.Guard(store)
-guard.start()
+guard = ipguard.Guard(store, max_staleness=1.0)
+if os.environ["IPGUARD_TEST_START"]:
+    guard.start()
 master = os.getpid()
-first = guard.is_allowed("jsmith", "203.0.113.7")
+guard.is_allowed("user0", "203.0.113.7")
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
-    """Answer `?username=...&address=...` with the decision and the process ids."""
+    """Answer `?username=...&address=...` with the process that answered and its reason."""
     query = dict(parse_qsl(environ["QUERY_STRING"]))
     decision = guard.check(query["username"], query["address"])
     start_response("200 OK", [("Content-Type", "application/json")])
-    answer = {"worker": os.getpid(), "master": master, "first": first, "reason": decision.reason}
+    answer = {"worker": os.getpid(), "master": master, "reason": decision.reason}
     return [json.dumps(answer).encode()]
