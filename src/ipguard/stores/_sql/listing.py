@@ -2,7 +2,8 @@
 
 Each function runs inside one snapshot. No plan is left to the statistics of a planner, which has
 none for a store that was filled just now: `CROSS JOIN` keeps the order of the tables, in PostgreSQL
-with the settings of its store, and `|| ''` keeps an index on the column from being used.
+with the settings of its store, `|| ''` keeps an index on the column from being used, and a
+subquery with a limit stays one.
 """
 
 from __future__ import annotations
@@ -236,8 +237,8 @@ def _by_addresses(db: Executor, accounts: Accounts, search: Search, after: str) 
         yield Query(
             f"SELECT u.username || '' FROM users u"
             f" WHERE {db.among('u.account_id')} AND u.removed = 0 AND u.username > ?"
-            " AND EXISTS (SELECT 1 FROM restrictions r WHERE r.username = u.username"
-            f" AND length(r.first_ip) = ? AND {held})",
+            " AND (SELECT 1 FROM restrictions r WHERE r.username = u.username"
+            f" AND length(r.first_ip) = ? AND {held} LIMIT 1) = 1",
             (_texts(db, accounts), after, size, first, last),
         )
         return
