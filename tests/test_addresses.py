@@ -342,7 +342,7 @@ def test_over_long_text_is_not_parsed(text, monkeypatch):
     for holder, name in [
         (addresses, "_read"),
         (addresses, "_why"),
-        (addresses, "inet_pton"),
+        (addresses, "strict_pton"),
         (addresses, "_LEADING_ZERO"),
     ]:
         monkeypatch.setattr(holder, name, reached)
@@ -368,7 +368,7 @@ def test_one_address_has_45_characters(text, monkeypatch):
         return reading
 
     monkeypatch.setattr(addresses, "IPAddress", bounded(netaddr.IPAddress))
-    monkeypatch.setattr(addresses, "inet_pton", bounded(socket.inet_pton))
+    monkeypatch.setattr(addresses, "strict_pton", bounded(socket.inet_pton))
     for whole in (text, f"{text}/8"[:91], f"::1-{text}"[:91], f"{text}-::1"[:91]):
         assert isinstance(attempt(parse, whole), AddressError)
         assert isinstance(attempt(parse_address, whole), AddressError)
@@ -640,7 +640,7 @@ def test_strict_on_a_lenient_platform(text, monkeypatch):
         assert getattr(module, name) is socket.inet_pton
         monkeypatch.setattr(module, name, lenient_inet_pton)
     assert addresses._reads_leading_zeros()
-    monkeypatch.setattr(addresses, "_LENIENT", True)
+    monkeypatch.setattr(addresses, "strict_pton", addresses._checked_pton)
     assert login_address("::ffff:10.20.30.40") == (4, number("10.20.30.40"))
     assert login_address(text) is None
     assert isinstance(refusal(text), AddressError)

@@ -60,19 +60,17 @@ def _reads_leading_zeros() -> bool:
     return False
 
 
-# Tested once: searching each address for a leading zero would take as long as parsing it.
-_LENIENT = _reads_leading_zeros()
-
-
 def _checked_pton(family: int, text: str) -> bytes:
+    # macOS reads a zone, which names a link of another machine.
     if _LEADING_ZERO.search(text) or "%" in text:
         raise ValueError("C libraries may differ about this text")
     return inet_pton(family, text)
 
 
-# inet_pton for the guard's fast path: raises OSError or ValueError whenever login_address() returns
-# None. It does not convert IPv4-mapped addresses.
-strict_pton = inet_pton if sys.platform == "linux" and not _LENIENT else _checked_pton
+# inet_pton, also for the guard's fast path: raises OSError or ValueError whenever login_address()
+# returns None. It does not convert IPv4-mapped addresses. The library is tested once: searching
+# each address for a leading zero would take as long as parsing it.
+strict_pton = inet_pton if sys.platform == "linux" and not _reads_leading_zeros() else _checked_pton
 
 
 def login_address(text: object) -> tuple[int, int] | None:
@@ -88,14 +86,10 @@ def login_address(text: object) -> tuple[int, int] | None:
     if type(text) is not str or len(text) > _LONGEST_ADDRESS:
         exact = _plain(text, _LONGEST_ADDRESS)
         return None if exact is None else login_address(exact)
-    if _LENIENT and _LEADING_ZERO.search(text):
-        return None
     try:
         if ":" not in text:
-            return 4, int.from_bytes(inet_pton(_AF_INET, text), "big")
-        if "%" in text:  # macOS reads a zone, which names a link of another machine
-            return None
-        value = int.from_bytes(inet_pton(_AF_INET6, text), "big")
+            return 4, int.from_bytes(strict_pton(_AF_INET, text), "big")
+        value = int.from_bytes(strict_pton(_AF_INET6, text), "big")
     except (OSError, ValueError):  # ValueError: a NUL or a surrogate inside
         return None
     return (4, value & 0xFFFFFFFF) if value >> 32 == 0xFFFF else (6, value)
