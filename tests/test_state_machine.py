@@ -1,9 +1,9 @@
-"""Workflow and guard against a small model, in whatever order hypothesis thinks of.
+"""A stateful test: workflow and guard against a model, with steps in random order.
 
-The model is written from the contract and knows nothing of `ipguard.rules`: addresses are pairs of
-integers, times are seconds, and each step is foretold before it is made. What must agree: every
-refusal, every change, the revisions, the trail, the page; and each answer of the guard is one that
-was right at some moment of the last `max_staleness` seconds.
+The model follows the documentation and does not use `ipguard.rules`: addresses are pairs of
+integers, times are seconds, and the outcome of each step is predicted before it runs. Refusals,
+changes, revisions, the audit log and the list of users must agree. Each answer of the guard must
+have been right at some time in the last `max_staleness` seconds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ ACTORS: dict[str, tuple[frozenset[str] | None, str | None]] = {
 
 
 class Refused(Exception):
-    """What the model foretells instead of an outcome."""
+    """The refusal that the model predicts."""
 
     def __init__(self, name: str, *data: object) -> None:
         super().__init__(name, *data)
@@ -72,7 +72,7 @@ class Refused(Exception):
 
 
 @attrs.define
-class Held:
+class ModelRestriction:
     """A restriction of the model."""
 
     user: str
@@ -84,7 +84,7 @@ class Held:
 
 
 @attrs.define
-class Asked:
+class ModelRequest:
     """A request of the model."""
 
     kind: str
@@ -106,48 +106,48 @@ class Asked:
         return "expired" if self.state == "pending" and now >= self.ends else self.state
 
 
-Lets = tuple[tuple[tuple[int, int, int], float | None], ...]
+Policy = tuple[tuple[tuple[int, int, int], float | None], ...]
 
 
-def lets_in(held: Lets, client: tuple[int, int] | None, now: float) -> bool:
-    """The question that everything is about."""
+def allows(policy: Policy, client: tuple[int, int] | None, now: float) -> bool:
+    """Return whether restrictions allow a client."""
     if client is None:
         return False
     version, number = client
-    return not held or any(
+    return not policy or any(
         run[0] == version and run[1] <= number <= run[2] and (until is None or now < until)
-        for run, until in held
+        for run, until in policy
     )
 
 
 class Model:
-    """What the contract says, as plainly as it can be said."""
+    """The expected state."""
 
     def __init__(self, deletes: bool | str) -> None:
         self.deletes = deletes
         self.now = 0.0
         self.accounts: dict[str, str] = {}
-        self.gone: set[str] = set()
-        self.held: dict[str, Held] = {}
-        self.asked: dict[str, Asked] = {}
+        self.removed: set[str] = set()
+        self.restrictions: dict[str, ModelRestriction] = {}
+        self.requests: dict[str, ModelRequest] = {}
         self.failures: dict[str, int] = {}
-        self.trail: list[tuple[str, str | None, str | None, str | None]] = []
-        # What each user was restricted to since when, for answers that may be a little old.
-        self.past: dict[str, list[tuple[float, Lets]]] = {name: [(0.0, ())] for name in NAMES}
+        self.log: list[tuple[str, str | None, str | None, str | None]] = []
+        # The restrictions of each user with the time of each change, for answers that may be stale.
+        self.changes: dict[str, list[tuple[float, Policy]]] = {name: [(0.0, ())] for name in NAMES}
 
-    # What there is.
+    # Reads.
 
-    def of(self, user: str) -> dict[str, Held]:
-        return {key: held for key, held in self.held.items() if held.user == user}
+    def restrictions_of(self, user: str) -> dict[str, ModelRestriction]:
+        return {key: r for key, r in self.restrictions.items() if r.user == user}
 
-    def lets(self, user: str) -> Lets:
-        return tuple((held.run, held.until) for held in self.of(user).values())
+    def policy(self, user: str) -> Policy:
+        return tuple((r.run, r.until) for r in self.restrictions_of(user).values())
 
-    def might_be_let_in(self, user: str, client: tuple[int, int] | None) -> set[bool]:
-        story = [*self.past[user], (float("inf"), ())]
+    def possible_answers(self, user: str, client: tuple[int, int] | None) -> set[bool]:
+        changes = [*self.changes[user], (float("inf"), ())]
         return {
-            lets_in(lets, client, self.now)
-            for (_, lets), (replaced, _) in itertools.pairwise(story)
+            allows(policy, client, self.now)
+            for (_, policy), (replaced, _) in itertools.pairwise(changes)
             if replaced > self.now - STALE
         }
 
@@ -155,61 +155,63 @@ class Model:
         manages = ACTORS[actor][0]
         if user not in self.accounts:
             return False
-        return manages is None or (self.accounts[user] in manages and user not in self.gone)
+        return manages is None or (self.accounts[user] in manages and user not in self.removed)
 
-    def note(self, action: str, actor: str | None, user: str | None) -> int:
+    def append(self, action: str, actor: str | None, user: str | None) -> int:
         account = None if user is None else self.accounts.get(user)
-        self.trail.append((action, actor, user, account))
+        self.log.append((action, actor, user, account))
         for name in NAMES:
-            if self.past[name][-1][1] != self.lets(name):
-                self.past[name].append((self.now, self.lets(name)))
-        return len(self.trail)
+            if self.changes[name][-1][1] != self.policy(name):
+                self.changes[name].append((self.now, self.policy(name)))
+        return len(self.log)
 
-    # What may not be.
+    # Refusals.
 
-    def room_for(self, user: str, run: tuple[int, int, int], until: float | None) -> str | None:
-        """Return what a new restriction would replace."""
+    def check_new(self, user: str, run: tuple[int, int, int], until: float | None) -> str | None:
+        """Check a new restriction; return the id of the expired one that it replaces."""
         if until is not None and until <= self.now:
             raise Refused("InvalidValue")
-        same = [key for key, held in self.of(user).items() if held.run == run]
-        if any(not self.held[key].over(self.now) for key in same):
+        same = [key for key, r in self.restrictions_of(user).items() if r.run == run]
+        if any(not self.restrictions[key].over(self.now) for key in same):
             raise Refused("DuplicateRestriction")
-        if len(self.of(user)) - len(same) >= PER_USER:
+        if len(self.restrictions_of(user)) - len(same) >= PER_USER:
             raise Refused("TooManyRestrictions", user, PER_USER)
         return same[0] if same else None
 
-    def lockout(self, actor: str, user: str, after: Lets) -> None:
+    def check_lockout(self, actor: str, user: str, after: Policy) -> None:
         address = ACTORS[actor][1]
         if actor != user or address is None:
             return
         client = CLIENTS[address]
         forever = float("inf")
-        if lets_in(self.lets(user), client, self.now) and not lets_in(after, client, forever):
+        if allows(self.policy(user), client, self.now) and not allows(after, client, forever):
             raise Refused("LockoutRisk", address)
 
-    def pace(self, actor: str) -> None:
-        times = [a.ends - REQUEST_LIVES for a in self.asked.values() if a.by == actor]
+    def check_rate(self, actor: str) -> None:
+        times = [r.ends - REQUEST_LIVES for r in self.requests.values() if r.by == actor]
         recent = sorted(t for t in times if t > self.now - HOUR)
         if len(recent) >= PER_HOUR:
             raise Refused("TooManyRequests", recent[-PER_HOUR] + HOUR - self.now)
 
-    def pending(self, user: str) -> list[Asked]:
+    def pending(self, user: str) -> list[ModelRequest]:
         return [
-            a for a in self.asked.values() if a.user == user and a.state_at(self.now) == "pending"
+            r
+            for r in self.requests.values()
+            if r.user == user and r.state_at(self.now) == "pending"
         ]
 
-    def drop(self, key: str) -> None:
-        user = self.held.pop(key).user
-        for asked in self.pending(user):
-            if asked.target == key:
-                asked.state = "cancelled"
+    def remove_restriction(self, key: str) -> None:
+        user = self.restrictions.pop(key).user
+        for request in self.pending(user):
+            if request.target == key:
+                request.state = "cancelled"
 
 
 class Machine(RuleBasedStateMachine):
-    """The real thing and the model, side by side."""
+    """The library and the model, side by side."""
 
     def url(self) -> str:
-        """Where this machine's store is."""
+        """Return the URL of the store."""
         raise NotImplementedError
 
     @initialize(deletes=st.sampled_from([False, "last", True]))
@@ -233,7 +235,7 @@ class Machine(RuleBasedStateMachine):
                 confirm_deletes=deletes,
             ),
         )
-        # One guard that nobody hurries, and one that is asked for each new revision.
+        # One guard syncs by itself; the other is request for each new revision.
         self.guard, self.prompt = (
             Guard(self.store, max_staleness=STALE, monotonic=self.clock.monotonic) for _ in range(2)
         )
@@ -245,11 +247,11 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "model"):
             return
-        self.the_trail()
+        self.check_history()
         self.store.close()
         shutil.rmtree(self.folder)
 
-    # -- carrying out --------------------------------------------------------------------------
+    # -- steps ---------------------------------------------------------------------------------
 
     def actor(self, name: str) -> Actor:
         manages, address = ACTORS[name]
@@ -260,17 +262,17 @@ class Machine(RuleBasedStateMachine):
             address=address,
         )
 
-    def carry_out(self, foretell: Callable[[], Any], call: Callable[[], Any]) -> Any:
-        """Do a thing, and see that it is refused exactly where the model says so.
+    def run_step(self, predict: Callable[[], Any], call: Callable[[], Any]) -> Any:
+        """Run a step; fail unless it is refused exactly when the model predicts it.
 
-        `foretell` refuses by raising, or returns what has to be done to the model with the outcome.
+        `predict` raises Refused, or returns a function that applies the outcome to the model.
         """
         refused: Refused | None = None
         raised: ipguard.IPGuardError | None = None
         then: Callable[[Any], object] = lambda _: None  # noqa: E731
         outcome: Any = None
         try:
-            then = foretell()
+            then = predict()
         except Refused as exc:
             refused = exc
         try:
@@ -283,9 +285,7 @@ class Machine(RuleBasedStateMachine):
             return outcome
         assert type(raised).__name__ == refused.name, f"{raised!r} or {outcome}, not {refused!r}"
         assert raised is not None
-        assert not refused.data or refused.data == carried_by(raised), (
-            f"{raised!r}, not {refused!r}"
-        )
+        assert not refused.data or refused.data == data_of(raised), f"{raised!r}, not {refused!r}"
         return None
 
     # -- the host ------------------------------------------------------------------------------
@@ -296,14 +296,14 @@ class Machine(RuleBasedStateMachine):
         revision = self.store.put_users(
             [User(username=SPELLINGS[name], full_name=name, account_id=account)]
         )
-        if model.accounts.get(name) != account or name in model.gone:
+        if model.accounts.get(name) != account or name in model.removed:
             model.accounts[name] = account
-            model.gone.discard(name)
-            model.note("put_users", None, name)
-        assert revision == len(model.trail)
+            model.removed.discard(name)
+            model.append("put_users", None, name)
+        assert revision == len(model.log)
 
     @rule(name=st.sampled_from(NAMES), back=st.sampled_from([True, True, False]))
-    def remove_and_perhaps_put_back(self, name: str, back: bool) -> None:
+    def remove_and_put_back(self, name: str, back: bool) -> None:
         self.remove(name)
         if back:
             self.put(name, self.model.accounts[name])
@@ -311,13 +311,13 @@ class Machine(RuleBasedStateMachine):
     def remove(self, name: str) -> None:
         model = self.model
         revision = self.store.remove_users([name])
-        if name in model.accounts and name not in model.gone:
-            model.gone.add(name)
-            for asked in model.asked.values():
-                if asked.user == name and asked.state == "pending":
-                    asked.state = "cancelled"
-            model.note("remove_users", None, name)
-        assert revision == len(model.trail)
+        if name in model.accounts and name not in model.removed:
+            model.removed.add(name)
+            for request in model.requests.values():
+                if request.user == name and request.state == "pending":
+                    request.state = "cancelled"
+            model.append("remove_users", None, name)
+        assert revision == len(model.log)
 
     @rule(seconds=st.sampled_from([1, 3, 4, 5, 30, 300, 600, 3600, 7200]))
     def wait(self, seconds: float) -> None:
@@ -330,54 +330,56 @@ class Machine(RuleBasedStateMachine):
         data=st.data(),
         user=st.sampled_from([*NAMES * 4, "eve"]),
         addresses=st.sampled_from([*RANGES, *RANGES, TOO_BROAD]),
-        lives=st.sampled_from([None, None, None, 300, 3600]),
-        insist=st.booleans(),
+        lifetime=st.sampled_from([None, None, None, 300, 3600]),
+        allow_lockout=st.booleans(),
         mail_fails=st.sampled_from([False] * 7 + [True]),
     )
-    def ask(
+    def request_one(
         self,
         data: st.DataObject,
         user: str,
         addresses: str,
-        lives: int | None,
-        insist: bool,
+        lifetime: int | None,
+        allow_lockout: bool,
         mail_fails: bool,
     ) -> None:
         usual = [name for name in ACTORS if self.model.sees(name, user)]
         actor = data.draw(st.sampled_from([*usual * 4, *sorted(ACTORS)]), label="actor")
-        self.ask_as(actor, user, addresses, lives, insist=insist, mail_fails=mail_fails)
+        self.request_as(
+            actor, user, addresses, lifetime, allow_lockout=allow_lockout, mail_fails=mail_fails
+        )
 
-    def ask_as(
+    def request_as(
         self,
         actor: str,
         user: str,
         addresses: str,
-        lives: int | None,
+        lifetime: int | None,
         *,
-        insist: bool,
+        allow_lockout: bool,
         mail_fails: bool,
     ) -> None:
-        model, until = self.model, None if lives is None else self.model.now + lives
+        model, until = self.model, None if lifetime is None else self.model.now + lifetime
 
-        def foretell() -> Any:
-            if not model.sees(actor, user) or user in model.gone:
+        def predict() -> Any:
+            if not model.sees(actor, user) or user in model.removed:
                 raise Refused("UnknownUser", user)
             if addresses == TOO_BROAD:
                 raise Refused("AddressTooBroad")
             run = RANGES[addresses]
-            replaced = model.room_for(user, run, until)
+            replaced = model.check_new(user, run, until)
             if any(a.kind == "add" and a.run == run for a in model.pending(user)):
                 raise Refused("DuplicateRestriction")
-            after = {k: h for k, h in model.of(user).items() if k != replaced}
+            after = {k: h for k, h in model.restrictions_of(user).items() if k != replaced}
             lets = (*((h.run, h.until) for h in after.values()), (run, until))
-            if not insist:
-                model.lockout(actor, user, lets)
-            model.pace(actor)
-            return lambda request: self.waits(request, "add", actor, user, run, until, None)
+            if not allow_lockout:
+                model.check_lockout(actor, user, lets)
+            model.check_rate(actor)
+            return lambda outcome: self.add_request(outcome, "add", actor, user, run, until, None)
 
         expires = None if until is None else self.started + timedelta(seconds=until)
-        self.carry_out(
-            foretell,
+        self.run_step(
+            predict,
             lambda: self.deliver(
                 mail_fails,
                 lambda: self.flow.request(
@@ -385,7 +387,7 @@ class Machine(RuleBasedStateMachine):
                     SPELLINGS[user],
                     addresses,
                     expires_at=expires,
-                    allow_lockout=insist,
+                    allow_lockout=allow_lockout,
                 ),
             ),
         )
@@ -394,20 +396,20 @@ class Machine(RuleBasedStateMachine):
         data=st.data(),
         name=st.sampled_from(["ann", "bob"]),
         addresses=st.sampled_from(sorted(RANGES)),
-        lives=st.sampled_from([None, 300]),
+        lifetime=st.sampled_from([None, 300]),
     )
-    def ask_for_oneself(
-        self, data: st.DataObject, name: str, addresses: str, lives: int | None
+    def restrict_oneself(
+        self, data: st.DataObject, name: str, addresses: str, lifetime: int | None
     ) -> None:
-        """Restrict oneself, and go through with it: what locking oneself out is about."""
+        """Restrict oneself and confirm, which may be a check_lockout."""
         if self.model.sees(name, name):
-            before = set(self.model.asked)
-            self.ask_as(name, name, addresses, lives, insist=False, mail_fails=False)
-            for key in set(self.model.asked) - before:
-                self.confirm_as(name, key, "right", insist=False)
+            before = set(self.model.requests)
+            self.request_as(name, name, addresses, lifetime, allow_lockout=False, mail_fails=False)
+            for key in set(self.model.requests) - before:
+                self.confirm_as(name, key, "right", allow_lockout=False)
 
     def deliver(self, fails: bool, call: Callable[[], Any]) -> Any:
-        """Return the request, whether its mail gets through or not."""
+        """Return the request, or its id if the mail fails."""
         self.outbox.fail = fails
         try:
             outcome = call()
@@ -419,9 +421,9 @@ class Machine(RuleBasedStateMachine):
         assert not fails or isinstance(outcome, ipguard.Applied)
         return outcome
 
-    def waits(
+    def add_request(
         self,
-        request: ipguard.PendingRequest | str,
+        outcome: ipguard.PendingRequest | str,
         kind: str,
         actor: str,
         user: str,
@@ -430,7 +432,7 @@ class Machine(RuleBasedStateMachine):
         target: str | None,
     ) -> None:
         model = self.model
-        asked = Asked(
+        request = ModelRequest(
             kind,
             user,
             run,
@@ -441,331 +443,355 @@ class Machine(RuleBasedStateMachine):
             target=target,
             tried_at=model.now,
         )
-        model.note("request", actor, user)
-        if isinstance(request, str):
-            model.asked[request] = asked
-            asked.sent, asked.failed = 0, 1
-            model.note("delivery_failed", actor, user)
+        model.append("request", actor, user)
+        if isinstance(outcome, str):
+            model.requests[outcome] = request
+            request.sent, request.failed = 0, 1
+            model.append("delivery_failed", actor, user)
         else:
-            model.asked[request.id] = asked
-            asked.numbers.append(self.outbox.number_for(request.id))
+            model.requests[outcome.id] = request
+            request.numbers.append(self.outbox.number_for(outcome.id))
 
-    def known(self, actor: str, key: str, *, own: bool) -> Asked:
-        asked = self.model.asked.get(key)
-        if asked is None or not self.model.sees(actor, asked.user) or (own and asked.by != actor):
+    def find_request(self, actor: str, key: str, *, own: bool) -> ModelRequest:
+        request = self.model.requests.get(key)
+        if (
+            request is None
+            or not self.model.sees(actor, request.user)
+            or (own and request.by != actor)
+        ):
             raise Refused("UnknownRequest", key)
-        return asked
+        return request
 
-    def a_request(self, data: st.DataObject) -> str:
-        """Draw one of the last requests, the newest most often, and rarely one that never was."""
-        newest = list(reversed(self.model.asked))[:4]
+    def draw_request(self, data: st.DataObject) -> str:
+        """Draw a recent request, most often the newest, and sometimes an unknown id."""
+        newest = list(reversed(self.model.requests))[:4]
         usual = [key for n, key in enumerate(newest) for _ in range(8 >> n)]
         return str(data.draw(st.sampled_from([*usual, "none"]), label="request"))
 
-    def someone(self, data: st.DataObject, key: str) -> str:
-        """Draw the requester more often than not."""
-        asked = self.model.asked.get(key)
-        usual = [asked.by] * 12 if asked else []
+    def draw_actor(self, data: st.DataObject, key: str) -> str:
+        """Draw an actor, most often the requester."""
+        request = self.model.requests.get(key)
+        usual = [request.by] * 12 if request else []
         return str(data.draw(st.sampled_from([*usual, *sorted(ACTORS)]), label="actor"))
 
-    @precondition(lambda self: self.model.asked)
+    @precondition(lambda self: self.model.requests)
     @rule(data=st.data(), in_time=st.booleans(), mail_fails=st.sampled_from([False] * 3 + [True]))
     def resend(self, data: st.DataObject, in_time: bool, mail_fails: bool) -> None:
-        model, key = self.model, self.a_request(data)
-        actor = self.someone(data, key)
+        model, key = self.model, self.draw_request(data)
+        actor = self.draw_actor(data, key)
         if in_time:
             self.wait(INTERVAL)
 
-        def foretell() -> Any:
-            asked = self.known(actor, key, own=True)
-            if asked.state_at(model.now) != "pending":
-                raise Refused("RequestClosed", asked.state_at(model.now))
-            if asked.sent > RESENDS:
-                raise Refused("TooManyRequests", asked.ends - model.now)
-            # What failed does not count, until as many have failed in a row as may be resent.
-            at_once = 0 < asked.failed <= RESENDS
-            if not at_once and model.now < asked.tried_at + INTERVAL:
-                raise Refused("TooManyRequests", asked.tried_at + INTERVAL - model.now)
+        def predict() -> Any:
+            request = self.find_request(actor, key, own=True)
+            if request.state_at(model.now) != "pending":
+                raise Refused("RequestClosed", request.state_at(model.now))
+            if request.sent > RESENDS:
+                raise Refused("TooManyRequests", request.ends - model.now)
+            # Failed mails do not count until as many failed in a row as may be resent.
+            at_once = 0 < request.failed <= RESENDS
+            if not at_once and model.now < request.tried_at + INTERVAL:
+                raise Refused("TooManyRequests", request.tried_at + INTERVAL - model.now)
 
             def then(outcome: Any) -> None:
-                asked.left = ATTEMPTS
-                asked.number_ends = min(model.now + NUMBER_LIVES, asked.ends)
-                asked.numbers.append("")  # what was sent before is dead
-                model.note("resend", actor, asked.user)
-                asked.tried_at = model.now
+                request.left = ATTEMPTS
+                request.number_ends = min(model.now + NUMBER_LIVES, request.ends)
+                request.numbers.append("")  # the previous number is invalid
+                model.append("resend", actor, request.user)
+                request.tried_at = model.now
                 if isinstance(outcome, str):
-                    asked.failed += 1
-                    model.note("delivery_failed", actor, asked.user)
+                    request.failed += 1
+                    model.append("delivery_failed", actor, request.user)
                 else:
-                    asked.sent, asked.failed = asked.sent + 1, 0
-                    asked.numbers.append(self.outbox.number_for(key))
+                    request.sent, request.failed = request.sent + 1, 0
+                    request.numbers.append(self.outbox.number_for(key))
                     assert outcome.attempts_left == ATTEMPTS
 
             return then
 
-        self.carry_out(
-            foretell,
+        self.run_step(
+            predict,
             lambda: self.deliver(mail_fails, lambda: self.flow.resend(self.actor(actor), key)),
         )
 
-    @precondition(lambda self: self.model.asked)
+    @precondition(lambda self: self.model.requests)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        model, key = self.model, self.a_request(data)
-        actor = self.someone(data, key)
+        model, key = self.model, self.draw_request(data)
+        actor = self.draw_actor(data, key)
 
-        def foretell() -> Any:
-            asked = self.known(actor, key, own=False)
-            if asked.state_at(model.now) != "pending":
-                raise Refused("RequestClosed", asked.state_at(model.now))
+        def predict() -> Any:
+            request = self.find_request(actor, key, own=False)
+            if request.state_at(model.now) != "pending":
+                raise Refused("RequestClosed", request.state_at(model.now))
 
             def then(_: object) -> None:
-                asked.state = "cancelled"
-                model.note("cancel", actor, asked.user)
+                request.state = "cancelled"
+                model.append("cancel", actor, request.user)
 
             return then
 
-        self.carry_out(foretell, lambda: self.flow.cancel(self.actor(actor), key))
+        self.run_step(predict, lambda: self.flow.cancel(self.actor(actor), key))
 
     # -- the second phase ----------------------------------------------------------------------
 
-    @precondition(lambda self: self.model.asked)
+    @precondition(lambda self: self.model.requests)
     @rule(
         data=st.data(),
         which=st.sampled_from(["right", "right", "old", "other's"]),
-        insist=st.booleans(),
+        allow_lockout=st.booleans(),
     )
-    def confirm(self, data: st.DataObject, which: str, insist: bool) -> None:
-        key = self.a_request(data)
-        self.confirm_as(self.someone(data, key), key, which, insist=insist)
+    def confirm(self, data: st.DataObject, which: str, allow_lockout: bool) -> None:
+        key = self.draw_request(data)
+        self.confirm_as(self.draw_actor(data, key), key, which, allow_lockout=allow_lockout)
 
-    @precondition(lambda self: self.model.asked)
+    @precondition(lambda self: self.model.requests)
     @rule(data=st.data(), times=st.integers(1, ATTEMPTS), then_right=st.booleans())
     def guess(self, data: st.DataObject, times: int, then_right: bool) -> None:
-        """Guess, on a request and then on what else the same actor has asked for."""
-        key = self.a_request(data)
-        actor = self.someone(data, key)
+        """Guess a number, and then the numbers of the actor's other requests."""
+        key = self.draw_request(data)
+        actor = self.draw_actor(data, key)
         for _ in range(times):
-            self.confirm_as(actor, key, "junk", insist=False)
-        for other in [k for k, a in self.model.asked.items() if a.by == actor][-2:]:
-            self.confirm_as(actor, other, "right" if then_right else "junk", insist=False)
+            self.confirm_as(actor, key, "junk", allow_lockout=False)
+        for other in [k for k, a in self.model.requests.items() if a.by == actor][-2:]:
+            self.confirm_as(actor, other, "right" if then_right else "junk", allow_lockout=False)
 
-    def confirm_as(self, actor: str, key: str, which: str, *, insist: bool) -> None:
+    def confirm_as(self, actor: str, key: str, which: str, *, allow_lockout: bool) -> None:
         model = self.model
         number = self.number(key, which)
 
-        def foretell() -> Any:
-            asked = self.known(actor, key, own=True)
-            state = asked.state_at(model.now)
+        def predict() -> Any:
+            request = self.find_request(actor, key, own=True)
+            state = request.state_at(model.now)
             if state == "locked":
                 raise Refused("TooManyAttempts")
             if state != "pending":
                 raise Refused("RequestClosed", state)
-            if model.now >= asked.number_ends:
+            if model.now >= request.number_ends:
                 raise Refused("NumberExpired")
             if model.failures.get(actor, 0) >= CAP:
                 raise Refused("TooManyAttempts")
-            if not number or not asked.numbers or number != asked.numbers[-1]:
-                asked.left -= 1
-                asked.state = "pending" if asked.left else "locked"
+            if not number or not request.numbers or number != request.numbers[-1]:
+                request.left -= 1
+                request.state = "pending" if request.left else "locked"
                 model.failures[actor] = model.failures.get(actor, 0) + 1
-                model.note("wrong_number", actor, asked.user)
-                raise Refused("WrongNumber", asked.left)
-            return self.foretell_applied(actor, asked, insist)
+                model.append("wrong_number", actor, request.user)
+                raise Refused("WrongNumber", request.left)
+            return self.predict_applied(actor, request, allow_lockout)
 
-        applied = self.carry_out(
-            foretell,
+        applied = self.run_step(
+            predict,
             lambda: self.flow.confirm(
-                self.actor(actor), key, number or "00000-00000", allow_lockout=insist
+                self.actor(actor), key, number or "00000-00000", allow_lockout=allow_lockout
             ),
         )
         if applied is not None:
-            self.holds(applied)
+            self.check_answers(applied)
 
-    def foretell_applied(self, actor: str, asked: Asked, insist: bool) -> Any:
+    def predict_applied(self, actor: str, request: ModelRequest, allow_lockout: bool) -> Any:
         model = self.model
-        held = model.of(asked.user)
-        if asked.kind == "add":
-            gone = model.room_for(asked.user, asked.run, asked.until)
-            new: Lets = ((asked.run, asked.until),)
+        current = model.restrictions_of(request.user)
+        if request.kind == "add":
+            replaced = model.check_new(request.user, request.run, request.until)
+            new: Policy = ((request.run, request.until),)
         else:
-            gone, new = asked.target, ()
-        after = (*((h.run, h.until) for k, h in held.items() if k != gone), *new)
-        if not insist:
-            model.lockout(actor, asked.user, after)
+            replaced, new = request.target, ()
+        after = (*((h.run, h.until) for k, h in current.items() if k != replaced), *new)
+        if not allow_lockout:
+            model.check_lockout(actor, request.user, after)
 
         def then(applied: ipguard.Applied) -> None:
             assert applied.restriction is not None
-            asked.state = "confirmed"
+            request.state = "confirmed"
             model.failures[actor] = 0
-            if gone is not None:
-                model.drop(gone)
+            if replaced is not None:
+                model.remove_restriction(replaced)
             if new:
-                model.held[applied.restriction.id] = Held(asked.user, asked.run, asked.until)
+                model.restrictions[applied.restriction.id] = ModelRestriction(
+                    request.user, request.run, request.until
+                )
             else:
-                assert applied.restriction.id == gone
-            assert applied.unrestricted is (not model.of(asked.user))
-            assert applied.revision == model.note("confirm", actor, asked.user)
+                assert applied.restriction.id == replaced
+            assert applied.unrestricted is (not model.restrictions_of(request.user))
+            assert applied.revision == model.append("confirm", actor, request.user)
 
         return then
 
     def number(self, key: str, which: str) -> str:
-        """Return a number that was mailed, or one that never was; "" where there is none."""
-        asked = self.model.asked.get(key)
-        mine = [n for n in asked.numbers if n] if asked else []
+        """Return the right, an old or another request's number; "" if there is none."""
+        request = self.model.requests.get(key)
+        mine = [n for n in request.numbers if n] if request else []
         if which == "right":
-            return asked.numbers[-1] if asked and asked.numbers else ""
+            return request.numbers[-1] if request and request.numbers else ""
         if which == "old":
             return mine[-2] if len(mine) > 1 else ""
         if which == "other's":
-            others = (a.numbers[-1] for k, a in self.model.asked.items() if k != key and a.numbers)
+            others = (
+                a.numbers[-1] for k, a in self.model.requests.items() if k != key and a.numbers
+            )
             return next(others, "")
         return ""
 
-    def holds(self, applied: ipguard.Applied) -> None:
-        """What was applied holds for whoever asks for at least that revision."""
+    def check_answers(self, applied: ipguard.Applied) -> None:
+        """Check the answers of a guard that is request for at least the new revision."""
         assert applied.restriction is not None
         user = applied.restriction.username
         for address, client in CLIENTS.items():
             decision = self.prompt.check(user, address, at_least=applied.revision)
-            assert decision.allowed is lets_in(self.model.lets(user), client, self.model.now)
+            assert decision.allowed is allows(self.model.policy(user), client, self.model.now)
 
     # -- deleting, imposing, lifting -----------------------------------------------------------
 
-    @precondition(lambda self: self.model.held)
-    @rule(data=st.data(), insist=st.booleans(), mail_fails=st.sampled_from([False] * 7 + [True]))
-    def delete(self, data: st.DataObject, insist: bool, mail_fails: bool) -> None:
+    @precondition(lambda self: self.model.restrictions)
+    @rule(
+        data=st.data(),
+        allow_lockout=st.booleans(),
+        mail_fails=st.sampled_from([False] * 7 + [True]),
+    )
+    def delete(self, data: st.DataObject, allow_lockout: bool, mail_fails: bool) -> None:
         model = self.model
-        key = data.draw(st.sampled_from([*list(model.held) * 4, "none"]), label="restriction")
-        user = model.held[key].user if key in model.held else "ann"
+        key = data.draw(
+            st.sampled_from([*list(model.restrictions) * 4, "none"]), label="restriction"
+        )
+        user = model.restrictions[key].user if key in model.restrictions else "ann"
         usual = [name for name in ACTORS if model.sees(name, user)]
         actor = data.draw(st.sampled_from([*usual * 4, *sorted(ACTORS)]), label="actor")
 
-        def foretell() -> Any:
-            held = model.held.get(key)
-            if held is None or not model.sees(actor, held.user):
+        def predict() -> Any:
+            restriction = model.restrictions.get(key)
+            if restriction is None or not model.sees(actor, restriction.user):
                 raise Refused("UnknownRestriction", key)
-            others = {k: h for k, h in model.of(held.user).items() if k != key}
-            if not insist and others:
-                model.lockout(actor, held.user, tuple((h.run, h.until) for h in others.values()))
-            if model.deletes is True or (model.deletes == "last" and not others):
-                if any(a.target == key for a in model.pending(held.user)):
-                    raise Refused("DuplicateRestriction")
-                model.pace(actor)
-                return lambda outcome: self.waits(
-                    outcome, "delete", actor, held.user, held.run, held.until, key
+            others = {k: h for k, h in model.restrictions_of(restriction.user).items() if k != key}
+            if not allow_lockout and others:
+                model.check_lockout(
+                    actor, restriction.user, tuple((h.run, h.until) for h in others.values())
                 )
-            return lambda applied: self.gone(applied, "delete", actor, key)
+            if model.deletes is True or (model.deletes == "last" and not others):
+                if any(a.target == key for a in model.pending(restriction.user)):
+                    raise Refused("DuplicateRestriction")
+                model.check_rate(actor)
+                return lambda outcome: self.add_request(
+                    outcome,
+                    "delete",
+                    actor,
+                    restriction.user,
+                    restriction.run,
+                    restriction.until,
+                    key,
+                )
+            return lambda applied: self.apply_removal(applied, "delete", actor, key)
 
-        outcome = self.carry_out(
-            foretell,
+        outcome = self.run_step(
+            predict,
             lambda: self.deliver(
                 mail_fails,
-                lambda: self.flow.delete(self.actor(actor), key, allow_lockout=insist),
+                lambda: self.flow.delete(self.actor(actor), key, allow_lockout=allow_lockout),
             ),
         )
         if isinstance(outcome, ipguard.Applied):
-            self.holds(outcome)
+            self.check_answers(outcome)
 
-    def gone(self, applied: ipguard.Applied, action: str, actor: str, key: str) -> None:
+    def apply_removal(self, applied: ipguard.Applied, action: str, actor: str, key: str) -> None:
         model = self.model
-        user = model.held[key].user
-        model.drop(key)
-        assert applied.unrestricted is (not model.of(user))
-        assert applied.revision == model.note(action, actor, user)
+        user = model.restrictions[key].user
+        model.remove_restriction(key)
+        assert applied.unrestricted is (not model.restrictions_of(user))
+        assert applied.revision == model.append(action, actor, user)
 
     @rule(
         actor=st.sampled_from(["root"] * 8 + ["bob"]),
         user=st.sampled_from([*NAMES * 4, "eve"]),
         addresses=st.sampled_from(sorted(RANGES)),
-        lives=st.sampled_from([None, 3, 300]),
+        lifetime=st.sampled_from([None, 3, 300]),
     )
-    def impose(self, actor: str, user: str, addresses: str, lives: int | None) -> None:
+    def impose(self, actor: str, user: str, addresses: str, lifetime: int | None) -> None:
         model = self.model
-        until = None if lives is None else model.now + lives
+        until = None if lifetime is None else model.now + lifetime
 
-        def foretell() -> Any:
-            if actor != "root" or user not in model.accounts or user in model.gone:
+        def predict() -> Any:
+            if actor != "root" or user not in model.accounts or user in model.removed:
                 raise Refused("UnknownUser", user)
-            replaced = model.room_for(user, RANGES[addresses], until)
+            replaced = model.check_new(user, RANGES[addresses], until)
 
             def then(applied: ipguard.Applied) -> None:
                 assert applied.restriction is not None
                 if replaced is not None:
-                    model.drop(replaced)
-                model.held[applied.restriction.id] = Held(user, RANGES[addresses], until)
-                assert applied.revision == model.note("impose", actor, user)
+                    model.remove_restriction(replaced)
+                model.restrictions[applied.restriction.id] = ModelRestriction(
+                    user, RANGES[addresses], until
+                )
+                assert applied.revision == model.append("impose", actor, user)
 
             return then
 
         expires = None if until is None else self.started + timedelta(seconds=until)
-        applied = self.carry_out(
-            foretell,
+        applied = self.run_step(
+            predict,
             lambda: self.flow.impose(
                 self.actor(actor), user, addresses, reason="x", expires_at=expires
             ),
         )
         if applied is not None:
-            self.holds(applied)
+            self.check_answers(applied)
 
-    @precondition(lambda self: self.model.held)
+    @precondition(lambda self: self.model.restrictions)
     @rule(data=st.data(), actor=st.sampled_from(["root"] * 6 + ["bob"]))
     def lift(self, data: st.DataObject, actor: str) -> None:
         model = self.model
-        key = data.draw(st.sampled_from([*list(model.held) * 4, "none"]), label="restriction")
-
-        def foretell() -> Any:
-            if actor != "root" or key not in model.held:
-                raise Refused("UnknownRestriction", key)
-            return lambda applied: self.gone(applied, "lift", actor, key)
-
-        applied = self.carry_out(
-            foretell, lambda: self.flow.lift(self.actor(actor), key, reason="x")
+        key = data.draw(
+            st.sampled_from([*list(model.restrictions) * 4, "none"]), label="restriction"
         )
+
+        def predict() -> Any:
+            if actor != "root" or key not in model.restrictions:
+                raise Refused("UnknownRestriction", key)
+            return lambda applied: self.apply_removal(applied, "lift", actor, key)
+
+        applied = self.run_step(predict, lambda: self.flow.lift(self.actor(actor), key, reason="x"))
         if applied is not None:
-            self.holds(applied)
+            self.check_answers(applied)
 
     @precondition(lambda self: any(count >= CAP - 1 for count in self.model.failures.values()))
     @rule(actor=st.sampled_from(["root", "dan", "dan"]), name=st.sampled_from(sorted(ACTORS)))
     def unlock(self, actor: str, name: str) -> None:
         model = self.model
 
-        def foretell() -> Any:
+        def predict() -> Any:
             if actor != "root":
                 raise Refused("UnknownUser", name)
 
             def then(_: object) -> None:
                 model.failures[name] = 0
-                model.note("unlock", actor, name)
+                model.append("unlock", actor, name)
 
             return then
 
-        self.carry_out(
-            foretell,
+        self.run_step(
+            predict,
             lambda: self.flow.unlock(self.actor(actor), SPELLINGS.get(name, name), reason="x"),
         )
 
     # -- logging in ----------------------------------------------------------------------------
 
     def log_in(self, user: str, address: str) -> None:
-        """Ask a guard that nobody has synchronised: what was right a moment ago is acceptable."""
-        acceptable = self.model.might_be_let_in(user, CLIENTS[address])
+        """Ask the guard that syncs by itself: its answer may be stale."""
+        acceptable = self.model.possible_answers(user, CLIENTS[address])
         assert self.guard.is_allowed(SPELLINGS[user], address) in acceptable
 
     @rule()
-    def everybody_logs_in_after_a_sync(self) -> None:
-        """Ask a guard that is up to date: each answer is the right one."""
+    def log_in_after_a_sync(self) -> None:
+        """Ask the guard after a sync: each answer must be right."""
         model = self.model
-        assert self.guard.sync() == len(model.trail)
+        assert self.guard.sync() == len(model.log)
         for user in NAMES:
             for address, client in CLIENTS.items():
-                right = lets_in(model.lets(user), client, model.now)
+                right = allows(model.policy(user), client, model.now)
                 assert self.guard.is_allowed(user, address) is right
                 assert self.guard.check(SPELLINGS[user], address).allowed is right
 
     @invariant()
-    def logins_at_any_time(self) -> None:
-        """Ask after every step, so that there always is something old to be remembered."""
+    def log_in_any_time(self) -> None:
+        """Ask after every step, so that the guard has answers in its cache."""
         for user in NAMES:
             for address in ("203.0.113.1", "203.0.113.5"):
                 self.log_in(user, address)
@@ -773,47 +799,48 @@ class Machine(RuleBasedStateMachine):
     # -- always --------------------------------------------------------------------------------
 
     @invariant()
-    def the_head(self) -> None:
-        assert self.store.changes_since(None).head == len(self.model.trail)
+    def check_head(self) -> None:
+        assert self.store.changes_since(None).head == len(self.model.log)
 
     @invariant()
-    def the_failures(self) -> None:
+    def check_failures(self) -> None:
         with self.store.transaction() as turn:
             found = {name: turn.failures(name) for name in ACTORS}
         assert found == {name: self.model.failures.get(name, 0) for name in ACTORS}
 
     @invariant()
-    def the_policies(self) -> None:
+    def check_policies(self) -> None:
         for user in NAMES:
             policy = self.store.load_policy(user)
             found = {
                 r.id: (r.addresses.version, r.addresses.first, r.addresses.last)
                 for r in policy.restrictions
             }
-            assert found == {key: held.run for key, held in self.model.of(user).items()}
+            assert found == {key: r.run for key, r in self.model.restrictions_of(user).items()}
 
     @rule(actor=st.sampled_from(sorted(ACTORS)))
-    def look(self, actor: str) -> None:
-        """The page shows what the model has, and nothing beyond the actor's accounts."""
+    def check_list(self, actor: str) -> None:
+        """The list shows the users of the actor's accounts, as in the model."""
         model = self.model
         lines = {line.user.username: line for line in self.flow.overview(self.actor(actor))}
         assert set(lines) == {
             name
             for name in NAMES
-            if model.sees(actor, name) and (name not in model.gone or model.of(name))
+            if model.sees(actor, name)
+            and (name not in model.removed or model.restrictions_of(name))
         }
         for name, line in lines.items():
-            assert {r.id for r in line.restrictions} == set(model.of(name))
-            assert (line.summary == "No restrictions") is (not model.of(name))
-            assert line.removed is (name in model.gone)
-            waiting = {key: a for key, a in model.asked.items() if a in model.pending(name)}
+            assert {r.id for r in line.restrictions} == set(model.restrictions_of(name))
+            assert (line.summary == "No restrictions") is (not model.restrictions_of(name))
+            assert line.removed is (name in model.removed)
+            waiting = {key: a for key, a in model.requests.items() if a in model.pending(name)}
             assert {r.id: r.attempts_left for r in line.pending} == {
-                key: asked.left for key, asked in waiting.items()
+                key: request.left for key, request in waiting.items()
             }
 
     @rule()
-    def the_trail(self) -> None:
-        """The history is the model's, for everybody, without gaps."""
+    def check_history(self) -> None:
+        """Each actor sees the entries of its accounts in the audit log, without gaps."""
         for name, (manages, _) in ACTORS.items():
             rows = self.flow.history(self.actor(name), limit=1000).items
             assert [
@@ -821,13 +848,13 @@ class Machine(RuleBasedStateMachine):
                 for row in reversed(rows)
             ] == [
                 (revision, *entry)
-                for revision, entry in enumerate(self.model.trail, start=1)
+                for revision, entry in enumerate(self.model.log, start=1)
                 if manages is None or entry[3] in manages
             ]
 
 
-def carried_by(error: Exception) -> tuple[object, ...]:
-    """Return what an error carries, with lengths of time in seconds as the model has them."""
+def data_of(error: Exception) -> tuple[object, ...]:
+    """Return the data of an error, with durations in seconds."""
     return tuple(a.total_seconds() if isinstance(a, timedelta) else a for a in error.args)
 
 
