@@ -21,7 +21,7 @@ from ipguard.stores.postgres import PostgresStore, grants
 from ipguard.stores.postgres._connection import SETTINGS, ServerClock, dialect, ticks
 from ipguard.testing import Outbox
 from tests.pooler import transaction_pooler
-from tests.postgres import Given, Server, fresh_schema
+from tests.postgres import Given, Server, fresh_schema, until
 from tests.proxy import Proxy
 
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
@@ -59,11 +59,25 @@ class Site:
         return self.server.execute(statement, database=self.name)
 
     def end_sessions(self) -> None:
-        """End every session, as an administrator does after a change of settings."""
-        self.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        """End every session, as an administrator does after a change of settings.
+
+        It waits until they have ended, and until the pooler has noticed.
+        """
+        ended = self.execute(
+            "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
+        pids = ",".join(str(pid) for pid, _ in ended) or "0"
+        alive = f"SELECT 1 FROM pg_stat_activity WHERE pid IN ({pids})"
+        until(lambda: not self.execute(alive), "the sessions have ended")
+        until(self._responds, "the pooler has noticed")
+
+    def _responds(self) -> bool:
+        try:
+            psycopg.connect(self.url.replace("&listen=off", "")).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
 
 @pytest.fixture(params=["direct", "pooler"])
@@ -471,6 +485,24 @@ def test_a_bulk_change_drops_every_outdated_session(site: Site) -> None:
         assert not pool._idle
         workflow(store).impose_many(BOSS, [("jo", HOME)], reason="r")
         assert pool._open == len(pool._idle)
+
+
+def test_a_session_that_ends_within_a_batch(site: Site) -> None:
+    """The error is the server's, not the driver's that it cannot leave its pipeline mode."""
+    with PostgresStore(site.url) as store:
+        store.put_users([user("jo")])
+        (idle,) = store._pool._idle
+        end = ("SELECT pg_terminate_backend(pg_backend_pid())", ())
+        for statements in ([end], [end, ("SELECT 1", ())]):
+            connection = store._pool.take(store._pool.deadline())
+            with pytest.raises(StoreUnavailable, match="terminating|closed|crash"):
+                connection.run_batch(statements)
+            assert not connection.usable
+            store._pool.give(connection)
+            assert connection.closed
+        assert idle.closed
+        assert store.load_policy("jo").known
+        assert store._pool._open == len(store._pool._idle)
 
 
 @pytest.mark.parametrize("site", ["direct"], indirect=True)
