@@ -1,7 +1,7 @@
-"""Ways in which PostgreSQL fails, and what login servers answer meanwhile.
+"""Outages of PostgreSQL, and the answers of login servers during them.
 
 The users of an `Office` may come from `HOME` and `OFFICE`; then `HOME` is deleted, one user after
-another, while something fails. Who is still let in from `HOME`, and how long after the commit?
+another, during an outage. Which logins from `HOME` still succeed, and how long after the commit?
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ is, in seconds."""
 
 
 class Office:
-    """Where restrictions are deleted, by a process that nothing happens to."""
+    """Deletes restrictions, in a process that the outage does not affect."""
 
     def __init__(self, server: Server, count: int) -> None:
         self.schema = fresh_schema()
@@ -58,7 +58,7 @@ class Office:
         self.committed: dict[str, float] = {}
 
     def delete(self, users: Sequence[str]) -> None:
-        """Delete the restriction to HOME of each user, noting when the commit was done."""
+        """Delete the restriction to HOME of each user, recording the time of the commit."""
         for user in users:
             self._flow.delete(BOSS, self._doomed[user])
             self.committed[user] = time.monotonic()
@@ -74,11 +74,11 @@ class Office:
 
 
 class Outage:
-    """A way to fail. This one does not.
+    """The base class of outages, which breaks nothing by itself.
 
     Attributes:
-        cut: Whether no login server can reach the store meanwhile: then no change is heard of, and
-            a lease that is over lets nobody in.
+        cut: Whether no login server can reach the store: then no change arrives, and an expired
+            lease lets no login in.
     """
 
     cut: ClassVar[bool] = False
@@ -91,21 +91,21 @@ class Outage:
         self._watch = psycopg.connect(server.url(application_name="watch"), autocommit=True)
 
     def enter(self) -> Sequence[str]:
-        """Return the command that login servers are run by."""
+        """Return the command that runs login servers."""
         return ()
 
     def url(self, schema: str, **options: object) -> str:
-        """Return how login servers reach the store."""
+        """Return the URL of the store for login servers."""
         return self.server.url(schema=schema, **options)
 
     def begin(self) -> None:
-        """Begin to fail: all that is done before the changes are made."""
+        """Begin the outage, before the changes are made."""
 
     def complete(self) -> None:
-        """Fail altogether, once the changes were committed."""
+        """Complete the outage, after the changes are committed."""
 
     def end(self) -> None:
-        """Work again."""
+        """End the outage."""
 
     def close(self) -> None:
         self._watch.close()
@@ -127,7 +127,7 @@ class Outage:
             self._thread.join()
 
     def _listeners(self) -> list[tuple[int, str]]:
-        """Return each listening backend and what it is at."""
+        """Return each listening backend and its state."""
         return self._watch.execute(
             "SELECT pid, state FROM pg_stat_activity WHERE application_name = 'ipguard listener'"
         ).fetchall()
@@ -149,7 +149,7 @@ class ListenerTerminated(Outage):
 
 
 class ListenerStopped(Outage):
-    """The listening backends are stopped, and so is each that replaces one."""
+    """The listening backends are stopped, and so are their successors."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
@@ -173,7 +173,7 @@ class ListenerStopped(Outage):
 
 
 class NotifyLost(Outage):
-    """Login servers listen where no notification ever comes: in another database."""
+    """Login servers listen in another database, which gets no notification."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
@@ -188,10 +188,10 @@ class NotifyLost(Outage):
 
 
 class ServerStopped(Outage):
-    """The whole server is stopped, just after a commit that no login server has heard of.
+    """The whole server is stopped, just after a commit that no login server has received.
 
-    So what talks to login servers is stopped first, and the process that would start more of it;
-    the one that commits is the last.
+    So the backends of login servers are stopped first, then the process that would start more of
+    them, and the one that commits last.
     """
 
     cut = True
@@ -219,7 +219,7 @@ class ServerStopped(Outage):
 
 
 class PacketsDropped(Outage):
-    """Between login servers and the server each packet is dropped; who commits uses a socket file.
+    """Packets between login servers and the server are dropped; commits use a Unix socket.
 
     The server is one of `Network.server`.
     """
@@ -258,14 +258,14 @@ def _send(pids: Iterator[int] | Sequence[int] | set[int], number: int) -> None:
 
 
 class NoNetwork(Exception):
-    """This machine gives us no network of our own; the text says why."""
+    """This machine allows no network namespace; the text says why."""
 
 
 class Network:
-    """A network namespace with a loopback of its own, which ends with the process that made it.
+    """A network namespace with its own loopback, which ends with its process.
 
     Raises:
-        NoNetwork: It cannot be had here.
+        NoNetwork: It cannot be created.
     """
 
     def __init__(self) -> None:
@@ -316,14 +316,14 @@ class Network:
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """What came of the deletions, in seconds after the commit of each.
+    """The outcome of the deletions, in seconds after the commit of each.
 
     Attributes:
-        let_in: The last time that anybody was let in from an address that was deleted, by a login
-            server with `max_staleness` STALENESS; below 0: before the commit.
-        let_in_usual: The same of one with the default settings.
+        let_in: The last login from a deleted address, on a login server with `max_staleness`
+            STALENESS; below 0: before the commit.
+        let_in_usual: The same on one with the default settings.
         held: When the change held on that one.
-        slowest: How long anybody waited for an answer, of either, while it failed or before.
+        slowest: The slowest answer of either, during the outage or before.
         blows: How often the outage struck.
     """
 
@@ -336,12 +336,12 @@ class Outcome:
 
 
 def run(outage: Outage, batches: int, size: int, **guard: Any) -> Outcome:
-    """Delete a restriction of `batches * size` users while something fails.
+    """Delete a restriction of `batches * size` users during an outage.
 
     Args:
-        outage: What fails.
-        batches: How many times it does.
-        size: How many users are concerned each time.
+        outage: The outage.
+        batches: How often it strikes.
+        size: The number of users each time.
         guard: Settings of the login server with `max_staleness` STALENESS.
     """
     with (
@@ -413,13 +413,13 @@ def server_in(network: Network) -> Iterator[Server]:
 
 @attrs.frozen(kw_only=True)
 class Crash:
-    """What login servers answered around `kill -9` of the server, in seconds.
+    """The answers of login servers around `kill -9` of the server, in seconds.
 
     Attributes:
-        let_in: The last time that anybody was let in, after the end of the server's last process.
-        denials: How long each denial took while the server was gone.
-        slowest: How long anybody waited for an answer, at any time.
-        back: When everybody was let in again, after the server began to answer.
+        let_in: The last login after the end of the server's last process.
+        denials: How long each denial took while the server was down.
+        slowest: The slowest answer.
+        back: When all logins succeeded again, after the server was up.
     """
 
     let_in: float
@@ -433,8 +433,8 @@ def crash(server: Server, *, threads: int, away: float) -> Crash:
 
     Args:
         server: The server.
-        threads: How many threads of one process ask at once.
-        away: For how many seconds it is gone after everybody is denied.
+        threads: How many threads of one process log in at once.
+        away: For how many seconds it stays down after all logins are denied.
     """
     with (
         Office(server, 20) as office,

@@ -1,4 +1,4 @@
-"""pgbouncer in transaction mode before a server of ours."""
+"""pgbouncer in transaction mode in front of a server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _COMMAND = "apt-get install --yes --no-install-recommends pgbouncer"
 
 @contextlib.contextmanager
 def transaction_pooler(server: Server, *, user: str = "postgres") -> Iterator[int]:
-    """Run pgbouncer in front of a server, and give its port.
+    """Run pgbouncer in front of a server, and yield its port.
 
     Args:
         server: The server.
-        user: The role of every session on the server, whoever logs in to pgbouncer.
+        user: The role of every session on the server, independent of the client's login.
     """
     program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if program is None:

@@ -1,10 +1,10 @@
-"""A PostgreSQL server for tests, benchmarks and demonstrations, driven by its own programs.
+"""A PostgreSQL server for tests, benchmarks and demonstrations.
 
     with running_server() as server:
         store = open_store(server.url(schema="mine"))
 
-Where `IPGUARD_TEST_POSTGRES` is set, a URL with the right to create databases and roles, that
-server is used instead; tests that stop, freeze or restart a server always start one of their own.
+If `IPGUARD_TEST_POSTGRES` is set, a URL with the right to create databases and roles, that server
+is used instead. Tests that stop, freeze or restart a server always start their own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OPTIONS = {
 
 
 def until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
-    """Wait until a condition holds, and fail when that takes too long."""
+    """Wait until a condition holds; fail if that takes too long."""
     deadline = time.monotonic() + patience
     while not condition():
         if time.monotonic() > deadline:
@@ -68,7 +68,7 @@ def programs() -> Path:
 
 
 def _runs(pid: int) -> bool:
-    """Tell whether a process has not ended; one that nobody has asked about yet has."""
+    """Return whether a process is running, and not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
     except OSError:
@@ -82,7 +82,7 @@ def free_port() -> int:
 
 
 class Account:
-    """Whom the server runs as: it refuses root."""
+    """The account that the server runs as, because it refuses root."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -118,7 +118,7 @@ class Account:
             os.chown(folder, *self.ids())
 
     def folder(self) -> Path:
-        """Make a folder that this account can reach and write to."""
+        """Create a folder that this account can reach and write to."""
         for place in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
             if self.reaches(Path(place)):
                 folder = Path(tempfile.mkdtemp(prefix="ipguard-pg-", dir=place))
@@ -128,10 +128,10 @@ class Account:
 
 
 class Server:
-    """A server of our own, on a Unix socket and a loopback port.
+    """A server on a Unix socket and a loopback port.
 
     Args:
-        data: A data directory to begin with, as a standby has; made when None.
+        data: An existing data directory, as of a standby; created if None.
     """
 
     def __init__(self) -> None:
@@ -149,14 +149,14 @@ class Server:
         atexit.register(self.remove)
 
     def make(self) -> None:
-        """Make an empty cluster."""
+        """Create an empty cluster."""
         self.account.run(
             self.bin / "initdb", "-D", self.data, "-U", "postgres", "-A", "trust",
             "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions",
         )  # fmt: skip
 
     def follow(self, primary: Server) -> None:
-        """Make a standby of another server."""
+        """Create a standby of another server."""
         self.account.run(
             primary.bin / "pg_basebackup", "-D", self.data, "-R", "-X", "stream", "-c", "fast",
             "-h", primary.folder, "-p", str(primary.port), "-U", "postgres", "--no-sync",
@@ -199,14 +199,14 @@ class Server:
         return self.process.pid
 
     def send(self, number: int) -> None:
-        """Signal every process of the server, as the kernel or an operator may."""
+        """Send a signal to every process of the server."""
         os.killpg(self.pid, number)
         for backend in self.backends():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(backend, number)
 
     def backends(self) -> list[int]:
-        """Return the server's children, each of which has a session of its own."""
+        """Return the server's child processes."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -233,7 +233,7 @@ class Server:
         until(lambda: not any(map(_runs, children)), "they end")
 
     def remove(self) -> None:
-        """Stop it and leave nothing behind."""
+        """Stop it and delete its files."""
         atexit.unregister(self.remove)
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -280,7 +280,7 @@ class Given:
 
 
 def execute(url: str, statement: str, *params: object) -> list[tuple[Any, ...]]:
-    """Run statements on a connection of their own."""
+    """Run statements on a separate connection."""
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(statement, params or None)
         return cursor.fetchall() if cursor.description else []
@@ -288,7 +288,7 @@ def execute(url: str, statement: str, *params: object) -> list[tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def own_server() -> Iterator[Server]:
-    """Start a server that may be stopped, frozen and restarted."""
+    """Start a server that a test may stop, freeze and restart."""
     server = Server()
     try:
         server.make()
@@ -300,7 +300,7 @@ def own_server() -> Iterator[Server]:
 
 @contextlib.contextmanager
 def running_server() -> Iterator[Server | Given]:
-    """Give the server that is there for tests, or one of our own."""
+    """Yield the server for tests, or start one."""
     dsn = os.environ.get("IPGUARD_TEST_POSTGRES")
     if dsn:
         yield Given(dsn)
@@ -310,5 +310,5 @@ def running_server() -> Iterator[Server | Given]:
 
 
 def fresh_schema() -> str:
-    """Return the name of a schema that is not there yet."""
+    """Return the name of a schema that does not exist."""
     return f"t{secrets.token_hex(6)}"

@@ -1,4 +1,4 @@
-"""A TCP proxy before a server: it counts round trips, loses answers, or goes silent."""
+"""A TCP proxy in front of a server: it counts round trips, loses answers, or goes silent."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Literal, Self
 
 
 class Proxy:
-    """Passes bytes on between clients and a server, each connection on two threads.
+    """Forwards bytes between clients and a server, with two threads for each connection.
 
     Attributes:
         round_trips: How often a client had to wait: how often bytes of a client followed bytes of
             the server.
-        lose: Bytes after which, once the server was sent them, nothing of its answer is passed on:
-            the connection is cut as soon as the answer is there. None: nothing is lost.
-        lost: How many connections were cut so.
-        cut_at: The round trip that is not to come to its end, counted from when this is set; and
-        cut_when: `before` the server is sent it, or `after` it has answered, and nobody hears; or a
-            number: when the server was sent so many of its statements, and not the rest. Each
-            connection after it works again.
+        lose: Bytes whose answer is lost: the connection is cut as soon as the server answers them.
+            None: no answer is lost.
+        lost: How many connections were cut for that.
+        cut_at: The round trip to interrupt, counted from when this is set; and
+        cut_when: `before` the server gets it; `after` it has answered, but before the client gets
+            the answer; or a number: when the server has got so many of its statements. Later
+            connections work again.
         strike: Called at that moment, before the connection is cut.
-        struck: How often that was.
-        asked: What was sent in the last round trip.
-        silent: Whether nothing is passed on at all, while connections stay open.
+        struck: How often it was called.
+        asked: The bytes sent in the last round trip.
+        silent: Whether to forward nothing, while connections stay open.
     """
 
     def __init__(self, port: int) -> None:
@@ -145,7 +145,7 @@ class Link:
 
 
 def statements(data: bytes) -> list[bytes]:
-    """Part a client's messages after each `Execute`; what follows the last one is left out."""
+    """Split a client's messages after each `Execute`, and drop the rest."""
     found, begin, at = [], 0, 0
     while at < len(data):
         kind = data[at : at + 1]

@@ -1,4 +1,4 @@
-"""What the memory store does beyond the conformance suite: waiting, forking, being over."""
+"""The memory store beyond the conformance suite: waiting, forking, ended transactions."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ def _user(name: str) -> User:
 
 class TestTurns:
     def test_a_writer_gives_up_after_its_timeout(self):
-        """A turn that is not over in time is StoreUnavailable for who waits, and no longer."""
+        """A writer that waits too long gets StoreUnavailable."""
         store = MemoryStore(timeout=0.01)
         with store.transaction() as turn:
             with pytest.raises(StoreUnavailable, match=r"within 0\.01 s"):
@@ -29,8 +29,8 @@ class TestTurns:
             turn.append(Action.UNLOCK, actor="boss")
         assert store.put_users([_user("bob")]) == 2
 
-    def test_a_turn_that_is_over_cannot_be_written_to(self):
-        """Writing after the block would be lost, or worse; it raises instead."""
+    def test_an_ended_transaction_refuses_writes(self):
+        """Writing after the block raises; it would be lost, or change a committed state."""
         store = MemoryStore()
         with store.transaction() as turn:
             turn.set_failures("boss", 1)
@@ -42,8 +42,8 @@ class TestTurns:
         with store.transaction() as turn:
             assert turn.failures("boss") == 1
 
-    def test_closing_during_a_turn_undoes_it(self):
-        """A turn that is open while its store is closed does not commit."""
+    def test_closing_during_a_transaction_undoes_it(self):
+        """A transaction does not commit after its store was closed."""
         store = MemoryStore()
         with pytest.raises(StoreUnavailable), store.transaction() as turn:  # noqa: PT012
             turn.append(Action.UNLOCK, actor="boss")
@@ -51,7 +51,7 @@ class TestTurns:
         assert store._state.head == 0
 
     def test_closing_refuses_a_writer_that_waits(self):
-        """Who waits for a turn while the store is closed does not get it."""
+        """A writer that waits while the store is closed does not get the lock."""
         store = MemoryStore()
         waiting = threading.Event()
 
@@ -69,19 +69,19 @@ class TestTurns:
 
 class TestClock:
     def test_without_a_clock_it_is_the_hosts(self):
-        """The time of a store that was given no clock is the present."""
+        """Without `clock`, the store's time is the host's."""
         before = datetime.now(UTC)
         assert before <= MemoryStore().now() <= datetime.now(UTC)
 
-    def test_a_clock_of_another_zone_is_put_right(self):
-        """A store's time is in UTC whatever zone its clock is in."""
+    def test_a_clock_of_another_zone_is_converted(self):
+        """A store's time is in UTC, whatever the zone of its clock."""
         zone = timezone(timedelta(hours=-5))
         store = MemoryStore(clock=lambda: datetime(2030, 1, 1, 8, tzinfo=zone))
         assert store.now() == datetime(2030, 1, 1, 13, tzinfo=UTC)
         assert store.now().utcoffset() == timedelta()
 
     def test_a_naive_clock_is_refused(self):
-        """A clock that does not say its zone is refused, and the turn is given back."""
+        """A clock without a zone is refused, and the writer's lock is released."""
         store = MemoryStore(clock=lambda: datetime(2030, 1, 1))  # noqa: DTZ001
         for _ in range(2):
             with pytest.raises(InvalidValue), store.transaction():
@@ -105,7 +105,7 @@ class TestFork:
         return answer
 
     def test_a_child_is_refused(self):
-        """The copy in a forked child would drift from its parent unnoticed: it refuses."""
+        """The copy in a forked child would diverge from its parent unnoticed."""
         store = MemoryStore()
         store.put_users([_user("alice")])
 
@@ -133,7 +133,7 @@ class TestFork:
         assert store.load_policy("alice").known
 
     def test_a_child_never_waits_for_a_lock_of_its_parent(self):
-        """Locks held at the fork are held for ever in the child, which does not touch them."""
+        """Locks held at the fork are never released in the child, which does not touch them."""
         store = MemoryStore()
 
         def ask() -> bytes:
@@ -150,7 +150,7 @@ class TestFork:
 
 class TestSize:
     def test_a_change_costs_little_among_many_users(self):
-        """10,000 users are no reason for a test to be slow: a change copies references, once."""
+        """With 10,000 users tests stay fast: a change copies references, once."""
         clock = FakeClock()
         case = StoreCase()
         case.setup_method()
@@ -164,8 +164,8 @@ class TestSize:
         assert time.perf_counter() - begun < 5.0
         assert store.changes_since(None).head == 201
 
-    def test_old_states_are_let_go(self):
-        """What a change replaces is not kept: a store grows by what is in it."""
+    def test_old_states_are_freed(self):
+        """A replaced state is not kept: a store grows with its contents only."""
         store = MemoryStore()
         store.put_users(_user(f"user{n}") for n in range(5_000))
 

@@ -1,4 +1,4 @@
-"""`open_store`: which store a URL names, and what is said where it names none."""
+"""`open_store`: which store a URL opens, and the errors of other URLs."""
 
 import importlib
 import os
@@ -21,7 +21,7 @@ SECRET = "hunter2"
 
 
 def refused(url: Any) -> str:
-    """Return what is said of a URL that names no store; never its password."""
+    """Return the error of a URL that opens no store, without its password."""
     with pytest.raises(StoreConfigError) as raised:
         open_store(url)
     shown = f"{raised.value} {raised.value!r}"
@@ -39,8 +39,8 @@ def test_memory() -> None:
 
 
 @pytest.mark.parametrize("url", ["memory:///a.db", "memory://host", "memory://?timeout=1"])
-def test_memory_has_nothing_to_set(url: str) -> None:
-    """What would be ignored is refused."""
+def test_memory_has_no_options(url: str) -> None:
+    """Options that would be ignored are refused."""
     assert "memory://" in refused(url)
 
 
@@ -64,7 +64,7 @@ def test_sqlite_with_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["a b.db", "a%b.db", "a%20b.db", "ä?#.db", "a&b=c.db"])
 def test_a_path_is_percent_decoded(tmp_path: Path, name: str) -> None:
-    """Any file name can be written, and SQLite itself takes none of it for an option."""
+    """Any file name can be written, and SQLite takes no part of it for an option."""
     quoted = "".join(f"%{byte:02X}" for byte in name.encode())
     open_store(f"sqlite:///{tmp_path}/{quoted}").close()
     assert [each.name for each in tmp_path.iterdir()] == [name]
@@ -98,10 +98,10 @@ def test_sqlite_only_checks_when_told(tmp_path: Path) -> None:
         ("sqlite:///a%00.db", "memory://"),
     ],
 )
-def test_a_url_that_makes_no_sense(
+def test_an_invalid_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, said: str
 ) -> None:
-    """It is refused with what to write instead, and no file is made."""
+    """The error says what to write instead, and no file is created."""
     monkeypatch.chdir(tmp_path)
     assert said in refused(url)
     assert list(tmp_path.iterdir()) == []
@@ -112,20 +112,20 @@ def test_a_url_that_makes_no_sense(
     ["", "a.db", "/a.db", "sqlite:/a.db", "://a", "mysql://jo:hunter2@db/x", "jo:hunter2@db/x"],
 )
 def test_an_unknown_scheme(url: str) -> None:
-    """The schemes that there are get listed, and nothing after the scheme is shown."""
+    """The error lists the known schemes, and shows nothing after the scheme."""
     said = refused(url)
     assert all(f"{known}://" in said for known in ("memory", "sqlite", "postgresql"))
 
 
 @pytest.mark.parametrize("url", [None, 7, b"memory://", Path("a.db")])
 def test_a_url_is_text(url: object) -> None:
-    """Anything else is refused as what it is."""
+    """Anything else is refused, and the error names its type."""
     assert type(url).__name__ in refused(url)
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
 def test_postgresql_without_its_extra(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command that installs it is named."""
+    """The error has the command that installs it."""
     monkeypatch.setitem(sys.modules, "ipguard.stores.postgres", None)
     assert 'pip install "ipguard[postgres]"' in refused(f"{scheme}://jo:{SECRET}@db/x")
 
@@ -155,13 +155,13 @@ def test_other_schemes_are_entry_points(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("value", ["no_such_module:f", f"{__name__}:no_such_name"])
 def test_an_entry_point_that_cannot_be_loaded(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an error of the configuration, with the reason."""
+    """It is a configuration error, with the reason."""
     plugin(monkeypatch, "redis", value)
     assert "no_such" in refused(f"redis://:{SECRET}@host")
 
 
 def test_only_the_store_that_is_named_is_loaded() -> None:
-    """`import ipguard.stores` loads no driver, and `memory://` none but its own."""
+    """`import ipguard.stores` loads no driver, and `memory://` none either."""
     script = (
         "import sys; from ipguard.stores import open_store; open_store('memory://');"
         "print([m for m in ('sqlite3', 'psycopg', 'ctypes', 'ipguard.stores.sqlite')"
@@ -176,5 +176,5 @@ def test_only_the_store_that_is_named_is_loaded() -> None:
 
 
 def test_the_modules_name_their_stores() -> None:
-    """What a URL opens can be imported under its own name, too."""
+    """The classes that URLs open can be imported too."""
     assert importlib.import_module("ipguard.stores.sqlite").SQLiteStore is SQLiteStore

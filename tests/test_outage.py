@@ -1,7 +1,6 @@
-"""No allow rests on a state older than `max_staleness`, whatever has failed.
+"""No allow rests on a state older than `max_staleness`, whatever fails.
 
-Real servers and real login servers, as processes of their own; `tests/outages.py` says who does
-what.
+Real servers and real login servers, in processes of their own; see `tests/outages.py`.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(300, 3_600))]
 
 USUAL = 5.0  # the default `max_staleness`, and
 USUAL_TIMEOUT = 2.0  # the default `timeout`
-SLACK = 30.0  # of a machine that stands still at times; a thread that hangs waits for ever
+SLACK = 30.0  # of a machine that stands still at times; a thread that hangs never returns
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A server that these tests may treat as they like."""
+    """A server that a test may damage."""
     with own_server() as server:
         yield server
 
@@ -58,7 +57,7 @@ def network() -> Iterator[Network]:
 
 
 def judge(outcome: Outcome) -> None:
-    """Fail where anybody was let in too late, or waited too long."""
+    """Fail if a login was let in too late, or waited too long."""
     assert len(outcome.let_in) == len(outcome.held) >= 20
     assert outcome.blows
     assert max(outcome.let_in) <= STALENESS
@@ -70,26 +69,26 @@ def judge(outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_allow_is_older_than_the_lease(server: Server, kind: type[Outage]) -> None:
-    """Deletions hold in time, though nobody is told of them, or nobody can ask."""
+    """Deletions hold in time, although no notification arrives, or no sync succeeds."""
     judge(run(kind(server), rounds(1, 10), 20))
 
 
 @pytest.mark.parametrize("kind", KINDS[rounds(3, 0) :])
 def test_nor_is_one_with_preload(server: Server, kind: type[Outage]) -> None:
-    """The same of a guard that holds every restricted user."""
+    """The same for a guard that holds every restricted user."""
     judge(run(kind(server), rounds(1, 10), 20, preload=True))
 
 
-def test_no_allow_is_older_than_the_lease_where_packets_vanish(network: Network) -> None:
-    """The same where the server and the login servers work, and nothing comes through."""
+def test_no_allow_is_older_than_the_lease_when_packets_vanish(network: Network) -> None:
+    """The same if both sides work, but no packet gets through."""
     with server_in(network) as server:
         judge(run(PacketsDropped(server, network), rounds(1, 10), 20))
 
 
-def test_a_killed_server_lets_nobody_in(server: Server) -> None:
-    """kill -9 under logins as fast as they come: denials once the lease is over, and nobody hangs.
+def test_a_killed_server_lets_no_login_in(server: Server) -> None:
+    """After kill -9, logins are denied once the lease has expired, and none hangs.
 
-    Then it comes back by itself.
+    Then it recovers by itself.
     """
     for _ in range(rounds(1, 10)):
         outcome = crash(server, threads=8, away=rounds(1, 5) * 0.5)

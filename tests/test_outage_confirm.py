@@ -1,4 +1,4 @@
-"""A confirm whose client or server is killed at each step: whole or not at all, and never lost."""
+"""A confirm whose client or server is killed at each step is complete or undone, and never lost."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ ACKNOWLEDGED: Cut = (STEPS, "acknowledged")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A server that these tests may treat as they like."""
+    """A server that a test may damage."""
     with own_server() as server:
         yield server
 
 
 class Bench:
-    """Requests to be confirmed, and what became of them.
+    """Requests to confirm, and their outcomes.
 
     Attributes:
-        proxy: Through which they are confirmed.
-        url: Where, through it.
-        store: The same past it.
+        proxy: The proxy through which they are confirmed.
+        url: The URL through the proxy.
+        store: A store that bypasses it.
     """
 
     def __init__(self, server: Server, proxy: Proxy) -> None:
@@ -73,7 +73,7 @@ class Bench:
 
     @contextmanager
     def cutting(self, cut: Cut, strike: Callable[[], object]) -> Iterator[None]:
-        """Strike at a step of what the block does."""
+        """Strike at one step of the block."""
         step, when = cut
 
         def after_a_moment() -> None:
@@ -92,7 +92,7 @@ class Bench:
             until(lambda: proxy.struck > before, "it struck")
 
     def confirmed(self, request_id: str) -> bool:
-        """Tell whether a request was confirmed; fail where that is half so."""
+        """Return whether a request was confirmed; fail if it was confirmed by half."""
         with self.store.transaction() as turn:
             stored = turn.request(request_id)
         assert stored is not None
@@ -118,7 +118,7 @@ class Bench:
         assert (touching, token, count) == (last_touching, True, revision)
 
     def judge(self, cut: Cut, request_id: str, number: str, *, acknowledged: bool) -> None:
-        """Fail where the confirm is half there, lost, or cannot be tried again."""
+        """Fail if the confirm is incomplete, lost, or cannot be tried again."""
         until(self._answers, "the turn is free")
         confirmed = self.confirmed(request_id)
         assert confirmed or not acknowledged
@@ -150,7 +150,7 @@ def bench(server: Server) -> Iterator[Bench]:
 
 
 def test_a_client_killed_at_each_step(bench: Bench) -> None:
-    """kill -9 of the process that confirms: the next one to ask finds all of it, or nothing."""
+    """After kill -9 of the process that confirms, the next one finds all of it, or nothing."""
     for cut in bench.cuts() * rounds(1, 5):
         request_id, number = bench.request()
         process, line = client(bench.url, request_id, number)
@@ -171,7 +171,7 @@ def test_a_client_killed_at_each_step(bench: Bench) -> None:
 
 
 def test_a_server_killed_at_each_step(bench: Bench) -> None:
-    """kill -9 of the whole server: what was acknowledged is there after it has recovered."""
+    """After kill -9 of the server, acknowledged confirms are there when it has recovered."""
     with PostgresStore(bench.url, listen="off") as store:
         flow = ipguard.Workflow(store, Outbox(), key=KEY)
         for cut in bench.cuts() * rounds(1, 5):

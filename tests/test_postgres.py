@@ -1,7 +1,7 @@
-"""The PostgreSQL store's own promises: opening, roles, round trips, pruning, children.
+"""The PostgreSQL store: opening, roles, round trips, pruning, forked children.
 
-What it promises like every store is in test_stores.py; how it fails and recovers is in
-test_postgres_failures.py; what wakes guards in test_postgres_listen.py.
+The promises of every store are in test_stores.py, failures and recovery in
+test_postgres_failures.py, wake-ups in test_postgres_listen.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def touch(store: PostgresStore, *names: str) -> int:
 
 @pytest.fixture
 def url(postgres: Server | Given) -> str:
-    """The URL of a schema that is not there yet."""
+    """The URL of a schema that does not exist yet."""
     return postgres.url(schema=fresh_schema())
 
 
@@ -88,8 +88,8 @@ def options(url: str = "postgresql://host/db", **keywords: Any) -> Options:
     return Options.parse(url, keywords)
 
 
-def test_what_nobody_says() -> None:
-    """Without options the pool is small, waits end before a guard's lease, the schema is ours."""
+def test_default_options() -> None:
+    """By default the pool is small, waits end before a guard's lease, the schema is ours."""
     found = options()
     assert (found.pool_size, found.timeout, found.bulk_timeout) == (5, 2.0, 300.0)
     assert (found.schema, found.prepare, found.replica) == ("ipguard", -1, False)
@@ -97,8 +97,8 @@ def test_what_nobody_says() -> None:
     assert len(found.listen) == len(found.servers) == 1
 
 
-def test_options_in_the_url_and_beside_it_are_the_same() -> None:
-    """Each option may be in the URL or a keyword."""
+def test_options_in_the_url_and_as_keywords_are_the_same() -> None:
+    """Each option can be in the URL or a keyword."""
     given = {
         "pool_size": 3,
         "timeout": 0.5,
@@ -116,8 +116,8 @@ def test_options_in_the_url_and_beside_it_are_the_same() -> None:
     assert options(prepare_threshold=9).prepare == 9
 
 
-def test_the_rest_is_libpqs() -> None:
-    """What is not the library's own goes to libpq, as it was written."""
+def test_other_options_are_libpqs() -> None:
+    """Other options are passed to libpq unchanged."""
     (server,) = options("postgres://u%40x:p%2F@host:1/d?sslmode=require&timeout=1").servers
     for part in ("user=u@x", "password=p/", "host=host", "port=1", "dbname=d", "sslmode=require"):
         assert part in server
@@ -125,7 +125,7 @@ def test_the_rest_is_libpqs() -> None:
 
 
 def test_each_of_several_hosts_is_a_server() -> None:
-    """Hosts are tried one by one, with their own ports or the one for all."""
+    """Hosts are tried one by one, with their own ports or one common port."""
     servers = options("postgresql://u@a:1,b:2/db").servers
     assert ["host=a" in s and "port=1" in s for s in servers] == [True, False]
     assert ["host=b" in s and "port=2" in s for s in servers] == [False, True]
@@ -159,14 +159,14 @@ def test_each_of_several_hosts_is_a_server() -> None:
     ],
 )
 def test_a_bad_option_is_refused(query: str) -> None:
-    """An option that is unknown, given twice, or makes no sense is a StoreConfigError."""
+    """An option that is unknown, repeated or invalid is a StoreConfigError."""
     with pytest.raises(StoreConfigError):
         open_store(f"postgresql://host/db?{query}")
 
 
 @pytest.mark.parametrize("url", ["u:hunter2/x@db/x", "u@db/x?port=hunter2", "u@db:1,db2:hunter2/x"])
 def test_no_part_of_a_password_is_taken_for_a_port(url: str) -> None:
-    """Where a `/` in it was not encoded: libpq would name the port in its error, and so in logs."""
+    """If its `/` is not encoded, libpq would put the port in its error, and so in logs."""
     with pytest.raises(StoreConfigError, match="percent-encoded") as caught:
         open_store(f"postgresql://{url}")
     assert "hunter2" not in str(caught.value)
@@ -191,7 +191,7 @@ def test_a_bad_keyword_is_refused(keywords: dict[str, Any]) -> None:
 
 
 def test_an_option_given_twice_is_refused() -> None:
-    """In the URL and beside it is twice."""
+    """Once in the URL and once as a keyword."""
     with pytest.raises(StoreConfigError, match="twice"):
         PostgresStore("postgresql://host/db?timeout=1", timeout=1.0)
 
@@ -206,8 +206,8 @@ def test_an_option_given_twice_is_refused() -> None:
         "postgresql://u:hunter2@127.0.0.1:1/db",
     ],
 )
-def test_a_password_is_told_nowhere(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """No error, its traceback, a repr or a log line at DEBUG has the password."""
+def test_a_password_is_shown_nowhere(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """No error, traceback, repr or log line at DEBUG contains the password."""
     caplog.set_level(logging.DEBUG)
     text = ""
     try:
@@ -224,14 +224,14 @@ def test_a_password_is_told_nowhere(url: str, caplog: pytest.LogCaptureFixture) 
 # ------------------------------------------------------------------------------- opening
 
 
-def test_opening_makes_the_schema(url: str) -> None:
-    """The first that opens a store makes its schema, the next finds it."""
+def test_opening_creates_the_schema(url: str) -> None:
+    """The first store that is opened creates its schema, the next one finds it."""
     with PostgresStore(url) as first, PostgresStore(url) as second:
         assert first.changes_since(None) == second.changes_since(None)
 
 
 def test_opening_may_only_check(url: str) -> None:
-    """With `migrate=False` a schema that is not there is an error, and stays away."""
+    """With `migrate=False` a missing schema is an error, and is not created."""
     for _ in range(2):
         with pytest.raises(SchemaVersionError) as raised:
             PostgresStore(url, migrate=False)
@@ -241,7 +241,7 @@ def test_opening_may_only_check(url: str) -> None:
 
 
 def test_the_sql_alone_makes_the_same_schema(postgres: Server | Given, url: str) -> None:
-    """A host that runs `migrations()` itself gets what opening would have made."""
+    """A host that runs `migrations()` itself gets the same schema as by opening."""
     name = options(url).schema
     text = "".join(text for _, text in migrations())
     postgres.execute(f"CREATE SCHEMA {name}; SET search_path TO {name}; {text}")
@@ -259,7 +259,7 @@ def _open(url: str, answers: Any) -> None:
 
 
 def test_ten_processes_open_at_once(url: str) -> None:
-    """Ten processes that open a store whose schema is not there make it once, all can use it."""
+    """Ten processes that open a store at once create its schema once, and all can use it."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     children = [context.Process(target=_open, args=(url, answers)) for _ in range(10)]
@@ -276,7 +276,7 @@ def test_ten_processes_open_at_once(url: str) -> None:
 def test_a_newer_schema_that_says_so_may_be_used(
     postgres: Server | Given, url: str, versions: tuple[int, int]
 ) -> None:
-    """Old servers run on while a new schema is rolled out, and can be started, too."""
+    """Old servers keep running, and start, while a new schema is rolled out."""
     with PostgresStore(url) as store:
         postgres.execute(
             f"UPDATE {options(url).schema}.schema_version SET version = %s, oldest = %s", *versions
@@ -287,7 +287,7 @@ def test_a_newer_schema_that_says_so_may_be_used(
 
 
 def test_a_schema_that_is_too_new_is_refused(postgres: Server | Given, url: str) -> None:
-    """Below the oldest library that a schema admits, opening fails, and open stores stop."""
+    """Opening fails, and open stores stop answering."""
     with PostgresStore(url) as store:
         store.load_policy("jo")
         postgres.execute(
@@ -304,8 +304,8 @@ def test_a_schema_that_is_too_new_is_refused(postgres: Server | Given, url: str)
             pass
 
 
-def test_a_schema_that_vanished_is_not_made_again(postgres: Server | Given, url: str) -> None:
-    """In a new and empty schema nobody would be restricted: an open store only fails."""
+def test_a_schema_that_vanished_is_not_created_again(postgres: Server | Given, url: str) -> None:
+    """A new schema restricts no user, so an open store fails instead."""
     with PostgresStore(url) as store:
         store.put_users([user("jo")])
         postgres.execute(f"DROP SCHEMA {options(url).schema} CASCADE")
@@ -317,7 +317,7 @@ def test_a_schema_that_vanished_is_not_made_again(postgres: Server | Given, url:
 
 
 def test_another_programs_tables_are_left_alone(postgres: Server | Given, url: str) -> None:
-    """A schema that has tables of these names, and no version, is another program's."""
+    """A schema with tables of these names but no version belongs to another program."""
     name = options(url).schema
     postgres.execute(f"CREATE SCHEMA {name}; CREATE TABLE {name}.users (id int)")
     with pytest.raises(StoreConfigError, match="another program"):
@@ -340,7 +340,7 @@ def test_another_encoding_is_refused(postgres: Server | Given) -> None:
 
 @pytest.fixture
 def roles(postgres: Server | Given) -> dict[str, str]:
-    """A URL for each of the three roles, over one schema that the owner has made."""
+    """A URL for each of the three roles, over one schema that the owner created."""
     schema = fresh_schema()
     names = {kind: f"{schema}_{kind}" for kind in ("owner", "reader", "writer")}
     for name in names.values():
@@ -351,7 +351,7 @@ def roles(postgres: Server | Given) -> dict[str, str]:
     text = grants(schema=schema, reader=names["reader"], writer=names["writer"])
     plain = postgres.url(user=names["owner"])
     execute(plain, text)
-    execute(plain, text)  # again is no error
+    execute(plain, text)  # again raises nothing
     return urls
 
 
@@ -420,7 +420,7 @@ FORBIDDEN = {
 
 
 def test_each_role_can_do_no_more(roles: dict[str, str], postgres: Server | Given) -> None:
-    """Each statement that a role has no business with is refused by the server itself."""
+    """The server itself refuses all other statements of a role."""
     import psycopg
 
     for kind, statements in FORBIDDEN.items():
@@ -432,10 +432,10 @@ def test_each_role_can_do_no_more(roles: dict[str, str], postgres: Server | Give
                 connection.rollback()
 
 
-def test_roles_of_the_first_schema_go_on(postgres: Server | Given) -> None:
-    """Who was granted what schema 1 needs, writes and lists users after it was brought up to date.
+def test_roles_of_the_first_schema_keep_working(postgres: Server | Given) -> None:
+    """A role with the grants of schema 1 writes and lists users after the migration.
 
-    An open store of that role, which stands for an old server, does as well.
+    So does a store that was open before it, like that of an old server.
     """
     schema = fresh_schema()
     owner, writer = f"{schema}_owner", f"{schema}_writer"
@@ -463,8 +463,8 @@ def test_roles_of_the_first_schema_go_on(postgres: Server | Given) -> None:
         ]
 
 
-def test_a_role_that_may_not_is_told_so(roles: dict[str, str]) -> None:
-    """What the reader may not, and pruning by the writer, are errors of this library."""
+def test_a_role_without_a_right_gets_an_error(roles: dict[str, str]) -> None:
+    """The reader's writes, and pruning by the writer, raise errors of this library."""
     with PostgresStore(roles["reader"]) as reader, PostgresStore(roles["writer"]) as writer:
         for call in (
             lambda: reader.put_users([user("jo")]),
@@ -482,7 +482,7 @@ def test_a_role_that_may_not_is_told_so(roles: dict[str, str]) -> None:
 def test_a_role_that_may_not_make_the_schema_checks_it(
     roles: dict[str, str], postgres: Server | Given
 ) -> None:
-    """Where there is no schema, and the role may not make one, that is what opening says."""
+    """If the schema is missing and the role may not create it, opening raises."""
     missing = roles["reader"].replace("schema=t", "schema=missing_t")
     with pytest.raises(SchemaVersionError):
         PostgresStore(missing)
@@ -492,7 +492,7 @@ def test_a_role_that_may_not_make_the_schema_checks_it(
 
 
 def test_names_are_quoted_in_grants() -> None:
-    """A schema and a role may be called anything."""
+    """A schema and a role can have any name."""
     text = grants(schema='a"b', reader="x y", writer="Writer")
     assert '"a""b"' in text
     assert '"x y"' in text
@@ -541,13 +541,13 @@ def test_round_trips(own_postgres: Server) -> None:
     ],
     ids=["policy", "changes"],
 )
-def test_what_logins_wait_for_is_found_by_keys(
+def test_logins_use_indexes(
     store: PostgresStore,
     statement: str,
     given: tuple[object, ...],
     analyzed: bool,
 ) -> None:
-    """Planned without its values, as what is prepared comes to be, nothing reads a whole table."""
+    """Generic plans, as prepared statements get them, scan no whole table."""
     store.put_users(user(f"user{n}") for n in range(3_000))
     for start in range(0, 3_000, 500):
         with store.transaction() as turn:
@@ -581,7 +581,7 @@ def test_what_logins_wait_for_is_found_by_keys(
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give the parts of a plan that read a table."""
+    """Yield the parts of a plan that read a table."""
     if "Relation Name" in plan:
         yield plan
     for part in plan.get("Plans", ()):
@@ -592,7 +592,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_the_servers_clock_decides(url: str, store: PostgresStore) -> None:
-    """Without a clock of its own the store tells the server's time, and rows carry it."""
+    """Without `clock` the store has the server's time, and entries carry it."""
     ((server,),) = execute(url.partition("schema=")[0].rstrip("&?"), "SELECT clock_timestamp()")
     assert abs(store.now() - server) < timedelta(seconds=1)
     with store.transaction() as turn:
@@ -602,13 +602,13 @@ def test_the_servers_clock_decides(url: str, store: PostgresStore) -> None:
 
 
 def test_now_does_no_io(url: str) -> None:
-    """The time goes on when the server is gone, and before it was ever there."""
+    """Time continues when the server is down, and before it was ever reached."""
     with PostgresStore("postgresql://127.0.0.1:1/none?timeout=0.2") as store:
         assert abs(store.now() - datetime.now(UTC)) < timedelta(seconds=1)
 
 
 def test_the_hosts_clock_does_not_matter(store: PostgresStore) -> None:
-    """What the server said last counts from then on, whatever the host believes."""
+    """The last reading of the server's clock counts, whatever the host's clock shows."""
     from ipguard.stores.postgres._connection import ServerClock, ticks
 
     clock = ServerClock()
@@ -620,7 +620,7 @@ def test_the_hosts_clock_does_not_matter(store: PostgresStore) -> None:
 
 
 def test_no_thread_before_it_is_needed(url: str) -> None:
-    """Opening, reading and writing start no thread; only waiting does, and closing ends it."""
+    """Only waiting starts a thread, and closing ends it."""
     before = set(threading.enumerate())
     with PostgresStore(url) as store:
         store.put_users([user("jo")])
@@ -632,7 +632,7 @@ def test_no_thread_before_it_is_needed(url: str) -> None:
 
 
 def test_a_pool_that_is_used_up_is_waited_for(url: str) -> None:
-    """Who finds every connection lent waits, and is refused at the deadline."""
+    """A call waits for a connection, and fails at its deadline."""
     with PostgresStore(url, pool_size=1, timeout=0.3) as store:
         pool = store._pool
         connection = pool.take(time.monotonic() + 60)
@@ -645,7 +645,7 @@ def test_a_pool_that_is_used_up_is_waited_for(url: str) -> None:
 
 
 def test_stagers_do_not_take_every_connection(url: str) -> None:
-    """However many read slow sources, logins and another writer find a connection."""
+    """However many bulk changes read slow sources, logins and another writer get a connection."""
     with PostgresStore(url, pool_size=2, timeout=1.0) as store:
         staging, go_on = threading.Event(), threading.Event()
 
@@ -665,7 +665,7 @@ def test_stagers_do_not_take_every_connection(url: str) -> None:
 
 
 def test_connections_are_not_left_behind(url: str, postgres: Server | Given) -> None:
-    """After every kind of call, some of them failing, the pool is whole, and closing empties it."""
+    """After every kind of call, some of them failing, the pool is complete; closing empties it."""
     ask = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
     name = fresh_schema()
     with PostgresStore(f"{url}&application_name={name}", listen="off") as store:
@@ -684,8 +684,8 @@ def test_connections_are_not_left_behind(url: str, postgres: Server | Given) -> 
     assert pool._open == 0
 
 
-def test_a_failed_statement_undoes_the_turn(url: str, store: PostgresStore) -> None:
-    """A caller that hides a server's error cannot commit what is left of its turn."""
+def test_a_failed_statement_undoes_the_transaction(url: str, store: PostgresStore) -> None:
+    """A caller that suppresses a server's error cannot commit the rest."""
     with pytest.raises(StoreError), store.transaction() as turn:  # noqa: PT012
         with contextlib.suppress(StoreError):
             turn._db.rows("SELECT 1 / 0")  # type: ignore[attr-defined]
@@ -693,10 +693,10 @@ def test_a_failed_statement_undoes_the_turn(url: str, store: PostgresStore) -> N
     assert store.changes_since(None).head == 0
 
 
-def test_changes_are_taken_again_once_they_can_be(
+def test_changes_are_accepted_again(
     postgres: Server | Given, url: str, store: PostgresStore
 ) -> None:
-    """A database that refused some for a while, as with a full disk, keeps nothing from others."""
+    """A database that refused changes for a while, as with a full disk, accepts them afterwards."""
     place = f'"{store._options.schema}"'
 
     def touch() -> int:
@@ -719,10 +719,10 @@ def test_changes_are_taken_again_once_they_can_be(
     assert touch() == 3
 
 
-def test_what_is_written_waits_for_the_next_question(
+def test_writes_wait_for_the_next_query(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Writes go out with the next read, or with the commit."""
+    """Writes are sent with the next read, or with the commit."""
     sent: list[int] = []
     run_batch = Connection.run_batch
 
@@ -747,7 +747,7 @@ def test_what_is_written_waits_for_the_next_question(
 
 
 def test_a_child_has_connections_of_its_own(store: PostgresStore) -> None:
-    """A forked child abandons what it inherited, unclosed, and opens its own."""
+    """A forked child abandons inherited connections without closing them, and opens its own."""
     store.put_users([user("jo")])
     store.load_policy("jo")
     store.wait(10**6, 0.05)  # the listener's connection is inherited as well
@@ -776,7 +776,7 @@ def test_a_child_has_connections_of_its_own(store: PostgresStore) -> None:
 
 
 def test_imports_cancel_deletions_and_say_how_duplicates_differ(url: str) -> None:
-    """As in the other stores: dead requests go, rows keep their order, duplicates are compared."""
+    """As in the other stores: orphaned deletions are cancelled, duplicates are compared."""
     desk = Desk(url=url)
     with desk.store:
         desk.use(confirm_deletes=True)

@@ -1,7 +1,7 @@
-"""How the PostgreSQL store fails and recovers, with real servers that are killed and frozen.
+"""Failures and recovery of the PostgreSQL store, with real servers that are killed and frozen.
 
-In bounded time, with this library's errors, never with an answer that is too old; and by itself
-again once the server is.
+Calls end in bounded time, with errors of this library, never with an outdated answer; and the store
+recovers by itself.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def calls(store: PostgresStore) -> list[Callable[[], object]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A server that these tests may treat as they like."""
+    """A server that a test may damage."""
     with own_server() as server:
         yield server
 
@@ -86,14 +86,14 @@ def ask_slowly(db: Any) -> None:
 
 
 def test_the_waits_of_a_transaction_share_the_timeout(store: PostgresStore) -> None:
-    """Statements that are each quick enough fail when together they exceed the timeout."""
+    """Statements that are each fast enough fail if together they exceed the timeout."""
     with pytest.raises(StoreUnavailable, match="in time"), store.transaction() as turn:
         ask_slowly(turn._db)  # type: ignore[attr-defined]
     assert touch(store, "jo") == 2
 
 
 def test_the_waits_of_a_page_share_the_timeout(store: PostgresStore) -> None:
-    """The same of a read that takes several statements."""
+    """The same for a read of several statements."""
     with pytest.raises(StoreUnavailable, match="in time"), store._pool.snapshot() as session:
         ask_slowly(session)
     assert store.overview(Actor.EVERY_ACCOUNT).items
@@ -119,7 +119,7 @@ def test_the_time_of_the_caller_does_not_count(
 
 
 def test_killed_backends_are_not_noticed(server: Server, store: PostgresStore) -> None:
-    """Connections that die idle cost a read or a turn nothing but a new connection."""
+    """Idle connections that died cost a read or a change nothing but a new connection."""
     for call in calls(store):
         call()
         server.execute(
@@ -129,8 +129,8 @@ def test_killed_backends_are_not_noticed(server: Server, store: PostgresStore) -
         call()
 
 
-def test_a_backend_killed_in_a_turn_undoes_it(server: Server, store: PostgresStore) -> None:
-    """A turn whose connection dies half way is undone as a whole, and the next one works."""
+def test_a_backend_killed_in_a_transaction_undoes_it(server: Server, store: PostgresStore) -> None:
+    """The transaction is rolled back as a whole, and the next one works."""
     before = store.changes_since(None)
     with pytest.raises(StoreUnavailable), store.transaction() as turn:  # noqa: PT012
         turn.set_failures("jo", 7)
@@ -145,20 +145,20 @@ def test_a_backend_killed_in_a_turn_undoes_it(server: Server, store: PostgresSto
 
 
 def test_a_restarted_server_is_found_again(server: Server, store: PostgresStore) -> None:
-    """Refused at once while it is down, answered within two seconds of its return."""
+    """Calls fail at once while it is down, and succeed within two seconds of its return."""
     store.load_policy("jo")
     server.stop()
     for call in calls(store):
         began = time.monotonic()
         assert not works(call)
-        assert time.monotonic() - began < SLACK  # nobody waits for the deadline
+        assert time.monotonic() - began < SLACK  # no call waits for the deadline
     server.start()
     began = time.monotonic()
     until(lambda: all(works(call) for call in calls(store)), "the store works again", 20)
     assert time.monotonic() - began < 2.0 + SLACK
 
 
-def test_a_frozen_server_holds_nobody_up(server: Server, store: PostgresStore) -> None:
+def test_a_frozen_server_delays_no_call(server: Server, store: PostgresStore) -> None:
     """While every process of the server is stopped, each call ends at its deadline."""
     for call in calls(store):
         call()
@@ -173,8 +173,8 @@ def test_a_frozen_server_holds_nobody_up(server: Server, store: PostgresStore) -
     until(lambda: all(works(call) for call in calls(store)), "the store works again", 20)
 
 
-def test_a_silent_network_holds_nobody_up(server: Server) -> None:
-    """Where packets vanish, calls end at their deadline, and the first one afterwards works."""
+def test_a_silent_network_delays_no_call(server: Server) -> None:
+    """When packets vanish, calls end at their deadline, and the next one afterwards works."""
     with Proxy(server.port) as proxy:
         url = server.url(port=proxy.port, schema=fresh_schema(), **DIRECT)
         with PostgresStore(url, timeout=TIMEOUT) as store:
@@ -202,8 +202,8 @@ def test_a_server_that_is_down_at_the_start(server: Server) -> None:
         until(lambda: guard.is_allowed("jo", "203.0.113.7"), "the guard answers", 20)
 
 
-def test_a_schema_is_not_made_later(server: Server) -> None:
-    """A database that was down at the start and has no schema then stays without, and denies."""
+def test_a_schema_is_not_created_later(server: Server) -> None:
+    """If the database was down at the start and has no schema, the store denies."""
     server.stop()
     with PostgresStore(server.url(schema=fresh_schema()), timeout=TIMEOUT) as store:
         server.start()
@@ -212,7 +212,7 @@ def test_a_schema_is_not_made_later(server: Server) -> None:
 
 
 def test_the_next_server_is_tried(server: Server, store: PostgresStore) -> None:
-    """Of several hosts one that is dead, or hangs, leaves time for the others."""
+    """A host that is dead, or hangs, leaves time for the others."""
     with Proxy(server.port) as hangs:
         hangs.silent = True
         schema = store._options.schema
@@ -234,7 +234,7 @@ def test_the_next_server_is_tried(server: Server, store: PostgresStore) -> None:
 
 
 def test_a_lock_that_is_held_is_waited_for_in_bounds(server: Server, store: PostgresStore) -> None:
-    """Another client that keeps the writer's lock costs an error, not the connection."""
+    """Another client that keeps the writer's lock causes an error, but not a new connection."""
     import psycopg
 
     schema = store._options.schema
@@ -249,8 +249,8 @@ def test_a_lock_that_is_held_is_waited_for_in_bounds(server: Server, store: Post
     assert touch(store, "jo") == 2
 
 
-def test_a_client_that_vanished_releases_the_turn(server: Server) -> None:
-    """A turn whose client is cut off, and does not come back, is the next writer's soon."""
+def test_a_client_that_vanished_releases_the_lock(server: Server) -> None:
+    """If a client is cut off inside a transaction, the server soon ends it."""
     schema = fresh_schema()
     with (
         PostgresStore(server.url(schema=schema), timeout=TIMEOUT) as other,
@@ -270,7 +270,7 @@ def test_a_client_that_vanished_releases_the_turn(server: Server) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_lost_acknowledgement_is_unavailable(server: Server, keep: bool) -> None:
-    """A confirm whose commit is not acknowledged may hold or not; trying again tells."""
+    """A confirm whose commit is not acknowledged may hold or not; trying again shows which."""
     with Proxy(server.port) as proxy:
         url = server.url(port=proxy.port, schema=fresh_schema(), listen="off", **DIRECT)
         with PostgresStore(url, timeout=TIMEOUT) as store:
@@ -296,7 +296,7 @@ def test_a_lost_acknowledgement_is_unavailable(server: Server, keep: bool) -> No
 
 @pytest.mark.parametrize("sent", [True, False])
 def test_a_confirm_cut_off_at_each_step(server: Server, sent: bool) -> None:
-    """Wherever the connection is cut, a confirm holds as a whole or not at all; it says which."""
+    """At whatever step the connection breaks, a confirm holds completely or not at all."""
     schema = fresh_schema()
     outbox, outcomes = Outbox(), []
     with (
@@ -348,7 +348,7 @@ def sound_state(store: PostgresStore, request_id: str) -> str:
 
 
 def test_a_commit_is_durable(server: Server, store: PostgresStore) -> None:
-    """What was acknowledged is there after kill -9, even where the role's default is lax."""
+    """An acknowledged commit survives kill -9, even if the role's default is weaker."""
     server.execute("ALTER ROLE postgres SET synchronous_commit = off")
     try:
         with PostgresStore(server.url(schema=store._options.schema), timeout=TIMEOUT) as lax:
@@ -407,7 +407,7 @@ def test_a_standby_gives_no_answers(
 def test_a_standby_behind_an_open_connection_is_noticed(
     server: Server, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind a pooler the server may change: each load and each sync asks whether it recovers."""
+    """A pooler may change servers: each load and each sync checks for recovery."""
     from ipguard.stores import postgres
 
     store.load_policy("jo")
@@ -423,7 +423,7 @@ def test_a_standby_behind_an_open_connection_is_noticed(
 def test_a_promoted_standby_that_lagged(
     server: Server, store: PostgresStore, standby: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failover that lost commits is a RESET: no guard holds on to what was lost."""
+    """A failover that lost commits is a RESET: guards drop the lost state."""
     schema = store._options.schema
     until(lambda: _replayed(server, standby), "the standby has caught up")
     # From here on it gets nothing.
@@ -469,7 +469,7 @@ def test_a_promoted_standby_that_lagged(
 
 
 def test_through_a_transaction_pooler(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """Behind pgbouncer in transaction mode everything works, many threads at once included."""
+    """Everything works behind pgbouncer in transaction mode, with many threads."""
     caplog.set_level(logging.INFO, "ipguard")
     schema = fresh_schema()
     with transaction_pooler(server) as port:
@@ -490,7 +490,7 @@ def test_through_a_transaction_pooler(server: Server, caplog: pytest.LogCaptureF
 
 
 def everything_works(store: PostgresStore) -> None:
-    """The core of what a store does, from several threads at once."""
+    """Run the core functions of a store from several threads at once."""
     store.put_users([user(f"u{n}") for n in range(150)])
     outbox = Outbox()
     flow = ipguard.Workflow(store, outbox, key=bytes(32))
@@ -526,7 +526,7 @@ def everything_works(store: PostgresStore) -> None:
 
 
 def test_prepared_statements_behind_a_pooler_are_the_hosts_choice(server: Server) -> None:
-    """`prepare=on` prepares whatever is between; `off` never does."""
+    """`prepare=on` always prepares; `off` never does."""
     with PostgresStore(server.url(schema=fresh_schema()), prepare="off") as store:
         for _ in range(10):
             store.load_policy("jo")
@@ -537,8 +537,8 @@ def test_prepared_statements_behind_a_pooler_are_the_hosts_choice(server: Server
         assert store._pool.read(lambda s: s.rows(ask))[0][0] > 0
 
 
-def test_statements_are_prepared_where_nothing_is_between(server: Server) -> None:
-    """The queries that logins wait for are prepared at their first use."""
+def test_statements_are_prepared_on_direct_connections(server: Server) -> None:
+    """The queries of logins are prepared at their first use."""
     with PostgresStore(server.url(schema=fresh_schema())) as store:
         store.load_policy("jo")
         ask = "SELECT statement FROM pg_prepared_statements"

@@ -1,4 +1,4 @@
-"""What wakes guards over PostgreSQL: notifications, and what replaces them when they fail."""
+"""How guards are woken over PostgreSQL: by notifications, and by polling when these fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def listening(store: PostgresStore) -> bool:
 
 
 def backend(postgres: Server | Given, store: PostgresStore) -> int:
-    """The process that the store's listener talks to."""
+    """The backend of the store's listener."""
     ask = (
         "SELECT pid FROM pg_stat_activity"
         " WHERE application_name = 'ipguard listener' AND query LIKE %s"
@@ -61,14 +61,14 @@ def backend(postgres: Server | Given, store: PostgresStore) -> int:
 
 
 def wakes(store: PostgresStore, writer: PostgresStore) -> bool:
-    """Tell whether a change by the other wakes who waits, long before any fallback."""
+    """Return whether a change by the other store wakes a waiter, long before any fallback."""
     head = writer.changes_since(None).head
     threading.Timer(0.05, touch, (writer, "jo")).start()
     return store.wait(head, PATIENCE)
 
 
 def test_a_change_elsewhere_wakes(store: PostgresStore, writer: PostgresStore) -> None:
-    """Who waits is woken by a commit of another process, within milliseconds."""
+    """A commit of another process wakes a waiter within milliseconds."""
     until(lambda: listening(store), "it listens")
     for _ in range(5):
         head = writer.changes_since(None).head
@@ -86,8 +86,8 @@ def test_a_change_elsewhere_wakes(store: PostgresStore, writer: PostgresStore) -
         assert took[0] - committed < 1.0
 
 
-def test_only_what_touches_a_policy_wakes(store: PostgresStore, writer: PostgresStore) -> None:
-    """A change that touches nobody, and one that is undone, send nothing."""
+def test_only_changes_of_policies_wake(store: PostgresStore, writer: PostgresStore) -> None:
+    """A change that touches no policy, and one that is rolled back, send no notification."""
     until(lambda: listening(store), "it listens")
     count = store._listener.count
     with writer.transaction() as turn:
@@ -95,15 +95,15 @@ def test_only_what_touches_a_policy_wakes(store: PostgresStore, writer: Postgres
     with pytest.raises(ZeroDivisionError), writer.transaction() as turn:  # noqa: PT012
         turn.append(Action.IMPOSE, actor="boss", touches=frozenset({"jo"}))
         raise ZeroDivisionError
-    assert wakes(store, writer)  # what was sent before would have come before
+    assert wakes(store, writer)  # an earlier notification would have arrived before
     assert store._listener.count == count + 1
     assert store._listener.touching == 2
 
 
-def test_all_who_wait_share_one_listener(
+def test_all_waiters_share_one_listener(
     postgres: Server | Given, store: PostgresStore, writer: PostgresStore
 ) -> None:
-    """Many waiters on one store are all woken, over one connection and one thread."""
+    """Many waiters on one store are woken over one connection and one thread."""
     until(lambda: listening(store), "it listens")
     woken: list[bool] = []
     threads = [
@@ -119,10 +119,10 @@ def test_all_who_wait_share_one_listener(
     assert woken == [True] * 10
 
 
-def test_whoever_waits_reads_and_another_reads_on(
+def test_one_waiter_reads_and_another_continues(
     store: PostgresStore, writer: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of those who wait reads; when it leaves, one of the others does."""
+    """When the waiter that reads leaves, one of the others reads."""
     until(lambda: listening(store), "it listens")
     listener, readers = store._listener, list[threading.Thread]()
     hear = listener._receive
@@ -152,10 +152,10 @@ def test_whoever_waits_reads_and_another_reads_on(
     assert {thread.name for thread in readers} == {first.name, second.name}
 
 
-def test_who_leaves_when_it_was_to_read_has_another_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the time of the one who was told to read on is over, another one reads at once."""
+def test_a_waiter_that_times_out_hands_reading_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the waiter that was woken to read has timed out, another one reads at once."""
     listener = Listener(Options.parse("postgresql://127.0.0.1/nowhere", {}), lambda _: None)
-    monkeypatch.setattr(listener, "_start", lambda: None)  # nobody else sees to it
+    monkeypatch.setattr(listener, "_start", lambda: None)  # no other thread does it
     monkeypatch.setattr(listener, "_receive", lambda *_: listener.tell(1))
     source: Any = object()
     gone: Any = None
@@ -185,7 +185,7 @@ def test_who_leaves_when_it_was_to_read_has_another_read(monkeypatch: pytest.Mon
 def test_a_signal_ends_the_wait_and_not_the_listening(
     store: PostgresStore, writer: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a signal's handler raises in the one who reads comes out of its wait, and is no more."""
+    """If a signal handler raises in the waiter that reads, only its wait ends."""
 
     def late(*_: object) -> None:
         raise TimeoutError("the host's own")
@@ -211,10 +211,10 @@ def test_a_signal_ends_the_wait_and_not_the_listening(
     assert wakes(store, writer)
 
 
-def test_what_nobody_waits_for_is_read_all_the_same(
+def test_notifications_are_read_without_a_waiter(
     store: PostgresStore, writer: PostgresStore
 ) -> None:
-    """The server's own queue does not fill up behind a guard that is busy, or closed."""
+    """The server's queue does not fill up because of a guard that is busy, or closed."""
     until(lambda: listening(store), "it listens")
     revision = touch(writer, "jo")
     until(lambda: store._listener.touching == revision, "it is read")
@@ -223,7 +223,7 @@ def test_what_nobody_waits_for_is_read_all_the_same(
 def test_a_killed_listener_comes_back(
     postgres: Server | Given, store: PostgresStore, writer: PostgresStore
 ) -> None:
-    """After its backend is terminated it listens again, and misses nothing of the time between."""
+    """After its backend is terminated it listens again, and misses no change."""
     until(lambda: listening(store), "it listens")
     postgres.execute("SELECT pg_terminate_backend(%s)", backend(postgres, store))
     revision = touch(writer, "jo")
@@ -255,8 +255,8 @@ def test_a_frozen_listener_costs_no_more_than_time(own_postgres: Server) -> None
         assert wakes(store, writer)
 
 
-def test_without_a_listener_time_passes(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """With `listen=off` there is no thread, and a wait just waits; the log says so."""
+def test_without_a_listener_a_wait_times_out(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """With `listen=off` there is neither a thread nor a wake-up; the log says so."""
     caplog.set_level(logging.INFO, "ipguard")
     with PostgresStore(url, listen="off") as store:
         assert "polling" in caplog.text
@@ -267,10 +267,10 @@ def test_without_a_listener_time_passes(url: str, caplog: pytest.LogCaptureFixtu
         assert store.wait(touch(store, "jo") - 1, 0.0)
 
 
-def test_a_listener_that_cannot_connect_says_so_once(
+def test_a_listener_that_cannot_connect_logs_it_once(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A listen URL that leads nowhere costs nothing but wake-ups, and one line in the log."""
+    """A wrong listen URL costs wake-ups and one line in the log."""
     with PostgresStore(url, listen="postgresql://u:hunter2@127.0.0.1:1/none") as store:
         until(lambda: store.wait(10**6, 0.5) or "polling" in caplog.text, "it says so")
         store.wait(10**6, 0.5)
@@ -279,10 +279,10 @@ def test_a_listener_that_cannot_connect_says_so_once(
         assert touch(store, "jo") == 1
 
 
-def test_a_listener_in_another_database_is_found_out(
+def test_a_listener_in_another_database_is_detected(
     postgres: Server | Given, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a notification sent over the pool does not arrive, the log says that it polls."""
+    """If a notification over the pool does not arrive, the log says that the store polls."""
     name = fresh_schema()
     postgres.execute(f"CREATE DATABASE {name}")
     schema = url.partition("schema=")[2].partition("&")[0]
@@ -294,7 +294,7 @@ def test_a_listener_in_another_database_is_found_out(
 def test_notifications_of_others_do_no_harm(
     postgres: Server | Given, store: PostgresStore, writer: PostgresStore
 ) -> None:
-    """Whatever anybody sends on the channel is a hint at the most."""
+    """Any text on the channel is only a hint."""
     until(lambda: listening(store), "it listens")
     channel = store._options.schema
     for payload in ("", "x", "-1", "1e9", "9" * 30, "999999999", "٣"):
@@ -306,7 +306,7 @@ def test_notifications_of_others_do_no_harm(
 
 
 def test_closing_ends_the_waiting_and_the_thread(store: PostgresStore) -> None:
-    """Who waits returns at once, and the listener's thread is gone."""
+    """Waiters return at once, and the listener's thread ends."""
     until(lambda: listening(store), "it listens")
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(store.wait(0, 3600.0)))
@@ -319,10 +319,10 @@ def test_closing_ends_the_waiting_and_the_thread(store: PostgresStore) -> None:
     assert not any(t.name == "ipguard-listener" for t in threading.enumerate())
 
 
-def test_a_store_that_nobody_waits_on_stops_listening(
+def test_a_store_without_waiters_stops_listening(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread ends when nobody has waited for a while, and starts again with the next."""
+    """The thread ends after a while without waiters, and starts again with the next one."""
     from ipguard.stores.postgres import _listener as _postgres_listen
 
     until(lambda: listening(store), "it listens")

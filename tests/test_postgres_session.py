@@ -381,7 +381,7 @@ def test_a_time_beyond_the_calendar_breaks_no_login(
 
 
 def test_a_clock_beyond_the_calendar_stops_at_its_end() -> None:
-    """The server's clock is read without an error, whatever it says."""
+    """The server's clock is read without an error, even outside the calendar."""
     clock = ServerClock()
     for micros, year in ((LAST, 9999), (FIRST, 1), (253_402_300_799_999_999, 9999)):
         clock.set(micros, ticks() - 5)
@@ -495,7 +495,7 @@ def test_a_session_that_ends_within_a_batch(site: Site) -> None:
         end = ("SELECT pg_terminate_backend(pg_backend_pid())", ())
         for statements in ([end], [end, ("SELECT 1", ())]):
             connection = store._pool.take(store._pool.deadline())
-            with pytest.raises(StoreUnavailable, match="terminating|closed|crash"):
+            with pytest.raises(StoreUnavailable, match=r"terminating|closed|crash"):
                 connection.run_batch(statements)
             assert not connection.usable
             store._pool.give(connection)

@@ -1,7 +1,7 @@
-"""A dump restored in place, one statement at a time: what stores and guards answer meanwhile.
+"""A dump that is restored in place, one statement at a time: the answers of stores and guards.
 
 The dumps are those of pg_dump and of Python's `iterdump`. After each statement, a restricted user
-is asked for from elsewhere and a registered one from its own address.
+logs in from elsewhere and a registered one from its own address.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def fill(store: RestrictionStore) -> None:
 
 
 class Watch:
-    """Guards that are asked after each step of a restore, with their leases over."""
+    """Guards with expired leases that answer after each step of a restore."""
 
     def __init__(self, store: RestrictionStore) -> None:
         self.store, self.now = store, 0.0
@@ -154,7 +154,7 @@ def place(store: PostgresStore) -> tuple[str, str]:
 def test_a_dump_restored_in_place_is_not_read_half(
     url: str, steps: Callable[[str, str], list[str]]
 ) -> None:
-    """Until the last row is there nothing is answered; afterwards every guard starts over."""
+    """Nothing is answered until the last row is restored; then every guard starts over."""
     with PostgresStore(url) as store:
         fill(store)
         watch = Watch(store)
@@ -176,7 +176,7 @@ def test_a_dump_restored_in_place_is_not_read_half(
 def test_a_restore_in_one_transaction_is_a_reset(
     url: str, steps: Callable[[str, str], list[str]]
 ) -> None:
-    """Until the commit reads wait for its locks and fail; afterwards every guard starts over."""
+    """Reads wait for its locks and fail until the commit; then every guard starts over."""
     with PostgresStore(url, timeout=0.3) as store:
         fill(store)
         watch = Watch(store)
@@ -192,7 +192,7 @@ def test_a_restore_in_one_transaction_is_a_reset(
 
 
 def test_a_snapshot_does_not_survive_a_truncation(url: str) -> None:
-    """To a snapshot taken before it, a truncated table is empty: the stream must not end well."""
+    """To an older snapshot, a truncated table is empty: the stream must fail."""
     with PostgresStore(url) as store:
         fill(store)
         server, schema = place(store)
@@ -206,7 +206,7 @@ def test_a_snapshot_does_not_survive_a_truncation(url: str) -> None:
 
 
 def test_nothing_is_written_to_a_half_restored_schema(url: str) -> None:
-    """Neither a transaction nor an import nor a migration goes on without the marker."""
+    """Transactions, imports and migrations are refused without the marker."""
     with PostgresStore(url) as store:
         fill(store)
         server, schema = place(store)
@@ -223,7 +223,7 @@ def test_nothing_is_written_to_a_half_restored_schema(url: str) -> None:
 
 
 def test_a_token_of_a_change_fits_after_a_restore(url: str) -> None:
-    """The bare token of a row still names its change, whichever restore made the table."""
+    """The plain token of an entry still identifies its change after a restore."""
     with PostgresStore(url) as store:
         fill(store)
         server, schema = place(store)
@@ -257,7 +257,7 @@ def refilled(path: Path) -> Iterator[str]:
 def test_a_dump_restored_into_the_same_file_is_not_read_half(
     tmp_path: Path, steps: Callable[[Path], Iterator[str]]
 ) -> None:
-    """Until the last row is there nothing is answered, though the file is the same."""
+    """Nothing is answered until the last row is restored, although the file is the same."""
     path = tmp_path / "a.db"
     with open_store(f"sqlite:///{path}") as store:
         fill(store)
@@ -272,7 +272,7 @@ def test_a_dump_restored_into_the_same_file_is_not_read_half(
 
 
 def test_nothing_is_read_or_written_without_the_marker_on_sqlite(tmp_path: Path) -> None:
-    """A file whose restore was left unfinished is refused by every call that a guard depends on."""
+    """Every call that a guard depends on refuses a file with an unfinished restore."""
     path = tmp_path / "a.db"
     with open_store(f"sqlite:///{path}") as store:
         fill(store)

@@ -1,4 +1,4 @@
-"""What is SQLite's own about the SQLite store: its file, its locks, its processes."""
+"""The file, the locks and the processes of the SQLite store."""
 
 import gc
 import os
@@ -43,7 +43,7 @@ NOW = datetime(2025, 1, 1, tzinfo=UTC)
 FIRST = datetime.min.replace(tzinfo=UTC)
 LAST = datetime.max.replace(tzinfo=UTC)
 EVERY = Actor.EVERY_ACCOUNT
-# A thread is running while these tests fork: that is what they are about.
+# These tests fork while threads are running, on purpose.
 may_fork = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
@@ -87,7 +87,7 @@ def raw(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what other threads and processes do; the test's own time limit ends it."""
+    """Wait for other threads and processes; the test's time limit ends it."""
     while not condition():
         time.sleep(0.001)
 
@@ -113,7 +113,7 @@ def append(store, by=""):
 
 @contextmanager
 def process(script: str, path: Path, *args: object) -> Iterator[subprocess.Popen[str]]:
-    """Run a script in a process of its own; it is killed at the end if it did not end by itself."""
+    """Run a script in another process; kill it at the end if it is still running."""
     command = [sys.executable, "-c", PROLOGUE + script, str(path), *map(str, args)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -125,7 +125,7 @@ def process(script: str, path: Path, *args: object) -> Iterator[subprocess.Popen
 
 
 def finish(running: subprocess.Popen[str]) -> str:
-    """Let a script that waits in `ready()` go on, and return what it printed."""
+    """Let a script that waits in `ready()` continue, and return its output."""
     out, err = running.communicate("\n")
     assert running.returncode == 0, err
     return out
@@ -146,7 +146,7 @@ def all_at_once(script: str, path: Path, count: int, *args: object) -> list[str]
 
 
 def test_ten_processes_open_a_new_file_at_once(path: Path) -> None:
-    """The schema is made once, whoever comes first, and each process can use it."""
+    """The schema is created once, and each process can use it."""
     for _ in range(rounds(1, 20)):
         path.unlink(missing_ok=True)
         script = "ready(); s = SQLiteStore(path); print(append(s)); print(s.load_policy('jo'))"
@@ -178,7 +178,7 @@ for number in range(int(sys.argv[3])):
 
 
 def test_a_killed_process_leaves_nothing_half_done(path: Path) -> None:
-    """After `kill -9` inside a transaction nothing of it is there, and the lock is free."""
+    """`kill -9` inside a transaction rolls it back and releases the lock."""
     with SQLiteStore(path, timeout=30) as store:
         script = """
 store = SQLiteStore(path)
@@ -198,8 +198,8 @@ with store.transaction() as turn:
             assert impose(store, "jo", before.head) == before.head + 1
 
 
-def test_what_was_acknowledged_is_there_after_a_kill(path: Path) -> None:
-    """A process killed while it commits has lost nothing that it had been told was committed."""
+def test_acknowledged_commits_survive_a_kill(path: Path) -> None:
+    """A process killed while it commits loses no acknowledged commit."""
     script = "s = SQLiteStore(path)\nwhile True: print(append(s), flush=True)"
     with SQLiteStore(path) as store:
         for number in range(rounds(3, 100)):
@@ -215,8 +215,8 @@ def test_what_was_acknowledged_is_there_after_a_kill(path: Path) -> None:
         assert revisions == list(range(len(revisions), 0, -1))
 
 
-def test_a_commit_of_another_process_ends_the_waiting(store: SQLiteStore, path: Path) -> None:
-    """`wait` notices what another process commits, well before its timeout."""
+def test_a_commit_of_another_process_wakes_a_waiter(store: SQLiteStore, path: Path) -> None:
+    """`wait` notices a commit of another process long before its timeout."""
     with process("ready(); append(SQLiteStore(path))", path) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "ready\n"
@@ -256,8 +256,8 @@ def in_child(act: Callable[[], object], *, at_once: bool = False) -> str:
 
 
 @may_fork
-def test_both_sides_of_a_fork_go_on(store: SQLiteStore) -> None:
-    """The child reads and writes, and the parent sees it, and the other way round."""
+def test_both_sides_of_a_fork_keep_working(store: SQLiteStore) -> None:
+    """The parent sees what the child writes, and vice versa."""
     assert in_child(lambda: impose(store, "jo", 1)) == "2"
     assert len(store.load_policy("jo").restrictions) == 1
     assert impose(store, "jo", 2) == 3
@@ -266,10 +266,10 @@ def test_both_sides_of_a_fork_go_on(store: SQLiteStore) -> None:
 
 @may_fork
 def test_a_parent_that_closes_takes_nothing_from_its_child(store: SQLiteStore, path: Path) -> None:
-    """What a child commits after its parent closed the file is there.
+    """A child's commits survive when its parent closes the file.
 
     A child that inherits an open connection shares SQLite's table of locks and holds none: the
-    parent's close then removes the log under it.
+    parent's close would then remove the log of the child.
     """
     store.load_policy("jo")
     ready, go = os.pipe(), os.pipe()
@@ -294,7 +294,7 @@ def test_a_parent_that_closes_takes_nothing_from_its_child(store: SQLiteStore, p
 
 @may_fork
 def test_a_forked_transaction_stays_the_parents(store: SQLiteStore, path: Path) -> None:
-    """In the child it is refused, as is everything on that file; the parent commits."""
+    """The child cannot use it, nor anything on that file; the parent commits."""
 
     def use(turn_usable: Callable[[], object]) -> list[str]:
         answers = []
@@ -320,7 +320,7 @@ def test_a_forked_transaction_stays_the_parents(store: SQLiteStore, path: Path) 
 
 @may_fork
 def test_a_child_does_not_commit_for_its_parent(store: SQLiteStore) -> None:
-    """Leaving the block in the child raises; only the parent's leaving commits."""
+    """Leaving the block in the child raises; only the parent commits."""
     transaction = store.transaction()
     tx = transaction.__enter__()
     tx.add_restriction(restriction("jo", 1))
@@ -332,7 +332,7 @@ def test_a_child_does_not_commit_for_its_parent(store: SQLiteStore) -> None:
 
 
 def test_an_abandoned_connection_keeps_its_files_open(path: Path) -> None:
-    """Nothing finalises it in the child: not the collector, though nobody refers to it any more."""
+    """Garbage collection in the child does not finalise it."""
     script = """
 import gc
 def held():
@@ -363,7 +363,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_an_inherited_connection_is_never_closed(path: Path) -> None:
-    """A child that ends while its parent is in a transaction leaves the parent's file be."""
+    """A child that ends while its parent is in a transaction does not touch the file."""
     script = """
 import gc
 store = SQLiteStore(path)
@@ -391,7 +391,7 @@ assert store.changes_since(None).head == 3
 
 @may_fork
 def test_a_half_read_iterator_is_abandoned_in_a_child(store: SQLiteStore) -> None:
-    """Collecting it there does not touch the parent's connection, on which it goes on."""
+    """Collecting it in the child does not affect the parent's connection."""
     store.put_users([user("ann")])
     for name in ("ann", "jo"):
         impose(store, name, 1)
@@ -411,7 +411,7 @@ def test_a_half_read_iterator_is_abandoned_in_a_child(store: SQLiteStore) -> Non
 
 @may_fork
 def test_a_fork_waits_for_the_calls_of_other_threads(store: SQLiteStore) -> None:
-    """A transaction of another thread ends before the fork, so that the child inherits nothing."""
+    """A transaction of another thread ends before the fork, so the child inherits nothing."""
     inside = threading.Event()
 
     def write() -> None:
@@ -429,7 +429,7 @@ def test_a_fork_waits_for_the_calls_of_other_threads(store: SQLiteStore) -> None
 
 @may_fork
 def test_forks_among_busy_threads(store: SQLiteStore) -> None:
-    """Children work however many threads of the parent were reading, writing and waiting."""
+    """Children work although threads of the parent were reading, writing and waiting."""
     over = threading.Event()
     failed: list[BaseException] = []
 
@@ -463,8 +463,8 @@ def test_forks_among_busy_threads(store: SQLiteStore) -> None:
 
 
 @may_fork
-def test_a_fork_does_not_wait_for_ever(path: Path) -> None:
-    """Another thread that stays in its transaction delays a fork by the timeout, no longer."""
+def test_a_fork_waits_in_bounds(path: Path) -> None:
+    """A thread that stays in its transaction delays a fork by at most the timeout."""
     with SQLiteStore(path, timeout=0.1) as store:
         inside, leave = threading.Event(), threading.Event()
 
@@ -484,7 +484,7 @@ def test_a_fork_does_not_wait_for_ever(path: Path) -> None:
 
 @may_fork
 def test_a_connection_half_open_at_a_fork(path: Path) -> None:
-    """Where another thread is still opening one, the child cannot know, and refuses."""
+    """If another thread was opening a connection, the child refuses the file."""
     with SQLiteStore(path, timeout=0.1) as store:
         with store._pool._opening:
             assert in_child(lambda: store.load_policy("jo")) == "StoreUnavailable"
@@ -509,8 +509,8 @@ def other_database(tmp_path: Path, changes: int) -> Path:
     return other
 
 
-def test_a_replaced_file_is_found(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
-    """`changes_since` says RESET with the new file's head, and reads come from the new file."""
+def test_a_replaced_file_is_detected(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
+    """`changes_since` returns RESET with the new file's head, and reads use the new file."""
     cursor = store.changes_since(None)[:2]
     other = other_database(tmp_path, 3)
     remove(path)
@@ -528,7 +528,7 @@ def test_a_replaced_file_is_found(store: SQLiteStore, path: Path, tmp_path: Path
 def test_the_old_connections_leave_the_new_file_alone(
     store: SQLiteStore, path: Path, tmp_path: Path
 ) -> None:
-    """Closing them neither writes to the new file nor removes the new file's log."""
+    """Closing them neither writes to the new file nor removes its log."""
     store.load_policy("jo")
     other = other_database(tmp_path, 1)
     remove(path)
@@ -546,9 +546,9 @@ def test_the_old_connections_leave_the_new_file_alone(
 def test_a_log_that_was_left_makes_the_store_unavailable(
     store: SQLiteStore, path: Path, tmp_path: Path, linked: bool
 ) -> None:
-    """SQLite would apply it to the new file, so nothing is answered until it is gone.
+    """SQLite would apply it to the new file, so every call is refused until it is removed.
 
-    It is beside the file itself, not beside a symbolic link to it.
+    It is looked for in the folder of the file itself, not of a symbolic link to it.
     """
     if linked:
         (tmp_path / "links").mkdir()
@@ -572,7 +572,7 @@ def test_a_log_that_was_left_makes_the_store_unavailable(
 
 
 def test_a_link_to_another_file_is_followed(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
-    """A link that points to another database since is a replaced file; its folder counts too."""
+    """A link that points to another database counts as a replaced file."""
     other_database(tmp_path, 3)
     folder = tmp_path / "current"
     folder.symlink_to(tmp_path)
@@ -589,7 +589,7 @@ def test_a_link_to_another_file_is_followed(store: SQLiteStore, path: Path, tmp_
 
 
 def test_a_file_with_two_names_is_refused(path: Path, tmp_path: Path) -> None:
-    """Each name would have a log of its own."""
+    """Each name would have its own log."""
     SQLiteStore(path).close()
     (tmp_path / "second.db").hardlink_to(path)
     for name in (path, tmp_path / "second.db"):
@@ -601,7 +601,7 @@ def test_a_file_with_two_names_is_refused(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.db", "a b\\c.db"])
 def test_a_file_that_is_mounted_alone_is_refused(tmp_path: Path, name: str) -> None:
-    """Two containers with the file and not its folder would have a log each."""
+    """Two containers that mount the file but not its folder would have two logs."""
     path = tmp_path / name
     SQLiteStore(path).close()
     script = 'mount --bind "$0" "$1" && exec "$2" -c "$3" "$1"'
@@ -619,8 +619,8 @@ def test_a_file_that_is_mounted_alone_is_refused(tmp_path: Path, name: str) -> N
         assert ("mounted alone" in run.stderr) == refused, run.stderr
 
 
-def test_a_vanished_file_is_not_made_again(store: SQLiteStore, path: Path) -> None:
-    """A new empty database would let everybody in."""
+def test_a_vanished_file_is_not_created_again(store: SQLiteStore, path: Path) -> None:
+    """A new empty database would let all users in."""
     remove(path)
     with pytest.raises(StoreUnavailable):
         store.changes_since(None)
@@ -637,7 +637,7 @@ def test_a_vanished_file_is_not_made_again(store: SQLiteStore, path: Path) -> No
 def test_a_file_that_vanishes_at_the_last_moment(
     store: SQLiteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite itself is told to make no file."""
+    """SQLite itself is told not to create a file."""
     store._pool.forget()
     main = file_id(str(path))
     remove(path)
@@ -649,7 +649,7 @@ def test_a_file_that_vanishes_at_the_last_moment(
 
 
 def test_a_copy_of_the_same_history_is_another_file(store: SQLiteStore, path: Path) -> None:
-    """A replaced file is a RESET, though its tokens are the same."""
+    """A replaced file is a RESET even if its tokens are the same."""
     store.close()
     with SQLiteStore(path) as again:
         cursor = again.changes_since(None)[:2]
@@ -663,7 +663,7 @@ def test_a_copy_of_the_same_history_is_another_file(store: SQLiteStore, path: Pa
 def test_a_connection_to_the_old_file_is_not_lent_again(
     store: SQLiteStore, path: Path, tmp_path: Path
 ) -> None:
-    """Whether it comes back after the file was replaced, or at the very moment."""
+    """Neither if it is returned after the file was replaced, nor at that moment."""
     other = other_database(tmp_path, 3)
     for late in (False, True):
         connection = store._pool.take()
@@ -683,7 +683,7 @@ def test_a_connection_to_the_old_file_is_not_lent_again(
 
 @pytest.mark.parametrize("content", [b"", b"not a database" * 1000])
 def test_a_file_replaced_by_something_else(store: SQLiteStore, path: Path, content: bytes) -> None:
-    """An empty file, or no database at all, is no empty store."""
+    """An empty file, or a file that is not a database, does not count as an empty store."""
     remove(path)
     path.write_bytes(content)
     for _ in range(2):
@@ -699,7 +699,7 @@ def test_a_file_replaced_by_something_else(store: SQLiteStore, path: Path, conte
 def test_no_commit_is_acknowledged_without_all_three_files(
     store: SQLiteStore, path: Path, when: str, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A commit to a log that was removed is reported as unavailable, and the next one succeeds."""
+    """A commit to a removed log is reported as unavailable, and the next one succeeds."""
 
     def lose() -> None:
         Path(f"{path}{lost}").unlink()
@@ -724,7 +724,7 @@ def test_no_commit_is_acknowledged_without_all_three_files(
 def test_no_change_is_lost_in_a_replaced_file(
     store: SQLiteStore, path: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A transaction that would be committed to a file that is no longer there says so."""
+    """A commit to a file that is not at the path any more raises."""
     other = other_database(tmp_path, 1)
 
     def replace() -> None:
@@ -757,7 +757,7 @@ WITHOUT = pytest.mark.parametrize("lost", [["-wal"], ["-shm"], ["-wal", "-shm"]]
 
 @WITHOUT
 def test_a_removed_log_or_index_is_noticed(store: SQLiteStore, path: Path, lost: list[str]) -> None:
-    """The next sync says RESET and sees what other processes commit, and they see this store's."""
+    """The next sync returns RESET, and both processes see each other's commits again."""
     cursor = store.changes_since(None)[:2]
     for suffix in lost:
         Path(f"{path}{suffix}").unlink()
@@ -775,7 +775,7 @@ def test_a_removed_log_or_index_is_noticed(store: SQLiteStore, path: Path, lost:
 def test_a_transaction_starts_with_the_files_that_are_there(
     store: SQLiteStore, path: Path, lost: list[str]
 ) -> None:
-    """An acknowledged commit outlives the process, whatever was removed before it."""
+    """An acknowledged commit survives even if files were removed before it."""
     script = """
 store = SQLiteStore(path)
 store.load_policy("jo")
@@ -812,7 +812,7 @@ def test_a_process_that_read_the_file_itself(
 def test_a_stale_connection_keeps_the_log_of_a_killed_process(
     store: SQLiteStore, path: Path, lost: list[str]
 ) -> None:
-    """Closed as usual, SQLite would take itself for the last user and remove the other log."""
+    """A normal close would take itself for the last user and remove the other log."""
     script = """
 store = SQLiteStore(path)
 with store._pool.connection() as reader, reader.snapshot():  # keeps the commit in the log
@@ -831,7 +831,7 @@ with store._pool.connection() as reader, reader.snapshot():  # keeps the commit 
     assert elsewhere(path, "store.changes_since(None).head") == "2"
 
 
-def test_a_waiting_thread_gives_a_stale_connection_back(store: SQLiteStore, path: Path) -> None:
+def test_a_waiting_thread_returns_a_stale_connection(store: SQLiteStore, path: Path) -> None:
     """Otherwise new connections would share the removed index with it."""
     cursor = store.changes_since(None)[:2]
     answers: list[bool] = []
@@ -862,7 +862,7 @@ def test_a_stale_snapshot_that_is_half_read_ends(store: SQLiteStore, path: Path)
 
 
 def test_two_stores_of_one_process_notice_together(store: SQLiteStore, path: Path) -> None:
-    """The idle connections of one do not keep the other at the removed index."""
+    """Idle connections of one store do not keep the other at the removed index."""
     with SQLiteStore(path) as second:
         cursor = second.changes_since(None)[:2]
         Path(f"{path}-shm").unlink()
@@ -874,7 +874,7 @@ def test_two_stores_of_one_process_notice_together(store: SQLiteStore, path: Pat
 
 
 def test_a_foreign_connection_of_the_process(store: SQLiteStore, path: Path) -> None:
-    """A connection that is not the store's keeps the removed index: nothing is answered."""
+    """If a connection outside of the store keeps the removed index open, every call is refused."""
     with raw(path) as foreign:
         foreign.execute("SELECT * FROM head").fetchall()
         cursor = store.changes_since(None)[:2]
@@ -889,7 +889,7 @@ def test_a_foreign_connection_of_the_process(store: SQLiteStore, path: Path) -> 
 
 
 def test_a_commit_leaves_nothing_in_the_log(store: SQLiteStore, path: Path) -> None:
-    """The file alone holds all that was committed, unless a reader kept an older state."""
+    """The file alone has all commits, unless a reader needed an older state."""
     impose(store, "jo", 1)
     assert Path(f"{path}-wal").stat().st_size == 0
     with store._pool.connection() as reader, reader.snapshot():
@@ -904,7 +904,7 @@ def test_a_commit_leaves_nothing_in_the_log(store: SQLiteStore, path: Path) -> N
 
 
 def test_an_older_copy_restored_by_sqlite(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
-    """Under the same number of other changes, the token tells that the history is another."""
+    """The token shows that the history differs, even after as many other changes."""
     with raw(path) as live, raw(tmp_path / "copy.db") as copy:
         live.backup(copy)
         impose(store, "jo", 1)
@@ -946,14 +946,14 @@ def test_an_older_copy_written_over_the_file(store: SQLiteStore, path: Path) -> 
 
 
 def test_a_transaction_reads_the_file_that_is_there(store: SQLiteStore, path: Path) -> None:
-    """A writer does not mix what it remembers of the file with what was copied over it."""
+    """A writer does not mix its cache with a file that was copied over the database."""
     copied_over(store, path)
     assert impose(store, "jo", 3) == 3
     assert len(store.load_policy("jo").restrictions) == 2
 
 
 def test_a_copy_without_wal_gets_it_back(store: SQLiteStore, path: Path, tmp_path: Path) -> None:
-    """How a copy was made may have cost it WAL; the store goes on as before."""
+    """A copy may have lost WAL mode; the store turns it on again."""
     other = other_database(tmp_path, 3)
     with raw(other) as connection:
         assert connection.execute("PRAGMA journal_mode = DELETE").fetchall() == [("delete",)]
@@ -968,7 +968,7 @@ def test_a_copy_without_wal_gets_it_back(store: SQLiteStore, path: Path, tmp_pat
 
 
 def test_a_damaged_file_is_unavailable(store: SQLiteStore, path: Path) -> None:
-    """No answer comes from it, and above all not that there is no restriction."""
+    """It leads to no answer, and in particular not to an unrestricted user."""
     for number in range(50):
         impose(store, "jo", number)
     store.close()
@@ -983,7 +983,7 @@ def test_a_damaged_file_is_unavailable(store: SQLiteStore, path: Path) -> None:
 
 
 def test_a_file_that_is_cut_off_while_in_use(store: SQLiteStore, path: Path) -> None:
-    """The same under an open store."""
+    """The same while a store is open."""
     for number in range(50):
         impose(store, "jo", number)
     with raw(path) as connection:
@@ -998,7 +998,7 @@ def test_a_file_that_is_cut_off_while_in_use(store: SQLiteStore, path: Path) -> 
 
 @pytest.mark.parametrize("column", ["first_ip = x'00'", "last_ip = 'text'", "created_at = 'soon'"])
 def test_a_damaged_row_is_unavailable(store: SQLiteStore, path: Path, column: str) -> None:
-    """A row that makes no restriction is not left out: that could leave the user unrestricted."""
+    """A row that cannot be decoded is not skipped: that could leave the user unrestricted."""
     impose(store, "jo", 1)
     with raw(path) as connection:
         connection.execute("PRAGMA ignore_check_constraints = ON")
@@ -1018,7 +1018,7 @@ def test_a_damaged_row_is_unavailable(store: SQLiteStore, path: Path, column: st
 def test_the_first_and_the_last_times(
     store: SQLiteStore, path: Path, created: datetime, expires: datetime | None
 ) -> None:
-    """Rows from year 1 or 9999 are read like any others."""
+    """Rows of the years 1 and 9999 are read like any others."""
     impose(store, "jo", 1)
     with raw(path) as connection:
         connection.execute(
@@ -1073,7 +1073,7 @@ def test_a_thread_that_stays_is_given_up_in_time(path: Path) -> None:
 
 
 def test_an_exclusively_locked_database_is_unavailable(path: Path) -> None:
-    """A read that another program shuts out fails in time, and at the opening as well."""
+    """Reading and opening fail in time while another program locks the whole file."""
     SQLiteStore(path).close()
     with raw(path) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -1085,7 +1085,7 @@ def test_an_exclusively_locked_database_is_unavailable(path: Path) -> None:
 
 
 class Time:
-    """A clock that the waits of the store move, in place of the module `time`."""
+    """A clock that the store's waits move, in place of the module `time`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -1104,7 +1104,7 @@ class Time:
 def test_one_budget_for_all_the_waits_of_a_call(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opening and taking the writer's turn share the timeout."""
+    """Opening and acquiring the writer's lock share the timeout."""
     with SQLiteStore(path, timeout=30) as store, raw(path) as reader, raw(path) as writer:
         reader.execute("PRAGMA locking_mode = EXCLUSIVE")
         reader.execute("UPDATE head SET revision = revision")
@@ -1134,7 +1134,7 @@ def test_one_budget_for_all_the_waits_of_a_call(
 def test_the_login_path_waits_for_a_second(
     path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[SQLiteStore], object]
 ) -> None:
-    """However long writers may wait."""
+    """Even if writers may wait longer."""
     with SQLiteStore(path, timeout=30) as store, raw(path) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("UPDATE head SET revision = revision")
@@ -1147,7 +1147,7 @@ def test_the_login_path_waits_for_a_second(
 def test_opening_a_locked_file_waits_for_the_timeout_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So does a migration that has to wait for the writer's lock."""
+    """So does a migration that waits for the writer's lock."""
     path.touch()
     clock = Time(monkeypatch)
     with raw(path) as other:
@@ -1159,7 +1159,7 @@ def test_opening_a_locked_file_waits_for_the_timeout_once(
 
 
 def test_a_read_waits_for_a_lock_that_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a moment's lock of another program's makes the store unavailable."""
+    """A short lock of another program does not make the store unavailable."""
     with SQLiteStore(path, timeout=30) as store, ExitStack() as stack:
         other = stack.enter_context(raw(path))
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -1169,13 +1169,13 @@ def test_a_read_waits_for_a_lock_that_ends(path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_opened_store_holds_nothing_open(path: Path) -> None:
-    """A server that opens its store and then forks its workers hands them no connection."""
+    """A server that opens its store and then forks hands its workers no connection."""
     with SQLiteStore(path) as store:
         assert not store._pool._open
 
 
 def test_readers_do_not_wait_for_a_writer(store: SQLiteStore) -> None:
-    """While a transaction is open, others read the state before it, all of it."""
+    """While a transaction is open, others read the complete state before it."""
     with store.transaction() as turn:
         turn.add_restriction(restriction("jo", 1))
         turn.append(Action.IMPOSE, actor="admin", touches=frozenset({"jo"}))
@@ -1187,7 +1187,7 @@ def test_readers_do_not_wait_for_a_writer(store: SQLiteStore) -> None:
 
 
 def test_threads_that_end_leave_no_connection(store: SQLiteStore) -> None:
-    """However many threads come and go, few connections stay."""
+    """However many threads come and go, few connections stay open."""
     for _ in range(3):
         barrier = threading.Barrier(40)
 
@@ -1204,8 +1204,8 @@ def test_threads_that_end_leave_no_connection(store: SQLiteStore) -> None:
     assert 0 < len(store._pool._open) <= 16
 
 
-def test_a_connection_given_back_at_the_last_moment_is_closed(store: SQLiteStore) -> None:
-    """Who closes the store empties the pool; what comes back just then does not stay."""
+def test_a_connection_returned_during_close_is_closed(store: SQLiteStore) -> None:
+    """Closing empties the pool; a connection that is returned at that moment is closed too."""
 
     class Idle(deque[Connection]):
         def append(self, connection: Connection) -> None:
@@ -1219,7 +1219,7 @@ def test_a_connection_given_back_at_the_last_moment_is_closed(store: SQLiteStore
 
 
 def test_a_refused_read_leaves_no_snapshot(store: SQLiteStore) -> None:
-    """After an error inside a read the next one sees what was committed since."""
+    """After an error inside a read, the next one sees later commits."""
     with pytest.raises(InvalidValue):
         store.overview(EVERY, limit=0)
     impose(store, "jo", 1)
@@ -1261,7 +1261,7 @@ def interrupt() -> None:
 def test_a_failed_commit_is_undone(
     store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], None]
 ) -> None:
-    """Nothing is there afterwards, and the next transaction is a new one."""
+    """Nothing of it remains, and the next transaction starts afresh."""
     with monkeypatch.context() as patch:
         at_statement(patch, "COMMIT", before=failure)
         with pytest.raises((StoreUnavailable, KeyboardInterrupt)):
@@ -1271,7 +1271,7 @@ def test_a_failed_commit_is_undone(
 
 
 def test_a_lost_answer_to_a_commit(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The outcome is not known to the caller; what was committed stays so."""
+    """The caller does not know the outcome; the commit holds."""
     with monkeypatch.context() as patch:
         at_statement(patch, "COMMIT", after=fail)
         with pytest.raises(StoreUnavailable):
@@ -1281,7 +1281,7 @@ def test_a_lost_answer_to_a_commit(store: SQLiteStore, monkeypatch: pytest.Monke
 
 
 def test_an_interrupted_transaction_leaves_nothing(store: SQLiteStore) -> None:
-    """KeyboardInterrupt undoes it, and its connection is not used again."""
+    """KeyboardInterrupt rolls it back, and its connection is not used again."""
     store.load_policy("jo")
     used = store._pool._open.copy()
     assert used
@@ -1299,7 +1299,7 @@ def test_an_interrupted_transaction_leaves_nothing(store: SQLiteStore) -> None:
 
 
 def test_a_callers_error_keeps_the_connection(store: SQLiteStore) -> None:
-    """A wrong number is no reason to open the file again; not even an error of the driver's is."""
+    """Neither a wrong number nor an error of the driver's class opens the file again."""
     impose(store, "jo", 1)
     used = store._pool._open.copy()
 
@@ -1319,7 +1319,7 @@ def test_a_callers_error_keeps_the_connection(store: SQLiteStore) -> None:
 def test_a_read_that_fails_closes_its_connection(
     store: SQLiteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A policy comes whole, or its connection is not lent again."""
+    """A policy is read completely, or its connection is discarded."""
     for failure in (interrupt, fail):
         store.load_policy("jo")
         with monkeypatch.context() as patch:
@@ -1338,8 +1338,8 @@ def test_a_read_that_fails_closes_its_connection(
     assert not store._pool._open
 
 
-def test_a_contradiction_is_no_outage(store: SQLiteStore) -> None:
-    """A second restriction of one id is the caller's mistake, and undone like any other."""
+def test_a_contradiction_is_not_an_outage(store: SQLiteStore) -> None:
+    """A second restriction with one id is the caller's mistake, and rolled back like any other."""
     impose(store, "jo", 1)
     with pytest.raises(StoreError) as raised, store.transaction() as turn:
         turn.add_restriction(restriction("jo", 1))
@@ -1351,7 +1351,7 @@ def test_a_contradiction_is_no_outage(store: SQLiteStore) -> None:
 
 
 def test_the_files_are_their_owners_alone(path: Path) -> None:
-    """The database, its log and its index have mode 0600, whatever the umask."""
+    """The database, its log and its index have mode 0600 with any umask."""
     old = os.umask(0)
     try:
         with SQLiteStore(path) as store:
@@ -1363,17 +1363,17 @@ def test_the_files_are_their_owners_alone(path: Path) -> None:
     assert modes == dict.fromkeys(("ipguard.db", "ipguard.db-wal", "ipguard.db-shm"), 0o600)
 
 
-def test_a_new_store_is_told_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where a file was lost, one made in its place restricts nobody: a warning says so, once."""
+def test_creating_a_store_logs_a_warning(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A store created in place of a lost file restricts no user; the log warns once."""
     with SQLiteStore(path), SQLiteStore(path):
         assert caplog.messages == [f"{path}: created a new store, in which no user is restricted"]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_a_file_that_others_may_use_is_warned_of(
+def test_a_file_that_others_can_access_logs_a_warning(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A backup that was copied back has the rights that the copier gave it."""
+    """A restored backup has the permissions of the copy."""
     SQLiteStore(path).close()
     caplog.clear()
     path.chmod(0o640)
@@ -1382,7 +1382,7 @@ def test_a_file_that_others_may_use_is_warned_of(
 
 
 def test_commits_are_durable(store: SQLiteStore) -> None:
-    """Every connection has what a power cut asks for, the one that commits above all."""
+    """Every connection has the settings that survive a power cut."""
     wanted = {
         "journal_mode": "wal",
         "synchronous": 2,
@@ -1400,7 +1400,7 @@ def test_commits_are_durable(store: SQLiteStore) -> None:
 def test_a_relative_path_stays_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that changes its directory, as daemons do, keeps its database."""
+    """A process that changes its directory, like a daemon, keeps its database."""
     monkeypatch.chdir(tmp_path)
     with SQLiteStore("here.db") as store:
         monkeypatch.chdir("/")
@@ -1409,7 +1409,7 @@ def test_a_relative_path_stays_the_same_file(
 
 
 def test_one_statement_is_a_policy(store: SQLiteStore) -> None:
-    """A policy is one SELECT, and with that one snapshot, which finds every row by a key."""
+    """A policy is one SELECT, so one snapshot, and finds every row by a key."""
     impose(store, "jo", 1)
     with store._pool.connection() as connection:
         seen: list[str] = []
@@ -1422,12 +1422,12 @@ def test_one_statement_is_a_policy(store: SQLiteStore) -> None:
     assert all(row[3].startswith("SEARCH") for row in plan)
 
 
-def test_a_sync_reads_nothing_but_what_changed(store: SQLiteStore) -> None:
-    """However long the trail is, a sync finds its rows in it by keys."""
+def test_a_sync_reads_only_changes(store: SQLiteStore) -> None:
+    """A sync finds its entries by keys, however long the audit log is."""
     impose(store, "jo", 1)
     with store._pool.connection() as connection:
         plan = connection.rows("EXPLAIN QUERY PLAN " + CHANGES_SINCE, (1, 1, 10))
-    steps = [row[3] for row in plan if row[3].split()[1] != "t"]  # t: what has been found
+    steps = [row[3] for row in plan if row[3].split()[1] != "t"]  # t: the subquery
     assert len(steps) == 4
     assert all(step.startswith("SEARCH") for step in steps)
 
@@ -1436,21 +1436,21 @@ def test_a_sync_reads_nothing_but_what_changed(store: SQLiteStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ":memory:", "a\0b"])
-def test_no_path_is_no_store(name: str) -> None:
-    """What SQLite takes for a database of its own in memory is refused."""
+def test_an_empty_path_is_refused(name: str) -> None:
+    """SQLite would take it for a database in memory."""
     with pytest.raises(StoreConfigError, match="memory://"):
         SQLiteStore(name)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
-def test_a_timeout_is_some_time(path: Path, timeout: float) -> None:
-    """Every wait has an end."""
+def test_an_invalid_timeout_is_refused(path: Path, timeout: float) -> None:
+    """Every wait must end."""
     with pytest.raises(StoreConfigError, match="timeout"):
         SQLiteStore(path, timeout=timeout)
 
 
 def test_a_place_that_cannot_hold_the_file(tmp_path: Path) -> None:
-    """A directory, or one that is not there, is named with what is wrong."""
+    """The error says what is wrong with a directory, or a missing one."""
     with pytest.raises(StoreConfigError, match="not a file"):
         SQLiteStore(tmp_path)
     with pytest.raises(StoreConfigError, match="No such file or directory"):
@@ -1459,7 +1459,7 @@ def test_a_place_that_cannot_hold_the_file(tmp_path: Path) -> None:
 
 @may_fork
 def test_a_file_that_may_not_be_written() -> None:
-    """A store needs to write, even to read: WAL keeps its readers' marks in a file."""
+    """A store needs to write even to read: in WAL mode readers mark their position in a file."""
     with TemporaryDirectory() as folder:  # that others can reach, as they cannot reach `tmp_path`
         Path(folder).chmod(0o755)
         path = Path(folder) / "a.db"
@@ -1484,8 +1484,8 @@ def as_nobody() -> None:
 
 @may_fork
 @pytest.mark.parametrize("where", ["file", "folder"])
-def test_what_was_read_only_for_a_while_is_written_again(where: str) -> None:
-    """At once, though connections from that time are idle, and one is waiting."""
+def test_a_file_that_was_read_only_is_written_again(where: str) -> None:
+    """At once, although connections from that time are idle, and one is waiting."""
     with TemporaryDirectory() as name:  # that others can reach, as they cannot reach `tmp_path`
         folder = Path(name)
         path = folder / "a.db"
@@ -1533,8 +1533,8 @@ def test_what_was_read_only_for_a_while_is_written_again(where: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"hello", b"not a database" * 1000])
-def test_a_file_that_is_no_database(path: Path, content: bytes) -> None:
-    """It is refused and left as it was."""
+def test_a_file_that_is_not_a_database(path: Path, content: bytes) -> None:
+    """It is refused and left unchanged."""
     path.write_bytes(content)
     with pytest.raises(StoreConfigError, match="not an SQLite database"):
         SQLiteStore(path)
@@ -1545,7 +1545,7 @@ def test_a_file_that_is_no_database(path: Path, content: bytes) -> None:
     "statement", ["CREATE TABLE users (id)", "PRAGMA application_id = 7", "PRAGMA user_version = 3"]
 )
 def test_another_programs_database(path: Path, statement: str) -> None:
-    """It is refused and left as it was; one without any content is nobody's."""
+    """It is refused and left unchanged; an empty one is used."""
     with raw(path) as connection:
         connection.execute(statement)
     before = path.read_bytes()
@@ -1558,8 +1558,8 @@ def test_another_programs_database(path: Path, statement: str) -> None:
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_checking_only_makes_nothing(path: Path) -> None:
-    """`migrate=False` says what is missing, and does nothing about it."""
+def test_checking_only_creates_nothing(path: Path) -> None:
+    """`migrate=False` reports what is missing, and changes nothing."""
     with pytest.raises(StoreConfigError, match="No such file"):
         SQLiteStore(path, migrate=False)
     assert not path.exists()
@@ -1573,7 +1573,7 @@ def test_checking_only_makes_nothing(path: Path) -> None:
 
 
 def test_a_host_may_migrate_by_itself(path: Path) -> None:
-    """The SQL that `migrations` gives is all that a store needs."""
+    """The SQL of `migrations` is all that a store needs."""
     path.touch()
     with raw(path) as connection:
         for version, sql in migrations():
@@ -1591,7 +1591,7 @@ def set_schema(path: Path, version: int, oldest: int) -> None:
 
 
 def test_a_newer_schema_that_admits_this_library(store: SQLiteStore, path: Path) -> None:
-    """Old servers run on, and start, while a new schema is rolled out."""
+    """Old servers keep running, and start, while a new schema is rolled out."""
     set_schema(path, 99, 1)
     assert impose(store, "jo", 1) == 2
     with SQLiteStore(path) as again:
@@ -1600,7 +1600,7 @@ def test_a_newer_schema_that_admits_this_library(store: SQLiteStore, path: Path)
 
 
 def test_a_newer_schema_that_does_not(store: SQLiteStore, path: Path) -> None:
-    """Such a store cannot be opened, and one that is open stops answering."""
+    """Such a store cannot be opened, and an open one stops answering."""
     store.load_policy("jo")
     set_schema(path, 99, SCHEMA_VERSION + 1)
     for migrate in (None, True, False):
@@ -1614,7 +1614,7 @@ def test_a_newer_schema_that_does_not(store: SQLiteStore, path: Path) -> None:
 
 
 def test_an_older_schema_needs_a_migration(path: Path) -> None:
-    """Checking only, the store says which version it found and which it needs."""
+    """With checks only, the error has the version found and the version needed."""
     SQLiteStore(path).close()
     set_schema(path, 0, 0)
     with pytest.raises(SchemaVersionError) as raised:
@@ -1622,8 +1622,8 @@ def test_an_older_schema_needs_a_migration(path: Path) -> None:
     assert (raised.value.found, raised.value.needed) == (0, SCHEMA_VERSION)
 
 
-def test_a_faster_process_makes_the_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waited for the lock finds the work done."""
+def test_a_faster_process_creates_the_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waited for the lock finds the schema complete."""
     plain, turns = _schema._use_wal, [True]
 
     def overtaken(connection: Connection) -> None:
@@ -1639,7 +1639,7 @@ def test_a_faster_process_makes_the_schema(path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_failed_migration_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A schema is there as a whole or not at all."""
+    """A schema is created completely or not at all."""
     *before, (version, sql) = migrations()
     broken = [*before, (version, sql + "INSERT INTO missing VALUES (1);\n")]
     with monkeypatch.context() as patch:
@@ -1655,7 +1655,7 @@ def test_a_failed_migration_leaves_nothing(path: Path, monkeypatch: pytest.Monke
 
 
 def test_many_users_do_not_fill_the_memory(store: SQLiteStore) -> None:
-    """A generator of users is read as it comes, and put again it changes nothing."""
+    """A generator of users is read as a stream, and adding them again changes nothing."""
     count = rounds(5_000, 100_000)
 
     def users() -> Iterator[User]:
@@ -1682,7 +1682,7 @@ def store_token(store: SQLiteStore, revision: int) -> str:
 
 
 def test_users_put_in_between_are_compared_again(store: SQLiteStore) -> None:
-    """What changes is found out before the lock, and again if users were put since then."""
+    """Users are compared before the lock, and again if users were written since then."""
     began, go = threading.Event(), threading.Event()
     plain = store._write_bulk
     revisions: list[int] = []
@@ -1711,8 +1711,8 @@ def test_users_put_in_between_are_compared_again(store: SQLiteStore) -> None:
     ]
 
 
-def test_a_guard_far_behind_is_told_everybody(store: SQLiteStore) -> None:
-    """The list of users that it would have to drop is bounded."""
+def test_a_guard_far_behind_gets_everybody(store: SQLiteStore) -> None:
+    """The list of users to drop is bounded."""
     cursor = store.changes_since(None)[:2]
     with store.transaction() as turn:
         for number in range(10_001):
@@ -1725,7 +1725,7 @@ def test_a_guard_far_behind_is_told_everybody(store: SQLiteStore) -> None:
 
 
 def test_numbers_and_texts_that_no_column_holds(store: SQLiteStore) -> None:
-    """What comes from outside finds nothing, and raises nothing of the driver's."""
+    """Such arguments find nothing, and raise no error of the driver."""
     huge = 2**70
     assert store.changes_since((huge, "x")).usernames is RESET
     assert not store.wait(huge, 0.01)
@@ -1743,13 +1743,13 @@ def test_numbers_and_texts_that_no_column_holds(store: SQLiteStore) -> None:
 
 
 def test_an_action_of_a_newer_library(store: SQLiteStore, path: Path) -> None:
-    """The trail stays readable where a newer library has written to it."""
+    """The audit log stays readable after a newer library has written to it."""
     with raw(path) as connection:
         connection.execute("UPDATE changes SET action = 'teleport' WHERE revision = 1")
     assert [change.action for change in store.history(EVERY)] == ["teleport"]
 
 
 def test_nothing_secret_shows(store: SQLiteStore, path: Path) -> None:
-    """A store shows its path, and nothing else."""
+    """The `repr` has the path only."""
     assert repr(store) == f"<SQLiteStore {path}>"
     assert isinstance(open_store(f"sqlite:///{path}"), SQLiteStore)

@@ -1,4 +1,4 @@
-"""What others change while an import has been judged, and is waiting for the writer's turn."""
+"""Changes by others between the checks of an import and its write transaction."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ MANY = 150  # users; so many are staged, and not compared one by one
 
 
 class Between(StoreCase):
-    """Others change something between the judging of an import and its turn."""
+    """A store in which others change something between the checks and the transaction."""
 
     @pytest.fixture(autouse=True)
     def _patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch = monkeypatch
 
     def between(self, change: Callable[[], object]) -> None:
-        """Let another thread change something once the restrictions are judged."""
+        """Let another thread change something once the restrictions are checked."""
         judge = BulkRestrictions.judge
 
         def judged(staged: BulkRestrictions, db: Any, now: datetime) -> None:
@@ -59,7 +59,7 @@ class Between(StoreCase):
         return count
 
     def refused(self, kind: type[IPGuardError], *staged: Restriction, per_user: int = 10) -> None:
-        """Fail unless all are refused, in a turn that goes on and changes something else."""
+        """Fail unless all are refused, in a transaction that then changes something else."""
         with self.store.transaction(staged=staged) as turn:
             with raises(kind):
                 turn.add_staged(per_user=per_user)
@@ -68,14 +68,14 @@ class Between(StoreCase):
         for name in ("alice", "bob"):
             assert ids.isdisjoint(r.id for r in self.held(name))
 
-    def test_a_user_who_goes(self) -> None:
-        """A user removed in between is not known, whoever else is."""
+    def test_a_user_who_is_removed(self) -> None:
+        """A user removed in between is unknown; the others stay known."""
         self.put("alice", "bob")
         self.between(lambda: self.store.remove_users(["bob"]))
         self.refused(UnknownUser, self.restriction("alice"), self.restriction("bob"))
 
-    def test_addresses_that_come(self) -> None:
-        """Addresses added in between are there already; once they have expired they make way."""
+    def test_addresses_that_are_added(self) -> None:
+        """Addresses added in between are duplicates; once they have expired they are replaced."""
         self.put("alice", "bob")
         soon = self.clock() + timedelta(seconds=1)
         self.between(lambda: self.add(self.restriction("bob", "203.0.113.7", expires_at=soon)))
@@ -87,8 +87,8 @@ class Between(StoreCase):
         assert self.stage(mine, self.restriction("bob", "203.0.113.8", created_at=soon)) == 2
         assert len(self.held("bob")) == 2
 
-    def test_room_that_goes(self) -> None:
-        """What a user was given in between counts for how many it may have."""
+    def test_restrictions_that_use_up_the_limit(self) -> None:
+        """Restrictions added in between count for the limit per user."""
         self.put("alice", "bob")
         more = [self.restriction("bob") for _ in range(3)]
         self.between(lambda: self.add(self.restriction("bob")))
@@ -96,7 +96,7 @@ class Between(StoreCase):
         assert self.stage(*more, per_user=4) == 3
 
     def test_everybody_is_touched(self) -> None:
-        """A change that names nobody has them all judged again."""
+        """After a change that touches EVERYBODY, all restrictions are checked again."""
         self.put("alice", "bob")
 
         def change() -> None:
@@ -110,7 +110,7 @@ class Between(StoreCase):
         assert self.stage(self.restriction("bob"), self.restriction("alice")) == 2
 
     def test_more_changes_than_are_read(self) -> None:
-        """After many changes all are judged again, and the last of them counts."""
+        """After many changes all are checked again, and the last one counts."""
         self.patch.setattr("ipguard.stores._sql.bulk.CHANGES_READ", 1)
         self.put("alice", "bob")
 
@@ -122,8 +122,8 @@ class Between(StoreCase):
         self.between(change)
         self.refused(DuplicateRestriction, self.restriction("bob", "203.0.113.7"))
 
-    def test_what_refused_is_gone(self) -> None:
-        """What was in the way is lifted, or expires, before the turn: then all are added."""
+    def test_a_duplicate_that_disappears(self) -> None:
+        """If a duplicate is lifted, or expires, before the transaction, all are added."""
         self.put("alice", "bob")
         soon = self.clock() + timedelta(seconds=1)
         lifted = self.restriction("bob", "203.0.113.7")
@@ -140,8 +140,8 @@ class Between(StoreCase):
         assert self.stage(self.restriction("alice", "203.0.113.7", created_at=soon)) == 1
         assert len(self.held()) == len(self.held("bob")) == 1
 
-    def test_what_refused_is_there_still(self) -> None:
-        """It refuses again, whether others changed something or not."""
+    def test_a_duplicate_that_stays(self) -> None:
+        """It refuses the import again, whether others changed something or not."""
         self.put("alice", "bob")
         self.add(self.restriction("bob", "203.0.113.7"))
         for change in (lambda: 0, lambda: self.touch("alice")):
@@ -152,8 +152,8 @@ class Between(StoreCase):
                 self.restriction("bob", "203.0.113.7"),
             )
 
-    def test_they_are_not_there_before_they_are_added(self) -> None:
-        """A turn that looks first sees none of them, may write others, and can add them then."""
+    def test_staged_rows_are_invisible_until_they_are_added(self) -> None:
+        """A transaction that reads first sees none of them, and can still add them later."""
         self.put("alice")
         mine, other = self.restriction(), self.restriction()
         with self.store.transaction(staged=[mine]) as turn:
@@ -166,8 +166,8 @@ class Between(StoreCase):
             self.append(turn, frozenset({"alice"}))
         assert self.held() == (other,)
 
-    def test_users_of_others_meanwhile(self) -> None:
-        """Users put and removed while many are compared: the import says what is so afterwards."""
+    def test_users_written_by_others(self) -> None:
+        """The import reports the differences after users were added and removed in between."""
         many = [user(f"u{number:03}") for number in range(MANY)]
         self.store.put_users(many[:50])
         compare = BulkUsers.compare
@@ -211,7 +211,7 @@ class TestPostgres(Between):
 
     @contextmanager
     def written_ahead(self, meanwhile: Callable[[], object]) -> Iterator[None]:
-        """Do something on another thread when many users are written, and not yet there."""
+        """Run something on another thread when many users are written, but invisible."""
         ahead = BulkUsers.write_ahead
 
         def wrote(staged: BulkUsers, db: Any) -> None:
@@ -222,8 +222,8 @@ class TestPostgres(Between):
             patch.setattr(BulkUsers, "write_ahead", wrote)
             yield
 
-    def test_nobody_waits_for_users_that_are_being_put(self) -> None:
-        """Others have their turns and see nothing of them; who signs up the same user waits."""
+    def test_a_bulk_write_of_users_delays_only_the_same_users(self) -> None:
+        """Other writers continue and see none of them; a sign-up of the same user waits."""
         self.put("alice")
         many, waiting = [user(f"u{number:03}") for number in range(MANY)], []
 
@@ -243,8 +243,8 @@ class TestPostgres(Between):
         assert [call.result() for call in waiting] == [5, 5]
         assert len(self.store.overview(Actor.EVERY_ACCOUNT, limit=2 * MANY).items) == MANY + 2
 
-    def test_who_signs_up_waits_no_longer_than_it_may(self) -> None:
-        """It is told so after the store's timeout, and the import goes on."""
+    def test_a_sign_up_waits_for_at_most_the_timeout(self) -> None:
+        """It then raises, and the import continues."""
         self.put("alice")
         many = [user(f"u{number:03}") for number in range(MANY)]
         separator = "&" if "?" in self.url else "?"
@@ -261,8 +261,8 @@ class TestPostgres(Between):
             assert self.store.put_users(many) == 2
         assert hasty.put_users([many[7], user("zoe")]) == 3
 
-    def test_a_client_that_hangs_keeps_nobody_from_signing_up(self) -> None:
-        """Whoever puts many users, and stops half way, loses its place to the next."""
+    def test_a_hanging_client_does_not_block_sign_ups(self) -> None:
+        """A client that stops in the middle of a bulk write loses its lock."""
         self.put("alice")
         separator = "&" if "?" in self.url else "?"
         hanging = open_store(f"{self.url}{separator}timeout=0.3")
@@ -276,8 +276,8 @@ class TestPostgres(Between):
         assert revisions == [2]
         assert len(self.store.overview(Actor.EVERY_ACCOUNT).items) == 2
 
-    def test_a_trail_that_is_pruned_meanwhile(self) -> None:
-        """Whose policies have changed is not known then, so all are judged again."""
+    def test_an_audit_log_that_is_pruned(self) -> None:
+        """The touched users are then unknown, so all restrictions are checked again."""
         self.put("alice", "bob")
         rows = Batch.rows
 
@@ -298,7 +298,7 @@ class TestPostgres(Between):
         self.refused(DuplicateRestriction, self.restriction("bob", "203.0.113.7"))
 
     def test_a_database_that_isolates_more_by_default(self) -> None:
-        """A turn rests on what was committed before it, not on what its transaction saw first."""
+        """A transaction sees all earlier commits, even those after its first snapshot."""
         self.put("alice")
         separator = "&" if "?" in self.url else "?"
         default = quote("-c default_transaction_isolation=serializable")
@@ -325,8 +325,8 @@ class TestPostgres(Between):
         leave.set()
         assert [call.result() for call in calls] == [None, 5]
 
-    def test_a_library_that_knows_nothing_of_it(self) -> None:
-        """Users that are put past the import, as an older library does, make it say so."""
+    def test_an_older_library(self) -> None:
+        """If an older library writes users without the lock, the import raises."""
         self.put("alice")
 
         def meanwhile() -> None:

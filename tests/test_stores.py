@@ -1,4 +1,4 @@
-"""Every store keeps every promise of `ipguard.store`, and all of them answer alike."""
+"""Every store passes the conformance suite, and all of them answer alike."""
 
 import contextlib
 import re
@@ -160,7 +160,7 @@ Ask = Callable[[Any], Any]
 
 
 class Undone(Exception):
-    """Undoes a turn."""
+    """Rolls a transaction back."""
 
 
 def _outcome(call: Callable[[], object]) -> object:
@@ -269,7 +269,7 @@ questions = st.one_of(
 
 
 def _state(store: RestrictionStore, cursors: list[tuple[int, str]]) -> object:
-    """All that can be asked about where a store stands; tokens are random, and left out."""
+    """Return everything that a store's state shows, except for its random tokens."""
     revision, policies = store.load_all_policies()
     changes = [store.changes_since(cursor) for cursor in cursors]
     head = store.changes_since(None)
@@ -296,7 +296,7 @@ def test_all_stores_answer_alike(
     tmp_path_factory: pytest.TempPathFactory,
     postgres: Server | Given,
 ) -> None:
-    """Whatever is written and asked, in whatever order, each store answers as the memory does."""
+    """Each store answers any sequence of writes and reads like the memory store."""
     clock = FakeClock(START)
     folder = tmp_path_factory.mktemp("alike")
     with (
@@ -332,7 +332,7 @@ def touched(store: RestrictionStore) -> int:
 def test_pruning_keeps_a_gapless_end(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Rows before the moment go, but never the last one, nor one after a row that stays."""
+    """Entries before the time are deleted, but never the last one, nor one after a kept entry."""
     clock = FakeClock(START)
     url = f"sqlite:///{tmp_path}/a.db"
     if kind == "postgres":
@@ -371,7 +371,7 @@ def _indexes(text: str) -> list[str]:
 
 
 def test_the_dialects_have_one_schema() -> None:
-    """SQLite's and PostgreSQL's migrations make the same tables, columns and indexes."""
+    """The migrations of SQLite and PostgreSQL create the same tables, columns and indexes."""
     texts = [_migrations(dialect) for dialect in ("sqlite", "postgresql")]
     assert [number for number, _ in texts[0]] == [number for number, _ in texts[1]]
     for (_, one), (_, other) in zip(*texts, strict=True):

@@ -1,4 +1,4 @@
-"""A plain guard and a preloaded one over the same store, and all that may happen to both."""
+"""A plain guard and a preloaded one over the same store, and the events that both see."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ STEPS = st.lists(st.tuples(ACTS, st.booleans(), st.lists(ACTS, max_size=2)), max
 def compare(
     world: World, steps: list[tuple[Any, bool, list[Any]]], *, deny: bool, capacity: int
 ) -> None:
-    """Let it all happen, and assert that both guards decide alike."""
+    """Let everything happen, and assert that both guards decide alike."""
     twins = Twins(world, deny=deny, capacity=capacity)
     for step, logins, meanwhile in steps:
         for late in meanwhile:
