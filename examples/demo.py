@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The whole way once: from a page without restrictions to a login that is refused, and why.
+"""A walk through ipguard: from a page without restrictions to a login that is refused.
 
-    python3 dev.py demo           in a terminal, with everything that it needs
-    python3 dev.py demo --keep    the same, and leaves the database for exploring
+    python3 dev.py demo           install what it needs, then run it
+    python3 dev.py demo --keep    the same, but keep the database
 
-On an SQLite file, a real SMTP server on this machine, and a second process. Each step says what it
-expects; the program ends non-zero if anything came out other than expected.
+It uses a SQLite file, a real SMTP server on this machine, and a second process. Each step prints
+its expectations; the exit status is 1 if one is not met.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ FROM_HOME = "2001:db8:7::25"
 LOGINS = (
     ("jsmith", "203.0.113.5", Reason.LISTED, "in the office's network"),
     ("jsmith", "::ffff:203.0.113.5", Reason.LISTED, "the same address, IPv4-mapped"),
-    ("JSmith", "203.0.113.5", Reason.LISTED, "the same user, spelt otherwise"),
+    ("JSmith", "203.0.113.5", Reason.LISTED, "the same user, spelt differently"),
     ("jsmith", FROM_HOME, Reason.LISTED, "in the network at home"),
     ("jsmith", "203.0.113.8", Reason.NOT_LISTED, "one past the office's network"),
     ("jsmith", "::ffff:198.51.100.7", Reason.NOT_LISTED, "elsewhere, IPv4-mapped"),
     ("jsmith", "2001:db8:8::25", Reason.NOT_LISTED, "elsewhere"),
     ("jsmith", "203.0.113.005", Reason.BAD_ADDRESS, "octal to some programs"),
-    ("jsmith", "203.0.113.5 ", Reason.BAD_ADDRESS, "a blank at the end"),
+    ("jsmith", "203.0.113.5 ", Reason.BAD_ADDRESS, "a space at the end"),
     ("jsmith", "3405803781", Reason.BAD_ADDRESS, "203.0.113.5 as one number"),
-    ("jsmith", "203.0.113.5, 10.0.0.1", Reason.BAD_ADDRESS, "a proxy's header, not taken apart"),
+    ("jsmith", "203.0.113.5, 10.0.0.1", Reason.BAD_ADDRESS, "the whole header of a proxy"),
     ("mlee", "198.51.100.7", Reason.UNRESTRICTED, "a user without restrictions"),
 )
 
@@ -83,7 +83,7 @@ def url_of(path: Path) -> str:
 
 
 class Demo:
-    """What the steps share: the store, the workflow, a login server's guard, and the mails."""
+    """The steps, with the store, the workflow, a login server's guard and the mails."""
 
     def __init__(self, store: ipguard.RestrictionStore, guard: Guard, mail: MailServer) -> None:
         self.store = store
@@ -98,10 +98,10 @@ class Demo:
             settings=WorkflowSettings(confirm_deletes="last"),
         )
 
-    # -- what several steps do
+    # -- helpers
 
     def page(self) -> list[tuple[str, ...]]:
-        """Print the page, and return its rows."""
+        """Print the page and return its rows."""
         rows: list[tuple[str, ...]] = [
             (
                 line.user.full_name,
@@ -117,7 +117,7 @@ class Demo:
         return rows
 
     def next_mail(self) -> tuple[EmailMessage, list[str], str]:
-        """Return the mail that arrives next, the lines of its text, and the number in it."""
+        """Return the next mail, the lines of its text, and the number in it."""
         mail = self.mail.receive()
         body = mail.get_body(("plain",))
         lines = [] if body is None else str(body.get_content()).splitlines()
@@ -136,7 +136,7 @@ class Demo:
         self.store.put_users(USERS)
         rows = self.page()
         say.expect("the account's three users, and no user of another", len(rows), 3)
-        say.expect("nobody is restricted", {row[3] for row in rows}, {"No restrictions"})
+        say.expect("no user is restricted", {row[3] for row in rows}, {"No restrictions"})
 
     def a_request(self) -> PendingRequest:
         say = self.report
@@ -145,14 +145,14 @@ class Demo:
             self.flow.request(ADMIN, "jsmith", "203.0.113.3/29")
         except ipguard.AddressError as refused:
             say.line(f"typed wrongly first: {refused}")
-            say.expect("refused, with what was perhaps meant", refused.hint, OFFICE)
+            say.expect("refused, with a proposal", refused.hint, OFFICE)
         else:
             say.expect("a network with host bits set is refused", "accepted", "refused")
         request = self.flow.request(ADMIN, "jsmith", OFFICE, label="office")
         rows = self.page()
         say.expect("it is pending", rows[0][4], f"add {OFFICE}")
         decision = self.guard.check("jsmith", "198.51.100.7")
-        say.expect("and restricts nobody yet", decision.reason, Reason.UNRESTRICTED)
+        say.expect("and restricts no user yet", decision.reason, Reason.UNRESTRICTED)
         return request
 
     def the_mail(self) -> str:
@@ -161,7 +161,7 @@ class Demo:
         mail, lines, number = self.next_mail()
         for line in (*(f"{name}: {mail[name]}" for name in ("From", "To", "Subject")), "", *lines):
             say.quote(line)
-        say.expect("it went to the one who asked", mail["To"], ADMIN.email)
+        say.expect("it went to the requester", mail["To"], ADMIN.email)
         say.expect("and holds one number", len(number), 11)
         return number
 
@@ -179,18 +179,18 @@ class Demo:
         applied = self.flow.confirm(ADMIN, request.id, number.replace("-", " "))
         say.line(f"{number}: confirmed, as revision {applied.revision}")
         told = ["john.smith@example.com", ADMIN.email]
-        say.expect("requester and user are told by mail", self.notices(2), told)
+        say.expect("requester and user get a mail", self.notices(2), told)
         second = self.flow.request(ADMIN, "jsmith", HOME, label="home")
         applied = self.flow.confirm(ADMIN, second.id, self.next_mail()[2])
         self.notices(2)
         rows = self.page()
-        say.expect("a second one likewise; both hold", rows[0][3:], (f"{OFFICE}, {HOME}", ""))
+        say.expect("a second one is added; both hold", rows[0][3:], (f"{OFFICE}, {HOME}", ""))
         caught_up = self.guard.wait_for(applied.revision, timeout=5)
         say.expect("the login server's guard has caught up", got=caught_up, wanted=True)
 
     def logins(self) -> None:
         say = self.report
-        say.step("Logins: what the guard answers, and why")
+        say.step("Logins: the guard's decisions and their reasons")
         rows = []
         for username, address, reason, what in LOGINS:
             decision = self.guard.check(username, address)
@@ -220,11 +220,11 @@ class Demo:
             after = json.loads(server.readline())
         took = max(0.0, after["at"] - commits.last)
         say.line(f"after:  jsmith from {FROM_HOME}: {after['reason']}")
-        say.line(f"it answered differently {1000 * took:.1f} ms after the commit")
+        say.line(f"it changed its answer {1000 * took:.1f} ms after the commit")
         say.expect("it refuses", (after["reason"], after["allowed"]), ("not_listed", False))
         deleted = isinstance(applied, Applied) and applied.revision
         say.expect(f"and rests on revision {deleted}, the deletion", after["revision"], deleted)
-        say.expect("within max_staleness, the 5 s that are promised", got=took < 5, wanted=True)
+        say.expect("within max_staleness, which is 5 s", got=took < 5, wanted=True)
         self.notices(2)
 
     def the_last_one(self) -> None:
@@ -240,19 +240,19 @@ class Demo:
             self.flow.cancel(ADMIN, asked.id)
         say.expect("and can be cancelled", self.flow.overview(ADMIN).items[0].pending, ())
 
-    def the_trail(self) -> None:
+    def the_audit_log(self) -> None:
         say = self.report
-        say.step("The audit trail: every step since, the newest first")
-        trail = self.flow.history(ADMIN).items
+        say.step("The audit log: every change, newest first")
+        entries = self.flow.history(ADMIN).items
         rows = [
             (str(c.revision), f"{c.at:%H:%M:%S}", str(c.actor), str(c.action), _short(c.detail))
-            for c in trail
+            for c in entries
         ]
         say.table(("Revision", "UTC", "Actor", "Action", "Particulars"), rows)
         wanted = "cancel request delete confirm request confirm wrong_number request"
-        say.expect("all that was done, in its order", " ".join(c.action for c in trail), wanted)
-        # Revision 1 put the users of two accounts, which only actors of every account see.
-        say.expect("no revision is missing", [c.revision for c in trail], list(range(9, 1, -1)))
+        say.expect("every change, in order", " ".join(c.action for c in entries), wanted)
+        # Revision 1 registered users of two accounts; only actors of every account see it.
+        say.expect("no revision is missing", [c.revision for c in entries], list(range(9, 1, -1)))
 
     def what_is_kept(self, folder: Path, troubles: Troubles) -> None:
         say = self.report
@@ -265,7 +265,7 @@ class Demo:
         say.expect("the library logged no warning", troubles.lines, [])
 
     def walk(self, path: Path, troubles: Troubles) -> bool:
-        """Take every step; return whether all came out as expected."""
+        """Run every step; return whether all expectations were met."""
         self.the_page()
         request = self.a_request()
         number = self.the_mail()
@@ -273,19 +273,19 @@ class Demo:
         self.logins()
         self.second_process(path)
         self.the_last_one()
-        self.the_trail()
+        self.the_audit_log()
         self.what_is_kept(path.parent, troubles)
         return self.report.end()
 
 
 def _short(detail: Mapping[str, str]) -> str:
-    """Leave out the ids, which nobody reads."""
+    """Return the particulars without the ids."""
     return audit.encode({k: v for k, v in detail.items() if k not in ("request", "restriction")})
 
 
 @contextmanager
 def another_server(path: Path) -> Iterator[Any]:
-    """Start the second process, and give what it prints."""
+    """Start the second process and yield its output."""
     command = [sys.executable, __file__, "--follow", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -295,31 +295,31 @@ def another_server(path: Path) -> Iterator[Any]:
 
 
 def follow(path: Path) -> None:
-    """Be the second process: ask until the answer changes, and tell when that was."""
+    """Run the second process: check until the decision changes, and print when that was."""
     with ipguard.open_store(url_of(path)) as store, Guard(store) as guard:
-        tell(guard)
+        print_decision(guard)
         until = time.monotonic() + 20
         while guard.is_allowed("jsmith", FROM_HOME) and time.monotonic() < until:
             time.sleep(0.0002)
-        tell(guard)
+        print_decision(guard)
 
 
-def tell(guard: Guard) -> None:
-    at = time.monotonic()  # one clock for all processes of a machine
+def print_decision(guard: Guard) -> None:
+    at = time.monotonic()  # all processes of a machine share this clock
     decision = guard.check("jsmith", FROM_HOME)
-    told = {
+    decided = {
         "at": at,
         "allowed": decision.allowed,
         "reason": decision.reason,
         "revision": decision.revision,
         "woken_by": guard.stats().woken_by,
     }
-    print(json.dumps(told), flush=True)
+    print(json.dumps(decided), flush=True)
 
 
 def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Walk through ipguard once, in a terminal.")
-    parser.add_argument("--keep", action="store_true", help="leave the database for exploring")
+    parser.add_argument("--keep", action="store_true", help="keep the database")
     parser.add_argument("--follow", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(args)
     if options.follow is not None:
@@ -332,10 +332,10 @@ def main(args: list[str]) -> int:
         with (
             MailServer() as mail,
             ipguard.open_store(url_of(path)) as store,
-            Troubles() as troubles,  # after the warning that the store is new, which is right here
+            Troubles() as troubles,  # opened after the warning that the store is new
             Guard(store) as guard,
         ):
-            print("ipguard, the whole way once: restrict a user to addresses, then log in")
+            print("A walk through ipguard: restrict a user to addresses, then log in")
             print(f"database {path}\nmail server {mail.url}")
             well = Demo(store, guard, mail).walk(path, troubles)
     finally:
@@ -349,5 +349,5 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.lastResort = None  # the demo says itself what the library logged
+    logging.lastResort = None  # the demo itself prints what the library logged
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What the demos need beside ipguard: mail servers, a report, and two listeners to the log."""
+"""Mail servers, a report and two listeners to the log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PATIENCE = 10.0
 
 
 class MailServer:
-    """A real SMTP server on this machine: what it accepts waits here to be read."""
+    """A real SMTP server on this machine that keeps the mails it accepts."""
 
     def __init__(self) -> None:
         self._mails: queue.Queue[EmailMessage] = queue.Queue()
@@ -47,14 +47,14 @@ class MailServer:
         self._loop.close()
 
     def receive(self) -> EmailMessage:
-        """Return the next mail, waiting for it if need be."""
+        """Wait for the next mail and return it."""
         try:
             return self._mails.get(timeout=_PATIENCE)
         except queue.Empty:
             raise TimeoutError("no mail arrived") from None
 
     def waiting(self) -> int:
-        """Return how many mails nobody has read."""
+        """Return how many mails are unread."""
         return self._mails.qsize()
 
     async def handle_DATA(self, _: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802
@@ -81,7 +81,7 @@ class MailServer:
 
 @dataclass(frozen=True)
 class Received:
-    """A mail in the mailbox, numbered from 1, and when it came."""
+    """A mail in the mailbox, numbered from 1, with its time."""
 
     id: int
     at: datetime
@@ -94,7 +94,7 @@ class Received:
 
 
 class Mailbox(MailServer):
-    """A mail server that keeps its last mails, to be looked at again and again."""
+    """A mail server that keeps its last mails."""
 
     def __init__(self, size: int = 200) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Mailbox(MailServer):
         self._ids = itertools.count(1)
 
     def mails(self) -> list[Received]:
-        """Return the mails, the newest first."""
+        """Return the mails, newest first."""
         return list(self._kept)[::-1]
 
     def _keep(self, mail: EmailMessage) -> None:
@@ -110,7 +110,7 @@ class Mailbox(MailServer):
 
 
 class Report:
-    """Prints the steps, and keeps what came out other than expected."""
+    """Print the steps, and count the expectations that were not met."""
 
     def __init__(self) -> None:
         self._colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -129,7 +129,7 @@ class Report:
         print(f"   | {text}".rstrip())
 
     def table(self, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Print rows in columns as wide as what is in them."""
+        """Print rows in columns that fit their content."""
         lines = [heads, *rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
         for number, line in enumerate(lines):
@@ -139,12 +139,12 @@ class Report:
             print(f"   {text}")
 
     def expect(self, what: str, got: Any, wanted: Any) -> None:
-        """Say whether something came out as expected."""
+        """Print whether an expectation was met."""
         if self.count(what, got, wanted):
             print(f"   {self._in('32', 'as expected:')} {what}")
 
     def count(self, what: str, got: Any, wanted: Any) -> bool:
-        """Count an expectation; print it only where it was not met."""
+        """Count an expectation; print it only if it was not met."""
         self._expected += 1
         if got == wanted:
             return True
@@ -154,7 +154,7 @@ class Report:
         return False
 
     def end(self) -> bool:
-        """Print the sum; return whether all was as expected."""
+        """Print the sum; return whether all expectations were met."""
         if self._failed:
             print(
                 "\n" + self._in("31", f"{len(self._failed)} of {self._expected} not as expected:")
@@ -175,7 +175,7 @@ class Report:
 
 
 class _Listener(logging.Handler):
-    """A handler of one logger for the length of a `with` block."""
+    """A handler of one logger during a `with` block."""
 
     def __init__(self, name: str, level: int) -> None:
         super().__init__(level)
@@ -193,7 +193,7 @@ class _Listener(logging.Handler):
 
 
 class Troubles(_Listener):
-    """Keeps every warning and error that the library logs."""
+    """Keep every warning and error that the library logs."""
 
     def __init__(self) -> None:
         super().__init__("ipguard", logging.WARNING)
@@ -204,7 +204,7 @@ class Troubles(_Listener):
 
 
 class Commits(_Listener):
-    """Knows when the last change was committed: the audit line is written right after it."""
+    """Record when the last change was committed; its audit line is logged right after."""
 
     def __init__(self) -> None:
         super().__init__("ipguard.audit", logging.INFO)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""A small login server that asks ipguard after the password. It needs fastapi and uvicorn.
+"""A small login server that checks the address after the password. Needs fastapi and uvicorn.
 
     python examples/login_server.py [--store sqlite:///ipguard.db] [--port 8000]
 
     curl -i localhost:8000/login --json '{"username": "jsmith", "password": "correct horse"}'
 
-What it shows: a wrong address is refused in the same words and after the same work as a wrong
-password; the guard is asked about the user's record and the connection's address, never about what
-somebody typed; and while the store is down, everybody is told to come back later.
+A wrong address is refused in the same words and after the same work as a wrong password. The guard
+checks the username of the user's record and the address of the connection, never typed text. While
+the store is down, every login gets the same request to try again later.
 
-Left out, as it is no matter of addresses: a limit on attempts, the session, and TLS.
+Left out, because they do not concern addresses: a limit on attempts, sessions and TLS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field
 import ipguard
 from ipguard.testing import Outbox
 
-# 16 MiB and five rounds, as OWASP's Password Storage Cheat Sheet has it.
+# 16 MiB and five rounds, from OWASP's Password Storage Cheat Sheet.
 SCRYPT = {"n": 2**14, "r": 8, "p": 5}
 
 
@@ -56,7 +56,7 @@ def hashed(password: str, salt: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of a login: the record, if there is one, and the two outcomes."""
+    """The outcome of a login: the record, if there is one, and both checks."""
 
     account: Account | None
     password_is_right: bool
@@ -68,30 +68,30 @@ class Attempt:
 
 
 class Door:
-    """Looks at who wants to come in: the same work, whatever will come of it.
+    """Check logins with the same work, whatever the outcome.
 
     Args:
-        guard: Who may log in from where.
+        guard: The guard.
         accounts: The users.
     """
 
     def __init__(self, guard: ipguard.Guard, accounts: Iterable[Account]) -> None:
         self._guard = guard
-        # As a database with a case-insensitive collation finds them.
+        # Like a database with a case-insensitive collation.
         self._by_name = {account.username.casefold(): account for account in accounts}
         self._nobody = Account.new("", secrets.token_urlsafe())
 
     def look(self, username: str, password: str, address: str) -> Attempt:
         account = self._by_name.get(username.casefold())
 
-        # A user who does not exist costs a hash as well.
+        # An unknown user costs a hash too.
         known = account or self._nobody
         digest = hashed(password, known.salt)
         password_is_right = hmac.compare_digest(digest, known.digest) and account is not None
 
-        # The record's own name: what was typed may differ from it in ways that the database
-        # forgives. Only where there is no record is the typed text asked about, so that both take
-        # the same way through the guard; that answer lets nobody in.
+        # Check the username of the record: the typed text may differ from it in ways that the
+        # database ignores. Without a record, check the typed text so that the guard does the same
+        # work; that decision allows no login.
         asked = username if account is None else account.username
         return Attempt(account, password_is_right, self._guard.check(asked, address))
 
@@ -101,7 +101,7 @@ class Login(BaseModel):
     password: Annotated[str, Field(max_length=1024, repr=False)]
 
 
-# One text each, whatever the reason: "wrong address" would tell a thief that the password is right.
+# One text for every reason: "wrong address" would reveal that the password is right.
 REFUSED = "The username or the password is wrong, or you may not log in from where you are."
 UNREADABLE = "Please send a username and a password, as text."
 LATER = "Nobody can be logged in at the moment. Please try again in a few seconds."
@@ -111,40 +111,40 @@ def create_app(guard: ipguard.Guard, accounts: Iterable[Account]) -> FastAPI:
     """Make the login server's application.
 
     Args:
-        guard: Who may log in from where.
+        guard: The guard.
         accounts: The users.
     """
     door = Door(guard, accounts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with guard:  # its refresher: changes are known before anybody asks
+        with guard:  # start the refresher, which loads changes in the background
             yield
 
-    # Without the pages that describe it: a login server need not tell the world how it works.
+    # No API documentation: a login server need not describe itself.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
-    # FastAPI's own answer repeats what was sent, the password with it, and fails over some of it.
+    # FastAPI's own response repeats the input with the password, and fails on some input.
     @app.exception_handler(RequestValidationError)
     def unreadable(_: Request, __: RequestValidationError) -> Response:
         return JSONResponse({"detail": UNREADABLE}, 422)
 
-    # `def`, not `async def`: hashing and, for a user not in memory, the store both take time, and
-    # must not hold up the event loop. FastAPI runs such an endpoint on a thread.
+    # `def`, not `async def`: hashing and, on a miss, the store must not block the event loop.
+    # FastAPI runs a plain function on a thread.
     @app.post("/login")
     def login(attempt: Login, request: Request) -> Response:
-        # The connection's peer. Behind a proxy let uvicorn replace it, and only for that proxy:
+        # The peer of the connection. Behind a proxy let uvicorn replace it, only for that proxy:
         #     uvicorn ... --proxy-headers --forwarded-allow-ips=10.0.0.5
-        # Do not read X-Forwarded-For here: its leftmost entry is the client's to choose.
+        # Do not read X-Forwarded-For here: the client chooses its leftmost entry.
         address = request.client.host if request.client else ""
         came = door.look(attempt.username, attempt.password, address)
 
-        # Before the password's outcome is looked at, so that an outage does not give it away.
+        # Before the password's outcome is used, so that an outage does not reveal it.
         if came.decision.reason is ipguard.Reason.STORE_UNAVAILABLE:
             return JSONResponse({"detail": LATER}, 503, {"Retry-After": "5"})
         if came.let_in is None:
             return JSONResponse({"detail": REFUSED}, 401)
-        return JSONResponse({"username": came.let_in.username})  # a session would begin here
+        return JSONResponse({"username": came.let_in.username})  # start a session here
 
     return app
 
@@ -160,7 +160,7 @@ SAMPLES = {
 
 
 def fill(store: ipguard.RestrictionStore) -> None:
-    """Register the samples and restrict them, where that was not done before."""
+    """Register the sample users and restrict them, unless they are restricted already."""
     store.put_users(
         ipguard.User(username=name, full_name=name.title(), account_id="U1") for name in SAMPLES
     )
@@ -175,7 +175,7 @@ def fill(store: ipguard.RestrictionStore) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A login server that asks ipguard.")
+    parser = argparse.ArgumentParser(description="A login server that uses ipguard.")
     parser.add_argument("--store", default="memory://", help="the store's URL (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (%(default)s)")
     options = parser.parse_args()
@@ -184,7 +184,7 @@ def main() -> None:
         fill(store)
         app = create_app(ipguard.Guard(store), [Account.new(name, PASSWORD) for name in SAMPLES])
         print(f"The password of {', '.join(SAMPLES)} is {PASSWORD!r}.", flush=True)
-        # Unless told otherwise, uvicorn believes X-Forwarded-For from 127.0.0.1.
+        # By default, uvicorn trusts X-Forwarded-For from 127.0.0.1.
         uvicorn.run(app, host="127.0.0.1", port=options.port, proxy_headers=False)
 
 

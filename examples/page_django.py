@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # mypy: disable-error-code="import-untyped,untyped-decorator"
-"""The page beside a Django project, whose users and sessions it asks. Needs django.
+"""The page mounted next to a Django project, with its users and sessions. Needs django.
 
     python examples/page_django.py    # then http://127.0.0.1:8004/ip-restrictions/
 
-In a project, what `create_app` does stands in wsgi.py; the rest here is a project in one file.
+In a project, `create_app` belongs in wsgi.py; the rest is a project in one file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if not settings.configured:
     )
     django.setup()
 
-# Django's own parts can be imported only once it is set up.
+# These modules of Django can only be imported after django.setup().
 from django.contrib import auth
 from django.contrib.sessions.middleware import SessionMiddleware
 from django.core.handlers.wsgi import WSGIRequest
@@ -66,7 +66,7 @@ FORM = """<!doctype html><title>Sign in</title><form method="post">
 
 
 def authenticate(asked: Request) -> Any:
-    # The page is beside Django, so its session and its user are looked up here.
+    # The page runs outside Django, so look up the session and the user here.
     close_old_connections()
     request = WSGIRequest(asked.environ)
     SessionMiddleware(lambda _: HttpResponse()).process_request(request)
@@ -84,7 +84,7 @@ def create_app(flow: ipguard.Workflow, guard: ipguard.Guard) -> Any:
 # ------------------------------------------------------------------ the project
 
 
-@csrf_exempt  # for brevity: a project has Django's own login view
+@csrf_exempt  # for brevity; a project uses Django's own login view
 def login(request: HttpRequest) -> HttpResponse:
     user = auth.authenticate(
         request,
@@ -101,7 +101,7 @@ urlpatterns = [path("login", login)]
 
 
 def fill() -> None:
-    """Make the project's tables and its one user."""
+    """Create the project's tables and its user."""
     call_command("migrate", verbosity=0)
     users = auth.get_user_model().objects
     if not users.filter(username=ADMINISTRATOR).exists():

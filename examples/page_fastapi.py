@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The page in a FastAPI application with sessions of its own. Needs fastapi and uvicorn.
+"""The page in a FastAPI application with its own sessions. Needs fastapi and uvicorn.
 
 python examples/page_fastapi.py    # then http://127.0.0.1:8002/ip-restrictions/
 """
@@ -25,9 +25,9 @@ FORM = """<!doctype html><title>Sign in</title><form method="post">
 
 def create_app(flow: ipguard.Workflow, guard: ipguard.Guard) -> FastAPI:
     app = FastAPI()
-    sessions: dict[str, str] = {}  # in earnest: the host's session store
+    sessions: dict[str, str] = {}  # in production: the host's session store
 
-    # A plain function: it runs on a thread, so it may ask a database. `async def` works as well.
+    # A plain function runs on a thread, so it may query a database. `async def` works too.
     def authenticate(request: Request) -> ipguard.Actor | Response:
         username = sessions.get(request.cookies.get("session", ""))
         if username is None:

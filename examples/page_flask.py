@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The page beside a Flask application, which keeps the sessions. Needs flask.
+"""The page mounted next to a Flask application, with its sessions. Needs flask.
 
 python examples/page_flask.py    # then http://127.0.0.1:8003/ip-restrictions/
 """
@@ -30,7 +30,7 @@ def create_app(flow: ipguard.Workflow, guard: ipguard.Guard) -> Flask:
     app.config.update(SESSION_COOKIE_SAMESITE="Lax")
 
     def authenticate(asked: Request) -> Any:
-        # The page is beside Flask, so its session is opened for this request.
+        # The page runs outside Flask, so open its session for this request.
         with app.request_context(asked.environ):
             username = session.get("username")
         return redirect("/login") if username is None else actor_for(username, asked.remote_addr)

@@ -1,4 +1,4 @@
-"""What the examples of the page share: two traders, an administrator, numbers printed."""
+"""Sample data for the page's examples: two traders and an administrator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ADMINISTRATOR = "rjones"
 
 
 def open_sample() -> tuple[ipguard.Workflow, ipguard.Guard]:
-    """Open a store in memory. In earnest it is a database, and the key a secret of all servers."""
+    """Open a store in memory. In production, use a database and a key that all servers share."""
     store = ipguard.open_store("memory://")
     store.put_users(
         [
@@ -25,12 +25,13 @@ def open_sample() -> tuple[ipguard.Workflow, ipguard.Guard]:
 
 
 def actor_for(username: str, peer: str | None) -> ipguard.Actor:
-    """Return the actor of a request, from the host's own records.
+    """Return the actor of a request from the host's records.
 
     Args:
-        username: Who is signed in.
-        peer: The connection's peer, in the framework's spelling. It is no address on a Unix socket
-            (None, "", "unix:", "<local>", "localhost") and in a test client ("testclient").
+        username: The username of the session.
+        peer: The peer of the connection as the framework spells it. On a Unix socket (None, "",
+            "unix:", "<local>", "localhost") and in a test client ("testclient") it is not an
+            address.
     """
     try:
         address = None if peer is None else str(ipguard.AddressRange.parse(peer))

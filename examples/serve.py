@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A sample login server with the administration page in it, to look around in a browser.
+"""A sample login server with the administration page, to explore in a browser.
 
     python3 dev.py demo --serve              on a free port, until Ctrl-C
     python3 dev.py demo --serve --port 8000
-    python3 dev.py demo --serve --keep       leaves the database for exploring
+    python3 dev.py demo --serve --keep       keeps the database
 
-It has users, a mailbox that shows the mails which a real SMTP server here received, and a sign-in
-in which the client's address can be chosen. All of it listens on this machine alone.
+It has users, a mailbox with the mails that a real SMTP server received, and a sign-in form in which
+you choose the client's address. It listens on this machine alone.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ RESTRICTIONS = [
 
 
 def fill(store: ipguard.RestrictionStore, flow: Workflow) -> None:
-    """Register the users, restrict some, and leave one request waiting for its number."""
+    """Register the users, restrict some, and leave one request pending."""
     store.put_users(
         User(username=name, full_name=full, account_id=account, email=f"{name}@example.com")
         for name, full, account in USERS
@@ -89,7 +89,7 @@ def fill(store: ipguard.RestrictionStore, flow: Workflow) -> None:
 
 @contextlib.contextmanager
 def database(*, keep: bool) -> Iterator[str]:
-    """A database's URL, in a folder that goes with the program unless it is kept."""
+    """Yield a database's URL, in a folder that is deleted at the end unless it is kept."""
     folder = Path(tempfile.mkdtemp(prefix="ipguard-demo-"))
     try:
         yield f"sqlite:///{folder / 'ipguard.db'}"
@@ -116,27 +116,29 @@ def announce(base: str) -> None:
     print(flush=True)
 
 
-def ended(_signal: int, _frame: FrameType | None) -> None:
-    """End as an exception, so that what was opened is closed."""
+def stop(_signal: int, _frame: FrameType | None) -> None:
+    """Raise SystemExit, so that `with` blocks close everything."""
     sys.exit(0)
 
 
 def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="dev.py demo --serve", description="Serve ipguard's demo, to look around in a browser."
+        prog="dev.py demo --serve", description="Serve ipguard's demo, to explore in a browser."
     )
-    parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1 (a free one)")
-    parser.add_argument("--keep", action="store_true", help="leave the database for exploring")
+    parser.add_argument(
+        "--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the database")
     options = parser.parse_args(args)
     try:
-        # Listening before anything is printed: whoever reads the address can open it.
+        # Listen before printing, so that the printed address works.
         listener = socket.create_server(("127.0.0.1", options.port))
     except (OSError, OverflowError) as wrong:
-        print(f"port {options.port} of 127.0.0.1 cannot be had: {wrong}", file=sys.stderr)
+        print(f"port {options.port} of 127.0.0.1 cannot be opened: {wrong}", file=sys.stderr)
         return 1
-    # Both signals also reach us while nothing is served yet, or not any more.
-    signal.signal(signal.SIGINT, ended)
-    signal.signal(signal.SIGTERM, ended)
+    # Handle both signals before the server starts and after it ends, too.
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     with (
         listener,
         database(keep=options.keep) as url,
@@ -151,7 +153,7 @@ def main(args: list[str]) -> int:
         )
         fill(store, flow)
         app = create_site(flow, Guard(store), mailbox, PEOPLE)
-        # Unless told otherwise, uvicorn believes X-Forwarded-For from 127.0.0.1.
+        # By default, uvicorn trusts X-Forwarded-For from 127.0.0.1.
         config = uvicorn.Config(
             app, proxy_headers=False, log_level="warning", timeout_graceful_shutdown=3
         )
@@ -161,5 +163,5 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.lastResort = None  # that the store is new, which it says as a warning, is right here
+    logging.lastResort = None  # hide the warning that the store is new
     sys.exit(main(sys.argv[1:]))

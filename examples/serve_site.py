@@ -1,8 +1,8 @@
 """The site of `serve.py`: a sign-in, a home page, a mailbox, and ipguard's page mounted into it.
 
-It is what a host is to ipguard: it knows who is signed in (`authenticate`) and asks the guard after
-the password. Two things are the sample's alone, and it says so: the client's address can be chosen,
-and everybody can read the mailbox and the log.
+It is a host of ipguard: it knows the signed-in user (`authenticate`) and checks the guard after the
+password. Unlike a real host, it lets users choose the client's address, and anyone can read the
+mailbox and the log; its pages say so.
 
 Left out: a limit on attempts, and TLS, without which the cookie cannot be `Secure`.
 """
@@ -41,12 +41,12 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# A mail is shown as its own program would: with its styles, and with nothing else.
+# A mail is shown as a mail program would: with its styles, and nothing else.
 MAIL_HEADERS = HEADERS | {
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; "
     "frame-ancestors 'none'"
 }
-# Where a client may come from. These networks are set aside for examples (RFC 5737, RFC 3849).
+# The addresses to choose from, in networks reserved for examples (RFC 5737, RFC 3849).
 PLACES = {
     "192.0.2.10": "head office",
     "203.0.113.5": "branch office",
@@ -60,7 +60,7 @@ SESSION_LIMIT = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
-    """Somebody who can sign in; with `manages`, an administrator."""
+    """A person who can sign in; an administrator if `manages` is set."""
 
     username: str
     full_name: str
@@ -76,7 +76,7 @@ class Person:
 
 @dataclass(frozen=True)
 class SignedIn:
-    """A session: who, and from where."""
+    """A session: the person and the chosen address."""
 
     person: Person
     address: str
@@ -94,12 +94,12 @@ class Logged:
 
 
 class Site:
-    """What the pages share.
+    """The pages and their state.
 
     Args:
-        door: The login server's own.
-        mailbox: What the mail server received.
-        people: Who can sign in.
+        door: The login server's checks.
+        mailbox: The received mails.
+        people: The people who can sign in.
     """
 
     def __init__(self, door: Door, mailbox: Mailbox, people: Iterable[Person]) -> None:
@@ -131,7 +131,7 @@ class Site:
         return self.sessions.get(request.cookies.get(COOKIE, ""))
 
     def authenticate(self, request: Request) -> Actor | Response:
-        """Say to ipguard's page who is acting: the one question that it has to its host."""
+        """Return the acting person to ipguard's page."""
         session = self.session(request)
         if session is None:
             return RedirectResponse("/sign-in", 303, HEADERS)
@@ -172,9 +172,9 @@ class Site:
             return refused_form()
         username, place = form.get("username", ""), form.get("place", "")
         other = form.get("other", "").strip()
-        # A login server takes the connection's own, and nothing that a client can type.
+        # A real login server uses the address of the connection, never a typed one.
         address = other or (place if place in PLACES else peer(request))
-        # On a thread: hashing takes time, and so does the store for a user not in memory.
+        # On a thread: hashing and, on a miss, the store take time.
         came = await run_in_threadpool(
             self.door.look, username[:256], form.get("password", "")[:1024], address
         )
@@ -185,7 +185,7 @@ class Site:
         if came.let_in is None:
             return self.form(request, status=401, error=REFUSED, **typed)
         person = self.people[came.let_in.username]
-        # A session of its own for each sign-in: one known from before is worth nothing.
+        # A new session for each sign-in prevents session fixation.
         self.sessions.pop(request.cookies.get(COOKIE, ""), None)
         token = secrets.token_urlsafe(32)
         self.sessions[token] = SignedIn(person, address)
@@ -221,7 +221,7 @@ class Site:
         return Response(content, media_type=kind, headers=HEADERS)
 
     def note(self, username: str, address: str, came: Attempt) -> None:
-        """Write down what is never shown to whoever tried: why."""
+        """Log the reason, which the person who tried never sees."""
         why = came.decision.reason.replace("_", " ")
         if not came.password_is_right:
             why = f"wrong username or password; address: {why}"
@@ -235,7 +235,7 @@ def peer(request: Request) -> str:
 
 
 async def read_form(request: Request) -> dict[str, str] | None:
-    """Return a form's fields, or None where another site sent it or it is not one of ours."""
+    """Return a form's fields, or None if another site sent it or it is too large."""
     origin = request.headers.get("origin")
     if origin is not None and origin != f"{request.url.scheme}://{request.url.netloc}":
         return None
@@ -244,7 +244,7 @@ async def read_form(request: Request) -> dict[str, str] | None:
         body += chunk
         if len(body) > BODY_LIMIT:
             return None
-    # What is no UTF-8 is replaced: it is nobody's name and nobody's password.
+    # Invalid UTF-8 is replaced, which matches no username and no password.
     return {name: values[0] for name, values in parse_qs(body.decode("latin-1")).items()}
 
 
@@ -255,12 +255,12 @@ def refused_form() -> Response:
 def create_site(
     flow: Workflow, guard: Guard, mailbox: Mailbox, people: Iterable[Person]
 ) -> FastAPI:
-    """Put the sample's pages and ipguard's into the sample login server."""
+    """Add the sample's pages and ipguard's page to the login server."""
     people = tuple(people)
     accounts = [Account.new(person.username, PASSWORD) for person in people]
     site = Site(Door(guard, accounts), mailbox, people)
     app = create_app(guard, accounts)
-    # A page elsewhere whose name leads to this machine is not let in.
+    # Reject other host names, which prevents DNS rebinding.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     routes: list[tuple[str, str, Callable[[Request], Any]]] = [
         ("/", "GET", site.home),
