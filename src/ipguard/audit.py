@@ -8,12 +8,17 @@ pair.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
 
-__all__ = ["decode", "detail", "encode"]
+from ipguard.model import Change
+
+__all__ = ["decode", "detail", "encode", "log_change"]
+
+_log = logging.getLogger("ipguard.audit")
 
 _PAIR: Final = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"=\\]+)(?: |\Z)')
 
@@ -56,6 +61,24 @@ def decode(text: str) -> dict[str, str]:
             return {"": text}
         at = pair.end()
     return found
+
+
+def log_change(change: Change) -> None:
+    """Write one line for a committed change to the logger `ipguard.audit`.
+
+    The workflow does this for its changes, a store for `put_users` and `remove_users`.
+    """
+    entry = detail(
+        revision=change.revision,
+        at=change.at,
+        action=change.action,
+        actor=change.actor,
+        address=change.actor_address,
+        username=change.username,
+        account=change.account_id,
+    )
+    text = " ".join(filter(None, (encode(entry), encode(change.detail))))
+    _log.info("%s", text)
 
 
 def _text(value: object) -> str:

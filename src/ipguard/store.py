@@ -20,14 +20,13 @@ managers, and usable in a child after `fork()` (or raise `StoreUnavailable` ther
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from types import MappingProxyType, TracebackType
 from typing import Final, Protocol, Self
 
-from ipguard import audit
+from ipguard.audit import log_change
 from ipguard.model import (
     Accounts,
     Action,
@@ -58,8 +57,6 @@ NAMED_AT_MOST = 100
 """A change that touches more users than this says `EVERYBODY` instead of naming them."""
 
 NO_DETAIL: Final[Mapping[str, str]] = MappingProxyType({})
-
-_audit = logging.getLogger("ipguard.audit")
 
 
 class Snapshot(Protocol):
@@ -358,21 +355,3 @@ class Closing:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def log_change(change: Change) -> None:
-    """Write one line for a committed change to the logger `ipguard.audit`.
-
-    The workflow does this for its changes, a store for `put_users` and `remove_users`.
-    """
-    entry = audit.detail(
-        revision=change.revision,
-        at=change.at,
-        action=change.action,
-        actor=change.actor,
-        address=change.actor_address,
-        username=change.username,
-        account=change.account_id,
-    )
-    text = " ".join(filter(None, (audit.encode(entry), audit.encode(change.detail))))
-    _audit.info("%s", text)

@@ -18,6 +18,7 @@ import attrs
 from ipguard import confirmation, rules
 from ipguard._checks import check_text, check_time, check_whole
 from ipguard.addresses import AddressRange
+from ipguard.audit import log_change
 from ipguard.errors import (
     DeliveryError,
     InvalidValue,
@@ -48,7 +49,7 @@ from ipguard.model import (
     UserOverview,
 )
 from ipguard.notify import Notifier
-from ipguard.store import NAMED_AT_MOST, Closing, RestrictionStore, log_change
+from ipguard.store import NAMED_AT_MOST, Closing, RestrictionStore
 from ipguard.usernames import canonical_username
 from ipguard.workflow._transaction import (
     ActorTransaction,

@@ -82,11 +82,12 @@ class ActorView:
     def user(self, username: str) -> StoredUser | None:
         """Return a user, or None if it does not exist for this actor."""
         stored = self._snapshot.user(username)
-        if stored is None or stored.user.account_id not in self.actor.manages:
+        if stored is None:
             return None
-        if stored.removed and self.actor.manages is not Actor.EVERY_ACCOUNT:
-            return None
-        return stored
+        visible = rules.is_visible(
+            self.actor.manages, stored.user.account_id, removed=stored.removed, restricted=True
+        )
+        return stored if visible else None
 
     def registered_user(self, username: str) -> User:
         """Return a user whom this actor may give a restriction."""

@@ -349,6 +349,22 @@ def migrations(dialect: str) -> list[tuple[int, str]]:
     return [(int(name.partition("_")[0]), item.read_text("utf-8")) for name, item in found]
 
 
+_HEAD: Final = (
+    "SELECT h.revision, h.token FROM head h JOIN zz_restore_marker m ON m.id = 1 WHERE h.id = 1"
+)
+
+
+def head(db: Executor) -> tuple[int, str]:
+    """Return the store's revision and its token.
+
+    Raises:
+        StoreUnavailable: The restore marker is missing.
+    """
+    for revision, token in db.rows(_HEAD):
+        return revision, token
+    raise StoreUnavailable(UNFINISHED)
+
+
 def check_schema(version: int, oldest: int) -> None:
     """Refuse a schema that this library cannot use.
 

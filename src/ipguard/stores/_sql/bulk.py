@@ -26,6 +26,7 @@ from ipguard.stores._sql import (
     Params,
     Row,
     columns,
+    head,
     marks,
     micros,
     moment,
@@ -35,7 +36,7 @@ from ipguard.stores._sql import (
     touched_of,
     user_row,
 )
-from ipguard.stores._sql.policies import TOUCHED_SINCE, head
+from ipguard.stores._sql.policies import TOUCHED_SINCE
 
 _COLUMNS: Final = f"seq, username, {RESTRICTION}"
 _TABLE: Final = (

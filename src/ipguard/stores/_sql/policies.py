@@ -79,22 +79,6 @@ def policies_of(revision: int, rows: Iterable[Row]) -> Iterator[tuple[str, Polic
         yield username, Policy(revision=revision, restrictions=restrictions, known=held[0][1] == 0)
 
 
-def head(db: Executor) -> tuple[int, str]:
-    """Return the store's revision and its token.
-
-    Raises:
-        StoreUnavailable: The restore marker is missing.
-    """
-    for revision, token in db.rows(_HEAD):
-        return revision, token
-    raise StoreUnavailable(UNFINISHED)
-
-
-_HEAD: Final = (
-    "SELECT h.revision, h.token FROM head h JOIN zz_restore_marker m ON m.id = 1 WHERE h.id = 1"
-)
-
-
 def touching(db: Executor) -> int:
     """Return the last revision that touched a policy."""
     for (revision,) in db.rows(TOUCHING):

@@ -25,7 +25,7 @@ import attrs
 from ipguard._checks import check_time
 from ipguard.errors import StoreUnavailable
 from ipguard.model import Changes, Policy
-from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, Row, policies
+from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, Row, head, policies
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql.bulk import BulkRestrictions
 from ipguard.stores._sql.store import SqlStore, Writing
@@ -403,7 +403,7 @@ class PolicyStream:
 
     def _start(self, pool: Pool) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
         with pool.snapshot(patience=pool.options.bulk_timeout) as connection:
-            revision, _ = policies.head(connection)
+            revision, _ = head(connection)
             restore = connection.rows(_RESTORE)
             yield revision
             statement = _PACKED if self._packed else policies.ALL_POLICIES

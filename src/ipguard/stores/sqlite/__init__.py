@@ -39,7 +39,7 @@ from ipguard._checks import check_time
 from ipguard._fork import acquire
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.model import RESET, Changes, Policy
-from ipguard.stores._sql import SCHEMA_VERSION, Executor, encodable, policies
+from ipguard.stores._sql import SCHEMA_VERSION, Executor, encodable, head, policies
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql.bulk import BulkRestrictions
 from ipguard.stores._sql.store import SqlStore, WriteTransaction
@@ -138,7 +138,7 @@ class SQLiteStore(SqlStore[Connection]):
 
     def _stream(self) -> Iterator[int | tuple[str, Policy]]:
         with self._pool.connection(patience=self._patience) as db, db.snapshot():
-            revision, _ = policies.head(db)
+            revision, _ = head(db)
             yield revision
             with closing(db.stream(policies.ALL_POLICIES)) as rows:
                 for found in policies.policies_of(revision, rows):
@@ -152,7 +152,7 @@ class SQLiteStore(SqlStore[Connection]):
         """Return the store's position and the users whose policy changed since a revision."""
         with self._pool.connection(patience=self._patience) as db:
             _drop_cache(db)
-            schema.check_version(db)
+            db.check_schema()
             rows = db.rows(policies.CHANGES_SINCE, policies.changes_params(cursor))
         found = policies.changes_of(cursor, rows)
         replaced, self._pool.replaced = self._pool.replaced, False
@@ -245,8 +245,8 @@ class SQLiteStore(SqlStore[Connection]):
             connection.run("BEGIN IMMEDIATE")
             tx = None
             try:
-                schema.check_version(connection)
-                revision, _ = policies.head(connection)
+                connection.check_schema()
+                revision, _ = head(connection)
                 tx = WriteTransaction(connection, self.now(), revision=revision, bulk=restrictions)
                 yield tx, connection
                 tx.check_process()

@@ -33,8 +33,10 @@ from urllib.parse import quote
 
 from ipguard import _fork
 from ipguard._fork import ReentrantLock, acquire
-from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
-from ipguard.stores._sql import Params, Row
+from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
+from ipguard.stores._sql import UNFINISHED, Params, Row, check_schema
+
+_VERSION: Final = "SELECT version, oldest FROM schema_version WHERE id = 1"
 
 FileId = tuple[int, int]  # device and inode
 
@@ -135,6 +137,23 @@ class Connection:
 
     def run(self, sql: str, params: Params = ()) -> None:
         self.rows(sql, params)
+
+    def schema_version(self) -> tuple[int, int]:
+        """Return the version of the schema, and the oldest one compatible with it."""
+        for version, oldest in self.rows(_VERSION):
+            return version, oldest
+        raise StoreUnavailable(f"{self.path}: {UNFINISHED}")
+
+    def check_schema(self) -> None:
+        """Check that the schema of an open store can still be used.
+
+        Raises:
+            StoreUnavailable: It was migrated in the meantime, and cannot be used any more.
+        """
+        try:
+            check_schema(*self.schema_version())
+        except SchemaVersionError as exc:
+            raise StoreUnavailable(f"{self.path}: {exc}") from exc
 
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         marks = ", ".join("?" * len(columns.split(",")))

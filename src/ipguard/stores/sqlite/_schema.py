@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from typing import Final
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
-from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, check_schema, migrations
+from ipguard.stores._sql import SCHEMA_VERSION, check_schema, migrations
 from ipguard.stores.sqlite._pool import Connection, Pool, create_file
 
 _log = logging.getLogger("ipguard.stores")
 
 APPLICATION_ID: Final = 0x49504764  # as in the first migration
 
-_VERSION: Final = "SELECT version, oldest FROM schema_version WHERE id = 1"
 _UNUSABLE: Final = {
     sqlite3.SQLITE_NOTADB: "is not an SQLite database",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened; may this user write to it and to its directory?",
@@ -35,19 +34,7 @@ def check(connection: Connection) -> None:
     if connection.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
         raise StoreUnavailable(f"{connection.path}: is not an ipguard database any more")
     _use_wal(connection)  # a restored copy of the file may have lost it
-    check_version(connection)
-
-
-def check_version(connection: Connection) -> None:
-    """Check that the schema of an open store can still be used.
-
-    Raises:
-        StoreUnavailable: It was migrated in the meantime, and cannot be used any more.
-    """
-    try:
-        check_schema(*_version(connection))
-    except SchemaVersionError as exc:
-        raise StoreUnavailable(f"{connection.path}: {exc}") from exc
+    connection.check_schema()
 
 
 def prepare(pool: Pool, *, migrate: bool) -> None:
@@ -143,13 +130,7 @@ def _found(connection: Connection) -> tuple[int, int] | None:
         return None
     if application != APPLICATION_ID:
         raise StoreConfigError(f"{connection.path}: is a database of another program")
-    return _version(connection)
-
-
-def _version(connection: Connection) -> tuple[int, int]:
-    for version, oldest in connection.rows(_VERSION):
-        return version, oldest
-    raise StoreUnavailable(f"{connection.path}: {UNFINISHED}")
+    return connection.schema_version()
 
 
 def _statements(text: str) -> Iterator[str]:
