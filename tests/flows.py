@@ -152,7 +152,7 @@ class Desk:
         """Return the complete contents of the store."""
         if self.path is None:
             store: Any = self.store
-            return store._state, tuple(store._rows)
+            return store._state, tuple(store._entries)
         with closing(sqlite3.connect(self.path)) as connection:
             return list(connection.iterdump())
 
