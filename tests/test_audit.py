@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ipguard import Action, Actor, audit, open_store
 from ipguard.addresses import AddressRange
+from ipguard.audit import log_change
 from ipguard.model import Change
-from ipguard.store import log_change
 
 NAMES = st.sampled_from(["addresses", "label", "reason", "a_1", "via"])
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from ipguard.model import Change
 
-__all__ = ["decode", "detail", "encode", "log_change"]
+__all__ = ["decode", "detail", "encode"]
 
 _log = logging.getLogger("ipguard.audit")
 

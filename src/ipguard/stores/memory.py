@@ -25,6 +25,7 @@ import attrs
 from ipguard import audit, rules
 from ipguard._checks import check_time, check_whole
 from ipguard._fork import ReentrantLock, acquire
+from ipguard.audit import log_change
 from ipguard.errors import (
     DuplicateRestriction,
     StoreError,
@@ -59,7 +60,6 @@ from ipguard.store import (
     Closing,
     Snapshot,
     Transaction,
-    log_change,
 )
 from ipguard.usernames import canonical_usernames
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
+from ipguard.audit import log_change
 from ipguard.errors import StoreError, StoreUnavailable, shorten
 from ipguard.model import (
     Accounts,
@@ -25,7 +26,7 @@ from ipguard.model import (
     User,
     UserOverview,
 )
-from ipguard.store import NO_DETAIL, Closing, Snapshot, Transaction, log_change
+from ipguard.store import NO_DETAIL, Closing, Snapshot, Transaction
 from ipguard.stores._sql import (
     CHANGE,
     PENDING,

@@ -96,7 +96,7 @@ class SQLiteStore(SqlStore[Connection]):
         if not (math.isfinite(timeout) and timeout > 0):
             raise StoreConfigError("timeout must be a number of seconds above 0")
         self._path = _check_path(path)
-        self._clock = clock or (lambda: datetime.now(UTC))
+        self._clock = clock
         self.timeout = timeout
         self._patience = min(timeout, _LOGIN_WAIT)
         self._pool = Pool(self._path, timeout, schema.check)
@@ -107,7 +107,7 @@ class SQLiteStore(SqlStore[Connection]):
 
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC."""
-        return check_time("clock", self._clock())
+        return datetime.now(UTC) if self._clock is None else check_time("clock", self._clock())
 
     def close(self) -> None:
         """Wake all waiting threads and refuse every later call."""
