@@ -1,10 +1,10 @@
-// Comfort only: every page works without this.
+// Enhancements only: every page works without this script.
 "use strict";
 
-// What a text is understood as, while it is typed.
+// Show the meaning of a text while it is typed.
 for (const field of document.querySelectorAll("[data-understood]")) {
   const form = field.form;
-  const told = document.getElementById("addresses-understood");
+  const output = document.getElementById("addresses-understood");
   let waiting = 0;
   let asked = 0;
   const show = async () => {
@@ -12,7 +12,7 @@ for (const field of document.querySelectorAll("[data-understood]")) {
     const text = field.value;
     form.elements.seen.value = "";
     if (!text.trim()) {
-      told.textContent = "";
+      output.textContent = "";
       return;
     }
     const body = new URLSearchParams({ token: form.elements.token.value, addresses: text });
@@ -20,16 +20,16 @@ for (const field of document.querySelectorAll("[data-understood]")) {
       const answer = await fetch(field.dataset.understood, { method: "POST", body });
       if (!answer.ok || mine !== asked) return;
       const found = await answer.json();
-      // Half an address is wrong all the time: a doubt waits until the typing stops.
+      // An unfinished address is always wrong: show the problem only when the typing stops.
       if (found.problem && document.activeElement === field) {
         await new Promise((resolve) => setTimeout(resolve, 900));
         if (mine !== asked) return;
       }
-      told.textContent = found.problem || `Understood as ${found.understood}`;
-      told.classList.toggle("doubt", Boolean(found.problem));
+      output.textContent = found.problem || `Understood as ${found.understood}`;
+      output.classList.toggle("doubt", Boolean(found.problem));
       form.elements.seen.value = found.canonical;
     } catch {
-      told.textContent = "";
+      output.textContent = "";
     }
   };
   field.addEventListener("input", () => {
@@ -49,7 +49,7 @@ for (const field of document.querySelectorAll("[data-understood]")) {
   if (field.value && !field.hasAttribute("aria-invalid")) show();
 }
 
-// How long a number is still valid. The server's clock counts, so only the difference is used.
+// Count down the number's lifetime. Only the difference is used, because clocks differ.
 for (const part of document.querySelectorAll("[data-until]")) {
   const opened = performance.now();
   const given = Date.parse(part.dataset.until) - Date.parse(part.dataset.now);
@@ -69,7 +69,7 @@ for (const part of document.querySelectorAll("[data-until]")) {
   tick();
 }
 
-// A double click sends one request. Later clicks send again: the browser may have been stopped.
+// Ignore double clicks. Later clicks submit again, because the user may have stopped the browser.
 for (const form of document.querySelectorAll("form")) {
   let sent = -Infinity;
   form.addEventListener("submit", (event) => {
