@@ -69,16 +69,6 @@ def everywhere(test: T) -> T:
     return test
 
 
-def settings(**figures: Any) -> Callable[[T], T]:
-    """Set the workflow's settings for a test."""
-
-    def mark(test: T) -> T:
-        test.settings = figures  # type: ignore[attr-defined]
-        return test
-
-    return mark
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the ways in which a test with a `walk` runs."""
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
@@ -128,9 +118,9 @@ def mails() -> Iterator[MailServer]:
 
 
 @pytest.fixture
-def world(request: pytest.FixtureRequest, tmp_path: Path, mails: MailServer) -> Iterator[World]:
-    """A host that is not served yet; `@settings(...)` sets its workflow's settings."""
-    it = World(tmp_path, mails, **getattr(request.function, "settings", {}))
+def world(tmp_path: Path, mails: MailServer) -> Iterator[World]:
+    """A host that is not served yet."""
+    it = World(tmp_path, mails)
     with it.store, it.guard:
         yield it
 

@@ -35,29 +35,6 @@ def test_use_my_current_address(walk):
     walk.misses("Use my current address")
 
 
-def test_label_and_expiry(walk, world):
-    """The label and the expiry are shown; an expired restriction still restricts."""
-    until = world.clock() + TWO_DAYS
-    walk.open("add")
-    walk.field("Trader").select_option("jsmith")
-    walk.fill("IP Address", OFFICE)
-    walk.fill("Label (optional)", "two <weeks> & more")
-    walk.fill("Expires (UTC, optional)", until.strftime("%Y-%m-%dT%H:%M"))
-    walk.press("Submit")
-    walk.sees("two <weeks> & more", "3 Jan 2030, 12:00 UTC")
-    walk.fill("Confirmation Number", world.number())
-    walk.press("Submit")
-    (restriction,) = world.store.load_policy("jsmith").restrictions
-    assert (restriction.label, restriction.expires_at) == ("two <weeks> & more", until)
-    walk.open()
-    walk.sees("two <weeks> & more", "Until 3 Jan 2030, 12:00 UTC", within=walk.row())
-    world.wait(days=3)
-    walk.open()
-    walk.sees("Expired 3 Jan 2030, 12:00 UTC", within=walk.row())
-    walk.misses("No restrictions", within=walk.row())
-    assert not world.guard.is_allowed("jsmith", OFFICE)
-
-
 def test_what_was_understood(walk, world):
     """The page shows what a text means, while it is typed or on a page of its own."""
     walk.open("add")

@@ -12,30 +12,6 @@ pytestmark = pytest.mark.slow
 # ------------------------------------------------------------------ numbers
 
 
-def test_wrong_numbers(walk, world):
-    """A wrong number shows the attempts left; the last one locks the request."""
-    world.ask(OFFICE)
-    number = world.number()
-    wrong = ("1" if number[0] == "0" else "0") + number[1:]
-    walk.open()
-    walk.follow(f"Confirm {OFFICE} for John Smith")
-    walk.sees("5 attempts left")
-    walk.expected.add(409)
-    for left in ("4 attempts", "3 attempts", "2 attempts", "1 attempt"):
-        walk.fill("Confirmation Number", wrong)
-        walk.press("Submit")
-        problem = walk.page.locator("#number-problem")
-        walk.sees(f"This is not the number. {left} left", within=problem)
-    walk.fill("Confirmation Number", wrong)
-    walk.press("Submit")
-    walk.sees("This request is locked, after too many wrong numbers")
-    assert world.held() == []
-    assert world.pending() == []
-    walk.open()
-    walk.sees("No restrictions", within=walk.row())
-    walk.misses("Confirm", within=walk.row())
-
-
 def test_reload_after_a_wrong_number(walk, world):
     """Reload, Back and Forward do not repeat a wrong number."""
     world.ask(OFFICE)
@@ -86,45 +62,6 @@ def test_stopped_and_sent_again(walk, world, monkeypatch):
 
 
 # ------------------------------------------------------------------ dangerous changes
-
-
-def test_delete_the_last(walk, world):
-    """Deleting the last restriction requires a ticked box."""
-    world.add(OFFICE)
-    walk.open()
-    walk.follow(f"Delete {OFFICE} of John Smith")
-    walk.sees("this is the only restriction of John Smith", "can log in from any address")
-    walk.press("Delete")
-    walk.sees("Tick the box if you want this, or keep the restriction")
-    assert world.held() == [OFFICE]
-    walk.field("John Smith shall be able to log in from any address").check()
-    walk.press("Delete")
-    walk.sees("John Smith has no restrictions now and can log in from any address")
-    assert world.held() == []
-    assert world.guard.is_allowed("jsmith", HOME)
-
-
-def test_lock_out(walk, world):
-    """A change that would lock the actor out requires a ticked box, twice."""
-    walk.open("add")
-    walk.field("Trader").select_option("alice")
-    walk.fill("IP Address", HOME)
-    walk.press("Submit")
-    assert walk.heading == "You would lock yourself out"
-    walk.sees(f"you come from {OFFICE}")
-    assert world.pending("alice") == []
-    accept = f"I know that I may not be able to log in from {OFFICE} any more"
-    walk.field(accept).check()
-    walk.press("Submit")
-    number = world.number()
-    walk.fill("Confirmation Number", number)
-    walk.press("Submit")
-    assert walk.heading == "You would lock yourself out"
-    assert world.held("alice") == []
-    walk.field(accept).check()
-    walk.fill("Confirmation Number", number)
-    walk.press("Submit")
-    assert world.held("alice") == [HOME]
 
 
 # ------------------------------------------------------------------ concurrency
