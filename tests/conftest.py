@@ -90,7 +90,7 @@ def watch() -> Iterator[Watch]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server | Given]:
     """A PostgreSQL server shared by the tests of this process; do not stop it."""
-    with running_server() as server:
+    with running_server(fsync=False) as server:
         yield server
 
 
@@ -100,5 +100,5 @@ def own_postgres(postgres: Server | Given) -> Iterator[Server]:
     if isinstance(postgres, Server):
         yield postgres
         return
-    with own_server() as server:
+    with own_server(fsync=False) as server:
         yield server

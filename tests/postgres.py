@@ -31,7 +31,6 @@ import psycopg
 PATIENCE = 60.0
 _OPTIONS = {
     "listen_addresses": "127.0.0.1",
-    "fsync": "on",
     "max_connections": "100",
     "shared_buffers": "32MB",
     "wal_level": "replica",
@@ -131,10 +130,11 @@ class Server:
     """A server on a Unix socket and a loopback port.
 
     Args:
-        data: An existing data directory, as of a standby; created if None.
+        fsync: Whether commits wait for the disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fsync: bool = True) -> None:
+        self.fsync = fsync
         self.account = Account()
         self.folder = self.account.folder()
         self.bin = programs()
@@ -169,6 +169,7 @@ class Server:
             inside: The option of `nsenter` that names a network namespace for it to run in.
         """
         options = _OPTIONS | {"port": str(self.port), "unix_socket_directories": str(self.folder)}
+        options["fsync"] = "on" if self.fsync else "off"
         command: list[str | Path] = [self.bin / "postgres", "-D", self.data]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
@@ -287,9 +288,9 @@ def execute(url: str, statement: str, *params: object) -> list[tuple[Any, ...]]:
 
 
 @contextlib.contextmanager
-def own_server() -> Iterator[Server]:
+def own_server(*, fsync: bool = True) -> Iterator[Server]:
     """Start a server that a test may stop, freeze and restart."""
-    server = Server()
+    server = Server(fsync=fsync)
     try:
         server.make()
         server.start()
@@ -299,13 +300,13 @@ def own_server() -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def running_server() -> Iterator[Server | Given]:
+def running_server(*, fsync: bool = True) -> Iterator[Server | Given]:
     """Yield the server for tests, or start one."""
     dsn = os.environ.get("IPGUARD_TEST_POSTGRES")
     if dsn:
         yield Given(dsn)
         return
-    with own_server() as server:
+    with own_server(fsync=fsync) as server:
         yield server
 
 

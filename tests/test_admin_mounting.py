@@ -274,6 +274,7 @@ def test_an_actor_with_an_empty_address():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_examples_without_a_client_address(name: str):
     """Each example works on a Unix socket."""
@@ -405,6 +406,7 @@ def test_invalid_arguments(office: Office, make: Any):
 # -- packaging and documentation
 
 
+@pytest.mark.slow
 def test_without_the_extra():
     """The message says what to install; each adapter imports only its own framework."""
     script = """

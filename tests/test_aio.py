@@ -954,6 +954,7 @@ def test_threads_patched_by_gevent_are_refused(
             make()
 
 
+@pytest.mark.slow
 def test_a_guard_works_under_gevent(tmp_path: Path) -> None:
     """All patched: guard, refresher and workflow go on in greenlets; the async ones are refused."""
     pytest.importorskip("gevent")

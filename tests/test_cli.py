@@ -272,6 +272,7 @@ def test_a_user_that_another_program_wrote(
     assert "\x1b" not in done.out + done.err
 
 
+@pytest.mark.slow
 def test_any_stream_will_do(shell: Shell, tmp_path: Path):
     """A pipe gets UTF-8 whatever the encoding; then no standard output at all, and a full disk."""
     url = f"sqlite:///{tmp_path}/zoe.db"
@@ -319,6 +320,7 @@ _COMMANDS = st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=rounds(150, 5_000))
 @given(_COMMANDS, st.lists(_WORDS, max_size=6))
 def test_no_arguments_are_a_defect(shell: Shell, command: str, words: list[str]):
@@ -362,6 +364,7 @@ def _blocks(kind: str, heading: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_tutorial_is_what_happens(tmp_path: Path):
     """Its commands, as they stand, by a shell; only the number and the id are those of now."""
     settings, first, second = _blocks("sh", "From nothing to a first restriction")

@@ -81,6 +81,7 @@ def _state(shell: Shell) -> tuple[int, dict[str, list[str]]]:
         }
 
 
+@pytest.mark.slow
 def test_import_and_export_there_and_back(shell: Shell, tmp_path: Path):
     """A dry run shows it and changes nothing; then all of it is one revision; then it comes out."""
     file = tmp_path / "rows.csv"

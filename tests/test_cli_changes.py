@@ -180,6 +180,7 @@ def test_a_number_that_was_not_mailed_can_be_had_again(shell: Shell, mail: MailS
     assert applied["unrestricted"] is False
 
 
+@pytest.mark.slow
 def test_operators_act_as_who_they_are(shell: Shell, mail: MailServer, tmp_path: Path):
     """`impose`, `lift` and `unlock`: the OS user and host, whatever the environment says."""
     before = len(mail.mails)
@@ -219,6 +220,7 @@ def test_operators_act_as_who_they_are(shell: Shell, mail: MailServer, tmp_path:
     assert lifted["unrestricted"] is True
 
 
+@pytest.mark.slow
 def test_impose_and_unlock_in_a_terminal(shell: Shell, mail: MailServer):
     """What was done in green; what is wrong in a line."""
     log = shell.folder / "ipguard.log"

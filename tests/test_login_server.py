@@ -271,6 +271,7 @@ def log_in(client: httpx.Client, username: str, password: str, **headers: str) -
     return answer.status_code, received, answer.content
 
 
+@pytest.mark.slow
 def test_real_server(running):
     """Over a socket: allowed users get in, refusals are identical, address headers are ignored."""
     client, _ = running
@@ -283,6 +284,7 @@ def test_real_server(running):
     assert log_in(client, "rjones", example.PASSWORD, **{"X-Forwarded-For": OFFICE}) == refused
 
 
+@pytest.mark.slow
 def test_real_server_follows_a_change(running):
     """A restriction lifted by another process takes effect at the running server."""
     client, url = running

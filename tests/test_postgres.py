@@ -258,6 +258,7 @@ def _open(url: str, answers: Any) -> None:
         answers.put(repr(error))
 
 
+@pytest.mark.slow
 def test_ten_processes_open_at_once(url: str) -> None:
     """Ten processes that open a store at once create its schema once, and all can use it."""
     context = multiprocessing.get_context("spawn")

@@ -25,6 +25,8 @@ from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import Outbox
 from tests.postgres import Given, Server, fresh_schema, programs
 
+pytestmark = pytest.mark.slow
+
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 HOME, ELSEWHERE = "203.0.113.7", "198.51.100.7"
 TABLES = (

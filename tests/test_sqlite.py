@@ -145,6 +145,7 @@ def all_at_once(script: str, path: Path, count: int, *args: object) -> list[str]
         return [finish(each) for each in running]
 
 
+@pytest.mark.slow
 def test_ten_processes_open_a_new_file_at_once(path: Path) -> None:
     """The schema is created once, and each process can use it."""
     for _ in range(rounds(1, 20)):
@@ -158,6 +159,7 @@ def test_ten_processes_open_a_new_file_at_once(path: Path) -> None:
             name.unlink()
 
 
+@pytest.mark.slow
 def test_processes_append_without_gaps(path: Path) -> None:
     """Eight processes that write as fast as they can share one order of revisions."""
     each = rounds(25, 500)
@@ -177,6 +179,7 @@ for number in range(int(sys.argv[3])):
             assert change.revision in written[int(change.detail["by"])]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_half_done(path: Path) -> None:
     """`kill -9` inside a transaction rolls it back and releases the lock."""
     with SQLiteStore(path, timeout=30) as store:
@@ -427,6 +430,7 @@ def test_a_fork_waits_for_the_calls_of_other_threads(store: SQLiteStore) -> None
     thread.join()
 
 
+@pytest.mark.slow
 @may_fork
 def test_forks_among_busy_threads(store: SQLiteStore) -> None:
     """Children work although threads of the parent were reading, writing and waiting."""
@@ -1654,6 +1658,7 @@ def test_a_failed_migration_leaves_nothing(path: Path, monkeypatch: pytest.Monke
 # ------------------------------------------------------------------------------- many of them
 
 
+@pytest.mark.slow
 def test_many_users_do_not_fill_the_memory(store: SQLiteStore) -> None:
     """A generator of users is read as a stream, and adding them again changes nothing."""
     count = rounds(5_000, 100_000)

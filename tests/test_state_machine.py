@@ -882,7 +882,7 @@ def _server(postgres: Server | Given) -> None:
 
 TestMemory = MemoryMachine.TestCase
 TestMemory.settings = settings(max_examples=rounds(100, 2000), stateful_step_count=50)
-TestSQLite = SQLiteMachine.TestCase
+TestSQLite = pytest.mark.slow(SQLiteMachine.TestCase)
 TestSQLite.settings = settings(max_examples=rounds(20, 300), stateful_step_count=50)
-TestPostgres = pytest.mark.usefixtures("_server")(PostgresMachine.TestCase)
+TestPostgres = pytest.mark.slow(pytest.mark.usefixtures("_server")(PostgresMachine.TestCase))
 TestPostgres.settings = settings(max_examples=rounds(10, 300), stateful_step_count=50)

@@ -202,6 +202,7 @@ def test_a_form_that_does_not_settle_is_refused(monkeypatch):
     assert canonical_username("j\u00f6rg") == "j\u00f6rg"
 
 
+@pytest.mark.slow
 def test_every_character_of_unicode():
     """Every single character is refused for a valid reason, or has a canonical form."""
     for code in range(sys.maxunicode + 1):
