@@ -57,7 +57,7 @@ async def started(coroutine: Any) -> asyncio.Task[Any]:
 
 
 def at_rest(*executors: Executor) -> bool:
-    return all(each._busy == 0 and not each._line for each in executors)
+    return all(each._busy == 0 and not each._queue for each in executors)
 
 
 class Silent:
@@ -110,7 +110,7 @@ def test_what_is_remembered_never_leaves_the_event_loop(world: World) -> None:
     async def main() -> None:
         assert await guard.is_allowed("jsmith", HOME)
         loads, syncs = len(world.store.loads), len(world.store.syncs)
-        guard._answers._submit = lambda call: pytest.fail("it left the loop")  # type: ignore[method-assign]
+        guard._logins._submit = lambda call: pytest.fail("it left the loop")  # type: ignore[method-assign]
         for _ in range(3):
             for name in ("jsmith", "JSMITH", "JSmith"):
                 assert await guard.is_allowed(name, HOME)
@@ -178,10 +178,10 @@ def test_while_the_store_is_known_to_be_down_nothing_leaves_the_event_loop(memor
         memory.store.down = StoreUnavailable("down")
         stale = await guard.check("jsmith", HOME)
         assert (stale.allowed, stale.stale) == (True, True)
-        submit, guard._answers._submit = guard._answers._submit, None  # type: ignore[assignment, method-assign]
+        submit, guard._logins._submit = guard._logins._submit, None  # type: ignore[assignment, method-assign]
         assert await guard.check("jsmith", HOME) == stale
         assert (await guard.check("adoe", HOME)).reason is Reason.STORE_UNAVAILABLE
-        guard._answers._submit = submit  # type: ignore[method-assign]
+        guard._logins._submit = submit  # type: ignore[method-assign]
         memory.pass_time(2)
         memory.store.down = None
         assert not (await guard.check("jsmith", HOME)).stale
@@ -314,9 +314,9 @@ def test_a_closed_event_loop_is_not_kept(memory: World) -> None:
             loops.append(weakref.ref(loop))
             del loop, task
         hanging.reached()
-    comes_true(lambda: at_rest(guard._answers))
-    guard._answers.retire()
-    comes_true(lambda: not guard._answers._workers)
+    comes_true(lambda: at_rest(guard._logins))
+    guard._logins.retire()
+    comes_true(lambda: not guard._logins._workers)
     gc.collect()
     assert not guard._asking
     assert [loop() for loop in loops] == [None, None]
@@ -590,7 +590,7 @@ def test_a_call_cancelled_in_line_holds_no_place_and_does_nothing(memory: World)
                 waits.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await waits
-                comes_true(lambda: not guard._answers._line)
+                comes_true(lambda: not guard._logins._queue)
             last = await started(guard.check("last", HOME))
         assert (await first).allowed
         assert (await last).allowed
@@ -616,7 +616,7 @@ def test_a_call_cancelled_at_work_goes_on_and_frees_its_place_once(memory: World
                 with pytest.raises(asyncio.CancelledError):
                     await task
                 assert not await guard.is_allowed("adoe", HOME)
-            comes_true(lambda: at_rest(guard._answers))
+            comes_true(lambda: at_rest(guard._logins))
             loads = len(memory.store.loads)
             assert await guard.is_allowed("jsmith", HOME)
             assert len(memory.store.loads) == loads
@@ -686,7 +686,7 @@ def cancel_at_random_points(store: Any, wanted: int) -> None:
                 ended[type(result).__name__] += 1
 
     asyncio.run(main())
-    executors = (guard._answers, guard._others, flow._executor)
+    executors = (guard._logins, guard._others, flow._executor)
     comes_true(lambda: at_rest(*executors))
     assert set(ended) <= {"CancelledError", "NoneType", "StoreUnavailable"}
     assert ended["NoneType"]  # not all were cancelled at once: the points are spread
@@ -842,7 +842,7 @@ def test_calls_keep_their_callers_context() -> None:
 
 def test_idle_threads_end_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a while without work they are gone; the next call starts one again."""
-    monkeypatch.setattr(_executor, "_LINGER", 0.001)
+    monkeypatch.setattr(_executor, "_IDLE_TIMEOUT", 0.001)
     executor = Executor(2, 0)
     for _ in range(3):
         assert asyncio.run(executor.run(lambda: 5)) == 5
@@ -869,7 +869,7 @@ def test_where_no_thread_is_to_be_had(memory: World, monkeypatch: pytest.MonkeyP
             assert (await guard.check("jsmith", HOME)).reason is Reason.STORE_UNAVAILABLE
             with pytest.raises(StoreUnavailable, match="no thread"):
                 await guard.sync()
-            assert at_rest(guard._answers, guard._others)
+            assert at_rest(guard._logins, guard._others)
         with gate(memory.store.before_load) as hanging:
             first = await started(guard.check("jsmith", HOME))
             hanging.reached()
@@ -930,7 +930,7 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path: Path) -> None:
         with gate(world.store.before_load) as hanging:
             asyncio.run(hang(hanging))
             assert in_child(lambda: asyncio.run(ask())) == [True, False]
-        comes_true(lambda: at_rest(guard._answers))
+        comes_true(lambda: at_rest(guard._logins))
         assert asyncio.run(ask()) == [True, False]
 
 

@@ -202,7 +202,7 @@ def test_a_guard_that_was_being_written_is_empty_in_the_child(store: Any) -> Non
     inside, leave = threading.Event(), threading.Event()
 
     def write() -> None:
-        with guard._lease.lock:
+        with guard._table.lock:
             inside.set()
             leave.wait()
 
@@ -228,7 +228,7 @@ def test_locks_that_the_parent_s_threads_hold_do_not_hang_a_child(store: Any) ->
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with guard._tally._lock, guard._lease.health._lock, executor._lock, store.transaction():
+        with guard._tally._lock, guard._lease.breaker._lock, executor._lock, store.transaction():
             inside.set()
             leave.wait()
 

@@ -96,10 +96,10 @@ def test_a_setting_that_makes_no_sense_is_refused(world: World, setting: dict[st
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"max_staleness": 0}, "max_staleness: must be more than 0"),
-        ({"max_staleness": -1}, "max_staleness: must be more than 0"),
+        ({"max_staleness": 0}, "max_staleness: must be more than 0 seconds"),
+        ({"max_staleness": -1}, "max_staleness: must be more than 0 seconds"),
         ({"max_staleness": "5"}, "max_staleness: must be a finite number of seconds"),
-        ({"outage_grace": -1}, "outage_grace: must not be negative"),
+        ({"outage_grace": -1}, "outage_grace: must be at least 0 seconds"),
         ({"capacity": 0}, "capacity: must be a whole number of at least 1"),
         ({"report_only": "false"}, "report_only: must be True or False"),
         ({"observer": "log"}, "observer: must be callable"),
@@ -153,7 +153,7 @@ def test_without_a_clock_it_uses_the_machine_s(world: World) -> None:
     guard = Guard(world.store)
     began = time.monotonic()
     assert guard.check("jsmith", HOME)
-    assert began + 5 <= guard._lease.deadline <= time.monotonic() + 5
+    assert began + 5 <= guard._table.deadline <= time.monotonic() + 5
     assert guard._lease._asleep is time_asleep
     assert world.guard()._lease._asleep() == 0
 
@@ -286,7 +286,7 @@ def test_a_hostile_text_is_read_as_what_it_is(world: World, settings: dict[str, 
             assert guard.is_allowed("jsmith", HostileText(sent)) is (sent == HOME)
     assert guard.check(HostileText("adoe"), OFFICE).reason is Reason.UNRESTRICTED
     assert guard.check(HostileText("JSmith"), OFFICE).reason is Reason.NOT_LISTED
-    assert not any(type(spelling) is not str for spelling in guard._cache.by_spelling)
+    assert not any(type(spelling) is not str for spelling in guard._table.rows)
     if not settings:
         assert guard.is_allowed(HostileText("jsmith"), OFFICE) is False
         assert guard.is_allowed(HostileText("jsmith"), HOME) is True
@@ -316,8 +316,8 @@ def test_no_class_but_str_itself_is_remembered(world: World) -> None:
     for _ in range(2):
         assert guard.is_allowed(Name("JSmith"), HOME)
         assert guard.is_allowed("jsmith", Name(HOME))
-    assert [type(kept) for kept in guard._cache.by_spelling] == [str]
-    assert guard._cache.by_spelling["jsmith"] == set()
+    assert [type(kept) for kept in guard._table.rows] == [str]
+    assert guard._table.rows["jsmith"] == set()
 
 
 ANYTHING = st.one_of(
@@ -424,9 +424,9 @@ def test_an_interrupt_goes_through_and_leaves_nothing_held(
     getattr(world.store, step).append(interrupt)
     with pytest.raises(error):
         guard.is_allowed("jsmith", HOME)
-    assert not guard._lease.lock.locked()
+    assert not guard._table.lock.locked()
     assert not guard._lease._turn.locked()
-    assert not guard._loads._under_way
+    assert not guard._loads._in_flight
     assert Call(lambda: guard.is_allowed("jsmith", HOME)).result()
 
 
@@ -442,7 +442,7 @@ def test_who_shared_an_interrupted_load_is_denied(world: World) -> None:
 
     world.store.before_load.append(interrupt)
     first = Call(lambda: guard.check("jsmith", HOME))
-    comes_true(lambda: guard._loads._under_way)
+    comes_true(lambda: guard._loads._in_flight)
     second = Call(lambda: guard.check("jsmith", HOME))
     interrupted.set()
     with pytest.raises(KeyboardInterrupt):
@@ -833,16 +833,16 @@ def test_a_renewal_during_a_stale_answer_makes_it_fresh(world: World) -> None:
     with gate(world.store.before_sync) as held:
         hanging = Call(lambda: guard.check("jsmith", HOME))
         held.reached()
-        hold = guard._lease.hold
+        hold = guard._lease.ensure
 
         def renewed_meanwhile(revision: int) -> bool:
             held_it = hold(revision)
             guard._lease.sync()
             return held_it
 
-        guard._lease.hold = renewed_meanwhile  # type: ignore[method-assign]
+        guard._lease.ensure = renewed_meanwhile  # type: ignore[method-assign]
         decision = guard.check("jsmith", HOME)
-        guard._lease.hold = hold  # type: ignore[method-assign]
+        guard._lease.ensure = hold  # type: ignore[method-assign]
         held.let_go()
         assert hanging.result()
     assert (decision.allowed, decision.stale) == (True, False)
@@ -883,7 +883,7 @@ def test_at_least_is_asked_of_the_revision_answered_with(world: World) -> None:
     world.touch("adoe")
     guard = world.guard()
     guard.check("jsmith", HOME)
-    hold = guard._lease.hold
+    hold = guard._lease.ensure
 
     def taken_over_meanwhile(revision: int) -> bool:
         held = hold(revision)
@@ -891,7 +891,7 @@ def test_at_least_is_asked_of_the_revision_answered_with(world: World) -> None:
         guard.sync()
         return held
 
-    guard._lease.hold = taken_over_meanwhile  # type: ignore[method-assign]
+    guard._lease.ensure = taken_over_meanwhile  # type: ignore[method-assign]
     assert guard.check("jsmith", HOME, at_least=1).reason is Reason.STORE_UNAVAILABLE
 
 
@@ -945,7 +945,9 @@ def test_wait_for_a_timeout_that_is_none(world: World, timeout: Any) -> None:
 @pytest.mark.parametrize("store", [None, "memory://", object()], ids=named)
 def test_a_guard_of_no_store(store: Any) -> None:
     """It would deny everybody, and nobody would know why: the mistake is told at once."""
-    with pytest.raises(InvalidValue, match="store: is no restriction store; open_store opens one"):
+    with pytest.raises(
+        InvalidValue, match="store: is not a restriction store; open_store opens one"
+    ):
         Guard(store)
 
 
@@ -1103,7 +1105,7 @@ def test_the_figures_are_true(world: World) -> None:
 def test_the_figures_are_read_under_the_guard_s_lock(world: World) -> None:
     """They are of one moment."""
     guard = world.guard()
-    with guard._lease.lock:
+    with guard._table.lock:
         asked = Call(guard.stats)
         asked.thread.join(0.05)
         assert asked.running

@@ -15,7 +15,7 @@ import pytest
 from ipguard import guard as guard_module
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
-from ipguard.guard._cache import Cache, Entry
+from ipguard.guard._table import Position, Row, Table
 from ipguard.model import RESET, Policy
 from tests.guards import ELSEWHERE, HOME, OFFICE, World, new_world
 
@@ -26,7 +26,7 @@ def world() -> World:
 
 
 def users(guard: Guard) -> list[str]:
-    return sorted({entry.spellings[0] for entry in guard._cache.by_spelling.values()})
+    return sorted({entry.spellings[0] for entry in guard._table.rows.values()})
 
 
 # ------------------------------------------------------------------------------------- capacity
@@ -75,9 +75,9 @@ def test_a_flood_of_invented_names_pushes_out_nobody(world: World, rounds: Any) 
         guard.is_allowed(f"Invented{n}", HOME)
     stats = guard.stats()
     assert (stats.users, stats.evictions) == (60, flood - 10)
-    assert len(guard._cache.by_spelling) == 50 + 10 * 2
-    assert len(guard._cache._users) == 50
-    assert len(guard._cache._ahead) == 0
+    assert len(guard._table.rows) == 50 + 10 * 2
+    assert len(guard._table._users) == 50
+    assert len(guard._table._ahead) == 0
     world.store.loads.clear()
     assert all(guard.is_allowed(name, HOME) for name in real)
     assert world.store.loads == []
@@ -90,10 +90,10 @@ def test_who_is_read_ahead_and_evicted_is_forgotten_altogether(world: World) -> 
     world.wrong_guess()
     for n in range(100):
         guard.check(f"invented{n}", HOME)
-    assert len(guard._cache._ahead) == 5
+    assert len(guard._table._ahead) == 5
     world.store.changes = lambda changes: changes._replace(usernames=RESET)
     guard.sync()
-    assert len(guard._cache._ahead) == 0
+    assert len(guard._table._ahead) == 0
     assert guard.stats().users == 0
 
 
@@ -130,11 +130,11 @@ def test_a_user_is_dropped_under_every_spelling(world: World) -> None:
     for spelling in spellings:
         assert guard.is_allowed(spelling, HOME)
         assert guard.is_allowed(spelling, HOME)
-    assert sorted(guard._cache.by_spelling) == sorted(spellings)
+    assert sorted(guard._table.rows) == sorted(spellings)
     assert world.store.loads == ["jsmith"]
     world.restrict("jsmith", OFFICE)
     guard.sync()
-    assert guard._cache.by_spelling == {}
+    assert guard._table.rows == {}
     for spelling in spellings:
         assert not guard.is_allowed(spelling, HOME)
         assert guard.is_allowed(spelling, OFFICE)
@@ -147,15 +147,15 @@ def test_an_evicted_user_is_gone_under_every_spelling(world: World) -> None:
     for spelling in ("jsmith", "JSmith"):
         guard.check(spelling, HOME)
     guard.check("adoe", HOME)
-    assert list(guard._cache.by_spelling) == ["adoe"]
+    assert list(guard._table.rows) == ["adoe"]
 
 
 def test_the_first_spelling_is_remembered_at_once(world: World) -> None:
     """A user first seen under another spelling is found by it the next time, without a lock."""
     guard = world.guard()
     guard.check("JSmith", HOME)
-    assert sorted(guard._cache.by_spelling) == ["JSmith", "jsmith"]
-    assert guard._cache.by_spelling["JSmith"] is guard._cache.by_spelling["jsmith"]
+    assert sorted(guard._table.rows) == ["JSmith", "jsmith"]
+    assert guard._table.rows["JSmith"] is guard._table.rows["jsmith"]
 
 
 def test_spellings_are_bounded(world: World) -> None:
@@ -167,7 +167,7 @@ def test_spellings_are_bounded(world: World) -> None:
         )
         assert guard.is_allowed(spelling, HOME)
         assert guard.is_allowed(spelling, HOME)
-    assert len(guard._cache.by_spelling) == 8
+    assert len(guard._table.rows) == 8
     assert world.store.loads == ["username"]
 
 
@@ -175,7 +175,7 @@ def test_addresses_are_bounded(world: World) -> None:
     """A client with a whole network fills no memory, and is answered from it all the same."""
     guard = world.guard()
     guard.check("jsmith", HOME)
-    entry = guard._cache.by_spelling["jsmith"]
+    entry = guard._table.rows["jsmith"]
     sizes = set()
     for n in range(1_000):
         assert guard.is_allowed("jsmith", f"2001:db8::{n:x}")
@@ -191,21 +191,21 @@ def test_what_is_not_allowed_is_not_remembered(world: World) -> None:
     for n in range(200):
         assert not guard.is_allowed("jsmith", f"10.0.0.{n}")
         assert not guard.is_allowed("jsmith", f"10.0.0.{n}x")
-    assert guard._cache.by_spelling["jsmith"] == set()
+    assert guard._table.rows["jsmith"] == set()
 
 
 def test_a_late_spelling_of_a_dropped_user_is_not_kept(world: World) -> None:
     """A thread that still holds an entry after its drop cannot bring it back."""
     guard = world.guard()
     guard.check("jsmith", HOME)
-    old = guard._cache.by_spelling["jsmith"]
+    old = guard._table.rows["jsmith"]
     world.restrict("jsmith", OFFICE)
     guard.sync()
-    guard._answers._spell(old, "JSmith")
-    assert guard._cache.by_spelling == {}
+    guard._table._spell(old, "JSmith")
+    assert guard._table.rows == {}
     guard.check("jsmith", HOME)
-    guard._answers._spell(old, "JSmith")
-    assert "JSmith" not in guard._cache.by_spelling
+    guard._table._spell(old, "JSmith")
+    assert "JSmith" not in guard._table.rows
     assert not guard.is_allowed("JSmith", HOME)
 
 
@@ -213,7 +213,7 @@ def test_a_late_address_of_a_dropped_user_is_lost(world: World) -> None:
     """What a late reader adds to a dropped entry nobody finds."""
     guard = world.guard()
     guard.check("jsmith", HOME)
-    old = guard._cache.by_spelling["jsmith"]
+    old = guard._table.rows["jsmith"]
     world.restrict("jsmith", OFFICE)
     guard.sync()
     old.add(HOME)
@@ -221,44 +221,43 @@ def test_a_late_address_of_a_dropped_user_is_lost(world: World) -> None:
     assert not guard.is_allowed("jsmith", HOME)
 
 
-# ------------------------------------------------------------------------------- the cache itself
+# ------------------------------------------------------------------------------- rows
 
 
-def test_a_drop_names_users_not_spellings() -> None:
-    """Names that are not held are passed over, and others stay."""
-    cache = Cache(10, deny_unknown=False)
-    known = Policy(revision=1, restrictions=(), known=True)
-    for name in ("a", "b"):
-        cache.put(cache.entry(name, known), name.upper(), ahead=False)
-    cache.drop(["nobody", "a"])
-    assert list(cache.by_spelling) == ["b", "B"]
-    assert len(cache) == 1
-    cache.clear()
-    assert (cache.by_spelling, len(cache)) == ({}, 0)
+def test_a_drop_names_users_not_spellings(world: World) -> None:
+    """Names that are not held are passed over, and other users stay."""
+    guard = world.guard()
+    for name in ("A", "B"):
+        guard.check(name, HOME)
+    world.touch("unheard", "a")
+    guard.sync()
+    assert sorted(guard._table.rows) == ["B", "b"]
+    assert guard.stats().users == 1
 
 
-def test_who_becomes_known_is_no_stranger_any_more() -> None:
-    """An entry put again moves to where it belongs, under its new spellings alone."""
-    cache = Cache(10, deny_unknown=False)
+def test_a_user_who_becomes_known_is_no_longer_a_stranger() -> None:
+    """A row that is replaced changes its place and its spellings, and is not ahead any more."""
+    table = Table(capacity=10, max_staleness=5.0, deny_unknown=False)
     stranger = Policy(revision=1, restrictions=(), known=False)
-    cache.put(cache.entry("a", stranger), "A", ahead=True)
-    cache.put(cache.entry("a", Policy(revision=2, restrictions=(), known=True)), "a", ahead=False)
-    assert (len(cache), list(cache.by_spelling), len(cache._strangers)) == (1, ["a"], 0)
-    cache.drop_ahead()
-    assert len(cache) == 1
+    table.remember("a", "A", stranger, Position(0))
+    assert (list(table.rows), table._ahead) == (["a", "A"], {"a"})
+    known = Policy(revision=2, restrictions=(), known=True)
+    table.remember("a", "a", known, Position(2))
+    assert (len(table), list(table.rows), len(table._strangers)) == (1, ["a"], 0)
+    assert table._ahead == set()
 
 
 def test_bounds_of_the_three_kinds_of_user(world: World) -> None:
     """Anywhere, nowhere, and what is listed: as the flat bounds that a bisection wants."""
     unknown = Policy(revision=1, restrictions=(), known=False)
-    assert Entry(unknown, "a", deny_unknown=False).ipv4 == (0,)
-    assert Entry(unknown, "a", deny_unknown=False).ipv6 == (0,)
-    assert Entry(unknown, "a", deny_unknown=True).ipv4 == ()
-    assert Entry(unknown, "a", deny_unknown=True).ipv6 == ()
+    assert Row("a", unknown, deny_unknown=False).ipv4 == (0,)
+    assert Row("a", unknown, deny_unknown=False).ipv6 == (0,)
+    assert Row("a", unknown, deny_unknown=True).ipv4 == ()
+    assert Row("a", unknown, deny_unknown=True).ipv6 == ()
     world.restrict("jsmith", "10.0.0.0/8")
     world.restrict("jsmith", "2001:db8::/32")
     world.restrict("jsmith", HOME, expires_in=60)
-    listed = Entry(world.inner.load_policy("jsmith"), "jsmith", deny_unknown=True)
+    listed = Row("jsmith", world.inner.load_policy("jsmith"), deny_unknown=True)
     assert listed.ipv4 == (10 << 24, 11 << 24)
     assert listed.ipv6 == (0x20010DB8 << 96, 0x20010DB9 << 96)
 
@@ -314,7 +313,7 @@ def at_every_line(act: Callable[[World, Guard], object]) -> Iterator[tuple[World
         if not reached:
             assert step > 10
             return
-        assert not guard._lease.lock.locked(), reached
+        assert not guard._table.lock.locked(), reached
         yield world, guard
     raise AssertionError("the act does not end")
 
@@ -332,7 +331,7 @@ def still_right(world: World, guard: Guard) -> None:
     world.lift_all("jsmith")
     guard.sync()
     assert guard.is_allowed("JSmith", HOME)
-    assert len(guard._cache) <= 3
+    assert len(guard._table) <= 3
 
 
 def test_a_sync_interrupted_at_any_line_leaves_nobody_behind() -> None:

@@ -37,8 +37,9 @@ class Run:
         self.guard = world.guard(max_staleness=MAX_STALENESS, preload=preload)
         self.guard.sync()
         if preload:  # the table is whole, and the user is to be read again
-            with self.guard._lease.lock:
-                self.guard._cache.drop(("jsmith",))
+            with self.guard._table.lock:
+                self.guard._table.preloaded.mark(("jsmith",))
+                self.guard._table._drop("jsmith")
         self.held = Gate()
         self.load: Call[object] | None = None
         self.opened: float | None = None
@@ -84,7 +85,7 @@ class Run:
 
     def answer(self) -> bool | None:
         """Return what the guard answers from memory, or None if it has to read the store."""
-        decision = self.guard._answers.recall("jsmith", HOME, None)
+        decision = self.guard._slow_path.recall("jsmith", HOME, None)
         return None if decision is None else decision.allowed
 
 

@@ -80,7 +80,7 @@ def test_a_fork_waits_for_whoever_writes_what_is_remembered(sqlite: World) -> No
     step = Gate()
 
     def write() -> None:
-        with guard._lease.lock:
+        with guard._table.lock:
             step()
 
     writer = Call(write)
@@ -114,7 +114,7 @@ def test_a_child_of_a_process_whose_threads_hang_answers(sqlite: World) -> None:
             syncs = Call(lambda: guard.check("jsmith", HOME))
             syncing.reached()
             assert guard._lease._turn.locked()
-            with guard._lease.health._lock:
+            with guard._lease.breaker._lock:
                 answers = in_child(
                     lambda: [
                         guard.check("adoe", HOME).reason,
@@ -146,7 +146,7 @@ def test_a_child_does_not_wait_for_a_read_that_its_parent_makes(sqlite: World) -
 def test_a_child_can_note_that_the_store_fails(memory: World) -> None:
     """The lock of the store's health may be held at the fork by a thread that the child lacks."""
     guard = memory.guard()
-    with guard._lease.health._lock:
+    with guard._lease.breaker._lock:
         assert in_child(lambda: guard.check("jsmith", HOME).reason) == "store_unavailable"
 
 
@@ -300,7 +300,7 @@ def test_a_fork_lets_go_only_of_what_it_took(memory: World, monkeypatch: Any) ->
     guard = memory.guard()
     assert in_child(lambda: [*called, guard.stats().users]) == ["child", 0]
     assert called == ["parent"]
-    assert not guard._lease.lock.locked()
+    assert not guard._table.lock.locked()
     assert not _fork._forking.locked()
     assert reported == [KeyboardInterrupt]
     _fork._objects.pop(interrupted)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipguard.guard import Guard
-from ipguard.guard._stats import Tally
+from ipguard.guard._fast_path import Tally
 from ipguard.model import Decision, Reason
 from tests.guards import ELSEWHERE, HOME, OFFICE, Call, World, new_world
 
@@ -24,7 +24,7 @@ def world() -> World:
 
 def alone(guard: Guard) -> Any:
     """Return the hot path, which tells instead of going on where it does not answer."""
-    return guard._bind_is_allowed(lambda username, address: SLOW)  # type: ignore[arg-type,return-value]
+    return guard._fast_path(lambda username, address: SLOW)  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_denial_of_a_remembered_user_is_decided_and_counted(
     assert alone(guard)("jsmith", address) is False
     assert guard.is_allowed("jsmith", address) is False
     assert guard.stats().denials == {reason: 3}
-    assert guard._cache.by_spelling["jsmith"] == set()
+    assert guard._table.rows["jsmith"] == set()
 
 
 def test_an_allow_is_remembered_in_its_own_family(world: World) -> None:
@@ -69,7 +69,7 @@ def test_an_allow_is_remembered_in_its_own_family(world: World) -> None:
     texts = [HOME, f"::ffff:{HOME}", "2001:db8::1", "2001:DB8::1"]
     for text in texts:
         assert alone(guard)("jsmith", text) is True
-    assert guard._cache.by_spelling["jsmith"] == set(texts)
+    assert guard._table.rows["jsmith"] == set(texts)
     assert all(alone(guard)("jsmith", text) is True for text in texts)
     assert guard.stats().denials == {Reason.NOT_LISTED: 1}
 
@@ -137,7 +137,7 @@ def test_past_the_lease_it_neither_allows_nor_denies(world: World, address: str)
     world.pass_time(5)
     assert alone(guard)("jsmith", address) == SLOW
     assert guard.stats().denials == {}
-    assert guard._cache.by_spelling["jsmith"] == {HOME}
+    assert guard._table.rows["jsmith"] == {HOME}
 
 
 def test_a_denial_ends_with_the_test_of_the_clock(world: World) -> None:
@@ -184,13 +184,13 @@ def test_an_overridden_check_is_not_passed_over(world: World) -> None:
         Reason.NOT_LISTED,
         Reason.BAD_ADDRESS,
     ]
-    assert guard._bind_is_allowed(lambda username, address: None) is None
+    assert guard._fast_path(lambda username, address: None) is None
 
 
 def test_with_an_observer_or_report_only_there_is_no_hot_path(world: World) -> None:
     """Every decision is told, and only who asked for that pays for it."""
     for settings in ({"report_only": True}, {"observer": print}):
-        assert world.guard(**settings)._bind_is_allowed(lambda username, address: None) is None
+        assert world.guard(**settings)._fast_path(lambda username, address: None) is None
 
 
 @given(

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from ipguard.aio import AsyncGuard
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
-from ipguard.guard._lease import Lease
 from ipguard.guard._preload import Preload
-from ipguard.guard._table import Table
+from ipguard.guard._table import Preloaded, Table
 from ipguard.model import RESET, Policy, Reason
 from ipguard.packed import pack
 from ipguard.stores.memory import MemoryStore
@@ -63,9 +62,8 @@ def preloaded(world: World, **settings: Any) -> Guard:
     return guard
 
 
-def table(guard: Guard) -> Table:
-    assert guard._cache.table is not None
-    return guard._cache.table
+def table(guard: Guard) -> Preloaded:
+    return guard._table.preloaded
 
 
 def preload(guard: Guard) -> Preload:
@@ -92,7 +90,7 @@ def test_no_login_reads_the_store(world: World) -> None:
             assert guard.is_allowed(name, address) is expected.allowed
             assert world.store.loads == []
     assert guard.stats().loads == 0
-    assert "JSmith" in guard._cache.by_spelling
+    assert "JSmith" in guard._table.rows
 
 
 def test_entries_are_bounded_and_the_table_is_not(world: World) -> None:
@@ -173,12 +171,12 @@ def test_asyncio_is_answered_on_the_event_loop(memory: World) -> None:
 
     async def main() -> None:
         await guard.sync()
-        guard._answers.run = None  # type: ignore[assignment,method-assign]
+        guard._logins.run = None  # type: ignore[assignment,method-assign]
         for _ in range(2):
             assert await guard.is_allowed("jsmith", HOME)
             assert not await guard.is_allowed("JSmith", OFFICE)
             assert await guard.is_allowed("nobody", OFFICE)
-        assert "JSmith" in guard.guard._cache.by_spelling
+        assert "JSmith" in guard.guard._table.rows
         await guard.close()
 
     asyncio.run(main())
@@ -199,7 +197,7 @@ def test_users_are_read_singly_until_the_snapshot_is_whole(world: World) -> None
             assert guard.stats().preloaded is None
             assert not guard.is_allowed("jsmith", OFFICE)
             assert guard.is_allowed("jsmith", HOME)
-            guard._cache._forget("jsmith")
+            guard._table._drop("jsmith")
             assert guard.sync() == guard.revision  # another does not begin a second one
             held.let_go()
             streaming.result()
@@ -252,11 +250,11 @@ def test_only_who_changed_is_read_again(world: World) -> None:
     assert len(world.store.loads) == 3
 
 
-class WatchedLease(Lease):
+class WatchedTable(Table):
     """A lease that notes what the table says of a user when its revision or moment moves."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("revision", "deadline") and "look" in self.__dict__:
+        if name in ("position", "deadline") and "look" in self.__dict__:
             self.__dict__["seen"].append((name, self.__dict__["look"]()))
         super().__setattr__(name, value)
 
@@ -265,17 +263,17 @@ class WatchedLease(Lease):
 def test_who_changed_is_unknown_before_the_revision_moves(world: World, everybody: bool) -> None:
     """Whoever sees the new revision finds no older policy, and no absence, in the table."""
     guard = preloaded(world)
-    lease: Any = guard._lease
-    lease.__class__ = WatchedLease
-    lease.seen = []
-    lease.look = lambda: table(guard).policy("jsmith", 99)
-    assert lease.look() == Policy(revision=99, restrictions=(), known=False)
+    watched: Any = guard._table
+    watched.__class__ = WatchedTable
+    watched.seen = []
+    watched.look = lambda: table(guard).policy("jsmith", 99)
+    assert watched.look() == Policy(revision=99, restrictions=(), known=False)
     world.pass_time(1)
     revision = world.restrict("jsmith")
     if everybody:
         world.touch()
-    lease.sync()
-    assert lease.seen == [("revision", None), ("deadline", None)]
+    guard._lease.sync()
+    assert watched.seen == [("position", None), ("deadline", None)]
     assert revision
 
 
@@ -334,7 +332,7 @@ def test_everybody_is_unknown_until_a_new_snapshot_is_whole(world: World, reset:
     assert len(world.store.streams) == 2
     guard.sync()
     assert len(world.store.loads) == 2
-    assert table(guard).waste == {}
+    assert table(guard).discarded == {}
 
 
 def test_the_table_of_before_is_let_go(world: World) -> None:
@@ -343,12 +341,12 @@ def test_the_table_of_before_is_let_go(world: World) -> None:
     guard = preloaded(world)
     world.touch()
     guard._lease.sync()
-    assert len(table(guard).waste) == 1
+    assert len(table(guard).discarded) == 1
     world.touch()
     guard._lease.sync()
-    assert len(table(guard).waste) == 1
+    assert len(table(guard).discarded) == 1
     guard.sync()
-    assert (table(guard).waste, len(table(guard))) == ({}, 1)
+    assert (table(guard).discarded, len(table(guard))) == ({}, 1)
 
 
 # -------------------------------------------------------------------------------- interleavings
@@ -460,9 +458,8 @@ def test_a_snapshot_older_than_the_guard_is_refused(
     assert guard.stats().preloaded is None
     assert len(world.store.streams) == 10
     assert not guard.is_allowed("jsmith", OFFICE)
-    assert [r.getMessage() for r in told(caplog)] == [
-        "preloading failed, users are loaded singly meanwhile: no snapshot was of its revision"
-    ]
+    (record,) = told(caplog)
+    assert record.getMessage().endswith("until it succeeds: no snapshot was of its revision")
     guard.sync()
     assert len(told(caplog)) == 1
 
@@ -694,7 +691,7 @@ def test_a_stream_that_fails_is_told_once_and_tried_again(
     lines = [r.getMessage() for r in caplog.records if "preload" in r.getMessage()]
     assert len(lines) == 2
     assert lines[0] == (
-        "preloading failed, users are loaded singly meanwhile: StoreUnavailable: cut off"
+        "preloading failed; users are loaded singly until it succeeds: StoreUnavailable: cut off"
     )
     assert lines[1].startswith("preloaded 1 restricted users in ")
     assert guard.stats().failures == 0
@@ -708,6 +705,7 @@ def test_the_pause_after_a_failure_grows(memory: World, monkeypatch: pytest.Monk
     """One second, doubling to a minute; nothing is tried before it is over."""
     now = [100.0]
     monkeypatch.setattr("ipguard.guard._preload.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ipguard._backoff.random", lambda: 0.0)
     guard = memory.guard(preload=True)
     guard._lease.sync()
     memory.store.snapshot = lambda revision: -1
@@ -719,13 +717,13 @@ def test_the_pause_after_a_failure_grows(memory: World, monkeypatch: pytest.Monk
     memory.store.streams.clear()
     now[0] += 59
     preload(guard).tend(0.1)
-    assert not preload(guard)._filling.locked()
+    assert not preload(guard)._reading.locked()
     assert memory.store.streams == []
     memory.store.snapshot = lambda revision: revision
     now[0] += 1
     preload(guard).tend(0.1)
     comes_true(lambda: guard.stats().preloaded == 0)
-    comes_true(lambda: not preload(guard)._filling.locked())
+    comes_true(lambda: not preload(guard)._reading.locked())
     memory.touch()
     guard._lease.sync()
     memory.store.snapshot = lambda revision: -1
@@ -910,7 +908,7 @@ def test_it_waits_for_the_store(memory: World) -> None:
     with memory.guard(preload=True) as guard:
         comes_true(lambda: memory.store.syncs)
         preload(guard).tend(0.1)
-        assert not preload(guard)._filling.locked()
+        assert not preload(guard)._reading.locked()
         memory.store.down = None
         memory.pass_time(1)
         comes_true(lambda: guard.stats().preloaded == 0)
@@ -938,8 +936,8 @@ def test_it_ends_with_the_refresher(memory: World, how: str) -> None:
             del thread
         held.let_go()
         comes_true(lambda: not streaming())
-    assert not held_table.whole
-    assert held_table.filling is None
+    assert not held_table.complete
+    assert held_table.snapshot is None
     assert list(memory.store.after_stream) == []
 
 

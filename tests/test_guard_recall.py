@@ -23,7 +23,7 @@ def world() -> World:
 
 
 def recall(guard: Guard, name: Any, address: Any = HOME, at_least: Any = None) -> Decision | None:
-    return guard._answers.recall(name, address, at_least)
+    return guard._slow_path.recall(name, address, at_least)
 
 
 def test_it_is_what_check_answers_and_reads_nothing(world: World) -> None:
@@ -38,7 +38,7 @@ def test_it_is_what_check_answers_and_reads_nothing(world: World) -> None:
         for address in (HOME, OFFICE, "nonsense", 5):
             assert recall(guard, name, address) == guard.check(name, address)
     assert (len(world.store.loads), len(world.store.syncs)) == reads
-    assert "JSmith" in guard._cache.by_spelling
+    assert "JSmith" in guard._table.rows
 
 
 def test_it_tells_that_more_is_needed(world: World) -> None:
@@ -72,10 +72,10 @@ def test_who_was_preloaded_is_found_by_spelling_next_time(world: World, rests: b
     assert guard.stats().preloaded == 2
     if rests:
         world.pass_time(5)
-        assert guard._answers.recall("JSmith", HOME, None, resting=True)
+        assert guard._slow_path.recall("JSmith", HOME, None, refuse=True)
     else:
         assert recall(guard, "JSmith")
-    assert set(guard._cache.by_spelling) == {"jsmith", "JSmith"}
+    assert set(guard._table.rows) == {"jsmith", "JSmith"}
 
 
 @pytest.mark.parametrize("grace", [0.0, 10.0])
@@ -85,12 +85,12 @@ def test_while_the_store_rests_it_answers_all(world: World, grace: float) -> Non
     guard.check("jsmith", HOME)
     world.pass_time(5)
     assert recall(guard, "jsmith") is None
-    said = guard._answers.recall("jsmith", HOME, None, resting=True)
+    said = guard._slow_path.recall("jsmith", HOME, None, refuse=True)
     world.store.down = OSError()
     expected = guard.check("jsmith", HOME)
     assert (expected.allowed, expected.stale) == (grace > 0, grace > 0)
     assert recall(guard, "jsmith") == said == expected
-    assert guard._answers.recall("jsmith", HOME, None, resting=False) is None
+    assert guard._slow_path.recall("jsmith", HOME, None, refuse=False) is None
     for other in (recall(guard, "adoe"), recall(guard, "jsmith", at_least=guard.revision + 1)):
         assert other is not None
         assert other.reason is Reason.STORE_UNAVAILABLE
@@ -117,15 +117,15 @@ def test_a_change_between_the_moment_and_the_look_up_is_seen(world: World) -> No
     """A user dropped after the moment was taken is not found any more."""
     guard = world.guard()
     guard.check("jsmith", HOME)
-    find = guard._cache.by_spelling
+    find = guard._table.rows
 
     class Slow(dict[str, Any]):
         def get(self, *args: Any) -> Any:
-            guard._cache.by_spelling = find
+            guard._table.rows = find
             world.lift_all("jsmith")
             world.restrict("jsmith", OFFICE)
             guard.sync()
             return find.get(*args)
 
-    guard._cache.by_spelling = Slow()
+    guard._table.rows = Slow()
     assert recall(guard, "jsmith") is None

@@ -35,7 +35,7 @@ def is_at(guard: Guard, revision: int) -> bool:
 
 
 def thread_of(guard: Guard) -> threading.Thread:
-    assert guard._refresher is not None
+    assert guard._refresher._thread is not None
     return guard._refresher._thread
 
 
@@ -103,7 +103,6 @@ def test_how_often_it_syncs(world: World) -> None:
     """At least each second, three times in a lease; ten times a second it looks whether to stop."""
     for staleness, interval, piece in ((60, 1.0, 0.1), (1.5, 0.5, 0.1), (0.15, 0.05, 0.05)):
         with world.guard(max_staleness=staleness) as guard:
-            assert guard._refresher is not None
             assert guard._refresher._interval == pytest.approx(interval)
             assert guard._refresher._slice == pytest.approx(piece)
 
@@ -117,8 +116,7 @@ def test_between_two_rounds_it_does_not_sync(world: World) -> None:
         return False
 
     world.store.wait = wait  # type: ignore[method-assign]
-    with world.guard(max_staleness=3600) as guard:
-        assert guard._refresher is not None
+    with world.guard(max_staleness=3600):
         comes_true(lambda: len(waits) >= 5)
         assert len(world.store.syncs) == 1
     assert set(waits) == {0.1}
@@ -205,8 +203,8 @@ def test_a_thread_that_died_is_started_again_by_the_next_slow_call(world: World)
 def test_sync_starts_it_again_too(world: World) -> None:
     """A forked child that only syncs has its refresher back as well."""
     with world.guard() as guard:
-        assert guard._refresher is not None
         guard._refresher.stop()
+        guard._refresher._wanted = True
         guard.sync()
         assert guard.stats().woken_by == "refresher"
 
@@ -281,25 +279,25 @@ def test_the_bound_question_keeps_the_guard_and_its_thread(world: World) -> None
     assert not thread.is_alive()
 
 
-def test_a_check_at_the_moment_of_close_does_not_start_it_again(world: World) -> None:
-    """Who waits for the guard's lock to start the thread finds that it should not run."""
+def test_a_check_while_the_guard_closes_does_not_restart_the_refresher(world: World) -> None:
+    """A thread that waits for the lock to start the refresher sees that it was stopped."""
     with world.guard() as guard:
-        assert guard._refresher is not None
         guard._refresher.stop()
-        with guard._lease.lock:
-            asked = Call(guard._keep_refreshing)
-            comes_true(lambda: asked.running)
-            guard._refreshing = False
-        asked.result()
+        guard._refresher._wanted = True
+        with guard._refresher._lock:
+            revived = Call(guard._refresher.revive)
+            comes_true(lambda: revived.running)
+            guard._refresher._wanted = False
+        revived.result()
         assert refreshers() == []
 
 
 def test_two_who_start_it_at_once_start_one(world: World) -> None:
-    """Who waits for the guard's lock to start the thread finds it running."""
+    """A thread that waits for the lock to start the refresher finds it running."""
     guard = world.guard()
-    with guard._lease.lock:
+    with guard._refresher._lock:
         calls = [Call(guard.start) for _ in range(4)]
-        comes_true(lambda: guard._refreshing)
+        comes_true(lambda: guard._refresher._wanted)
     for call in calls:
         call.result()
     assert len(refreshers()) == 1
@@ -316,7 +314,7 @@ def test_without_a_thread_to_be_had_answers_go_on(
         def refuse(*args: Any, **settings: Any) -> None:
             raise RuntimeError("can't start new thread")
 
-        patch.setattr("ipguard.guard.Refresher", refuse)
+        patch.setattr("ipguard.guard._refresher.threading.Thread", refuse)
         with pytest.raises(RuntimeError):
             guard.start()
         assert guard.check("jsmith", HOME)

@@ -111,12 +111,12 @@ def test_a_handler_that_raises_leaves_the_guard_sound(store: Any, rounds: Any) -
     guard = Guard(store, capacity=1)
 
     def call() -> None:
-        guard._lease.deadline = float("-inf")
+        guard._table.deadline = float("-inf")
         guard.check("mlee", OFFICE)
         guard.check("jsmith", OFFICE)
 
     def sound() -> None:
-        assert not guard._lease.lock.locked()
+        assert not guard._table.lock.locked()
         assert not guard._lease._turn.locked()
         call()
         assert guard.check("jsmith", HOME).reason is Reason.LISTED
@@ -146,7 +146,7 @@ def test_a_handler_may_ask_the_guard_at_any_step(store: Any, rounds: Any) -> Non
     answers: list[ipguard.Decision] = []
 
     def call() -> None:
-        guard._lease.deadline = float("-inf")
+        guard._table.deadline = float("-inf")
         guard.check("mlee", OFFICE)
         guard.check("jsmith", OFFICE)
 
@@ -173,20 +173,20 @@ def test_a_guard_that_is_being_written_by_this_thread_writes_nothing_more() -> N
         guard = Guard(store, preload=True)
         guard.sync()
         assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
-        guard._refreshing = True
-        with guard._lease.lock:
+        guard._refresher._wanted = True
+        with guard._table.lock:
             assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
             assert guard.check("JSMITH", OFFICE).reason is Reason.NOT_LISTED
             assert guard.check("mlee", OFFICE).reason is Reason.STORE_UNAVAILABLE
-            assert guard._answers.recall("mlee", OFFICE, None, resting=True) is not None
-            guard._lease.deadline = float("-inf")
+            assert guard._slow_path.recall("mlee", OFFICE, None, refuse=True) is not None
+            guard._table.deadline = float("-inf")
             assert guard.check("jsmith", OFFICE).reason is Reason.STORE_UNAVAILABLE
             with pytest.raises(StoreUnavailable, match="again"):
                 guard.sync()
             with guard._tally._lock:
                 guard.stats()
         assert guard.stats().woken_by == "callers"
-        guard._refreshing = False
+        guard._refresher._wanted = False
         assert guard.stats().denials[Reason.NOT_LISTED] == 3
         guard._lease._turn_owner = threading.get_ident()
         assert guard.check("jsmith", OFFICE).reason is Reason.STORE_UNAVAILABLE
@@ -203,7 +203,7 @@ def test_users_are_forgotten_if_their_order_was_interrupted(
         store.put_users([user("jsmith"), user("mlee")])
         guard = Guard(store, capacity=1)
         guard.check("jsmith", HOME)
-        kind = type(guard._cache._users)
+        kind = type(guard._table._users)
 
         def late(*_: object) -> None:
             monkeypatch.undo()
@@ -212,8 +212,8 @@ def test_users_are_forgotten_if_their_order_was_interrupted(
         monkeypatch.setattr(kind, method, late)
         with pytest.raises(Late):
             guard.check("mlee", HOME)
-        assert len(guard._cache) == 0
-        assert not guard._cache.by_spelling
+        assert len(guard._table) == 0
+        assert not guard._table.rows
         assert guard.check("mlee", HOME)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
-from ipguard.guard._lease import Lease
+from ipguard.guard._table import Position, Table
 from ipguard.model import RESET, Reason
 from tests.guards import (
     ELSEWHERE,
@@ -34,16 +34,16 @@ from tests.guards import restorable as restorable  # noqa: PLC0414
 from tests.guards import world as world  # noqa: PLC0414
 
 
-class WatchedLease(Lease):
-    """A lease that calls out when its moment is read, and tells what is written to it."""
+class WatchedTable(Table):
+    """A table that calls a hook when its deadline is read, and records what is written to it."""
 
     def watch(self, guard: Guard, at_read: Callable[[], object] | None = None) -> None:
         self.__dict__["at_read"] = at_read
         self.__dict__["written"] = []
-        self.__dict__["cached"] = guard._cache.by_spelling
+        self.__dict__["cached"] = guard._table.rows
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "written" in self.__dict__ and name in ("revision", "deadline"):
+        if "written" in self.__dict__ and name in ("position", "deadline"):
             self.__dict__["written"].append((name, value, sorted(self.__dict__["cached"])))
         super().__setattr__(name, value)
 
@@ -57,12 +57,32 @@ class WatchedLease(Lease):
 
 
 def watch(guard: Guard, at_read: Callable[[], object] | None = None) -> list[Any]:
-    """Watch a guard's lease, and return the list of what is written to it from now on."""
-    lease: Any = guard._lease
-    lease.__class__ = WatchedLease
-    lease.watch(guard, at_read)
-    written: list[Any] = lease.__dict__["written"]
+    """Watch a guard's table, and return the list of what is written to it from now on."""
+    table: Any = guard._table
+    table.__class__ = WatchedTable
+    table.watch(guard, at_read)
+    written: list[Any] = table.__dict__["written"]
     return written
+
+
+class SpyLock:
+    """A lock that calls a hook before it is acquired."""
+
+    def __init__(self, lock: Any, hook: Callable[[], object]) -> None:
+        self._lock = lock
+        self._hook = hook
+
+    def acquire(self, blocking: bool, timeout: float) -> bool:
+        self._hook()
+        acquired: bool = self._lock.acquire(blocking, max(timeout, PATIENCE))
+        return acquired
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def locked(self) -> bool:
+        held: bool = self._lock.locked()
+        return held
 
 
 def change_hands(world: World, guard: Guard) -> Callable[[], None]:
@@ -160,7 +180,8 @@ def test_sync_drops_then_moves_the_revision_then_the_moment(world: World, everyb
     written = watch(guard)
     guard.sync()
     until = world.clock.monotonic() + 5
-    assert written == [("revision", revision, []), ("deadline", until, [])]
+    position = Position(revision, guard._table.position.token, 1, 2)
+    assert written == [("position", position, []), ("deadline", until, [])]
 
 
 def test_the_moment_is_counted_from_the_start_of_the_read(world: World) -> None:
@@ -362,18 +383,8 @@ def test_who_misses_together_shares_one_load(world: World, rounds: Any) -> None:
     with gate(world.store.before_load) as held:
         first = Call(lambda: guard.is_allowed("jsmith", HOME))
         held.reached()
-        (load,) = guard._loads._under_way.values()
-        done = load.done
-
-        class Done:
-            def acquire(self, timeout: float) -> bool:
-                waiting.append(1)
-                return done.acquire(timeout=PATIENCE)
-
-            def release(self) -> None:
-                done.release()
-
-        load.done = Done()  # type: ignore[assignment]
+        (load,) = guard._loads._in_flight.values()
+        load.done = SpyLock(load.done, lambda: waiting.append(1))  # type: ignore[assignment]
         calls = [Call(lambda: guard.is_allowed("jsmith", HOME)) for _ in range(many)]
         comes_true(lambda: len(waiting) == many)
         held.let_go()
@@ -386,11 +397,11 @@ def test_who_comes_after_the_shared_load_reads_nothing(world: World) -> None:
     guard = world.guard()
     guard.sync()
     # The look-up of the slow path misses; the load ends before this thread gets to its own.
-    until = guard._lease.deadline
+    until = guard._table.deadline
     assert guard.check("jsmith", HOME)
     found = guard._loads.load("jsmith", "jsmith", 0)
     assert found is not None
-    assert found == (guard._cache.by_spelling["jsmith"], until)
+    assert found == (guard._table.rows["jsmith"], until)
     assert world.store.loads == ["jsmith"]
 
 
@@ -411,19 +422,9 @@ def test_who_joins_does_not_take_an_older_load(world: World) -> None:
         held.reached()
         revision = world.restrict("jsmith")
         guard.sync()
-        (load,) = guard._loads._under_way.values()
+        (load,) = guard._loads._in_flight.values()
         joined = threading.Event()
-        done = load.done
-
-        class Done:
-            def acquire(self, timeout: float) -> bool:
-                joined.set()
-                return done.acquire(timeout=timeout)
-
-            def release(self) -> None:
-                done.release()
-
-        load.done = Done()  # type: ignore[assignment]
+        load.done = SpyLock(load.done, joined.set)  # type: ignore[assignment]
         younger = Call(lambda: guard.check("jsmith", HOME))
         assert joined.wait(PATIENCE)
         held.let_go()
@@ -450,18 +451,8 @@ def test_a_waiter_does_not_use_a_load_of_a_revision_that_was_lost(restorable: Re
         restore()
         assert world.touch("adoe") == lost
         assert guard.sync() == lost
-        (load,) = guard._loads._under_way.values()
-        done = load.done
-
-        class Done:
-            def acquire(self, timeout: float) -> bool:
-                joined.set()
-                return done.acquire(timeout=PATIENCE)
-
-            def release(self) -> None:
-                done.release()
-
-        load.done = Done()  # type: ignore[assignment]
+        (load,) = guard._loads._in_flight.values()
+        load.done = SpyLock(load.done, joined.set)  # type: ignore[assignment]
         second = Call(lambda: guard.check("jsmith", HOME, at_least=lost))
         assert joined.wait(PATIENCE)
         held.let_go()
@@ -477,7 +468,7 @@ def test_a_load_overtaken_by_a_sync_is_not_remembered_and_hides_what_is_older(
     guard = world.guard(preload=True)
     world.restrict("jsmith", OFFICE)
     guard.sync()
-    table = guard._cache.table
+    table = guard._table.preloaded
     assert table is not None
     table.mark(["jsmith"])
     behind = world.inner.changes_since(None)._replace(usernames=frozenset())
@@ -490,7 +481,7 @@ def test_a_load_overtaken_by_a_sync_is_not_remembered_and_hides_what_is_older(
         guard._lease.sync()
         held.let_go()
         assert call.result()
-    assert "jsmith" not in guard._cache.by_spelling
+    assert "jsmith" not in guard._table.rows
     assert table.policy("jsmith", guard.revision) is None
     assert guard.check("jsmith", HOME)
 
@@ -533,7 +524,7 @@ def test_a_load_that_hangs_is_not_joined_for_ever(world: World) -> None:
         assert Call(lambda: guard.check("jsmith", HOME)).result()
         held.let_go()
         hanging.result()
-    assert not guard._loads._under_way
+    assert not guard._loads._in_flight
     assert guard.is_allowed("jsmith", HOME)
 
 
@@ -549,12 +540,12 @@ def test_the_end_of_a_hung_load_leaves_the_next_one_under_way(world: World) -> N
     guard.sync()
     following = Call(lambda: guard.check("jsmith", HOME))
     second.reached()
-    (load,) = guard._loads._under_way.values()
+    (load,) = guard._loads._in_flight.values()
     world.touch("jsmith")
     guard.sync()
     first.let_go()
     hung.result()
-    assert list(guard._loads._under_way.values()) == [load]
+    assert list(guard._loads._in_flight.values()) == [load]
     second.let_go()
     assert following.result()
 
@@ -640,7 +631,7 @@ def test_a_lasting_restriction_beside_a_temporary_one_is_remembered(world: World
     guard = world.guard()
     assert guard.is_allowed("jsmith", HOME)
     assert guard.is_allowed("jsmith", OFFICE)
-    assert guard._cache.by_spelling["jsmith"] == {OFFICE}
+    assert guard._table.rows["jsmith"] == {OFFICE}
     world.pass_time(2)
     assert not guard.is_allowed("jsmith", HOME)
     assert guard.is_allowed("jsmith", OFFICE)
@@ -922,7 +913,7 @@ def test_behind_a_load_that_hangs_nobody_queues(world: World) -> None:
     with gate(world.store.before_load) as held:
         hanging = Call(lambda: guard.check("jsmith", HOME))
         held.reached()
-        guard._loads._under_way["jsmith"]._began -= PATIENCE * 2
+        guard._loads._in_flight["jsmith"]._began -= PATIENCE * 2
         denied = Call(lambda: guard.check("jsmith", HOME)).result()
         assert denied.reason is Reason.STORE_UNAVAILABLE
         assert world.store.loads == ["jsmith"]
@@ -965,19 +956,11 @@ def test_who_had_to_wait_for_the_turn_finds_the_store_down(world: World) -> None
     turn = guard._lease._turn
     waiting = threading.Event()
 
-    class Turn:
-        def acquire(self, timeout: float) -> bool:
-            waiting.set()
-            return turn.acquire(timeout=PATIENCE)
-
-        def release(self) -> None:
-            turn.release()
-
     with gate(world.store.before_sync) as held:
-        first = Call(lambda: guard._lease.hold(0))
+        first = Call(lambda: guard._lease.ensure(0))
         held.reached()
-        guard._lease._turn = Turn()  # type: ignore[assignment]
-        second = Call(lambda: guard._lease.hold(0))
+        guard._lease._turn = SpyLock(turn, waiting.set)  # type: ignore[assignment]
+        second = Call(lambda: guard._lease.ensure(0))
         assert waiting.wait(PATIENCE)
         world.store.down = StoreUnavailable("down")
         guard._lease._turn = turn
@@ -1007,8 +990,11 @@ def test_patience_is_below_max_staleness_and_bounded(memory: World) -> None:
 
 
 @pytest.mark.parametrize("what", ["sync", "load"])
-def test_after_a_failure_no_attempt_for_a_while_that_doubles(world: World, what: str) -> None:
-    """100, 200, 400, 800 ms, then each second: nothing is tried before, and it is after."""
+def test_back_off_after_failures_doubles(
+    world: World, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100, 200, 400, 800 ms, then each second, without jitter: no attempt before, one after."""
+    monkeypatch.setattr("ipguard._backoff.random", lambda: 0.0)
     guard = world.guard(max_staleness=1000 if what == "load" else 0.001)
     guard.sync()
     world.pass_time(0.001)

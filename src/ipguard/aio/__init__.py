@@ -1,18 +1,330 @@
-"""The guard and the workflow for asyncio: the same methods, to await.
+"""`Guard` and `Workflow` for asyncio: the same methods, to await.
 
     async with AsyncGuard(store) as guard:
         if await guard.is_allowed("jsmith", "203.0.113.7"): ...
 
-What a guard remembers is answered on the event loop: no thread, no I/O, no waiting. All else runs
-on a few daemon threads of this module's own, so that a store which hangs cannot use up the threads
-that the host needs for other things. Their number and their queue are bounded: there is no queue
-behind a slow store, it denies.
+A remembered user is answered on the event loop: no thread, no I/O, no waiting. Other calls run on
+daemon threads of this module, so that a store that hangs cannot use up the threads that the host
+needs. The threads and their queue are bounded: if both are full, logins are denied.
 
-A coroutine may be cancelled at any await. What has not begun is taken back; what has begun on a
-thread goes on to its end there, gives its connection back, and frees its place.
+A coroutine may be cancelled at any await. A call that still waits for a thread is withdrawn; a call
+that runs on a thread runs to its end there, and then frees the thread.
 """
 
-from ipguard.aio._guard import AsyncGuard, GuardSettings
-from ipguard.aio._workflow import AsyncWorkflow
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import (
+    Any,
+    Concatenate,
+    Final,
+    Literal,
+    ParamSpec,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+)
+from weakref import WeakValueDictionary
+
+from ipguard._checks import check_seconds
+from ipguard.aio._executor import Executor
+from ipguard.errors import InvalidValue, StoreUnavailable
+from ipguard.guard import Guard, GuardStats, Observer, internals
+from ipguard.model import Decision, Explanation, Reason
+from ipguard.notify import Notifier
+from ipguard.store import RestrictionStore
+from ipguard.workflow import Workflow, WorkflowSettings
 
 __all__ = ["AsyncGuard", "AsyncWorkflow", "GuardSettings"]
+
+_log = logging.getLogger("ipguard.aio")
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_GRACE: Final = 0.05  # seconds
+
+
+class GuardSettings(TypedDict, total=False):
+    """The keyword arguments of `Guard`; see there."""
+
+    max_staleness: float
+    outage_grace: float
+    capacity: int
+    preload: bool
+    unknown_users: Literal["allow", "deny"]
+    report_only: bool
+    observer: Observer | None
+    monotonic: Callable[[], float] | None
+
+
+class _AsyncClosing(ABC):
+    @abstractmethod
+    async def close(self) -> None:
+        """Let all threads end."""
+
+    async def aclose(self) -> None:
+        """Call `close`, under the name that `contextlib.aclosing` uses."""
+        await self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncGuard(_AsyncClosing):
+    """A `Guard` whose methods are awaited.
+
+    Create it with the arguments of a `Guard`, or from one. `is_allowed` and `check` answer on the
+    event loop if they need no I/O: for remembered users, for malformed addresses and usernames, and
+    for all calls while the circuit breaker is open. Other calls go to `threads` threads, and up to
+    `waiting` calls wait for one. Beyond that, logins are denied at once with `STORE_UNAVAILABLE`
+    (within `outage_grace`, remembered users are answered). `explain`, `sync` and `wait_for` use
+    `threads` other threads, so that they do not delay logins.
+
+    The observer is called on the event loop, for each decision: it must not block.
+
+    Args:
+        store: The store to read policies from; or a `Guard`, which other threads may keep using.
+        threads: How many calls to the store may run at once.
+        waiting: How many more calls may wait for a thread.
+        settings: The other arguments of `Guard`; none if `store` is a `Guard`.
+
+    Attributes:
+        guard: The guard behind this one; both remember the same users.
+
+    Raises:
+        InvalidValue: A setting is not valid; the guard's class overrides `check` or `is_allowed`,
+            which would not be called; or gevent has patched threads.
+    """
+
+    def __init__(
+        self,
+        store: RestrictionStore | Guard,
+        *,
+        threads: int = 4,
+        waiting: int = 64,
+        **settings: Unpack[GuardSettings],
+    ) -> None:
+        self._logins = Executor(threads, waiting)
+        self._others = Executor(threads, waiting)
+        if not isinstance(store, Guard):
+            store = Guard(store, **settings)
+        elif settings:
+            raise InvalidValue(min(settings), "is a setting of the guard that was passed")
+        kind = type(store)
+        if not (kind.check is Guard.check and kind.is_allowed is Guard.is_allowed):
+            raise InvalidValue("guard", "overrides check or is_allowed: override AsyncGuard's")
+        self.guard: Guard = store
+        self._parts = internals(store)
+        # By event loop and user: the first call about that user that is in progress. The references
+        # are weak, because a loop that was closed runs no callback to remove its calls.
+        self._asking: WeakValueDictionary[tuple[int, str | int], asyncio.Future[Decision]]
+        self._asking = WeakValueDictionary()
+
+    async def is_allowed(self, username: str, address: str) -> bool:
+        """Return whether a user may log in from an address, now; see `Guard.is_allowed`."""
+        fast_path = self._parts.fast_path
+        allowed = None if fast_path is None else fast_path(username, address)
+        if allowed is None:
+            allowed = (await self.check(username, address)).allowed
+        return allowed
+
+    async def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
+        """Decide whether a user may log in from an address, and say why; see `Guard.check`."""
+        decision = self._recall(username, address, at_least)
+        if decision is None:
+            decision = await self._ask(username, address, at_least)
+        return self._parts.report(username, address, decision)
+
+    async def _ask(self, username: str, address: str, at_least: int | None) -> Decision:
+        """Decide on a thread. Calls that miss on the same user wait for the first one.
+
+        So any number of calls about one user take one thread.
+        """
+        # A subclass of str may hash and compare differently.
+        loop = id(asyncio.get_running_loop())  # which the calls in progress keep alive
+        key = loop, username if type(username) is str else id(username)
+        while (other := self._asking.get(key)) is not None:
+            await asyncio.wait((other,), timeout=self._parts.patience)
+            decision = self._recall(username, address, at_least)
+            if decision is not None:
+                return decision
+            if not other.cancelled():
+                break  # it hangs, or its result was not remembered
+        try:
+            asking = self._logins.begin(self._parts.judge, username, address, at_least)
+        except StoreUnavailable:  # no thread is free; `judge` raises nothing
+            refused = self._recall(username, address, at_least, refuse=True)
+            return self._parts.denied(Reason.STORE_UNAVAILABLE) if refused is None else refused
+        if self._asking.setdefault(key, asking) is asking:
+            asking.add_done_callback(lambda _: self._asking.pop(key, None))
+        return await asking
+
+    def _recall(
+        self, username: str, address: str, at_least: int | None, *, refuse: bool | None = None
+    ) -> Decision | None:
+        try:
+            return self._parts.recall(username, address, at_least, refuse=refuse)
+        except Exception:
+            _log.debug("the remembered row could not be used", exc_info=True)
+            return None
+
+    async def explain(self, username: str, address: str) -> Explanation:
+        """Explain to an operator how a check is decided and why; see `Guard.explain`.
+
+        Raises:
+            StoreUnavailable: The store does not answer, or too many calls wait for it.
+        """
+        return await self._others.run(self.guard.explain, username, address)
+
+    async def sync(self) -> int:
+        """Read what has changed, now, and return the revision; see `Guard.sync`.
+
+        Raises:
+            StoreUnavailable: The store does not answer, or too many calls wait for it.
+        """
+        return await self._others.run(self.guard.sync)
+
+    async def wait_for(self, revision: int, timeout: float) -> bool:  # noqa: ASYNC109 - as Guard's
+        """Wait until every decision rests on a revision or a later one; see `Guard.wait_for`.
+
+        Returns:
+            Whether the guard has reached the revision; False at the timeout, or at once if too many
+            calls wait for a thread.
+
+        Raises:
+            InvalidValue: The timeout is not a number of seconds.
+        """
+        check_seconds("timeout", timeout)
+        if self.guard.revision >= revision:
+            return True
+        # The thread has the same timeout; this one is for a call that gets no thread.
+        try:
+            async with asyncio.timeout(max(0.0, timeout) + _GRACE):
+                return await self._others.run(self.guard.wait_for, revision, timeout)
+        except (StoreUnavailable, TimeoutError):
+            return self.guard.revision >= revision
+
+    @property
+    def revision(self) -> int:
+        """The store's revision that all remembered users are current to; 0 before a sync."""
+        return self.guard.revision
+
+    def stats(self) -> GuardStats:
+        """Return the state of the guard, without I/O, so there is nothing to await."""
+        return self.guard.stats()
+
+    async def start(self) -> None:
+        """Start the refresher, a daemon thread that renews the lease."""
+        self.guard.start()
+
+    async def close(self) -> None:
+        """Stop the refresher, and let idle threads end. The host closes the store."""
+        self._logins.retire()
+        self._others.retire()
+        last = Executor(threads=1, waiting=0)
+        try:
+            await last.run(self.guard.close)  # it waits for the refresher's thread
+        finally:
+            last.retire()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+
+def _awaited(
+    method: Callable[Concatenate[Workflow, _P], _T],
+) -> Callable[Concatenate[AsyncWorkflow, _P], Coroutine[Any, Any, _T]]:
+    """Create the method that calls a workflow's method on a thread, with its documentation."""
+
+    @functools.wraps(method)
+    async def call(self: AsyncWorkflow, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        bound = cast("Callable[_P, _T]", getattr(self.flow, method.__name__))
+        return await self._executor.run(bound, *args, **kwargs)
+
+    return call
+
+
+class AsyncWorkflow(_AsyncClosing):
+    """A `Workflow` whose methods are awaited: the same arguments, results and errors.
+
+    Create it with the arguments of a `Workflow`, or from one. Each call runs on one of `threads`
+    threads, and up to `waiting` calls wait for one. Beyond that, calls raise `StoreUnavailable` and
+    change nothing. The rows of `impose_many` are read, and notifiers called, on that thread.
+
+    Cancelling an await does not undo a change in progress: the transaction commits or fails as a
+    whole, and its outcome is lost. Trying again shows it, as after a lost connection:
+    `RequestClosed("confirmed")`, `DuplicateRestriction`, `UnknownRestriction`. A call that still
+    waits for a thread is withdrawn and changes nothing.
+
+    Args:
+        store: The store; or a `Workflow`, and then none of its arguments.
+        notifier: As for `Workflow`.
+        key: As for `Workflow`.
+        settings: As for `Workflow`.
+        threads: How many calls to the store may run at once.
+        waiting: How many more calls may wait for a thread.
+
+    Attributes:
+        flow: The workflow behind this one, with its `settings` and `notices_failed`.
+
+    Raises:
+        InvalidValue: An argument is not valid, or gevent has patched threads.
+    """
+
+    def __init__(
+        self,
+        store: RestrictionStore | Workflow,
+        notifier: Notifier | None = None,
+        *,
+        key: bytes | Sequence[bytes] | None = None,
+        settings: WorkflowSettings | None = None,
+        threads: int = 4,
+        waiting: int = 64,
+    ) -> None:
+        self._executor = Executor(threads, waiting)
+        if not isinstance(store, Workflow):
+            # The workflow refuses what is missing.
+            key = () if key is None else key
+            store = Workflow(store, cast("Notifier", notifier), key=key, settings=settings)
+        elif any(each is not None for each in (notifier, key, settings)):
+            raise InvalidValue("store", "is a workflow, which has its notifier, key and settings")
+        self.flow: Workflow = store
+
+    request = _awaited(Workflow.request)
+    confirm = _awaited(Workflow.confirm)
+    cancel = _awaited(Workflow.cancel)
+    resend = _awaited(Workflow.resend)
+    delete = _awaited(Workflow.delete)
+    overview = _awaited(Workflow.overview)
+    history = _awaited(Workflow.history)
+    impose = _awaited(Workflow.impose)
+    impose_many = _awaited(Workflow.impose_many)
+    lift = _awaited(Workflow.lift)
+    unlock = _awaited(Workflow.unlock)
+    check_row = _awaited(Workflow.check_row)
+    user = _awaited(Workflow.user)
+    restriction = _awaited(Workflow.restriction)
+    own_request = _awaited(Workflow.own_request)
+    failures = _awaited(Workflow.failures)
+    now = _awaited(Workflow.now)
+
+    async def close(self) -> None:
+        """Let idle threads end. The host closes the store."""
+        self._executor.retire()

@@ -1,17 +1,14 @@
-"""The question that login servers ask: may this user log in from this address, now?
+"""Decide whether a user may log in from an address, from memory if possible.
 
-How an answer comes about::
+How a decision is made::
 
-    is_allowed ──of a remembered user──▶ `_fast_path.py`: the deadline, two look-ups, the clock
-        └──all else──▶ check ──▶ an answer        `_answers.py`: from all these, in their order
-                             ├─▶ the lease        `_lease.py`: sync, one moment, one position
-                             ├─▶ the cache        `_cache.py`: bounded, by spelling
-                             ├─▶ the table        `_table.py`: with `preload`, all restricted users
-                             └─▶ a shared load    `_loads.py`: one read for all who miss
-    start / with ──▶ `_refresher.py`: calls sync before anybody has to
-                             └─▶ `_preload.py`: streams the table in, reads again who changed
-
-Readers take no lock; `_fast_path.py` says what makes that safe.
+    is_allowed ── user remembered ──▶ `_fast_path`: the deadline, two look-ups, the clock
+        └── otherwise ──▶ check ──▶ `_slow_path`: canonical username, strict address, the rules
+                                      ├─▶ `_lease`: one sync if the lease is over
+                                      ├─▶ `_table`: rows, position, deadline, and their lock
+                                      └─▶ `_slow_path.SingleFlight`: one read for all who miss
+    start / with ──▶ `_refresher`: syncs before the lease ends
+                       └─▶ `_preload`: reads all restricted users, and keeps them current
 """
 
 from __future__ import annotations
@@ -22,27 +19,31 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 import attrs
 
 from ipguard import _fork
-from ipguard._checks import check_seconds
-from ipguard.errors import shorten
-from ipguard.guard._answers import Answers
-from ipguard.guard._cache import Cache
-from ipguard.guard._explain import explain
-from ipguard.guard._fast_path import bind
+from ipguard._checks import check_callable, check_seconds, check_switch, check_whole
+from ipguard.addresses import parse_address
+from ipguard.errors import (
+    AddressError,
+    InvalidValue,
+    StoreUnavailable,
+    UsernameError,
+    shorten,
+)
+from ipguard.guard._fast_path import Tally, bind
 from ipguard.guard._lease import Lease, time_asleep
-from ipguard.guard._loads import Loads
 from ipguard.guard._preload import Preload
 from ipguard.guard._refresher import Refresher
-from ipguard.guard._settings import check_settings
-from ipguard.guard._stats import GuardStats, Tally
+from ipguard.guard._slow_path import SingleFlight, SlowPath
 from ipguard.guard._table import Table
 from ipguard.model import Decision, Explanation, Reason
+from ipguard.rules import decide, summarise
 from ipguard.store import Closing, RestrictionStore
+from ipguard.usernames import canonical_username
 
 __all__ = ["Guard", "GuardStats"]
 
@@ -51,35 +52,92 @@ _log = logging.getLogger("ipguard.guard")
 Observer = Callable[[object, object, Decision], object]
 
 
-class Guard(Closing, _fork.Forkable):
-    """Answers whether a user may log in from an address, from memory where it can.
+@attrs.frozen(kw_only=True)
+class GuardStats:
+    """The state of a guard. Denials and everything off the fast path are counted, hits are not.
 
-    No answer rests on a state of the store older than `max_staleness`, whatever has failed.
-    Thread-safe, survives `fork()`. Nothing is read and no thread is started before the first
-    question or `start()`.
+    Attributes:
+        revision: The store's revision that all remembered users are current to.
+        lease_remaining: For how many seconds it may answer without the store; 0.0 if the lease is
+            over.
+        last_sync_age: Seconds since the read that last renewed the lease began; None before the
+            first.
+        error: The store's last failure; None while it answers.
+        failures: How many attempts have failed in a row.
+        woken_by: `refresher` if that thread runs, else `callers`: their checks sync.
+        users: How many users are remembered.
+        preloaded: With `preload`: how many restricted users are held, including those that are
+            being read again; None until the snapshot is complete.
+        loads: How many policies were read from the store.
+        evictions: How many users were evicted to make room.
+        denials: How many logins were denied, by reason.
+        ready: Whether it can answer from memory.
+    """
+
+    revision: int
+    lease_remaining: float
+    last_sync_age: float | None
+    error: str | None
+    failures: int
+    woken_by: Literal["refresher", "callers"]
+    users: int
+    preloaded: int | None
+    loads: int
+    evictions: int
+    denials: Mapping[Reason, int]
+    ready: bool
+
+
+@attrs.frozen(kw_only=True)
+class Internals:
+    """The parts of a guard that `ipguard.aio` runs on an event loop. Not public.
+
+    Attributes:
+        fast_path: Answers from a remembered row, else returns None; None if all calls must be
+            checked.
+        recall: Decides without I/O; see `SlowPath.recall`.
+        judge: Decides with I/O; raises nothing.
+        report: Counts a decision, calls the observer, and returns what the caller gets.
+        denied: Makes a denial that rests on no policy.
+        patience: How long to wait for another call to the store, in seconds.
+    """
+
+    fast_path: Callable[[str, str], bool | None] | None
+    recall: Callable[..., Decision | None]
+    judge: Callable[[str, str, int | None], Decision]
+    report: Callable[[str, str, Decision], Decision]
+    denied: Callable[[Reason], Decision]
+    patience: float
+
+
+class Guard(Closing, _fork.Forkable):
+    """Decides whether users may log in, from memory if possible.
+
+    No decision rests on a state of the store older than `max_staleness`, whatever fails.
+    Thread-safe, and survives `fork()`. Reads nothing and starts no thread before the first check or
+    `start()`.
 
     Args:
-        store: Where policies are read.
-        max_staleness: How old, in seconds, the state that an answer rests on may be.
-        outage_grace: For how many seconds more, when the store does not answer, users remembered
-            are still answered; such decisions are `stale`. An explicit choice: deleted restrictions
-            may still let in meanwhile.
-        capacity: How many users are remembered. Each costs about 1 kB plus its restrictions.
-        preload: Whether to hold every restricted user, at about 150 bytes each beside the name, so
-            that no login waits for the store. They are streamed in by the refresher, or by `sync`
-            where there is none; until then, users are read singly.
-        unknown_users: `"allow"`: a user that is not registered and has no restrictions may log in
-            from anywhere. `"deny"`, recommended once the host keeps its users registered: it may
-            not.
-        report_only: Every answer allows; `reason` stays what it would have been, which the log and
-            the observer are told. For trying ipguard out before it holds.
+        store: The store to read policies from.
+        max_staleness: The maximum age, in seconds, of the state that a decision rests on.
+        outage_grace: For how many more seconds remembered users are still answered if the store
+            does not answer; such decisions are `stale`. With it, a deleted restriction may keep
+            allowing logins for that long during an outage.
+        capacity: How many users to remember. Each takes about 1 kB plus its restrictions.
+        preload: Hold every restricted user in memory, at about 150 bytes plus the username each, so
+            that no login waits for the store. The refresher reads them, or `sync` if it does not
+            run; until then, users are read singly.
+        unknown_users: `"allow"`: an unregistered user without restrictions may log in from any
+            address. `"deny"`, recommended once the host keeps its users registered: it may not.
+        report_only: Allow every login; `reason` stays what it would have been, and is logged and
+            passed to the observer. For trying ipguard out before it is enforced.
         observer: Called as `observer(username, address, decision)` for each decision, on the
-            caller's thread. What it raises is logged and changes nothing. It takes `is_allowed` off
-            the fast path.
+            caller's thread. Its exceptions are logged and change nothing. It makes `is_allowed`
+            slower: each call then takes the slow path.
         monotonic: The clock for ages, in seconds. For tests.
 
     Raises:
-        InvalidValue: A setting makes no sense.
+        InvalidValue: A setting is not valid.
     """
 
     def __init__(
@@ -95,117 +153,126 @@ class Guard(Closing, _fork.Forkable):
         observer: Observer | None = None,
         monotonic: Callable[[], float] | None = None,
     ) -> None:
-        check_settings(
-            store,
-            max_staleness=max_staleness,
-            outage_grace=outage_grace,
-            capacity=capacity,
-            switches={"preload": preload, "report_only": report_only},
-            unknown_users=unknown_users,
-            functions={"observer": observer, "monotonic": monotonic},
-        )
+        check_seconds("max_staleness", max_staleness, above=0)
+        check_seconds("outage_grace", outage_grace, least=0)
+        if not hasattr(store, "load_policy"):
+            raise InvalidValue("store", "is not a restriction store; open_store opens one")
+        check_switch("preload", preload)
+        check_switch("report_only", report_only)
+        for name, function in (("observer", observer), ("monotonic", monotonic)):
+            if function is not None:
+                check_callable(name, function)
+        check_whole("capacity", capacity, 1)
+        if unknown_users not in ("allow", "deny"):
+            raise InvalidValue("unknown_users", 'must be "allow" or "deny"')
+        clock = monotonic or time.monotonic
+        deny_unknown = unknown_users == "deny"
         self._store = store
-        self._max_staleness = max_staleness
-        self._deny_unknown = unknown_users == "deny"
+        self._deny_unknown = deny_unknown
         self._report_only = report_only
         self._observer = observer
-        self._monotonic = monotonic or time.monotonic
-        table = Table(deny_unknown=self._deny_unknown) if preload else None
-        self._cache = Cache(capacity, deny_unknown=self._deny_unknown, table=table)
+        self._monotonic = clock
+        self._table = Table(
+            capacity=capacity, max_staleness=max_staleness, deny_unknown=deny_unknown
+        )
         self._lease = Lease(
             store,
-            self._cache,
+            self._table,
             max_staleness=max_staleness,
-            monotonic=self._monotonic,
-            # An injected clock keeps its own time, whatever the machine does.
+            monotonic=clock,
+            # An injected clock does not depend on whether the machine sleeps.
             asleep=time_asleep if monotonic is None else lambda: 0.0,
         )
-        self._loads = Loads(
-            store,
-            self._cache,
-            self._lease,
-            max_staleness=max_staleness,
-            monotonic=self._monotonic,
+        self._loads = SingleFlight(
+            store, self._table, self._lease, max_staleness=max_staleness, monotonic=clock
         )
-        self._answers = Answers(
+        self._slow_path = SlowPath(
             store,
-            self._cache,
+            self._table,
             self._lease,
             self._loads,
             outage_grace=outage_grace,
-            deny_unknown=self._deny_unknown,
-            monotonic=self._monotonic,
+            deny_unknown=deny_unknown,
+            monotonic=clock,
         )
-        self._preload = None if table is None else Preload(store, table, self._lease, self._loads)
+        self._preload = Preload(store, self._table, self._lease, self._loads) if preload else None
+        self._refresher = Refresher(
+            weakref.ref(self), self._table, self._lease, self._preload, max_staleness=max_staleness
+        )
         self._tally = Tally()
-        self._refreshing = False
-        self._refresher: Refresher | None = None
-        hot = self._bind_is_allowed(lambda username, address: self.check(username, address).allowed)
-        if hot is not None:
-            # Shadows the method for this guard: what others pay for an observer, it does not.
-            hot.__doc__ = Guard.is_allowed.__doc__
-            self.__dict__["is_allowed"] = hot
+        fast_path = self._fast_path(lambda username, address: self.check(username, address).allowed)
+        if fast_path is not None:
+            # Override the method on this instance, so that guards without an observer skip its
+            # cost.
+            fast_path.__doc__ = Guard.is_allowed.__doc__
+            self.__dict__["is_allowed"] = fast_path
         _fork.register(self)
 
     def is_allowed(self, username: str, address: str) -> bool:
-        """Tell whether a user may log in from an address, now.
+        """Return whether a user may log in from an address, now.
 
         Args:
-            username: Of the host's user record, after it has authenticated the user; not as typed.
-            address: Of the client: the peer's, or from the header of a proxy that is trusted.
+            username: The username of the host's user record, after the host has authenticated the
+                user; not the text that was typed.
+            address: The client's address: the peer's, or from the header of a trusted proxy.
 
         Returns:
-            Whether the login may go on. It never raises for what a client sent: anything but a
-            valid address as str is not allowed, and neither is anything while the store does not
-            answer.
+            Whether the login may go on. Client input never raises: anything but a valid address as
+            str is not allowed. Nothing is allowed while the store does not answer.
         """
         return self.check(username, address).allowed
 
-    def _bind_is_allowed(
+    def _fast_path(
         self, otherwise: Callable[[str, str], bool | None]
     ) -> Callable[[str, str], bool | None] | None:
-        """Return the hot path, or None where each question has to go through `check`."""
+        """Return the fast path, or None if each call must go through `check`."""
         kind = type(self)
         overridden = not (kind.is_allowed is Guard.is_allowed and kind.check is Guard.check)
         if overridden or self._report_only or self._observer is not None:
             return None
-        users = self._cache.by_spelling
-        return bind(self._lease, users, self._monotonic, self._tally, otherwise)
+        return bind(self._table, self._monotonic, self._tally, otherwise)
 
     def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
         """Decide whether a user may log in from an address, now, and say why.
 
         Args:
-            username: Of the host's user record, after it has authenticated the user; not as typed.
-            address: Of the client: the peer's, or from the header of a proxy that is trusted.
-            at_least: A revision that the answer has to rest on, such as `Applied.revision`. If one
-                sync does not bring the guard there, the answer is `STORE_UNAVAILABLE`; `wait_for`
-                waits. A revision from before a restored backup or a failover that lost commits
-                means nothing afterwards, and this cannot be noticed: discard it.
+            username: As for `is_allowed`.
+            address: As for `is_allowed`.
+            at_least: A revision that the decision must rest on, such as `Applied.revision`. If one
+                sync does not reach it, the decision is `STORE_UNAVAILABLE`; `wait_for` waits. A
+                revision from before a restored backup or a failover that lost commits has no
+                meaning afterwards, and this cannot be detected: discard it.
 
         Returns:
-            The decision. It never raises for what a client sent.
+            The decision. Client input never raises.
         """
-        return self._tell(username, address, self._judge(username, address, at_least))
+        return self._report(username, address, self._judge(username, address, at_least))
 
     def _judge(self, username: str, address: str, at_least: int | None) -> Decision:
-        """Decide, and raise nothing. Nobody is told yet, and `report_only` changes nothing yet."""
+        """Decide, and raise nothing."""
         try:
             self._revive()
-            return self._answers.answer(username, address, at_least)
+            return self._slow_path.answer(username, address, at_least)
         except Exception:
-            # A defect, here or in a store. It must not become an allow, nor end the login server's
-            # request with something that a client can provoke.
+            # A defect, here or in a store. It must not become an allow, nor fail the login server's
+            # request with an error that a client can provoke.
             _log.exception("a check failed; the login is not allowed")
-            return self._answers.denied(Reason.STORE_UNAVAILABLE)
+            return self._slow_path.denied(Reason.STORE_UNAVAILABLE)
 
-    def _tell(self, username: str, address: str, decision: Decision) -> Decision:
-        """Count a decision, tell the log and the observer, and return what the host is given."""
+    def _report(self, username: str, address: str, decision: Decision) -> Decision:
+        """Count a decision, log it, call the observer, and return what the caller gets."""
         if not decision.allowed:
             self._tally.add(decision.reason)
-            if self._report_only:
-                self._report(username, address, decision)
         if self._report_only:
+            if not decision.allowed:
+                # The username and the address may be any objects, whose methods may raise.
+                with contextlib.suppress(Exception):
+                    _log.warning(
+                        "report only: %s would not be allowed from %s: %s",
+                        shorten(username),
+                        shorten(address),
+                        decision.reason,
+                    )
             decision = attrs.evolve(decision, allowed=True)
         if self._observer is not None:
             try:
@@ -214,18 +281,8 @@ class Guard(Closing, _fork.Forkable):
                 _log.exception("the observer failed")
         return decision
 
-    def _report(self, username: object, address: object, decision: Decision) -> None:
-        # Whatever it is that has to be shown: its own methods may do anything.
-        with contextlib.suppress(Exception):
-            _log.warning(
-                "report only: %s would not be allowed from %s: %s",
-                shorten(username),
-                shorten(address),
-                decision.reason,
-            )
-
     def explain(self, username: str, address: str) -> Explanation:
-        """Tell an operator how a question is answered and why. Always reads the store.
+        """Explain to an operator how a check is decided and why. Always reads the store.
 
         Args:
             username: As for `check`.
@@ -234,146 +291,168 @@ class Guard(Closing, _fork.Forkable):
         Raises:
             StoreUnavailable: The store does not answer.
         """
-        return explain(
-            self._store,
-            username,
-            address,
-            deny_unknown=self._deny_unknown,
-            revision=self._lease.revision,
+        now = self._store.now()
+        try:
+            client = parse_address(address)
+        except AddressError:
+            client = None
+        shown = None if client is None else str(client)
+        try:
+            name = canonical_username(username)
+        except UsernameError as exc:
+            return Explanation(
+                username=str(exc.text),
+                address=shown,
+                decision=self._slow_path.denied(Reason.BAD_USERNAME),
+                restrictions=(),
+                known=False,
+                at=now,
+                summary=str(exc),
+            )
+        try:
+            policy = self._store.load_policy(name)
+        except StoreUnavailable:
+            raise
+        except Exception as exc:
+            raise StoreUnavailable(f"the store does not answer: {exc}") from exc
+        decision = decide(policy, client, now, deny_unknown=self._deny_unknown)
+        return Explanation(
+            username=name,
+            address=shown,
+            decision=decision,
+            restrictions=policy.restrictions,
+            known=policy.known,
+            at=now,
+            summary=(
+                f"{name} from {shown or shorten(address)}: "
+                f"{'allowed' if decision else 'not allowed'} ({decision.reason}). "
+                f"{'Registered' if policy.known else 'Not registered'}; "
+                f"restricted to: {summarise(policy.restrictions, now)}."
+            ),
         )
 
     def sync(self) -> int:
-        """Read what has changed, now. Nobody has to call it: the guard does when its lease is over.
+        """Read what has changed, now. Calling it is optional: checks do when the lease is over.
 
-        With `preload` and no refresher it also streams in, or reads again, what is missing: nobody
-        else does.
+        With `preload` and without a refresher, it also reads the preloaded users that are missing.
 
         Returns:
-            The revision that the guard is at.
+            The guard's revision.
 
         Raises:
             StoreUnavailable: The store does not answer.
         """
         self._revive()
         self._lease.sync()
-        if self._preload is not None and not self._running():
+        if self._preload is not None and not self._refresher.running:
             self._preload.fill(threading.Event())
             self._preload.read_again(math.inf)
-        return self._lease.revision
+        return self.revision
 
     def wait_for(self, revision: int, timeout: float) -> bool:
-        """Wait until every answer of this guard rests on a revision or a later one.
+        """Wait until every decision of this guard rests on a revision or a later one.
 
         Args:
             revision: Such as `Applied.revision`; as for `at_least` of `check`.
-            timeout: How long to wait at most, in seconds, even if the store hangs. With 0 or less,
-                a sync is started and not waited for.
+            timeout: The maximum time to wait, in seconds, even if the store hangs. With 0 or less,
+                start a sync and do not wait for it.
 
         Returns:
-            Whether the guard is there; False at the timeout.
+            Whether the guard has reached the revision; False at the timeout.
 
         Raises:
-            InvalidValue: The timeout is no number of seconds.
+            InvalidValue: The timeout is not a number of seconds.
         """
         check_seconds("timeout", timeout)
         until = time.monotonic() + timeout
         woken = False
-        while (before := self._lease.revision) < revision:
-            if not self._lease.health.resting():
+        while (before := self.revision) < revision:
+            if not self._lease.breaker.is_open():
                 self._lease.sync_within(until - time.monotonic())
             left = until - time.monotonic()
-            if self._lease.revision >= revision or left <= 0:
+            if self.revision >= revision or left <= 0:
                 break
-            if woken and self._lease.revision == before:
-                # A wake-up that brings nothing must not spin.
+            if woken and self.revision == before:
+                # A store that wakes the caller for nothing must not make it spin.
                 threading.Event().wait(min(left, 0.01))
             woken = self._lease.wait(min(left, 0.1))
-        return self._lease.revision >= revision
+        return self.revision >= revision
 
     @property
     def revision(self) -> int:
-        """The store's revision that all remembered is current to; 0 before the first sync."""
-        return self._lease.revision
+        """The store's revision that all remembered users are current to; 0 before a sync."""
+        return self._table.position.revision
 
     def stats(self) -> GuardStats:
-        """Return how the guard is doing, without I/O."""
-        now = self._monotonic()
-        with self._lease.lock:
-            synced_at, health = self._lease.synced_at, self._lease.health
-            remaining = max(0.0, self._lease.deadline - now)
-            error = health.error
-            table = self._cache.table
+        """Return the state of the guard, without I/O."""
+        table, breaker, now = self._table, self._lease.breaker, self._monotonic()
+        with table.lock:  # all figures are of one moment
+            remaining = max(0.0, table.deadline - now)
+            synced_at, error = table.synced_at, breaker.error
             return GuardStats(
-                revision=self._lease.revision,
+                revision=self.revision,
                 lease_remaining=remaining,
                 last_sync_age=None if synced_at is None else now - synced_at,
                 error=None if error is None else f"{type(error).__name__}: {error}",
-                failures=health.failures,
-                woken_by="refresher" if self._running() else "callers",
-                users=len(self._cache),
-                preloaded=None if table is None or not table.whole else len(table),
+                failures=breaker.failures,
+                woken_by="refresher" if self._refresher.running else "callers",
+                users=len(table),
+                preloaded=len(table.preloaded) if table.preloaded.complete else None,
                 loads=self._loads.count,
-                evictions=self._cache.evictions,
+                evictions=table.evictions,
                 denials=self._tally.counts(),
                 ready=remaining > 0,
             )
 
     def start(self) -> None:
-        """Start the refresher, a daemon thread that keeps the lease running. Twice is no error."""
-        self._refreshing = True
-        self._keep_refreshing()
+        """Start the refresher, a daemon thread that renews the lease. May be called repeatedly."""
+        _fork.check()
+        self._refresher.start()
 
     def close(self) -> None:
-        """Stop the refresher. The store is the host's to close."""
-        self._refreshing = False
-        refresher = self._refresher
-        if refresher is not None:
-            refresher.stop()
-            self._refresher = None
-
-    def _running(self) -> bool:
-        return self._refresher is not None and self._refresher.running
-
-    def _keep_refreshing(self) -> None:
-        """Start the refresher if it should run and does not, as in a forked child."""
-        _fork.check()
-        if self._refreshing and not self._running() and not self._lease.entered():
-            with self._lease.lock:
-                if self._refreshing and not self._running():
-                    guard = weakref.ref(self)
-                    self._refresher = Refresher(
-                        self._lease,
-                        lambda refresher: getattr(guard(), "_refresher", None) is refresher,
-                        max_staleness=self._max_staleness,
-                        preload=self._preload,
-                    )
-                    self._refresher.start()
+        """Stop the refresher. The host closes the store."""
+        self._refresher.stop()
 
     def _revive(self) -> None:
+        _fork.check()
         try:
-            self._keep_refreshing()
+            self._refresher.revive()
         except RuntimeError:
-            # No thread is to be had now. Answers need none: who asks syncs, and tries again.
+            # No thread can be started now. Checks need none: they sync, and try again.
             _log.debug("the refresher could not be started", exc_info=True)
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
+    def _internals(self) -> Internals:
+        return Internals(
+            fast_path=self._fast_path(lambda _username, _address: None),
+            recall=self._slow_path.recall,
+            judge=self._judge,
+            report=self._report,
+            denied=self._slow_path.denied,
+            patience=self._lease.patience,
+        )
+
     def _before_fork(self) -> None:
-        """Keep other threads from writing what the child will remember."""
-        self._lease.lock.acquire()
+        # No thread may be in the middle of writing what the child inherits.
+        self._table.lock.acquire()
 
     def _after_fork_in_parent(self) -> None:
-        """Let other threads write again."""
         with contextlib.suppress(RuntimeError):  # `_before_fork` was interrupted
-            self._lease.lock.release()
+            self._table.lock.release()
 
     def _after_fork_in_child(self) -> None:
-        """Keep what is remembered, and replace what belongs to the parent's threads."""
-        self._lease.after_fork_in_child()
-        self._loads.forget()
+        self._table.after_fork()
+        self._lease.after_fork()
+        self._loads.after_fork()
         self._tally.renew_lock()
+        self._refresher.after_fork()
         if self._preload is not None:
-            self._preload.forget()
-        self._refresher = None
+            self._preload.after_fork()
+
+
+def internals(guard: Guard) -> Internals:
+    """Return the parts of a guard that `ipguard.aio` runs on an event loop."""
+    return guard._internals()  # noqa: SLF001 - the one opening for another room

@@ -1,81 +1,101 @@
-"""The refresher: a thread that renews a lease before it ends, and when something has changed."""
+"""The refresher: a thread that renews the lease before it ends, and when the store has a change."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable
+import weakref
 from typing import Final
 
-from ipguard.errors import StoreUnavailable
+from ipguard._fork import ReentrantLock
 from ipguard.guard._lease import Lease
 from ipguard.guard._preload import Preload
+from ipguard.guard._table import Table
 
 _INTERVAL: Final = 1.0
-# How long one wait for a wake-up may last: this is how promptly the thread stops.
-_SLICE: Final = 0.1
+_SLICE: Final = 0.1  # the longest single wait, and so the delay with which the thread stops
 
 
 class Refresher:
-    """One daemon thread that syncs at least each second, and at once when the store wakes it.
+    """A daemon thread that syncs at least once a second, and at once when the store wakes it.
 
-    A wake-up that is lost costs time, never correctness.
-
-    Args:
-        lease: What it renews.
-        wanted: Called with the refresher; returns whether it is still the guard's own. False once
-            the guard is closed or was garbage-collected.
-        max_staleness: Of the guard.
-        preload: What it keeps full, where the guard is preloaded.
+    A wake-up that is lost costs time, never correctness. The thread does not keep its owner alive,
+    and ends when that was garbage-collected.
     """
 
     def __init__(
         self,
+        owner: weakref.ref[object],
+        table: Table,
         lease: Lease,
-        wanted: Callable[[Refresher], bool],
+        preload: Preload | None,
         *,
         max_staleness: float,
-        preload: Preload | None = None,
     ) -> None:
+        self._owner = owner
+        self._table = table
         self._lease = lease
         self._preload = preload
-        self._wanted = wanted
         self._interval = min(_INTERVAL, max_staleness / 3)
         self._slice = min(_SLICE, self._interval)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ipguard-refresher", daemon=True)
+        self._wanted = False
+        self.after_fork()
 
-    def start(self) -> None:
-        """Start the thread; the guard knows the refresher already, so that none is lost."""
-        self._thread.start()
+    def after_fork(self) -> None:
+        """Forget the thread, which does not exist in a forked child."""
+        self._lock = ReentrantLock()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
 
     @property
     def running(self) -> bool:
-        """Whether the thread runs; it does not in a forked child."""
-        return self._thread.is_alive()
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread, and let `revive` start it again in forked children."""
+        self._wanted = True
+        self.revive()
+
+    def revive(self) -> None:
+        """Start the thread if it should run and does not.
+
+        Raises:
+            RuntimeError: No thread can be started.
+        """
+        # A signal handler may call the guard while this thread is in here, or writes the table.
+        if self.running or not self._wanted or self._lock.owned() or self._table.entered():
+            return
+        with self._lock:
+            if self._wanted and not self.running:
+                stop = self._stop = threading.Event()
+                # Assigned before the start: if that is interrupted, `revive` starts another.
+                name = "ipguard-refresher"
+                thread = threading.Thread(target=self._run, args=(stop,), name=name, daemon=True)
+                self._thread = thread
+                thread.start()
 
     def stop(self) -> None:
-        """Stop the thread, waiting for it only as long as one wait lasts."""
+        """Stop the thread, waiting no longer for it than a few of its waits last."""
+        self._wanted = False
         self._stop.set()
         if self._preload is not None:
             self._preload.stop()
-        if self._thread is not threading.current_thread():
-            self._thread.join(10 * _SLICE)
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(10 * _SLICE)
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event) -> None:
         due = time.monotonic()
-        while not self._stop.is_set() and self._wanted(self):
-            before = self._lease.revision  # a login may sync as well, between the wait and here
+        while not stop.is_set() and self._owner() is not None:
+            before = self._table.position  # read here: a login may sync during the wait as well
             woken = self._lease.wait(self._slice)
             if woken or time.monotonic() >= due:
                 due = time.monotonic() + self._interval
-                with contextlib.suppress(StoreUnavailable):  # counted and logged by the lease
-                    self._lease.sync()
-                if woken and self._lease.revision == before:
-                    # A store that calls for a sync that brings nothing must not make the thread
-                    # spin.
-                    self._stop.wait(self._slice)
+                self._lease.try_sync()
+                if woken and self._table.position.revision == before.revision:
+                    # A store that wakes the thread for nothing must not make it spin.
+                    stop.wait(self._slice)
             if self._preload is not None:
                 self._preload.tend(self._slice)
         if self._preload is not None:
