@@ -87,12 +87,7 @@ class AddressError(IPGuardError, ValueError):
 
 
 class UsernameError(IPGuardError, ValueError):
-    """The username has no canonical form.
-
-    Attributes:
-        text: The input, quoted and shortened.
-        reason: The reason, in a few words.
-    """
+    """The username has no canonical form. `text` is the input, quoted and shortened."""
 
     def __init__(self, text: object, reason: str) -> None:
         self.text: str = _quoted(text)
@@ -105,12 +100,7 @@ class UsernameError(IPGuardError, ValueError):
 
 @attrs.define(slots=False, repr=False)
 class InvalidValue(IPGuardError, ValueError):
-    """An argument, setting or field has an invalid value.
-
-    Attributes:
-        name: The argument or field.
-        reason: The reason, in a few words.
-    """
+    """The argument, setting or field `name` has an invalid value."""
 
     name: str
     reason: str
@@ -121,12 +111,7 @@ class InvalidValue(IPGuardError, ValueError):
 
 @attrs.define(slots=False, repr=False)
 class NumberFormatError(InvalidValue):
-    """The text cannot be a confirmation number. No attempt is counted for a typing error.
-
-    Attributes:
-        digits: How many digits a number has.
-        reason: The reason, in a few words.
-    """
+    """The text cannot be a number of `digits` digits. No attempt is counted for a typing error."""
 
     digits: int
     reason: str
@@ -138,12 +123,7 @@ class NumberFormatError(InvalidValue):
 
 @attrs.define(slots=False, repr=False)
 class AddressTooBroad(IPGuardError):
-    """The restriction holds more addresses than the settings allow.
-
-    Attributes:
-        addresses: The range, canonical.
-        widest: The shortest prefix length that the settings allow for its version.
-    """
+    """The restriction holds more addresses than a prefix of the length `widest` does."""
 
     addresses: str
     widest: int
@@ -154,11 +134,7 @@ class AddressTooBroad(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class LockoutRisk(IPGuardError):
-    """After the change, the actor could not log in from its present address.
-
-    Attributes:
-        address: The actor's address.
-    """
+    """After the change, the actor could not log in from `address`, its present address."""
 
     address: str
 
@@ -168,11 +144,7 @@ class LockoutRisk(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class OpeningRisk(IPGuardError):
-    """The change would end the user's last restriction, which the caller did not allow.
-
-    Attributes:
-        username: The user, canonical, who could log in from every address.
-    """
+    """The change would end the last restriction of `username`, which the caller did not allow."""
 
     username: str
 
@@ -227,11 +199,7 @@ class DuplicateRestriction(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class UnknownUser(IPGuardError):
-    """The user does not exist for this actor: not registered, or of another account.
-
-    Attributes:
-        username: The requested username.
-    """
+    """The user does not exist for this actor: not registered, or of another account."""
 
     username: str
 
@@ -241,11 +209,7 @@ class UnknownUser(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class UnknownRequest(IPGuardError):
-    """The request does not exist for this actor.
-
-    Attributes:
-        request_id: The requested id.
-    """
+    """The request does not exist for this actor."""
 
     request_id: str
 
@@ -255,11 +219,7 @@ class UnknownRequest(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class UnknownRestriction(IPGuardError):
-    """The restriction does not exist for this actor.
-
-    Attributes:
-        restriction_id: The requested id.
-    """
+    """The restriction does not exist for this actor."""
 
     restriction_id: str
 
@@ -269,11 +229,7 @@ class UnknownRestriction(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class RequestClosed(IPGuardError):
-    """The request is not pending any more.
-
-    Attributes:
-        state: Its final state: `confirmed`, `cancelled`, `expired` or `locked`.
-    """
+    """The request is `confirmed`, `cancelled`, `expired` or `locked`."""
 
     state: str
 
@@ -290,11 +246,7 @@ class NumberExpired(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class WrongNumber(IPGuardError):
-    """The confirmation number is wrong.
-
-    Attributes:
-        attempts_left: How many guesses are left for this number; at 0 the request is locked.
-    """
+    """The number is wrong. At 0 `attempts_left` the request is locked."""
 
     attempts_left: int
 
@@ -311,11 +263,7 @@ class TooManyAttempts(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class TooManyRequests(IPGuardError):
-    """The actor exceeds the rate limit of the settings.
-
-    Attributes:
-        retry_after: How long to wait until the same call can succeed.
-    """
+    """The actor exceeds a rate limit; the same call can succeed after `retry_after`."""
 
     retry_after: timedelta
 
@@ -326,12 +274,7 @@ class TooManyRequests(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class TooManyRestrictions(IPGuardError):
-    """The user has as many restrictions as the settings allow.
-
-    Attributes:
-        username: The user, canonical.
-        limit: How many restrictions a user may have.
-    """
+    """The user already has `limit` restrictions, as many as the settings allow."""
 
     username: str
     limit: int

@@ -107,12 +107,7 @@ class User:
 
 @attrs.frozen(kw_only=True)
 class StoredUser:
-    """A user as a store keeps it.
-
-    Attributes:
-        user: The user.
-        removed: Whether the host removed the user; the user's restrictions stay in force.
-    """
+    """A user as a store keeps it. The restrictions of a `removed` user stay in force."""
 
     user: User
     removed: bool = False
@@ -330,10 +325,8 @@ class Page(Generic[T]):
 class Policy:
     """The data that decides about one user, from one snapshot of the store.
 
-    Attributes:
-        revision: The store's revision in that snapshot.
-        restrictions: The user's restrictions, oldest first. An empty tuple allows any address.
-        known: Whether the user is registered.
+    Restrictions are sorted oldest first; without any, every address is allowed. `known` is whether
+    the user is registered.
     """
 
     revision: int
