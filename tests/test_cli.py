@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ipguard
-from ipguard.cli import _codes, _secret
+from ipguard.cli import _codes, _secrets
 from ipguard.cli._output import clean
 from tests.cli import PROGRAM, Shell, schemas, validator
 from tests.conftest import rounds
@@ -158,7 +158,7 @@ def test_a_mistake_of_a_process(shell: Shell):
 )
 def test_a_password_in_the_arguments_is_refused(shell: Shell, url: str):
     """Wherever it stands in the URL, before or after the command, and it is not repeated."""
-    assert _secret.holds_password(url)
+    assert _secrets.holds_password(url)
     if "listen" in url or "u:hunter2@db" in url:
         before = shell.within("--store", url, "list")
         after = shell.within("list", "--store", url, "--json")
@@ -183,7 +183,7 @@ def test_a_password_in_the_arguments_is_refused(shell: Shell, url: str):
 )
 def test_what_is_no_password_is_not_refused(url: str):
     """A user, a port, a password file."""
-    assert not _secret.holds_password(url)
+    assert not _secrets.holds_password(url)
 
 
 def test_where_the_store_is(shell: Shell, tmp_path: Path):
@@ -409,7 +409,7 @@ def test_the_manual_has_every_variable_and_option():
         read |= set(re.findall(r'"(IPGUARD_[A-Z_]+)"', path.read_text()))
     listed = {row[0]: row[1] for row in table("docs/cli.md", "variable")}
     assert set(listed) == read | {"NO_COLOR"}
-    source = (ROOT / "src" / "ipguard" / "cli" / "_app.py").read_text()
+    source = (ROOT / "src" / "ipguard" / "cli" / "_context.py").read_text()
     for option in filter(None, listed.values()):
         assert f'"{option}"' in source
 

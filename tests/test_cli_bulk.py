@@ -362,8 +362,8 @@ def test_more_than_a_user_may_have_and_more_users_than_are_asked_one_by_one(
     args = ["import", str(file), "--reason", "x", "--settings", str(tmp_path / "settings.toml")]
     told = []
     for few in (5_000, 0):
-        monkeypatch.setattr("ipguard.cli._judging._FEW", few)
-        monkeypatch.setattr("ipguard.cli._judging._PAGE", 1)
+        monkeypatch.setattr("ipguard.cli._import_check._FEW", few)
+        monkeypatch.setattr("ipguard.cli._import_check.BATCH", 1)
         done = shell.within(*args, "--json")
         told.append([(row["line"], row["reason"]) for row in done.error["rows"]])
     assert told[0] == told[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ipguard
-from ipguard.cli import _who
+from ipguard.cli import _identity
 from tests.cli import Shell
 from tests.smtp_server import BadServer, MailServer
 
@@ -181,7 +181,7 @@ def test_a_number_that_was_not_mailed_can_be_had_again(shell: Shell, mail: MailS
 
 
 @pytest.mark.slow
-def test_operators_act_as_who_they_are(shell: Shell, mail: MailServer, tmp_path: Path):
+def test_operators_act_as_identity_they_are(shell: Shell, mail: MailServer, tmp_path: Path):
     """`impose`, `lift` and `unlock`: the OS user and host, whatever the environment says."""
     before = len(mail.mails)
     lying = {"USER": "eve", "LOGNAME": "eve", "HOSTNAME": "evil", "IPGUARD_ACTOR": "eve"}
@@ -371,11 +371,11 @@ def test_console_is_an_explicit_choice(shell: Shell):
     assert "is pending" in done.out
 
 
-def test_who_runs_a_process_without_a_name(monkeypatch: pytest.MonkeyPatch):
+def test_identity_runs_a_process_without_a_name(monkeypatch: pytest.MonkeyPatch):
     """A user id that the system has no name for is a name too."""
     monkeypatch.setattr(os, "getuid", lambda: 54_321)
-    assert _who.operator_name() == f"uid54321@{socket.gethostname()}"
-    assert f"effective={pwd.getpwuid(os.geteuid()).pw_name}" in _who.via()
+    assert _identity.operator_name() == f"uid54321@{socket.gethostname()}"
+    assert f"effective={pwd.getpwuid(os.geteuid()).pw_name}" in _identity.via()
 
 
 def test_what_an_actor_may_not_see_is_not_shown_in_a_question(shell: Shell):

@@ -1,4 +1,4 @@
-"""The command line as a process: `watch` and `doctor`, on SQLite and PostgreSQL."""
+"""The command line: `watch` and `doctor`, on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import ipguard
 from ipguard.cli import doctor
 from ipguard.model import Action
 from ipguard.stores.postgres import grants
-from tests.cli import PROGRAM, Shell, validator
+from tests.cli import PROGRAM, Shell, Terminal, validator
 from tests.pooler import transaction_pooler
 from tests.postgres import Given, Server, fresh_schema
 from tests.smtp_server import BadServer, MailServer
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """A store with a user, and a key."""
+    """A shell with a user and a key."""
     it = Shell(tmp_path, IPGUARD_MAIL="console")
     (tmp_path / "ipguard.key").write_text("k" * 64)
     (tmp_path / "ipguard.key").chmod(0o600)
@@ -36,8 +36,14 @@ def shell(tmp_path: Path) -> Shell:
 
 
 def _write(shell: Shell, detail: str, username: str = "jsmith") -> None:
-    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as turn:
-        turn.append(Action.CANCEL, actor="rita", username=username, detail={"": detail})
+    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as tx:
+        tx.append(Action.CANCEL, actor="rita", username=username, detail={"": detail})
+
+
+def _interrupt(terminal: Terminal) -> str:
+    """Press Ctrl-C, which ends `watch` with 0."""
+    terminal.process.sendintr()
+    return terminal.ends()
 
 
 def _states(report: dict[str, list[dict[str, str]]]) -> dict[str, str]:
@@ -52,29 +58,19 @@ def _states(report: dict[str, list[dict[str, str]]]) -> dict[str, str]:
 # -- watch -------------------------------------------------------------------------------------
 
 
-def test_watch_shows_changes_as_they_happen(shell: Shell):
-    """In a terminal, until Ctrl-C, which is no error; also those that touch no policy."""
+def test_watch_shows_entries_as_they_happen(shell: Shell):
+    """Entries that touch no policy are shown too, and control characters are escaped."""
     terminal = shell.terminal("watch")
-    terminal.sees("watching from revision 1; Ctrl-C ends it")
+    terminal.sees("watching from revision 1; Ctrl-C stops")
     _write(shell, "first \x1b[2J")
     terminal.sees(r"2  20\d\d-.*  rita  cancel  jsmith  first \\x1b\[2J")
     _write(shell, "second")
     terminal.sees("second")
-    terminal.process.sendintr()
-    assert terminal.ends().replace("^C", "").strip() == ""
+    assert _interrupt(terminal).replace("^C", "").strip() == ""
 
 
-def test_watch_of_a_name_that_is_mistyped_says_so(shell: Shell):
-    """It waits all the same: the name may come to be registered."""
-    terminal = shell.terminal("watch", "--user", "jsmiht")
-    terminal.sees("no user 'jsmiht' is registered")
-    terminal.sees("watching from revision 1; Ctrl-C ends it")
-    terminal.process.sendintr()
-    terminal.ends()
-
-
-def test_watch_piped(shell: Shell):
-    """One object on a line, at once; a line of cells without `--json`; only a user's, if asked."""
+def test_watch_in_a_pipe(shell: Shell):
+    """With --json each entry is written at once as one object; --user selects entries."""
     _write(shell, "another's", username="zed")
     command = [*PROGRAM, "watch", "--json", "--since", "0", "--user", "JSmith"]
     with subprocess.Popen(
@@ -87,18 +83,18 @@ def test_watch_piped(shell: Shell):
         second = json.loads(process.stdout.readline())
         process.send_signal(2)
         assert process.wait(60) == 0
-        assert process.stderr.read() == "ipguard: watching from revision 0; Ctrl-C ends it\n"
+        assert process.stderr.read() == "ipguard: watching from revision 0; Ctrl-C stops\n"
     for each in (first, second):
         validator("watch").validate(each)
     assert (first["action"], second["detail"]) == ("put_users", {"": "x"})
     assert "is not a username" in shell.bad(3, "watch", "--user", " ")
 
 
-def test_entries_of_a_newer_version_are_shown_as_they_are(shell: Shell):
-    """`history` and `watch` show an unknown action and an unreadable detail as text."""
-    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as turn:
-        turn.append("teleport", actor="rita", username="jsmith", detail={"to": "the moon"})
-        turn.append(Action.UNLOCK, actor="rita", username="jsmith", detail={"": 'by="x'})
+def test_entries_of_a_newer_version_are_shown_unchanged(shell: Shell):
+    """`history` and `watch` show unknown actions and unreadable details as text."""
+    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as tx:
+        tx.append("teleport", actor="rita", username="jsmith", detail={"to": "the moon"})
+        tx.append(Action.UNLOCK, actor="rita", username="jsmith", detail={"": 'by="x'})
     found = shell.json("history")["changes"]
     assert [(each["action"], each["detail"]) for each in found[:2]] == [
         ("unlock", {"": 'by="x'}),
@@ -107,23 +103,22 @@ def test_entries_of_a_newer_version_are_shown_as_they_are(shell: Shell):
     terminal = shell.terminal("watch", "--since", "1")
     terminal.sees('2  20.*  rita  teleport  jsmith  to="the moon"')
     terminal.sees('3  20.*  rita  unlock  jsmith  by="x')
-    terminal.process.sendintr()
-    terminal.ends()
+    _interrupt(terminal)
 
 
-def test_watch_from_a_revision_of_another_history(shell: Shell):
-    """A revision that is yet to come is another store's: it says so, and begins at the head."""
-    terminal = shell.terminal("watch", "--since", "99")
-    terminal.sees("revision 99 belongs to another history.*: this one is at revision 1")
-    terminal.sees("watching from revision 1; Ctrl-C ends it")
-    _write(shell, "new")
+def test_watch_notes_an_unknown_user_and_another_history(shell: Shell):
+    """It watches an unregistered name, and starts now if the revision does not exist yet."""
+    terminal = shell.terminal("watch", "--user", "jsmiht", "--since", "99")
+    terminal.sees("revision 99 belongs to another history.*: this store is at revision 1")
+    terminal.sees("no user 'jsmiht' is registered")
+    terminal.sees("watching from revision 1; Ctrl-C stops")
+    _write(shell, "new", username="jsmiht")
     terminal.sees("2  20.*  new")
-    terminal.process.sendintr()
-    terminal.ends()
+    _interrupt(terminal)
 
 
-def test_watch_outlives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: Path):
-    """It says so once, goes on when the store is back, and notices another history."""
+def test_watch_survives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: Path):
+    """It reports an outage once, continues when the store is back, and notes another history."""
     path, away = tmp_path / "ipguard.db", tmp_path / "away.db"
     with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(away)) as copy:
         live.backup(copy)
@@ -131,23 +126,22 @@ def test_watch_outlives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: 
     terminal = shell.terminal("watch")
     terminal.sees("watching from revision 2")
     path.rename(tmp_path / "gone.db")
-    terminal.sees("the store does not answer, trying again")
+    terminal.sees("the store does not respond, retrying")
     (tmp_path / "gone.db").rename(path)
-    terminal.sees("the store answers again")
+    terminal.sees("the store responds again")
     with closing(sqlite3.connect(away)) as copy, closing(sqlite3.connect(path)) as live:
         copy.backup(live)
     terminal.sees("another history now, at revision 1")
     _write(shell, "after")
     terminal.sees("after")
-    terminal.process.sendintr()
-    terminal.ends()
+    _interrupt(terminal)
 
 
 # -- doctor ------------------------------------------------------------------------------------
 
 
-def test_doctor_finds_all_well(shell: Shell):
-    """Each line ok; a test mail arrives; in a terminal in colours."""
+def test_doctor_finds_everything_healthy(shell: Shell):
+    """Every check is ok, and a test mail arrives."""
     (shell.folder / "settings.toml").write_text('confirm_deletes = "last"\n')
     with MailServer() as server:
         shell.env |= {
@@ -166,34 +160,30 @@ def test_doctor_finds_all_well(shell: Shell):
         assert "This is a test" in mail.part("plain")
     shown = shell.terminal("doctor").ends()
     assert "\x1b[32mok    store: SQLiteStore" in shown
-    assert "not tried: --send-test" in shown
+    assert "not tested: use --send-test" in shown
 
 
-def test_doctor_says_what_to_do(shell: Shell):
-    """What is risky is a warning, what fails fails; nothing is changed."""
+def test_doctor_advises(shell: Shell):
+    """Risks are warnings and errors are failures, each with what to do; nothing is changed."""
     path = Path(shell.env["IPGUARD_URL"].removeprefix("sqlite:///"))
-    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as turn:
+    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as tx:
         old = ipguard.Restriction(
             id="x",
             username="jsmith",
             addresses=ipguard.AddressRange.parse("203.0.113.7"),
             label="",
-            created_at=datetime.now(UTC),
+            created_at=tx.now,
             created_by="x",
-            expires_at=datetime.now(UTC) - timedelta(days=1),
+            expires_at=tx.now - timedelta(days=1),
         )
-        turn.add_restriction(old)
-        turn.append(Action.IMPOSE, actor="x", touches=frozenset({"jsmith"}))
+        tx.add_restriction(old)
+        tx.append(Action.IMPOSE, actor="x", touches=frozenset({"jsmith"}))
     path.chmod(0o644)
     (shell.folder / "ipguard.key").chmod(0o640)
-    asked = {
-        one["check"]: one
-        for one in shell.json("doctor", "--send-test", "a@b.example", code=11)["findings"]
+    found = shell.json("doctor", "--send-test", "a@b.example", code=11)["findings"]
+    assert ("mail", "fail", "no test was sent to a@b.example: mail is printed, not sent") in {
+        (one["check"], one["state"], one["found"]) for one in found
     }
-    assert (asked["mail"]["state"], asked["mail"]["found"]) == (
-        "fail",
-        "no test was sent to a@b.example: mail is printed, not sent",
-    )
     without = shell("doctor", "--send-test", "a@b.example", env={"IPGUARD_MAIL": ""})
     assert without.code == 11
     assert "fail  mail: " in without.out
@@ -225,7 +215,7 @@ def test_doctor_says_what_to_do(shell: Shell):
     [(1, "ok", "agree"), (60, "warn", "ahead of"), (-60, "warn", "behind")],
 )
 def test_doctor_compares_the_clocks(ahead: int, state: str, words: str):
-    """The store's decides; who reads the host's should know that they differ."""
+    """The store's clock decides about expiry; a difference to the host's is a warning."""
     with ipguard.open_store(
         "memory://", clock=lambda: datetime.now(UTC) + timedelta(seconds=ahead)
     ) as store:
@@ -235,13 +225,13 @@ def test_doctor_compares_the_clocks(ahead: int, state: str, words: str):
 
 
 def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):
-    """The listener, the role, the clock; a server that is not there."""
+    """It names the listener and the rights of the role, and a server that does not respond."""
     schema = fresh_schema()
     url = own_postgres.url(schema=schema)
     ipguard.open_store(url, migrate=True).close()
-    reader, writer = f"{schema}_reader", f"{schema}_writer"
-    own_postgres.execute(f"CREATE ROLE {reader} LOGIN; CREATE ROLE {writer} LOGIN")
-    own_postgres.execute(f"CREATE ROLE {schema}_none LOGIN")
+    reader, writer, none = (f"{schema}_{kind}" for kind in ("reader", "writer", "none"))
+    for role in (reader, writer, none):
+        own_postgres.execute(f"CREATE ROLE {role} LOGIN")
     own_postgres.execute(grants(schema=schema, reader=reader, writer=writer))
     shell = Shell(tmp_path, IPGUARD_URL=url, IPGUARD_MAIL="console", IPGUARD_KEY="k" * 64)
     shell.env.pop("IPGUARD_KEY_FILE")
@@ -249,73 +239,77 @@ def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):
     expected = {"store": "ok", "clock": "ok", "pooler": "ok", "listener": "ok", "role": "warn"}
     assert expected.items() <= states.items()
     for user, words in ((reader, "is a reader"), (writer, "is a writer")):
-        found = shell.within("doctor", "--store", own_postgres.url(user=user, schema=schema))
+        found = shell("doctor", "--store", own_postgres.url(user=user, schema=schema))
         assert found.code == 0
         assert f"{user} {words}" in found.out
     readers = own_postgres.url(user=reader, schema=schema)
-    assert "the writer's" in shell.within("list", "--store", readers, "--json").error["hint"]
-    none = shell.within("doctor", "--store", own_postgres.url(user=f"{schema}_none", schema=schema))
-    assert none.code == 11
-    assert "permission denied" in none.out
-    off = shell.within("doctor", "--store", own_postgres.url(schema=schema, listen="off"))
+    assert "writer role" in shell("list", "--store", readers, "--json").error["hint"]
+    for place, words in (
+        (own_postgres.url(user=none, schema=schema), "permission denied"),
+        ("postgresql://127.0.0.1:1/x?timeout=0.5", "is it running"),
+    ):
+        failed = shell("doctor", "--store", place)
+        assert failed.code == 11
+        assert words in failed.out
+    off = shell("doctor", "--store", own_postgres.url(schema=schema, listen="off"))
     assert "listener: off" in off.out
-    gone = shell.within("doctor", "--store", "postgresql://127.0.0.1:1/x?timeout=0.5")
-    assert gone.code == 11
-    assert "is it running" in gone.out
-    # What `migrate --sql` prints is what `migrate` does, grants as well.
+
+
+def test_migrate_prints_the_sql_of_postgresql(own_postgres: Server, tmp_path: Path):
+    """The printed SQL does what `migrate` does, including the grants."""
+    schema = fresh_schema()
+    reader, writer = f"{schema}_reader", f"{schema}_writer"
+    shell = Shell(tmp_path, IPGUARD_URL=own_postgres.url(schema=schema))
+    own_postgres.execute(f"CREATE ROLE {reader} LOGIN; CREATE ROLE {writer} LOGIN")
     printed = shell.json("migrate", "--sql", "--reader", reader, "--writer", writer)
-    other = fresh_schema()
-    script = shell.good(
-        "migrate", "--sql", "--reader", reader, "--store", own_postgres.url(schema=other)
-    )
-    own_postgres.execute(script)
-    seen = shell("list", "--store", own_postgres.url(schema=other))
-    assert (seen.code, seen.out.count("\n")) == (0, 1)
     assert f"TO {writer}" in printed["grants"].replace('"', "")
+    own_postgres.execute(shell.good("migrate", "--sql", "--reader", reader, "--writer", writer))
+    for user in (reader, writer):
+        url = own_postgres.url(user=user, schema=schema)
+        assert shell("check", "jsmith", "192.0.2.1", "--store", url).code == 0
+    assert shell.json("list") == {"users": [], "next": None}
 
 
 def test_doctor_names_row_level_security(own_postgres: Server, tmp_path: Path):
-    """The tables whose rows are hidden from the role, and for the owner those of other roles."""
+    """It fails for tables whose rows are hidden from the role, and warns about other roles."""
     schema = fresh_schema()
     ipguard.open_store(own_postgres.url(schema=schema), migrate=True).close()
     role = f"{schema}_reader"
     own_postgres.execute(f"CREATE ROLE {role} LOGIN; {grants(schema=schema, reader=role)}")
     shell = Shell(tmp_path, IPGUARD_MAIL="console", IPGUARD_KEY="k" * 64)
     reader = ("doctor", "--store", own_postgres.url(user=role, schema=schema))
-    healthy = shell.within(*reader)
-    assert "row security" not in healthy.out
+    assert "row security" not in shell(*reader).out
     enable = f"ALTER TABLE {schema}.%s ENABLE ROW LEVEL SECURITY"
     own_postgres.execute(enable % "requests")  # a table that logins do not read
-    found = shell.within(*reader)
+    found = shell(*reader)
     assert f"fail  row security: hides rows of requests from {role}" in found.out
     assert "ok    store" in found.out
     own_postgres.execute(enable % "restrictions")
-    found = shell.within(*reader)
+    found = shell(*reader)
     assert found.code == 11
     assert f"fail  row security: hides rows of requests, restrictions from {role}" in found.out
     assert re.search("^fail  store: .*row-level security", found.out, re.MULTILINE)
     assert "is it running" not in found.out
-    owner = shell.within("doctor", "--store", own_postgres.url(schema=schema))
+    owner = shell("doctor", "--store", own_postgres.url(schema=schema))
     assert "warn  row security: is on for requests, restrictions" in owner.out
 
 
 def test_doctor_through_a_pooler(own_postgres: Server, tmp_path: Path):
-    """That there is one, and that notifications do not come through it."""
+    """It detects the pooler, and that notifications do not pass it."""
     schema = fresh_schema()
     ipguard.open_store(own_postgres.url(schema=schema), migrate=True).close()
     shell = Shell(tmp_path, IPGUARD_MAIL="console", IPGUARD_KEY="k" * 64)
     with transaction_pooler(own_postgres) as port:
-        url = own_postgres.url(port=port, schema=schema)
-        found = shell("doctor", "--store", url)
-        assert "ok    pooler: there is one between" in found.out
+        found = shell("doctor", "--store", own_postgres.url(port=port, schema=schema))
+        assert "ok    pooler: there is one" in found.out
         assert re.search(r"^warn  listener: guards poll.*listen=", found.out, re.MULTILINE)
         direct = own_postgres.url(schema=schema, tcp=True)
         both = own_postgres.url(port=port, schema=schema, listen=direct.partition("?")[0])
-        assert "listener" in shell.within("doctor", "--store", both).out
+        assert "listener" in shell("doctor", "--store", both).out
 
 
-def test_a_password_of_the_environment_is_shown_nowhere(postgres: Server | Given, tmp_path: Path):
-    """IPGUARD_URL may have one; no output repeats it."""
+def test_a_password_in_the_environment_is_never_shown(postgres: Server | Given, tmp_path: Path):
+    """IPGUARD_URL and IPGUARD_MAIL may hold passwords; no output repeats them."""
     url = postgres.url(schema=fresh_schema()).replace("postgres@", "postgres:hunter2@")
     shell = Shell(tmp_path, IPGUARD_URL=url, IPGUARD_MAIL="smtp://u:hunter2@127.0.0.1:1")
     shell.env["IPGUARD_MAIL_FROM"] = "no-reply@bank.example"

@@ -1,8 +1,7 @@
-"""The command line: `ipguard`, for operators. It translates, and owns no rule.
+"""The command line, `ipguard`: it translates for operators, and owns no rule.
 
-A command is a function in one of the modules here: it asks the workflow, the guard or the store,
-and shows what they answer. `run` sees to what all have in common: what an error looks like, and the
-exit code. docs/cli.md is its manual.
+A command is a function in one of these modules that asks the workflow, the guard or the store, and
+shows the answer. `run` handles errors and exit codes. docs/cli.md is the manual.
 """
 
 from __future__ import annotations
@@ -17,24 +16,27 @@ from typing import Annotated, Any, Final
 import typer
 
 import ipguard
-from ipguard.cli import checks, doctor, lists, operators, requests, setup, transfer, users, watching
-from ipguard.cli._app import JsonOption, NobodyReads, StoreOption
+from ipguard.cli import (  # noqa: F401 - their import defines the commands, in this order
+    changes,
+    checks,
+    doctor,
+    history,
+    setup,
+    transfer,
+    users,
+)
 from ipguard.cli._codes import Exit, Problem, problem_of
+from ipguard.cli._context import JsonOption, OutputClosed, StoreOption, app, typed
 from ipguard.cli._output import Output
 from ipguard.errors import IPGuardError
 
 __all__ = ["run"]
 
-# Plain help: it is the same everywhere, and there at once.
-app: Final = typer.Typer(
-    name="ipguard",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# typer exports this class of errors in arguments only through a subclass.
+_UsageError: Final[Any] = typer.BadParameter.__mro__[2]
 
 
-def _version(asked: bool) -> None:  # noqa: FBT001 - so it is called
+def _version(asked: bool) -> None:  # noqa: FBT001 - typer passes it by position
     if asked:
         sys.stdout.write(f"ipguard {ipguard.__version__}\n")
         raise typer.Exit
@@ -46,61 +48,61 @@ def _ipguard(
     *,
     store: StoreOption = None,
     as_json: JsonOption = False,
-    version: Annotated[  # noqa: ARG001 - what it does is done by then
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which it is.")
+    version: Annotated[  # noqa: ARG001 - the callback has handled it
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Restrict users of a trading platform to the addresses that they may log in from."""
-    context.obj = {"store": store, "as_json": as_json}
+    """Restrict the users of a trading platform to the IP addresses they may log in from.
 
-
-for _module in (setup, users, lists, requests, checks, operators, transfer, watching, doctor):
-    _module.add_to(app)
-
-# What is raised for wrong arguments is not public, but its subclass is.
-_UsageError: Final[Any] = typer.BadParameter.__mro__[2]
+    Example: ipguard request jsmith 203.0.113.0/29 --label office
+    """
+    given = {"store": store, "as_json": as_json}
+    context.obj = {name: value for name, value in given.items() if typed(context, name)}
 
 
 def run(args: list[str]) -> int:
-    """Run one command.
+    """Run one command. Errors are reported on standard error.
 
     Args:
         args: The arguments, without the program's name.
 
     Returns:
-        The exit code, one of `Exit`. Whatever is wrong is told on standard error.
+        The exit code, one of `Exit`.
     """
-    _make_streams()
+    _prepare_streams()
     if not args or args == ["users"]:
         args = [*args, "--help"]
     out = Output(as_json="--json" in args)
     try:
         code = _run(args, out)
         sys.stdout.flush()
-    except (NobodyReads, BrokenPipeError):
-        _give_up_output()  # who read has had enough
+    except (OutputClosed, BrokenPipeError):
+        _discard_output()
         return Exit.PIPE
-    except OSError as exc:  # a full disk, perhaps
-        _give_up_output()
+    except OSError as exc:  # such as a full disk
+        _discard_output()
         return out.fail(_problem(exc))
     return code
 
 
-def _give_up_output() -> None:
-    """Let what is still to be written go nowhere: Python would complain once more at its end."""
+def _discard_output() -> None:
+    """Discard unwritten output, which Python would otherwise try to write at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _make_streams() -> None:
-    """Make standard output and error accept any text.
+def _prepare_streams() -> None:
+    """Let standard output and standard error accept any text.
 
-    Output that is not for a terminal is data for another program: it is UTF-8, whatever the locale
-    says. A terminal gets escapes for the characters that its encoding lacks.
+    Output to another program is UTF-8 in every locale. A terminal gets escapes for characters that
+    its encoding lacks.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by who started us
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as we live
+        if stream is None:  # closed by the parent process
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until exit
         elif isinstance(stream, io.TextIOWrapper):
             piped = name == "stdout" and not stream.isatty()
             stream.reconfigure(encoding="utf-8" if piped else None, errors="backslashreplace")
@@ -108,9 +110,9 @@ def _make_streams() -> None:
 
 def _run(args: list[str], out: Output) -> int:
     try:
-        _log()
+        _start_log()
         return app(args, prog_name="ipguard", standalone_mode=False) or Exit.OK
-    except NobodyReads:
+    except OutputClosed:
         raise
     except (KeyboardInterrupt, typer.Abort):
         return Exit.INTERRUPTED
@@ -132,14 +134,14 @@ def _problem(exc: Exception) -> Problem:
         place = f"{exc.filename}: " if exc.filename else ""
         return Problem(Exit.FILE, f"{place}{exc.strerror or exc}")
     message = f"a defect of ipguard: {type(exc).__name__}: {exc}"
-    return Problem(Exit.DEFECT, message, hint="IPGUARD_DEBUG=1 shows where")
+    return Problem(Exit.DEFECT, message, hint="IPGUARD_DEBUG=1 shows the traceback")
 
 
-def _log() -> None:
-    """Write the library's log to a file, where the environment names one.
+def _start_log() -> None:
+    """Write the library's log to the file named by `IPGUARD_LOG`.
 
-    It is opened before anything is done: one that cannot be would fail after the change, with the
-    mails still to be sent.
+    Open it before the command runs: a failure to open it later would come after the change, with
+    mails still unsent.
     """
     path = os.environ.get("IPGUARD_LOG")
     if path:

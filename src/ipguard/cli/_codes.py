@@ -1,4 +1,4 @@
-"""The exit codes, and which of them an error is. docs/cli.md has both as tables."""
+"""The exit codes, and how errors map to them. docs/cli.md lists both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ipguard import errors
 
 
 class Exit(IntEnum):
-    """What a process of ours ends with."""
+    """The exit codes of the process."""
 
     OK = 0
     NOT_ALLOWED = 1
@@ -30,7 +30,7 @@ class Exit(IntEnum):
     PIPE = 141
 
 
-# The first that fits.
+# The first class that matches decides.
 ERRORS: Final[tuple[tuple[type[errors.IPGuardError], Exit], ...]] = (
     (errors.WrongNumber, Exit.NUMBER),
     (errors.NumberExpired, Exit.NUMBER),
@@ -51,15 +51,15 @@ ERRORS: Final[tuple[tuple[type[errors.IPGuardError], Exit], ...]] = (
 
 
 class Problem(Exception):
-    """Something to end a command with: one line, and its exit code.
+    """An error that ends the command with one line and an exit code.
 
     Attributes:
         code: The exit code.
-        kind: What it is called in JSON: the error's class, or a word of the command line's own.
-        message: What is wrong.
+        kind: Its type in JSON: the class of the library's error, or the name of the exit code.
+        message: The error message.
         hint: What to do, or "".
-        details: The error's own attributes, for JSON.
-        rows: Which rows of a file are the matter, each with `line` and `reason`; None where none.
+        details: The attributes of the library's error, for JSON.
+        rows: The bad rows of a file, each with `line` and `reason`; None if it is not about rows.
     """
 
     rows: Iterable[Mapping[str, Any]] | None = None
@@ -81,34 +81,41 @@ class Problem(Exception):
         self.details = details or {}
 
 
-_IDS: Final = "ids are in brackets in `ipguard list` in a terminal, and in `ipguard list --json`"
+_IDS: Final = (
+    "`ipguard list` shows ids, in a terminal or with --json"
+)
+_MAKE_STORE: Final = "`ipguard init` makes a new store"
 _HINTS: Final[dict[type[Exception], str]] = {
     errors.NumberExpired: "`ipguard resend` sends a new number",
     errors.NumberFormatError: "run `ipguard confirm` again and type the number from the mail",
-    errors.LockoutRisk: "--allow-lockout does it all the same",
-    errors.OpeningRisk: "--allow-open does it all the same",
+    errors.LockoutRisk: "--allow-lockout accepts that",
+    errors.OpeningRisk: "--allow-open accepts that",
     errors.UnknownUser: "`ipguard users list --search` finds users",
     errors.UnknownRequest: _IDS,
     errors.UnknownRestriction: _IDS,
-    errors.DeliveryError: "the request waits: `ipguard resend` once mail works",
+    errors.DeliveryError: "the request is pending: run `ipguard resend` once mail works",
 }
 
 
 def problem_of(error: errors.IPGuardError) -> Problem:
     """Translate one of the library's errors."""
-    code = next(code for kind, code in ERRORS if isinstance(error, kind))
-    hint = _HINTS.get(type(error), "")
-    if isinstance(error, errors.SchemaVersionError):
-        hint = "`ipguard init` makes a new store" if error.found is None else ""
-        if error.found is not None and error.found < error.needed:
-            hint = "`ipguard migrate` brings it up to date"
-    if isinstance(error, errors.StoreConfigError) and "No such file" in str(error):
-        hint = "`ipguard init` makes a new store"
-    if isinstance(error, errors.StoreConfigError) and "permission denied" in str(error):
-        hint = "`ipguard doctor` says what this role may; whatever shows names needs the writer's"
     details = {
         name: value.total_seconds() if isinstance(value, timedelta) else value
         for name, value in vars(error).items()
         if not name.startswith("_") and name not in ("reason", "hint")
     }
-    return Problem(code, str(error), kind=type(error).__name__, hint=hint, details=details)
+    code = next(code for kind, code in ERRORS if isinstance(error, kind))
+    return Problem(code, str(error), kind=type(error).__name__, hint=_hint(error), details=details)
+
+
+def _hint(error: errors.IPGuardError) -> str:
+    if isinstance(error, errors.SchemaVersionError):
+        if error.found is None:
+            return _MAKE_STORE
+        return "`ipguard migrate` updates it" if error.found < error.needed else ""
+    if isinstance(error, errors.StoreConfigError):
+        if "No such file" in str(error):
+            return _MAKE_STORE
+        if "permission denied" in str(error):
+            return "commands that list or change users need the writer role; see `ipguard doctor`"
+    return _HINTS.get(type(error), "")

@@ -1,176 +1,277 @@
-"""Reading CSV and JSON Lines as they come from people: row by row, each problem with its line.
+"""Read CSV and JSON Lines files row by row, report every bad row, and show progress.
 
-Nothing is held but one row, and no line is longer than 1 MiB.
+Memory use does not depend on the size of the file: one row is held at a time, lines are limited to
+1 MiB, and bad rows are spooled to disk.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final
+from typing import Annotated, Any, BinaryIO, Final, Self, cast
 
 import attrs
 import typer
 
 from ipguard.cli._codes import Exit, Problem
+from ipguard.cli._output import Output
 from ipguard.errors import shorten
 
-FileOption = Annotated[
-    str | None, typer.Option("--format", metavar="csv|jsonl", help="Of the file.")
+
+class Format(StrEnum):
+    """The file formats."""
+
+    CSV = "csv"
+    JSONL = "jsonl"
+
+
+FormatOption = Annotated[
+    Format | None,
+    typer.Option("--format", help="File format.  [default: by the file's name, else csv]"),
 ]
-FORMATS: Final = ("csv", "jsonl")
-_LINE_AT_MOST: Final = 2**20
-_SUFFIXES: Final = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+FileArgument = Annotated[str, typer.Argument(help="A CSV or JSON Lines file; - is standard input.")]
+_LINE_LIMIT: Final = 2**20
 
 Row = dict[str, str]
 
 
 @attrs.frozen(kw_only=True)
 class Columns:
-    """What a row has.
+    """The columns of a file.
 
     Attributes:
-        needed: The columns that must be there.
-        allowed: Those that may.
-        ignored: Those that may, and are not looked at: an export has them.
-        others: Whether any others may be there, and are not looked at.
+        required: Columns that must have a value in each row.
+        optional: Columns that may be missing or empty.
+        ignored: Other columns that are accepted, because an export has them.
+        lenient: Ignore any other column, and accept empty values in required ones.
     """
 
-    needed: Sequence[str]
-    allowed: Sequence[str] = ()
+    required: Sequence[str]
+    optional: Sequence[str] = ()
     ignored: Sequence[str] = ()
-    others: bool = False
+    lenient: bool = False
 
     def used(self, name: str) -> bool:
-        """Tell whether a column is looked at."""
-        return name in self.needed or name in self.allowed
+        """Return whether a column is read."""
+        return name in self.required or name in self.optional
 
-    def wrong(self, names: Sequence[str]) -> str | None:
-        """Say what is wrong with the names of a row, or None."""
-        for name in self.needed:
+    def fault(self, names: Sequence[str]) -> str | None:
+        """Return what is wrong with the column names of a row, or None."""
+        for name in self.required:
             if name not in names:
                 return f"there is no {name}"
-        known = (*self.needed, *self.allowed, *self.ignored)
+        known = (*self.required, *self.optional, *self.ignored)
         for at, name in enumerate(names):
-            if name not in known and not self.others:
-                return f"{shorten(name)} is no column; there is {', '.join(known)}"
+            if name not in known and not self.lenient:
+                return f"{shorten(name)} is not a column; the columns are {', '.join(known)}"
             if name in names[:at] and self.used(name):
                 return f"{name} is there twice"
         return None
 
 
-class BadRow:
-    """A line that is no row.
-
-    Attributes:
-        reason: Why.
-    """
-
-    __slots__ = ("reason",)
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-def format_of(path: str, asked: str | None) -> str:
-    """Return `csv` or `jsonl`: what was asked for, or what the file's name says."""
-    if asked is not None and asked not in FORMATS:
-        raise Problem(Exit.USAGE, f"--format is {' or '.join(FORMATS)}")
-    return asked or _SUFFIXES.get(Path(path).suffix.lower(), "csv")
+def format_of(path: str, given: Format | None) -> Format:
+    """Return the given format, or else the one that the file's name implies."""
+    json_names = (".jsonl", ".ndjson", ".json")
+    return given or (Format.JSONL if path.lower().endswith(json_names) else Format.CSV)
 
 
 @contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
-    """Open a file for reading; `-` is standard input."""
-    if path == "-":
+def opened(path: str, *, rewindable: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for reading; `-` is standard input.
+
+    Args:
+        path: The file.
+        rewindable: Whether to copy input that cannot be read twice to a temporary file.
+    """
+    if path != "-":
+        with Path(path).open("rb") as stream:
+            yield stream
+        return
+    if not rewindable or sys.stdin.buffer.seekable():
         yield sys.stdin.buffer
         return
-    with Path(path).open("rb") as stream:
-        yield stream
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.seek(0)
+        yield cast("BinaryIO", copy)
 
 
-def holds_no(path: str, what: str) -> Problem:
-    """Return what to end with where a file has no row: most likely it is not the one meant."""
+def without_rows(path: str, what: str) -> Problem:
+    """Return the error for a file without rows, which is probably the wrong file."""
     return Problem(Exit.FILE, f"{'standard input' if path == '-' else path} holds no {what}")
+
+
+# -- bad rows ------------------------------------------------------------------------------------
+
+
+class Spool:
+    """Rows in a temporary SQLite database on disk.
+
+    Args:
+        columns: The columns of its one table, `rows`.
+    """
+
+    def __init__(self, columns: str) -> None:
+        import sqlite3
+
+        self._db = sqlite3.connect("", isolation_level=None)  # a nameless temporary file
+        self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute(f"CREATE TABLE rows ({columns})")
+        marks = ", ".join("?" * len(columns.split(",")))
+        self._insert = f"INSERT INTO rows VALUES ({marks})"  # noqa: S608 - only marks
+        self._db.execute("BEGIN")
+
+    def add(self, row: tuple[object, ...]) -> None:
+        """Add a row."""
+        self._db.execute(self._insert, row)
+
+    def rows(self, query: str) -> Iterator[Any]:
+        """Run a query over `rows`."""
+        return iter(self._db.execute(query))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+
+class BadRows(Problem):
+    """The error that lists the bad rows of a file.
+
+    Args:
+        path: The file, for the message.
+        outcome: What the command does about bad rows, for the message.
+
+    Attributes:
+        count: How many there are.
+    """
+
+    def __init__(self, path: str, outcome: str = "nothing was changed") -> None:
+        super().__init__(Exit.FILE, "", kind="BadRows")
+        self._path = path
+        self._outcome = outcome
+        self._spool: Spool | None = None
+        self.count = 0
+
+    def add(self, line: int, reason: object) -> None:
+        """Add a bad row.
+
+        Args:
+            line: The line it starts on, counted from 1.
+            reason: What is wrong with it.
+        """
+        if self._spool is None:
+            self._spool = Spool("line INTEGER, reason TEXT")
+        self.count += 1
+        self._spool.add((line, str(reason).encode("utf-8", "backslashreplace").decode()))
+
+    def raise_if_any(self) -> None:
+        """Raise this error if there are bad rows."""
+        if self._spool is not None:
+            rows = "row" if self.count == 1 else "rows"
+            self.message = f"{self._path}: {self.count:,} bad {rows}; {self._outcome}"
+            self.rows = self._read(self._spool)
+            raise self
+
+    @staticmethod
+    def _read(spool: Spool) -> Iterator[Mapping[str, Any]]:
+        with spool:
+            for line, reason in spool.rows("SELECT line, reason FROM rows ORDER BY line, rowid"):
+                yield {"line": line, "reason": reason}
+
+
+# -- rows ----------------------------------------------------------------------------------------
 
 
 def rows(
     stream: BinaryIO,
-    kind: str,
+    kind: Format,
     columns: Columns,
-    tell: Callable[[int], object] = lambda _: None,
-) -> Iterator[tuple[int, Row | BadRow]]:
-    """Read rows.
+    reject: Callable[[int, str], object],
+    advance: Callable[[int], object] = lambda _: None,
+) -> Iterator[tuple[int, Row]]:
+    """Read the good rows of a file.
 
     Args:
         stream: The file.
-        kind: `csv`, whose first line names the columns, or `jsonl`.
-        columns: What a row has.
-        tell: Is told how many bytes were read, line by line.
+        kind: Its format. The first line of CSV names the columns.
+        columns: The columns.
+        reject: Called for each bad row with its line and what is wrong.
+        advance: Called for each line with its size in bytes.
 
     Yields:
-        The number of the line that a row begins on, and the row: text without what is empty; or why
-        it is none.
+        The line a row starts on, and its values that are not empty.
 
     Raises:
-        Problem: The file as a whole cannot be read: its columns are others.
+        Problem: The file as a whole cannot be read, for example because it has other columns.
     """
-    lines = _Lines(stream, tell)
-    read = _csv_rows if kind == "csv" else _json_rows
-    return read(lines, columns)
+    lines = _Lines(stream, advance)
+    read = _csv_rows if kind is Format.CSV else _json_rows
+    for line, row in read(lines, columns):
+        if isinstance(row, str):
+            reject(line, row)
+            continue
+        missing = [name for name in columns.required if name not in row]
+        if missing and not columns.lenient:
+            reject(line, f"{missing[0]}: is missing")
+        else:
+            yield line, row
 
 
 class _Lines:
     """The lines of a file as text.
 
     Attributes:
-        number: The line that was read last, from 1.
-        bad: Why that line cannot be used, or None.
+        number: The number of the last line, from 1.
+        fault: What is wrong with the lines since the last call of `take_fault`, or None.
     """
 
-    def __init__(self, stream: BinaryIO, tell: Callable[[int], object]) -> None:
+    def __init__(self, stream: BinaryIO, advance: Callable[[int], object]) -> None:
         self._stream = stream
-        self._tell = tell
+        self._advance = advance
         self.number = 0
-        self.bad: str | None = None
+        self.fault: str | None = None
 
     def __iter__(self) -> Iterator[str]:
-        while line := self._stream.readline(_LINE_AT_MOST):
+        while line := self._stream.readline(_LINE_LIMIT):
             self.number += 1
             size = len(line)
-            if size == _LINE_AT_MOST and not line.endswith(b"\n"):
-                self.bad = f"it has more than {_LINE_AT_MOST} bytes"
-                while more := self._stream.readline(_LINE_AT_MOST):
+            if size == _LINE_LIMIT and not line.endswith(b"\n"):
+                self.fault = f"the line has more than {_LINE_LIMIT} bytes"
+                while more := self._stream.readline(_LINE_LIMIT):
                     size += len(more)
                     if more.endswith(b"\n"):
                         break
                 line = b"\n"
             if self.number == 1:
-                line = _begun(line)
+                line = _without_mark(line)
             try:
                 text = line.decode()
             except UnicodeDecodeError:
-                self.bad = "it is not UTF-8"
+                self.fault = "it is not UTF-8"
                 text = line.decode(errors="replace")
-            self._tell(size)
+            self._advance(size)
             yield text
 
-    def take_bad(self) -> str | None:
-        """Return why the lines read since the last time cannot be used, or None."""
-        bad, self.bad = self.bad, None
-        return bad
+    def take_fault(self) -> str | None:
+        """Return and clear `fault`."""
+        fault, self.fault = self.fault, None
+        return fault
 
 
-def _begun(line: bytes) -> bytes:
-    """Return the first line of a file without its byte order mark.
-
-    Raises:
-        Problem: The file is UTF-16 or UTF-32, as some programs save "Unicode text".
-    """
+def _without_mark(line: bytes) -> bytes:
+    """Remove the byte order mark from the first line; refuse UTF-16, called "Unicode text"."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
         raise Problem(
             Exit.FILE,
@@ -180,7 +281,8 @@ def _begun(line: bytes) -> bytes:
     return line.removeprefix(b"\xef\xbb\xbf")
 
 
-def _csv_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | BadRow]]:
+# Both readers yield the line and either the row or what is wrong with it.
+def _csv_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | str]]:
     reader = csv.reader(iter(lines), strict=True)
     names = _header(lines, reader, columns)
     count, used = len(names), [columns.used(name) for name in names]
@@ -191,20 +293,19 @@ def _csv_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | BadR
         except StopIteration:
             return
         except csv.Error as exc:
-            yield start, BadRow(lines.take_bad() or f"it is not CSV: {exc}")
+            yield start, lines.take_fault() or f"it is not CSV: {exc}"
             continue
-        bad = lines.take_bad()
-        if bad is not None:
-            yield start, BadRow(bad)
+        if fault := lines.take_fault():
+            yield start, fault
             continue
         if not any(cell.strip() for cell in cells):
             continue  # spreadsheets append rows of empty cells
         if not any(cells[count:]):
             del cells[count:]
         if len(cells) != count:
-            yield start, BadRow(f"it has {len(cells)} columns, and the first line has {count}")
+            yield start, f"it has {len(cells)} columns, and the first line has {count}"
         elif any(cell and not name for name, cell in zip(names, cells, strict=True)):
-            yield start, BadRow("it has a value in a column without a name")
+            yield start, "it has a value in a column without a name"
         else:
             named = zip(names, cells, used, strict=True)
             yield start, {name: cell for name, cell, use in named if cell and use}
@@ -218,62 +319,105 @@ def _header(lines: _Lines, reader: Iterator[list[str]], columns: Columns) -> lis
     except csv.Error as exc:
         raise Problem(Exit.FILE, f"line 1: it is not CSV: {exc}") from None
     # Spreadsheets append empty columns too.
-    wrong = lines.take_bad() or columns.wrong([name for name in names if name])
-    if wrong and len(names) == 1:
+    fault = lines.take_fault() or columns.fault([name for name in names if name])
+    if fault and len(names) == 1:
         for mark, name in ((";", "semicolons"), ("\t", "tabs")):
             if mark in names[0]:
-                wrong = f"its columns are separated by {name}, not by commas"
-    if wrong is not None:
-        raise Problem(
-            Exit.FILE,
-            f"line 1: {wrong}",
-            hint="the first line names the columns: "
-            + ",".join((*columns.needed, *columns.allowed)),
-        )
+                fault = f"its columns are separated by {name}, not by commas"
+    if fault is not None:
+        hint = "the first line names the columns: "
+        hint += ",".join((*columns.required, *columns.optional))
+        raise Problem(Exit.FILE, f"line 1: {fault}", hint=hint)
     return names
 
 
-def _json_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | BadRow]]:
+def _json_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | str]]:
     for line in lines:
-        bad = lines.take_bad()
-        if bad is not None:
-            yield lines.number, BadRow(bad)
+        if fault := lines.take_fault():
+            yield lines.number, fault
         elif not line.isspace():
-            yield lines.number, _object(line, columns)
+            yield lines.number, _json_row(line, columns)
 
 
-class _Twice(Exception):
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+class _DuplicateName(Exception):
+    """A name occurs twice in a JSON object; JSON leaves open which value counts."""
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its members; readers of JSON differ in which of two they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
+        raise _DuplicateName(next(name for name in names if names.count(name) > 1))
     return found
 
 
-def _object(line: str, columns: Columns) -> Row | BadRow:
+def _json_row(line: str, columns: Columns) -> Row | str:
     try:
         found: Any = json.loads(line, object_pairs_hook=_unambiguous)
-    except _Twice as exc:
-        return BadRow(f"{shorten(exc.name)} is there twice")
+    except _DuplicateName as exc:
+        return f"{shorten(str(exc))} is there twice"
     except (ValueError, RecursionError) as exc:
-        return BadRow(f"it is not JSON: {type(exc).__name__}")
+        return f"it is not JSON: {type(exc).__name__}"
     if not isinstance(found, dict):
-        return BadRow("it is no JSON object")
-    wrong = columns.wrong(list(found))
-    if wrong is not None:
-        return BadRow(wrong)
+        return "it is not a JSON object"
+    if fault := columns.fault(list(found)):
+        return fault
     row = {}
     for name, value in found.items():
         if not columns.used(name) or value is None or value == "":
             continue
         if not isinstance(value, str):
-            return BadRow(f"its {name} is no text")
+            return f"{name} is not text"
         row[name] = value
     return row
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(
+    out: Output, what: str, stream: BinaryIO | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Show in a terminal how much of a file was read, or how many rows were written.
+
+    Yields:
+        A function to call for each row with the number of bytes read for it.
+    """
+    if out.as_json or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    size = None if stream is None else _size(stream)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%" if size else ""),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=size, rows=0)
+        done = rows = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, rows
+            done, rows = done + count, rows + 1
+            if done == size:
+                applying = f"{what}: file read, applying"
+                bar.update(task, completed=done, rows=rows, description=applying)
+            elif rows % 500 == 0:
+                bar.update(task, completed=done, rows=rows)
+
+        yield advance
+        bar.update(task, completed=done, rows=rows)
+
+
+def _size(stream: BinaryIO) -> int | None:
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -1,7 +1,7 @@
-"""What a command shows: tables for people, lines for programs, or JSON; errors to stderr.
+"""Write results as tables, lines or JSON to stdout; write notes, questions and errors to stderr.
 
-Nothing that comes from a store or a file reaches a terminal as it is: a name may hold what moves
-the cursor, or turns the direction of the text.
+Text from a store or a file is escaped before it is shown: names could contain control characters
+that move the cursor or reverse the direction of text.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from ipguard.cli._codes import Exit, Problem
 
 T = TypeVar("T")
 Cell = str | int | bool | datetime | None | Sequence[str]
+BATCH: Final = 1000
+"""How many entries are read, or laid out as one table, at a time: the workflow's largest page."""
 
 
 def clean(text: str) -> str:
-    """Return text on one line in which every character is one to be seen."""
+    """Return text on one line, with all characters escaped that are not printable."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain(value: Any) -> Any:
-    """Return one of the library's values as JSON has it: attributes as they are called there."""
-    for kind, write in _WRITTEN:
+    """Convert one of the library's values to what JSON can hold."""
+    for kind, convert in _CONVERSIONS:
         if isinstance(value, kind):
-            return write(value)
+            return convert(value)
     if attrs.has(type(value)):
         names = (field.name for field in attrs.fields(type(value)))
         return {name: plain(getattr(value, name)) for name in names}
     return value
 
 
-_WRITTEN: Final[tuple[tuple[Any, Callable[[Any], Any]], ...]] = (
+_CONVERSIONS: Final[tuple[tuple[Any, Callable[[Any], Any]], ...]] = (
     (AddressRange, str),
     (datetime, datetime.isoformat),
     (Enum, lambda member: member.value),
@@ -51,14 +53,14 @@ _WRITTEN: Final[tuple[tuple[Any, Callable[[Any], Any]], ...]] = (
 
 
 class Output:
-    """Where a command's results go.
+    """The output of a command.
 
     Args:
-        as_json: Whether everything is JSON.
+        as_json: Whether results and errors are JSON.
 
     Attributes:
-        as_json: The same.
-        rich: Whether a person looks at standard output.
+        as_json: As given.
+        rich: Whether standard output is a terminal that shows tables.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -68,76 +70,81 @@ class Output:
     # -- results ---------------------------------------------------------------------------------
 
     def data(self, value: Any) -> None:
-        """Write one value as one line of JSON, in ASCII: it is safe on every terminal."""
+        """Write a value as one line of JSON, in ASCII, which is safe on every terminal."""
         self.raw(dumps(plain(value)) + "\n")
 
+    def array(self, name: str, items: Iterable[Any], rest: Callable[[], dict[str, Any]]) -> None:
+        """Write a JSON object with a streamed array and, once it has been written, the rest."""
+        self.raw(f'{{"{name}": [')
+        for number, item in enumerate(items):
+            self.raw((", " if number else "") + dumps(plain(item)))
+        more = dumps(rest())[1:-1]
+        self.raw("]" + (f", {more}" if more else "") + "}\n")
+
     def raw(self, text: str) -> None:
-        """Write text as it stands."""
+        """Write text unchanged."""
         sys.stdout.write(text)
 
-    @staticmethod
-    def flush() -> None:
-        """Let who reads see what has been written so far."""
-        sys.stdout.flush()
-
     def line(self, text: str, style: str = "") -> None:
-        """Write a sentence for people; nothing where JSON is asked for."""
+        """Write a sentence for people; omitted from JSON output."""
         if self.as_json:
             return
         if self.rich and style:
             from rich.text import Text
 
-            self._console().print(Text(clean(text), style))
+            self._print(Text(clean(text), style))
         else:
             self.raw(clean(text) + "\n")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-        """Write rows: a table in a terminal, else lines of cells with tabs between them.
+        """Write rows: as tables in a terminal, otherwise as lines of cells separated by tabs.
 
         Args:
-            columns: Their names, as in JSON.
-            rows: As many cells each; several values in a cell are a sequence.
+            columns: The names of the columns, as in JSON.
+            rows: The cells of each row; a cell with several values is a sequence.
         """
         if not self.rich:
             self.raw("\t".join(columns) + "\n")
             for row in rows:
-                self.raw("\t".join(clean(_written(cell, ", ")) for cell in row) + "\n")
+                self.raw("\t".join(clean(_text(cell, ", ")) for cell in row) + "\n")
             return
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for name in columns:
-            table.add_column(name.replace("_", " ").capitalize(), overflow="fold")
-        for row in rows:
-            # Cleaned line by line: the breaks between several values are ours.
-            texts = (_shown(cell).split("\n") for cell in row)
-            table.add_row(*(Text("\n".join(map(clean, lines))) for lines in texts))
-        self._console().print(table)
+        # A table knows its widths only once it has all of its rows, so lay out a batch at a time.
+        iterator = iter(rows)
+        while some := list(islice(iterator, BATCH)):
+            table = Table(box=SIMPLE_HEAD, pad_edge=False)
+            for name in columns:
+                table.add_column(name.replace("_", " ").capitalize(), overflow="fold")
+            for row in some:
+                table.add_row(*(Text(_terminal_text(cell)) for cell in row))
+            self._print(table)
 
-    def _console(self) -> Any:
+    @staticmethod
+    def _print(renderable: Any) -> None:
         from rich.console import Console
 
-        return Console(highlight=False, markup=False, emoji=False)
+        Console(highlight=False, markup=False, emoji=False).print(renderable)
 
-    # -- beside them -----------------------------------------------------------------------------
+    # -- standard error --------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Tell the person something that is no result."""
+        """Write a note that is not part of the result."""
         self._err(f"ipguard: {clean(text)}\n")
 
     def fail(self, problem: Problem) -> Exit:
-        """Say why the command ends, and return what with."""
+        """Report the error that ends the command, and return its exit code."""
         if self.as_json:
-            told = {
+            error = {
                 "type": problem.kind,
                 "message": problem.message,
                 "exit": int(problem.code),
                 "hint": problem.hint,
                 "details": problem.details,
             }
-            text = dumps({"error": plain(told)}, default=str)
+            text = dumps({"error": plain(error)}, default=str)
             if problem.rows is not None:
                 self._err(text.removesuffix("}}") + ', "rows": [')
                 for number, row in enumerate(problem.rows):
@@ -151,28 +158,38 @@ class Output:
             self.note(problem.message + hint)
         return problem.code
 
-    def ask(self, question: str) -> bool | None:
-        """Ask the person yes or no; None where nobody is there to be asked."""
+    def confirm(self, outcome: str, option: str) -> None:
+        """Ask for confirmation of a change; abort unless the answer is yes.
+
+        Args:
+            outcome: What the change would lead to.
+            option: The option that accepts it without a question.
+
+        Raises:
+            Problem: The answer was no, or there is no terminal to ask on.
+        """
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            return None
-        self._err(f"{clean(question)} [y/N] ")
-        sys.stderr.flush()  # the line is not over, so a terminal would not show it yet
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
+            hint = f"{option} accepts that"
+            raise Problem(Exit.NOT_CONFIRMED, outcome, kind="NotConfirmed", hint=hint)
+        self._err(f"{clean(outcome)}. Continue? [y/N] ")
+        sys.stderr.flush()  # the line has no end yet, so a terminal would not show it
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Problem(Exit.NOT_CONFIRMED, "nothing was changed", kind="NotConfirmed")
 
     @staticmethod
     def _err(text: str, *, flush: bool = True) -> None:
-        if flush:  # so that a terminal shows both in their order
+        if flush:  # a terminal then shows both streams in order
             sys.stdout.flush()
         sys.stderr.write(text)
 
 
-def begun(items: Iterable[T]) -> Iterator[T]:
-    """Return an iterator whose first item is there: what fails, fails before anything is shown."""
+def prefetched(items: Iterable[T]) -> Iterator[T]:
+    """Fetch the first item at once, so that an error is raised before anything is written."""
     iterator = iter(items)
     return chain(list(islice(iterator, 1)), iterator)
 
 
-def _written(cell: Cell, between: str) -> str:
+def _text(cell: Cell, separator: str) -> str:
     if cell is None:
         return ""
     if isinstance(cell, bool):
@@ -181,14 +198,12 @@ def _written(cell: Cell, between: str) -> str:
         return cell.isoformat()
     if isinstance(cell, (str, int)):
         return str(cell)
-    return between.join(cell)
+    return separator.join(cell)
 
 
-def _shown(cell: Cell) -> str:
+def _terminal_text(cell: Cell) -> str:
     if isinstance(cell, datetime):
         return f"{cell:%Y-%m-%d %H:%M:%S} UTC"
-    if isinstance(cell, str):
-        return clean(cell)
-    if not isinstance(cell, (bool, int, type(None))):
-        cell = [clean(each) for each in cell]
-    return _written(cell, "\n")
+    if isinstance(cell, Sequence) and not isinstance(cell, str):
+        return "\n".join(map(clean, cell))
+    return clean(_text(cell, ""))

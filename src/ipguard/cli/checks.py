@@ -1,108 +1,212 @@
-"""`check` and `explain`: the question, as a login server asks it, and why."""
+"""Ask the guard: `check` for one login or a login log, `explain` for the reasons."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections import Counter
+from enum import StrEnum
+from typing import Annotated, Final
 
+import attrs
 import typer
 
-from ipguard.cli._app import command
-from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._files import FileOption
-from ipguard.cli._logins import check_file, unavailable
+from ipguard.cli._context import Context, command
+from ipguard.cli._files import (
+    BadRows,
+    Columns,
+    Format,
+    FormatOption,
+    format_of,
+    opened,
+    progress,
+    rows,
+    without_rows,
+)
 from ipguard.guard import Guard
-from ipguard.model import Decision, Reason
+from ipguard.model import Reason
+
+_COLUMNS: Final = Columns(required=("username", "address"), lenient=True)
+_LISTED: Final = 100_000  # different refused logins; invented usernames could be endless
+
+
+class UnknownUsers(StrEnum):
+    """What a guard answers for unknown users."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
 
 UnknownOption = Annotated[
-    str,
-    typer.Option(
-        "--unknown-users", metavar="allow|deny", help="As the login servers' guards have it."
-    ),
+    UnknownUsers, typer.Option("--unknown-users", help="As in the guards of the login servers.")
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    command(app)(check)
-    command(app)(explain)
-
-
+@command()
 def check(
-    call: Call,
-    username: Annotated[str | None, typer.Argument(help="Who wants to log in.")] = None,
-    address: Annotated[str | None, typer.Argument(help="From where.")] = None,
+    context: Context,
+    username: Annotated[str | None, typer.Argument(help="The user who logs in.")] = None,
+    address: Annotated[str | None, typer.Argument(help="The client's IP address.")] = None,
     *,
     file: Annotated[
         str | None,
         typer.Option(
             "--file",
             metavar="FILE",
-            help="A login log instead, CSV or JSON Lines, with username and address; - is standard"
-            " input.",
+            help="Check a login log instead: CSV or JSON Lines with username and address; - is"
+            " standard input.",
         ),
     ] = None,
-    kind: FileOption = None,
-    unknown_users: UnknownOption = "allow",
+    kind: FormatOption = None,
+    unknown_users: UnknownOption = UnknownUsers.ALLOW,
 ) -> int:
-    """Ask whether a user may log in from an address.
+    """Check whether a user may log in from an address.
 
-    The exit code is 0 where that is allowed now, 1 where it is not. With a file, every login in it
-    is asked as of now, and it is 1 where any would be refused.
+    The exit code is 0 if the login is allowed now, and 1 if not. With --file, every login of the
+    log is checked as of now, and the exit code is 1 if any would be refused.
+
+    Example: ipguard check jsmith 203.0.113.5
     """
-    if file is not None and username is None:
-        with call.store() as store:
-            return check_file(call, Guard(store, unknown_users=_unknown(unknown_users)), file, kind)
-    if username is None or address is None or file is not None:
-        raise Problem(
-            Exit.USAGE, "who, and from where? ipguard check USERNAME ADDRESS, or --file FILE"
-        )
-    with call.store() as store:
-        guard = Guard(store, unknown_users=_unknown(unknown_users))
-        decision = guard.check(username, address)
+    if (file is None) == (username is None) or (address is None) != (username is None):
+        usage = "give USERNAME and ADDRESS, or --file FILE"
+        raise Problem(Exit.USAGE, usage)
+    with context.store() as store:
+        guard = Guard(store, unknown_users=unknown_users.value)
+        if file is not None:
+            return _check_file(context, guard, file, format_of(file, kind))
+        decision = guard.check(username or "", address or "")
         if decision.reason is Reason.STORE_UNAVAILABLE:
-            raise unavailable(guard)
-    if call.out.as_json:
-        call.out.data({"username": username, "address": address, "decision": decision})
+            raise _unavailable(guard)
+    if context.out.as_json:
+        context.out.data({"username": username, "address": address, "decision": decision})
     else:
-        call.out.line(_told(decision), "green" if decision else "red")
+        by = f" by restriction {decision.restriction_id}" if decision.restriction_id else ""
+        answer, style = ("allowed", "green") if decision else ("not allowed", "red")
+        context.out.line(f"{answer}: {decision.reason.value}{by}", style)
     return Exit.OK if decision else Exit.NOT_ALLOWED
 
 
-def _told(decision: Decision) -> str:
-    by = f" by restriction {decision.restriction_id}" if decision.restriction_id else ""
-    return f"{'allowed' if decision else 'not allowed'}: {decision.reason.value}{by}"
-
-
-def _unknown(given: str) -> Literal["allow", "deny"]:
-    if given not in ("allow", "deny"):
-        raise Problem(Exit.USAGE, "--unknown-users is allow or deny")
-    return "deny" if given == "deny" else "allow"
-
-
+@command()
 def explain(
-    call: Call,
-    username: Annotated[str, typer.Argument(help="Who wants to log in.")],
-    address: Annotated[str, typer.Argument(help="From where.")],
+    context: Context,
+    username: Annotated[str, typer.Argument(help="The user who logs in.")],
+    address: Annotated[str, typer.Argument(help="The client's IP address.")],
     *,
-    unknown_users: UnknownOption = "allow",
+    unknown_users: UnknownOption = UnknownUsers.ALLOW,
 ) -> int:
-    """Answer likewise, with the reasons.
+    """Check a login, and show the reasons and the user's restrictions.
 
-    The answer in a sentence, and each restriction of the user. The exit code is as for `check`.
+    The exit code is that of `check`.
     """
-    with call.store() as store:
-        told = Guard(store, unknown_users=_unknown(unknown_users)).explain(username, address)
-    if call.out.as_json:
-        call.out.data(told)
+    with context.store() as store:
+        found = Guard(store, unknown_users=unknown_users.value).explain(username, address)
+    if context.out.as_json:
+        context.out.data(found)
     else:
-        call.out.line(told.summary, "green" if told.decision else "red")
-        if told.restrictions:
-            call.out.table(
+        context.out.line(found.summary, "green" if found.decision else "red")
+        if found.restrictions:
+            context.out.table(
                 ("id", "addresses", "label", "expires_at", "created_at", "created_by"),
                 (
                     (r.id, str(r.addresses), r.label, r.expires_at, r.created_at, r.created_by)
-                    for r in told.restrictions
+                    for r in found.restrictions
                 ),
             )
-    return Exit.OK if told.decision else Exit.NOT_ALLOWED
+    return Exit.OK if found.decision else Exit.NOT_ALLOWED
+
+
+def _unavailable(guard: Guard) -> Problem:
+    """Return the error for a store that does not respond: that is no answer about a user."""
+    error = guard.stats().error or "it does not respond"
+    return Problem(Exit.UNAVAILABLE, f"the store: {error}", kind="StoreUnavailable")
+
+
+# -- a login log ---------------------------------------------------------------------------------
+
+
+@attrs.define
+class Refused:
+    """A login that would be refused.
+
+    Attributes:
+        username: As in the log.
+        address: As in the log.
+        reason: Why.
+        first_line: The line of its first occurrence.
+        count: How often it occurs.
+    """
+
+    username: str
+    address: str
+    reason: str
+    first_line: int
+    count: int = 0
+
+
+@attrs.define
+class _LogReport:
+    """What a login log would lead to."""
+
+    allowed: int = 0
+    reasons: Counter[str] = attrs.field(factory=Counter)
+    refused: dict[tuple[str, str, str], Refused] = attrs.field(factory=dict)
+    unlisted: int = 0
+
+    def refuse(self, login: tuple[str, str, str], line: int) -> None:
+        """Count a refused login."""
+        self.reasons[login[2]] += 1
+        if login not in self.refused and len(self.refused) < _LISTED:
+            self.refused[login] = Refused(*login, line)
+        if login in self.refused:
+            self.refused[login].count += 1
+        else:
+            self.unlisted += 1
+
+
+def _check_file(context: Context, guard: Guard, path: str, kind: Format) -> int:
+    """Check every login of a file; report bad rows after the rest."""
+    bad, report = BadRows(path, "the others were checked"), _LogReport()
+    with opened(path) as stream, progress(context.out, "logins", stream) as advance:
+        for line, row in rows(stream, kind, _COLUMNS, bad.add, advance):
+            username, address = row.get("username", ""), row.get("address", "")
+            decision = guard.check(username, address)
+            if decision.reason is Reason.STORE_UNAVAILABLE:
+                raise _unavailable(guard)
+            if decision:
+                report.allowed += 1
+            else:
+                report.refuse((username, address, decision.reason.value), line)
+    if not (report.allowed or report.reasons or bad.count):
+        raise without_rows(path, "logins")
+    _show_report(context, path, report, bad.count)
+    bad.raise_if_any()
+    return Exit.NOT_ALLOWED if report.reasons else Exit.OK
+
+
+def _show_report(context: Context, path: str, report: _LogReport, bad: int) -> None:
+    refused, total = list(report.refused.values()), report.reasons.total()
+    if context.out.as_json:
+        context.out.data(
+            {
+                "file": path,
+                "logins": report.allowed + total,
+                "allowed": report.allowed,
+                "refused": total,
+                "bad_rows": bad,
+                "by_reason": dict(sorted(report.reasons.items())),
+                "refused_logins": refused,
+                "not_listed_here": report.unlisted,
+            }
+        )
+        return
+    if refused:
+        context.out.table(
+            ("username", "address", "reason", "count", "first_line"),
+            ((r.username, r.address, r.reason, r.count, r.first_line) for r in refused),
+        )
+    why = ", ".join(f"{reason} {count:,}" for reason, count in report.reasons.most_common())
+    context.out.note(
+        f"{report.allowed + total:,} logins: {report.allowed:,} allowed, {total:,} refused"
+        + (f" ({why})" if why else "")
+    )
+    if report.unlisted:
+        context.out.note(f"{report.unlisted:,} more refused logins are counted but not listed")

@@ -1,42 +1,53 @@
-"""`doctor`: is all well, and if not, what is to be done?"""
+"""`doctor`: check the store, the key, the settings and the mail server, and advise what to do."""
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 from urllib.parse import unquote
 
 import attrs
 import typer
 
-from ipguard.cli._app import KEY, MAIL, SETTINGS, command
-from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._secret import read_keys
+from ipguard.cli._context import KEY, MAIL, SETTINGS, Context, command
+from ipguard.cli._secrets import read_keys
 from ipguard.confirmation import Keyring
 from ipguard.errors import IPGuardError, StoreError, StoreUnavailable
 from ipguard.store import RestrictionStore
-from ipguard.stores.sqlite import SCHEMA_VERSION
 
-_SKEW: Final = 2.0  # seconds that nobody would notice
+if TYPE_CHECKING:
+    from ipguard.stores.postgres import Examination
+
+_SKEW: Final = 2.0  # a difference of clocks, in seconds, that does no harm
 _NAMED: Final = 10
+_LISTEN_TIMEOUT: Final = 5.0
 _STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "red"}
+_ADVICE: Final = {
+    "StoreUnavailable": "is it running, and can this host reach it?",
+    "SchemaVersionError": "ipguard init makes a new store, ipguard migrate updates one",
+    "StoreConfigError": "correct --store or IPGUARD_URL",
+}
+_GRANTS: Final = "ipguard migrate --sql --reader ROLE --writer ROLE prints the grants"
 
 
 @attrs.frozen
 class Finding:
-    """One line of the diagnosis.
+    """One line of the report.
 
     Attributes:
-        check: What was looked at.
+        check: What was checked.
         state: `ok`, `warn` or `fail`.
-        found: What it is like.
+        found: What was found.
         todo: What to do, or "".
     """
 
@@ -49,182 +60,84 @@ class Finding:
 Findings = Iterator[Finding]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    command(app, KEY, MAIL, SETTINGS)(doctor)
-
-
+@command(KEY, MAIL, SETTINGS)
 def doctor(
-    call: Call,
+    context: Context,
     *,
     send_test: Annotated[
-        str | None, typer.Option("--send-test", metavar="ADDRESS", help="Mail a test there.")
+        str | None,
+        typer.Option("--send-test", metavar="ADDRESS", help="Mail a test to this address."),
     ] = None,
 ) -> int:
-    """Look whether all is well, and say what to do.
+    """Check the store, key, settings and mail server, and advise what to do.
 
-    It changes nothing. The exit code is 11 where something fails.
+    Nothing is changed. The exit code is 11 if a check fails.
+
+    Example: ipguard doctor --send-test you@example.com
     """
     found: list[Finding] = []
+    for finding in chain(
+        _guarded("store", lambda: _store(context)),
+        _guarded("key", lambda: _key(context)),
+        _guarded("settings", lambda: _settings(context)),
+        _guarded("mail", lambda: _mail(context, send_test)),
+    ):
+        found.append(finding)
+        todo = f" - {finding.todo}" if finding.todo else ""
+        text = f"{finding.state:<4}  {finding.check}: {finding.found}{todo}"
+        context.out.line(text, _STYLES[finding.state])
+        sys.stdout.flush()
+    healthy = all(finding.state != "fail" for finding in found)
+    if context.out.as_json:
+        context.out.data({"healthy": healthy, "findings": found})
+    return Exit.OK if healthy else Exit.UNHEALTHY
 
-    def tell(findings: Findings) -> None:
-        for finding in findings:
-            found.append(finding)
-            todo = f" - {finding.todo}" if finding.todo else ""
-            style = _STYLES[finding.state]
-            call.out.line(f"{finding.state:<4}  {finding.check}: {finding.found}{todo}", style)
-            call.out.flush()
 
-    tell(_guarded("store", lambda: _store(call, tell)))
-    tell(_guarded("key", lambda: _key(call)))
-    tell(_guarded("settings", lambda: _settings(call)))
-    tell(_guarded("mail", lambda: _mail(call, send_test)))
-    if call.out.as_json:
-        call.out.data({"healthy": all(f.state != "fail" for f in found), "findings": found})
-    return Exit.UNHEALTHY if any(f.state == "fail" for f in found) else Exit.OK
-
-
-def _guarded(check: str, look: Callable[[], Findings]) -> Findings:
-    """Make a finding of what keeps from looking."""
+def _guarded(check: str, examine: Callable[[], Findings]) -> Findings:
+    """Turn the error that ends a check into a finding."""
     try:
-        yield from look()
+        yield from examine()
     except Problem as exc:
         yield Finding(check, "fail", exc.message, exc.hint)
     except IPGuardError as exc:
-        yield Finding(check, "fail", str(exc), _TODO.get(type(exc).__name__, ""))
+        yield Finding(check, "fail", str(exc), _ADVICE.get(type(exc).__name__, ""))
 
 
-_TODO: Final = {
-    "StoreUnavailable": "is it running, and can it be reached from here?",
-    "SchemaVersionError": "ipguard init makes a new store, ipguard migrate brings one up to date",
-    "StoreConfigError": "correct --store or IPGUARD_URL",
-}
-
-
-def _store(call: Call, tell: Callable[[Findings], None]) -> Findings:
-    with call.store() as store:
-        began = time.perf_counter()
-        try:
-            head = store.changes_since(None).head
-        except StoreUnavailable as exc:
-            causes = _causes(call.url)
-            if not causes:
-                raise
-            tell(iter(causes))
-            yield Finding("store", "fail", str(exc))
-            return
-        took = (time.perf_counter() - began) * 1000
-        place = repr(store).strip("<>")
-        yield Finding("store", "ok", f"{place} answers in {took:.0f} ms, revision {head}")
-        fits = f"fits this library, which is of version {SCHEMA_VERSION}"
-        yield Finding("schema", "ok", fits)
-        tell(_guarded("clock", lambda: _clock(store)))
-        scheme = call.url.partition("://")[0].lower()
-        if scheme == "sqlite":
-            tell(_guarded("permissions", lambda: _sqlite(call)))
-        elif scheme in ("postgresql", "postgres"):
-            from ipguard.cli._doctor_postgres import look
-
-            tell(_guarded("role", lambda: look(call.url, store, head)))
-        tell(_guarded("restrictions", lambda: _restrictions(store)))
-
-
-def _causes(url: str) -> list[Finding]:
-    """Return what makes a server that can be reached refuse to answer, if that is known."""
-    if url.partition("://")[0].lower() not in ("postgresql", "postgres"):
-        return []
-    from ipguard.cli._doctor_postgres import explain
-
-    with suppress(StoreError):
-        return list(explain(url))
-    return []
-
-
-def _clock(store: RestrictionStore) -> Findings:
-    skew = (store.now() - datetime.now(UTC)).total_seconds()
-    if abs(skew) <= _SKEW:
-        yield Finding("clock", "ok", "the store's and this host's agree")
-        return
-    yield Finding(
-        "clock",
-        "warn",
-        f"the store's is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this host's",
-        "set both by NTP: the store's decides when temporary restrictions and numbers end",
-    )
-
-
-def _sqlite(call: Call) -> Findings:
-    place = call.url.partition("://")[2].partition("?")[0]
-    path = Path(unquote(place[1:], errors="surrogateescape"))
-    yield _mode("permissions", path)
-    folder = path.absolute().parent
-    if not os.access(folder, os.W_OK):
-        yield Finding(
-            "permissions", "fail", f"{folder} is not writable", "SQLite keeps two more files there"
-        )
-
-
-def _mode(check: str, path: Path) -> Finding:
+def _permissions(check: str, path: Path) -> Finding:
     mode = path.stat().st_mode
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        found = f"others than its owner have rights to {path} (mode {mode & 0o777:o})"
+        found = f"other users have rights to {path} (mode {mode & 0o777:o})"
         return Finding(check, "warn", found, f"chmod 600 {path}")
-    return Finding(check, "ok", f"{path} is its owner's alone")
+    return Finding(check, "ok", f"only its owner has rights to {path}")
 
 
-def _restrictions(store: RestrictionStore) -> Findings:
-    """Look for users whom nothing lets in any more."""
-    nowhere: list[str] = []
-    users = restrictions = count = 0
-    now = store.now()
-    _, policies = store.load_all_policies()
-    with closing(policies):  # type: ignore[type-var]
-        for username, policy in policies:
-            users += 1
-            restrictions += len(policy.restrictions)
-            if all(r.expired(now) for r in policy.restrictions):
-                count += 1
-                if count <= _NAMED:
-                    nowhere.append(username)
-    yield Finding("restrictions", "ok", f"{restrictions:,}, for {users:,} users")
-    if count:
-        more = f" and {count - _NAMED:,} more" if count > _NAMED else ""
-        yield Finding(
-            "restrictions",
-            "warn",
-            f"{count:,} can log in from nowhere, as all theirs have expired:"
-            f" {', '.join(nowhere)}{more}",
-            "ipguard impose gives a new one; ipguard lift of the last opens the user",
-        )
-
-
-def _key(call: Call) -> Findings:
-    path = call.given.get("key_file") or os.environ.get("IPGUARD_KEY_FILE")
-    keys = read_keys(call.given.get("key_file"))
+def _key(context: Context) -> Findings:
+    path = context.options["key_file"]
+    keys = read_keys(path)
     Keyring(keys)
     several = f"{len(keys)} keys, of which the first mints" if len(keys) > 1 else "one key"
     yield Finding("key", "ok", several)
     if path:
-        yield _mode("key", Path(path))
+        yield _permissions("key", Path(path))
 
 
-def _settings(call: Call) -> Findings:
-    settings = call.settings()
+def _settings(context: Context) -> Findings:
+    settings = context.settings()
     if settings.confirm_deletes is False:
         yield Finding(
             "settings",
             "warn",
-            "anybody who administers can delete a user's last restriction without a number",
-            'confirm_deletes = "last", in the settings here and on the servers',
+            "an administrator can delete a user's last restriction without a number",
+            'set confirm_deletes = "last" here and on the servers',
         )
     else:
         yield Finding("settings", "ok", f"confirm_deletes is {settings.confirm_deletes}")
 
 
-def _mail(call: Call, send_test: str | None) -> Findings:
+def _mail(context: Context, send_test: str | None) -> Findings:
     from ipguard.mail import EmailNotifier
 
-    notifier = call.notifier()
+    notifier = context.mailer()
     if not isinstance(notifier, EmailNotifier):
         todo = "name a mail server: --mail smtp://127.0.0.1, or IPGUARD_MAIL"
         if send_test is None:
@@ -233,8 +146,180 @@ def _mail(call: Call, send_test: str | None) -> Findings:
             found = f"no test was sent to {send_test}: mail is printed, not sent"
             yield Finding("mail", "fail", found, todo)
         return
+    server = f"{notifier!r}".strip("<>")
     if send_test is None:
-        yield Finding("mail", "ok", f"{notifier!r}".strip("<>") + ", not tried: --send-test")
+        yield Finding("mail", "ok", f"{server}, not tested: use --send-test")
         return
     notifier.send_test(send_test)
-    yield Finding("mail", "ok", f"{notifier!r}".strip("<>") + f" took a test for {send_test}")
+    yield Finding("mail", "ok", f"{server} accepted a test for {send_test}")
+
+
+# -- the store -----------------------------------------------------------------------------------
+
+
+def _store(context: Context) -> Findings:
+    from ipguard.stores.sqlite import SCHEMA_VERSION
+
+    with context.store() as store:
+        began = time.perf_counter()
+        try:
+            head = store.changes_since(None).head
+        except StoreUnavailable as exc:
+            causes = _causes(context)
+            if not causes:
+                raise
+            yield from causes
+            yield Finding("store", "fail", str(exc))
+            return
+        took = (time.perf_counter() - began) * 1000
+        place = repr(store).strip("<>")
+        yield Finding("store", "ok", f"{place} responds in {took:.0f} ms, revision {head}")
+        yield Finding("schema", "ok", f"fits this version of ipguard, whose is {SCHEMA_VERSION}")
+        yield from _guarded("clock", lambda: _clock(store))
+        if context.scheme == "sqlite":
+            yield from _guarded("permissions", lambda: _sqlite(context.url))
+        elif context.scheme == "postgresql":
+            yield from _guarded("role", lambda: _postgres(context.url, store, head))
+        yield from _guarded("restrictions", lambda: _restrictions(store))
+
+
+def _clock(store: RestrictionStore) -> Findings:
+    skew = (store.now() - datetime.now(UTC)).total_seconds()
+    if abs(skew) <= _SKEW:
+        yield Finding("clock", "ok", "the store and this host agree")
+        return
+    yield Finding(
+        "clock",
+        "warn",
+        f"the store is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this host",
+        "set both by NTP: the store's clock decides when restrictions and numbers expire",
+    )
+
+
+def _restrictions(store: RestrictionStore) -> Findings:
+    """Count restrictions, and find users whose restrictions have all expired."""
+    named: list[str] = []
+    users = restrictions = shut = 0
+    now = store.now()
+    _, policies = store.load_all_policies()
+    with closing(policies):  # type: ignore[type-var]
+        for username, policy in policies:
+            users += 1
+            restrictions += len(policy.restrictions)
+            if all(r.expired(now) for r in policy.restrictions):
+                shut += 1
+                named += [username] if shut <= _NAMED else []
+    yield Finding("restrictions", "ok", f"{restrictions:,} for {users:,} users")
+    if shut:
+        more = f" and {shut - _NAMED:,} more" if shut > _NAMED else ""
+        yield Finding(
+            "restrictions",
+            "warn",
+            f"{shut:,} users can log in from no address, because all their restrictions have"
+            f" expired: {', '.join(named)}{more}",
+            "ipguard impose adds a restriction; ipguard lift of the last one opens the user",
+        )
+
+
+def _sqlite(url: str) -> Findings:
+    place = url.partition("://")[2].partition("?")[0]
+    path = Path(unquote(place[1:], errors="surrogateescape"))
+    yield _permissions("permissions", path)
+    folder = path.absolute().parent
+    if not os.access(folder, os.W_OK):
+        found = f"{folder} is not writable"
+        yield Finding("permissions", "fail", found, "SQLite keeps two more files there")
+
+
+# -- PostgreSQL ----------------------------------------------------------------------------------
+
+
+def _causes(context: Context) -> list[Finding]:
+    """Return known reasons for which a PostgreSQL server refuses to answer."""
+    if context.scheme == "postgresql":
+        from ipguard.stores.postgres import examine
+
+        with suppress(StoreError):
+            return list(_row_security(examine(context.url)))
+    return []
+
+
+def _postgres(url: str, store: RestrictionStore, head: int) -> Findings:
+    from ipguard.stores.postgres import examine
+
+    found = examine(url)
+    if found.recovering:
+        recovery = "is in recovery: its data may be of any age"
+        yield Finding("server", "warn", recovery, "name the primary")
+    pooler = "there is one; no statement is prepared" if found.pooled else "there is none"
+    yield Finding("pooler", "ok", pooler)
+    yield _role(found)
+    yield from _row_security(found)
+    yield _listener(store, head, listens=found.listens)
+
+
+def _role(found: Examination) -> Finding:
+    role = found.role
+    if found.rights == "owner":
+        text = f"{role} may change the audit log, as its owner may"
+        return Finding("role", "warn", text, _GRANTS)
+    if found.rights == "none":
+        return Finding("role", "fail", f"{role} may not read the restrictions", _GRANTS)
+    if found.rights == "reader":
+        return Finding("role", "ok", f"{role} is a reader: for login servers, not to administer")
+    if not found.temporary:
+        todo = f"GRANT TEMPORARY on the database to {role}"
+        return Finding("role", "fail", f"{role} may not create temporary tables", todo)
+    return Finding("role", "ok", f"{role} is a writer: it may administer")
+
+
+def _row_security(found: Examination) -> Findings:
+    if not found.row_security:
+        return
+    hidden = ", ".join(table for table, hides in found.row_security.items() if hides)
+    off = f"ALTER TABLE {found.schema}. … DISABLE ROW LEVEL SECURITY"
+    if hidden:
+        text = f"hides rows of {hidden} from {found.role}, which makes every read of them fail"
+        todo = f"{off}, or ALTER ROLE {found.role} BYPASSRLS"
+        yield Finding("row security", "fail", text, todo)
+    else:
+        tables = ", ".join(found.row_security)
+        text = f"is on for {tables}: it does not apply to {found.role}, but may to other roles"
+        yield Finding("row security", "warn", text, off)
+
+
+class _ListenerLog(logging.Handler):
+    """Keeps what the store logs about how it learns of changes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.state = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        for start in ("listening for changes", "polling: "):
+            if start in text:
+                self.state = text[text.index(start) :]
+
+
+def _listener(store: RestrictionStore, head: int, *, listens: bool) -> Finding:
+    if not listens:
+        return Finding("listener", "ok", "off: guards poll, a change takes up to a second")
+    log, logger = _ListenerLog(), logging.getLogger("ipguard.stores.postgres")
+    level = logger.level
+    logger.addHandler(log)
+    logger.setLevel(logging.INFO)
+    try:
+        until = time.monotonic() + _LISTEN_TIMEOUT
+        while not log.state and time.monotonic() < until:
+            try:
+                store.wait(head, 0.05)
+            except StoreError as exc:
+                log.state = f"polling: {exc}"
+    finally:
+        logger.removeHandler(log)
+        logger.setLevel(level)
+    if log.state.startswith("listening"):
+        return Finding("listener", "ok", "wakes guards within milliseconds")
+    reason = log.state.removeprefix("polling: ") or "no notification arrived"
+    return Finding("listener", "warn", f"guards poll, a change takes up to a second: {reason}")

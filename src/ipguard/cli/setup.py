@@ -1,4 +1,4 @@
-"""`init` and `migrate`: a new store, and one of an older version."""
+"""Create a store and its key with `init`; update the schema with `migrate`."""
 
 from __future__ import annotations
 
@@ -9,54 +9,63 @@ from typing import Annotated
 
 import typer
 
-from ipguard.cli._app import KEY, command
-from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
-from ipguard.errors import StoreError
+from ipguard.cli._context import KEY, Context, command
+from ipguard.cli._secrets import key_in_environment
+from ipguard.confirmation import Keyring
+from ipguard.errors import InvalidValue, StoreError
 
 _KEY_BYTES = 32
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    command(app, KEY)(init)
-    command(app)(migrate)
+@command(KEY)
+def init(context: Context) -> None:
+    """Create a store, and a file with a new key for its confirmation numbers.
 
+    Only the owner can read the key file. An existing file is never overwritten, because losing a
+    key invalidates the numbers that were mailed. If IPGUARD_KEY holds the key and no key file is
+    named, only the store is created.
 
-def init(call: Call) -> None:
-    """Make a store and the key of its confirmation numbers.
-
-    The key file is readable by its owner alone. One that is there is never overwritten: who loses a
-    key loses the numbers that are on their way.
+    Example: ipguard init --store sqlite:///ipguard.db --key-file ipguard.key
     """
-    path = call.given["key_file"] or os.environ.get("IPGUARD_KEY_FILE")
-    if not path:
-        raise Problem(
-            Exit.USAGE, "where should the key be kept?", hint="--key-file, or IPGUARD_KEY_FILE"
-        )
-    there = _is_there(call)
-    _write_key(path)
+    path = context.options["key_file"]
+    if path:
+        existed = _exists(context)
+        _write_key(path)
+    elif keys := key_in_environment():
+        try:
+            Keyring(keys)
+        except InvalidValue as exc:
+            raise Problem(Exit.CONFIG, f"IPGUARD_KEY: {exc}", kind="InvalidValue") from None
+        existed = _exists(context)
+    else:
+        hint = "use --key-file or IPGUARD_KEY_FILE; or IPGUARD_KEY with the key itself"
+        raise Problem(Exit.USAGE, "no place to keep the key", hint=hint)
     try:
-        with call.store(migrate=True) as store:
+        with context.store(migrate=True) as store:
             place = repr(store).strip("<>")
             revision = store.changes_since(None).head
     except BaseException:
-        with suppress(OSError):
-            os.unlink(path)  # noqa: PTH108
+        if path:
+            with suppress(OSError):
+                os.unlink(path)  # noqa: PTH108
         raise
-    if call.out.as_json:
-        full = os.path.abspath(path)  # noqa: PTH100 - resolves no link, as wanted
-        call.out.data({"store": place, "made": not there, "revision": revision, "key_file": full})
+    if context.out.as_json:
+        # abspath, unlike Path.resolve, does not follow symbolic links.
+        full = os.path.abspath(path) if path else None  # noqa: PTH100
+        made = {"store": place, "made": not existed, "revision": revision, "key_file": full}
+        context.out.data(made)
         return
-    new = f"was there already, at revision {revision}" if there else "made"
-    call.out.line(f"store: {place}: {new}", "green")
-    call.out.line(f"key: {path}: made; give all servers the same, and keep a copy", "green")
-    call.out.line("next: ipguard users import FILE")
+    state = f"exists already, at revision {revision}" if existed else "created"
+    context.out.line(f"store: {place}: {state}", "green")
+    key = f"{path}: created; copy it to all servers, and keep a backup" if path else "IPGUARD_KEY"
+    context.out.line(f"key: {key}", "green")
+    context.out.line("next: ipguard users import FILE")
 
 
-def _is_there(call: Call) -> bool:
+def _exists(context: Context) -> bool:
     try:
-        with call.store() as store:
+        with context.store() as store:
             store.changes_since(None)
     except StoreError:
         return False
@@ -69,8 +78,8 @@ def _write_key(path: str) -> None:
     except FileExistsError:
         raise Problem(
             Exit.CONFIG,
-            f"{path} is there already, and is not overwritten",
-            hint="name another file; or use this key, and `ipguard migrate` makes the store alone",
+            f"{path} exists already and is not overwritten",
+            hint="name another file; or use this key, and `ipguard migrate` creates the store",
         ) from None
     with os.fdopen(handle, "w") as file:
         os.fchmod(handle, 0o600)
@@ -79,72 +88,68 @@ def _write_key(path: str) -> None:
         os.fsync(handle)
 
 
+@command()
 def migrate(
-    call: Call,
+    context: Context,
     *,
     sql: Annotated[
-        bool, typer.Option("--sql", help="Print the SQL instead; the store is not touched.")
+        bool, typer.Option("--sql", help="Print the SQL instead of running it.")
     ] = False,
     since: Annotated[
-        int, typer.Option("--since", metavar="VERSION", help="With --sql: what is there already.")
+        int,
+        typer.Option("--since", metavar="VERSION", help="With --sql: the present schema version."),
     ] = 0,
     reader: Annotated[
         str | None,
-        typer.Option(metavar="ROLE", help="With --sql: grants for the role of login servers."),
+        typer.Option(metavar="ROLE", help="With --sql: a role for login servers to grant to."),
     ] = None,
     writer: Annotated[
         str | None,
-        typer.Option(metavar="ROLE", help="With --sql: grants for the role of administration."),
+        typer.Option(metavar="ROLE", help="With --sql: a role for administration to grant to."),
     ] = None,
 ) -> None:
-    """Bring the store's schema up to date.
+    """Update the store's schema, or print the SQL that does.
 
-    Or print the SQL that does so. Servers of the version before run on meanwhile.
+    Servers with the previous version of ipguard keep running during the update.
+
+    Example: ipguard migrate --sql --reader logins --writer admin_site | psql
     """
     if sql:
-        _print_sql(call, since, reader, writer)
+        _print_sql(context, since, reader, writer)
         return
     if since or reader or writer:
-        raise Problem(Exit.USAGE, "--since, --reader and --writer go with --sql")
-    with call.store(migrate=True) as store:
+        raise Problem(Exit.USAGE, "--since, --reader and --writer need --sql")
+    with context.store(migrate=True) as store:
         place = repr(store).strip("<>")
         head = store.changes_since(None).head
-    if call.out.as_json:
-        call.out.data({"store": place, "revision": head})
+    if context.out.as_json:
+        context.out.data({"store": place, "revision": head})
     else:
-        call.out.line(f"store: {place}: its schema is up to date", "green")
+        context.out.line(f"store: {place}: its schema is up to date", "green")
 
 
-def _print_sql(call: Call, since: int, reader: str | None, writer: str | None) -> None:
-    scheme = call.url.partition("://")[0].lower()
-    if scheme == "sqlite":
+def _print_sql(context: Context, since: int, reader: str | None, writer: str | None) -> None:
+    url, grants = context.url, ""
+    if context.scheme == "sqlite":
         from ipguard.stores import sqlite
 
         if reader or writer:
             raise Problem(Exit.USAGE, "SQLite has no roles")
         parts = [(number, text) for number, text in sqlite.migrations() if number > since]
-        grants = ""
-    elif scheme in ("postgresql", "postgres"):
-        parts, grants = _postgres(call.url, since, reader, writer)
+    elif context.scheme == "postgresql":
+        try:
+            from ipguard.stores import postgres
+        except ImportError:
+            message = 'postgresql:// needs its driver: pip install "ipguard[postgres]"'
+            raise Problem(Exit.CONFIG, message) from None
+        parts, grants = postgres.deployment_sql(url, since=since, reader=reader, writer=writer)
     else:
-        raise Problem(Exit.CONFIG, f"the store of {scheme}:// says nothing about its SQL")
-    if call.out.as_json:
+        raise Problem(Exit.CONFIG, f"the store of {context.scheme}:// does not publish its SQL")
+    if context.out.as_json:
         shown = [{"version": number, "sql": text} for number, text in parts]
-        call.out.data({"migrations": shown, "grants": grants})
+        context.out.data({"migrations": shown, "grants": grants})
         return
     for number, text in parts:
-        call.out.raw(f"-- version {number}\nBEGIN;\n{text.rstrip()}\nCOMMIT;\n")
+        context.out.raw(f"-- version {number}\nBEGIN;\n{text.rstrip()}\nCOMMIT;\n")
     if grants:
-        call.out.raw(grants.rstrip() + "\n")
-
-
-def _postgres(
-    url: str, since: int, reader: str | None, writer: str | None
-) -> tuple[list[tuple[int, str]], str]:
-    try:
-        from ipguard.stores import postgres
-    except ImportError:
-        raise Problem(
-            Exit.CONFIG, 'postgresql:// needs its driver: pip install "ipguard[postgres]"'
-        ) from None
-    return postgres.deployment_sql(url, since=since, reader=reader, writer=writer)
+        context.out.raw(grants.rstrip() + "\n")

@@ -1,114 +1,118 @@
-"""`import` and `export`: all restrictions, from and to CSV and JSON Lines."""
+"""Import and export all restrictions as CSV or JSON Lines."""
 
 from __future__ import annotations
 
 import csv
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from json import dumps
-from typing import Annotated, Any, Final, TextIO
+from typing import Annotated, Final, TextIO
 
 import typer
 
-from ipguard.cli._app import OPERATOR, command
-from ipguard.cli._bulk import progress, rewindable
-from ipguard.cli._call import Call
 from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._files import BadRow, FileOption, format_of, holds_no, opened, rows
-from ipguard.cli._judging import COLUMNS, judge, show, values
+from ipguard.cli._context import OPERATOR, Context, command
+from ipguard.cli._files import (
+    FileArgument,
+    Format,
+    FormatOption,
+    format_of,
+    opened,
+    progress,
+    rows,
+    without_rows,
+)
+from ipguard.cli._identity import READER
+from ipguard.cli._import_check import COLUMNS, checked, values
 from ipguard.cli._output import plain
-from ipguard.cli._results import ReasonOption
-from ipguard.cli._who import NO_EMAIL
+from ipguard.cli.changes import ReasonOption
 from ipguard.errors import InvalidValue, IPGuardError, StoreError
-from ipguard.model import Actor, Restriction
+from ipguard.model import Restriction
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    command(app, OPERATOR, name="import")(import_)
-    command(app)(export)
+class _BadRow(Exception):
+    """A row of the file is bad; all bad rows are found afterwards."""
 
 
-class _Stop(Exception):
-    """A row of the file is bad: which ones are, is found out afterwards."""
-
-
+@command(OPERATOR, name="import")
 def import_(
-    call: Call,
-    file: Annotated[str, typer.Argument(help="CSV or JSON Lines; - is standard input.")],
+    context: Context,
+    file: FileArgument,
     *,
     reason: ReasonOption,
-    kind: FileOption = None,
+    kind: FormatOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")
     ] = False,
     skip_existing: Annotated[
         bool,
         typer.Option(
-            "--skip-existing",
-            help="Skip rows that hold already, with the same label and expiry.",
+            "--skip-existing", help="Skip restrictions that exist with the same label and expiry."
         ),
     ] = False,
 ) -> None:
     """Impose the restrictions of a file: all or none.
 
-    Columns: username, addresses, and optionally label and expires_at. One revision, one reason.
-    Every bad row is reported with its line.
+    Columns: username, addresses and optionally label and expires_at. The import is one revision
+    with one reason. Every bad row is reported with its line.
+
+    Example: ipguard import rows.csv --reason "ticket 4713" --dry-run
     """
-    kind = format_of(file, kind)
-    actor = Actor(username="-", email=NO_EMAIL, manages=Actor.EVERY_ACCOUNT)
-    actor = actor if dry_run else call.operator()
-    with opened(file) as given, rewindable(given) as stream, call.store() as store:
-        flow = call.workflow(store, mails=not dry_run)
+    form = format_of(file, kind)
+    actor = READER if dry_run else context.actor()
+    with opened(file, rewindable=True) as stream, context.store() as store:
+        flow = context.workflow(store, mails=not dry_run)
         if dry_run or skip_existing:
-            with judge(
-                call, store, flow, actor, stream, kind, file, skip_existing=skip_existing
-            ) as judged:
+            with checked(
+                context, store, flow, actor, stream, form, file, skip_existing=skip_existing
+            ) as found:
                 if dry_run:
-                    show(call, judged)
+                    found.show(context.out)
                     return
-                if judged.added:
-                    revision = flow.impose_many(actor, judged.rows(), reason=reason).revision
+                if found.added:
+                    revision = flow.impose_many(actor, found.rows(), reason=reason).revision
                 else:
                     revision = store.changes_since(None).head
-            _show_imported(call, judged.added, revision, len(judged.skipped))
+            _show_imported(context, found.added, revision, len(found.skipped))
             return
         count = 0
 
         def wanted() -> Iterator[tuple[object, ...]]:
             nonlocal count
-            for _, row in rows(stream, kind, COLUMNS, tell):
-                if isinstance(row, BadRow):
-                    raise _Stop
+            for _, row in rows(stream, form, COLUMNS, _stop, advance):
                 count += 1
                 yield values(row)
             if not count:
-                raise holds_no(file, "restrictions")
+                raise without_rows(file, "restrictions")
 
         try:
-            with progress(call.out, "restrictions", stream) as tell:
+            with progress(context.out, "restrictions", stream) as advance:
                 applied = flow.impose_many(actor, wanted(), reason=reason)
-        except (_Stop, IPGuardError) as exc:
+        except (_BadRow, IPGuardError) as exc:
             if isinstance(exc, StoreError) or (isinstance(exc, InvalidValue) and not count):
                 raise
-            # The first is known; the person wants to know all of them.
+            # Only the first bad row is known so far: check them all.
             stream.seek(0)
-            with judge(call, store, flow, actor, stream, kind, file):
+            with checked(context, store, flow, actor, stream, form, file):
                 raise exc from None
-    _show_imported(call, count, applied.revision, 0)
+    _show_imported(context, count, applied.revision, 0)
 
 
-def _show_imported(call: Call, count: int, revision: int, skipped: int) -> None:
-    failed = call.tell_failures()
-    if call.out.as_json:
-        told = {"dry_run": False, "rows": count, "skipped": skipped, "revision": revision}
-        call.out.data(told | {"notices_failed": failed})
+def _stop(_: int, reason: str) -> None:
+    raise _BadRow(reason)
+
+
+def _show_imported(context: Context, count: int, revision: int, skipped: int) -> None:
+    failed = context.report_failures()
+    if context.out.as_json:
+        done = {"dry_run": False, "rows": count, "skipped": skipped, "revision": revision}
+        context.out.data(done | {"notices_failed": failed})
         return
-    call.out.line(f"{count:,} restrictions hold, revision {revision}", "green")
+    context.out.line(f"{count:,} restrictions imported, revision {revision}", "green")
     if skipped:
-        call.out.line(f"{skipped:,} rows were skipped: they hold already")
+        context.out.line(f"{skipped:,} rows skipped: their restrictions exist already")
 
 
 _EXPORTED: Final = (
@@ -122,65 +126,69 @@ _EXPORTED: Final = (
 )
 
 
+@command()
 def export(
-    call: Call,
+    context: Context,
     *,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="A new file, 0600.")
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write a new file with mode 0600."),
     ] = None,
-    kind: FileOption = None,
+    kind: FormatOption = None,
     excel: Annotated[
-        bool,
-        typer.Option("--excel", help="Begin CSV with a byte order mark: Excel then reads UTF-8."),
+        bool, typer.Option("--excel", help="Start CSV with a byte order mark, as Excel needs.")
     ] = False,
 ) -> None:
-    """Write every restriction: CSV, or JSON Lines, in UTF-8.
+    """Write every restriction as CSV or JSON Lines, in UTF-8.
 
-    They are of one moment. `ipguard import` reads them. Those that have expired are left out, as no
-    import takes them.
+    They are one snapshot, and `ipguard import` reads them. Expired restrictions are left out,
+    because imports refuse them.
+
+    Example: ipguard export -o restrictions.csv
     """
-    kind = format_of(output or "", kind or ("jsonl" if call.out.as_json and not output else None))
-    if excel and kind != "csv":
+    lines = kind is None and context.out.as_json and not output
+    form = Format.JSONL if lines else format_of(output or "", kind)
+    if excel and form is not Format.CSV:
         raise Problem(Exit.USAGE, "--excel is for CSV")
-    count = expired = nothing = 0
-    with call.store() as store:
+    count = expired = left_out = 0
+    with context.store() as store:
         revision, policies = store.load_all_policies()
         now = store.now()
         with closing(policies), _target(output) as target:  # type: ignore[type-var]
             if excel:
                 target.write("\ufeff")
-            write = _csv(target) if kind == "csv" else _lines(target)
-            # In a terminal, rows on their way to it would run into the bar.
-            shown = nullcontext(_nobody) if call.out.rich and not output else progress(call.out, "")
-            with shown as tell:
+            write = _writer(target, form)
+            # In a terminal, rows on standard output would run into the progress bar.
+            hidden = context.out.rich and not output
+            bar = nullcontext(lambda _: None) if hidden else progress(context.out, "")
+            with bar as advance:
                 for _, policy in policies:
                     holding = [r for r in policy.restrictions if not r.expired(now)]
                     expired += len(policy.restrictions) - len(holding)
-                    nothing += not holding
+                    left_out += not holding
                     for restriction in holding:
                         write(restriction)
-                        tell(0)
+                        advance(0)
                         count += 1
-    if output and call.out.as_json:
-        told: dict[str, object] = {"file": os.path.abspath(output), "rows": count}  # noqa: PTH100
-        told |= {"revision": revision, "expired": expired, "users_left_out": nothing}
-        call.out.data(told)
+    if output and context.out.as_json:
+        done = {"file": os.path.abspath(output), "rows": count, "revision": revision}  # noqa: PTH100
+        context.out.data(done | {"expired": expired, "users_left_out": left_out})
         return
     if output:
-        call.out.line(f"{count:,} restrictions of revision {revision}: {output}", "green")
+        context.out.line(f"{count:,} restrictions of revision {revision}: {output}", "green")
     if expired:
-        call.out.note(f"restrictions left out, as they have expired: {expired:,}")
-    if nothing:
-        call.out.note(
-            f"users who have no other: {nothing:,}; they can log in from nowhere here, and from"
-            " every address where only this is imported; `ipguard doctor` names them"
+        context.out.note(f"expired restrictions left out: {expired:,}")
+    if left_out:
+        context.out.note(
+            f"users with expired restrictions only: {left_out:,}; they can log in from no address"
+            " here, but from every address where only this export is imported; `ipguard doctor`"
+            " names them"
         )
 
 
-def _nobody(_: int) -> None: ...
-
-
-def _csv(target: TextIO) -> Any:
+def _writer(target: TextIO, form: Format) -> Callable[[Restriction], object]:
+    if form is Format.JSONL:
+        return lambda restriction: target.write(dumps(plain(restriction)) + "\n")
     writer = csv.writer(target, lineterminator="\n")
     writer.writerow(_EXPORTED)
 
@@ -191,19 +199,15 @@ def _csv(target: TextIO) -> Any:
     return write
 
 
-def _lines(target: TextIO) -> Any:
-    return lambda restriction: target.write(dumps(plain(restriction)) + "\n")
-
-
 @contextmanager
 def _target(output: str | None) -> Iterator[TextIO]:
+    """Open the output; a file appears under its name only once it is complete."""
     if output is None:
         yield sys.stdout
         return
-    # Under another name until it is whole; never over what is there.
     part = f"{output}.part"
     if os.path.lexists(output):
-        raise Problem(Exit.FILE, f"{output} is there already, and is not overwritten")
+        raise Problem(Exit.FILE, f"{output} exists already and is not overwritten")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:

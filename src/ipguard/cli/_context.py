@@ -1,0 +1,349 @@
+"""Define commands with their shared options, and what those lead to: store, actor, workflow, mail.
+
+An option that is not on the command line is read from its environment variable.
+"""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar, get_type_hints
+
+import attrs
+import typer
+
+import ipguard
+from ipguard.cli import _identity
+from ipguard.cli._codes import Exit, Problem
+from ipguard.cli._output import Output
+from ipguard.cli._secrets import read_keys, refuse_password
+from ipguard.errors import InvalidValue, IPGuardError
+from ipguard.model import Actor, Change, PendingRequest, User
+from ipguard.notify import Notifier
+from ipguard.store import RestrictionStore
+
+# Plain help looks the same everywhere and needs no import of rich.
+app: Final = typer.Typer(
+    name="ipguard",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Options = Mapping[str, tuple[Any, object]]
+Function = TypeVar("Function", bound=Callable[..., int | None])
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="IPGUARD_URL",
+        metavar="URL",
+        help="The store, such as sqlite:///ipguard.db or postgresql://user@host/db.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, for errors too.")]
+
+
+def _option(flag: str, variable: str, metavar: str, text: str, kind: Any = str) -> Any:
+    """Return the type and default of an optional option with an environment variable."""
+    option = typer.Option(flag, envvar=variable, metavar=metavar, help=text)
+    return Annotated[kind | None, option], None
+
+
+_SHARED: Final[Options] = {"store": (StoreOption, None), "as_json": (JsonOption, False)}
+KEY: Final[Options] = {
+    "key_file": _option(
+        "--key-file",
+        "IPGUARD_KEY_FILE",
+        "FILE",
+        "The file with the key of confirmation numbers. IPGUARD_KEY may hold the key instead.",
+    ),
+}
+SETTINGS: Final[Options] = {
+    "settings": _option(
+        "--settings", "IPGUARD_SETTINGS", "FILE", "TOML file with the WorkflowSettings of the host."
+    ),
+}
+MAIL: Final[Options] = {
+    "mail": _option(
+        "--mail",
+        "IPGUARD_MAIL",
+        "URL",
+        "Mail server, such as smtp+starttls://mail.example.com:587; `console` prints mails."
+        " A URL with a password has to be in the variable.",
+    ),
+    "mail_from": _option("--mail-from", "IPGUARD_MAIL_FROM", "ADDRESS", "Sender of the mails."),
+    "product": _option(
+        "--product", "IPGUARD_PRODUCT", "NAME", "Name of the platform in the mails."
+    ),
+}
+EMAIL: Final[Options] = {
+    "email": _option("--email", "IPGUARD_EMAIL", "ADDRESS", "Your e-mail address."),
+}
+ACTOR: Final[Options] = {
+    "actor": _option(
+        "--as",
+        "IPGUARD_ACTOR",
+        "USERNAME",
+        "Act on behalf of this administrator; your OS user is recorded too.",
+    ),
+    **EMAIL,
+    "accounts": _option(
+        "--account",
+        "IPGUARD_ACCOUNTS",
+        "ID",
+        "An account that the administrator manages; may be repeated. The variable holds several"
+        " IDs separated by blanks.",
+        list[str],
+    ),
+    "every_account": (
+        Annotated[
+            bool, typer.Option("--every-account", help="The administrator manages all accounts.")
+        ],
+        False,
+    ),
+    "actor_address": _option(
+        "--from",
+        "IPGUARD_ACTOR_ADDRESS",
+        "ADDRESS",
+        "The administrator's IP address; a change that would lock it out needs consent.",
+    ),
+}
+OPERATOR: Final[Options] = {**EMAIL, **MAIL, **SETTINGS}
+ADMINISTRATOR: Final[Options] = {**ACTOR, **MAIL, **KEY, **SETTINGS}
+
+
+class OutputClosed(Exception):
+    """The reader of standard output has closed it. typer would handle a `BrokenPipeError`."""
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Return whether an option was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def command(
+    *groups: Options, name: str | None = None, group: typer.Typer = app
+) -> Callable[[Function], Function]:
+    """Make a command from a function whose first argument is the `Context`.
+
+    Shared options are added to the signature but not passed on; read them from the context.
+
+    Args:
+        groups: Shared options besides `--store` and `--json`.
+        name: The name of the command, if it differs from the function's.
+        group: Where the command belongs.
+    """
+    shared = {each: option for some in (*groups, _SHARED) for each, option in some.items()}
+
+    def register(function: Function) -> Function:
+        def run(click: typer.Context, **given: Any) -> int | None:
+            # --store and --json may also stand before the command.
+            early: Mapping[str, Any] = click.obj or {}
+            options, arguments = {}, set(early)
+            for each in shared:
+                options[each] = given.pop(each)
+                if typed(click, each):
+                    arguments.add(each)
+                elif each in early:
+                    options[each] = early[each]
+            output = Output(as_json=bool(options["as_json"]))
+            try:
+                return function(Context(output, options, arguments), **given)
+            except BrokenPipeError:
+                raise OutputClosed from None
+
+        hints = get_type_hints(function, include_extras=True)
+        own = list(inspect.signature(function).parameters.values())[1:]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            inspect.Parameter("click", kind, annotation=typer.Context),
+            *(each.replace(kind=kind, annotation=hints[each.name]) for each in own),
+            *(
+                inspect.Parameter(each, kind, annotation=hint, default=default)
+                for each, (hint, default) in shared.items()
+            ),
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        run.__doc__ = inspect.getdoc(function)
+        group.command(name or function.__name__)(run)
+        return function
+
+    return register
+
+
+class RecordingNotifier:
+    """A notifier that records which notices failed; a workflow only logs them.
+
+    Args:
+        notifier: The notifier that sends the mails; None for commands that send none.
+
+    Attributes:
+        failures: The reasons, without secrets.
+    """
+
+    def __init__(self, notifier: Notifier | None) -> None:
+        self._notifier = notifier
+        self.failures: list[str] = []
+
+    def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
+        """Send a number; see `ipguard.notify.Notifier`."""
+        assert self._notifier is not None, "a command without mail minted a number"
+        self._notifier.number_issued(request, number, actor)
+
+    def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
+        """Send a notice; see `ipguard.notify.Notifier`."""
+        if self._notifier is None:
+            return
+        try:
+            self._notifier.change_applied(change, actor, user)
+        except Exception as exc:
+            self.failures.append(str(exc) if isinstance(exc, IPGuardError) else type(exc).__name__)
+            raise
+
+
+@attrs.define
+class Context:
+    """One run of a command.
+
+    Attributes:
+        out: The output.
+        options: The values of the shared options.
+        arguments: The names of those that were given on the command line.
+        notifier: The notifier of the workflow, once there is one.
+    """
+
+    out: Output
+    options: Mapping[str, Any]
+    arguments: set[str]
+    notifier: RecordingNotifier | None = None
+
+    @property
+    def url(self) -> str:
+        """The store's URL; one with a password is refused on the command line."""
+        url: str | None = self.options["store"]
+        if not url:
+            hint = "use --store sqlite:///ipguard.db, or IPGUARD_URL"
+            raise Problem(Exit.CONFIG, "no store", hint=hint)
+        if "store" in self.arguments:
+            refuse_password(
+                "--store",
+                url,
+                "IPGUARD_URL, or the password into PGPASSWORD or PostgreSQL's password file"
+                " (~/.pgpass)",
+            )
+        if self.scheme == "memory":
+            hint = "name a file or a server"
+            raise Problem(Exit.CONFIG, "memory:// would end with this command", hint=hint)
+        return url
+
+    @property
+    def scheme(self) -> str:
+        """The scheme of the store's URL: `sqlite`, `postgresql` or another store's."""
+        scheme = str(self.options["store"]).partition("://")[0].lower()
+        return "postgresql" if scheme == "postgres" else scheme
+
+    @contextmanager
+    def store(self, *, migrate: bool = False) -> Iterator[RestrictionStore]:
+        """Open the store; create or migrate it only with `migrate`."""
+        with ipguard.open_store(self.url, migrate=migrate) as store:
+            yield store
+
+    @contextmanager
+    def reading(self) -> Iterator[tuple[RestrictionStore, ipguard.Workflow]]:
+        """Open the store with a workflow that only reads."""
+        with self.store() as store:
+            yield store, self.workflow(store, mails=False)
+
+    def actor(self, *, mailed: bool = True) -> Actor:
+        """Return the administrator of the options, or else the operator.
+
+        Args:
+            mailed: Whether the command sends mail to the actor, whose address it then needs.
+        """
+        return _identity.actor(
+            self.options.get("actor"),
+            self.options["email"] or (None if mailed else _identity.NO_EMAIL),
+            self.options.get("accounts") or [],
+            every_account=bool(self.options.get("every_account")),
+            address=self.options.get("actor_address"),
+        )
+
+    def workflow(
+        self, store: RestrictionStore, *, mails: bool = True, numbers: bool = False
+    ) -> ipguard.Workflow:
+        """Return a workflow over the store.
+
+        Args:
+            store: The store.
+            mails: Whether the command sends mail.
+            numbers: Whether it mints or checks confirmation numbers, which needs the key.
+        """
+        self.notifier = RecordingNotifier(self.mailer() if mails else None)
+        keys = read_keys(self.options["key_file"]) if numbers else [secrets.token_bytes(32)]
+        try:
+            return ipguard.Workflow(store, self.notifier, key=keys, settings=self.settings())
+        except InvalidValue as exc:
+            raise Problem(Exit.CONFIG, str(exc), kind="InvalidValue") from None
+
+    def settings(self) -> ipguard.WorkflowSettings:
+        """Read the workflow's settings from their file, if there is one."""
+        path = self.options.get("settings")
+        if not path:
+            return ipguard.WorkflowSettings()
+        import tomllib
+
+        fields = {field.name: field.default for field in attrs.fields(ipguard.WorkflowSettings)}
+        try:
+            found = tomllib.loads(Path(path).read_text("utf-8"))
+            for name, value in found.items():
+                if name not in fields:
+                    raise InvalidValue(name, f"is unknown; known settings: {', '.join(fields)}")
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if number and isinstance(fields[name], timedelta):
+                    found[name] = timedelta(seconds=value)
+            return ipguard.WorkflowSettings(**found)
+        except OSError as exc:
+            raise Problem(Exit.CONFIG, f"the settings {path}: {exc.strerror}") from None
+        except (ValueError, OverflowError) as exc:
+            raise Problem(Exit.CONFIG, f"the settings {path}: {exc}") from None
+
+    def mailer(self) -> Notifier:
+        """Return the notifier that the options name; one has to be named."""
+        url = self.options["mail"]
+        if not url:
+            raise Problem(
+                Exit.CONFIG,
+                "this command sends mail, and there is no mail server",
+                hint="use --mail smtp://127.0.0.1 or IPGUARD_MAIL; `console` prints the mails",
+            )
+        if "mail" in self.arguments:
+            refuse_password("--mail", url, "IPGUARD_MAIL")
+        from ipguard.mail import ConsoleNotifier, EmailNotifier
+
+        product = self.options["product"] or "the trading platform"
+        sender = self.options["mail_from"]
+        try:
+            if url == "console":
+                return ConsoleNotifier(sys.stderr, product=product)
+            if not sender:
+                hint = "use --mail-from or IPGUARD_MAIL_FROM"
+                raise Problem(Exit.CONFIG, "the mails have no sender", hint=hint)
+            return EmailNotifier(url, sender=sender, product=product)
+        except InvalidValue as exc:
+            raise Problem(Exit.CONFIG, f"mail: {exc}", kind="InvalidValue") from None
+
+    def report_failures(self) -> int:
+        """Report the notices that could not be sent; return how many. The change holds."""
+        failures = [] if self.notifier is None else self.notifier.failures
+        for reason in failures:
+            self.out.note(f"the change holds, but a notice was not sent: {reason}")
+        return len(failures)

@@ -1,0 +1,97 @@
+"""Read secrets from files, the environment or a prompt, never from arguments.
+
+Every user of the machine can read the arguments of a process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
+
+from ipguard.cli._codes import Exit, Problem
+
+_NUMBER_LIMIT: Final = 200
+_KEYS_LIMIT: Final = 2**16
+_SECRET_OPTIONS: Final = frozenset({"password", "sslpassword"})
+# libpq accepts `#` and `?` in a password; a `/` is there if somebody forgot to encode it.
+_USER_AND_PASSWORD: Final = re.compile(r"[^/@]*:([^?@]*|[^/@]*)@")
+
+
+def holds_password(url: str) -> bool:
+    """Return whether any reader of URLs could find a password in this one."""
+    _, scheme, rest = url.partition("://")
+    if _USER_AND_PASSWORD.match(rest) if scheme else "@" in url:
+        return True
+    for pair in url.partition("?")[2].split("&"):
+        name, _, value = pair.partition("=")
+        value = unquote(value)
+        if unquote(name).strip().lower() in _SECRET_OPTIONS:
+            return True
+        if "://" in value and holds_password(value):
+            return True
+    # libpq also accepts name=value pairs instead of a URL.
+    return "password=" in unquote(url).replace(" ", "").lower()
+
+
+def refuse_password(option: str, url: str, alternative: str) -> None:
+    """Refuse a URL from the arguments that holds a password, without repeating it."""
+    if holds_password(url):
+        raise Problem(
+            Exit.USAGE,
+            f"every user of this machine can read a password in {option}",
+            hint=f"put the URL into {alternative}",
+        )
+
+
+def key_in_environment() -> list[bytes]:
+    """Return the keys in `IPGUARD_KEY`."""
+    return os.environ.get("IPGUARD_KEY", "").encode(errors="surrogateescape").split()
+
+
+def read_keys(path: str | None) -> list[bytes]:
+    """Return the keys for confirmation numbers; the first one mints.
+
+    A key is text without blanks. A file or variable holds one, or several separated by blanks or
+    line breaks.
+
+    Args:
+        path: The key file, or None for the keys in `IPGUARD_KEY`.
+    """
+    if not path:
+        keys = key_in_environment()
+    else:
+        try:
+            with Path(path).open("rb") as file:
+                keys = file.read(_KEYS_LIMIT).split()
+        except OSError as exc:
+            raise Problem(
+                Exit.CONFIG,
+                f"the key file {path}: {exc.strerror}",
+                hint="`ipguard init` makes one for a new store; all servers share their key",
+            ) from None
+    if not keys:
+        raise Problem(
+            Exit.CONFIG,
+            f"the key file {path} is empty" if path else "no key for confirmation numbers",
+            hint="use --key-file, IPGUARD_KEY_FILE or IPGUARD_KEY",
+        )
+    return keys
+
+
+def read_number() -> str:
+    """Read the confirmation number from the terminal or from standard input.
+
+    The terminal echoes it: it is valid for one change only, and a typing error costs an attempt.
+    """
+    if sys.stdin.isatty():
+        sys.stderr.write("Confirmation number: ")
+        sys.stderr.flush()
+    number = sys.stdin.readline(_NUMBER_LIMIT).strip()
+    if not number:
+        hint = "type it when asked, or write it to standard input"
+        raise Problem(Exit.USAGE, "no confirmation number", hint=hint)
+    return number

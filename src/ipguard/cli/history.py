@@ -1,0 +1,192 @@
+"""Show the audit log: `history` lists entries, and `watch` shows new ones as they happen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice, takewhile
+from typing import Annotated, Final
+
+import typer
+
+from ipguard import audit
+from ipguard.cli._codes import Exit
+from ipguard.cli._context import Context, command
+from ipguard.cli._identity import READER
+from ipguard.cli._output import BATCH, Cell, clean, prefetched
+from ipguard.cli.users import AllOption, LimitOption
+from ipguard.errors import StoreUnavailable, shorten
+from ipguard.model import RESET, Change
+from ipguard.store import RestrictionStore
+from ipguard.usernames import canonical_username
+from ipguard.workflow import Workflow
+
+_INTERVAL: Final = 1.0  # seconds; entries that touch no policy do not end `store.wait`
+
+UserOption = Annotated[
+    str | None, typer.Option("--user", metavar="USERNAME", help="Only entries about this user.")
+]
+
+
+@command()
+def history(
+    context: Context,
+    *,
+    user: UserOption = None,
+    before: Annotated[
+        int | None,
+        typer.Option("--before", metavar="REVISION", help="Only entries before this revision."),
+    ] = None,
+    limit: LimitOption = 50,
+    everything: AllOption = False,
+) -> None:
+    """List the audit log, newest entries first.
+
+    Example: ipguard history --user jsmith
+    """
+    with context.reading() as (store, flow):
+        last: Change | None = None
+        more = False
+
+        def listed() -> Iterator[Change]:
+            nonlocal last, more
+            entries = _entries(flow, user, before, BATCH if everything else limit + 1)
+            for entry in entries if everything else islice(entries, limit):
+                last = entry
+                yield entry
+            more = next(entries, None) is not None
+
+        found = prefetched(listed())
+        if context.out.as_json:
+            context.out.array("changes", found, lambda: {"next": _next(last, more=more)})
+            return
+        columns = ("revision", "at", "actor", "action", "username", "detail")
+        context.out.table(columns, map(_cells, found))
+        if more:
+            context.out.note(f"there are more: --before {_next(last, more=more)}, or --all")
+        if last is None:
+            context.out.note(_none_found(store, user, before))
+
+
+def _next(last: Change | None, *, more: bool) -> int | None:
+    return last.revision if last is not None and more else None
+
+
+def _entries(flow: Workflow, user: str | None, before: int | None, size: int) -> Iterator[Change]:
+    """Yield audit entries, newest first, page by page."""
+    while True:
+        page = flow.history(READER, username=user, before=before, limit=min(BATCH, size))
+        yield from page
+        if page.next is None:
+            return
+        before = page.next
+
+
+def _cells(change: Change) -> tuple[Cell, ...]:
+    return (
+        change.revision,
+        change.at,
+        change.actor,
+        str(change.action),
+        change.username,
+        audit.encode(change.detail),
+    )
+
+
+def _none_found(store: RestrictionStore, user: str | None, before: int | None) -> str:
+    if user is not None and (unknown := _unregistered(store, user)):
+        return unknown
+    about = "" if user is None else f" about {shorten(user)}"
+    return f"the audit log has no entries{about}" + (
+        "" if before is None else f" before revision {before}"
+    )
+
+
+def _unregistered(store: RestrictionStore, username: str) -> str:
+    """Return a note if no such user is registered, which is most likely a typing error."""
+    if store.load_policy(canonical_username(username)).known:
+        return ""
+    return (
+        f"no user {shorten(username)} is registered, and there are no entries about that name"
+        " (`ipguard users list --search` finds users)"
+    )
+
+
+@command()
+def watch(
+    context: Context,
+    *,
+    user: UserOption = None,
+    since: Annotated[
+        int | None,
+        typer.Option(
+            "--since", metavar="REVISION", help="Start after this revision.  [default: the newest]"
+        ),
+    ] = None,
+) -> int:
+    """Show audit entries as they happen, until Ctrl-C.
+
+    With --json, each entry is one object on a line.
+    """
+    name = None if user is None else canonical_username(user)
+    with context.reading() as (store, flow):
+        head, token, _ = store.changes_since(None)
+        cursor, seen = (head, token), head if since is None else since
+        if seen > head:
+            context.out.note(
+                f"revision {seen} belongs to another history (a restored backup, or another"
+                f" store): this store is at revision {head}"
+            )
+            seen = head
+        if name is not None and (unknown := _unregistered(store, name)):
+            context.out.note(unknown)
+        context.out.note(f"watching from revision {seen}; Ctrl-C stops")
+        down = False
+        try:
+            while True:
+                try:
+                    seen, cursor = _show_new(context, store, flow, name, seen, cursor)
+                    if down:
+                        context.out.note("the store responds again")
+                    down = False
+                    store.wait(seen, _INTERVAL)
+                except StoreUnavailable as exc:
+                    if not down:
+                        context.out.note(f"the store does not respond, retrying: {exc}")
+                    down = True
+                    time.sleep(_INTERVAL)
+        except KeyboardInterrupt:
+            return Exit.OK
+
+
+def _show_new(
+    context: Context,
+    store: RestrictionStore,
+    flow: Workflow,
+    name: str | None,
+    seen: int,
+    cursor: tuple[int, str],
+) -> tuple[int, tuple[int, str]]:
+    """Show the entries after a revision; return the new revision and cursor."""
+    head, token, usernames = store.changes_since(cursor)
+    if usernames is RESET:
+        context.out.note(f"the store has another history now, at revision {head}")
+        return head, (head, token)
+    new: list[Change] = []
+    if head > seen:
+        new = list(takewhile(lambda c: c.revision > seen, _entries(flow, name, None, BATCH)))
+    for change in reversed(new):
+        _show(context, change)
+    sys.stdout.flush()
+    return max([head, *(change.revision for change in new[:1])]), (head, token)
+
+
+def _show(context: Context, change: Change) -> None:
+    if context.out.as_json:
+        context.out.data(change)
+        return
+    at = f"{change.at:%Y-%m-%d %H:%M:%S}" if context.out.rich else change.at.isoformat()
+    cells = [str(cell or "") for cell in _cells(change)]
+    cells[1] = at
+    context.out.raw(("  " if context.out.rich else "\t").join(map(clean, cells)) + "\n")
