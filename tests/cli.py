@@ -1,4 +1,4 @@
-"""Running the command line as people and programs do: as a process, in a terminal or piped."""
+"""Run the command line in this process, in a process of its own, or in a terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def schemas() -> dict[str, Any]:
 
 @cache
 def validator(name: str) -> Draft202012Validator:
-    """Return what checks values against one of the schemas."""
+    """Return the validator of a schema."""
     known: Registry[Any] = Registry().with_resources(
         (each, Resource.from_contents(schema)) for each, schema in schemas().items()
     )
@@ -52,7 +52,7 @@ def validator(name: str) -> Draft202012Validator:
 
 @dataclass(frozen=True)
 class Done:
-    """A process that has ended."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -60,7 +60,7 @@ class Done:
 
     @property
     def error(self) -> Any:
-        """What `--json` wrote to standard error, which its schema allows."""
+        """The error that `--json` wrote to standard error; checked against its schema."""
         found = json.loads(self.err)
         validator("error").validate(found)
         assert found["error"]["exit"] == self.code
@@ -68,11 +68,11 @@ class Done:
 
 
 class Shell:
-    """A folder, an environment, and a command line in it.
+    """A command line in a folder, with an environment.
 
     Args:
         folder: The working directory; the store is `ipguard.db` in it unless `env` says otherwise.
-        env: Variables beside those of this process.
+        env: Variables to add to those of this process.
     """
 
     def __init__(self, folder: Path, **env: str) -> None:
@@ -86,16 +86,13 @@ class Shell:
             "IPGUARD_EMAIL": "ops@bank.example",
         }
         self.env.pop("NO_COLOR", None)
-        self.env.pop("PYTHONUNBUFFERED", None)  # what is not flushed shall not be seen
+        self.env.pop("PYTHONUNBUFFERED", None)  # output must be flushed to be seen
         self.env |= env
 
     def __call__(
         self, *args: str | Path, stdin: str | bytes = b"", env: Mapping[str, str] | None = None
     ) -> Done:
-        """Run a command in this process, with nothing that is a terminal.
-
-        A process of its own takes half a second of CPU; `process` is for what differs there.
-        """
+        """Run a command in this process, without a terminal, which saves half a second of CPU."""
         given = stdin.encode() if isinstance(stdin, str) else stdin
         streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (given, b"", b"")]
         names, logger = ("stdin", "stdout", "stderr"), logging.getLogger("ipguard")
@@ -125,7 +122,7 @@ class Shell:
     def process(
         self, *args: str | Path, stdin: str | bytes = b"", env: Mapping[str, str] | None = None
     ) -> Done:
-        """Run a command in a process of its own, with nothing that is a terminal."""
+        """Run a command in a process of its own, without a terminal."""
         done = subprocess.run(
             [*PROGRAM, *map(str, args)],
             input=stdin.encode() if isinstance(stdin, str) else stdin,
@@ -138,16 +135,14 @@ class Shell:
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
-    within = __call__
-
     def good(self, *args: str | Path, **more: Any) -> str:
-        """Run a command that succeeds, and return what it wrote."""
+        """Run a command that succeeds, and return its output."""
         done = self(*args, **more)
         assert (done.code, done.err) == (0, "")
         return done.out
 
     def json(self, *args: str | Path, code: int = 0, **more: Any) -> Any:
-        """Run a command with `--json`; return the value, which the command's schema allows."""
+        """Run a command with `--json`, and return the value, checked against its schema."""
         done = self(*args, "--json", **more)
         assert (done.code, done.err) == (code, "")
         name = "-".join(map(str, args[:2] if args[0] == "users" else args[:1]))
@@ -157,7 +152,7 @@ class Shell:
         return found
 
     def bad(self, code: int, *args: str | Path, **more: Any) -> str:
-        """Run a command that fails; return the one line that says why."""
+        """Run a command that fails, and return its error message."""
         done = self(*args, **more)
         assert (done.code, done.out) == (code, "")
         assert done.err.startswith("ipguard: ")
@@ -184,7 +179,7 @@ class Terminal:
         )
 
     def sees(self, pattern: str) -> None:
-        """Wait until the terminal shows what a pattern fits."""
+        """Wait until the terminal shows text that matches a pattern."""
         self.process.expect(pattern)
 
     def types(self, text: str) -> None:
@@ -192,7 +187,7 @@ class Terminal:
         self.process.sendline(text)
 
     def ends(self, code: int = 0) -> str:
-        """Wait until the command has ended; return what it showed since the last `sees`."""
+        """Wait until the command ends; return what it showed since the last `sees`."""
         self.process.expect(pexpect.EOF)
         shown: str = self.process.before
         self.process.close()

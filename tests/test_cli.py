@@ -1,4 +1,4 @@
-"""The command line as a process: what all commands share, `init`, `migrate`, `list`, `check`."""
+"""The command line: shared behaviour, `init`, `migrate`, `users`, `list`, `history`, `check`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import ipguard
 from ipguard.cli import _codes, _secrets
 from ipguard.cli._output import clean
+from ipguard.testing import Outbox
 from tests.cli import PROGRAM, Shell, schemas, validator
 from tests.conftest import rounds
 from tests.postgres import fresh_schema
@@ -36,7 +37,7 @@ zed,Zed Zulu,U2,zed@other.example
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """A store with three users, one of them restricted."""
+    """A shell with three users, one of them restricted."""
     it = Shell(tmp_path_factory.mktemp("cli"))
     (it.folder / "ipguard.key").write_text("k" * 64)
     with ipguard.open_store(it.env["IPGUARD_URL"]) as store:
@@ -45,7 +46,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
             ipguard.User(username=u, full_name=n, account_id=a, email=e or None)
             for u, n, a, e in rows
         )
-        flow = ipguard.Workflow(store, _Nobody(), key=b"k" * 64)
+        flow = ipguard.Workflow(store, Outbox(), key=b"k" * 64)
         boss = ipguard.Actor(
             username="boss", email="boss@bank.example", manages=ipguard.Actor.EVERY_ACCOUNT
         )
@@ -53,17 +54,11 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     return it
 
 
-class _Nobody:
-    def number_issued(self, *_: object, **__: object) -> None: ...
-
-    def change_applied(self, *_: object, **__: object) -> None: ...
-
-
-# -- what all commands share -------------------------------------------------------------------
+# -- shared behaviour -------------------------------------------------------------------
 
 
 def test_the_exit_codes_are_documented():
-    """The table of the manual is the code's, and so is the table of errors."""
+    """The manual's tables of exit codes and errors agree with the code."""
     listed = {row[1]: int(row[0]) for row in table("docs/cli.md", "exit code")}
     assert listed == {code.name.lower(): code.value for code in _codes.Exit}
     errors = {
@@ -71,16 +66,16 @@ def test_the_exit_codes_are_documented():
         for name, error in vars(ipguard.errors).items()
         if isinstance(error, type) and issubclass(error, ipguard.IPGuardError)
     } - {"IPGuardError"}
-    told = {row[0]: row[1] for row in table("docs/cli.md", "error")}
-    assert set(told) == errors
-    for name, code in told.items():
+    documented = {row[0]: row[1] for row in table("docs/cli.md", "error")}
+    assert set(documented) == errors
+    for name, code in documented.items():
         kind = getattr(ipguard.errors, name)
         found = next(code for base, code in _codes.ERRORS if issubclass(kind, base))
         assert found.name.lower() == code, name
 
 
 def test_help_names_every_command_and_the_manual_has_each(shell: Shell):
-    """`--help` and no argument at all say what there is; so does the manual."""
+    """No arguments show the help; commands have a schema and a line in the manual."""
     plain, module = shell.good("--help"), shell.good()
     assert plain == module
     assert "\x1b" not in plain
@@ -96,8 +91,8 @@ def _commands(help_text: str) -> list[str]:
     return re.findall(r"^  ([a-z]+)  ", help_text.split("Commands:")[1], re.MULTILINE)
 
 
-def test_the_script_and_the_module_are_the_same(shell: Shell):
-    """`ipguard` is installed beside the interpreter, and does what `python -m ipguard` does."""
+def test_the_installed_script(shell: Shell):
+    """`ipguard` does the same as `python -m ipguard`."""
     script = Path(sys.executable).parent / "ipguard"
     done = subprocess.run(
         [script, "check", "mlee", "192.0.2.1"], env=shell.env, capture_output=True, check=True
@@ -111,8 +106,8 @@ def test_the_script_and_the_module_are_the_same(shell: Shell):
         (["nonsense"], 2, "No such command"),
         (["list", "--nonsense"], 2, "nonsense"),
         (["list", "--limit", "0"], 2, "limit"),
-        (["check", "jsmith"], 2, "from where"),
-        (["check", "jsmith", "1.2.3.4", "--unknown-users", "maybe"], 2, "allow or deny"),
+        (["check", "jsmith"], 2, "USERNAME and ADDRESS"),
+        (["check", "jsmith", "1.2.3.4", "--unknown-users", "maybe"], 2, "allow"),
         (["list", "x" * 300], 3, "more than 256"),
         (["history", "--user", "a\nb"], 3, "is not a username"),
         (["cancel", "nothing"], 4, "no request"),
@@ -124,18 +119,18 @@ def test_the_script_and_the_module_are_the_same(shell: Shell):
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(shell: Shell, args, code, words):
-    """No traceback; with `--json`, which goes anywhere, the line is an object."""
-    done = shell.within(*args)
+    """With `--json`, before or after the command, the line is an object."""
+    done = shell(*args)
     assert (done.code, done.out) == (code, "")
     assert re.fullmatch(r"ipguard: .+\n", done.err)
     assert words in done.err
-    told = shell.within("--json", *args)
-    assert (told.code, told.out) == (code, "")
-    assert words in told.error["message"] + told.error["hint"]
+    failed = shell("--json", *args)
+    assert (failed.code, failed.out) == (code, "")
+    assert words in failed.error["message"] + failed.error["hint"]
 
 
 def test_a_mistake_of_a_process(shell: Shell):
-    """The same as a program sees it."""
+    """An error has its exit code and is an object with `--json`."""
     assert "no request" in shell.bad(4, "cancel", "nothing")
     assert shell("cancel", "--json").error["type"] == "usage"
 
@@ -157,11 +152,11 @@ def test_a_mistake_of_a_process(shell: Shell):
     ],
 )
 def test_a_password_in_the_arguments_is_refused(shell: Shell, url: str):
-    """Wherever it stands in the URL, before or after the command, and it is not repeated."""
+    """Anywhere in the URL, before or after the command; the error does not repeat it."""
     assert _secrets.holds_password(url)
     if "listen" in url or "u:hunter2@db" in url:
-        before = shell.within("--store", url, "list")
-        after = shell.within("list", "--store", url, "--json")
+        before = shell("--store", url, "list")
+        after = shell("list", "--store", url, "--json")
         assert (before.code, after.code) == (2, 2)
         assert "IPGUARD_URL" in before.err
         assert "PGPASSWORD" in after.error["hint"]
@@ -181,8 +176,8 @@ def test_a_password_in_the_arguments_is_refused(shell: Shell, url: str):
         "postgresql://u@db:5432/x?application_name=a@b",
     ],
 )
-def test_what_is_no_password_is_not_refused(url: str):
-    """A user, a port, a password file."""
+def test_urls_without_a_password_are_accepted(url: str):
+    """A user, a port and a password file are not passwords."""
     assert not _secrets.holds_password(url)
 
 
@@ -191,13 +186,13 @@ def test_where_the_store_is(shell: Shell, tmp_path: Path):
     other = f"sqlite:///{tmp_path}/other.db"
     ipguard.open_store(other).close()
     empty = "username\tfull_name\taccount_id\temail\n"
-    assert shell.within("users", "list", "--store", other).out == empty
-    assert shell.within("--store", other, "users", "list").out == empty
+    assert shell("users", "list", "--store", other).out == empty
+    assert shell("--store", other, "users", "list").out == empty
     assert "IPGUARD_URL" in shell.bad(7, "list", env={"IPGUARD_URL": ""})
 
 
-def test_nobody_reads_to_the_end(shell: Shell):
-    """A broken pipe is quiet: `ipguard history | head -0`."""
+def test_a_broken_pipe_is_quiet(shell: Shell):
+    """As in `ipguard history | head -0`."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -207,8 +202,8 @@ def test_nobody_reads_to_the_end(shell: Shell):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_control_characters_reach_no_terminal(shell: Shell, tmp_path: Path):
-    """A store may hold what ipguard would not have written; it is shown as what it is."""
+def test_control_characters_are_escaped(shell: Shell, tmp_path: Path):
+    """A store may hold text that ipguard itself would refuse."""
     path, hostile = tmp_path / "hostile.db", "\x1b[2Jgone\x07\t\u202eevil\n\u2066x"
     url = f"sqlite:///{path}"
     with ipguard.open_store(url) as store:
@@ -227,7 +222,7 @@ def test_control_characters_reach_no_terminal(shell: Shell, tmp_path: Path):
     terminal = shell.terminal(*explain).ends()
     assert shown in terminal
     assert re.sub(r"\x1b\[[0-9;]*m", "", terminal).replace("\n", "").isprintable()
-    asked = shell.within("check", "a\x1b[2Jb", "1.2.3.4")
+    asked = shell("check", "a\x1b[2Jb", "1.2.3.4")
     assert asked.out == "not allowed: bad_username\n"
     assert clean("déjà vu 漢字") == "déjà vu 漢字"
 
@@ -236,7 +231,7 @@ def test_control_characters_reach_no_terminal(shell: Shell, tmp_path: Path):
 def test_a_user_that_another_program_wrote(
     shell: Shell, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ):
-    """Control characters in a row of `users` are shown escaped, and the list comes out whole."""
+    """Control characters in its row are escaped, and all users are listed."""
     url, server, schema = f"sqlite:///{tmp_path}/users.db", None, ""
     if kind == "postgres":
         server = request.getfixturevalue("postgres")
@@ -273,8 +268,8 @@ def test_a_user_that_another_program_wrote(
 
 
 @pytest.mark.slow
-def test_any_stream_will_do(shell: Shell, tmp_path: Path):
-    """A pipe gets UTF-8 whatever the encoding; then no standard output at all, and a full disk."""
+def test_unusual_streams(shell: Shell, tmp_path: Path):
+    """Another encoding, closed streams, and a full disk."""
     url = f"sqlite:///{tmp_path}/zoe.db"
     with ipguard.open_store(url) as store:
         store.put_users([ipguard.User(username="zoe", full_name="Zoë 漢", account_id="U1")])
@@ -297,8 +292,8 @@ def test_any_stream_will_do(shell: Shell, tmp_path: Path):
 
 
 @pytest.mark.parametrize("place", ["no such folder/x.log", "."])
-def test_a_log_that_cannot_be_written_stops_a_change_before_it(shell: Shell, place: str):
-    """Not after it, with an exit code that says nothing was done and its mails not sent."""
+def test_an_unwritable_log_stops_a_change(shell: Shell, place: str):
+    """The command fails before the change, not after it with its mails unsent."""
     env = {"IPGUARD_LOG": str(shell.folder / place), "IPGUARD_MAIL": "console"}
     before = shell.json("history")
     error = shell.bad(9, "impose", "zed", "203.0.113.9", "--reason", "x", env=env)
@@ -323,16 +318,16 @@ _COMMANDS = st.sampled_from(
 @pytest.mark.slow
 @settings(max_examples=rounds(150, 5_000))
 @given(_COMMANDS, st.lists(_WORDS, max_size=6))
-def test_no_arguments_are_a_defect(shell: Shell, command: str, words: list[str]):
-    """Whatever is typed: a code of the table, and never that of a defect."""
+def test_arguments_never_cause_a_defect(shell: Shell, command: str, words: list[str]):
+    """Any arguments end with a documented exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.StringIO("12345-67890\n"))
-        done = shell.within(*command.split(), *words)
+        done = shell(*command.split(), *words)
     assert done.code in set(_codes.Exit) - {_codes.Exit.DEFECT}, done.err
 
 
 def test_completion(shell: Shell):
-    """Shells complete commands and options."""
+    """Shells complete commands."""
     asked = {"_IPGUARD_COMPLETE": "complete_bash", "COMP_WORDS": "ipguard un", "COMP_CWORD": "1"}
     assert shell.good(env=asked).split() == ["unlock"]
     source = shell.good(env={"_IPGUARD_COMPLETE": "source_bash"})
@@ -340,8 +335,8 @@ def test_completion(shell: Shell):
     assert "ipguard" in source
 
 
-def test_without_the_extra_it_says_what_is_missing(tmp_path: Path):
-    """With the library's own three packages alone: one line, and the code of a configuration."""
+def test_without_the_extra(tmp_path: Path):
+    """With only the library's three packages, the error names the extra."""
     for name in ("ipguard", "attr", "attrs", "netaddr", "cachetools"):
         module = __import__(name)
         assert module.__file__ is not None
@@ -359,14 +354,14 @@ def test_without_the_extra_it_says_what_is_missing(tmp_path: Path):
 
 
 def _blocks(kind: str, heading: str) -> list[str]:
-    """Return the code blocks of a section of the manual."""
+    """Return the code blocks in a section of the manual."""
     section = (ROOT / "docs" / "cli.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     return re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
 
 
 @pytest.mark.slow
-def test_the_tutorial_is_what_happens(tmp_path: Path):
-    """Its commands, as they stand, by a shell; only the number and the id are those of now."""
+def test_the_tutorial(tmp_path: Path):
+    """A shell runs its commands as printed, except for the number and the id."""
     settings, first, second = _blocks("sh", "From nothing to a first restriction")
     shell = Shell(tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
@@ -383,10 +378,10 @@ def test_the_tutorial_is_what_happens(tmp_path: Path):
 
     asked = bash(first)
     assert asked.returncode == 0
-    told = _blocks("text", "From nothing to a first restriction")[0]
-    (given,) = re.findall(r"request (\w{16}) is", told)
+    printed = _blocks("text", "From nothing to a first restriction")[0]
+    (given,) = re.findall(r"request (\w{16}) is", printed)
     (request,) = re.findall(r"request (\w{16}) is", asked.stdout)
-    assert told.replace(given, request) in asked.stdout
+    assert printed.replace(given, request) in asked.stdout
     (number,) = re.findall(r"^ +(\d{5}-\d{5})$", asked.stderr, re.MULTILINE)
     confirm, *rest = second.replace(given, request).splitlines()
     done = bash(f"echo {number} | {confirm}")
@@ -396,32 +391,34 @@ def test_the_tutorial_is_what_happens(tmp_path: Path):
         assert bash(line.replace(" --send-test you@example.com", "")).returncode == code, line
 
 
-def test_the_manuals_json_is_what_its_schema_allows():
-    """The example of an error."""
+def test_the_json_in_the_manual_is_valid():
+    """The example of an error matches its schema."""
     (example,) = _blocks("json", "Reference")
     validator("error").validate(json.loads(example))
 
 
-def test_the_manual_has_every_variable_and_option():
-    """The table of the environment is what the code reads, and the options are there."""
+def test_the_manual_has_every_variable_and_option(shell: Shell):
+    """The table of variables agrees with the code, and the help names both."""
     read = set()
     for path in (ROOT / "src" / "ipguard" / "cli").glob("*.py"):
         read |= set(re.findall(r'"(IPGUARD_[A-Z_]+)"', path.read_text()))
     listed = {row[0]: row[1] for row in table("docs/cli.md", "variable")}
     assert set(listed) == read | {"NO_COLOR"}
-    source = (ROOT / "src" / "ipguard" / "cli" / "_context.py").read_text()
-    for option in filter(None, listed.values()):
-        assert f'"{option}"' in source
+    shown = " ".join(shell.good("request", "--help").split())
+    for variable, option in listed.items():
+        if option:
+            assert f" {option} " in shown
+            assert f"[env var: {variable}]" in shown
 
 
 # -- init and migrate --------------------------------------------------------------------------
 
 
-def test_init_makes_a_store_and_a_key_and_overwrites_nothing(tmp_path: Path):
-    """The key file is its owner's alone; a second `init` changes nothing, nor does a failed one."""
+def test_init_creates_a_store_and_a_key(tmp_path: Path):
+    """Only the owner can read the key; a second or failed `init` changes nothing."""
     shell = Shell(tmp_path)
     key = tmp_path / "ipguard.key"
-    assert "where should the key be kept" in shell.bad(2, "init", env={"IPGUARD_KEY_FILE": ""})
+    assert "no place to keep the key" in shell.bad(2, "init", env={"IPGUARD_KEY_FILE": ""})
     assert "not a file" in shell.bad(7, "init", "--store", "sqlite:////dev/null")
     assert not key.exists()
     old = os.umask(0)
@@ -439,14 +436,26 @@ def test_init_makes_a_store_and_a_key_and_overwrites_nothing(tmp_path: Path):
     assert "is not overwritten" in again
     assert "ipguard migrate" in again
     assert key.read_bytes().split() == [text]
-    # A new key for a store that is there.
+    # A new key for an existing store.
     other = shell.good("init", "--key-file", "other.key")
-    assert "was there already" in other
+    assert "exists already" in other
     assert (tmp_path / "other.key").read_bytes() != key.read_bytes()
 
 
-def test_migrate_makes_the_schema_or_prints_it(tmp_path: Path):
-    """What `--sql` prints makes by hand what `migrate` makes."""
+def test_init_with_the_key_in_the_environment(tmp_path: Path):
+    """It creates the store alone; the key must be valid, and a key file has precedence."""
+    shell = Shell(tmp_path, IPGUARD_KEY="k" * 64, IPGUARD_KEY_FILE="")
+    assert "32 bytes" in shell.bad(7, "init", env={"IPGUARD_KEY": "short"})
+    assert not (tmp_path / "ipguard.db").exists()
+    made = shell.json("init")
+    assert (made["made"], made["key_file"]) == (True, None)
+    assert [path.name for path in tmp_path.iterdir() if "key" in path.name] == []
+    assert "key: IPGUARD_KEY" in shell.good("init")
+    assert shell.json("init", "--key-file", "own.key")["key_file"] == str(tmp_path / "own.key")
+
+
+def test_migrate_creates_the_schema_or_prints_it(tmp_path: Path):
+    """The SQL that `--sql` prints does the same as `migrate`."""
     shell = Shell(tmp_path)
     script = shell.good("migrate", "--sql")
     assert not (tmp_path / "ipguard.db").exists()
@@ -463,14 +472,14 @@ def test_migrate_makes_the_schema_or_prints_it(tmp_path: Path):
     assert re.findall("^-- version ([0-9]+)$", last, re.MULTILINE) == [str(versions[-1])]
     assert shell.good("migrate", "--sql", "--since", str(versions[-1])) == ""
     assert "SQLite has no roles" in shell.bad(2, "migrate", "--sql", "--reader", "r")
-    assert "go with --sql" in shell.bad(2, "migrate", "--reader", "r")
+    assert "need --sql" in shell.bad(2, "migrate", "--reader", "r")
 
 
 # -- users, list, history ----------------------------------------------------------------------
 
 
 def test_users_import_is_all_or_nothing(tmp_path: Path):
-    """Every bad row is named with its line, in both formats; what is so already changes nothing."""
+    """Every bad row is named with its line; repeating an import changes nothing."""
     shell = Shell(tmp_path)
     ipguard.open_store(shell.env["IPGUARD_URL"]).close()
     good = tmp_path / "users.csv"
@@ -491,24 +500,24 @@ def test_users_import_is_all_or_nothing(tmp_path: Path):
     assert [line.split(":")[0] for line in done.err.splitlines()] == [
         "line 2", "line 3", "line 6", "line 7", "line 8", "line 9", "ipguard",
     ]  # fmt: skip
-    told = shell("users", "import", lines, "--json")
-    assert [row["line"] for row in told.error["rows"]] == [2, 3, 4, 5]
+    failed = shell("users", "import", lines, "--json")
+    assert [row["line"] for row in failed.error["rows"]] == [2, 3, 4, 5]
     assert shell.json("users", "list")["users"] == []
     made = shell.json("users", "import", good)
     assert made == {"rows": 3, "revision": 1, "changed": True}
     assert shell.json("users", "import", "-", stdin=USERS)["changed"] is False
-    assert "registered so already" in shell.good("users", "import", good)
+    assert "nothing to change" in shell.good("users", "import", good)
     assert [user["username"] for user in shell.json("users", "list")["users"]] == [
         "jsmith", "mlee", "zed",
     ]  # fmt: skip
-    assert "no column" in shell.bad(
+    assert "not a column" in shell.bad(
         9, "users", "import", "-", stdin="username,full_name,account_id,x\n"
     )
     assert "is empty" in shell.bad(9, "users", "import", "-")
 
 
-def test_list_is_the_page(shell: Shell):
-    """In a terminal a table in colours or without; piped, lines that are never cut."""
+def test_list(shell: Shell):
+    """In a terminal it writes a table; in a pipe, lines that are never cut."""
     head, *rows = shell.good("list").splitlines()
     assert head.split("\t")[:4] == ["username", "full_name", "account_id", "restrictions"]
     assert [row.split("\t")[3] for row in rows] == ["203.0.113.0/29"] + ["No restrictions"] * 2
@@ -526,7 +535,7 @@ def test_list_is_the_page(shell: Shell):
 
 
 def test_list_in_pages(shell: Shell):
-    """`--limit` and `--after` walk through; `--all` does so by itself; a search by address."""
+    """`--limit` and `--after` give pages, and `--all` gives all; an address finds its users."""
     first = shell.json("list", "--limit", "2")
     rest = shell.json("list", "--limit", "2", "--after", first["next"])
     assert [one["user"]["username"] for one in (*first["users"], *rest["users"])] == [
@@ -539,8 +548,8 @@ def test_list_in_pages(shell: Shell):
     assert shell.json("list", "--removed")["users"] == []
 
 
-def test_history_is_the_trail(shell: Shell):
-    """The newest first, of one user or of all, in pages."""
+def test_history(shell: Shell):
+    """Entries are listed newest first, in pages, for one user or all."""
     first = shell.json("history", "--limit", "1")
     assert [row["action"] for row in first["changes"]] == ["impose"]
     rest = shell.json("history", "--before", str(first["next"]))
@@ -552,51 +561,46 @@ def test_history_is_the_trail(shell: Shell):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["list", "jsmiht"], "found nobody for 'jsmiht'"),
-        (["list", "10.9.9.9"], "found nobody for '10.9.9.9'"),
-        (["list", "--after", "zzz"], "found nobody after 'zzz'"),
-        (["list", "jsmith", "--after", "zzz"], "found nobody for 'jsmith' after 'zzz'"),
-        (["list", "--removed"], "found nobody who was removed and has restrictions\n"),
-        (
-            ["list", "--removed", "mlee"],
-            "found nobody who was removed and has restrictions for 'mlee'",
-        ),
-        (["users", "list", "--search", "jsmiht"], "found nobody for 'jsmiht'"),
+        (["list", "jsmiht"], "no user found for 'jsmiht'"),
+        (["list", "10.9.9.9"], "no user found for '10.9.9.9'"),
+        (["list", "--after", "zzz"], "no user found after 'zzz'"),
+        (["list", "jsmith", "--after", "zzz"], "no user found for 'jsmith' after 'zzz'"),
+        (["list", "--removed"], "no removed user with restrictions found\n"),
+        (["list", "--removed", "mlee"], "no removed user with restrictions found for 'mlee'"),
+        (["users", "list", "--search", "jsmiht"], "no user found for 'jsmiht'"),
         (["history", "--user", "jsmiht"], "no user 'jsmiht' is registered"),
-        (["history", "--user", "mlee"], "nothing was done about 'mlee' yet"),
-        (["history", "--user", "jsmith", "--before", "1"], "about 'jsmith' below revision 1"),
-        (["history", "--before", "1"], "in this store below revision 1"),
+        (["history", "--user", "mlee"], "no entries about 'mlee'\n"),
+        (["history", "--user", "jsmith", "--before", "1"], "about 'jsmith' before revision 1"),
+        (["history", "--before", "1"], "no entries before revision 1"),
     ],
 )
-def test_who_finds_nothing_is_told(shell: Shell, args: list[str], words: str):
-    """Beside the empty result and with 0, as to have found nothing is an answer; not in JSON."""
-    done = shell.within(*args)
+def test_an_empty_result_is_noted(shell: Shell, args: list[str], words: str):
+    """The exit code is 0; JSON output has no note."""
+    done = shell(*args)
     assert done.code == 0
-    assert done.out.count("\n") == 1  # the columns' names
+    assert done.out.count("\n") == 1  # the names of the columns
     assert re.fullmatch(r"ipguard: .+\n", done.err)
     assert words in done.err
-    told = shell.within("--json", *args)
-    assert (told.code, told.err) == (0, "")
-    assert [] in json.loads(told.out).values()
+    found = shell("--json", *args)
+    assert (found.code, found.err) == (0, "")
+    assert [] in json.loads(found.out).values()
 
 
-def test_who_finds_nothing_in_a_terminal_is_told(shell: Shell, tmp_path: Path):
-    """There the table is not shown at all; a store without users says what to do."""
-    assert shell.terminal("list", "jsmiht").ends().startswith("ipguard: found nobody for 'jsmiht'")
-    shown = shell.terminal("history", "--user", "jsmiht").ends()
-    assert shown.startswith("ipguard: no user 'jsmiht'")
+def test_an_empty_result_in_a_terminal(shell: Shell, tmp_path: Path):
+    """It has no table; for a store without users, the note says what to do."""
+    assert shell.terminal("list", "jsmiht").ends().startswith("ipguard: no user found for 'jsmiht'")
     other = f"sqlite:///{tmp_path}/other.db"
     ipguard.open_store(other).close()
     for args in (["list"], ["users", "list"]):
-        assert "ipguard users import FILE" in shell.within(*args, "--store", other).err
-    assert "nothing was done in this store yet" in shell.within("history", "--store", other).err
+        assert "ipguard users import FILE" in shell(*args, "--store", other).err
+    assert "the audit log has no entries" in shell("history", "--store", other).err
 
 
 # -- check and explain -------------------------------------------------------------------------
 
 
 def test_check_answers_with_its_exit_code(shell: Shell):
-    """0 allowed, 1 not, whatever was asked; another code where there is no answer."""
+    """0 is allowed and 1 is not, for any input; without an answer there is another code."""
     assert shell.json("check", "JSmith", "203.0.113.2")["decision"]["reason"] == "listed"
     assert shell.json("check", "jsmith", "203.0.113.9", code=1)["decision"]["allowed"] is False
     for username, address, answer in (
@@ -604,7 +608,7 @@ def test_check_answers_with_its_exit_code(shell: Shell):
         ("", "203.0.113.2", (1, "not allowed: bad_username\n")),
         ("nobody", "192.0.2.1", (0, "allowed: unrestricted\n")),
     ):
-        done = shell.within("check", username, address)
+        done = shell("check", username, address)
         assert (done.code, done.out) == answer
     strict = shell("check", "nobody", "192.0.2.1", "--unknown-users", "deny")
     assert (strict.code, strict.out) == (1, "not allowed: unknown_user\n")
@@ -613,13 +617,13 @@ def test_check_answers_with_its_exit_code(shell: Shell):
 
 
 def test_check_in_a_terminal(shell: Shell):
-    """Green or red, and the same words."""
+    """An allowed login is green, a refused one red."""
     assert "\x1b[32mallowed: listed" in shell.terminal("check", "jsmith", "203.0.113.2").ends()
     assert "\x1b[31mnot allowed" in shell.terminal("check", "jsmith", "192.0.2.1").ends(1)
 
 
 def test_explain_shows_why(shell: Shell):
-    """The sentence and the restrictions; likewise for what is no address."""
+    """It shows a sentence and the restrictions, also for an invalid address."""
     told = shell.json("explain", "jsmith", "203.0.113.2")
     assert told["known"]
     assert [one["addresses"] for one in told["restrictions"]] == ["203.0.113.0/29"]

@@ -1,4 +1,4 @@
-"""The command line as a process: `import`, `export` and `check --file`."""
+"""The command line: `import`, `export` and `check --file`."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ mlee,198.0.0.0/8,,
 mlee,198.51.100.9
 mlee,198.51.100.10,fine,
 """
-# What is wrong with each line of it, once `jsmith` has the first.
+# The error of each bad line, if `jsmith` has the first restriction.
 WRONG = {
     2: "already has",
     3: "host bits",
     4: "no user",
     6: "on line 5",
     7: "in the future",
-    8: "is no time",
+    8: "is not a time",
     9: "username: is missing",
     10: "addresses: is missing",
     11: "leading zero",
@@ -62,7 +62,7 @@ WRONG = {
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """A store with two users."""
+    """A shell with two users."""
     it = Shell(tmp_path, IPGUARD_MAIL="console")
     with ipguard.open_store(it.env["IPGUARD_URL"]) as store:
         store.put_users(
@@ -73,7 +73,7 @@ def shell(tmp_path: Path) -> Shell:
 
 
 def _state(shell: Shell) -> tuple[int, dict[str, list[str]]]:
-    """Return the store's revision, and what everybody is restricted to."""
+    """Return the store's revision and the restrictions of each user."""
     with ipguard.open_store(shell.env["IPGUARD_URL"]) as store:
         revision, policies = store.load_all_policies()
         return revision, {
@@ -82,8 +82,8 @@ def _state(shell: Shell) -> tuple[int, dict[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_import_and_export_there_and_back(shell: Shell, tmp_path: Path):
-    """A dry run shows it and changes nothing; then all of it is one revision; then it comes out."""
+def test_import_and_export(shell: Shell, tmp_path: Path):
+    """A dry run changes nothing; an import is one revision; an export can be imported again."""
     file = tmp_path / "rows.csv"
     file.write_text(GOOD)
     dry = shell.json("import", file, "--reason", "x", "--dry-run")
@@ -110,15 +110,14 @@ def test_import_and_export_there_and_back(shell: Shell, tmp_path: Path):
         os.umask(old)
         assert (tmp_path / name).read_text() == text
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
-        assert "is not overwritten" in shell.within("export", "-o", str(tmp_path / name)).err
-        # What came out goes into a store that has the users.
+        assert "is not overwritten" in shell("export", "-o", str(tmp_path / name)).err
         other = f"sqlite:///{tmp_path}/{name}.db"
         with ipguard.open_store(other) as store:
             store.put_users(
                 ipguard.User(username=user, full_name=user, account_id="U1") for user in held
             )
         args = ["--reason", "x", "--store", other]
-        assert shell.within("import", str(tmp_path / name), *args).code == 0
+        assert shell("import", str(tmp_path / name), *args).code == 0
         with ipguard.open_store(other) as store:
             assert len(store.load_policy("mlee").restrictions) == 2
     written = shell.terminal("export", "-o", "third.csv").ends()
@@ -130,7 +129,7 @@ def test_import_and_export_there_and_back(shell: Shell, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_every_bad_row_is_named(shell: Shell, tmp_path: Path, kind: str):
-    """By its line, in the file's order, whoever finds it; the good ones change nothing either."""
+    """Rows are named in the order of the file, whichever check refuses them."""
     first = tmp_path / "first.csv"
     first.write_text("username,addresses\njsmith,203.0.113.7\n")
     assert shell("import", first, "--reason", "x").code == 0
@@ -141,7 +140,7 @@ def test_every_bad_row_is_named(shell: Shell, tmp_path: Path, kind: str):
         named = [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
         named[12] = {"username": "mlee", "addresses": 7}  # type: ignore[dict-item]
         text = "\n" + "".join(json.dumps(row) + "\n" for row in named)
-        wrong = WRONG | {14: "its addresses is no text"}
+        wrong = WRONG | {14: "addresses is not text"}
     file = tmp_path / f"bad.{kind}"
     file.write_text(text)
     done = shell("import", file, "--reason", "x", "--json")
@@ -165,24 +164,24 @@ def test_every_bad_row_is_named(shell: Shell, tmp_path: Path, kind: str):
     [
         (b"", [], 9, "is empty"),
         (b"username\n", [], 9, "there is no addresses"),
-        (b"username,addresses,colour\n", [], 9, "'colour' is no column"),
+        (b"username,addresses,colour\n", [], 9, "'colour' is not a column"),
         (b"username,addresses,username\n", [], 9, "there twice"),
         (b"username,addresses\n", [], 9, "rows.csv holds no restrictions"),
         (b"username,addresses\n", ["--dry-run"], 9, "rows.csv holds no restrictions"),
         (b"\n", ["--format", "jsonl"], 9, "rows.csv holds no restrictions"),
         (b"username,addresses\n", ["--reason", ""], 3, "must not be empty"),
-        (GOOD.encode(), ["--format", "xml"], 2, "csv or jsonl"),
+        (GOOD.encode(), ["--format", "xml"], 2, "'csv', 'jsonl'"),
         (GOOD.encode(), ["--reason", ""], 3, "must not be empty"),
         (GOOD.encode("utf-16"), [], 9, "UTF-8"),
         (b'username,addresses\n"jsmith,203.0.113.7\n', [], 9, "line 2: it is not CSV"),
         (b"username,addresses\njsmith,203.0.113.7\nmlee,\xff\n", [], 9, "line 3: it is not UTF-8"),
     ],
 )
-def test_a_file_that_is_none(shell: Shell, tmp_path: Path, text, args, code, words):
-    """What is wrong with it as a whole is one line too, and nothing is changed."""
+def test_an_unusable_file(shell: Shell, tmp_path: Path, text, args, code, words):
+    """The error is one line, and nothing is changed."""
     file = tmp_path / "rows.csv"
     file.write_bytes(text)
-    done = shell.within("import", str(file), "--reason", "x", *args)
+    done = shell("import", str(file), "--reason", "x", *args)
     assert (done.code, done.out) == (code, "")
     assert words in done.err
     assert _state(shell) == (1, {})
@@ -197,21 +196,20 @@ def test_a_file_that_is_none(shell: Shell, tmp_path: Path, text, args, code, wor
     ],
 )
 def test_a_name_twice_in_one_object(shell: Shell, tmp_path: Path, args: list[str], line: str):
-    """JSON leaves open which of the two counts: the line is bad, whatever it would have said."""
+    """JSON leaves open which of the two counts, so the line is bad."""
     file = tmp_path / "rows.jsonl"
     file.write_text(line % "" + "\n" + line % ', "username": "jsmith"' + "\n")
     done = shell(*args, file, "--json")
     assert done.code == 9
-    before, _, told = done.err.partition('"rows": ')
-    assert json.loads(told.removesuffix("}}\n")) == [
+    _, _, reported = done.err.partition('"rows": ')
+    assert json.loads(reported.removesuffix("}}\n")) == [
         {"line": 2, "reason": "'username' is there twice"}
     ]
-    assert before
     assert _state(shell) == (1, {})
 
 
 def _imported(shell: Shell, *args: str | Path, **more: Any) -> Any:
-    """Import, and return what the command says in JSON; the mails go to standard error."""
+    """Import, and return the JSON result; the mails go to standard error."""
     done = shell("import", "--reason", "x", *args, "--json", **more)
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -234,8 +232,8 @@ def test_empty_cells_of_spreadsheets_are_ignored(shell: Shell, text: str):
     assert shell.json("users", "import", "-", stdin=users)["rows"] == 1
 
 
-def test_values_in_no_column_are_bad(shell: Shell):
-    """A value under an empty name, or beyond the last column, may be misplaced."""
+def test_values_without_a_column_are_refused(shell: Shell):
+    """A value under an empty name or beyond the last column may be misplaced."""
     text = "username,addresses,\njsmith,203.0.113.7,x\njsmith,203.0.113.8,,x\n"
     done = shell("import", "-", "--reason", "x", stdin=text)
     assert done.code == 9
@@ -246,7 +244,7 @@ def test_values_in_no_column_are_bad(shell: Shell):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_utf_16_is_named(shell: Shell, kind: str, encoding: str):
-    """A file that was saved as "Unicode text" is refused as that, with what to do."""
+    """A file that was saved as "Unicode text" is refused, and the error says what to do."""
     text = GOOD if kind == "csv" else '{"username": "jsmith", "addresses": "203.0.113.7"}\n'
     for args in (["import", "--reason", "x"], ["import", "--reason", "x", "--dry-run"]):
         done = shell(*args, "--format", kind, "-", stdin=text.encode(encoding))
@@ -257,15 +255,15 @@ def test_utf_16_is_named(shell: Shell, kind: str, encoding: str):
 
 @pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
 def test_other_separators_are_named(shell: Shell, mark: str, name: str):
-    """A file of another dialect is refused as a whole, and the error names the separator."""
+    """The error names the separator that the file uses."""
     text = GOOD.replace(",", mark)
     done = shell("import", "-", "--reason", "x", stdin=text)
     assert done.code == 9
     assert f"line 1: its columns are separated by {name}, not by commas" in done.err
 
 
-def test_an_export_imported_where_it_came_from(shell: Shell, tmp_path: Path):
-    """With --skip-existing only what is new is added; what differs is refused, not skipped."""
+def test_skip_existing(shell: Shell, tmp_path: Path):
+    """New restrictions are added; one with another label or expiry is refused."""
     _imported(shell, "-", stdin=GOOD)
     shell.good("export", "-o", tmp_path / "all.csv")
     before = _state(shell)
@@ -288,8 +286,8 @@ def test_an_export_imported_where_it_came_from(shell: Shell, tmp_path: Path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
-def test_data_is_utf_8_whatever_the_locale(shell: Shell, encoding: str):
-    """What is piped is what is stored: exports, lists and the audit log."""
+def test_output_in_a_pipe_is_utf_8(shell: Shell, encoding: str):
+    """The locale does not change exports, lists and the audit log."""
     users = "username,full_name,account_id\nünal,Ünal Şahin,U1\n"
     shell.good("users", "import", "-", stdin=users)
     rows = "username,addresses,label\nünal,203.0.113.7,東京\n"
@@ -302,7 +300,7 @@ def test_data_is_utf_8_whatever_the_locale(shell: Shell, encoding: str):
 
 
 def test_an_export_for_excel(shell: Shell):
-    """It begins with a byte order mark, and is imported like any other; JSON has none."""
+    """It starts with a byte order mark, which imports accept; JSON Lines have none."""
     _imported(shell, "-", stdin=GOOD)
     plain, marked = shell.good("export"), shell.good("export", "--excel")
     assert marked == "\ufeff" + plain
@@ -312,13 +310,13 @@ def test_an_export_for_excel(shell: Shell):
 
 
 def test_users_import_of_a_file_without_users(shell: Shell):
-    """Nothing but a header is most likely not the file that was meant."""
+    """A file with only a header is an error."""
     header = "username,full_name,account_id\n"
     assert shell.bad(9, "users", "import", "-", stdin=header) == "standard input holds no users"
 
 
-def test_what_has_expired_is_not_exported(shell: Shell, tmp_path: Path):
-    """An export can be imported as it is; who is left out by it is told beside it."""
+def test_expired_restrictions_are_not_exported(shell: Shell, tmp_path: Path):
+    """The export can be imported; a note counts the users that it leaves out."""
     with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as turn:
         for number, (username, days) in enumerate((("jsmith", -1), ("mlee", -1), ("mlee", 1))):
             turn.add_restriction(
@@ -335,8 +333,8 @@ def test_what_has_expired_is_not_exported(shell: Shell, tmp_path: Path):
         turn.append(Action.IMPOSE, actor="x", touches=frozenset({"jsmith", "mlee"}))
     done = shell("export")
     assert (done.code, done.out.count("\n"), "mlee,203.0.113.2," in done.out) == (0, 2, True)
-    assert "left out, as they have expired: 2" in done.err
-    assert "users who have no other: 1; they can log in from nowhere here" in done.err
+    assert "expired restrictions left out: 2" in done.err
+    assert "users with expired restrictions only: 1; they can log in from no address" in done.err
     told = shell.json("export", "-o", "out.csv")
     assert (told["rows"], told["expired"], told["users_left_out"]) == (1, 2, 1)
     other = f"sqlite:///{tmp_path}/other.db"
@@ -347,10 +345,10 @@ def test_what_has_expired_is_not_exported(shell: Shell, tmp_path: Path):
         assert [str(r.addresses) for r in store.load_policy("mlee").restrictions] == ["203.0.113.2"]
 
 
-def test_more_than_a_user_may_have_and_more_users_than_are_asked_one_by_one(
+def test_an_import_is_checked_alike_for_few_and_many_users(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """The figure of the settings holds; many users are compared with all that are there."""
+    """The limit of the settings applies; many users are compared in one walk over the store."""
     first = tmp_path / "first.csv"
     first.write_text("username,addresses\njsmith,203.0.113.7\n")
     assert shell("import", first, "--reason", "x").code == 0
@@ -364,7 +362,7 @@ def test_more_than_a_user_may_have_and_more_users_than_are_asked_one_by_one(
     for few in (5_000, 0):
         monkeypatch.setattr("ipguard.cli._import_check._FEW", few)
         monkeypatch.setattr("ipguard.cli._import_check.BATCH", 1)
-        done = shell.within(*args, "--json")
+        done = shell(*args, "--json")
         told.append([(row["line"], row["reason"]) for row in done.error["rows"]])
     assert told[0] == told[1]
     assert [line for line, _ in told[0]] == [4, 5, 6, 7, 8, 10]
@@ -372,7 +370,7 @@ def test_more_than_a_user_may_have_and_more_users_than_are_asked_one_by_one(
 
 
 def test_check_a_whole_login_log(shell: Shell, tmp_path: Path):
-    """Who would have been refused, and why; columns that are of no interest may be there."""
+    """The report names the refused logins; other columns are ignored."""
     rows = tmp_path / "rows.csv"
     rows.write_text("username,addresses\njsmith,203.0.113.0/29\n")
     assert shell("import", rows, "--reason", "x").code == 0
@@ -394,14 +392,14 @@ def test_check_a_whole_login_log(shell: Shell, tmp_path: Path):
     done = shell("check", "--file", "-", "--format", "jsonl", stdin=lines)
     assert done.code == 9
     assert "1 logins: 1 allowed, 0 refused" in done.err
-    assert "line 2: it is no JSON object" in done.err
+    assert "line 2: it is not a JSON object" in done.err
     for empty in ("", "username,address\n", "username,address\n\n"):
         assert shell("check", "--file", "-", stdin=empty).code == 9
     assert shell.bad(9, "check", "--file", "-", stdin="username,address\n") == (
         "standard input holds no logins"
     )
     assert "holds no logins" in shell.bad(9, "check", "--file", "-", "--format", "jsonl")
-    assert "USERNAME ADDRESS" in shell.bad(2, "check", "mlee", "1.2.3.4", "--file", log)
+    assert "USERNAME and ADDRESS" in shell.bad(2, "check", "mlee", "1.2.3.4", "--file", log)
     gone = ("--store", "postgresql://127.0.0.1:1/x")
     assert "the store" in shell.bad(6, "check", "--file", log, *gone)
 

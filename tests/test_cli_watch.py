@@ -228,7 +228,8 @@ def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):
     """It names the listener and the rights of the role, and a server that does not respond."""
     schema = fresh_schema()
     url = own_postgres.url(schema=schema)
-    ipguard.open_store(url, migrate=True).close()
+    with ipguard.open_store(url, migrate=True) as store:
+        store.put_users([ipguard.User(username="jsmith", full_name="John", account_id="U1")])
     reader, writer, none = (f"{schema}_{kind}" for kind in ("reader", "writer", "none"))
     for role in (reader, writer, none):
         own_postgres.execute(f"CREATE ROLE {role} LOGIN")

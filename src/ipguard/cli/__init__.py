@@ -16,19 +16,15 @@ from typing import Annotated, Any, Final
 import typer
 
 import ipguard
-from ipguard.cli import (  # noqa: F401 - their import defines the commands, in this order
-    changes,
-    checks,
-    doctor,
-    history,
-    setup,
-    transfer,
-    users,
-)
 from ipguard.cli._codes import Exit, Problem, problem_of
 from ipguard.cli._context import JsonOption, OutputClosed, StoreOption, app, typed
 from ipguard.cli._output import Output
 from ipguard.errors import IPGuardError
+
+# The modules define their commands when they are imported; `--help` has them in this order.
+# isort: off
+from ipguard.cli import setup, users, changes, checks, history, transfer, doctor  # noqa: F401
+# isort: on
 
 __all__ = ["run"]
 
@@ -129,12 +125,12 @@ def _problem(exc: Exception) -> Problem:
     if isinstance(exc, IPGuardError):
         return problem_of(exc)
     if isinstance(exc, _UsageError):
-        return Problem(Exit.USAGE, exc.format_message(), hint="see --help")
+        return Problem(Exit.USAGE, exc.format_message(), "see --help")
     if isinstance(exc, OSError):
         place = f"{exc.filename}: " if exc.filename else ""
         return Problem(Exit.FILE, f"{place}{exc.strerror or exc}")
     message = f"a defect of ipguard: {type(exc).__name__}: {exc}"
-    return Problem(Exit.DEFECT, message, hint="IPGUARD_DEBUG=1 shows the traceback")
+    return Problem(Exit.DEFECT, message, "IPGUARD_DEBUG=1 shows the traceback")
 
 
 def _start_log() -> None:

@@ -68,9 +68,9 @@ class Problem(Exception):
         self,
         code: Exit,
         message: str,
+        hint: str = "",
         *,
         kind: str = "",
-        hint: str = "",
         details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
@@ -81,9 +81,7 @@ class Problem(Exception):
         self.details = details or {}
 
 
-_IDS: Final = (
-    "`ipguard list` shows ids, in a terminal or with --json"
-)
+_IDS: Final = "`ipguard list` shows ids, in a terminal or with --json"
 _MAKE_STORE: Final = "`ipguard init` makes a new store"
 _HINTS: Final[dict[type[Exception], str]] = {
     errors.NumberExpired: "`ipguard resend` sends a new number",

@@ -9,7 +9,7 @@ import inspect
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, get_type_hints
@@ -41,77 +41,61 @@ Function = TypeVar("Function", bound=Callable[..., int | None])
 StoreOption = Annotated[
     str | None,
     typer.Option(
-        "--store",
-        envvar="IPGUARD_URL",
-        metavar="URL",
-        help="The store, such as sqlite:///ipguard.db or postgresql://user@host/db.",
+        "--store", envvar="IPGUARD_URL", metavar="URL", help="Store, as sqlite:///ipguard.db."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, for errors too.")]
 
 
-def _option(flag: str, variable: str, metavar: str, text: str, kind: Any = str) -> Any:
-    """Return the type and default of an optional option with an environment variable."""
-    option = typer.Option(flag, envvar=variable, metavar=metavar, help=text)
+def _option(flag: str, variable: str, text: str, kind: Any = str) -> tuple[Any, object]:
+    """Return the type and default of an option that an environment variable can set too."""
+    name, metavar = flag.split()
+    option = typer.Option(name, envvar=variable, metavar=metavar, help=text)
     return Annotated[kind | None, option], None
 
 
+_EVERY = typer.Option("--every-account", help="The administrator manages all accounts.")
 _SHARED: Final[Options] = {"store": (StoreOption, None), "as_json": (JsonOption, False)}
 KEY: Final[Options] = {
     "key_file": _option(
-        "--key-file",
+        "--key-file FILE",
         "IPGUARD_KEY_FILE",
-        "FILE",
-        "The file with the key of confirmation numbers. IPGUARD_KEY may hold the key instead.",
+        "Key file for confirmation numbers. IPGUARD_KEY may hold the key instead.",
     ),
 }
 SETTINGS: Final[Options] = {
-    "settings": _option(
-        "--settings", "IPGUARD_SETTINGS", "FILE", "TOML file with the WorkflowSettings of the host."
-    ),
+    "settings": _option("--settings FILE", "IPGUARD_SETTINGS", "TOML file with WorkflowSettings."),
 }
 MAIL: Final[Options] = {
     "mail": _option(
-        "--mail",
+        "--mail URL",
         "IPGUARD_MAIL",
-        "URL",
-        "Mail server, such as smtp+starttls://mail.example.com:587; `console` prints mails."
-        " A URL with a password has to be in the variable.",
+        "Mail server, such as smtp+starttls://mail.example.com:587, or `console` to print mails."
+        " The variable may hold a password.",
     ),
-    "mail_from": _option("--mail-from", "IPGUARD_MAIL_FROM", "ADDRESS", "Sender of the mails."),
-    "product": _option(
-        "--product", "IPGUARD_PRODUCT", "NAME", "Name of the platform in the mails."
-    ),
+    "mail_from": _option("--mail-from ADDRESS", "IPGUARD_MAIL_FROM", "Sender of the mails."),
+    "product": _option("--product NAME", "IPGUARD_PRODUCT", "Name of the platform in mails."),
 }
 EMAIL: Final[Options] = {
-    "email": _option("--email", "IPGUARD_EMAIL", "ADDRESS", "Your e-mail address."),
+    "email": _option("--email ADDRESS", "IPGUARD_EMAIL", "Your e-mail address."),
 }
 ACTOR: Final[Options] = {
     "actor": _option(
-        "--as",
+        "--as USERNAME",
         "IPGUARD_ACTOR",
-        "USERNAME",
         "Act on behalf of this administrator; your OS user is recorded too.",
     ),
     **EMAIL,
     "accounts": _option(
-        "--account",
+        "--account ID",
         "IPGUARD_ACCOUNTS",
-        "ID",
-        "An account that the administrator manages; may be repeated. The variable holds several"
-        " IDs separated by blanks.",
+        "Account of the administrator; may be repeated. Blanks separate IDs in the variable.",
         list[str],
     ),
-    "every_account": (
-        Annotated[
-            bool, typer.Option("--every-account", help="The administrator manages all accounts.")
-        ],
-        False,
-    ),
+    "every_account": (Annotated[bool, _EVERY], False),
     "actor_address": _option(
-        "--from",
+        "--from ADDRESS",
         "IPGUARD_ACTOR_ADDRESS",
-        "ADDRESS",
         "The administrator's IP address; a change that would lock it out needs consent.",
     ),
 }
@@ -137,7 +121,7 @@ def command(
     Shared options are added to the signature but not passed on; read them from the context.
 
     Args:
-        groups: Shared options besides `--store` and `--json`.
+        groups: Shared options; every command also has `--store` and `--json`.
         name: The name of the command, if it differs from the function's.
         group: Where the command belongs.
     """
@@ -232,17 +216,12 @@ class Context:
         url: str | None = self.options["store"]
         if not url:
             hint = "use --store sqlite:///ipguard.db, or IPGUARD_URL"
-            raise Problem(Exit.CONFIG, "no store", hint=hint)
+            raise Problem(Exit.CONFIG, "no store", hint)
         if "store" in self.arguments:
-            refuse_password(
-                "--store",
-                url,
-                "IPGUARD_URL, or the password into PGPASSWORD or PostgreSQL's password file"
-                " (~/.pgpass)",
-            )
+            refuse_password("--store", url, "IPGUARD_URL, or the password into PGPASSWORD")
         if self.scheme == "memory":
-            hint = "name a file or a server"
-            raise Problem(Exit.CONFIG, "memory:// would end with this command", hint=hint)
+            message = "memory:// would end with this command"
+            raise Problem(Exit.CONFIG, message, "name a file or a server")
         return url
 
     @property
@@ -251,17 +230,9 @@ class Context:
         scheme = str(self.options["store"]).partition("://")[0].lower()
         return "postgresql" if scheme == "postgres" else scheme
 
-    @contextmanager
-    def store(self, *, migrate: bool = False) -> Iterator[RestrictionStore]:
+    def store(self, *, migrate: bool = False) -> AbstractContextManager[RestrictionStore]:
         """Open the store; create or migrate it only with `migrate`."""
-        with ipguard.open_store(self.url, migrate=migrate) as store:
-            yield store
-
-    @contextmanager
-    def reading(self) -> Iterator[tuple[RestrictionStore, ipguard.Workflow]]:
-        """Open the store with a workflow that only reads."""
-        with self.store() as store:
-            yield store, self.workflow(store, mails=False)
+        return ipguard.open_store(self.url, migrate=migrate)
 
     def actor(self, *, mailed: bool = True) -> Actor:
         """Return the administrator of the options, or else the operator.
@@ -277,22 +248,25 @@ class Context:
             address=self.options.get("actor_address"),
         )
 
+    @contextmanager
     def workflow(
-        self, store: RestrictionStore, *, mails: bool = True, numbers: bool = False
-    ) -> ipguard.Workflow:
-        """Return a workflow over the store.
+        self, *, mails: bool = True, numbers: bool = False
+    ) -> Iterator[tuple[RestrictionStore, ipguard.Workflow]]:
+        """Open the store with a workflow.
 
         Args:
-            store: The store.
             mails: Whether the command sends mail.
             numbers: Whether it mints or checks confirmation numbers, which needs the key.
         """
         self.notifier = RecordingNotifier(self.mailer() if mails else None)
         keys = read_keys(self.options["key_file"]) if numbers else [secrets.token_bytes(32)]
-        try:
-            return ipguard.Workflow(store, self.notifier, key=keys, settings=self.settings())
-        except InvalidValue as exc:
-            raise Problem(Exit.CONFIG, str(exc), kind="InvalidValue") from None
+        settings = self.settings()
+        with self.store() as store:
+            try:
+                flow = ipguard.Workflow(store, self.notifier, key=keys, settings=settings)
+            except InvalidValue as exc:
+                raise Problem(Exit.CONFIG, str(exc), kind="InvalidValue") from None
+            yield store, flow
 
     def settings(self) -> ipguard.WorkflowSettings:
         """Read the workflow's settings from their file, if there is one."""
@@ -323,7 +297,7 @@ class Context:
             raise Problem(
                 Exit.CONFIG,
                 "this command sends mail, and there is no mail server",
-                hint="use --mail smtp://127.0.0.1 or IPGUARD_MAIL; `console` prints the mails",
+                "use --mail smtp://127.0.0.1 or IPGUARD_MAIL; `console` prints the mails",
             )
         if "mail" in self.arguments:
             refuse_password("--mail", url, "IPGUARD_MAIL")
@@ -336,7 +310,7 @@ class Context:
                 return ConsoleNotifier(sys.stderr, product=product)
             if not sender:
                 hint = "use --mail-from or IPGUARD_MAIL_FROM"
-                raise Problem(Exit.CONFIG, "the mails have no sender", hint=hint)
+                raise Problem(Exit.CONFIG, "the mails have no sender", hint)
             return EmailNotifier(url, sender=sender, product=product)
         except InvalidValue as exc:
             raise Problem(Exit.CONFIG, f"mail: {exc}", kind="InvalidValue") from None

@@ -63,7 +63,7 @@ class Columns:
         return name in self.required or name in self.optional
 
     def fault(self, names: Sequence[str]) -> str | None:
-        """Return what is wrong with the column names of a row, or None."""
+        """Return why a row cannot have these column names, or None."""
         for name in self.required:
             if name not in names:
                 return f"there is no {name}"
@@ -169,7 +169,7 @@ class BadRows(Problem):
 
         Args:
             line: The line it starts on, counted from 1.
-            reason: What is wrong with it.
+            reason: Why it cannot be used.
         """
         if self._spool is None:
             self._spool = Spool("line INTEGER, reason TEXT")
@@ -207,7 +207,7 @@ def rows(
         stream: The file.
         kind: Its format. The first line of CSV names the columns.
         columns: The columns.
-        reject: Called for each bad row with its line and what is wrong.
+        reject: Called for each bad row with its line and fault.
         advance: Called for each line with its size in bytes.
 
     Yields:
@@ -234,7 +234,7 @@ class _Lines:
 
     Attributes:
         number: The number of the last line, from 1.
-        fault: What is wrong with the lines since the last call of `take_fault`, or None.
+        fault: Why the lines since the last call of `take_fault` cannot be used, or None.
     """
 
     def __init__(self, stream: BinaryIO, advance: Callable[[int], object]) -> None:
@@ -273,15 +273,12 @@ class _Lines:
 def _without_mark(line: bytes) -> bytes:
     """Remove the byte order mark from the first line; refuse UTF-16, called "Unicode text"."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
-        raise Problem(
-            Exit.FILE,
-            "the file is not UTF-8 but UTF-16 or UTF-32",
-            hint="save it as UTF-8; in Excel: CSV UTF-8 (comma delimited)",
-        )
+        hint = "save it as UTF-8; in Excel: CSV UTF-8 (comma delimited)"
+        raise Problem(Exit.FILE, "the file is not UTF-8 but UTF-16 or UTF-32", hint)
     return line.removeprefix(b"\xef\xbb\xbf")
 
 
-# Both readers yield the line and either the row or what is wrong with it.
+# Both readers yield the line and either the row or its fault.
 def _csv_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | str]]:
     reader = csv.reader(iter(lines), strict=True)
     names = _header(lines, reader, columns)
@@ -327,7 +324,7 @@ def _header(lines: _Lines, reader: Iterator[list[str]], columns: Columns) -> lis
     if fault is not None:
         hint = "the first line names the columns: "
         hint += ",".join((*columns.required, *columns.optional))
-        raise Problem(Exit.FILE, f"line 1: {fault}", hint=hint)
+        raise Problem(Exit.FILE, f"line 1: {fault}", hint)
     return names
 
 

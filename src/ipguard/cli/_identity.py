@@ -73,7 +73,7 @@ def actor(
         raise Problem(
             Exit.CONFIG,
             "this command sends mail and needs your e-mail address",
-            hint="use --email or IPGUARD_EMAIL",
+            "use --email or IPGUARD_EMAIL",
         )
     return Actor(
         username=name or operator_name(),

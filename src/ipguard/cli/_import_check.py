@@ -17,6 +17,7 @@ from ipguard import rules
 from ipguard.addresses import AddressRange
 from ipguard.cli._context import Context
 from ipguard.cli._files import BadRows, Columns, Format, Row, Spool, progress, rows, without_rows
+from ipguard.cli._identity import READER
 from ipguard.cli._output import BATCH, Output
 from ipguard.errors import DuplicateRestriction, InvalidValue, IPGuardError, UnknownUser
 from ipguard.model import Actor, Policy, Restriction, UserOverview
@@ -126,7 +127,6 @@ def checked(
     context: Context,
     store: RestrictionStore,
     flow: Workflow,
-    actor: Actor,
     stream: BinaryIO,
     kind: Format,
     path: str,
@@ -144,7 +144,7 @@ def checked(
         with progress(context.out, "checking", stream) as advance:
             for line, row in rows(stream, kind, COLUMNS, bad.add, advance):
                 try:
-                    wanted = flow.check_row(actor, values(row))
+                    wanted = flow.check_row(READER, values(row))
                 except IPGuardError as exc:
                     bad.add(line, exc)
                     continue

@@ -166,11 +166,11 @@ class Output:
             option: The option that accepts it without a question.
 
         Raises:
-            Problem: The answer was no, or there is no terminal to ask on.
+            Problem: The answer was not yes, or no terminal is connected.
         """
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             hint = f"{option} accepts that"
-            raise Problem(Exit.NOT_CONFIRMED, outcome, kind="NotConfirmed", hint=hint)
+            raise Problem(Exit.NOT_CONFIRMED, outcome, hint, kind="NotConfirmed")
         self._err(f"{clean(outcome)}. Continue? [y/N] ")
         sys.stderr.flush()  # the line has no end yet, so a terminal would not show it
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -16,6 +16,7 @@ from ipguard.cli._codes import Exit, Problem
 
 _NUMBER_LIMIT: Final = 200
 _KEYS_LIMIT: Final = 2**16
+HOW_TO_GIVE_NUMBER: Final = "type it when asked, or write it to standard input"
 _SECRET_OPTIONS: Final = frozenset({"password", "sslpassword"})
 # libpq accepts `#` and `?` in a password; a `/` is there if somebody forgot to encode it.
 _USER_AND_PASSWORD: Final = re.compile(r"[^/@]*:([^?@]*|[^/@]*)@")
@@ -43,7 +44,7 @@ def refuse_password(option: str, url: str, alternative: str) -> None:
         raise Problem(
             Exit.USAGE,
             f"every user of this machine can read a password in {option}",
-            hint=f"put the URL into {alternative}",
+            f"put the URL into {alternative}",
         )
 
 
@@ -68,17 +69,11 @@ def read_keys(path: str | None) -> list[bytes]:
             with Path(path).open("rb") as file:
                 keys = file.read(_KEYS_LIMIT).split()
         except OSError as exc:
-            raise Problem(
-                Exit.CONFIG,
-                f"the key file {path}: {exc.strerror}",
-                hint="`ipguard init` makes one for a new store; all servers share their key",
-            ) from None
+            hint = "`ipguard init` makes one for a new store; all servers share their key"
+            raise Problem(Exit.CONFIG, f"the key file {path}: {exc.strerror}", hint) from None
     if not keys:
-        raise Problem(
-            Exit.CONFIG,
-            f"the key file {path} is empty" if path else "no key for confirmation numbers",
-            hint="use --key-file, IPGUARD_KEY_FILE or IPGUARD_KEY",
-        )
+        message = f"the key file {path} is empty" if path else "no key for confirmation numbers"
+        raise Problem(Exit.CONFIG, message, "use --key-file, IPGUARD_KEY_FILE or IPGUARD_KEY")
     return keys
 
 
@@ -92,6 +87,5 @@ def read_number() -> str:
         sys.stderr.flush()
     number = sys.stdin.readline(_NUMBER_LIMIT).strip()
     if not number:
-        hint = "type it when asked, or write it to standard input"
-        raise Problem(Exit.USAGE, "no confirmation number", hint=hint)
+        raise Problem(Exit.USAGE, "no confirmation number", HOW_TO_GIVE_NUMBER)
     return number

@@ -15,7 +15,7 @@ import typer
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import ACTOR, ADMINISTRATOR, OPERATOR, SETTINGS, Context, command
-from ipguard.cli._secrets import read_number
+from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
 from ipguard.errors import LockoutRisk, UnknownRestriction, UnknownUser, shorten
 from ipguard.model import Actor, Applied, PendingRequest
 from ipguard.rules import shifted, without
@@ -71,8 +71,7 @@ def request(
     Example: ipguard request jsmith 203.0.113.0/29 --label office --expires 30d
     """
     actor = context.actor()
-    with context.store() as store:
-        flow = context.workflow(store, numbers=True)
+    with context.workflow(numbers=True) as (_, flow):
         until = parse_expiry(expires, flow.now())
         _confirm_expiry(context, flow, actor, username, until, allowed=allow_lockout)
         made = _confirm_lockout(
@@ -101,14 +100,10 @@ def confirm(
     Example: ipguard confirm 3f1c9a0be2d47756
     """
     if number:
-        raise Problem(
-            Exit.USAGE,
-            "every user of this machine can read a number in the arguments",
-            hint="type it when asked, or write it to standard input",
-        )
+        message = "every user of this machine can read a number in the arguments"
+        raise Problem(Exit.USAGE, message, HOW_TO_GIVE_NUMBER)
     actor = context.actor()
-    with context.store() as store:
-        flow = context.workflow(store, numbers=True)
+    with context.workflow(numbers=True) as (_, flow):
         opens, deletes = allow_open, flow.own_request(actor, request).restriction_id
         if deletes is not None:
             opens = _confirm_removal(
@@ -129,8 +124,8 @@ def confirm(
 def cancel(context: Context, request: RequestArgument) -> None:
     """Cancel a request."""
     actor = context.actor(mailed=False)
-    with context.store() as store:
-        cancelled = context.workflow(store, mails=False).cancel(actor, request)
+    with context.workflow(mails=False) as (_, flow):
+        cancelled = flow.cancel(actor, request)
     _show_request(context, cancelled)
 
 
@@ -138,8 +133,8 @@ def cancel(context: Context, request: RequestArgument) -> None:
 def resend(context: Context, request: RequestArgument) -> None:
     """Mail a new number for a request; the old one stops working."""
     actor = context.actor(mailed=False)  # the mail goes to the address of the first one
-    with context.store() as store:
-        made = context.workflow(store, numbers=True).resend(actor, request)
+    with context.workflow(numbers=True) as (_, flow):
+        made = flow.resend(actor, request)
     _show_request(context, made, "A new number was mailed to the address of the first one")
 
 
@@ -152,13 +147,12 @@ def delete(
     allow_open: OpenOption = False,
     allow_lockout: LockoutOption = False,
 ) -> None:
-    """Delete a restriction at once, or by a number if the settings demand one.
+    """Delete a restriction, by a number if so set.
 
-    `confirm_deletes` in the settings decides; with it, a number is mailed as for a request.
+    If `confirm_deletes` in the settings demands it, a number is mailed as for a request.
     """
     actor = context.actor()
-    with context.store() as store:
-        flow = context.workflow(store, numbers=True)
+    with context.workflow(numbers=True) as (_, flow):
         opens = _confirm_removal(
             context, flow, actor, restriction, opens=allow_open, shuts=allow_lockout
         )
@@ -194,8 +188,7 @@ def impose(
     Example: ipguard impose jsmith 203.0.113.7 --reason "ticket 4713"
     """
     actor = context.actor()
-    with context.store() as store:
-        flow = context.workflow(store)
+    with context.workflow() as (_, flow):
         until = parse_expiry(expires, flow.now())
         _confirm_expiry(context, flow, actor, username, until, allowed=allow_lockout)
         applied = flow.impose(
@@ -215,8 +208,7 @@ def lift(
 ) -> None:
     """Delete a restriction at once, without a number. The user is told by mail."""
     actor = context.actor()
-    with context.store() as store:
-        flow = context.workflow(store)
+    with context.workflow() as (_, flow):
         opens = _confirm_removal(
             context, flow, actor, restriction, opens=allow_open, shuts=allow_lockout
         )
@@ -231,11 +223,10 @@ def unlock(
     *,
     reason: ReasonOption,
 ) -> None:
-    """Accept numbers from an administrator again, after too many wrong ones."""
+    """Accept numbers again after too many wrong ones."""
     actor = context.actor()
     name = canonical_username(username)
-    with context.store() as store:
-        flow = context.workflow(store)
+    with context.workflow() as (store, flow):
         # An administrator who is not registered has failures to reset; otherwise it is a typo.
         if not flow.failures(actor, name) and not store.load_policy(name).known:
             raise Problem(
@@ -286,12 +277,12 @@ def _confirm_removal(
         flow: The workflow.
         actor: Who acts.
         restriction_id: The restriction.
-        opens: Whether the removal may open the user to every address.
-        shuts: Whether it may leave the user with no address.
+        opens: Whether an option accepts that the user can then log in from every address.
+        shuts: Whether an option accepts that the user can then log in from no address.
 
     Returns:
         Whether the removal may open the user to every address, by the option or the answer. If not,
-        the workflow refuses it should the restriction be the last one by then.
+        the workflow refuses to remove a restriction that has become the last one.
     """
     try:
         found = flow.restriction(actor, restriction_id)
@@ -337,7 +328,7 @@ def _confirm_expiry(
 
 
 def _confirm_lockout(context: Context, change: Callable[[bool], T], *, allowed: bool) -> T:
-    """Make a change; if it would lock its actor out, ask first and then make it all the same."""
+    """Make a change; if it would lock its actor out, ask and then make it with consent."""
     try:
         return change(allowed)
     except LockoutRisk as exc:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
-import attrs
 import typer
 
+from ipguard.cli import _files
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import Context, command
-from ipguard.cli._files import (
-    BadRows,
-    Columns,
-    Format,
-    FormatOption,
-    format_of,
-    opened,
-    progress,
-    rows,
-    without_rows,
-)
+from ipguard.cli._files import BadRows, Columns, Format, FormatOption
 from ipguard.guard import Guard
 from ipguard.model import Reason
 
@@ -67,12 +57,11 @@ def check(
     Example: ipguard check jsmith 203.0.113.5
     """
     if (file is None) == (username is None) or (address is None) != (username is None):
-        usage = "give USERNAME and ADDRESS, or --file FILE"
-        raise Problem(Exit.USAGE, usage)
+        raise Problem(Exit.USAGE, "give USERNAME and ADDRESS, or --file FILE")
     with context.store() as store:
         guard = Guard(store, unknown_users=unknown_users.value)
         if file is not None:
-            return _check_file(context, guard, file, format_of(file, kind))
+            return _check_file(context, guard, file, _files.format_of(file, kind))
         decision = guard.check(username or "", address or "")
         if decision.reason is Reason.STORE_UNAVAILABLE:
             raise _unavailable(guard)
@@ -115,7 +104,7 @@ def explain(
 
 
 def _unavailable(guard: Guard) -> Problem:
-    """Return the error for a store that does not respond: that is no answer about a user."""
+    """Return the error for a store that does not respond, which says nothing about the user."""
     error = guard.stats().error or "it does not respond"
     return Problem(Exit.UNAVAILABLE, f"the store: {error}", kind="StoreUnavailable")
 
@@ -123,90 +112,62 @@ def _unavailable(guard: Guard) -> Problem:
 # -- a login log ---------------------------------------------------------------------------------
 
 
-@attrs.define
-class Refused:
-    """A login that would be refused.
-
-    Attributes:
-        username: As in the log.
-        address: As in the log.
-        reason: Why.
-        first_line: The line of its first occurrence.
-        count: How often it occurs.
-    """
-
-    username: str
-    address: str
-    reason: str
-    first_line: int
-    count: int = 0
-
-
-@attrs.define
-class _LogReport:
-    """What a login log would lead to."""
-
-    allowed: int = 0
-    reasons: Counter[str] = attrs.field(factory=Counter)
-    refused: dict[tuple[str, str, str], Refused] = attrs.field(factory=dict)
-    unlisted: int = 0
-
-    def refuse(self, login: tuple[str, str, str], line: int) -> None:
-        """Count a refused login."""
-        self.reasons[login[2]] += 1
-        if login not in self.refused and len(self.refused) < _LISTED:
-            self.refused[login] = Refused(*login, line)
-        if login in self.refused:
-            self.refused[login].count += 1
-        else:
-            self.unlisted += 1
+_LISTED_COLUMNS: Final = ("username", "address", "reason", "count", "first_line")
 
 
 def _check_file(context: Context, guard: Guard, path: str, kind: Format) -> int:
     """Check every login of a file; report bad rows after the rest."""
-    bad, report = BadRows(path, "the others were checked"), _LogReport()
-    with opened(path) as stream, progress(context.out, "logins", stream) as advance:
-        for line, row in rows(stream, kind, _COLUMNS, bad.add, advance):
+    bad, allowed, unlisted = BadRows(path, "the others were checked"), 0, 0
+    reasons: Counter[str] = Counter()
+    counts: Counter[tuple[str, str, str]] = Counter()
+    first_lines: dict[tuple[str, str, str], int] = {}
+    with _files.opened(path) as stream, _files.progress(context.out, "logins", stream) as advance:
+        for line, row in _files.rows(stream, kind, _COLUMNS, bad.add, advance):
             username, address = row.get("username", ""), row.get("address", "")
             decision = guard.check(username, address)
             if decision.reason is Reason.STORE_UNAVAILABLE:
                 raise _unavailable(guard)
             if decision:
-                report.allowed += 1
+                allowed += 1
+                continue
+            reasons[decision.reason.value] += 1
+            login = (username, address, decision.reason.value)
+            if login in counts or len(counts) < _LISTED:
+                counts[login] += 1
+                first_lines.setdefault(login, line)
             else:
-                report.refuse((username, address, decision.reason.value), line)
-    if not (report.allowed or report.reasons or bad.count):
-        raise without_rows(path, "logins")
-    _show_report(context, path, report, bad.count)
+                unlisted += 1
+    if not (allowed or reasons or bad.count):
+        raise _files.without_rows(path, "logins")
+    report = {
+        "file": path,
+        "logins": allowed + reasons.total(),
+        "allowed": allowed,
+        "refused": reasons.total(),
+        "bad_rows": bad.count,
+        "by_reason": dict(reasons.most_common()),
+        "refused_logins": [
+            dict(zip(_LISTED_COLUMNS, (*login, count, first_lines[login]), strict=True))
+            for login, count in counts.items()
+        ],
+        "not_listed_here": unlisted,
+    }
+    _show_report(context, report)
     bad.raise_if_any()
-    return Exit.NOT_ALLOWED if report.reasons else Exit.OK
+    return Exit.NOT_ALLOWED if reasons else Exit.OK
 
 
-def _show_report(context: Context, path: str, report: _LogReport, bad: int) -> None:
-    refused, total = list(report.refused.values()), report.reasons.total()
+def _show_report(context: Context, report: dict[str, Any]) -> None:
     if context.out.as_json:
-        context.out.data(
-            {
-                "file": path,
-                "logins": report.allowed + total,
-                "allowed": report.allowed,
-                "refused": total,
-                "bad_rows": bad,
-                "by_reason": dict(sorted(report.reasons.items())),
-                "refused_logins": refused,
-                "not_listed_here": report.unlisted,
-            }
-        )
+        context.out.data(report)
         return
-    if refused:
-        context.out.table(
-            ("username", "address", "reason", "count", "first_line"),
-            ((r.username, r.address, r.reason, r.count, r.first_line) for r in refused),
-        )
-    why = ", ".join(f"{reason} {count:,}" for reason, count in report.reasons.most_common())
+    if report["refused_logins"]:
+        context.out.table(_LISTED_COLUMNS, (tuple(r.values()) for r in report["refused_logins"]))
+    why = ", ".join(f"{reason} {count:,}" for reason, count in report["by_reason"].items())
     context.out.note(
-        f"{report.allowed + total:,} logins: {report.allowed:,} allowed, {total:,} refused"
+        f"{report['logins']:,} logins: {report['allowed']:,} allowed, {report['refused']:,} refused"
         + (f" ({why})" if why else "")
     )
-    if report.unlisted:
-        context.out.note(f"{report.unlisted:,} more refused logins are counted but not listed")
+    if report["not_listed_here"]:
+        unlisted = report["not_listed_here"]
+        context.out.note(f"{unlisted:,} more refused logins are counted but not listed")

@@ -45,10 +45,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        check: What was checked.
+        check: The name of the check.
         state: `ok`, `warn` or `fail`.
-        found: What was found.
-        todo: What to do, or "".
+        found: The result.
+        todo: Advice, or "".
     """
 
     check: str
@@ -69,9 +69,9 @@ def doctor(
         typer.Option("--send-test", metavar="ADDRESS", help="Mail a test to this address."),
     ] = None,
 ) -> int:
-    """Check the store, key, settings and mail server, and advise what to do.
+    """Check the store, key, settings and mail server.
 
-    Nothing is changed. The exit code is 11 if a check fails.
+    Nothing is changed; the exit code is 11 if a check fails.
 
     Example: ipguard doctor --send-test you@example.com
     """
@@ -124,12 +124,9 @@ def _key(context: Context) -> Findings:
 def _settings(context: Context) -> Findings:
     settings = context.settings()
     if settings.confirm_deletes is False:
-        yield Finding(
-            "settings",
-            "warn",
-            "an administrator can delete a user's last restriction without a number",
-            'set confirm_deletes = "last" here and on the servers',
-        )
+        found = "an administrator can delete a user's last restriction without a number"
+        todo = 'set confirm_deletes = "last" here and on the servers'
+        yield Finding("settings", "warn", found, todo)
     else:
         yield Finding("settings", "ok", f"confirm_deletes is {settings.confirm_deletes}")
 
@@ -188,12 +185,9 @@ def _clock(store: RestrictionStore) -> Findings:
     if abs(skew) <= _SKEW:
         yield Finding("clock", "ok", "the store and this host agree")
         return
-    yield Finding(
-        "clock",
-        "warn",
-        f"the store is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this host",
-        "set both by NTP: the store's clock decides when restrictions and numbers expire",
-    )
+    found = f"the store is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this host"
+    todo = "set both by NTP: the store's clock decides when restrictions and numbers expire"
+    yield Finding("clock", "warn", found, todo)
 
 
 def _restrictions(store: RestrictionStore) -> Findings:
@@ -212,13 +206,9 @@ def _restrictions(store: RestrictionStore) -> Findings:
     yield Finding("restrictions", "ok", f"{restrictions:,} for {users:,} users")
     if shut:
         more = f" and {shut - _NAMED:,} more" if shut > _NAMED else ""
-        yield Finding(
-            "restrictions",
-            "warn",
-            f"{shut:,} users can log in from no address, because all their restrictions have"
-            f" expired: {', '.join(named)}{more}",
-            "ipguard impose adds a restriction; ipguard lift of the last one opens the user",
-        )
+        found = f"{shut:,} users have only expired restrictions and can log in from no address"
+        todo = "ipguard impose adds a restriction; ipguard lift of the last one opens the user"
+        yield Finding("restrictions", "warn", f"{found}: {', '.join(named)}{more}", todo)
 
 
 def _sqlite(url: str) -> Findings:

@@ -45,7 +45,7 @@ def history(
 
     Example: ipguard history --user jsmith
     """
-    with context.reading() as (store, flow):
+    with context.workflow(mails=False) as (store, flow):
         last: Change | None = None
         more = False
 
@@ -130,7 +130,7 @@ def watch(
     With --json, each entry is one object on a line.
     """
     name = None if user is None else canonical_username(user)
-    with context.reading() as (store, flow):
+    with context.workflow(mails=False) as (store, flow):
         head, token, _ = store.changes_since(None)
         cursor, seen = (head, token), head if since is None else since
         if seen > head:

@@ -20,7 +20,7 @@ _KEY_BYTES = 32
 
 @command(KEY)
 def init(context: Context) -> None:
-    """Create a store, and a file with a new key for its confirmation numbers.
+    """Create a store, and a new key for its numbers.
 
     Only the owner can read the key file. An existing file is never overwritten, because losing a
     key invalidates the numbers that were mailed. If IPGUARD_KEY holds the key and no key file is
@@ -40,7 +40,7 @@ def init(context: Context) -> None:
         existed = _exists(context)
     else:
         hint = "use --key-file or IPGUARD_KEY_FILE; or IPGUARD_KEY with the key itself"
-        raise Problem(Exit.USAGE, "no place to keep the key", hint=hint)
+        raise Problem(Exit.USAGE, "no place to keep the key", hint)
     try:
         with context.store(migrate=True) as store:
             place = repr(store).strip("<>")
@@ -76,11 +76,9 @@ def _write_key(path: str) -> None:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
-        raise Problem(
-            Exit.CONFIG,
-            f"{path} exists already and is not overwritten",
-            hint="name another file; or use this key, and `ipguard migrate` creates the store",
-        ) from None
+        hint = "name another file; or use this key, and `ipguard migrate` creates the store"
+        message = f"{path} exists already and is not overwritten"
+        raise Problem(Exit.CONFIG, message, hint) from None
     with os.fdopen(handle, "w") as file:
         os.fchmod(handle, 0o600)
         file.write(secrets.token_hex(_KEY_BYTES) + "\n")

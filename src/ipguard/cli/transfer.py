@@ -12,18 +12,10 @@ from typing import Annotated, Final, TextIO
 
 import typer
 
+from ipguard.cli import _files
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import OPERATOR, Context, command
-from ipguard.cli._files import (
-    FileArgument,
-    Format,
-    FormatOption,
-    format_of,
-    opened,
-    progress,
-    rows,
-    without_rows,
-)
+from ipguard.cli._files import FileArgument, Format, FormatOption
 from ipguard.cli._identity import READER
 from ipguard.cli._import_check import COLUMNS, checked, values
 from ipguard.cli._output import plain
@@ -60,13 +52,13 @@ def import_(
 
     Example: ipguard import rows.csv --reason "ticket 4713" --dry-run
     """
-    form = format_of(file, kind)
+    form = _files.format_of(file, kind)
     actor = READER if dry_run else context.actor()
-    with opened(file, rewindable=True) as stream, context.store() as store:
-        flow = context.workflow(store, mails=not dry_run)
+    source = _files.opened(file, rewindable=True)
+    with source as stream, context.workflow(mails=not dry_run) as (store, flow):
         if dry_run or skip_existing:
             with checked(
-                context, store, flow, actor, stream, form, file, skip_existing=skip_existing
+                context, store, flow, stream, form, file, skip_existing=skip_existing
             ) as found:
                 if dry_run:
                     found.show(context.out)
@@ -81,21 +73,21 @@ def import_(
 
         def wanted() -> Iterator[tuple[object, ...]]:
             nonlocal count
-            for _, row in rows(stream, form, COLUMNS, _stop, advance):
+            for _, row in _files.rows(stream, form, COLUMNS, _stop, advance):
                 count += 1
                 yield values(row)
             if not count:
-                raise without_rows(file, "restrictions")
+                raise _files.without_rows(file, "restrictions")
 
         try:
-            with progress(context.out, "restrictions", stream) as advance:
+            with _files.progress(context.out, "restrictions", stream) as advance:
                 applied = flow.impose_many(actor, wanted(), reason=reason)
         except (_BadRow, IPGuardError) as exc:
             if isinstance(exc, StoreError) or (isinstance(exc, InvalidValue) and not count):
                 raise
             # Only the first bad row is known so far: check them all.
             stream.seek(0)
-            with checked(context, store, flow, actor, stream, form, file):
+            with checked(context, store, flow, stream, form, file):
                 raise exc from None
     _show_imported(context, count, applied.revision, 0)
 
@@ -115,15 +107,7 @@ def _show_imported(context: Context, count: int, revision: int, skipped: int) ->
         context.out.line(f"{skipped:,} rows skipped: their restrictions exist already")
 
 
-_EXPORTED: Final = (
-    "username",
-    "addresses",
-    "label",
-    "expires_at",
-    "id",
-    "created_at",
-    "created_by",
-)
+_EXPORTED: Final = (*COLUMNS.required, *COLUMNS.optional, *COLUMNS.ignored)
 
 
 @command()
@@ -147,7 +131,7 @@ def export(
     Example: ipguard export -o restrictions.csv
     """
     lines = kind is None and context.out.as_json and not output
-    form = Format.JSONL if lines else format_of(output or "", kind)
+    form = Format.JSONL if lines else _files.format_of(output or "", kind)
     if excel and form is not Format.CSV:
         raise Problem(Exit.USAGE, "--excel is for CSV")
     count = expired = left_out = 0
@@ -160,7 +144,7 @@ def export(
             write = _writer(target, form)
             # In a terminal, rows on standard output would run into the progress bar.
             hidden = context.out.rich and not output
-            bar = nullcontext(lambda _: None) if hidden else progress(context.out, "")
+            bar = nullcontext(lambda _: None) if hidden else _files.progress(context.out, "")
             with bar as advance:
                 for _, policy in policies:
                     holding = [r for r in policy.restrictions if not r.expired(now)]

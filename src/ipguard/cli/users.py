@@ -7,18 +7,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from ipguard.cli import _files
 from ipguard.cli._context import Context, app, command
-from ipguard.cli._files import (
-    BadRows,
-    Columns,
-    FileArgument,
-    FormatOption,
-    format_of,
-    opened,
-    progress,
-    rows,
-    without_rows,
-)
+from ipguard.cli._files import BadRows, Columns, FileArgument, FormatOption
 from ipguard.cli._identity import READER
 from ipguard.cli._output import BATCH, Cell, prefetched
 from ipguard.errors import IPGuardError, shorten
@@ -50,7 +41,9 @@ def import_users(context: Context, file: FileArgument, *, kind: FormatOption = N
 
     def users() -> Iterator[User]:
         nonlocal count
-        for line, row in rows(stream, format_of(file, kind), _COLUMNS, bad.add, advance):
+        for line, row in _files.rows(
+            stream, _files.format_of(file, kind), _COLUMNS, bad.add, advance
+        ):
             count += 1
             try:
                 yield User(**row)
@@ -58,11 +51,11 @@ def import_users(context: Context, file: FileArgument, *, kind: FormatOption = N
                 bad.add(line, exc)
         bad.raise_if_any()
         if not count:
-            raise without_rows(file, "users")
+            raise _files.without_rows(file, "users")
 
-    with opened(file) as stream, context.store() as store:
+    with _files.opened(file) as stream, context.store() as store:
         before = store.changes_since(None).head
-        with progress(context.out, "users", stream) as advance:
+        with _files.progress(context.out, "users", stream) as advance:
             revision = store.put_users(users())
     if context.out.as_json:
         changed = revision != before
@@ -83,7 +76,7 @@ def list_users(
     everything: AllOption = False,
 ) -> None:
     """List the registered users."""
-    with context.reading() as (_, flow):
+    with context.workflow(mails=False) as (_, flow):
         _list(
             context,
             flow,
@@ -116,7 +109,7 @@ def list_(
 
     Example: ipguard list 203.0.113.5
     """
-    with context.reading() as (_, flow):
+    with context.workflow(mails=False) as (_, flow):
         _list(
             context,
             flow,
