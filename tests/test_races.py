@@ -162,16 +162,6 @@ def test_requests_at_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
     assert _kinds(threads.all_at_once(*calls)) == {"PendingRequest": 19, "TooManyRequests": 45}
 
 
-def test_the_last_place_is_taken_once(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
-    """16 confirmations at once, with three restrictions allowed."""
-    threads = crowd(16)
-    requests = [busy.ask(f"10.0.0.{n}") for n in range(16)]
-    busy.use(restrictions_per_user=3)
-    calls = [lambda r=r: busy.confirm(r) for r in requests]  # type: ignore[misc]
-    assert _kinds(threads.all_at_once(*calls)) == {"Applied": 3, "TooManyRestrictions": 13}
-    assert len(busy.held()) == 3
-
-
 # -- confirm against cancel against delete -----------------------------------------------------
 
 

@@ -71,18 +71,6 @@ def test_a_number_issued_in_the_future_is_expired(desk: Desk, after: timedelta) 
     assert desk.held() == [OFFICE]
 
 
-def test_a_number_to_delete_that_was_issued_in_the_future_is_expired(desk: Desk) -> None:
-    """A deletion, which opens the user, is refused like an addition."""
-    desk.use(confirm_deletes=True)
-    restriction = desk.add(HOME)
-    a_day_ahead(desk)
-    request = desk.ask_to_delete(restriction)
-    set_right(desk)
-    with pytest.raises(NumberExpired):
-        desk.confirm(request)
-    assert desk.held() == [HOME]
-
-
 def test_a_request_from_the_future_lives_no_longer_once_it_is_resent(desk: Desk) -> None:
     """Resending dates the request by the clock that was set right."""
     a_day_ahead(desk)

@@ -206,28 +206,6 @@ def test_text_with_overridden_equality(desk: Desk) -> None:
     assert desk.held() == [str(restriction.addresses)]
 
 
-@pytest.mark.parametrize("actor", [None, "boss", {"username": "boss"}])
-def test_actors_of_the_wrong_type(desk: Desk, actor: Any) -> None:
-    """Objects that are not actors are refused, and nothing changes."""
-    request, restriction = desk.ask(), desk.add(HOME)
-    flow = desk.flow
-    for call in (
-        lambda: flow.request(actor, "jsmith", "192.0.2.1"),
-        lambda: flow.confirm(actor, request.id, desk.number(request)),
-        lambda: flow.cancel(actor, request.id),
-        lambda: flow.resend(actor, request.id),
-        lambda: flow.delete(actor, restriction.id),
-        lambda: flow.impose(actor, "jsmith", "192.0.2.1", reason="x"),
-        lambda: flow.impose_many(actor, [("jsmith", "192.0.2.1")], reason="x"),
-        lambda: flow.lift(actor, restriction.id, reason="x"),
-        lambda: flow.unlock(actor, "alice", reason="x"),
-        lambda: flow.overview(actor),
-        lambda: flow.history(actor),
-    ):
-        with desk.unchanged(), pytest.raises((AttributeError, TypeError)):
-            call()
-
-
 def test_an_error_inside_a_transaction_undoes_everything(desk: Desk) -> None:
     """If an error occurs after the first writes, all are undone."""
     request = desk.ask()

@@ -220,19 +220,6 @@ def test_at_most_100_users_get_notices(desk: Desk, count: int, mails: int) -> No
     assert len(desk.outbox.messages) == mails
 
 
-def test_rows_are_read_before_the_lock_is_taken(desk: Desk) -> None:
-    """Another writer can commit while rows are read."""
-
-    def rows() -> Iterator[tuple[str, str]]:
-        yield ("mary", OFFICE)
-        desk.add(HOME)
-        yield ("mary", HOME)
-
-    desk.flow.impose_many(BOSS, rows(), reason="x")
-    assert len(desk.held("mary")) == 2
-    assert [row.action for row in desk.rows()[:2]] == [Action.IMPOSE_MANY, Action.IMPOSE]
-
-
 def test_reading_ends_at_a_refused_row(desk: Desk) -> None:
     """No row after a refused one is read."""
     read = []
@@ -279,45 +266,12 @@ def test_a_bad_row_is_named_and_nothing_holds(desk: Desk, row: Any, error: type[
     assert caught.value.__notes__ == ["row 3"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "error", "told"),
-    [
-        ([("mary", OFFICE), ("nobody", OFFICE)], UnknownUser, "nobody"),
-        ([("mary", OFFICE), ("mary", "203.0.113.7/32")], DuplicateRestriction, "mary"),
-        ([("mary", HOME), ("jsmith", OFFICE)], DuplicateRestriction, "jsmith"),
-        ([("mary", f"192.0.2.{n}") for n in range(4)], TooManyRestrictions, "mary"),
-    ],
-)
-def test_all_or_nothing(
-    desk: Desk, rows: list[tuple[str, str]], error: type[Exception], told: str
-) -> None:
-    """Errors that only the store finds name the user, and nothing is added."""
-    desk.use(restrictions_per_user=3)
-    desk.add()
-    with desk.unchanged(), pytest.raises(error) as caught:
-        desk.flow.impose_many(BOSS, rows, reason="x")
-    assert told in str(caught.value)
-
-
 @pytest.mark.parametrize("rows", [[], (), iter([])])
 def test_an_empty_import(desk: Desk, rows: Any) -> None:
     """An empty import is refused."""
     with desk.unchanged(), pytest.raises(InvalidValue) as caught:
         desk.flow.impose_many(BOSS, rows, reason="x")
     assert caught.value.name == "rows"
-
-
-def test_a_source_that_breaks_changes_nothing(desk: Desk) -> None:
-    """Errors of the source are passed on."""
-
-    def rows() -> Iterator[tuple[str, str]]:
-        yield ("mary", OFFICE)
-        raise OSError("the disk broke")
-
-    with desk.unchanged(), pytest.raises(OSError, match="the disk broke"):
-        desk.flow.impose_many(BOSS, rows(), reason="x")
-    with desk.unchanged(), pytest.raises(TypeError):
-        desk.flow.impose_many(BOSS, 5, reason="x")  # type: ignore[arg-type]
 
 
 # -- lift --------------------------------------------------------------------------------------

@@ -53,33 +53,11 @@ def test_a_user_with_expired_restrictions_is_not_shown_as_open(desk: Desk) -> No
     assert line.summary
 
 
-@pytest.mark.parametrize(
-    ("actor", "names"),
-    [
-        (ALICE, ["alice", "jsmith", "mary"]),
-        (CAROL, ["zed"]),
-        (BOTH, ["alice", "jsmith", "mary", "zed"]),
-        (BOSS, ["alice", "jsmith", "mary", "zed"]),
-        (NOBODY, []),
-    ],
-)
-def test_actors_see_the_users_of_their_accounts(desk: Desk, actor: Actor, names: list[str]) -> None:
-    """Actors see the users of their accounts only."""
-    assert _names(desk.flow.overview(actor)) == names
-
-
 def test_searching(desk: Desk) -> None:
     """Surrounding white space is ignored; names and addresses are found."""
     desk.add(HOME, "mary")
     for search in (f" {HOME}", "Major", " ma "):
         assert _names(desk.flow.overview(BOSS, search=search)) == ["mary"]
-
-
-def test_searching_finds_nothing_outside_the_accounts(desk: Desk) -> None:
-    """No search shows a user of another account."""
-    desk.add(HOME, "zed")
-    for search in ("zed", "Zulu", "U2", HOME):
-        assert _names(desk.flow.overview(ALICE, search=search)) == []
 
 
 # -- what is outside does not exist ------------------------------------------------------------
@@ -151,42 +129,11 @@ def test_the_account_is_compared_exactly(desk: Desk) -> None:
 # -- the history -------------------------------------------------------------------------------
 
 
-def test_every_change_is_an_audit_entry(desk: Desk) -> None:
-    """Each call writes one entry with actor, address, action and user."""
-    desk.use(confirm_deletes="last")
-    flow = desk.flow
+def test_the_audit_entry_of_a_request(desk: Desk) -> None:
+    """An entry has the actor, its address, the action, the user and the details."""
     request = desk.ask("203.0.113.9", label="a b=c")
-    desk.guess(request, times=1)
-    desk.wait(seconds=30)
-    flow.resend(ALICE, request.id)
-    desk.confirm(request)
-    flow.cancel(ADAM, desk.ask("203.0.113.10").id)
-    first = desk.add("203.0.113.11")
-    desk.delete(first)
-    second = desk.add("203.0.113.12")
-    flow.lift(BOSS, second.id, reason="x")
-    flow.unlock(BOSS, "alice", reason="x")
-    flow.impose_many(BOSS, [("zed", HOME)], reason="x")
-    desk.store.remove_users(["zed"])
-    rows = flow.history(BOSS).items
-    assert [row.revision for row in rows] == list(range(len(rows), 0, -1))
-    assert [row.action for row in reversed(rows)] == [
-        Action.PUT_USERS,
-        Action.REQUEST,
-        Action.WRONG_NUMBER,
-        Action.RESEND,
-        Action.CONFIRM,
-        Action.REQUEST,
-        Action.CANCEL,
-        Action.IMPOSE,
-        Action.DELETE,
-        Action.IMPOSE,
-        Action.LIFT,
-        Action.UNLOCK,
-        Action.IMPOSE_MANY,
-        Action.REMOVE_USERS,
-    ]
-    asked = rows[-2]
+    desk.flow.cancel(ADAM, request.id)
+    cancelled, asked, _ = desk.flow.history(BOSS)
     assert (asked.actor, asked.actor_address, asked.username, asked.account_id, asked.at) == (
         "alice",
         OFFICE,
@@ -200,8 +147,7 @@ def test_every_change_is_an_audit_entry(desk: Desk) -> None:
         "label": "a b=c",
         "request": request.id,
     }
-    assert rows[-7].actor == "adam"
-    assert rows[-7].actor_address is None
+    assert (cancelled.actor, cancelled.actor_address) == ("adam", None)
 
 
 def test_the_detail_of_a_confirmation(desk: Desk) -> None:
@@ -282,7 +228,7 @@ def test_invalid_before(desk: Desk, before: Any) -> None:
 # -- the audit log -----------------------------------------------------------------------------
 
 
-def test_the_audit_log_has_one_line_for_each_change(
+def test_every_change_is_audited_and_logged_once(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each change is logged once, in order; refused calls are not."""
@@ -313,7 +259,15 @@ def test_the_audit_log_has_one_line_for_each_change(
     desk.store.remove_users(["mary"])
     rows = [row for row in reversed(desk.rows()) if row.revision > start]
     lines = [r.getMessage() for r in caplog.records if r.name == "ipguard.audit"]
-    assert len(lines) == len(rows) == 14
+    assert len(lines) == len(rows)
+    assert [row.revision for row in rows] == list(range(start + 1, start + 1 + len(rows)))
+    assert [row.action for row in rows] == [
+        Action.REQUEST,
+        *[Action.WRONG_NUMBER] * 2,
+        *[Action.RESEND, Action.DELIVERY_FAILED, Action.RESEND],
+        *[Action.CONFIRM, Action.REQUEST, Action.CANCEL, Action.LIFT],
+        *[Action.IMPOSE, Action.IMPOSE_MANY, Action.UNLOCK, Action.REMOVE_USERS],
+    ]
     for row, line in zip(rows, lines, strict=True):
         assert line.startswith(f"revision={row.revision} at={row.at.isoformat()} ")
         actor = f" actor={row.actor}" if row.actor is not None else ""

@@ -165,8 +165,7 @@ class EmailNotifier:
 
     def _mail(self, message: Message, to: str) -> EmailMessage:
         mail = EmailMessage(policy=SMTP)
-        mail["From"] = self._from
-        mail["To"] = _address(to)
+        mail["From"], mail["To"] = self._from, _address(to)
         mail["Subject"] = message.subject
         mail["Date"] = datetime.now(UTC)
         mail["Message-ID"] = make_msgid(domain=self._from.domain)
@@ -249,15 +248,16 @@ def _server(url: object) -> _Server:
         raise InvalidValue("url", "must be smtp://, smtp+starttls:// or smtps://, and host:port")
     if after.removeprefix("/"):
         raise InvalidValue("url", "nothing may follow the port; percent-encode / ? # in a password")
+    port = port or _PORTS[scheme]
     if user is None and password is None:
-        return _Server(scheme, host, port or _PORTS[scheme], None)
+        return _Server(scheme, host, port, None)
     login = unquote(user or "", errors="replace"), unquote(password or "", errors="replace")
     # smtplib encodes both in ASCII, and its error would quote them.
     if not all(text and text.isascii() and text.isprintable() for text in login):
         raise InvalidValue("url", "needs both user and password, in printable ASCII")
     if scheme == "smtp" and host != "localhost" and host not in _LOOPBACK:
         raise InvalidValue("url", "a password needs TLS, except to this host")
-    return _Server(scheme, host, port or _PORTS[scheme], login)
+    return _Server(scheme, host, port, login)
 
 
 def _sender(text: str) -> tuple[str, Address]:
@@ -291,5 +291,4 @@ def _deliverable(mailbox: str) -> str:
 
 
 def _address(mailbox: str, name: str = "") -> Address:
-    local, _, domain = mailbox.rpartition("@")
-    return Address(name, local, domain)
+    return Address(name, *mailbox.rsplit("@", 1))

@@ -235,7 +235,7 @@ class Workflow(Closing):
         raise WrongNumber(result)
 
     def _check_confirmable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
-        """Refuse a request that no number can confirm; return how often the actor has failed."""
+        """Refuse a request that no number can confirm; return the actor's failures."""
         state = rules.state_at(stored.request, tx.now)
         if state is RequestState.LOCKED:
             raise TooManyAttempts
@@ -258,10 +258,6 @@ class Workflow(Closing):
         """Mail a new number to the address of the first one; the old number stops working.
 
         The attempts are restored.
-
-        Args:
-            actor: The requester.
-            request_id: The request.
 
         Returns:
             The request as it is now.
@@ -299,14 +295,7 @@ class Workflow(Closing):
         return self._deliver(actor, _Issued(stored, number, change), failed)
 
     def cancel(self, actor: Actor, request_id: str) -> PendingRequest:
-        """Cancel a request, on behalf of any actor who manages the user.
-
-        Args:
-            actor: The administrator.
-            request_id: The request.
-
-        Returns:
-            The cancelled request.
+        """Cancel a request, on behalf of any actor who manages the user, and return it.
 
         Raises:
             UnknownRequest: The request does not exist for this actor.
@@ -622,11 +611,7 @@ class Workflow(Closing):
         )
 
     def user(self, actor: Actor, username: str) -> UserOverview:
-        """Return one user as `overview` lists it.
-
-        Args:
-            actor: The viewer.
-            username: In any spelling.
+        """Return one user, by any spelling of its name, as `overview` lists it.
 
         Raises:
             UnknownUser: The user does not exist for this actor.
@@ -645,10 +630,6 @@ class Workflow(Closing):
     def restriction(self, actor: Actor, restriction_id: str) -> Restriction:
         """Return a restriction, expired or not.
 
-        Args:
-            actor: The viewer.
-            restriction_id: The restriction.
-
         Raises:
             UnknownRestriction: The restriction does not exist for this actor.
         """
@@ -658,10 +639,6 @@ class Workflow(Closing):
 
     def own_request(self, actor: Actor, request_id: str) -> PendingRequest:
         """Return a request that the actor made, in its present state, which may be closed.
-
-        Args:
-            actor: The requester.
-            request_id: The request.
 
         Raises:
             UnknownRequest: The actor has made no such request.
