@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,8 +16,7 @@ import pytest
 import ipguard
 from ipguard import Guard, Reason, StoreUnavailable, _fork
 from ipguard.aio._executor import Executor
-from ipguard.stores import open_store
-from ipguard.stores._sql import policies
+from ipguard.stores import _sql, open_store
 from ipguard.testing import Outbox
 from tests.guards import HOME, OFFICE, comes_true
 from tests.postgres import Given, Server, fresh_schema
@@ -292,17 +292,17 @@ def test_an_answer_about_another_user_is_refused(
 ) -> None:
     """Two processes on one connection read each other's answers; that connection is dropped."""
     asked: list[str] = []
-    policy_of = policies.policy_of
+    policy_of = _sql.policy_of
 
     def of_another(username: str, rows: Any) -> Any:
         asked.append(username)
         return policy_of("mlee" if len(asked) == 1 else username, rows)
 
     guard = Guard(store)
-    pool = getattr(store, "_pool", None) or store._client.pool
+    pool = store._pool
     store.load_policy("jsmith")
     before = tuple(pool._idle)
-    monkeypatch.setattr(policies, "policy_of", of_another)
+    monkeypatch.setattr(sys.modules[type(store).__module__], "policy_of", of_another)
     with suppress(StoreUnavailable):
         assert guard.check("jsmith", OFFICE).reason in {
             Reason.STORE_UNAVAILABLE,

@@ -33,8 +33,7 @@ from ipguard.errors import (
 from ipguard.guard import Guard
 from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
 from ipguard.stores import open_store
-from ipguard.stores._sql import SCHEMA_VERSION, micros
-from ipguard.stores._sql.policies import CHANGES_SINCE
+from ipguard.stores._sql import CHANGES_SINCE, SCHEMA_VERSION, micros
 from ipguard.stores.sqlite import SQLiteStore, _schema, migrations
 from ipguard.stores.sqlite._pool import Connection, Files, file_id
 from tests.conftest import rounds

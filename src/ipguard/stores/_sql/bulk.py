@@ -21,6 +21,7 @@ from ipguard.store import NAMED_AT_MOST, Transaction
 from ipguard.stores._sql import (
     PENDING,
     RESTRICTION,
+    TOUCHED_SINCE,
     USER,
     Executor,
     Params,
@@ -36,7 +37,6 @@ from ipguard.stores._sql import (
     touched_of,
     user_row,
 )
-from ipguard.stores._sql.policies import TOUCHED_SINCE
 
 _COLUMNS: Final = f"seq, username, {RESTRICTION}"
 _TABLE: Final = (

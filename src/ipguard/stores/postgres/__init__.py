@@ -25,7 +25,21 @@ import attrs
 from ipguard._checks import check_time
 from ipguard.errors import StoreUnavailable
 from ipguard.model import Changes, Policy
-from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, Row, head, policies
+from ipguard.stores._sql import (
+    ALL_POLICIES,
+    CHANGES_SINCE,
+    POLICY,
+    SCHEMA_VERSION,
+    UNFINISHED,
+    Row,
+    changes_of,
+    changes_params,
+    check_open_schema,
+    head,
+    policies_of,
+    policy_of,
+    touching,
+)
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql.bulk import BulkRestrictions
 from ipguard.stores._sql.store import SqlStore, Writing
@@ -33,7 +47,7 @@ from ipguard.stores.postgres._connection import Connection, quoted, ticks
 from ipguard.stores.postgres._listener import Listener
 from ipguard.stores.postgres._options import Options
 from ipguard.stores.postgres._pool import Pool, connect
-from ipguard.stores.postgres._schema import MICROS, RESTORE, STATE, check_version, grants
+from ipguard.stores.postgres._schema import MICROS, RESTORE, STATE, grants
 from ipguard.stores.postgres._transaction import Writer
 
 __all__ = [
@@ -49,10 +63,10 @@ __all__ = [
 _log = logging.getLogger("ipguard.stores.postgres")
 T = TypeVar("T")
 
-_POLICY: Final = policies.POLICY % ("?::text", STATE)
+_POLICY: Final = POLICY % ("?::text", STATE)
 _CHANGES: Final = f"""
 SELECT f.*, {STATE}, {MICROS}, v.version, v.oldest, s.touching, {RESTORE}
-FROM ({policies.CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
+FROM ({CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
 JOIN zz_restore_marker m ON m.id = 1
 """
 # The statements of a listing are written in the order and for the indexes that they should use.
@@ -274,7 +288,7 @@ class PostgresStore(SqlStore[Connection]):
         def load(connection: Connection) -> Policy:
             rows = connection.rows(_POLICY, (username,) * 3, login=True)
             try:
-                policy = policies.policy_of(username, rows)
+                policy = policy_of(username, rows)
             except StoreUnavailable:
                 connection.spoilt = True
                 raise
@@ -291,7 +305,7 @@ class PostgresStore(SqlStore[Connection]):
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
         """Return the store's position and the users whose policy changed since a revision."""
         told = self._listener.count
-        params = policies.changes_params(cursor)
+        params = changes_params(cursor)
 
         def load(connection: Connection) -> tuple[float, list[Row]]:
             asked_at, rows = ticks(), connection.rows(_CHANGES, params, login=True)
@@ -302,17 +316,17 @@ class PostgresStore(SqlStore[Connection]):
 
         asked_at, rows = self._pool.read(load)
         micros, version, oldest, touching, restore = rows[0][6:]
-        check_version(version, oldest)
+        check_open_schema(version, oldest)
         self._pool.clock.set(micros, asked_at)
         self._listener.tell(touching, exactly=told == self._listener.count)
-        return policies.changes_of(cursor, [row[:4] for row in rows], restore=restore)
+        return changes_of(cursor, [row[:4] for row in rows], restore=restore)
 
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait until a change after `revision` touches a policy, or the store is closed."""
         if self._pool.closed:
             raise StoreUnavailable("the store is closed")
         if self._listener.touching is None:
-            self._listener.tell(self._pool.read(policies.touching))
+            self._listener.tell(self._pool.read(touching))
         return self._listener.wait(revision, timeout)
 
     def _notify(self, payload: str) -> None:
@@ -406,13 +420,13 @@ class PolicyStream:
             revision, _ = head(connection)
             restore = connection.rows(_RESTORE)
             yield revision
-            statement = _PACKED if self._packed else policies.ALL_POLICIES
+            statement = _PACKED if self._packed else ALL_POLICIES
             connection.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
             rows = _fetch(connection)
             if self._packed:
                 yield from cast("Iterator[tuple[str, bytes]]", rows)
             else:
-                yield from policies.policies_of(revision, rows)
+                yield from policies_of(revision, rows)
         # A snapshot does not protect from TRUNCATE and DROP: to an older snapshot, the tables that
         # they leave are empty.
         if pool.read(lambda it: it.rows(_RESTORE)) != restore:

@@ -20,7 +20,7 @@ from typing import Final
 from ipguard import _fork
 from ipguard._fork import ReentrantLock, acquire
 from ipguard.errors import StoreError, StoreUnavailable
-from ipguard.stores._sql.policies import TOUCHING
+from ipguard.stores._sql import TOUCHING
 from ipguard.stores.postgres._connection import Connection, quoted, translated
 from ipguard.stores.postgres._options import Options
 from ipguard.stores.postgres._pool import connect

@@ -29,7 +29,7 @@ from psycopg.types.numeric import Int8BinaryDumper
 from ipguard import _fork
 from ipguard._fork import ReentrantLock
 from ipguard.errors import StoreError, StoreUnavailable
-from ipguard.stores._sql import UNFINISHED, Row
+from ipguard.stores._sql import UNFINISHED, Row, check_open_schema
 from ipguard.stores.postgres._connection import (
     NEVER,
     Connection,
@@ -39,7 +39,7 @@ from ipguard.stores.postgres._connection import (
     quoted,
 )
 from ipguard.stores.postgres._options import Options
-from ipguard.stores.postgres._schema import STATE, Greeting, check_version, greet, prepare
+from ipguard.stores.postgres._schema import STATE, Greeting, greet, prepare
 
 _log = logging.getLogger("ipguard.stores.postgres")
 T = TypeVar("T")
@@ -229,7 +229,7 @@ class Pool(_fork.Forkable):
         except StoreError as exc:
             raise StoreUnavailable(f"{self.options.place}: {exc}") from exc
         self._read_clock(greeting)
-        check_version(greeting.version, greeting.oldest)
+        check_open_schema(greeting.version, greeting.oldest)
 
     def _read_clock(self, greeting: Greeting) -> None:
         self.clock.set(greeting.micros, greeting.asked_at)

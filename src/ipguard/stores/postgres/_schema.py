@@ -99,18 +99,6 @@ def greet(connection: Connection, options: Options) -> Greeting:
     return Greeting(asked_at, micros, version, oldest)
 
 
-def check_version(version: int, oldest: int) -> None:
-    """Check that the schema of an open store can still be used.
-
-    Raises:
-        StoreUnavailable: It was migrated in the meantime, and cannot be used any more.
-    """
-    try:
-        check_schema(version, oldest)
-    except SchemaVersionError as exc:
-        raise StoreUnavailable(str(exc)) from exc
-
-
 def prepare(connection: Connection, options: Options, *, migrate: bool | None) -> Greeting:
     """Check the first connection of a store, and create or migrate the schema.
 

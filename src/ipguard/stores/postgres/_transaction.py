@@ -17,12 +17,12 @@ from psycopg.sql import Literal
 from ipguard import _fork
 from ipguard._fork import acquire
 from ipguard.errors import StoreUnavailable
-from ipguard.stores._sql import UNFINISHED, Executor, Params, Row, moment
+from ipguard.stores._sql import UNFINISHED, Executor, Params, Row, check_open_schema, moment
 from ipguard.stores._sql.bulk import BulkRestrictions
 from ipguard.stores._sql.store import WriteTransaction
 from ipguard.stores.postgres._connection import BEGIN, Connection, quoted, ticks
 from ipguard.stores.postgres._pool import Pool
-from ipguard.stores.postgres._schema import MICROS, check_version
+from ipguard.stores.postgres._schema import MICROS
 
 _USERS_LOCK: Final = 0x49504755  # "IPGU"; with the schema's name it makes the lock's number
 _TABLES: Final = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(\w+)")
@@ -243,7 +243,7 @@ class Writer(_fork.Forkable):
         if recovering:
             connection.spoilt = True  # a new connection may find the primary
             raise StoreUnavailable(f"{self._options.place}: the server is in recovery")
-        check_version(version, oldest)
+        check_open_schema(version, oldest)
         self._pool.clock.set(micros, asked_at)
         now = moment(micros) if self._clock is None else self._clock()
         db = Batch(connection)

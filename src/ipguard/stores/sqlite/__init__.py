@@ -39,7 +39,20 @@ from ipguard._checks import check_time
 from ipguard._fork import acquire
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.model import RESET, Changes, Policy
-from ipguard.stores._sql import SCHEMA_VERSION, Executor, encodable, head, policies
+from ipguard.stores._sql import (
+    ALL_POLICIES,
+    CHANGES_SINCE,
+    POLICY,
+    SCHEMA_VERSION,
+    Executor,
+    changes_of,
+    changes_params,
+    encodable,
+    head,
+    policies_of,
+    policy_of,
+    touching,
+)
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql.bulk import BulkRestrictions
 from ipguard.stores._sql.store import SqlStore, WriteTransaction
@@ -53,7 +66,7 @@ T = TypeVar("T")
 _POLL: Final = 0.005
 _LOGIN_WAIT: Final = 1.0  # seconds; readers wait only while another program locks the whole file
 _BULK_CACHE: Final = 131_072  # KiB: an import of a million rows reads the same index pages again
-_POLICY: Final = policies.POLICY % ("?", "NULL")
+_POLICY: Final = POLICY % ("?", "NULL")
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -121,7 +134,7 @@ class SQLiteStore(SqlStore[Connection]):
         connection = self._pool.take(self._patience)
         try:
             rows = connection.rows(_POLICY, (username,) * 3)
-            policy = policies.policy_of(username, rows)
+            policy = policy_of(username, rows)
         except BaseException:
             self._pool.discard(connection)
             raise
@@ -140,8 +153,8 @@ class SQLiteStore(SqlStore[Connection]):
         with self._pool.connection(patience=self._patience) as db, db.snapshot():
             revision, _ = head(db)
             yield revision
-            with closing(db.stream(policies.ALL_POLICIES)) as rows:
-                for found in policies.policies_of(revision, rows):
+            with closing(db.stream(ALL_POLICIES)) as rows:
+                for found in policies_of(revision, rows):
                     if self._pool.recalled(db):
                         raise StoreUnavailable(
                             f"{self._path}: forking, replaced, or the store is closed"
@@ -153,8 +166,8 @@ class SQLiteStore(SqlStore[Connection]):
         with self._pool.connection(patience=self._patience) as db:
             _drop_cache(db)
             db.check_schema()
-            rows = db.rows(policies.CHANGES_SINCE, policies.changes_params(cursor))
-        found = policies.changes_of(cursor, rows)
+            rows = db.rows(CHANGES_SINCE, changes_params(cursor))
+        found = changes_of(cursor, rows)
         replaced, self._pool.replaced = self._pool.replaced, False
         if cursor is not None and replaced:
             found = found._replace(usernames=RESET)
@@ -171,7 +184,7 @@ class SQLiteStore(SqlStore[Connection]):
             while True:
                 # Read the version before the head: a commit in between is then seen next time.
                 latest = db.rows("PRAGMA data_version")
-                if latest != version and policies.touching(db) > revision:
+                if latest != version and touching(db) > revision:
                     return True
                 version = latest
                 left = deadline - time.monotonic()
