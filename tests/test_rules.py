@@ -27,6 +27,7 @@ from ipguard.model import (
     RequestKind,
     RequestState,
     Restriction,
+    StoredRequest,
     User,
 )
 from ipguard.rules import STEPS, Step
@@ -225,6 +226,46 @@ class TestStateAt:
         assert rules.state_at(request, NOW) is RequestState.PENDING
 
 
+class TestTimes:
+    @pytest.mark.parametrize(
+        ("sent", "expires", "expired"),
+        [(-1, 1, False), (0, 1, False), (1, 2, True), (-1, 0, True), (None, 1, False)],
+    )
+    def test_a_number_expires(self, sent, expires, expired):
+        """A number from the future counts as expired: its age is unknown."""
+        stored = StoredRequest(
+            request=attrs.evolve(REQUEST, number_expires_at=NOW + expires * SECOND),
+            email="boss@example.com",
+            key_id=b"",
+            digest=b"",
+            sent_at=None if sent is None else NOW + sent * SECOND,
+        )
+        assert rules.number_expired(stored, NOW) is expired
+
+    @pytest.mark.parametrize(
+        ("ages", "most", "wait"),
+        [
+            ([], 1, 0),
+            ([0], 1, 10),
+            ([9], 1, 1),
+            ([10], 1, 0),
+            ([3, 7], 3, 0),
+            ([7, 3, 5], 2, 5),
+            ([-1, -99], 1, 0),
+        ],
+    )
+    def test_a_rate_limit(self, ages, most, wait):
+        """The wait ends when fewer than `most` calls are within the last 10 seconds."""
+        times = [NOW - age * SECOND for age in ages]
+        assert rules.wait_left(times, most, 10 * SECOND, NOW) == wait * SECOND
+
+    def test_times_are_clamped(self):
+        """The result stays within the range of datetime."""
+        assert rules.shifted(NOW, SECOND) == NOW + SECOND
+        assert rules.shifted(NOW, timedelta.max) == datetime.max.replace(tzinfo=UTC)
+        assert rules.shifted(NOW, timedelta.min) == datetime.min.replace(tzinfo=UTC)
+
+
 def locks_out(
     address: AddressRange | None, before: list[Restriction], left: list[Restriction]
 ) -> bool:
@@ -390,6 +431,12 @@ class TestJudgeAdditions:
             assert error.found == "restriction"
             assert (error.label, error.expires_at) == (held.label, held.expires_at)
             assert error.differs is differs
+
+    def test_a_pending_request_is_a_duplicate(self):
+        """The error has the label and the expiry of the restriction that it would add."""
+        error = rules.duplicate(attrs.evolve(REQUEST, label="office"), restriction("203.0.113.7"))
+        assert (error.found, error.label, error.expires_at) == ("request", "office", None)
+        assert error.differs
 
     def test_the_same_twice(self):
         """Of two new ones to the same addresses the second is refused, expired or not."""
