@@ -1,7 +1,6 @@
-"""Makes the pictures of the page in docs/screenshots/: `python3 dev.py screenshots`.
+"""Take the pictures in docs/screenshots/: `python3 dev.py screenshots`.
 
-The data and the clock are always the same, so on one machine the pictures are, to the byte. Fonts
-differ between machines.
+Data and clock are fixed, so that pictures differ between machines only by their fonts.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ NAMES = {
 
 
 def fill(world: World) -> None:
-    """Register users, restrict some, and let one request wait."""
+    """Create users, restrictions and a pending request."""
     ACTORS[RITA.username] = RITA
     world.store.remove_users(["jsmith", "mary", "alice", "zed"])
     world.store.put_users(
@@ -52,7 +51,7 @@ def fill(world: World) -> None:
     impose("jsmith", "203.0.113.0/29", label="branch office")
     world.wait(days=3)
     impose("jsmith", "2001:db8:7::/64", label="home")
-    world.wait(minutes=1)  # what was added at one moment comes in any order
+    world.wait(minutes=1)  # restrictions of the same time have no fixed order
     until = world.clock() + timedelta(days=5)
     impose("jsmith", "198.51.100.7", label="hotel", expires_at=until)
     impose("tnovak", "203.0.113.16-203.0.113.25", label="trading floor")
@@ -62,7 +61,7 @@ def fill(world: World) -> None:
 
 
 def pictures(walk: Walk) -> Iterator[str]:
-    """Give the name of each picture, when its page is open in a wide window."""
+    """Yield the name of each picture when its page is open in a wide window."""
     walk.open()
     yield "list"
     walk.page.emulate_media(color_scheme="dark")
@@ -97,7 +96,7 @@ def take(browser: Browser, folder: Path) -> None:
 
 
 def main() -> int:
-    """Make them all anew."""
+    """Recreate all pictures."""
     with (
         sync_playwright() as playwright,
         playwright.chromium.launch(executable_path=program(), args=SWITCHES) as browser,

@@ -1,4 +1,4 @@
-"""Forking login servers: gunicorn and uWSGI, with the guard made before or after the fork."""
+"""Tests of gunicorn and uWSGI with the guard created before or after the fork."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SERVERS = {
 
 
 def ask(port: int, username: str, address: str) -> dict[str, Any]:
-    """Return the answer of whichever worker takes the request."""
+    """Return the answer of one of the workers."""
     url = f"http://127.0.0.1:{port}/?username={username}&address={address}"
     with urllib.request.urlopen(url, timeout=60) as response:
         answer: dict[str, Any] = json.load(response)
@@ -88,7 +88,7 @@ def running(name: str, url: str) -> Iterator[int]:
             process.wait(60)
         finally:
             if process.poll() is None:
-                process.kill()  # its workers notice that their master is gone
+                process.kill()  # its workers then end by themselves
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -100,10 +100,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_each_worker_answers_for_the_user_it_was_asked_about(
-    name: str, url: str, request: pytest.FixtureRequest
-) -> None:
-    """No worker shares a connection, answers for another user, or is refused for ever."""
+def test_forked_workers(name: str, url: str, request: pytest.FixtureRequest) -> None:
+    """Workers share no connection, answer about the right user, and recover after the fork."""
     names = [f"user{n}" for n in range(USERS)]
     with ipguard.open_store(url) as store:
         store.put_users(
@@ -120,7 +118,7 @@ def test_each_worker_answers_for_the_user_it_was_asked_about(
                     partial(_all_answer, port, newly, Reason.NOT_LISTED),
                     "each worker has seen the change",
                 )
-                names[2 * start + 1] = names[0]  # restricted from now on
+                names[2 * start + 1] = names[0]  # restricted from here on
 
 
 def _check_start(name: str, port: int, request: pytest.FixtureRequest | None) -> None:
@@ -128,7 +126,7 @@ def _check_start(name: str, port: int, request: pytest.FixtureRequest | None) ->
         reason: str = ask(port, f"user{number}", ELSEWHERE)["reason"]
         if reason == Reason.STORE_UNAVAILABLE:
             return "unavailable"
-        # The odd users are restricted one by one, start by start; those asked here are not yet.
+        # Odd users are restricted one by one, one in each start, and are not in `numbers`.
         return "right" if (reason == Reason.NOT_LISTED) == (number % 2 == 0) else "wrong"
 
     numbers = [n for n in range(USERS) if n % 2 == 0 or n > 20]
@@ -147,7 +145,7 @@ def _check_start(name: str, port: int, request: pytest.FixtureRequest | None) ->
         held = [sockets(pid) & clients_of(server.port) for pid in pids]
         used = [each for pid, each in zip(pids, held, strict=True) if pid not in masters]
         assert all(used), "each worker has a connection of its own"
-        if name != "uwsgi":  # without hooks a worker keeps, unused, what it inherited
+        if name != "uwsgi":  # without hooks a worker keeps inherited sockets open
             assert len(set.union(*held)) == sum(map(len, held))
 
 
