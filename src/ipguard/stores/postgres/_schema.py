@@ -76,8 +76,7 @@ def greet(connection: Connection, options: Options) -> Greeting:
     if not rows:
         raise SchemaVersionError(None, SCHEMA_VERSION)
     backend, recovering, encoding, micros, version, oldest, hidden, other, zeroed = rows[0]
-    if encoding != "UTF8":
-        raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
+    _check_encoding(encoding)
     if recovering and not options.replica:
         raise StoreUnavailable(
             f"{options.place}: the server is in recovery; its data may be of any age"
@@ -97,6 +96,11 @@ def greet(connection: Connection, options: Options) -> Greeting:
     if auto and direct:
         connection.prepare_threshold, connection.prepares = _PREPARED_AFTER, True
     return Greeting(asked_at, micros, version, oldest)
+
+
+def _check_encoding(encoding: str) -> None:
+    if encoding != "UTF8":
+        raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
 
 
 def prepare(connection: Connection, options: Options, *, migrate: bool | None) -> Greeting:
@@ -148,9 +152,12 @@ def _migrate(connection: Connection, options: Options) -> None:
             f"SELECT pg_advisory_xact_lock({_LOCK}::int, hashtext(?::text))", (options.schema,)
         )
         # CREATE SCHEMA IF NOT EXISTS needs more rights even if the schema exists.
-        ((there,),) = connection.rows(
-            "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = ?)", (options.schema,)
+        ((there, encoding),) = connection.rows(
+            "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = ?),"
+            " current_setting('server_encoding')",
+            (options.schema,),
         )
+        _check_encoding(encoding)
         if not there:
             connection.script(f"CREATE SCHEMA {schema}")
         connection.script(f"SET LOCAL search_path TO {schema}, pg_temp")
