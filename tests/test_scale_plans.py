@@ -117,7 +117,7 @@ def pages(store: RestrictionStore) -> Iterator[tuple[str, Any]]:
     }
     rare = ("last00004", "u00004", "last00004 jo", "no such name", "10.1.0.4", "9.9.9.9")
     for who, accounts in actors.items():
-        for search in ("", *rare, "jo", "198.51.100.0/24"):
+        for search in ("", *rare, "jo", "198.51.100.7", "198.51.100.0/24"):
             if search in (("", *rare) if who == "every" else ("",)) or who in ("tiny", "some"):
                 page = store.overview(accounts, search=search, after="user00003", limit=5)
                 yield f"{search!r} for {who}", page

@@ -191,9 +191,11 @@ def _with_term(
     if not isinstance(accounts, frozenset):
         yield Query(f"SELECT t.username || '' FROM search_terms t WHERE {begins}", values)
         return
+    # Without an inner join, PostgreSQL cannot turn the order round, as it would for a prefix: it
+    # takes almost any range of texts for one row.
     yield Query(
-        f"SELECT t.username || '' FROM search_terms t"
-        f" WHERE {db.among('t.account_id')} AND {begins}",
+        f"SELECT t.username || '' FROM {db.each()} LEFT JOIN search_terms t"
+        f" ON t.account_id = j.value AND {begins} WHERE coalesce(t.username, '') <> ''",
         (_texts(db, accounts), *values),
     )
     # Written by a library that leaves the account out of some terms.
@@ -233,21 +235,30 @@ def _by_addresses(db: Executor, accounts: Accounts, search: Search, after: str) 
     else:
         held = "r.first_ip = ? AND r.last_ip = ?"
         starts = [(next((n for n in range(size) if first[n] != last[n]), size), first)]
-    if isinstance(accounts, frozenset):
-        yield Query(
-            f"SELECT u.username || '' FROM users u"
-            f" WHERE {db.among('u.account_id')} AND u.removed = 0 AND u.username > ?"
-            " AND (SELECT 1 FROM restrictions r WHERE r.username = u.username"
-            f" AND length(r.first_ip) = ? AND {held} LIMIT 1) = 1",
-            (_texts(db, accounts), after, size, first, last),
-        )
-        return
     near = " UNION ALL ".join(["SELECT ? AS shared, ? AS start"] * len(starts))
     version = 100 if size == 16 else 0
-    yield Query(
+    everybody = Query(
         f"SELECT r.username || '' FROM ({near}) n CROSS JOIN restrictions r"
         f" WHERE {_SHARED} = n.shared AND r.first_ip >= n.start AND {held} AND r.username > ?",
         (*(each for n, start in starts for each in (n + version, start)), first, last, after),
+    )
+    if not isinstance(accounts, frozenset):
+        yield everybody
+        return
+    names = db.rows(f"{everybody.text} LIMIT ?", (*everybody.params, _FEW + 1))
+    if len(names) <= _FEW:
+        yield Query(
+            f"SELECT u.username || '' FROM {db.each()} CROSS JOIN users u"
+            f" WHERE u.username = j.value AND {db.among('u.account_id')}",
+            (db.texts(row[0] for row in names), _texts(db, accounts)),
+        )
+        return
+    yield Query(
+        f"SELECT u.username || '' FROM users u"
+        f" WHERE {db.among('u.account_id')} AND u.removed = 0 AND u.username > ?"
+        " AND (SELECT 1 FROM restrictions r WHERE r.username = u.username"
+        f" AND length(r.first_ip) = ? AND {held} LIMIT 1) = 1",
+        (_texts(db, accounts), after, size, first, last),
     )
 
 
