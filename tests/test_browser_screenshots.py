@@ -1,4 +1,4 @@
-"""The pictures in the documentation can be made again, and are shown."""
+"""The pictures of the documentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 def test_the_pictures_are_made(chromium: Browser, tmp_path: Path):
-    """Each picture there is comes out again, as wide as it is; and no other."""
+    """`dev.py screenshots` makes exactly the pictures of the documentation, in their widths."""
     from tests import screenshots
 
     screenshots.take(chromium, tmp_path)

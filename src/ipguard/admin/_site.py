@@ -79,17 +79,7 @@ def find_page(path_below: str, path: str, prefix: str) -> str:
 
 
 class Site:
-    """The page, independent of a framework. Thread-safe.
-
-    Args:
-        flow: The workflow.
-        guard: The guard for "Check an address".
-        brand: The text at the top of each page.
-        authenticate: The host's function that returns the actor; the adapters call it.
-
-    Raises:
-        InvalidValue: An argument is invalid.
-    """
+    """The page, independent of a framework; the adapters call `authenticate`. Thread-safe."""
 
     def __init__(
         self, flow: Workflow, guard: Guard, brand: str, authenticate: Callable[[Any], Any]
