@@ -142,6 +142,7 @@ def test_other_values_are_not_times(value, reason):
         ),
         ("check_seconds", {"above": 0}, [0.001], [0, -1], "must be more than 0 seconds"),
         ("check_seconds", {"least": 0}, [0], [-0.001], "must be at least 0 seconds"),
+        ("check_seconds", {"most": 10}, [10], [10.5], "must be at most 10 seconds"),
         (
             "check_duration",
             {},

@@ -89,9 +89,14 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
 
 
 def check_seconds(
-    name: str, value: object, *, above: float | None = None, least: float | None = None
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float = _LONGEST,
 ) -> float:
-    """Check a finite number of seconds, `above` or at `least` a bound if one is given."""
+    """Check a finite number of seconds, `above` or at `least` a bound, and at `most` another."""
     # A positive range check: every comparison with NaN is false.
     if not (
         isinstance(value, (int, float))
@@ -103,6 +108,8 @@ def check_seconds(
         raise InvalidValue(name, f"must be more than {above} seconds")
     if least is not None and value < least:
         raise InvalidValue(name, f"must be at least {least} seconds")
+    if value > most:
+        raise InvalidValue(name, f"must be at most {most} seconds")
     return value
 
 

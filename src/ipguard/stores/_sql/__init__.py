@@ -20,7 +20,13 @@ import attrs
 
 from ipguard import audit
 from ipguard.addresses import AddressRange
-from ipguard.errors import InvalidValue, SchemaVersionError, StoreUnavailable, UsernameError
+from ipguard.errors import (
+    InvalidValue,
+    SchemaVersionError,
+    StoreConfigError,
+    StoreUnavailable,
+    UsernameError,
+)
 from ipguard.model import (
     EVERYBODY,
     RESET,
@@ -77,6 +83,14 @@ class Executor(Protocol):
 
     def texts(self, values: Iterable[str]) -> object:
         """Return the parameter for `among` and `each`."""
+
+
+def check_option(check: Callable[..., T], name: str, value: object, **limits: object) -> T:
+    """Check an option of a store, and report it as StoreConfigError."""
+    try:
+        return check(name, value, **limits)
+    except InvalidValue as exc:
+        raise StoreConfigError(str(exc)) from None
 
 
 def micros(moment: datetime) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlencode
@@ -13,7 +12,9 @@ from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 
+from ipguard._checks import check_seconds, check_whole
 from ipguard.errors import StoreConfigError, shorten
+from ipguard.stores._sql import check_option
 
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in Conninfo.get_defaults())
 # Defaults of each connection. With keepalives, even a connection that only listens notices soon
@@ -174,24 +175,19 @@ def _place(params: Mapping[str, Any]) -> str:
 
 
 def _whole(name: str, value: object, *, least: int) -> int:
-    try:
-        number = int(value) if isinstance(value, int | str) else None
-    except ValueError:
-        number = None
-    if number is None or number < least or isinstance(value, bool):
-        raise StoreConfigError(f"{name} must be a whole number of at least {least}")
-    return number
+    return check_option(check_whole, name, _number(int, value), least=least)
 
 
 def _seconds(name: str, value: object) -> float:
-    try:
-        number = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
-        number = math.nan
     # More milliseconds do not fit the server's settings.
-    if isinstance(value, bool) or not 0 < number <= 2_000_000:
-        raise StoreConfigError(f"{name} must be a number of seconds above 0")
-    return number
+    return check_option(check_seconds, name, _number(float, value), above=0, most=2_000_000)
+
+
+def _number(kind: Callable[[str], float], value: object) -> object:
+    """Convert the text of a URL's option."""
+    with suppress(ValueError):
+        return kind(value) if isinstance(value, str) else value
+    return value
 
 
 def _schema(value: object) -> str:

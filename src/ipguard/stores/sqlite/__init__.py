@@ -24,7 +24,6 @@ Known limits:
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
 import threading
@@ -35,7 +34,7 @@ from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 from ipguard import _fork
-from ipguard._checks import check_time
+from ipguard._checks import check_seconds, check_time
 from ipguard._fork import acquire
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
 from ipguard.model import RESET, Changes, Policy
@@ -47,6 +46,7 @@ from ipguard.stores._sql import (
     Executor,
     changes_of,
     changes_params,
+    check_option,
     encodable,
     head,
     policies_of,
@@ -106,8 +106,7 @@ class SQLiteStore(SqlStore[Connection]):
         clock: Callable[[], datetime] | None = None,
         migrate: bool | None = None,
     ) -> None:
-        if not (math.isfinite(timeout) and timeout > 0):
-            raise StoreConfigError("timeout must be a number of seconds above 0")
+        check_option(check_seconds, "timeout", timeout, above=0)
         self._path = _check_path(path)
         self._clock = clock
         self.timeout = timeout
