@@ -31,13 +31,9 @@ _IGNORED: Final = frozenset(
 
 
 def mint(digits: int) -> str:
-    """Make a confirmation number from the system's secure random source.
+    """Make a number of so many digits from the system's secure random source.
 
-    Args:
-        digits: How many decimal digits. ASVS 5.0 6.5.4 requires 20 bits: 7 digits.
-
-    Returns:
-        The digits, leading zeros included.
+    ASVS 5.0 6.5.4 requires 20 bits: 7 digits.
     """
     return f"{secrets.randbelow(10**digits):0{digits}d}"
 
@@ -54,12 +50,8 @@ def parse_number(text: str, digits: int) -> str:
     Decimal digits of any script are accepted, such as the full-width digits of a Japanese keyboard.
     Any other text cannot be a mailed number, so it is a typing error and not a guess.
 
-    Args:
-        text: The text.
-        digits: How many digits the number has.
-
     Returns:
-        Exactly that many ASCII digits.
+        ASCII digits, exactly as many as `digits`.
 
     Raises:
         NumberFormatError: The text cannot be a number of that length.
@@ -112,27 +104,12 @@ class Keyring:
         return key_id in self._keys
 
     def derive(self, purpose: str) -> tuple[bytes, ...]:
-        """Derive a key for another purpose from each key of this ring, in order.
-
-        Args:
-            purpose: A name; each purpose has its own keys.
-
-        Returns:
-            Keys of 32 bytes each: sign with the first, verify with all.
-        """
+        """Derive a key of 32 bytes for another purpose from each key of this ring, in order."""
         fields = [b"ipguard derived key", purpose.encode()]
         return tuple(_hmac(key, fields) for key in self._keys.values())
 
     def digest(self, key_id: bytes, number: str, subject: Iterable[str]) -> bytes:
-        """Digest a number together with the change that it confirms.
-
-        Args:
-            key_id: A key of this ring, such as `minting`.
-            number: The digits, from `mint` or `parse_number`.
-            subject: The fields of the change, in a fixed order.
-
-        Returns:
-            32 bytes.
+        """Digest a number and the fields of the change that it confirms, to 32 bytes.
 
         Raises:
             KeyError: The key is not in this ring.
@@ -142,13 +119,7 @@ class Keyring:
         return _hmac(self._keys[key_id], fields)
 
     def matches(self, key_id: bytes, digest: bytes, number: str, subject: Iterable[str]) -> bool:
-        """Compare a number with a digest, in constant time.
-
-        Args:
-            key_id: The key of the digest.
-            digest: The stored digest.
-            number: The digits, from `parse_number`.
-            subject: As for `digest`.
+        """Compare a number with a stored digest, in constant time.
 
         Raises:
             KeyError: The key is not in this ring.

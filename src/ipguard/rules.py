@@ -83,16 +83,13 @@ _LAST: Final = datetime.max.replace(tzinfo=UTC)
 def decide(
     policy: Policy, address: AddressRange | None, now: datetime, *, deny_unknown: bool = False
 ) -> Decision:
-    """Decide whether a login is allowed.
+    """Decide whether a login is allowed; the decision has the policy's revision.
 
     Args:
         policy: The policy of the user.
-        address: The client's address from `parse_address`; None if the text is not an address.
+        address: The client's address; None if the text is not an address.
         now: The store's time, for expiry.
         deny_unknown: Whether to refuse users who are not registered.
-
-    Returns:
-        The decision, with the policy's revision.
     """
     allowed, reason, restriction_id = False, Reason.NOT_LISTED, None
     if address is None:
@@ -142,11 +139,7 @@ STEPS: Final[Mapping[tuple[RequestState, Step], RequestState]] = MappingProxyTyp
 
 
 def after(state: RequestState, step: Step) -> RequestState:
-    """Return the state after a step.
-
-    Raises:
-        RequestClosed: The table has no such step.
-    """
+    """Return the state after a step, or raise RequestClosed if the table has no such step."""
     try:
         return STEPS[state, step]
     except KeyError:
@@ -171,19 +164,10 @@ def number_expired(stored: StoredRequest, now: datetime) -> bool:
 
 
 def wait_left(times: Iterable[datetime], most: int, period: timedelta, now: datetime) -> timedelta:
-    """Return how long a rate limit requires to wait.
+    """Return how long to wait until `period`, which ends now, has fewer than `most` of some times.
 
     Times in the future come from a clock that ran ahead and was corrected. They are ignored:
     otherwise the wait would last until the clock reaches them again.
-
-    Args:
-        times: The times of the previous calls, in any order.
-        most: How many calls the period allows, at least 1.
-        period: The period, which ends now.
-        now: The store's time.
-
-    Returns:
-        The wait until another call is allowed; zero if it is allowed now.
     """
     ages = sorted(age for at in times if timedelta(0) <= (age := now - at) < period)
     return timedelta(0) if len(ages) < most else period - ages[most - 1]
@@ -225,13 +209,7 @@ def check_lockout(
 def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressRange:
     """Read a restriction as a person typed it; hint only at text that the settings accept.
 
-    Args:
-        text: The text.
-        widest_ipv4: The shortest prefix length for IPv4, 0 to 32.
-        widest_ipv6: The shortest prefix length for IPv6, 0 to 128.
-
-    Raises:
-        AddressError: The text is not acceptable.
+    The widths are the shortest prefix lengths. Raises AddressError.
     """
     try:
         return parse_typed(text)
@@ -248,16 +226,7 @@ def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressR
 
 
 def check_width(addresses: AddressRange, *, widest_ipv4: int, widest_ipv6: int) -> None:
-    """Refuse a restriction to more addresses than the widest prefix holds.
-
-    Args:
-        addresses: The addresses of the restriction.
-        widest_ipv4: The shortest prefix length for IPv4, 0 to 32.
-        widest_ipv6: The shortest prefix length for IPv6, 0 to 128.
-
-    Raises:
-        AddressTooBroad: There are more addresses.
-    """
+    """Raise AddressTooBroad if a range holds more addresses than the widest prefix does."""
     bits, widest = (32, widest_ipv4) if addresses.version == 4 else (128, widest_ipv6)
     if addresses.size > 1 << (bits - widest):
         raise AddressTooBroad(str(addresses), widest)
@@ -286,8 +255,7 @@ def judge_additions(
         now: The store's time.
 
     Returns:
-        The restrictions to replace; and the refused ones, each with its error: duplicates first,
-        then those beyond the limit.
+        The restrictions to replace; and the refused ones with their errors, duplicates first.
     """
     held: dict[AddressRange, list[Restriction]] = {}
     for restriction in present:
@@ -332,13 +300,7 @@ class Remainder(NamedTuple):
 
 
 def without(restrictions: Iterable[Restriction], deleted: str, now: datetime) -> Remainder:
-    """Return what the deletion of one restriction would leave to its user.
-
-    Args:
-        restrictions: The user's restrictions, expired ones included.
-        deleted: The id of the restriction to delete.
-        now: The store's time.
-    """
+    """Return what the deletion of one restriction, by id, would leave to its user."""
     left = tuple(r for r in restrictions if r.id != deleted)
     ends = [r.expires_at for r in left if r.expires_at is not None]
     last = max(ends) if ends and len(ends) == len(left) else None
