@@ -60,17 +60,14 @@ class GuardReadTests(StoreCase):
         token = self.cursor()[1]
         self._resets((0, token), (1, token), (1, ""), (2, old[1]), (3, token), (10**15, token))
         assert self.store.changes_since(old).usernames == frozenset({"alice", "bob"})
+        other = self.another()
+        for name in ("alice", "bob"):
+            self.touch(name, store=other)
+        assert other.changes_since(self.cursor()).usernames is RESET
 
     def _resets(self, *cursors: tuple[int, str]) -> None:
         for cursor in cursors:
             assert self.store.changes_since(cursor) == (*self.cursor(), RESET)
-
-    def test_the_cursor_of_another_store_is_a_reset(self) -> None:
-        """A guard that is moved to another store with as many revisions gets RESET."""
-        other = self.another()
-        for store in (self.store, other):
-            self.touch("alice", store=store)
-        assert other.changes_since(self.cursor()).usernames is RESET
 
     def test_wait(self) -> None:
         """`wait` returns True at once for a committed change, and False after its timeout."""
