@@ -11,6 +11,8 @@ import attrs
 from ipguard._checks import check_duration, check_whole
 from ipguard.errors import InvalidValue
 
+__all__ = ["WorkflowSettings"]
+
 _Check = Callable[[Any, "attrs.Attribute[Any]", Any], object]
 
 _MOST = 1_000_000_000  # larger numbers limit nothing, and databases cannot store all of them
