@@ -219,6 +219,8 @@ class RestrictionStore(Protocol):
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         """Open a snapshot for look-ups, which takes no writer's lock and waits for no writer.
 
+        It is optional: without this method, the workflow looks things up in transactions.
+
         Raises:
             StoreUnavailable: The store does not answer in time.
         """
