@@ -473,10 +473,6 @@ class Workflow(Closing):
     def check_row(self, actor: Actor, row: Row) -> Restriction:
         """Check a row of `impose_many` as far as that needs no store.
 
-        Args:
-            actor: The operator.
-            row: As for `impose_many`.
-
         Returns:
             The restriction, with an id that `impose_many` will not use.
 
@@ -526,9 +522,7 @@ class Workflow(Closing):
         return applied
 
     def unlock(self, actor: Actor, username: str, *, reason: str) -> None:
-        """Accept numbers again from an actor who gave too many wrong ones.
-
-        Only for actors of every account.
+        """Accept numbers again from an actor who gave too many wrong ones; only for operators.
 
         Args:
             actor: The operator.
@@ -651,9 +645,7 @@ class Workflow(Closing):
     def failures(self, actor: Actor, username: str) -> int:
         """Return an actor's count of consecutive wrong numbers; only for actors of every account.
 
-        Args:
-            actor: The viewer.
-            username: An actor; need not be a registered user.
+        The other actor need not be a registered user.
 
         Raises:
             UnknownUser: The actor is not of every account.
