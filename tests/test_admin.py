@@ -1,4 +1,4 @@
-"""The page: the three procedures of the original page, and what its users expect of it."""
+"""The page: the three procedures of the original page, and everything around them."""
 
 import json
 import re
@@ -387,7 +387,7 @@ def test_a_temporary_restriction(office: Office):
 
 
 def test_the_form_for_one_user(office: Office):
-    """The link on a user's page selects the user; for an unknown user there is no form."""
+    """The link on a user's page selects the user; an unknown user gets 404."""
     alice = office.browser(ALICE, "/user?user=JSmith")
     alice.follow("Add IP Address Restriction")
     assert alice.page.form("Submit").fields["user"] == "jsmith"
@@ -529,7 +529,7 @@ def test_an_expired_number(office: Office):
 
 
 def test_an_actor_who_failed_too_often(office: Office):
-    """The page says that no number is accepted any more, and who can help."""
+    """The page says that no number is accepted until an operator allows it."""
     office.use(failures_per_actor=1)
     office.guess(office.ask(HOME))
     alice, request = open_confirm(office)

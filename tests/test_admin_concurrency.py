@@ -1,4 +1,4 @@
-"""Concurrent administrators: a stale form is not applied and shows what changed, and who did it."""
+"""Concurrent administrators: a stale form is not applied, and shows the changes of others."""
 
 import threading
 

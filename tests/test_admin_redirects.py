@@ -1,4 +1,4 @@
-"""Refused forms: a redirect to a page that shows the submitted values and what is wrong."""
+"""Refused forms: a redirect to a page that shows the submitted values and the problems."""
 
 import time
 from collections.abc import Callable
@@ -222,7 +222,7 @@ def test_a_form_that_is_submitted_twice(office: Office):
     request = office.request_of(query(alice.address)["request"])
     resend = alice.page.form("Send a new number").fields
     alice.post("/resend", resend)
-    # Times have no seconds: "after 12:00 UTC" at 12:00 would help nobody.
+    # Times have no seconds, so "after 12:00 UTC" at 12:00 would be useless.
     assert alice.page.part("note").endswith("Try again in 30 seconds.")
     office.wait(minutes=1)
     alice.submit("/resend", resend)

@@ -61,8 +61,8 @@ def find_page(path_below: str, path: str, prefix: str) -> str:
 
     Servers, frameworks and proxies treat a configured prefix differently: the path contains it, or
     a proxy removed it, or it is there twice, or the path contains only the part that a framework's
-    mount added. Take the first interpretation that names a page. `path_below` is the one of the
-    server's specification, `path` and `prefix` (without a slash at the end) are what it passed.
+    mount added. Take the first interpretation that names a page. `path_below` follows the
+    specification; `path` and `prefix` (without a slash at the end) come from the server.
     """
     suffixes = (prefix[at:] for at, char in enumerate(prefix) if char == "/")
     candidates = (
