@@ -44,9 +44,7 @@ def validator(name: str) -> Draft202012Validator:
         (each, Resource.from_contents(schema)) for each, schema in schemas().items()
     )
     return Draft202012Validator(
-        schemas()[f"{name}.json"],
-        registry=known,
-        format_checker=jsonschema.FormatChecker(),
+        schemas()[f"{name}.json"], registry=known, format_checker=jsonschema.FormatChecker()
     )
 
 

@@ -70,7 +70,7 @@ def test_the_exit_codes_are_documented():
     assert set(documented) == errors
     for name, code in documented.items():
         kind = getattr(ipguard.errors, name)
-        found = next(code for base, code in _codes.ERRORS if issubclass(kind, base))
+        found = next(code for code, bases in _codes.ERRORS if issubclass(kind, bases))
         assert found.name.lower() == code, name
 
 

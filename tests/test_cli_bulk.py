@@ -187,6 +187,16 @@ def test_an_unusable_file(shell: Shell, tmp_path: Path, text, args, code, words)
     assert _state(shell) == (1, {})
 
 
+def test_every_bad_row_of_a_pipe_is_named(shell: Shell):
+    """A pipe is read twice, whether it is standard input or a path."""
+    reading, writing = os.pipe()
+    os.write(writing, b"username,addresses\njsmith,203.0.113.7\nmlee,x\nzed,203.0.113.7\n")
+    os.close(writing)
+    done = shell("import", f"/dev/fd/{reading}", "--reason", "x", "--json")
+    os.close(reading)
+    assert [row["line"] for row in done.error["rows"]] == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
@@ -361,7 +371,7 @@ def test_an_import_is_checked_alike_for_few_and_many_users(
     told = []
     for few in (5_000, 0):
         monkeypatch.setattr("ipguard.cli._import_check._FEW", few)
-        monkeypatch.setattr("ipguard.cli._import_check.BATCH", 1)
+        monkeypatch.setattr("ipguard.cli._output.BATCH", 1)
         done = shell(*args, "--json")
         told.append([(row["line"], row["reason"]) for row in done.error["rows"]])
     assert told[0] == told[1]

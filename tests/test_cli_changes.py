@@ -260,10 +260,7 @@ def test_cancel_and_resend_need_no_email_address(shell: Shell, mail: MailServer)
     asked = shell.json("request", "jsmith", "203.0.113.7", *RITA)
     _number(mail, before)
     (shell.folder / "settings.toml").write_text("resend_interval = 0\n")
-    shell.env |= {
-        "IPGUARD_EMAIL": "",
-        "IPGUARD_SETTINGS": str(shell.folder / "settings.toml"),
-    }
+    shell.env |= {"IPGUARD_EMAIL": "", "IPGUARD_SETTINGS": str(shell.folder / "settings.toml")}
     nameless = [each for each in RITA if "mail" not in each and "@" not in each]
     assert shell.json("resend", asked["id"], *nameless)["state"] == "pending"
     _number(mail, before + 1)
@@ -286,7 +283,7 @@ def test_a_failed_notice_is_reported(shell: Shell):
     ("args", "env", "code", "words"),
     [
         (["--mail", "smtp://u:hunter2@127.0.0.1"], {}, 2, "IPGUARD_MAIL"),
-        ([], {"IPGUARD_MAIL": ""}, 7, "there is no mail server"),
+        ([], {"IPGUARD_MAIL": ""}, 7, "has no mail server"),
         ([], {"IPGUARD_MAIL": "ftp://x"}, 7, "smtp://"),
         ([], {"IPGUARD_MAIL_FROM": ""}, 7, "no sender"),
         ([], {"IPGUARD_MAIL_FROM": "x"}, 7, "sender"),

@@ -30,39 +30,28 @@ class Exit(IntEnum):
     PIPE = 141
 
 
-# The first class that matches decides.
-ERRORS: Final[tuple[tuple[type[errors.IPGuardError], Exit], ...]] = (
-    (errors.WrongNumber, Exit.NUMBER),
-    (errors.NumberExpired, Exit.NUMBER),
-    (errors.NumberFormatError, Exit.NUMBER),
-    (errors.RequestClosed, Exit.NUMBER),
-    (errors.TooManyAttempts, Exit.NUMBER),
-    (errors.UnknownUser, Exit.UNKNOWN),
-    (errors.UnknownRequest, Exit.UNKNOWN),
-    (errors.UnknownRestriction, Exit.UNKNOWN),
-    (errors.LockoutRisk, Exit.NOT_CONFIRMED),
-    (errors.OpeningRisk, Exit.NOT_CONFIRMED),
-    (errors.DeliveryError, Exit.MAIL),
-    (errors.StoreConfigError, Exit.CONFIG),
-    (errors.SchemaVersionError, Exit.CONFIG),
-    (errors.StoreError, Exit.UNAVAILABLE),
-    (errors.IPGuardError, Exit.REFUSED),
+# The first line that matches decides.
+ERRORS: Final[tuple[tuple[Exit, tuple[type[errors.IPGuardError], ...]], ...]] = (
+    (Exit.NUMBER, (errors.WrongNumber, errors.NumberExpired, errors.NumberFormatError)),
+    (Exit.NUMBER, (errors.RequestClosed, errors.TooManyAttempts)),
+    (Exit.UNKNOWN, (errors.UnknownUser, errors.UnknownRequest, errors.UnknownRestriction)),
+    (Exit.NOT_CONFIRMED, (errors.LockoutRisk, errors.OpeningRisk)),
+    (Exit.MAIL, (errors.DeliveryError,)),
+    (Exit.CONFIG, (errors.StoreConfigError, errors.SchemaVersionError)),
+    (Exit.UNAVAILABLE, (errors.StoreError,)),
+    (Exit.REFUSED, (errors.IPGuardError,)),
 )
 
 
 class Problem(Exception):
     """An error that ends the command with one line and an exit code.
 
-    Attributes:
-        code: The exit code.
-        kind: Its type in JSON: the class of the library's error, or the name of the exit code.
-        message: The error message.
-        hint: What to do, or "".
-        details: The attributes of the library's error, for JSON.
-        rows: The bad rows of a file, each with `line` and `reason`; None if it is not about rows.
+    In JSON, `kind` is its type: the class of the library's error, or the name of the exit code.
+    `details` are the attributes of the library's error.
     """
 
     rows: Iterable[Mapping[str, Any]] | None = None
+    """The bad rows of a file, each with `line` and `reason`."""
 
     def __init__(
         self,
@@ -102,7 +91,7 @@ def problem_of(error: errors.IPGuardError) -> Problem:
         for name, value in vars(error).items()
         if not name.startswith("_") and name not in ("reason", "hint")
     }
-    code = next(code for kind, code in ERRORS if isinstance(error, kind))
+    code = next(code for code, kinds in ERRORS if isinstance(error, kinds))
     return Problem(code, str(error), kind=type(error).__name__, hint=_hint(error), details=details)
 
 

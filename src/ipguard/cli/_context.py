@@ -18,8 +18,8 @@ import attrs
 import typer
 
 import ipguard
-from ipguard.cli import _identity
 from ipguard.cli._codes import Exit, Problem
+from ipguard.cli._identity import NO_EMAIL, operator_name, via
 from ipguard.cli._output import Output
 from ipguard.cli._secrets import read_keys, refuse_password
 from ipguard.errors import InvalidValue, IPGuardError
@@ -58,13 +58,11 @@ _EVERY = typer.Option("--every-account", help="The administrator manages all acc
 _SHARED: Final[Options] = {"store": (StoreOption, None), "as_json": (JsonOption, False)}
 KEY: Final[Options] = {
     "key_file": _option(
-        "--key-file FILE",
-        "IPGUARD_KEY_FILE",
-        "Key file for confirmation numbers. IPGUARD_KEY may hold the key instead.",
-    ),
+        "--key-file FILE", "IPGUARD_KEY_FILE", "File with the key; or set IPGUARD_KEY to the key."
+    )
 }
 SETTINGS: Final[Options] = {
-    "settings": _option("--settings FILE", "IPGUARD_SETTINGS", "TOML file with WorkflowSettings."),
+    "settings": _option("--settings FILE", "IPGUARD_SETTINGS", "TOML file with WorkflowSettings.")
 }
 MAIL: Final[Options] = {
     "mail": _option(
@@ -77,7 +75,7 @@ MAIL: Final[Options] = {
     "product": _option("--product NAME", "IPGUARD_PRODUCT", "Name of the platform in mails."),
 }
 EMAIL: Final[Options] = {
-    "email": _option("--email ADDRESS", "IPGUARD_EMAIL", "Your e-mail address."),
+    "email": _option("--email ADDRESS", "IPGUARD_EMAIL", "Your e-mail address.")
 }
 ACTOR: Final[Options] = {
     "actor": _option(
@@ -89,7 +87,7 @@ ACTOR: Final[Options] = {
     "accounts": _option(
         "--account ID",
         "IPGUARD_ACCOUNTS",
-        "Account of the administrator; may be repeated. Blanks separate IDs in the variable.",
+        "Account of the administrator; may be repeated. The variable separates IDs by blanks.",
         list[str],
     ),
     "every_account": (Annotated[bool, _EVERY], False),
@@ -119,11 +117,6 @@ def command(
     """Make a command from a function whose first argument is the `Context`.
 
     Shared options are added to the signature but not passed on; read them from the context.
-
-    Args:
-        groups: Shared options; every command also has `--store` and `--json`.
-        name: The name of the command, if it differs from the function's.
-        group: Where the command belongs.
     """
     shared = {each: option for some in (*groups, _SHARED) for each, option in some.items()}
 
@@ -165,17 +158,10 @@ def command(
 
 
 class RecordingNotifier:
-    """A notifier that records which notices failed; a workflow only logs them.
-
-    Args:
-        notifier: The notifier that sends the mails; None for commands that send none.
-
-    Attributes:
-        failures: The reasons, without secrets.
-    """
+    """A notifier that records why notices failed, without secrets; a workflow only logs that."""
 
     def __init__(self, notifier: Notifier | None) -> None:
-        self._notifier = notifier
+        self._notifier = notifier  # None for commands that send no mail
         self.failures: list[str] = []
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
@@ -235,38 +221,36 @@ class Context:
         return ipguard.open_store(self.url, migrate=migrate)
 
     def actor(self, *, mailed: bool = True) -> Actor:
-        """Return the administrator of the options, or else the operator.
-
-        Args:
-            mailed: Whether the command sends mail to the actor, whose address it then needs.
-        """
-        return _identity.actor(
-            self.options.get("actor"),
-            self.options["email"] or (None if mailed else _identity.NO_EMAIL),
-            self.options.get("accounts") or [],
-            every_account=bool(self.options.get("every_account")),
-            address=self.options.get("actor_address"),
+        """Return the administrator of the options, or the operator; `mailed` needs an address."""
+        options, accounts = self.options, self.options.get("accounts") or []
+        every_account = bool(options.get("every_account"))
+        if accounts and every_account:
+            raise Problem(Exit.USAGE, "--account and --every-account exclude each other")
+        if options.get("actor") and not (accounts or every_account):
+            message = "--as needs the accounts that it manages: --account ID, or --every-account"
+            raise Problem(Exit.USAGE, message)
+        email = options["email"] or (None if mailed else NO_EMAIL)
+        if not email:
+            message = "this command sends mail and needs your e-mail address"
+            raise Problem(Exit.CONFIG, message, "use --email or IPGUARD_EMAIL")
+        return Actor(
+            username=options.get("actor") or operator_name(),
+            email=email,
+            manages=frozenset(accounts) if accounts else Actor.EVERY_ACCOUNT,
+            address=options.get("actor_address"),
+            via=via(),
         )
 
     @contextmanager
     def workflow(
         self, *, mails: bool = True, numbers: bool = False
     ) -> Iterator[tuple[RestrictionStore, ipguard.Workflow]]:
-        """Open the store with a workflow.
-
-        Args:
-            mails: Whether the command sends mail.
-            numbers: Whether it mints or checks confirmation numbers, which needs the key.
-        """
+        """Open the store with a workflow; `numbers` need the key, and `mails` a mail server."""
         self.notifier = RecordingNotifier(self.mailer() if mails else None)
         keys = read_keys(self.options["key_file"]) if numbers else [secrets.token_bytes(32)]
         settings = self.settings()
         with self.store() as store:
-            try:
-                flow = ipguard.Workflow(store, self.notifier, key=keys, settings=settings)
-            except InvalidValue as exc:
-                raise Problem(Exit.CONFIG, str(exc), kind="InvalidValue") from None
-            yield store, flow
+            yield store, ipguard.Workflow(store, self.notifier, key=keys, settings=settings)
 
     def settings(self) -> ipguard.WorkflowSettings:
         """Read the workflow's settings from their file, if there is one."""
@@ -294,11 +278,8 @@ class Context:
         """Return the notifier that the options name; one has to be named."""
         url = self.options["mail"]
         if not url:
-            raise Problem(
-                Exit.CONFIG,
-                "this command sends mail, and there is no mail server",
-                "use --mail smtp://127.0.0.1 or IPGUARD_MAIL; `console` prints the mails",
-            )
+            hint = "use --mail smtp://127.0.0.1 or IPGUARD_MAIL; `console` prints the mails"
+            raise Problem(Exit.CONFIG, "this command sends mail, and has no mail server", hint)
         if "mail" in self.arguments:
             refuse_password("--mail", url, "IPGUARD_MAIL")
         from ipguard.mail import ConsoleNotifier, EmailNotifier

@@ -9,16 +9,15 @@ from __future__ import annotations
 import csv
 import json
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, Self, cast
 
 import attrs
-import typer
+from typer import Argument, Option
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._output import Output
@@ -33,10 +32,9 @@ class Format(StrEnum):
 
 
 FormatOption = Annotated[
-    Format | None,
-    typer.Option("--format", help="File format.  [default: by the file's name, else csv]"),
+    Format | None, Option("--format", help="File format.  [default: by the file's name, else csv]")
 ]
-FileArgument = Annotated[str, typer.Argument(help="A CSV or JSON Lines file; - is standard input.")]
+FileArgument = Annotated[str, Argument(help="A CSV or JSON Lines file; - is standard input.")]
 _LINE_LIMIT: Final = 2**20
 
 Row = dict[str, str]
@@ -84,26 +82,18 @@ def format_of(path: str, given: Format | None) -> Format:
 
 @contextmanager
 def opened(path: str, *, rewindable: bool = False) -> Iterator[BinaryIO]:
-    """Open a file for reading; `-` is standard input.
-
-    Args:
-        path: The file.
-        rewindable: Whether to copy input that cannot be read twice to a temporary file.
-    """
-    if path != "-":
-        with Path(path).open("rb") as stream:
+    """Open a file, or standard input for `-`; with `rewindable`, copy a pipe to a file first."""
+    with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as stream:
+        if not rewindable or stream.seekable():
             yield stream
-        return
-    if not rewindable or sys.stdin.buffer.seekable():
-        yield sys.stdin.buffer
-        return
-    import shutil
-    import tempfile
+            return
+        import shutil
+        import tempfile
 
-    with tempfile.TemporaryFile() as copy:
-        shutil.copyfileobj(sys.stdin.buffer, copy)
-        copy.seek(0)
-        yield cast("BinaryIO", copy)
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(stream, copy)
+            copy.seek(0)
+            yield cast("BinaryIO", copy)
 
 
 def without_rows(path: str, what: str) -> Problem:
@@ -115,11 +105,7 @@ def without_rows(path: str, what: str) -> Problem:
 
 
 class Spool:
-    """Rows in a temporary SQLite database on disk.
-
-    Args:
-        columns: The columns of its one table, `rows`.
-    """
+    """Rows in a temporary SQLite database on disk, in a table `rows` with these columns."""
 
     def __init__(self, columns: str) -> None:
         import sqlite3
@@ -147,15 +133,7 @@ class Spool:
 
 
 class BadRows(Problem):
-    """The error that lists the bad rows of a file.
-
-    Args:
-        path: The file, for the message.
-        outcome: What the command does about bad rows, for the message.
-
-    Attributes:
-        count: How many there are.
-    """
+    """The error that lists the bad rows of a file, and says what that led to."""
 
     def __init__(self, path: str, outcome: str = "nothing was changed") -> None:
         super().__init__(Exit.FILE, "", kind="BadRows")
@@ -165,12 +143,7 @@ class BadRows(Problem):
         self.count = 0
 
     def add(self, line: int, reason: object) -> None:
-        """Add a bad row.
-
-        Args:
-            line: The line it starts on, counted from 1.
-            reason: Why it cannot be used.
-        """
+        """Add a bad row, which starts on this line, counted from 1."""
         if self._spool is None:
             self._spool = Spool("line INTEGER, reason TEXT")
         self.count += 1
@@ -230,18 +203,13 @@ def rows(
 
 
 class _Lines:
-    """The lines of a file as text.
-
-    Attributes:
-        number: The number of the last line, from 1.
-        fault: Why the lines since the last call of `take_fault` cannot be used, or None.
-    """
+    """The lines of a file as text, numbered from 1."""
 
     def __init__(self, stream: BinaryIO, advance: Callable[[int], object]) -> None:
         self._stream = stream
         self._advance = advance
         self.number = 0
-        self.fault: str | None = None
+        self.fault: str | None = None  # of the lines since the last call of `take_fault`
 
     def __iter__(self) -> Iterator[str]:
         while line := self._stream.readline(_LINE_LIMIT):
@@ -374,20 +342,16 @@ def _json_row(line: str, columns: Columns) -> Row | str:
 
 @contextmanager
 def progress(
-    out: Output, what: str, stream: BinaryIO | None = None
+    out: Output, what: str, stream: BinaryIO | None = None, *, hidden: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Show in a terminal how much of a file was read, or how many rows were written.
-
-    Yields:
-        A function to call for each row with the number of bytes read for it.
-    """
-    if out.as_json or not sys.stderr.isatty():
+    """Show progress in a terminal; yield a function to call for each row with its size in bytes."""
+    if hidden or out.as_json or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    size = None if stream is None else _size(stream)
+    size = os.fstat(stream.fileno()).st_size if stream and stream.seekable() else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -410,11 +374,3 @@ def progress(
 
         yield advance
         bar.update(task, completed=done, rows=rows)
-
-
-def _size(stream: BinaryIO) -> int | None:
-    try:
-        found = os.fstat(stream.fileno())
-    except (OSError, ValueError):
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None

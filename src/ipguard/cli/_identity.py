@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 from ipguard import audit
-from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._output import clean
 from ipguard.model import Actor
 
@@ -52,33 +51,3 @@ def via() -> str:
         SUDO_USER=clean(os.environ.get("SUDO_USER", ""))[:_CLAIM_LIMIT],
     )
     return clean(audit.encode(found))
-
-
-def actor(
-    name: str | None,
-    email: str | None,
-    accounts: list[str],
-    *,
-    every_account: bool,
-    address: str | None,
-) -> Actor:
-    """Return the administrator that the operator acts for; without a name, the operator."""
-    if accounts and every_account:
-        raise Problem(Exit.USAGE, "--account and --every-account exclude each other")
-    if name is not None and not (accounts or every_account):
-        raise Problem(
-            Exit.USAGE, "--as needs the accounts that it manages: --account ID, or --every-account"
-        )
-    if not email:
-        raise Problem(
-            Exit.CONFIG,
-            "this command sends mail and needs your e-mail address",
-            "use --email or IPGUARD_EMAIL",
-        )
-    return Actor(
-        username=name or operator_name(),
-        email=email,
-        manages=frozenset(accounts) if accounts else Actor.EVERY_ACCOUNT,
-        address=address,
-        via=via(),
-    )

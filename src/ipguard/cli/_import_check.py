@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby, islice
 from typing import Any, BinaryIO, Final, TypeVar
 
@@ -18,9 +19,9 @@ from ipguard.addresses import AddressRange
 from ipguard.cli._context import Context
 from ipguard.cli._files import BadRows, Columns, Format, Row, Spool, progress, rows, without_rows
 from ipguard.cli._identity import READER
-from ipguard.cli._output import BATCH, Output
+from ipguard.cli._output import Cell, Output, pages
 from ipguard.errors import DuplicateRestriction, InvalidValue, IPGuardError, UnknownUser
-from ipguard.model import Actor, Policy, Restriction, UserOverview
+from ipguard.model import Actor, Policy, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow
 
@@ -36,11 +37,7 @@ _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
 def values(row: Row) -> tuple[object, ...]:
-    """Return a row in the form that the workflow takes.
-
-    Raises:
-        InvalidValue: `expires_at` is not a time.
-    """
+    """Return a row in the form that the workflow takes."""
     expires_at: datetime | None = None
     if "expires_at" in row:
         try:
@@ -80,6 +77,10 @@ class ImportCheck:
         for each in self.restrictions():
             yield each.username, each.addresses, each.label, each.expires_at
 
+    def _cells(self) -> Iterator[tuple[Cell, ...]]:
+        for r in self.restrictions():
+            yield int(r.id), r.username, str(r.addresses), r.label, r.expires_at
+
     def show(self, out: Output) -> None:
         """Show what the import would change."""
         if out.as_json:
@@ -91,25 +92,11 @@ class ImportCheck:
                 "replaced": self.replaced,
                 "skipped": len(self.skipped),
             }
-            adds = (
-                {
-                    "line": int(each.id),
-                    "username": each.username,
-                    "addresses": each.addresses,
-                    "label": each.label,
-                    "expires_at": each.expires_at,
-                }
-                for each in self.restrictions()
-            )
+            adds = (dict(zip(_COLUMNS, row, strict=True)) for row in self._cells())
             out.array("adds", adds, lambda: summary)
             return
         limit = _SHOWN if out.rich else self.added
-        columns = ("line", "username", "addresses", "label", "expires_at")
-        shown = islice(self.restrictions(), limit)
-        out.table(
-            columns,
-            ((r.id, r.username, str(r.addresses), r.label, r.expires_at) for r in shown),
-        )
+        out.table(_COLUMNS, islice(self._cells(), limit))
         if limit < self.added:
             out.note(f"and {self.added - limit:,} more; pipe the output to see all of them")
         out.note(
@@ -119,6 +106,7 @@ class ImportCheck:
         )
 
 
+_COLUMNS: Final = ("line", "username", "addresses", "label", "expires_at")
 _SELECT: Final = "SELECT username, line, first, last, label, expires FROM rows"
 
 
@@ -133,12 +121,7 @@ def checked(
     *,
     skip_existing: bool = False,
 ) -> Iterator[ImportCheck]:
-    """Check every row of a file; with `skip_existing`, skip restrictions that exist already.
-
-    Raises:
-        BadRows: Some rows cannot be imported.
-        Problem: The file has no rows.
-    """
+    """Check every row of a file, or raise `BadRows`; optionally skip existing restrictions."""
     bad = BadRows(path)
     with Spool("username TEXT, line INTEGER, first BLOB, last BLOB, label TEXT, expires") as spool:
         with progress(context.out, "checking", stream) as advance:
@@ -220,8 +203,8 @@ def _policies(store: RestrictionStore, names: Iterator[str]) -> Iterator[Policy]
     _, found = store.load_all_policies()
     with closing(found):  # type: ignore[type-var]
         restricted = _finder(found, lambda each: each[0])
-        # Restricted users are found before, so often not one page is read.
-        registered = _finder(_users(store), lambda each: each.user.username)
+        users = pages(partial(store.overview, Actor.EVERY_ACCOUNT), "after")
+        registered = _finder(users, lambda each: each.user.username)
         for name in names:
             if (policy := restricted(name)) is not None:
                 yield policy[1]
@@ -233,23 +216,12 @@ def _policies(store: RestrictionStore, names: Iterator[str]) -> Iterator[Policy]
 
 def _finder(items: Iterator[T], name_of: Callable[[T], str]) -> Callable[[str], T | None]:
     """Return a function that finds names, called in their order, among items in that order."""
-    seen: list[T | None] = []
+    item = next(items, None)
 
     def find(name: str) -> T | None:
-        if not seen:
-            seen.append(next(items, None))
-        while (item := seen[0]) is not None and name_of(item) < name:
-            seen[0] = next(items, None)
+        nonlocal item
+        while item is not None and name_of(item) < name:
+            item = next(items, None)
         return item if item is not None and name_of(item) == name else None
 
     return find
-
-
-def _users(store: RestrictionStore) -> Iterator[UserOverview]:
-    after: str | None = None
-    while True:
-        page = store.overview(Actor.EVERY_ACCOUNT, after=after, limit=BATCH)
-        yield from page
-        if page.next is None:
-            return
-        after = page.next

@@ -18,6 +18,7 @@ import attrs
 
 from ipguard.addresses import AddressRange
 from ipguard.cli._codes import Exit, Problem
+from ipguard.model import Page
 
 T = TypeVar("T")
 Cell = str | int | bool | datetime | None | Sequence[str]
@@ -53,19 +54,11 @@ _CONVERSIONS: Final[tuple[tuple[Any, Callable[[Any], Any]], ...]] = (
 
 
 class Output:
-    """The output of a command.
-
-    Args:
-        as_json: Whether results and errors are JSON.
-
-    Attributes:
-        as_json: As given.
-        rich: Whether standard output is a terminal that shows tables.
-    """
+    """The output of a command: JSON, or text for people."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.rich = not as_json and sys.stdout.isatty()
+        self.rich = not as_json and sys.stdout.isatty()  # a terminal that shows tables
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -78,8 +71,50 @@ class Output:
         self.raw(f'{{"{name}": [')
         for number, item in enumerate(items):
             self.raw((", " if number else "") + dumps(plain(item)))
-        more = dumps(rest())[1:-1]
-        self.raw("]" + (f", {more}" if more else "") + "}\n")
+        self.raw(f"], {dumps(rest())[1:]}\n")
+
+    def listing(
+        self,
+        name: str,
+        columns: Sequence[str],
+        items: Iterator[T],
+        cells: Callable[[T], Sequence[Cell]],
+        *,
+        limit: int | None,
+        cursor: Callable[[T], object],
+        option: str,
+    ) -> bool:
+        """Write items, as they are read, up to a limit; return whether there was one.
+
+        Args:
+            name: The name of the array in JSON.
+            columns: The names of the columns.
+            items: The items.
+            cells: Returns the cells of an item.
+            limit: The largest number to write, or None for all.
+            cursor: Returns the value for `option` that continues after an item.
+            option: The option that continues the listing.
+        """
+        last: list[T] = []
+
+        def shown() -> Iterator[T]:
+            for item in islice(items, limit):
+                last[:] = [item]
+                yield item
+
+        def following() -> object:
+            return cursor(last[0]) if last and next(items, None) is not None else None
+
+        # Read the first item now, so that an error is raised before anything is written.
+        iterator = shown()
+        found = chain(list(islice(iterator, 1)), iterator)
+        if self.as_json:
+            self.array(name, found, lambda: {"next": following()})
+            return True
+        self.table(columns, map(cells, found))
+        if (after := following()) is not None:
+            self.note(f"there are more: {option} {after}, or --all")
+        return bool(last)
 
     def raw(self, text: str) -> None:
         """Write text unchanged."""
@@ -97,12 +132,7 @@ class Output:
             self.raw(clean(text) + "\n")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-        """Write rows: as tables in a terminal, otherwise as lines of cells separated by tabs.
-
-        Args:
-            columns: The names of the columns, as in JSON.
-            rows: The cells of each row; a cell with several values is a sequence.
-        """
+        """Write rows: as tables in a terminal, otherwise as lines of cells separated by tabs."""
         if not self.rich:
             self.raw("\t".join(columns) + "\n")
             for row in rows:
@@ -159,14 +189,9 @@ class Output:
         return problem.code
 
     def confirm(self, outcome: str, option: str) -> None:
-        """Ask for confirmation of a change; abort unless the answer is yes.
+        """Ask whether to accept the outcome of a change; abort unless the answer is yes.
 
-        Args:
-            outcome: What the change would lead to.
-            option: The option that accepts it without a question.
-
-        Raises:
-            Problem: The answer was not yes, or no terminal is connected.
+        Without a terminal, abort with a hint at the option that accepts the outcome.
         """
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             hint = f"{option} accepts that"
@@ -183,10 +208,17 @@ class Output:
         sys.stderr.write(text)
 
 
-def prefetched(items: Iterable[T]) -> Iterator[T]:
-    """Fetch the first item at once, so that an error is raised before anything is written."""
-    iterator = iter(items)
-    return chain(list(islice(iterator, 1)), iterator)
+def pages(
+    read: Callable[..., Page[T]], name: str, cursor: object = None, limit: int | None = None
+) -> Iterator[T]:
+    """Yield the items of page after page; `name` is the argument of `read` for the cursor."""
+    size = BATCH if limit is None else min(BATCH, limit + 1)
+    while True:
+        page = read(limit=size, **{name: cursor})
+        yield from page
+        if page.next is None:
+            return
+        cursor = page.next
 
 
 def _text(cell: Cell, separator: str) -> str:

@@ -13,12 +13,14 @@ from typing import Final
 from urllib.parse import unquote
 
 from ipguard.cli._codes import Exit, Problem
+from ipguard.confirmation import Keyring
+from ipguard.errors import InvalidValue
 
 _NUMBER_LIMIT: Final = 200
 _KEYS_LIMIT: Final = 2**16
 HOW_TO_GIVE_NUMBER: Final = "type it when asked, or write it to standard input"
 _SECRET_OPTIONS: Final = frozenset({"password", "sslpassword"})
-# libpq accepts `#` and `?` in a password; a `/` is there if somebody forgot to encode it.
+# libpq accepts `#` and `?` in a password; a `/` may be there unencoded.
 _USER_AND_PASSWORD: Final = re.compile(r"[^/@]*:([^?@]*|[^/@]*)@")
 
 
@@ -74,6 +76,10 @@ def read_keys(path: str | None) -> list[bytes]:
     if not keys:
         message = f"the key file {path} is empty" if path else "no key for confirmation numbers"
         raise Problem(Exit.CONFIG, message, "use --key-file, IPGUARD_KEY_FILE or IPGUARD_KEY")
+    try:
+        Keyring(keys)
+    except InvalidValue as exc:
+        raise Problem(Exit.CONFIG, str(exc), kind="InvalidValue") from None
     return keys
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Annotated, Final, TypeVar
 
-import typer
+from typer import Argument, Option
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import ACTOR, ADMINISTRATOR, OPERATOR, SETTINGS, Context, command
+from ipguard.cli._output import plain
 from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
 from ipguard.errors import LockoutRisk, UnknownRestriction, UnknownUser, shorten
 from ipguard.model import Actor, Applied, PendingRequest
@@ -23,32 +25,25 @@ from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
 
 T = TypeVar("T")
-UserArgument = Annotated[str, typer.Argument(help="The user to restrict.")]
+UserArgument = Annotated[str, Argument(help="The user to restrict.")]
 AddressesArgument = Annotated[
-    str, typer.Argument(help="203.0.113.7, 203.0.113.0/29 or 203.0.113.5-203.0.113.9; or IPv6.")
+    str, Argument(help="203.0.113.7, 203.0.113.0/29, 203.0.113.5-203.0.113.9, or IPv6.")
 ]
-RequestArgument = Annotated[str, typer.Argument(metavar="REQUEST", help="The request's id.")]
-RestrictionArgument = Annotated[
-    str, typer.Argument(metavar="RESTRICTION", help="The restriction's id.")
-]
-LabelOption = Annotated[str, typer.Option("--label", help="A name for the restriction.")]
+RequestArgument = Annotated[str, Argument(metavar="REQUEST", help="The request's id.")]
+RestrictionArgument = Annotated[str, Argument(metavar="RESTRICTION", help="The restriction's id.")]
+LabelOption = Annotated[str, Option("--label", help="A name for the restriction.")]
 ExpiresOption = Annotated[
     str | None,
-    typer.Option(
-        "--expires",
-        metavar="WHEN",
-        help="When the restriction stops allowing its addresses: 2027-01-31T18:00Z, or 90m, 12h or"
-        " 30d from now.",
+    Option(
+        "--expires", metavar="WHEN", help="When it expires: 2027-01-31T18:00Z; or 90m, 12h, 30d."
     ),
 ]
-ReasonOption = Annotated[
-    str, typer.Option("--reason", help="Why; recorded in the audit log and mailed.")
-]
+ReasonOption = Annotated[str, Option("--reason", help="Why; recorded in the audit log and mailed.")]
 OpenOption = Annotated[
-    bool, typer.Option("--allow-open", help="Accept that this opens the user to every address.")
+    bool, Option("--allow-open", help="Accept that this opens the user to every address.")
 ]
 LockoutOption = Annotated[
-    bool, typer.Option("--allow-lockout", help="Accept that this may lock somebody out.")
+    bool, Option("--allow-lockout", help="Accept that this may lock somebody out.")
 ]
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 
@@ -74,13 +69,8 @@ def request(
     with context.workflow(numbers=True) as (_, flow):
         until = parse_expiry(expires, flow.now())
         _confirm_expiry(context, flow, actor, username, until, allowed=allow_lockout)
-        made = _confirm_lockout(
-            context,
-            lambda allowed: flow.request(
-                actor, username, addresses, label=label, expires_at=until, allow_lockout=allowed
-            ),
-            allowed=allow_lockout,
-        )
+        change = partial(flow.request, actor, username, addresses, label=label, expires_at=until)
+        made = _confirm_lockout(context, change, allowed=allow_lockout)
     _show_request(context, made, _mailed(actor, made))
 
 
@@ -88,7 +78,7 @@ def request(
 def confirm(
     context: Context,
     request: RequestArgument,
-    number: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    number: Annotated[list[str] | None, Argument(hidden=True)] = None,
     *,
     allow_lockout: LockoutOption = False,
     allow_open: OpenOption = False,
@@ -109,14 +99,8 @@ def confirm(
             opens = _confirm_removal(
                 context, flow, actor, deletes, opens=opens, shuts=allow_lockout
             )
-        typed_number = read_number()
-        applied = _confirm_lockout(
-            context,
-            lambda allowed: flow.confirm(
-                actor, request, typed_number, allow_lockout=allowed, allow_opening=opens
-            ),
-            allowed=allow_lockout,
-        )
+        change = partial(flow.confirm, actor, request, read_number(), allow_opening=opens)
+        applied = _confirm_lockout(context, change, allowed=allow_lockout)
     _show_applied(context, applied)
 
 
@@ -143,7 +127,7 @@ def delete(
     context: Context,
     restriction: RestrictionArgument,
     *,
-    reason: Annotated[str, typer.Option("--reason", help="Why.")] = "",
+    reason: Annotated[str, Option("--reason", help="Why.")] = "",
     allow_open: OpenOption = False,
     allow_lockout: LockoutOption = False,
 ) -> None:
@@ -156,13 +140,8 @@ def delete(
         opens = _confirm_removal(
             context, flow, actor, restriction, opens=allow_open, shuts=allow_lockout
         )
-        outcome = _confirm_lockout(
-            context,
-            lambda allowed: flow.delete(
-                actor, restriction, reason, allow_lockout=allowed, allow_opening=opens
-            ),
-            allowed=allow_lockout,
-        )
+        change = partial(flow.delete, actor, restriction, reason, allow_opening=opens)
+        outcome = _confirm_lockout(context, change, allowed=allow_lockout)
     if isinstance(outcome, Applied):
         _show_applied(context, outcome)
     else:
@@ -219,7 +198,7 @@ def lift(
 @command(OPERATOR)
 def unlock(
     context: Context,
-    username: Annotated[str, typer.Argument(help="The administrator who failed too often.")],
+    username: Annotated[str, Argument(help="The administrator who failed too often.")],
     *,
     reason: ReasonOption,
 ) -> None:
@@ -270,16 +249,6 @@ def _confirm_removal(
 ) -> bool:
     """Ask before a removal that leaves the user no restriction, or only expired ones.
 
-    If the restriction does not exist for this actor, the error is left to the workflow.
-
-    Args:
-        context: The context.
-        flow: The workflow.
-        actor: Who acts.
-        restriction_id: The restriction.
-        opens: Whether an option accepts that the user can then log in from every address.
-        shuts: Whether an option accepts that the user can then log in from no address.
-
     Returns:
         Whether the removal may open the user to every address, by the option or the answer. If not,
         the workflow refuses to remove a restriction that has become the last one.
@@ -288,7 +257,7 @@ def _confirm_removal(
         found = flow.restriction(actor, restriction_id)
         held = flow.user(actor, found.username).restrictions
     except (UnknownRestriction, UnknownUser):
-        return opens
+        return opens  # the workflow reports the error
     remainder = without(held, found.id, flow.now())
     name = f"without {found.addresses}, {found.username}"
     if remainder.opens and not opens:
@@ -317,7 +286,7 @@ def _confirm_expiry(
     try:
         found = flow.user(actor, username)
     except UnknownUser:
-        return
+        return  # the workflow reports the error
     if not found.removed and all(r.expires_at is not None for r in found.restrictions):
         name = found.user.username
         context.out.confirm(
@@ -327,15 +296,15 @@ def _confirm_expiry(
         )
 
 
-def _confirm_lockout(context: Context, change: Callable[[bool], T], *, allowed: bool) -> T:
+def _confirm_lockout(context: Context, change: Callable[..., T], *, allowed: bool) -> T:
     """Make a change; if it would lock its actor out, ask and then make it with consent."""
     try:
-        return change(allowed)
+        return change(allow_lockout=allowed)
     except LockoutRisk as exc:
         if allowed:
             raise
         context.out.confirm(str(exc), "--allow-lockout")
-        return change(True)  # noqa: FBT003 - a lambda has no keywords
+        return change(allow_lockout=True)
 
 
 def _mailed(actor: Actor, made: PendingRequest) -> str:
@@ -347,14 +316,7 @@ def _show_applied(context: Context, applied: Applied) -> None:
     failed = context.report_failures()
     restriction = applied.restriction
     if context.out.as_json:
-        context.out.data(
-            {
-                "revision": applied.revision,
-                "restriction": restriction,
-                "unrestricted": applied.unrestricted,
-                "notices_failed": failed,
-            }
-        )
+        context.out.data(plain(applied) | {"notices_failed": failed})
         return
     if restriction is not None:
         context.out.line(

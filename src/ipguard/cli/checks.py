@@ -6,7 +6,7 @@ from collections import Counter
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
-import typer
+from typer import Argument, Option
 
 from ipguard.cli import _files
 from ipguard.cli._codes import Exit, Problem
@@ -27,24 +27,19 @@ class UnknownUsers(StrEnum):
 
 
 UnknownOption = Annotated[
-    UnknownUsers, typer.Option("--unknown-users", help="As in the guards of the login servers.")
+    UnknownUsers, Option("--unknown-users", help="As in the guards of the login servers.")
 ]
 
 
 @command()
 def check(
     context: Context,
-    username: Annotated[str | None, typer.Argument(help="The user who logs in.")] = None,
-    address: Annotated[str | None, typer.Argument(help="The client's IP address.")] = None,
+    username: Annotated[str | None, Argument(help="The user who logs in.")] = None,
+    address: Annotated[str | None, Argument(help="The client's IP address.")] = None,
     *,
     file: Annotated[
         str | None,
-        typer.Option(
-            "--file",
-            metavar="FILE",
-            help="Check a login log instead: CSV or JSON Lines with username and address; - is"
-            " standard input.",
-        ),
+        Option("--file", metavar="FILE", help="A login log to check; - is standard input."),
     ] = None,
     kind: FormatOption = None,
     unknown_users: UnknownOption = UnknownUsers.ALLOW,
@@ -52,7 +47,8 @@ def check(
     """Check whether a user may log in from an address.
 
     The exit code is 0 if the login is allowed now, and 1 if not. With --file, every login of the
-    log is checked as of now, and the exit code is 1 if any would be refused.
+    log (CSV or JSON Lines with username and address) is checked as of now, and the exit code is 1
+    if any would be refused.
 
     Example: ipguard check jsmith 203.0.113.5
     """
@@ -77,8 +73,8 @@ def check(
 @command()
 def explain(
     context: Context,
-    username: Annotated[str, typer.Argument(help="The user who logs in.")],
-    address: Annotated[str, typer.Argument(help="The client's IP address.")],
+    username: Annotated[str, Argument(help="The user who logs in.")],
+    address: Annotated[str, Argument(help="The client's IP address.")],
     *,
     unknown_users: UnknownOption = UnknownUsers.ALLOW,
 ) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from urllib.parse import unquote
 
 import attrs
-import typer
+from typer import Option
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import KEY, MAIL, SETTINGS, Context, command
 from ipguard.cli._secrets import read_keys
-from ipguard.confirmation import Keyring
 from ipguard.errors import IPGuardError, StoreError, StoreUnavailable
 from ipguard.store import RestrictionStore
 
@@ -40,19 +38,15 @@ _ADVICE: Final = {
 _GRANTS: Final = "ipguard migrate --sql --reader ROLE --writer ROLE prints the grants"
 
 
+State = Literal["ok", "warn", "fail"]
+
+
 @attrs.frozen
 class Finding:
-    """One line of the report.
-
-    Attributes:
-        check: The name of the check.
-        state: `ok`, `warn` or `fail`.
-        found: The result.
-        todo: Advice, or "".
-    """
+    """One line of the report: a check, its result and advice."""
 
     check: str
-    state: Literal["ok", "warn", "fail"]
+    state: State
     found: str
     todo: str = ""
 
@@ -65,8 +59,7 @@ def doctor(
     context: Context,
     *,
     send_test: Annotated[
-        str | None,
-        typer.Option("--send-test", metavar="ADDRESS", help="Mail a test to this address."),
+        str | None, Option("--send-test", metavar="ADDRESS", help="Mail a test to it.")
     ] = None,
 ) -> int:
     """Check the store, key, settings and mail server.
@@ -104,9 +97,9 @@ def _guarded(check: str, examine: Callable[[], Findings]) -> Findings:
 
 
 def _permissions(check: str, path: Path) -> Finding:
-    mode = path.stat().st_mode
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        found = f"other users have rights to {path} (mode {mode & 0o777:o})"
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        found = f"other users have rights to {path} (mode {mode:o})"
         return Finding(check, "warn", found, f"chmod 600 {path}")
     return Finding(check, "ok", f"only its owner has rights to {path}")
 
@@ -114,7 +107,6 @@ def _permissions(check: str, path: Path) -> Finding:
 def _key(context: Context) -> Findings:
     path = context.options["key_file"]
     keys = read_keys(path)
-    Keyring(keys)
     several = f"{len(keys)} keys, of which the first mints" if len(keys) > 1 else "one key"
     yield Finding("key", "ok", several)
     if path:
@@ -135,20 +127,17 @@ def _mail(context: Context, send_test: str | None) -> Findings:
     from ipguard.mail import EmailNotifier
 
     notifier = context.mailer()
-    if not isinstance(notifier, EmailNotifier):
-        todo = "name a mail server: --mail smtp://127.0.0.1, or IPGUARD_MAIL"
-        if send_test is None:
-            yield Finding("mail", "warn", "is printed, not sent", todo)
-        else:
-            found = f"no test was sent to {send_test}: mail is printed, not sent"
-            yield Finding("mail", "fail", found, todo)
-        return
     server = f"{notifier!r}".strip("<>")
-    if send_test is None:
+    if not isinstance(notifier, EmailNotifier):
+        test = f"no test was sent to {send_test}: " if send_test else ""
+        todo = "name a mail server: --mail smtp://127.0.0.1, or IPGUARD_MAIL"
+        state: State = "fail" if send_test else "warn"
+        yield Finding("mail", state, f"{test}mail is printed, not sent", todo)
+    elif send_test is None:
         yield Finding("mail", "ok", f"{server}, not tested: use --send-test")
-        return
-    notifier.send_test(send_test)
-    yield Finding("mail", "ok", f"{server} accepted a test for {send_test}")
+    else:
+        notifier.send_test(send_test)
+        yield Finding("mail", "ok", f"{server} accepted a test for {send_test}")
 
 
 # -- the store -----------------------------------------------------------------------------------
@@ -165,8 +154,7 @@ def _store(context: Context) -> Findings:
             causes = _causes(context)
             if not causes:
                 raise
-            yield from causes
-            yield Finding("store", "fail", str(exc))
+            yield from (*causes, Finding("store", "fail", str(exc)))
             return
         took = (time.perf_counter() - began) * 1000
         place = repr(store).strip("<>")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice, takewhile
+from functools import partial
+from itertools import takewhile
 from typing import Annotated, Final
 
-import typer
+from typer import Option
 
 from ipguard import audit
 from ipguard.cli._codes import Exit
 from ipguard.cli._context import Context, command
 from ipguard.cli._identity import READER
-from ipguard.cli._output import BATCH, Cell, clean, prefetched
+from ipguard.cli._output import Cell, clean, pages
 from ipguard.cli.users import AllOption, LimitOption
 from ipguard.errors import StoreUnavailable, shorten
 from ipguard.model import RESET, Change
@@ -25,7 +26,7 @@ from ipguard.workflow import Workflow
 _INTERVAL: Final = 1.0  # seconds; entries that touch no policy do not end `store.wait`
 
 UserOption = Annotated[
-    str | None, typer.Option("--user", metavar="USERNAME", help="Only entries about this user.")
+    str | None, Option("--user", metavar="USERNAME", help="Only entries about this user.")
 ]
 
 
@@ -36,7 +37,7 @@ def history(
     user: UserOption = None,
     before: Annotated[
         int | None,
-        typer.Option("--before", metavar="REVISION", help="Only entries before this revision."),
+        Option("--before", metavar="REVISION", help="Only entries before this revision."),
     ] = None,
     limit: LimitOption = 50,
     everything: AllOption = False,
@@ -46,61 +47,38 @@ def history(
     Example: ipguard history --user jsmith
     """
     with context.workflow(mails=False) as (store, flow):
-        last: Change | None = None
-        more = False
-
-        def listed() -> Iterator[Change]:
-            nonlocal last, more
-            entries = _entries(flow, user, before, BATCH if everything else limit + 1)
-            for entry in entries if everything else islice(entries, limit):
-                last = entry
-                yield entry
-            more = next(entries, None) is not None
-
-        found = prefetched(listed())
-        if context.out.as_json:
-            context.out.array("changes", found, lambda: {"next": _next(last, more=more)})
-            return
-        columns = ("revision", "at", "actor", "action", "username", "detail")
-        context.out.table(columns, map(_cells, found))
-        if more:
-            context.out.note(f"there are more: --before {_next(last, more=more)}, or --all")
-        if last is None:
+        size = None if everything else limit
+        found = context.out.listing(
+            "changes",
+            ("revision", "at", "actor", "action", "username", "detail"),
+            _entries(flow, user, before, size),
+            _cells,
+            limit=size,
+            cursor=lambda change: change.revision,
+            option="--before",
+        )
+        if not found:
             context.out.note(_none_found(store, user, before))
 
 
-def _next(last: Change | None, *, more: bool) -> int | None:
-    return last.revision if last is not None and more else None
-
-
-def _entries(flow: Workflow, user: str | None, before: int | None, size: int) -> Iterator[Change]:
-    """Yield audit entries, newest first, page by page."""
-    while True:
-        page = flow.history(READER, username=user, before=before, limit=min(BATCH, size))
-        yield from page
-        if page.next is None:
-            return
-        before = page.next
+def _entries(
+    flow: Workflow, user: str | None, before: int | None = None, limit: int | None = None
+) -> Iterator[Change]:
+    """Yield audit entries, newest first."""
+    return pages(partial(flow.history, READER, username=user), "before", before, limit)
 
 
 def _cells(change: Change) -> tuple[Cell, ...]:
-    return (
-        change.revision,
-        change.at,
-        change.actor,
-        str(change.action),
-        change.username,
-        audit.encode(change.detail),
-    )
+    detail = audit.encode(change.detail)
+    return (change.revision, change.at, change.actor, str(change.action), change.username, detail)
 
 
 def _none_found(store: RestrictionStore, user: str | None, before: int | None) -> str:
     if user is not None and (unknown := _unregistered(store, user)):
         return unknown
     about = "" if user is None else f" about {shorten(user)}"
-    return f"the audit log has no entries{about}" + (
-        "" if before is None else f" before revision {before}"
-    )
+    limit = "" if before is None else f" before revision {before}"
+    return f"the audit log has no entries{about}{limit}"
 
 
 def _unregistered(store: RestrictionStore, username: str) -> str:
@@ -120,9 +98,7 @@ def watch(
     user: UserOption = None,
     since: Annotated[
         int | None,
-        typer.Option(
-            "--since", metavar="REVISION", help="Start after this revision.  [default: the newest]"
-        ),
+        Option("--since", metavar="REVISION", help="Start after this revision, not now."),
     ] = None,
 ) -> int:
     """Show audit entries as they happen, until Ctrl-C.
@@ -175,7 +151,7 @@ def _show_new(
         return head, (head, token)
     new: list[Change] = []
     if head > seen:
-        new = list(takewhile(lambda c: c.revision > seen, _entries(flow, name, None, BATCH)))
+        new = list(takewhile(lambda c: c.revision > seen, _entries(flow, name)))
     for change in reversed(new):
         _show(context, change)
     sys.stdout.flush()

@@ -7,13 +7,12 @@ import secrets
 from contextlib import suppress
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import KEY, Context, command
-from ipguard.cli._secrets import key_in_environment
-from ipguard.confirmation import Keyring
-from ipguard.errors import InvalidValue, StoreError
+from ipguard.cli._secrets import key_in_environment, read_keys
+from ipguard.errors import StoreError
 
 _KEY_BYTES = 32
 
@@ -32,11 +31,8 @@ def init(context: Context) -> None:
     if path:
         existed = _exists(context)
         _write_key(path)
-    elif keys := key_in_environment():
-        try:
-            Keyring(keys)
-        except InvalidValue as exc:
-            raise Problem(Exit.CONFIG, f"IPGUARD_KEY: {exc}", kind="InvalidValue") from None
+    elif key_in_environment():
+        read_keys(None)
         existed = _exists(context)
     else:
         hint = "use --key-file or IPGUARD_KEY_FILE; or IPGUARD_KEY with the key itself"
@@ -90,20 +86,15 @@ def _write_key(path: str) -> None:
 def migrate(
     context: Context,
     *,
-    sql: Annotated[
-        bool, typer.Option("--sql", help="Print the SQL instead of running it.")
-    ] = False,
+    sql: Annotated[bool, Option("--sql", help="Print the SQL instead of running it.")] = False,
     since: Annotated[
-        int,
-        typer.Option("--since", metavar="VERSION", help="With --sql: the present schema version."),
+        int, Option("--since", metavar="VERSION", help="With --sql: the present schema version.")
     ] = 0,
     reader: Annotated[
-        str | None,
-        typer.Option(metavar="ROLE", help="With --sql: a role for login servers to grant to."),
+        str | None, Option(metavar="ROLE", help="With --sql: the role of login servers.")
     ] = None,
     writer: Annotated[
-        str | None,
-        typer.Option(metavar="ROLE", help="With --sql: a role for administration to grant to."),
+        str | None, Option(metavar="ROLE", help="With --sql: the role of administration.")
     ] = None,
 ) -> None:
     """Update the store's schema, or print the SQL that does.

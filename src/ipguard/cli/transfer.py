@@ -6,11 +6,11 @@ import csv
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from json import dumps
 from typing import Annotated, Final, TextIO
 
-import typer
+from typer import Option
 
 from ipguard.cli import _files
 from ipguard.cli._codes import Exit, Problem
@@ -36,13 +36,10 @@ def import_(
     reason: ReasonOption,
     kind: FormatOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")
+        bool, Option("--dry-run", help="Show what would change, and change nothing.")
     ] = False,
     skip_existing: Annotated[
-        bool,
-        typer.Option(
-            "--skip-existing", help="Skip restrictions that exist with the same label and expiry."
-        ),
+        bool, Option("--skip-existing", help="Skip restrictions that exist unchanged.")
     ] = False,
 ) -> None:
     """Impose the restrictions of a file: all or none.
@@ -115,12 +112,11 @@ def export(
     context: Context,
     *,
     output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write a new file with mode 0600."),
+        str | None, Option("--output", "-o", metavar="FILE", help="A new file, with mode 0600.")
     ] = None,
     kind: FormatOption = None,
     excel: Annotated[
-        bool, typer.Option("--excel", help="Start CSV with a byte order mark, as Excel needs.")
+        bool, Option("--excel", help="Start CSV with a byte order mark, as Excel needs.")
     ] = False,
 ) -> None:
     """Write every restriction as CSV or JSON Lines, in UTF-8.
@@ -144,8 +140,7 @@ def export(
             write = _writer(target, form)
             # In a terminal, rows on standard output would run into the progress bar.
             hidden = context.out.rich and not output
-            bar = nullcontext(lambda _: None) if hidden else _files.progress(context.out, "")
-            with bar as advance:
+            with _files.progress(context.out, "", hidden=hidden) as advance:
                 for _, policy in policies:
                     holding = [r for r in policy.restrictions if not r.expired(now)]
                     expired += len(policy.restrictions) - len(holding)

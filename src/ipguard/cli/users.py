@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Final
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Annotated, Final
 
 import typer
+from typer import Argument, Option
 
 from ipguard.cli import _files
 from ipguard.cli._context import Context, app, command
 from ipguard.cli._files import BadRows, Columns, FileArgument, FormatOption
 from ipguard.cli._identity import READER
-from ipguard.cli._output import BATCH, Cell, prefetched
+from ipguard.cli._output import Cell, pages
 from ipguard.errors import IPGuardError, shorten
 from ipguard.model import Restriction, User, UserOverview
-from ipguard.workflow import Workflow
 
 SearchHelp: Final = "The start of a username, an account ID or a word of the full name"
 AfterOption = Annotated[
-    str | None, typer.Option("--after", metavar="USERNAME", help="Continue after this user.")
+    str | None, Option("--after", metavar="USERNAME", help="Continue after this user.")
 ]
-LimitOption = Annotated[int, typer.Option("--limit", min=1, help="The largest number to list.")]
-AllOption = Annotated[bool, typer.Option("--all", help="List all, without a limit.")]
+LimitOption = Annotated[int, Option("--limit", min=1, help="The largest number to list.")]
+AllOption = Annotated[bool, Option("--all", help="List all, without a limit.")]
 
 _COLUMNS: Final = Columns(required=("username", "full_name", "account_id"), optional=("email",))
 _group = typer.Typer(rich_markup_mode=None)
@@ -70,36 +71,36 @@ def import_users(context: Context, file: FileArgument, *, kind: FormatOption = N
 def list_users(
     context: Context,
     *,
-    search: Annotated[str, typer.Option(help=f"{SearchHelp}.")] = "",
+    search: Annotated[str, Option(help=f"{SearchHelp}.")] = "",
     after: AfterOption = None,
     limit: LimitOption = 50,
     everything: AllOption = False,
 ) -> None:
     """List the registered users."""
     with context.workflow(mails=False) as (_, flow):
-        _list(
-            context,
-            flow,
+        size = None if everything else limit
+        found = pages(partial(flow.overview, READER, search=search), "after", after, size)
+        some = context.out.listing(
+            "users",
             ("username", "full_name", "account_id", "email"),
-            lambda each: (*_names(each), each.user.email),
-            plain_value=lambda each: each.user,
-            keep=lambda each: not each.removed,
-            search=search,
-            after=after,
-            limit=None if everything else limit,
+            (each.user for each in found if not each.removed),
+            lambda user: (user.username, user.full_name, user.account_id, user.email),
+            limit=size,
+            cursor=lambda user: user.username,
+            option="--after",
         )
+    _note_none(context, some, "user", search, after)
 
 
 @command(name="list")
 def list_(
     context: Context,
     search: Annotated[
-        str,
-        typer.Argument(help=f"{SearchHelp}; or an IP address that a restriction contains."),
+        str, Argument(help=f"{SearchHelp}; or an IP address that a restriction contains.")
     ] = "",
     *,
     removed: Annotated[
-        bool, typer.Option("--removed", help="List only removed users, whose restrictions hold.")
+        bool, Option("--removed", help="List only removed users, whose restrictions hold.")
     ] = False,
     after: AfterOption = None,
     limit: LimitOption = 50,
@@ -110,18 +111,28 @@ def list_(
     Example: ipguard list 203.0.113.5
     """
     with context.workflow(mails=False) as (_, flow):
-        _list(
-            context,
-            flow,
+        size = None if everything else limit
+        found = pages(partial(flow.overview, READER, search=search), "after", after, size)
+        some = context.out.listing(
+            "users",
             ("username", "full_name", "account_id", "restrictions", "pending", "removed"),
+            (each for each in found if each.removed or not removed),
             _terminal_cells if context.out.rich else _cells,
-            plain_value=lambda each: each,
-            keep=(lambda each: each.removed) if removed else (lambda _: True),
-            found="removed user with restrictions" if removed else "user",
-            search=search,
-            after=after,
-            limit=None if everything else limit,
+            limit=size,
+            cursor=lambda each: each.user.username,
+            option="--after",
         )
+    kind = "removed user with restrictions" if removed else "user"
+    _note_none(context, some, kind, search, after)
+
+
+def _note_none(context: Context, some: object, kind: str, search: str, after: str | None) -> None:
+    """Note that a listing is empty."""
+    if not some:
+        where = f" for {shorten(search)}" if search.strip() else ""
+        where += f" after {shorten(after)}" if after else ""
+        advice = "" if where or kind != "user" else "; `ipguard users import FILE` registers users"
+        context.out.note(f"no {kind} found{where}{advice}")
 
 
 def _names(each: UserOverview) -> tuple[Cell, ...]:
@@ -145,59 +156,3 @@ def _described(restriction: Restriction) -> str:
     until = restriction.expires_at
     end = "" if until is None else f" until {until:%Y-%m-%d %H:%M} UTC"
     return f"{restriction.addresses}{label}{end} [{restriction.id}]"
-
-
-def _list(
-    context: Context,
-    flow: Workflow,
-    columns: Sequence[str],
-    cells: Callable[[UserOverview], Sequence[Cell]],
-    *,
-    plain_value: Callable[[UserOverview], Any],
-    keep: Callable[[UserOverview], bool],
-    search: str,
-    after: str | None,
-    limit: int | None,
-    found: str = "user",
-) -> None:
-    """Write users as they are read, page by page, up to a limit."""
-    last: str | None = None
-    count = 0
-
-    def kept() -> Iterator[UserOverview]:
-        nonlocal last, count
-        for each, more in _overview(flow, search, after, limit):
-            if not keep(each):
-                continue
-            if count == limit:
-                return
-            count += 1
-            last = each.user.username if more or count == limit else None
-            yield each
-        last = None
-
-    listed = prefetched(kept())
-    if context.out.as_json:
-        context.out.array("users", map(plain_value, listed), lambda: {"next": last})
-        return
-    context.out.table(columns, map(cells, listed))
-    if last is not None:
-        context.out.note(f"there are more: --after {last}, or --all")
-    if not count:
-        where = f" for {shorten(search)}" if search.strip() else ""
-        where += f" after {shorten(after)}" if after else ""
-        advice = "" if where or found != "user" else "; `ipguard users import FILE` registers users"
-        context.out.note(f"no {found} found{where}{advice}")
-
-
-def _overview(
-    flow: Workflow, search: str, after: str | None, limit: int | None
-) -> Iterator[tuple[UserOverview, bool]]:
-    """Yield users, each with whether another page follows."""
-    size = BATCH if limit is None else min(BATCH, limit + 1)
-    while True:
-        page = flow.overview(READER, search=search, after=after, limit=size)
-        yield from ((each, page.next is not None) for each in page)
-        if page.next is None:
-            return
-        after = page.next
