@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import pytest
 from jsonschema.validators import Draft202012Validator  # type: ignore[import-untyped]
 from referencing import Registry, Resource
 
+import ipguard
 from ipguard.cli import run
+from ipguard.model import Action
 
 SCHEMAS = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 PROGRAM = (sys.executable, "-m", "ipguard")
@@ -157,6 +160,61 @@ class Shell:
         assert done.err.count("\n") == 1
         return done.err.removeprefix("ipguard: ").removesuffix("\n")
 
+    def error(self, code: int, *args: str | Path, **more: Any) -> Any:
+        """Run a command that fails with `--json`, and return its error."""
+        done = self(*args, "--json", **more)
+        assert (done.code, done.out) == (code, "")
+        return done.error
+
+    def store(self) -> ipguard.RestrictionStore:
+        """Open the store."""
+        return ipguard.open_store(self.env["IPGUARD_URL"])
+
+    def register(self, **accounts: str) -> None:
+        """Register users, given as `username=account_id`; create the store if needed."""
+        with self.store() as store:
+            store.put_users(
+                ipguard.User(
+                    username=name, full_name=name, account_id=each, email=f"{name}@firm.example"
+                )
+                for name, each in accounts.items()
+            )
+
+    def held(self, username: str) -> list[str]:
+        """Return the addresses of a user's restrictions."""
+        with self.store() as store:
+            return [str(r.addresses) for r in store.load_policy(username).restrictions]
+
+    def impose(self, username: str, addresses: str) -> str:
+        """Impose a restriction, and return its id."""
+        options = ("--reason", "x", "--email", "ops@bank.example", "--json")
+        done = self("impose", username, addresses, *options)
+        assert done.code == 0
+        return str(json.loads(done.out)["restriction"]["id"])
+
+    def hold(self, username: str, **days: float) -> None:
+        """Add restrictions to 203.0.113.N that expire in so many days, given as `_N=days`."""
+        with self.store() as store, store.transaction() as tx:
+            for name, each in days.items():
+                tx.add_restriction(
+                    ipguard.Restriction(
+                        id=username + name,
+                        username=username,
+                        addresses=ipguard.AddressRange.parse(f"203.0.113.{name[1:]}"),
+                        label="",
+                        created_at=tx.now,
+                        created_by="x",
+                        expires_at=tx.now + timedelta(days=each),
+                    )
+                )
+            tx.append(Action.IMPOSE, actor="x", touches=frozenset({username}))
+
+    def write(self, name: str, text: str | bytes) -> Path:
+        """Write a file in the folder."""
+        path = self.folder / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
     def terminal(self, *args: str | Path, **env: str) -> Terminal:
         """Run a command in a terminal."""
         return Terminal(self, [str(arg) for arg in args], env)
@@ -180,9 +238,11 @@ class Terminal:
         """Wait until the terminal shows text that matches a pattern."""
         self.process.expect(pattern)
 
-    def types(self, text: str) -> None:
-        """Type a line."""
+    def answers(self, pattern: str, text: str, code: int = 0) -> str:
+        """Wait for a question, type the answer, and wait until the command ends."""
+        self.sees(pattern)
         self.process.sendline(text)
+        return self.ends(code)
 
     def ends(self, code: int = 0) -> str:
         """Wait until the command ends; return what it showed since the last `sees`."""

@@ -28,15 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 def shell(tmp_path: Path) -> Shell:
     """A shell with a user and a key."""
     it = Shell(tmp_path, IPGUARD_MAIL="console")
-    (tmp_path / "ipguard.key").write_text("k" * 64)
-    (tmp_path / "ipguard.key").chmod(0o600)
-    with ipguard.open_store(it.env["IPGUARD_URL"]) as store:
-        store.put_users([ipguard.User(username="jsmith", full_name="John", account_id="U1")])
+    it.write("ipguard.key", "k" * 64).chmod(0o600)
+    it.register(jsmith="U1")
     return it
 
 
 def _write(shell: Shell, detail: str, username: str = "jsmith") -> None:
-    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as tx:
+    with shell.store() as store, store.transaction() as tx:
         tx.append(Action.CANCEL, actor="rita", username=username, detail={"": detail})
 
 
@@ -92,7 +90,7 @@ def test_watch_in_a_pipe(shell: Shell):
 
 def test_entries_of_a_newer_version_are_shown_unchanged(shell: Shell):
     """`history` and `watch` show unknown actions and unreadable details as text."""
-    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as tx:
+    with shell.store() as store, store.transaction() as tx:
         tx.append("teleport", actor="rita", username="jsmith", detail={"to": "the moon"})
         tx.append(Action.UNLOCK, actor="rita", username="jsmith", detail={"": 'by="x'})
     found = shell.json("history")["changes"]
@@ -142,12 +140,12 @@ def test_watch_survives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: 
 
 def test_doctor_finds_everything_healthy(shell: Shell):
     """Every check is ok, and a test mail arrives."""
-    (shell.folder / "settings.toml").write_text('confirm_deletes = "last"\n')
+    settings = shell.write("settings.toml", 'confirm_deletes = "last"\n')
     with MailServer() as server:
         shell.env |= {
             "IPGUARD_MAIL": server.url,
             "IPGUARD_MAIL_FROM": "no-reply@bank.example",
-            "IPGUARD_SETTINGS": str(shell.folder / "settings.toml"),
+            "IPGUARD_SETTINGS": str(settings),
         }
         report = shell.json("doctor", "--send-test", "ops@bank.example")
         assert set(_states(report).values()) == {"ok"}
@@ -166,18 +164,7 @@ def test_doctor_finds_everything_healthy(shell: Shell):
 def test_doctor_advises(shell: Shell):
     """Risks are warnings and errors are failures, each with what to do; nothing is changed."""
     path = Path(shell.env["IPGUARD_URL"].removeprefix("sqlite:///"))
-    with ipguard.open_store(shell.env["IPGUARD_URL"]) as store, store.transaction() as tx:
-        old = ipguard.Restriction(
-            id="x",
-            username="jsmith",
-            addresses=ipguard.AddressRange.parse("203.0.113.7"),
-            label="",
-            created_at=tx.now,
-            created_by="x",
-            expires_at=tx.now - timedelta(days=1),
-        )
-        tx.add_restriction(old)
-        tx.append(Action.IMPOSE, actor="x", touches=frozenset({"jsmith"}))
+    shell.hold("jsmith", _7=-1)
     path.chmod(0o644)
     (shell.folder / "ipguard.key").chmod(0o640)
     found = shell.json("doctor", "--send-test", "a@b.example", code=11)["findings"]
@@ -228,14 +215,14 @@ def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):
     """It names the listener and the rights of the role, and a server that does not respond."""
     schema = fresh_schema()
     url = own_postgres.url(schema=schema)
-    with ipguard.open_store(url, migrate=True) as store:
-        store.put_users([ipguard.User(username="jsmith", full_name="John", account_id="U1")])
+    ipguard.open_store(url, migrate=True).close()
     reader, writer, none = (f"{schema}_{kind}" for kind in ("reader", "writer", "none"))
     for role in (reader, writer, none):
         own_postgres.execute(f"CREATE ROLE {role} LOGIN")
     own_postgres.execute(grants(schema=schema, reader=reader, writer=writer))
     shell = Shell(tmp_path, IPGUARD_URL=url, IPGUARD_MAIL="console", IPGUARD_KEY="k" * 64)
     shell.env.pop("IPGUARD_KEY_FILE")
+    shell.register(jsmith="U1")
     states = _states(shell.json("doctor"))
     expected = {"store": "ok", "clock": "ok", "pooler": "ok", "listener": "ok", "role": "warn"}
     assert expected.items() <= states.items()
