@@ -35,8 +35,8 @@ def is_at(guard: Guard, revision: int) -> bool:
 
 
 def thread_of(guard: Guard) -> threading.Thread:
-    assert guard._refresher._thread is not None
-    return guard._refresher._thread
+    assert guard._refresher.thread is not None
+    return guard._refresher.thread
 
 
 def test_no_thread_before_start(world: World) -> None:
@@ -204,7 +204,7 @@ def test_sync_starts_it_again_too(world: World) -> None:
     """A forked child that only syncs has its refresher back as well."""
     with world.guard() as guard:
         guard._refresher.stop()
-        guard._refresher._wanted = True
+        guard._refresher.wanted = True
         guard.sync()
         assert guard.stats().woken_by == "refresher"
 
@@ -283,11 +283,11 @@ def test_a_check_while_the_guard_closes_does_not_restart_the_refresher(world: Wo
     """A thread that waits for the lock to start the refresher sees that it was stopped."""
     with world.guard() as guard:
         guard._refresher.stop()
-        guard._refresher._wanted = True
+        guard._refresher.wanted = True
         with guard._refresher._lock:
             revived = Call(guard._refresher.revive)
             comes_true(lambda: revived.running)
-            guard._refresher._wanted = False
+            guard._refresher.wanted = False
         revived.result()
         assert refreshers() == []
 
@@ -297,7 +297,7 @@ def test_two_who_start_it_at_once_start_one(world: World) -> None:
     guard = world.guard()
     with guard._refresher._lock:
         calls = [Call(guard.start) for _ in range(4)]
-        comes_true(lambda: guard._refresher._wanted)
+        comes_true(lambda: guard._refresher.wanted)
     for call in calls:
         call.result()
     assert len(refreshers()) == 1

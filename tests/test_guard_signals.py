@@ -173,7 +173,7 @@ def test_a_guard_that_is_being_written_by_this_thread_writes_nothing_more() -> N
         guard = Guard(store, preload=True)
         guard.sync()
         assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
-        guard._refresher._wanted = True
+        guard._refresher.wanted = True
         with guard._table.lock:
             assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
             assert guard.check("JSMITH", OFFICE).reason is Reason.NOT_LISTED
@@ -186,7 +186,7 @@ def test_a_guard_that_is_being_written_by_this_thread_writes_nothing_more() -> N
             with guard._tally._lock:
                 guard.stats()
         assert guard.stats().woken_by == "callers"
-        guard._refresher._wanted = False
+        guard._refresher.wanted = False
         assert guard.stats().denials[Reason.NOT_LISTED] == 3
         guard._lease._turn_owner = threading.get_ident()
         assert guard.check("jsmith", OFFICE).reason is Reason.STORE_UNAVAILABLE

@@ -415,6 +415,9 @@ class Guard(Closing, _fork.Forkable):
 
     def _revive(self) -> None:
         _fork.check()
+        thread = self._refresher.thread
+        if not self._refresher.wanted or (thread is not None and thread.is_alive()):
+            return
         try:
             self._refresher.revive()
         except RuntimeError:

@@ -19,7 +19,7 @@ read the old one is bound by the old one.
 A call writes the address text into the row's set. Every text there is within the row's own bounds,
 so concurrent `add` and `clear` may come in any order. A call that finds the set full clears it;
 concurrent calls may exceed its size by one text each. A row that was dropped is not found by later
-calls, whatever is added to it. A denial is counted by `Tally`.
+calls. A denial is counted by `Tally`.
 """
 
 from __future__ import annotations

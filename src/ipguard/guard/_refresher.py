@@ -21,6 +21,10 @@ class Refresher:
 
     A wake-up that is lost costs time, never correctness. The thread does not keep its owner alive,
     and ends when that was garbage-collected.
+
+    Attributes:
+        wanted: Whether the thread should run.
+        thread: The last thread that was started in this process.
     """
 
     def __init__(
@@ -38,23 +42,23 @@ class Refresher:
         self._preload = preload
         self._interval = min(_INTERVAL, max_staleness / 3)
         self._slice = min(_SLICE, self._interval)
-        self._wanted = False
+        self.wanted = False
         self.after_fork()
 
     def after_fork(self) -> None:
         """Forget the thread, which does not exist in a forked child."""
         self._lock = ReentrantLock()
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._stop = threading.Event()
 
     @property
     def running(self) -> bool:
         """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+        return self.thread is not None and self.thread.is_alive()
 
     def start(self) -> None:
         """Start the thread, and let `revive` start it again in forked children."""
-        self._wanted = True
+        self.wanted = True
         self.revive()
 
     def revive(self) -> None:
@@ -64,24 +68,24 @@ class Refresher:
             RuntimeError: No thread can be started.
         """
         # A signal handler may call the guard while this thread is in here, or writes the table.
-        if self.running or not self._wanted or self._lock.owned() or self._table.entered():
+        if self.running or not self.wanted or self._lock.owned() or self._table.entered():
             return
         with self._lock:
-            if self._wanted and not self.running:
+            if self.wanted and not self.running:
                 stop = self._stop = threading.Event()
                 # Assigned before the start: if that is interrupted, `revive` starts another.
                 name = "ipguard-refresher"
                 thread = threading.Thread(target=self._run, args=(stop,), name=name, daemon=True)
-                self._thread = thread
+                self.thread = thread
                 thread.start()
 
     def stop(self) -> None:
         """Stop the thread, waiting no longer for it than a few of its waits last."""
-        self._wanted = False
+        self.wanted = False
         self._stop.set()
         if self._preload is not None:
             self._preload.stop()
-        thread, self._thread = self._thread, None
+        thread, self.thread = self.thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(10 * _SLICE)
 

@@ -142,7 +142,7 @@ def _parse(
         return Reason.BAD_ADDRESS
     version, value = found
     client = AddressRange(version=version, first=value, last=value)
-    # A subclass of str may hash and compare differently, so it is no key.
+    # A subclass of str may hash and compare differently, so it must not be a key.
     return name, username if type(username) is str else name, client
 
 

@@ -287,7 +287,7 @@ class Table:
     def remember(self, name: str, spelling: str, policy: Policy, began: Position) -> Row:
         """Keep a policy that was read since the position `began`, and return the user's row.
 
-        The row is not kept if a sync has moved the position past it meanwhile (the stale fill), or
+        The row is not kept if a sync has moved the position past it (the stale fill), or
         may be of a history that was lost. If it is ahead of `began`, the next sync drops it.
         """
         row = self._row(name, policy)
@@ -377,7 +377,7 @@ class Table:
             slept: Returns whether the machine has slept since then; asked last.
 
         Returns:
-            Whether the deadline was moved. False if another sync has moved the position meanwhile,
+            Whether the deadline was moved. False if another sync has moved the position,
             or if the machine has slept.
 
         Raises:

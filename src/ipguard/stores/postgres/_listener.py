@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from ipguard import _fork
+from ipguard._backoff import Backoff
 from ipguard._fork import ReentrantLock, acquire
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._sql import TOUCHING
@@ -27,7 +28,6 @@ from ipguard.stores.postgres._pool import connect
 
 _log = logging.getLogger("ipguard.stores.postgres")
 
-_FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 1.0
 _SLICE: Final = 0.2  # how promptly the thread ends
 _HEARTBEAT: Final = 5.0  # a dead connection may stay silent
@@ -153,7 +153,7 @@ class Listener(_fork.Forkable):
             return self._thread is not threading.current_thread()
 
     def _run(self) -> None:
-        delay = _FIRST_DELAY
+        backoff = Backoff(0.1, _LONGEST_DELAY)
         while not self._must_end():
             began = time.monotonic()
             try:
@@ -161,12 +161,9 @@ class Listener(_fork.Forkable):
             except Exception as exc:
                 self._log_state(logging.WARNING, "polling: cannot listen (%s)", exc)
                 arrives = True
-            if not arrives:
-                delay = _PROBE_AGAIN
-            elif time.monotonic() - began > _LONGEST_DELAY:
-                delay = _FIRST_DELAY
-            self._sleep(delay)
-            delay = min(delay * 2, _LONGEST_DELAY)
+            if time.monotonic() - began > _LONGEST_DELAY:
+                backoff.reset()
+            self._sleep(backoff.next() if arrives else _PROBE_AGAIN)
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import sqlite3
 import stat
 import struct
@@ -32,6 +31,7 @@ from typing import Final, NamedTuple
 from urllib.parse import quote
 
 from ipguard import _fork
+from ipguard._backoff import Backoff
 from ipguard._fork import ReentrantLock, acquire
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores._sql import UNFINISHED, Params, Row, check_schema
@@ -191,12 +191,10 @@ class Connection:
         it, and it allows each statement the whole timeout again.
         """
         deadline = time.monotonic() + self.patience
-        longest = 0.001
+        backoff = Backoff(0.001, 0.01, jitter=0.8)
         try:
             while (left := deadline - time.monotonic()) > 0:
-                jitter = random.uniform(0.2, 1)  # noqa: S311 - not a secret
-                time.sleep(min(jitter * longest, left))
-                longest = min(longest * 2, 0.01)
+                time.sleep(min(backoff.next(), left))
                 try:
                     found = self.cursor.execute(sql, params).fetchall()
                 except sqlite3.OperationalError as exc:
