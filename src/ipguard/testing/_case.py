@@ -151,10 +151,20 @@ def user(name: str, **fields: Any) -> User:
     return User(username=name, **(given | fields))
 
 
-def everything(store: RestrictionStore) -> object:
+def look_ups(tx: Any) -> list[object]:
+    """Return all that a transaction or a snapshot shows of alice and of the actor boss."""
+    before = tx.now - timedelta(days=1)
+    return [
+        (tx.now, tx.user("alice"), tx.failures("boss"), tx.request_times("boss", before)),
+        [tx.restriction(restriction.id) for restriction in tx.restrictions("alice")],
+        [tx.request(request.id) for request in tx.pending_requests("alice")],
+    ]
+
+
+def everything(store: Any) -> list[object]:
     """Return all that a store's reads show, the search for an address included."""
     revision, policies = store.load_all_policies()
-    return (
+    found = [
         store.changes_since(None),
         revision,
         dict(policies),
@@ -162,7 +172,11 @@ def everything(store: RestrictionStore) -> object:
         store.overview(EVERY, limit=1000),
         store.overview(EVERY, search="203.0.113.8"),
         store.history(EVERY, limit=1000),
-    )
+    ]
+    if hasattr(store, "snapshot"):  # stores need not have it
+        with store.snapshot() as snapshot:
+            found += look_ups(snapshot)
+    return found
 
 
 class StoreCase:
