@@ -7,8 +7,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from ipguard import Actor, Decision, Explanation, Reason, User
+from ipguard import Actor, Decision, Explanation, Reason, TooManyRequests, User
 from ipguard.admin import _messages
+from ipguard.cli.changes import parse_expiry
 from tests.flows import ADAM, ALICE, BOSS, HOME, OFFICE
 from tests.pages import Browser, Office, query
 from tests.pages import each_office as each_office  # noqa: PLC0414 - a fixture
@@ -956,3 +957,11 @@ def test_durations():
         (timedelta(days=2), "2 days"),
     ):
         assert _messages.format_duration(duration) == text
+
+
+def test_durations_end_with_the_calendar() -> None:
+    """The page and the command line do not add a duration beyond the last possible time."""
+    last = datetime(9999, 12, 31, 23, 59, tzinfo=UTC)
+    retry = TooManyRequests(timedelta(hours=1))
+    assert "31 Dec 9999, 23:59 UTC" in _messages.format_retry(retry, last)
+    assert parse_expiry("2h", last) == datetime.max.replace(tzinfo=UTC)

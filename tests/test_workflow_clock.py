@@ -10,8 +10,6 @@ import pytest
 
 import ipguard
 from ipguard import InvalidValue, NumberExpired, TooManyRequests
-from ipguard.admin import _messages
-from ipguard.cli.changes import parse_expiry
 from ipguard.rules import shifted, wait_left
 from tests.flows import ALICE, BOSS, HOME, OFFICE, Desk
 from tests.postgres import fresh_schema
@@ -138,13 +136,6 @@ def test_times_end_with_the_calendar() -> None:
     assert shifted(NOW, HOUR) == NOW + HOUR
     assert shifted(NOW, timedelta.max) == datetime.max.replace(tzinfo=UTC)
     assert shifted(NOW, timedelta.min) == datetime.min.replace(tzinfo=UTC)
-
-
-def test_the_edges_at_the_end_of_the_calendar() -> None:
-    """The page and the command line add durations to the same clock."""
-    last = datetime(9999, 12, 31, 23, 59, tzinfo=UTC)
-    assert "31 Dec 9999, 23:59 UTC" in _messages.format_retry(TooManyRequests(HOUR), last)
-    assert parse_expiry("2h", last) == datetime.max.replace(tzinfo=UTC)
 
 
 class Broken(tzinfo):

@@ -153,13 +153,13 @@ class Lease:
             # The thread that had the turn before may have renewed the lease, or found no store.
             if not self._holds(revision) and not self.breaker.is_open():
                 self.sync()
+            return self._holds(revision)
         except StoreUnavailable:
             return False
         finally:
             if True in held:
                 self._turn_since = self._turn_owner = None
                 turn.release()
-        return self._holds(revision)
 
     def sync(self) -> None:
         """Read what changed, apply it, and renew the lease from the moment when the read began.
