@@ -55,6 +55,8 @@ def at_step(number: int, act: Callable[[], object]) -> Iterator[list[int]]:
         return trace
 
     before = sys.gettrace()
+    # Python 3.12 reports opcodes only if a frame asked for them before settrace().
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         yield steps
