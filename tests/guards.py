@@ -1,4 +1,4 @@
-"""What the guard's tests share: a store whose steps can be held, and a world around it."""
+"""Shared by the guard's tests: a store whose steps can be held, and a world around it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ T = TypeVar("T")
 Hook = Callable[[], object]
 
 PATIENCE = 5.0 if settings.get_current_profile_name() == "mutation" else 60.0
-"""How long a test waits for what should happen at once, in seconds; then it fails."""
+"""For how many seconds a test waits for another thread before it fails."""
 
 HOME, OFFICE, ELSEWHERE = "203.0.113.7", "198.51.100.9", "192.0.2.66"
 
 
 class Gate:
-    """A step that stops whoever comes to it, until it is let go."""
+    """A step that holds each thread that reaches it, until it is opened."""
 
     def __init__(self) -> None:
         self._reached = threading.Event()
@@ -51,18 +51,18 @@ class Gate:
 
     def __call__(self) -> None:
         self._reached.set()
-        assert self._open.wait(PATIENCE), "nobody let this step go"
+        assert self._open.wait(PATIENCE), "this step was never opened"
 
     def reached(self) -> None:
-        """Wait until somebody stands at it."""
-        assert self._reached.wait(PATIENCE), "nobody came to this step"
+        """Wait until a thread is held here."""
+        assert self._reached.wait(PATIENCE), "no thread reached this step"
 
     def let_go(self) -> None:
         self._open.set()
 
 
 class Call(Generic[T]):
-    """A function that runs on a thread of its own from now on."""
+    """A function that runs on its own thread from now on."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -84,28 +84,28 @@ class Call(Generic[T]):
     def result(self) -> T:
         """Wait for the function to return, and return or raise what it did."""
         self.thread.join(PATIENCE)
-        assert not self.thread.is_alive(), "what should have returned did not"
+        assert not self.thread.is_alive(), "the call did not return"
         if self._error is not None:
             raise self._error
         return self._result[0]
 
 
 def comes_true(condition: Callable[[], object]) -> None:
-    """Wait for what another thread should bring about."""
+    """Wait for a condition that another thread brings about."""
     never = threading.Event()
     for _ in range(int(PATIENCE * 1000)):
         if condition():
             return
         never.wait(0.001)
-    raise AssertionError("what should have come true did not")
+    raise AssertionError("the condition did not come true")
 
 
 class Held:
-    """A store around a store: each of its reads can be held, failed or replaced, and is counted.
+    """A store around a store: its reads can be held, failed or replaced, and are counted.
 
-    A hook in `before_load`, `after_load`, `before_sync`, `after_sync` is used up by one call; so is
-    one in `before_stream` (before a snapshot is opened), `in_stream` (before its first user is
-    given) and `after_stream` (after its last).
+    One call uses up one hook of `before_load`, `after_load`, `before_sync`, `after_sync`,
+    `before_stream` (before a snapshot is opened), `in_stream` (before its first user) or
+    `after_stream` (after its last).
     """
 
     def __init__(self, store: RestrictionStore) -> None:
@@ -150,7 +150,7 @@ class Held:
 
     def _streamed(self, policies: Any) -> Iterator[Any]:
         stream = self._stream(policies)
-        next(stream)  # begun: so that to close it, unread, closes what is underneath
+        next(stream)  # start the generator, so that closing it closes `policies`
         return stream
 
     def _stream(self, policies: Any) -> Iterator[Any]:
@@ -186,7 +186,7 @@ def _use(hooks: deque[Hook]) -> None:
 
 
 class World:
-    """A store, its clock, and the acts of administrators."""
+    """A store, its clock, and what administrators do."""
 
     def __init__(self, store: RestrictionStore, clock: FakeClock) -> None:
         self.clock = clock
@@ -212,7 +212,7 @@ class World:
     def restrict(
         self, name: str, addresses: str = OFFICE, *, expires_in: float | None = None
     ) -> int:
-        """Add a restriction, and return the revision at which it holds."""
+        """Add a restriction, and return its revision."""
         now = self.inner.now()
         restriction = Restriction(
             id=f"r{next(self._numbers)}",
@@ -231,7 +231,7 @@ class World:
             ).revision
 
     def lift_all(self, name: str) -> int:
-        """Remove a user's restrictions, and return the revision at which none is left."""
+        """Remove a user's restrictions, and return the revision of that change."""
         with self.inner.transaction() as turn:
             for restriction in turn.restrictions(name):
                 turn.remove_restriction(restriction.id)
@@ -240,19 +240,19 @@ class World:
             ).revision
 
     def touch(self, *names: str) -> int:
-        """Append a change that says it touches these users, or everybody where none is named."""
+        """Append a change that touches these users, or all users if none is given."""
         touches: frozenset[str] | Touched = frozenset(names) if names else EVERYBODY
         with self.inner.transaction() as turn:
             return turn.append(Action.IMPOSE_MANY, actor="admin", touches=touches).revision
 
     def wrong_guess(self) -> int:
-        """Append a change that touches nobody."""
+        """Append a change that touches no policy."""
         with self.inner.transaction() as turn:
             return turn.append(Action.WRONG_NUMBER, actor="admin").revision
 
 
 class Restorable(World):
-    """A world whose store can be put back to how it was."""
+    """A world whose store can be restored from a backup."""
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / "live.db"
@@ -265,7 +265,7 @@ class Restorable(World):
         return open_store(f"sqlite:///{self.path}", clock=clock)
 
     def back_up(self) -> Callable[[], None]:
-        """Return the act of restoring what is there now."""
+        """Return a function that restores the present state."""
         if self.path is None:
             inner: Any = self.inner
             state, entries = inner._state, list(inner._entries)
@@ -293,7 +293,7 @@ class Restorable(World):
 
 
 def new_world() -> World:
-    """Make a world in memory."""
+    """Return a world in memory."""
     clock = FakeClock()
     return World(MemoryStore(clock=clock), clock)
 
@@ -319,7 +319,7 @@ def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Resto
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """Return what the guard has told an operator, whatever else the log was set to hold."""
+    """Return the guard's log records above INFO."""
     return [r for r in caplog.records if r.name == "ipguard.guard" and r.levelno > logging.INFO]
 
 
@@ -329,7 +329,7 @@ def reasons(*decisions: Decision) -> list[str]:
 
 @contextmanager
 def gate(*steps: deque[Hook]) -> Iterator[Gate]:
-    """Hold the next one to come to a step; let everybody go at the end, whatever happened."""
+    """Hold the next thread that reaches a step; open the gate at the end, whatever happens."""
     held = Gate()
     for step in steps:
         step.append(held)
@@ -337,3 +337,12 @@ def gate(*steps: deque[Hook]) -> Iterator[Gate]:
         yield held
     finally:
         held.let_go()
+
+
+@contextmanager
+def during(step: deque[Hook], function: Callable[[], T]) -> Iterator[Call[T]]:
+    """Call a function on a thread, and run the block while the call is held at a step."""
+    with gate(step) as held:
+        call = Call(function)
+        held.reached()
+        yield call

@@ -1,9 +1,9 @@
-"""A login server as a process of its own: a guard that is asked about everybody, all the time.
+"""A login server in its own process: a guard that checks all users all the time.
 
     python -m tests.logins
 
-It reads what to do as one line of JSON, then answers each further line with a report. Its times are
-of CLOCK_MONOTONIC, which all processes of a Linux machine share.
+It reads its settings as one line of JSON, then answers each further line with a report. Its times
+are of CLOCK_MONOTONIC, which all processes of a Linux machine share.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ALLOWED = "allowed"
 
 @attrs.frozen(kw_only=True)
 class Seen:
-    """What a user was answered.
+    """The answers about one user.
 
     Attributes:
         reason: The last answer.
         since: When the answers began to be that one.
-        allowed_at: When the last question that was answered with yes was asked; 0.0 for none.
+        allowed_at: When the last check began that allowed; 0.0 if there was none.
     """
 
     reason: str
@@ -45,12 +45,12 @@ class Seen:
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """What a login server has seen since it began, of all its threads.
+    """The answers of a login server since it started, of all its threads.
 
     Attributes:
         seen: By user. Of several threads, the latest of each figure counts.
-        slowest: The longest that anybody waited for an answer, in seconds.
-        asked: How many questions were answered.
+        slowest: The slowest answer, in seconds.
+        asked: The number of answers.
     """
 
     seen: dict[str, Seen]
@@ -58,12 +58,12 @@ class Report:
     asked: int
 
     def all(self, reason: str, users: Iterable[str]) -> bool:
-        """Tell whether each of some users is answered in one way now."""
+        """Return whether the last answer about each of these users has this reason."""
         return all(user in self.seen and self.seen[user].reason == reason for user in users)
 
 
 class Asker(threading.Thread):
-    """Asks about each of some users in turn, and about somebody new after each turn."""
+    """A thread that checks some users in turn, and a new user after each round."""
 
     def __init__(
         self, guard: ipguard.Guard, users: Sequence[str], address: str, pace: float, number: int
@@ -109,7 +109,7 @@ class Asker(threading.Thread):
 
 
 def serve() -> None:
-    """Do what standard input says."""
+    """Run the login server that standard input describes."""
     spec = json.loads(sys.stdin.readline())
     store = ipguard.open_store(spec["url"])
     with store, ipguard.Guard(store, **spec["guard"]) as guard:
@@ -121,7 +121,7 @@ def serve() -> None:
             asker.start()
         for line in sys.stdin:
             if line == "denials\n":
-                # As it lies in memory: writing numbers out would hold up those who are timed.
+                # As bytes: formatting numbers would slow the threads that are being timed.
                 report: object = [asker.denials.tobytes().hex() for asker in askers]
             else:
                 report = {
@@ -134,16 +134,16 @@ def serve() -> None:
 
 
 class LoginServer:
-    """Runs one, and asks it for reports.
+    """Runs a login server, and requests its reports.
 
     Args:
         url: The store.
-        users: Whom it asks about.
-        address: From where.
+        users: The users to check.
+        address: The clients' address.
         guard: The settings of its guard.
-        threads: How many ask.
-        pace: How many seconds each of them rests after it has asked about everybody.
-        enter: A command that runs the rest of its command line, such as in a network of its own.
+        threads: The number of threads that check.
+        pace: How long each of them pauses after each round, in seconds.
+        enter: A command that runs the rest of its command line, such as in its own network.
     """
 
     def __init__(
@@ -182,14 +182,14 @@ class LoginServer:
         return json.loads(self.process.stdout.readline())
 
     def denials(self) -> list[float]:
-        """Return how long each denial took while the store did not answer, in seconds."""
+        """Return how long each denial as `STORE_UNAVAILABLE` took, in seconds."""
         found = array("d")
         for text in self._ask("denials"):
             found.frombytes(bytes.fromhex(text))
         return found.tolist()
 
     def report(self) -> Report:
-        """Return what it has seen; fails where one of its threads has ended."""
+        """Return its report, after checking that all its threads are alive."""
         told = self._ask("report")
         assert told["alive"] == self._threads
         seen: dict[str, Seen] = {}

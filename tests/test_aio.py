@@ -1,9 +1,10 @@
-"""AsyncGuard and AsyncWorkflow: never in the event loop's way, and nothing leaks."""
+"""Tests of AsyncGuard and AsyncWorkflow."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import gc
 import inspect
 import itertools
@@ -16,7 +17,7 @@ import threading
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def guarded(world: World, *, threads: int = 4, waiting: int = 64, **settings: An
     return AsyncGuard(world.store, threads=threads, waiting=waiting, **settings)
 
 
+def in_event_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
 async def started(coroutine: Any) -> asyncio.Task[Any]:
     """Return a task that has come to its first await."""
     task = asyncio.create_task(coroutine)
@@ -61,7 +72,7 @@ def at_rest(*executors: Executor) -> bool:
 
 
 class Silent:
-    """A store that must not be asked: what is remembered is answered without it."""
+    """A store that answers `now` and records and fails all other calls."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -75,58 +86,49 @@ class Silent:
         raise StoreUnavailable("down")
 
 
-# -- what is remembered ---------------------------------------------------------------------------
+# -- on the event loop ----------------------------------------------------------------------------
 
 
-def test_it_answers_as_a_guard(world: World) -> None:
-    """Every question has the same answer as from a Guard over the same store, asked twice."""
+@in_event_loop
+async def test_same_decisions_as_a_guard(world: World) -> None:
     world.restrict("jsmith", HOME)
     world.restrict("temp", HOME, expires_in=100)
     plain, guard = world.guard(), guarded(world)
     questions: list[tuple[Any, Any]] = [
         (name, address)
-        for name in ("jsmith", "JSmith", "temp", "nobody", "", " x", None)
+        for name in ("jsmith", "JSmith", "temp", "stranger", "", " x", None)
         for address in (HOME, OFFICE, "::1", "nonsense", None, 5)
     ]
-
-    async def main() -> None:
-        for name, address in questions * 2:
-            expected = plain.check(name, address)
-            assert await guard.check(name, address) == expected
-            assert await guard.is_allowed(name, address) is expected.allowed
-            assert (await guard.explain(name, address)).decision.allowed is expected.allowed
-
-    asyncio.run(main())
+    for name, address in questions * 2:
+        expected = plain.check(name, address)
+        assert await guard.check(name, address) == expected
+        assert await guard.is_allowed(name, address) is expected.allowed
+        assert (await guard.explain(name, address)).decision.allowed is expected.allowed
     assert guard.stats().denials == {
         reason: 2 * count for reason, count in plain.stats().denials.items()
     }
 
 
-def test_what_is_remembered_never_leaves_the_event_loop(world: World) -> None:
-    """No thread, no read: allowed, denied and malformed, while the store hangs or is closed."""
+@in_event_loop
+async def test_remembered_users_never_leave_the_event_loop(world: World) -> None:
     world.restrict("jsmith", HOME)
     guard = guarded(world)
-
-    async def main() -> None:
-        assert await guard.is_allowed("jsmith", HOME)
-        loads, syncs = len(world.store.loads), len(world.store.syncs)
-        guard._logins._submit = lambda call: pytest.fail("it left the loop")  # type: ignore[method-assign]
-        for _ in range(3):
-            for name in ("jsmith", "JSMITH", "JSmith"):
-                assert await guard.is_allowed(name, HOME)
-                assert not await guard.is_allowed(name, OFFICE)
-                assert (await guard.check(name, HOME)).reason is Reason.LISTED
-                assert (await guard.check(name, OFFICE)).reason is Reason.NOT_LISTED
-            assert (await guard.check("jsmith", "x")).reason is Reason.BAD_ADDRESS
-            assert (await guard.check("", HOME)).reason is Reason.BAD_USERNAME
-            assert (await guard.check("jsmith", HOME, guard.revision)).allowed
-        assert (len(world.store.loads), len(world.store.syncs)) == (loads, syncs)
-
-    asyncio.run(main())
+    assert await guard.is_allowed("jsmith", HOME)
+    loads, syncs = len(world.store.loads), len(world.store.syncs)
+    guard._logins._submit = lambda call: pytest.fail("the call left the event loop")  # type: ignore[method-assign]
+    for _ in range(3):
+        for name in ("jsmith", "JSMITH", "JSmith"):
+            assert await guard.is_allowed(name, HOME)
+            assert not await guard.is_allowed(name, OFFICE)
+            assert (await guard.check(name, HOME)).reason is Reason.LISTED
+            assert (await guard.check(name, OFFICE)).reason is Reason.NOT_LISTED
+        assert (await guard.check("jsmith", "x")).reason is Reason.BAD_ADDRESS
+        assert (await guard.check("", HOME)).reason is Reason.BAD_USERNAME
+        assert (await guard.check("jsmith", HOME, guard.revision)).allowed
+    assert (len(world.store.loads), len(world.store.syncs)) == (loads, syncs)
 
 
-def test_a_store_that_raises_is_not_asked_for_what_is_remembered(memory: World) -> None:
-    """Once a user is remembered, every call of the store may fail, until the lease is over."""
+def test_remembered_users_need_no_store_until_the_lease_is_over(memory: World) -> None:
     memory.restrict("jsmith", HOME)
     guard = guarded(memory)
     asyncio.run(guard.is_allowed("jsmith", HOME))
@@ -144,56 +146,48 @@ def test_a_store_that_raises_is_not_asked_for_what_is_remembered(memory: World) 
     asyncio.run(main())
 
 
-def test_a_clock_of_the_store_that_fails_denies(memory: World) -> None:
-    """A defect on the event loop becomes a denial, as in a Guard, and is never raised."""
+@in_event_loop
+async def test_failing_clock_of_the_store_denies(memory: World) -> None:
     memory.restrict("jsmith", HOME)
     guard = guarded(memory, threads=1, waiting=0)
 
     def fail() -> None:
         raise ZeroDivisionError
 
-    async def main() -> None:
-        await guard.is_allowed("jsmith", HOME)
-        memory.store.at_now.extend([fail] * 2)  # on the loop, then on the thread
+    await guard.is_allowed("jsmith", HOME)
+    memory.store.at_now.extend([fail] * 2)  # on the loop, then on the thread
+    assert (await guard.check("jsmith", HOME)).reason is Reason.STORE_UNAVAILABLE
+    with gate(memory.store.before_load) as hanging:
+        load = await started(guard.check("adoe", HOME))
+        hanging.reached()
+        memory.store.at_now.extend([fail] * 2)  # on the loop, twice: no thread is free
         assert (await guard.check("jsmith", HOME)).reason is Reason.STORE_UNAVAILABLE
-        with gate(memory.store.before_load) as hanging:
-            load = await started(guard.check("adoe", HOME))
-            hanging.reached()
-            memory.store.at_now.extend([fail] * 2)  # on the loop, twice: there is no thread
-            assert (await guard.check("jsmith", HOME)).reason is Reason.STORE_UNAVAILABLE
-        await load
-        assert await guard.is_allowed("jsmith", HOME)
-
-    asyncio.run(main())
+    await load
+    assert await guard.is_allowed("jsmith", HOME)
 
 
-def test_while_the_store_is_known_to_be_down_nothing_leaves_the_event_loop(memory: World) -> None:
-    """Denials are immediate, and within `outage_grace` who is remembered is answered."""
+@in_event_loop
+async def test_open_circuit_breaker_answers_on_the_event_loop(memory: World) -> None:
+    """Within `outage_grace`, remembered users get stale answers."""
     memory.restrict("jsmith", HOME)
     guard = guarded(memory, outage_grace=10)
-
-    async def main() -> None:
-        await guard.is_allowed("jsmith", HOME)
-        memory.pass_time(5)
-        memory.store.down = StoreUnavailable("down")
-        stale = await guard.check("jsmith", HOME)
-        assert (stale.allowed, stale.stale) == (True, True)
-        submit, guard._logins._submit = guard._logins._submit, None  # type: ignore[assignment, method-assign]
-        assert await guard.check("jsmith", HOME) == stale
-        assert (await guard.check("adoe", HOME)).reason is Reason.STORE_UNAVAILABLE
-        guard._logins._submit = submit  # type: ignore[method-assign]
-        memory.pass_time(2)
-        memory.store.down = None
-        assert not (await guard.check("jsmith", HOME)).stale
-
-    asyncio.run(main())
+    await guard.is_allowed("jsmith", HOME)
+    memory.pass_time(5)
+    memory.store.down = StoreUnavailable("down")
+    stale = await guard.check("jsmith", HOME)
+    assert (stale.allowed, stale.stale) == (True, True)
+    submit, guard._logins._submit = guard._logins._submit, None  # type: ignore[assignment, method-assign]
+    assert await guard.check("jsmith", HOME) == stale
+    assert (await guard.check("adoe", HOME)).reason is Reason.STORE_UNAVAILABLE
+    guard._logins._submit = submit  # type: ignore[method-assign]
+    memory.pass_time(2)
+    memory.store.down = None
+    assert not (await guard.check("jsmith", HOME)).stale
 
 
-def test_a_change_dropped_between_look_up_and_answer_lets_nobody_in(memory: World) -> None:
-    """Truth 1 on the event loop: the clock is tested against the moment taken before the look-up.
-
-    The store's clock stands for the pause of an event loop in the middle of an answer.
-    """
+@in_event_loop
+async def test_user_dropped_between_look_up_and_answer(memory: World) -> None:
+    """The store's clock stands for a pause of the event loop."""
     memory.restrict("temp", HOME, expires_in=1000)
     guard = guarded(memory)
 
@@ -203,108 +197,88 @@ def test_a_change_dropped_between_look_up_and_answer_lets_nobody_in(memory: Worl
         memory.restrict("temp", OFFICE)
         guard.guard.sync()
 
-    async def main() -> None:
-        assert await guard.is_allowed("temp", HOME)
-        memory.store.at_now.append(pause)
-        assert (await guard.check("temp", HOME)).reason is Reason.NOT_LISTED
-
-    asyncio.run(main())
+    assert await guard.is_allowed("temp", HOME)
+    memory.store.at_now.append(pause)
+    assert (await guard.check("temp", HOME)).reason is Reason.NOT_LISTED
 
 
-# -- what is not ----------------------------------------------------------------------------------
+# -- on threads -----------------------------------------------------------------------------------
 
 
-def test_a_load_that_hangs_is_not_in_the_event_loops_way(world: World) -> None:
-    """Other coroutines go on, and are answered, while a thread waits for the store."""
+@in_event_loop
+async def test_load_that_hangs_does_not_block_the_event_loop(world: World) -> None:
     world.restrict("jsmith", HOME)
     world.restrict("adoe", HOME)
     guard = guarded(world)
-
-    async def main() -> None:
-        await guard.is_allowed("jsmith", HOME)
-        with gate(world.store.before_load) as hanging:
-            slow = await started(guard.is_allowed("adoe", HOME))
-            hanging.reached()
-            assert await guard.is_allowed("jsmith", HOME)
-            assert not slow.done()
-        assert await slow
-
-    asyncio.run(main())
+    await guard.is_allowed("jsmith", HOME)
+    with gate(world.store.before_load) as hanging:
+        slow = await started(guard.is_allowed("adoe", HOME))
+        hanging.reached()
+        assert await guard.is_allowed("jsmith", HOME)
+        assert not slow.done()
+    assert await slow
 
 
-def test_beyond_its_places_it_denies_at_once(world: World) -> None:
-    """One at work, one in line, and the next is STORE_UNAVAILABLE, counted; then all is well."""
+@in_event_loop
+async def test_full_queue_denies_at_once(world: World) -> None:
     world.restrict("jsmith", HOME)
     guard = guarded(world, threads=1, waiting=1)
-
-    async def main() -> None:
-        await guard.sync()
-        with gate(world.store.before_load) as hanging:
-            first = await started(guard.check("jsmith", HOME))
-            hanging.reached()
-            second = await started(guard.check("adoe", HOME))
-            third = await guard.check("third", HOME)
-            assert third.reason is Reason.STORE_UNAVAILABLE
-            assert not await guard.is_allowed("fourth", HOME)
-            assert guard.stats().denials == {Reason.STORE_UNAVAILABLE: 2}
-            assert not first.done()
-            assert not second.done()
-        assert await first
-        assert await second
-        assert await guard.is_allowed("third", HOME)
-
-    asyncio.run(main())
+    await guard.sync()
+    with gate(world.store.before_load) as hanging:
+        first = await started(guard.check("jsmith", HOME))
+        hanging.reached()
+        second = await started(guard.check("adoe", HOME))
+        third = await guard.check("third", HOME)
+        assert third.reason is Reason.STORE_UNAVAILABLE
+        assert not await guard.is_allowed("fourth", HOME)
+        assert guard.stats().denials == {Reason.STORE_UNAVAILABLE: 2}
+        assert not first.done()
+        assert not second.done()
+    assert await first
+    assert await second
+    assert await guard.is_allowed("third", HOME)
 
 
-def test_any_number_who_miss_on_one_user_take_one_place(world: World) -> None:
-    """Ten thousand at once are all answered after one read, though there is one thread and no line.
-
-    Each by its own address.
-    """
+@in_event_loop
+async def test_calls_about_one_user_take_one_thread(world: World) -> None:
+    """Ten thousand calls, one thread, no queue and one read."""
     world.restrict("jsmith", HOME)
     guard = guarded(world, threads=1, waiting=0)
     wanted = [HOME, ELSEWHERE] * 5_000
-
-    async def main() -> None:
-        await guard.sync()
-        answers = await asyncio.gather(*(guard.is_allowed("jsmith", each) for each in wanted))
-        assert answers == [each == HOME for each in wanted]
-        assert not guard._asking
-
-    asyncio.run(main())
+    await guard.sync()
+    answers = await asyncio.gather(*(guard.is_allowed("jsmith", each) for each in wanted))
+    assert answers == [each == HOME for each in wanted]
+    assert not guard._asking
     assert world.store.loads == ["jsmith"]
 
 
 @pytest.mark.parametrize("in_line", [True, False])
-def test_whoever_shares_a_call_does_not_share_its_end(memory: World, in_line: bool) -> None:
-    """The one who asked first is cancelled, in line or at work; the others are answered."""
+@in_event_loop
+async def test_cancelling_the_first_call_does_not_cancel_the_waiters(
+    memory: World, in_line: bool
+) -> None:
     guard = guarded(memory, threads=2, waiting=1)
-
-    async def main() -> None:
-        await guard.sync()
-        with gate(*[memory.store.before_load] * (2 if in_line else 1)) as hanging:
-            others = [await started(guard.check(f"{n}", HOME)) for n in range(2 * in_line)]
-            first = await started(guard.check("jsmith", HOME))
-            if not in_line:
-                hanging.reached()
-            crowd = [await started(guard.is_allowed("jsmith", HOME)) for _ in range(100)]
-            assert first.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await first
-        assert all(await asyncio.gather(*crowd, *others))
-        assert not guard._asking
-
-    asyncio.run(main())
+    await guard.sync()
+    with gate(*[memory.store.before_load] * (2 if in_line else 1)) as hanging:
+        others = [await started(guard.check(f"{n}", HOME)) for n in range(2 * in_line)]
+        first = await started(guard.check("jsmith", HOME))
+        if not in_line:
+            hanging.reached()
+        crowd = [await started(guard.is_allowed("jsmith", HOME)) for _ in range(100)]
+        assert first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+    assert all(await asyncio.gather(*crowd, *others))
+    assert not guard._asking
     assert memory.store.loads.count("jsmith") == 1
 
 
-def test_a_closed_event_loop_is_not_kept(memory: World) -> None:
-    """A loop that is closed while its calls are in progress is freed, and so are its calls."""
+def test_closed_event_loop_is_freed(memory: World) -> None:
     guard = guarded(memory, threads=1)
     guard.guard.sync()
     loops = []
     with gate(memory.store.before_load) as hanging:
-        for name in ("jsmith", "adoe"):  # one is at work, the other in line
+        for name in ("jsmith", "adoe"):  # one runs, the other waits in the queue
             loop = asyncio.new_event_loop()
             task = loop.create_task(guard.check(name, HOME))
             task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -323,63 +297,49 @@ def test_a_closed_event_loop_is_not_kept(memory: World) -> None:
     assert asyncio.run(guard.is_allowed("jsmith", HOME))
 
 
-def test_waiting_for_a_revision_keeps_its_timeout_while_the_store_hangs(memory: World) -> None:
-    """The wait ends though the sync has not, and takes no thread for longer."""
+@in_event_loop
+async def test_wait_for_keeps_its_timeout_while_the_store_hangs(memory: World) -> None:
     guard = guarded(memory, threads=1, waiting=0)
-
-    async def main() -> None:
-        with gate(memory.store.before_sync) as hanging:
-            assert not await guard.wait_for(1, 0.01)
-            hanging.reached()
-            comes_true(lambda: at_rest(guard._others))
-            assert not await guard.wait_for(1, 0.01)
-        assert await guard.wait_for(memory.restrict("jsmith"), 30)
-
-    asyncio.run(main())
+    with gate(memory.store.before_sync) as hanging:
+        assert not await guard.wait_for(1, 0.01)
+        hanging.reached()
+        comes_true(lambda: at_rest(guard._others))
+        assert not await guard.wait_for(1, 0.01)
+    assert await guard.wait_for(memory.restrict("jsmith"), 30)
     assert len(memory.store.syncs) <= 2
 
 
-def test_an_answer_that_was_not_to_be_shared_is_asked_for_by_each(memory: World) -> None:
-    """Who needs a later revision than was read asks for itself, once."""
+@in_event_loop
+async def test_waiter_that_needs_a_later_revision_asks_itself(memory: World) -> None:
     revision = memory.restrict("jsmith", HOME)
     guard = guarded(memory)
-
-    async def main() -> None:
-        await guard.sync()
-        with gate(memory.store.before_load) as hanging:
-            first = await started(guard.check("jsmith", HOME))
-            hanging.reached()
-            later = [
-                await started(guard.check("jsmith", HOME, at_least=revision + n)) for n in (1, 1, 2)
-            ]
-            memory.touch("somebody")
-        assert await first
-        decisions = await asyncio.gather(*later)
-        assert [bool(decision) for decision in decisions] == [True, True, False]
-        assert not guard._asking
-
-    asyncio.run(main())
+    await guard.sync()
+    with gate(memory.store.before_load) as hanging:
+        first = await started(guard.check("jsmith", HOME))
+        hanging.reached()
+        later = [
+            await started(guard.check("jsmith", HOME, at_least=revision + n)) for n in (1, 1, 2)
+        ]
+        memory.touch("somebody")
+    assert await first
+    decisions = await asyncio.gather(*later)
+    assert [bool(decision) for decision in decisions] == [True, True, False]
+    assert not guard._asking
 
 
-def test_behind_a_call_that_hangs_nobody_waits_for_long(memory: World) -> None:
-    """Who shares it gives up when others would, and is answered as where no place is left."""
+@in_event_loop
+async def test_waiter_of_a_call_that_hangs_gives_up(memory: World) -> None:
     guard = guarded(memory, threads=1, waiting=0, max_staleness=0.1)
-
-    async def main() -> None:
-        with gate(memory.store.before_load) as hanging:
-            first = await started(guard.check("jsmith", HOME))
-            hanging.reached()
-            decision = await guard.check("jsmith", HOME)
-            assert decision.reason is Reason.STORE_UNAVAILABLE
-            assert not first.done()
-        assert await first
-
-    asyncio.run(main())
+    with gate(memory.store.before_load) as hanging:
+        first = await started(guard.check("jsmith", HOME))
+        hanging.reached()
+        decision = await guard.check("jsmith", HOME)
+        assert decision.reason is Reason.STORE_UNAVAILABLE
+        assert not first.done()
+    assert await first
 
 
-def test_a_name_of_a_class_of_its_own_is_no_key(memory: World) -> None:
-    """Whatever such a text does when it is hashed or compared, the answer is the guard's."""
-
+def test_subclass_of_str_as_a_username(memory: World) -> None:
     class Loud(str):
         __slots__ = ()
 
@@ -392,115 +352,90 @@ def test_a_name_of_a_class_of_its_own_is_no_key(memory: World) -> None:
     assert not asyncio.run(guard.is_allowed(Loud("jsmith"), ELSEWHERE))
 
 
-def test_full_counts_as_down_for_outage_grace(memory: World) -> None:
-    """The lease is over and no place is left: who is remembered is answered, marked stale."""
+@in_event_loop
+async def test_full_queue_within_the_outage_grace(memory: World) -> None:
     memory.restrict("jsmith", HOME)
     guard = guarded(memory, threads=1, waiting=0, outage_grace=10)
-
-    async def main() -> None:
-        await guard.is_allowed("jsmith", HOME)
-        memory.pass_time(5)
-        with gate(memory.store.before_sync) as hanging:
-            first = await started(guard.check("mary", HOME))
-            hanging.reached()
-            decision = await guard.check("jsmith", HOME)
-            assert (decision.allowed, decision.stale) == (True, True)
-            assert not await guard.is_allowed("adoe", HOME)
-        await first
-
-    asyncio.run(main())
+    await guard.is_allowed("jsmith", HOME)
+    memory.pass_time(5)
+    with gate(memory.store.before_sync) as hanging:
+        first = await started(guard.check("mary", HOME))
+        hanging.reached()
+        decision = await guard.check("jsmith", HOME)
+        assert (decision.allowed, decision.stale) == (True, True)
+        assert not await guard.is_allowed("adoe", HOME)
+    await first
 
 
-def test_at_least(world: World) -> None:
-    """A revision that a sync brings is answered; one that it does not bring denies."""
+@in_event_loop
+async def test_at_least(world: World) -> None:
     world.restrict("jsmith", OFFICE)
     guard = guarded(world)
-
-    async def main() -> None:
-        assert not await guard.is_allowed("jsmith", HOME)
-        revision = world.restrict("jsmith", HOME)
-        assert (await guard.check("jsmith", HOME)).reason is Reason.NOT_LISTED
-        decision = await guard.check("jsmith", HOME, at_least=revision)
-        assert (decision.allowed, decision.revision) == (True, revision)
-        later = await guard.check("jsmith", HOME, at_least=revision + 1)
-        assert later.reason is Reason.STORE_UNAVAILABLE
-        assert (await guard.check("jsmith", HOME, "5")).reason is Reason.STORE_UNAVAILABLE
-
-    asyncio.run(main())
+    assert not await guard.is_allowed("jsmith", HOME)
+    revision = world.restrict("jsmith", HOME)
+    assert (await guard.check("jsmith", HOME)).reason is Reason.NOT_LISTED
+    decision = await guard.check("jsmith", HOME, at_least=revision)
+    assert (decision.allowed, decision.revision) == (True, revision)
+    later = await guard.check("jsmith", HOME, at_least=revision + 1)
+    assert later.reason is Reason.STORE_UNAVAILABLE
+    assert (await guard.check("jsmith", HOME, "5")).reason is Reason.STORE_UNAVAILABLE
 
 
-def test_waiting_for_a_revision(world: World) -> None:
-    """True once the guard is there, False at the timeout; a sync tells the revision."""
+@in_event_loop
+async def test_wait_for(world: World) -> None:
     guard = guarded(world)
-
-    async def main() -> None:
-        assert guard.revision == 0
-        revision = world.restrict("jsmith", HOME)
-        assert await guard.wait_for(revision, 30)
-        assert await guard.wait_for(revision, 0)
-        assert await guard.sync() == guard.revision == revision
-        assert not await guard.wait_for(revision + 1, 0.01)
-        assert not await guard.wait_for(revision + 1, -1)
-        with pytest.raises(InvalidValue):
-            await guard.wait_for(revision, "1")
-
-    asyncio.run(main())
+    assert guard.revision == 0
+    revision = world.restrict("jsmith", HOME)
+    assert await guard.wait_for(revision, 30)
+    assert await guard.wait_for(revision, 0)
+    assert await guard.sync() == guard.revision == revision
+    assert not await guard.wait_for(revision + 1, 0.01)
+    assert not await guard.wait_for(revision + 1, -1)
+    with pytest.raises(InvalidValue):
+        await guard.wait_for(revision, "1")
 
 
-def test_waiting_takes_no_logins_place_and_is_bounded(memory: World) -> None:
-    """While every thread for other things hangs, logins go on; waiting ends at its timeout."""
+@in_event_loop
+async def test_wait_for_does_not_take_a_login_thread(memory: World) -> None:
     guard = guarded(memory, threads=1, waiting=1, max_staleness=0.02)
-
-    async def main() -> None:
-        with gate(memory.store.before_sync) as hanging:
-            hung = await started(guard.sync())
-            hanging.reached()
-            assert not await guard.wait_for(1, 0.01)  # in line until its time is over
-            second = await started(guard.explain("jsmith", HOME))
-            assert not await guard.wait_for(1, 1000)  # no place: at once
-            with pytest.raises(StoreUnavailable):
-                await guard.sync()
-            assert await guard.is_allowed("jsmith", HOME)
-        assert await hung == 0
-        assert (await second).decision
-
-    asyncio.run(main())
+    with gate(memory.store.before_sync) as hanging:
+        hung = await started(guard.sync())
+        hanging.reached()
+        assert not await guard.wait_for(1, 0.01)  # waits in the queue
+        second = await started(guard.explain("jsmith", HOME))
+        assert not await guard.wait_for(1, 1000)  # the queue is full
+        with pytest.raises(StoreUnavailable):
+            await guard.sync()
+        assert await guard.is_allowed("jsmith", HOME)
+    assert await hung == 0
+    assert (await second).decision
 
 
-def test_errors_are_those_of_the_guard(memory: World) -> None:
-    """`explain` and `sync` raise what a Guard's raise."""
+@in_event_loop
+async def test_explain_and_sync_raise_as_a_guard(memory: World) -> None:
     guard = guarded(memory)
     memory.store.down = OSError("cable")
-
-    async def main() -> None:
-        with pytest.raises(StoreUnavailable, match="cable"):
-            await guard.explain("jsmith", HOME)
-        with pytest.raises(StoreUnavailable, match="cable"):
-            await guard.sync()
-
-    asyncio.run(main())
+    with pytest.raises(StoreUnavailable, match="cable"):
+        await guard.explain("jsmith", HOME)
+    with pytest.raises(StoreUnavailable, match="cable"):
+        await guard.sync()
 
 
-# -- observer, report_only, life ------------------------------------------------------------------
+# -- observer, report_only, start and close -------------------------------------------------------
 
 
-def test_the_observer_is_told_once_on_the_event_loop(memory: World) -> None:
-    """Hit, miss and denial alike, with the decision that the caller gets, on the loop's thread."""
+@in_event_loop
+async def test_observer_is_called_once_on_the_event_loop(memory: World) -> None:
     memory.restrict("jsmith", HOME)
-    told: list[tuple[object, object, Decision, int]] = []
-    guard = guarded(memory, observer=lambda *args: told.append((*args, threading.get_ident())))
-
-    async def main() -> None:
-        decisions = [await guard.check("jsmith", address) for address in (HOME, HOME, OFFICE)]
-        assert await guard.is_allowed("jsmith", HOME)
-        assert [each[2] for each in told] == [*decisions, decisions[0]]
-        assert {each[3] for each in told} == {threading.get_ident()}
-
-    asyncio.run(main())
+    calls: list[tuple[object, object, Decision, int]] = []
+    guard = guarded(memory, observer=lambda *args: calls.append((*args, threading.get_ident())))
+    decisions = [await guard.check("jsmith", address) for address in (HOME, HOME, OFFICE)]
+    assert await guard.is_allowed("jsmith", HOME)
+    assert [each[2] for each in calls] == [*decisions, decisions[0]]
+    assert {each[3] for each in calls} == {threading.get_ident()}
 
 
-def test_report_only_allows_and_tells(memory: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Every answer allows with the reason that it would have had, and the log is told once each."""
+def test_report_only(memory: World, caplog: pytest.LogCaptureFixture) -> None:
     memory.restrict("jsmith", HOME)
     guard = guarded(memory, report_only=True)
 
@@ -515,33 +450,27 @@ def test_report_only_allows_and_tells(memory: World, caplog: pytest.LogCaptureFi
     assert sum("report only" in record.message for record in caplog.records) == 3
 
 
-def test_it_starts_and_stops_the_refresher(world: World) -> None:
-    """`async with` runs it; closing ends it and the idle threads; questions are answered on."""
-
+@in_event_loop
+async def test_async_with_starts_and_stops_the_refresher(world: World) -> None:
     def threads() -> set[threading.Thread]:
         return {each for each in threading.enumerate() if each.name.startswith("ipguard-")}
 
     before = threads()
     guard = AsyncGuard(world.inner)
-
-    async def main() -> None:
-        async with guard as entered:
-            assert entered is guard
-            assert guard.stats().woken_by == "refresher"
-            assert await guard.wait_for(world.restrict("jsmith", HOME), 30)
-            assert await guard.is_allowed("jsmith", HOME)
-        assert guard.stats().woken_by == "callers"
-        comes_true(lambda: threads() <= before)
-        assert not await guard.is_allowed("jsmith", OFFICE)
-        assert await guard.is_allowed("adoe", OFFICE)
-        await guard.aclose()
-
-    asyncio.run(main())
+    async with guard as entered:
+        assert entered is guard
+        assert guard.stats().woken_by == "refresher"
+        assert await guard.wait_for(world.restrict("jsmith", HOME), 30)
+        assert await guard.is_allowed("jsmith", HOME)
+    assert guard.stats().woken_by == "callers"
+    comes_true(lambda: threads() <= before)
+    assert not await guard.is_allowed("jsmith", OFFICE)
+    assert await guard.is_allowed("adoe", OFFICE)
+    await guard.aclose()
     comes_true(lambda: threads() <= before)
 
 
-def test_it_is_made_from_a_guard_or_as_one(memory: World) -> None:
-    """A guard is shared as it is; its settings are Guard's, by name, and refused beside a guard."""
+def test_constructor_of_the_guard(memory: World) -> None:
     plain = memory.guard()
     assert AsyncGuard(plain).guard is plain
     names = set(inspect.signature(Guard).parameters) - {"store"}
@@ -557,8 +486,8 @@ def test_it_is_made_from_a_guard_or_as_one(memory: World) -> None:
             AsyncGuard(memory.store, threads=threads, waiting=waiting)
 
 
-def test_a_guard_that_answers_otherwise_is_refused(memory: World) -> None:
-    """An overridden `check` or `is_allowed` would be stepped around, and might have denied."""
+def test_guard_with_overridden_methods_is_refused(memory: World) -> None:
+    """They would not be called."""
 
     class Checks(Guard):
         def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
@@ -576,56 +505,48 @@ def test_a_guard_that_answers_otherwise_is_refused(memory: World) -> None:
 # -- cancellation ---------------------------------------------------------------------------------
 
 
-def test_a_call_cancelled_in_line_holds_no_place_and_does_nothing(memory: World) -> None:
-    """Its place is free at once, and the store is never asked."""
+@in_event_loop
+async def test_call_cancelled_in_the_queue_is_withdrawn(memory: World) -> None:
     guard = guarded(memory, threads=1, waiting=1)
-
-    async def main() -> None:
-        await guard.sync()
-        with gate(memory.store.before_load) as hanging:
-            first = await started(guard.check("first", HOME))
-            hanging.reached()
-            for n in range(50):
-                waits = await started(guard.check(f"user{n}", HOME))
-                waits.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await waits
-                comes_true(lambda: not guard._logins._queue)
-            last = await started(guard.check("last", HOME))
-        assert (await first).allowed
-        assert (await last).allowed
-        assert memory.store.loads == ["first", "last"]
-
-    asyncio.run(main())
+    await guard.sync()
+    with gate(memory.store.before_load) as hanging:
+        first = await started(guard.check("first", HOME))
+        hanging.reached()
+        for n in range(50):
+            waits = await started(guard.check(f"user{n}", HOME))
+            waits.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waits
+            comes_true(lambda: not guard._logins._queue)
+        last = await started(guard.check("last", HOME))
+    assert (await first).allowed
+    assert (await last).allowed
+    assert memory.store.loads == ["first", "last"]
 
 
-def test_a_call_cancelled_at_work_goes_on_and_frees_its_place_once(memory: World) -> None:
-    """What it read is remembered; the one place is taken until then, and free afterwards."""
+@in_event_loop
+async def test_call_cancelled_on_a_thread_runs_to_its_end(memory: World) -> None:
+    """The policy it read is remembered, and its thread is free afterwards."""
     memory.restrict("jsmith", HOME)
     guard = guarded(memory, threads=1, waiting=0)
-
-    async def main() -> None:
+    await guard.sync()
+    for _ in range(3):
+        memory.touch("jsmith")
         await guard.sync()
-        for _ in range(3):
-            memory.touch("jsmith")
-            await guard.sync()
-            with gate(memory.store.before_load) as hanging:
-                task = await started(guard.check("jsmith", HOME))
-                hanging.reached()
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert not await guard.is_allowed("adoe", HOME)
-            comes_true(lambda: at_rest(guard._logins))
-            loads = len(memory.store.loads)
-            assert await guard.is_allowed("jsmith", HOME)
-            assert len(memory.store.loads) == loads
-
-    asyncio.run(main())
+        with gate(memory.store.before_load) as hanging:
+            task = await started(guard.check("jsmith", HOME))
+            hanging.reached()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not await guard.is_allowed("adoe", HOME)
+        comes_true(lambda: at_rest(guard._logins))
+        loads = len(memory.store.loads)
+        assert await guard.is_allowed("jsmith", HOME)
+        assert len(memory.store.loads) == loads
 
 
-def test_a_call_cancelled_just_as_a_thread_takes_it_is_not_made() -> None:
-    """The thread has it already, and finds that nobody wants it any more."""
+def test_call_cancelled_as_a_thread_takes_it_is_not_made() -> None:
     executor = Executor(1, 0)
     step, calls = Gate(), list[int]()
     inner = executor._next
@@ -645,7 +566,7 @@ def test_a_call_cancelled_just_as_a_thread_takes_it_is_not_made() -> None:
 
 
 def cancel_at_random_points(store: Any, wanted: int) -> None:
-    """Read and write, cancelled anywhere; threads and workflow must be whole afterwards."""
+    """Read and write, cancelled at random; then check the threads and the workflow."""
     plain = Workflow(store, Outbox(), key=KEY)
     store.put_users(PEOPLE)
     guard = AsyncGuard(store, threads=3, waiting=4, max_staleness=0.05)
@@ -689,7 +610,7 @@ def cancel_at_random_points(store: Any, wanted: int) -> None:
     executors = (guard._logins, guard._others, flow._executor)
     comes_true(lambda: at_rest(*executors))
     assert set(ended) <= {"CancelledError", "NoneType", "StoreUnavailable"}
-    assert ended["NoneType"]  # not all were cancelled at once: the points are spread
+    assert ended["NoneType"]  # the points are spread
     assert all(len(each._workers) <= 3 for each in executors)
     assert not guard._asking
 
@@ -704,8 +625,7 @@ def cancel_at_random_points(store: Any, wanted: int) -> None:
     asyncio.run(after())
 
 
-def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any) -> None:
-    """Reads and writes over SQLite, cancelled anywhere: pool and threads are whole afterwards."""
+def test_cancelled_at_random_points(tmp_path: Path, rounds: Any) -> None:
     store: Any = open_store(f"sqlite:///{tmp_path / 'cancel.db'}")
     cancel_at_random_points(store, rounds(200, 10_000))
     pool = store._pool
@@ -718,38 +638,33 @@ def test_cancelled_at_random_points_nothing_is_left(tmp_path: Path, rounds: Any)
 # -- the workflow ---------------------------------------------------------------------------------
 
 
-def test_both_phases_are_awaited(desk: Desk) -> None:
-    """Request, confirm, delete, operators' acts and both lists: as a Workflow answers."""
-
-    async def main() -> None:
-        async with AsyncWorkflow(desk.store, desk.outbox, key=KEY) as flow:
-            request = await flow.request(ALICE, "jsmith", HOME)
-            assert isinstance(request, PendingRequest)
-            applied = await flow.confirm(ALICE, request.id, desk.number(request))
-            assert desk.held() == [HOME]
-            assert applied.restriction is not None
-            await flow.delete(ALICE, applied.restriction.id)
-            other = await flow.request(ALICE, "jsmith", OFFICE)
-            desk.wait(minutes=1)
-            await flow.resend(ALICE, other.id)
-            await flow.cancel(ALICE, other.id)
-            with pytest.raises(UnknownUser):
-                await flow.request(ALICE, "zed", OFFICE)
-            many = await flow.impose_many(BOSS, [("jsmith", OFFICE)], reason="x")
-            assert many.revision
-            one = await flow.impose(BOSS, "mary", OFFICE, reason="x")
-            assert one.restriction is not None
-            await flow.lift(BOSS, one.restriction.id, reason="x")
-            await flow.unlock(BOSS, "alice", reason="x")
-            assert await flow.overview(ALICE) == desk.flow.overview(ALICE)
-            assert await flow.history(ALICE) == desk.flow.history(ALICE)
-            await flow.aclose()
-
-    asyncio.run(main())
+@in_event_loop
+async def test_workflow(desk: Desk) -> None:
+    async with AsyncWorkflow(desk.store, desk.outbox, key=KEY) as flow:
+        request = await flow.request(ALICE, "jsmith", HOME)
+        assert isinstance(request, PendingRequest)
+        applied = await flow.confirm(ALICE, request.id, desk.number(request))
+        assert desk.held() == [HOME]
+        assert applied.restriction is not None
+        await flow.delete(ALICE, applied.restriction.id)
+        other = await flow.request(ALICE, "jsmith", OFFICE)
+        desk.wait(minutes=1)
+        await flow.resend(ALICE, other.id)
+        await flow.cancel(ALICE, other.id)
+        with pytest.raises(UnknownUser):
+            await flow.request(ALICE, "zed", OFFICE)
+        many = await flow.impose_many(BOSS, [("jsmith", OFFICE)], reason="x")
+        assert many.revision
+        one = await flow.impose(BOSS, "mary", OFFICE, reason="x")
+        assert one.restriction is not None
+        await flow.lift(BOSS, one.restriction.id, reason="x")
+        await flow.unlock(BOSS, "alice", reason="x")
+        assert await flow.overview(ALICE) == desk.flow.overview(ALICE)
+        assert await flow.history(ALICE) == desk.flow.history(ALICE)
+        await flow.aclose()
 
 
-def test_it_has_every_method_of_a_workflow() -> None:
-    """Whatever a Workflow offers can be awaited, with the same arguments and a docstring."""
+def test_every_public_method_can_be_awaited() -> None:
     for name, method in inspect.getmembers(Workflow, inspect.isfunction):
         if name.startswith("_"):
             continue
@@ -762,28 +677,25 @@ def test_it_has_every_method_of_a_workflow() -> None:
             assert inspect.iscoroutinefunction(getattr(AsyncGuard, name))
 
 
-def test_a_full_workflow_says_so(desk: Desk) -> None:
-    """One at work, none in line: the next is StoreUnavailable, and changes nothing."""
+@in_event_loop
+async def test_full_workflow_raises_store_unavailable(desk: Desk) -> None:
     flow = AsyncWorkflow(desk.flow, threads=1, waiting=0)
     step = Gate()
     desk.outbox.number_issued = lambda *args: step()  # type: ignore[method-assign]
-
-    async def main() -> None:
-        try:
-            first = await started(flow.request(ALICE, "jsmith", HOME))
-            step.reached()
-            with pytest.raises(StoreUnavailable, match="too many"):
-                await flow.request(ALICE, "mary", HOME)
-        finally:
-            step.let_go()
-        await first
-
-    asyncio.run(main())
+    try:
+        first = await started(flow.request(ALICE, "jsmith", HOME))
+        step.reached()
+        with pytest.raises(StoreUnavailable, match="too many"):
+            await flow.request(ALICE, "mary", HOME)
+    finally:
+        step.let_go()
+    await first
     assert len(desk.rows()) == 1 + 1  # the users, and one request
 
 
-def test_a_cancelled_confirm_goes_through_and_trying_again_shows_it(desk: Desk) -> None:
-    """The change under way is not undone by a cancelled await, and it is not made twice."""
+@in_event_loop
+async def test_cancelled_confirm_is_applied_once(desk: Desk) -> None:
+    """Trying again shows that it is confirmed."""
     request = desk.ask(HOME)
     number = desk.number(request)
     flow = AsyncWorkflow(desk.flow)
@@ -795,26 +707,21 @@ def test_a_cancelled_confirm_goes_through_and_trying_again_shows_it(desk: Desk) 
         announce(*args)
 
     desk.outbox.change_applied = slow  # type: ignore[assignment, method-assign]
-
-    async def main() -> None:
-        try:
-            task = await started(flow.confirm(ALICE, request.id, number))
-            step.reached()
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        finally:
-            step.let_go()
-        comes_true(lambda: at_rest(flow._executor))
-        with pytest.raises(Exception, match="confirmed"):
-            await flow.confirm(ALICE, request.id, number)
-
-    asyncio.run(main())
+    try:
+        task = await started(flow.confirm(ALICE, request.id, number))
+        step.reached()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    finally:
+        step.let_go()
+    comes_true(lambda: at_rest(flow._executor))
+    with pytest.raises(Exception, match="confirmed"):
+        await flow.confirm(ALICE, request.id, number)
     assert desk.held() == [HOME]
 
 
-def test_a_workflow_is_made_from_one_or_as_one(desk: Desk) -> None:
-    """A workflow is shared as it is, beside nothing else; mistakes are told as Workflow does."""
+def test_constructor_of_the_workflow(desk: Desk) -> None:
     assert AsyncWorkflow(desk.flow).flow is desk.flow
     with pytest.raises(InvalidValue, match="is a workflow"):
         AsyncWorkflow(desk.flow, desk.outbox)
@@ -829,19 +736,14 @@ def test_a_workflow_is_made_from_one_or_as_one(desk: Desk) -> None:
 # -- the threads ----------------------------------------------------------------------------------
 
 
-def test_calls_keep_their_callers_context() -> None:
-    """What a host keeps in a context variable, such as a request's id, is there on the thread."""
+@in_event_loop
+async def test_context_variables_are_kept_on_the_thread() -> None:
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
-
-    async def main() -> None:
-        variable.set(7)
-        assert await Executor(1, 0).run(variable.get) == 7
-
-    asyncio.run(main())
+    variable.set(7)
+    assert await Executor(1, 0).run(variable.get) == 7
 
 
-def test_idle_threads_end_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a while without work they are gone; the next call starts one again."""
+def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_executor, "_IDLE_TIMEOUT", 0.001)
     executor = Executor(2, 0)
     for _ in range(3):
@@ -849,41 +751,31 @@ def test_idle_threads_end_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None
         comes_true(lambda: not executor._workers)
 
 
-def test_one_thread_serves_what_comes_one_after_another() -> None:
-    """A thread that is idle takes the next call; no other is started."""
-    executor = Executor(4, 4)
-    names = {asyncio.run(executor.run(threading.get_ident)) for _ in range(20)}
-    assert (len(names), len(executor._workers)) == (1, 1)
-
-
-def test_where_no_thread_is_to_be_had(memory: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any it is StoreUnavailable, and a denial; with one at work, calls wait for that."""
+@in_event_loop
+async def test_no_thread_can_be_started(memory: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls wait for a thread that runs; without one they fail."""
     guard = guarded(memory, threads=2, waiting=1)
 
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    async def main() -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert (await guard.check("jsmith", HOME)).reason is Reason.STORE_UNAVAILABLE
+        with pytest.raises(StoreUnavailable, match="no thread"):
+            await guard.sync()
+        assert at_rest(guard._logins, guard._others)
+    with gate(memory.store.before_load) as hanging:
+        first = await started(guard.check("jsmith", HOME))
+        hanging.reached()
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", start)
-            assert (await guard.check("jsmith", HOME)).reason is Reason.STORE_UNAVAILABLE
-            with pytest.raises(StoreUnavailable, match="no thread"):
-                await guard.sync()
-            assert at_rest(guard._logins, guard._others)
-        with gate(memory.store.before_load) as hanging:
-            first = await started(guard.check("jsmith", HOME))
-            hanging.reached()
-            with monkeypatch.context() as patch:
-                patch.setattr(threading.Thread, "start", start)
-                second = await started(guard.check("adoe", HOME))
-        assert await first
-        assert await second
-
-    asyncio.run(main())
+            second = await started(guard.check("adoe", HOME))
+    assert await first
+    assert await second
 
 
-def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
-    """The interpreter exits while a load hangs for good."""
+def test_process_exits_while_a_load_hangs(tmp_path: Path) -> None:
     code = """
 import asyncio, threading, ipguard
 from ipguard.aio import AsyncGuard
@@ -909,8 +801,8 @@ print("out")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_has_threads_of_its_own(tmp_path: Path) -> None:
-    """All places of the parent are taken by calls that hang: the child answers, and so it does."""
+def test_forked_child_has_its_own_threads(tmp_path: Path) -> None:
+    """All threads of the parent hang."""
     clock = FakeClock()
     with open_store(f"sqlite:///{tmp_path / 'fork.db'}", clock=clock) as store:
         world = World(store, clock)
@@ -941,7 +833,6 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path: Path) -> None:
 def test_threads_patched_by_gevent_are_refused(
     patched: bool, memory: World, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where threads are greenlets, both classes say so when they are made; gevent alone is fine."""
     fake: Any = types.ModuleType("gevent.monkey")
     fake.is_module_patched = lambda name: patched and name == "threading"
     monkeypatch.setitem(sys.modules, "gevent.monkey", fake)
@@ -955,8 +846,7 @@ def test_threads_patched_by_gevent_are_refused(
 
 
 @pytest.mark.slow
-def test_a_guard_works_under_gevent(tmp_path: Path) -> None:
-    """All patched: guard, refresher and workflow go on in greenlets; the async ones are refused."""
+def test_guard_and_workflow_work_under_gevent(tmp_path: Path) -> None:
     pytest.importorskip("gevent")
     code = """
 import sys

@@ -1,4 +1,4 @@
-"""What a guard remembers is bounded, whatever is asked, and dropped whole, whatever interrupts."""
+"""Tests of the table: it is bounded, and stays consistent if a signal interrupts it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ def users(guard: Guard) -> list[str]:
 # ------------------------------------------------------------------------------------- capacity
 
 
-def test_the_oldest_user_goes_first(world: World) -> None:
-    """At `capacity` users, one more takes the place of the one that came first."""
+def test_oldest_user_is_evicted_first(world: World) -> None:
     world.register("a", "b", "c", "d")
     guard = world.guard(capacity=3)
     for name in "abc":
@@ -46,8 +45,7 @@ def test_the_oldest_user_goes_first(world: World) -> None:
     assert users(guard) == ["a", "c", "d"]
 
 
-def test_strangers_go_before_users(world: World) -> None:
-    """Whom nobody registered and nobody restricted is forgotten first, however late it came."""
+def test_strangers_are_evicted_before_users(world: World) -> None:
     world.register("registered")
     world.restrict("restricted", HOME)
     world.inner.remove_users(["restricted"])
@@ -63,8 +61,7 @@ def test_strangers_go_before_users(world: World) -> None:
     assert guard.stats().evictions == 3
 
 
-def test_a_flood_of_invented_names_pushes_out_nobody(world: World, rounds: Any) -> None:
-    """However many names a client invents, real users stay remembered and memory stays bounded."""
+def test_invented_usernames_evict_no_real_user(world: World, rounds: Any) -> None:
     real = [f"user{n}" for n in range(50)]
     world.register(*real)
     guard = world.guard(capacity=60)
@@ -83,8 +80,7 @@ def test_a_flood_of_invented_names_pushes_out_nobody(world: World, rounds: Any) 
     assert world.store.loads == []
 
 
-def test_who_is_read_ahead_and_evicted_is_forgotten_altogether(world: World) -> None:
-    """What is kept to drop at the next sync is bounded by the capacity too."""
+def test_rows_read_ahead_are_bounded_by_the_capacity(world: World) -> None:
     guard = world.guard(capacity=5)
     guard.sync()
     world.wrong_guess()
@@ -97,8 +93,7 @@ def test_who_is_read_ahead_and_evicted_is_forgotten_altogether(world: World) -> 
     assert guard.stats().users == 0
 
 
-def test_a_capacity_of_one(world: World) -> None:
-    """The smallest cache there is still answers each user."""
+def test_capacity_of_one(world: World) -> None:
     world.register("a", "b")
     guard = world.guard(capacity=1)
     for _ in range(3):
@@ -108,8 +103,7 @@ def test_a_capacity_of_one(world: World) -> None:
     assert guard.stats().evictions == 5
 
 
-def test_a_user_read_again_takes_no_second_place(world: World) -> None:
-    """A change of a user, and its reading, leave one entry, with the new answer."""
+def test_user_read_again_counts_once(world: World) -> None:
     guard = world.guard(capacity=2)
     for _ in range(3):
         guard.check("jsmith", HOME)
@@ -123,8 +117,7 @@ def test_a_user_read_again_takes_no_second_place(world: World) -> None:
 # -------------------------------------------------------------------------- spellings, addresses
 
 
-def test_a_user_is_dropped_under_every_spelling(world: World) -> None:
-    """Each spelling is answered fast, and none outlives a change."""
+def test_user_is_dropped_under_every_spelling(world: World) -> None:
     spellings = ["jsmith", "JSmith", "JSMITH", "\uff4asmith"]
     guard = world.guard()
     for spelling in spellings:
@@ -140,8 +133,7 @@ def test_a_user_is_dropped_under_every_spelling(world: World) -> None:
         assert guard.is_allowed(spelling, OFFICE)
 
 
-def test_an_evicted_user_is_gone_under_every_spelling(world: World) -> None:
-    """Nothing is left that a reader could find and no drop would."""
+def test_user_is_evicted_under_every_spelling(world: World) -> None:
     world.register("jsmith", "adoe")
     guard = world.guard(capacity=1)
     for spelling in ("jsmith", "JSmith"):
@@ -150,8 +142,7 @@ def test_an_evicted_user_is_gone_under_every_spelling(world: World) -> None:
     assert list(guard._table.rows) == ["adoe"]
 
 
-def test_the_first_spelling_is_remembered_at_once(world: World) -> None:
-    """A user first seen under another spelling is found by it the next time, without a lock."""
+def test_first_spelling_is_indexed(world: World) -> None:
     guard = world.guard()
     guard.check("JSmith", HOME)
     assert sorted(guard._table.rows) == ["JSmith", "jsmith"]
@@ -159,7 +150,6 @@ def test_the_first_spelling_is_remembered_at_once(world: World) -> None:
 
 
 def test_spellings_are_bounded(world: World) -> None:
-    """A name of eight letters has 256 spellings: eight are remembered, all are answered."""
     guard = world.guard()
     for n in range(256):
         spelling = "".join(
@@ -172,7 +162,6 @@ def test_spellings_are_bounded(world: World) -> None:
 
 
 def test_addresses_are_bounded(world: World) -> None:
-    """A client with a whole network fills no memory, and is answered from it all the same."""
     guard = world.guard()
     guard.check("jsmith", HOME)
     entry = guard._table.rows["jsmith"]
@@ -184,18 +173,7 @@ def test_addresses_are_bounded(world: World) -> None:
     assert world.store.loads == ["jsmith"]
 
 
-def test_what_is_not_allowed_is_not_remembered(world: World) -> None:
-    """Denials take no memory: they may be tried without end."""
-    world.restrict("jsmith", OFFICE)
-    guard = world.guard()
-    for n in range(200):
-        assert not guard.is_allowed("jsmith", f"10.0.0.{n}")
-        assert not guard.is_allowed("jsmith", f"10.0.0.{n}x")
-    assert guard._table.rows["jsmith"] == set()
-
-
-def test_a_late_spelling_of_a_dropped_user_is_not_kept(world: World) -> None:
-    """A thread that still holds an entry after its drop cannot bring it back."""
+def test_late_spelling_of_a_dropped_row_is_not_kept(world: World) -> None:
     guard = world.guard()
     guard.check("jsmith", HOME)
     old = guard._table.rows["jsmith"]
@@ -209,8 +187,7 @@ def test_a_late_spelling_of_a_dropped_user_is_not_kept(world: World) -> None:
     assert not guard.is_allowed("JSmith", HOME)
 
 
-def test_a_late_address_of_a_dropped_user_is_lost(world: World) -> None:
-    """What a late reader adds to a dropped entry nobody finds."""
+def test_late_address_of_a_dropped_row_is_lost(world: World) -> None:
     guard = world.guard()
     guard.check("jsmith", HOME)
     old = guard._table.rows["jsmith"]
@@ -224,19 +201,7 @@ def test_a_late_address_of_a_dropped_user_is_lost(world: World) -> None:
 # ------------------------------------------------------------------------------- rows
 
 
-def test_a_drop_names_users_not_spellings(world: World) -> None:
-    """Names that are not held are passed over, and other users stay."""
-    guard = world.guard()
-    for name in ("A", "B"):
-        guard.check(name, HOME)
-    world.touch("unheard", "a")
-    guard.sync()
-    assert sorted(guard._table.rows) == ["B", "b"]
-    assert guard.stats().users == 1
-
-
-def test_a_user_who_becomes_known_is_no_longer_a_stranger() -> None:
-    """A row that is replaced changes its place and its spellings, and is not ahead any more."""
+def test_row_of_a_stranger_is_replaced_by_one_of_a_user() -> None:
     table = Table(capacity=10, max_staleness=5.0, deny_unknown=False)
     stranger = Policy(revision=1, restrictions=(), known=False)
     table.remember("a", "A", stranger, Position(0))
@@ -247,8 +212,7 @@ def test_a_user_who_becomes_known_is_no_longer_a_stranger() -> None:
     assert table._ahead == set()
 
 
-def test_bounds_of_the_three_kinds_of_user(world: World) -> None:
-    """Anywhere, nowhere, and what is listed: as the flat bounds that a bisection wants."""
+def test_bounds_of_a_row(world: World) -> None:
     unknown = Policy(revision=1, restrictions=(), known=False)
     assert Row("a", unknown, deny_unknown=False).ipv4 == (0,)
     assert Row("a", unknown, deny_unknown=False).ipv6 == (0,)
@@ -269,9 +233,9 @@ FOLDER = str(Path(guard_module.__file__).parent)
 
 @contextmanager
 def interrupted_at(step: int) -> Iterator[list[str]]:
-    """Raise KeyboardInterrupt at a line of the guard, the `step`th to run, as a signal does.
+    """Raise KeyboardInterrupt at the `step`th line of the guard that runs, as a signal does.
 
-    Not where a lock is being taken or let go: Python lets no signal in between those.
+    Not while a lock is acquired or released: Python checks for no signals there.
     """
     left, reached = [step], list[str]()
 
@@ -299,7 +263,7 @@ def interrupted_at(step: int) -> Iterator[list[str]]:
 
 
 def at_every_line(act: Callable[[World, Guard], object]) -> Iterator[tuple[World, Guard]]:
-    """Give a world for each line of the guard that an act runs, interrupted at that line."""
+    """Yield a world for each line of the guard that a call runs, interrupted at that line."""
     for step in range(1, 1_000):
         world = new_world()
         world.register("jsmith", "adoe")
@@ -319,7 +283,7 @@ def at_every_line(act: Callable[[World, Guard], object]) -> Iterator[tuple[World
 
 
 def still_right(world: World, guard: Guard) -> None:
-    """Past the lease and one sync, nobody is let in who should not be, and all are answered."""
+    """Check the decisions after the lease and one sync."""
     world.pass_time(1)
     guard.sync()
     for _ in range(2):
@@ -334,15 +298,12 @@ def still_right(world: World, guard: Guard) -> None:
     assert len(guard._table) <= 3
 
 
-def test_a_sync_interrupted_at_any_line_leaves_nobody_behind() -> None:
-    """A change that was being taken over is taken over by the next sync, under every spelling."""
+def test_sync_interrupted_at_any_line() -> None:
     for world, guard in at_every_line(lambda world, guard: guard.sync()):
         still_right(world, guard)
 
 
-def test_a_sync_of_everybody_interrupted_at_any_line_leaves_nobody_behind() -> None:
-    """So it is where everything is dropped."""
-
+def test_sync_of_everybody_interrupted_at_any_line() -> None:
     def act(world: World, guard: Guard) -> None:
         world.touch()
         guard.sync()
@@ -351,9 +312,7 @@ def test_a_sync_of_everybody_interrupted_at_any_line_leaves_nobody_behind() -> N
         still_right(world, guard)
 
 
-def test_a_load_interrupted_at_any_line_leaves_nobody_behind() -> None:
-    """A user that was being remembered, and one being forgotten for it, are dropped as ever."""
-
+def test_load_interrupted_at_any_line() -> None:
     def act(world: World, guard: Guard) -> None:
         guard.check("New", HOME)
         guard.check("Newer", HOME)
@@ -363,8 +322,7 @@ def test_a_load_interrupted_at_any_line_leaves_nobody_behind() -> None:
         still_right(world, guard)
 
 
-def test_a_store_that_names_nobody_it_touched_is_bounded_by_the_lease(world: World) -> None:
-    """What a store forgets to name is a defect of the store; a RESET mends it."""
+def test_reset_corrects_a_store_that_named_no_users(world: World) -> None:
     guard = world.guard()
     assert guard.is_allowed("jsmith", HOME)
     world.restrict("jsmith", OFFICE)

@@ -1,4 +1,4 @@
-"""Every order of a few events around one load: no remembered answer outlives `max_staleness`."""
+"""Run every order of some events around a load: no answer may outlive `max_staleness`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Run:
         self.put_back = world.back_up()
         self.guard = world.guard(max_staleness=MAX_STALENESS, preload=preload)
         self.guard.sync()
-        if preload:  # the table is whole, and the user is to be read again
+        if preload:  # the snapshot is complete, and the user is unknown
             with self.guard._table.lock:
                 self.guard._table.preloaded.mark(("jsmith",))
                 self.guard._table._drop("jsmith")
@@ -74,7 +74,7 @@ class Run:
         self.world.pass_time(TICK)
 
     def truths(self) -> set[bool]:
-        """Return what the store has answered within the last `max_staleness` seconds."""
+        """Return the answers that the store gave within the last `max_staleness` seconds."""
         oldest = self.world.clock.monotonic() - MAX_STALENESS
         truths = set()
         if self.opened is None or self.closed is not None or self.opened > oldest:
@@ -84,7 +84,7 @@ class Run:
         return truths
 
     def answer(self) -> bool | None:
-        """Return what the guard answers from memory, or None if it has to read the store."""
+        """Return the guard's answer from memory, or None if it must read the store."""
         decision = self.guard._slow_path.recall("jsmith", HOME, None)
         return None if decision is None else decision.allowed
 
@@ -94,7 +94,6 @@ class Run:
 def test_no_order_of_events_keeps_an_answer_too_long(
     events: tuple[str, ...], preload: bool
 ) -> None:
-    """A remembered answer is one that the store gave within `max_staleness` seconds."""
     remembered = 0
     for schedule in schedules(events):
         run = Run(preload=preload)
@@ -106,4 +105,4 @@ def test_no_order_of_events_keeps_an_answer_too_long(
                 assert answer is None or answer in run.truths(), schedule[: index + 1]
         finally:
             run.held.let_go()
-    assert remembered > 100  # the schedules do exercise what is remembered
+    assert remembered > 100  # the schedules do use remembered rows

@@ -1,4 +1,4 @@
-"""A guard survives fork(): the child answers, whatever other threads of the parent were doing."""
+"""Tests of guards across `os.fork()`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.guards import memory as memory  # noqa: PLC0414
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
-    # Newer Pythons warn of what these tests are about.
+    # Newer Pythons warn about forks with threads.
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 
@@ -55,8 +55,8 @@ def sqlite(tmp_path: Path) -> Iterator[World]:
         yield World(store, clock)
 
 
-def test_the_child_answers_from_what_is_remembered_until_the_lease_is_over(memory: World) -> None:
-    """A memory store is not the child's: past the lease there is no answer; the parent goes on."""
+def test_child_answers_from_memory_until_the_lease_is_over(memory: World) -> None:
+    """The child has no memory store."""
     memory.restrict("jsmith", HOME)
     guard = memory.guard()
     guard.check("jsmith", HOME)
@@ -73,8 +73,7 @@ def test_the_child_answers_from_what_is_remembered_until_the_lease_is_over(memor
     assert guard.is_allowed("jsmith", HOME)
 
 
-def test_a_fork_waits_for_whoever_writes_what_is_remembered(sqlite: World) -> None:
-    """No child begins with a cache that another thread was half way through writing."""
+def test_fork_waits_for_a_thread_that_writes_the_table(sqlite: World) -> None:
     guard = sqlite.guard()
     guard.check("jsmith", HOME)
     step = Gate()
@@ -101,8 +100,7 @@ def test_a_fork_waits_for_whoever_writes_what_is_remembered(sqlite: World) -> No
     assert guard.sync() == 0
 
 
-def test_a_child_of_a_process_whose_threads_hang_answers(sqlite: World) -> None:
-    """The turn, the shared load and the health of the store are not waited for in the child."""
+def test_child_of_a_process_whose_threads_hang(sqlite: World) -> None:
     guard = sqlite.guard()
     guard.check("jsmith", HOME)
     sqlite.restrict("adoe", OFFICE)
@@ -122,7 +120,7 @@ def test_a_child_of_a_process_whose_threads_hang_answers(sqlite: World) -> None:
                         guard.stats().users,
                     ]
                 )
-            # One after the other: nobody waits behind a sync that has lasted too long.
+            # One after the other: callers do not wait for a sync that has lasted too long.
             syncing.let_go()
             assert syncs.result()
             loading.let_go()
@@ -130,8 +128,7 @@ def test_a_child_of_a_process_whose_threads_hang_answers(sqlite: World) -> None:
     assert answers == ["not_listed", "unrestricted", 2]
 
 
-def test_a_child_does_not_wait_for_a_read_that_its_parent_makes(sqlite: World) -> None:
-    """A shared load belongs to threads that the child does not have: it reads on its own."""
+def test_child_does_not_wait_for_a_load_of_its_parent(sqlite: World) -> None:
     guard = sqlite.guard()
     guard.sync()
     with gate(sqlite.store.before_load) as loading:
@@ -143,15 +140,13 @@ def test_a_child_does_not_wait_for_a_read_that_its_parent_makes(sqlite: World) -
     assert sqlite.store.loads == ["adoe"]
 
 
-def test_a_child_can_note_that_the_store_fails(memory: World) -> None:
-    """The lock of the store's health may be held at the fork by a thread that the child lacks."""
+def test_child_replaces_the_lock_of_the_circuit_breaker(memory: World) -> None:
     guard = memory.guard()
     with guard._lease.breaker._lock:
         assert in_child(lambda: guard.check("jsmith", HOME).reason) == "store_unavailable"
 
 
-def test_a_child_can_count_a_denial(memory: World) -> None:
-    """The lock of the figures may be held at the fork by a thread that the child lacks."""
+def test_child_replaces_the_lock_of_the_tally(memory: World) -> None:
     memory.restrict("jsmith", HOME)
     guard = memory.guard()
     guard.check("jsmith", OFFICE)
@@ -164,8 +159,7 @@ def test_a_child_can_count_a_denial(memory: World) -> None:
         assert in_child(child) == 2
 
 
-def test_the_refresher_starts_again_at_the_child_s_first_slow_call(sqlite: World) -> None:
-    """A forked child has no thread; a cached answer needs none, the next sync brings it back."""
+def test_refresher_starts_with_the_childs_first_slow_check(sqlite: World) -> None:
     with sqlite.guard() as guard:
         guard.check("jsmith", HOME)
 
@@ -185,8 +179,7 @@ def test_the_refresher_starts_again_at_the_child_s_first_slow_call(sqlite: World
         assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_a_child_has_the_table_and_keeps_it_up_to_date(sqlite: World) -> None:
-    """What a parent preloaded before it forked, its children share, and each follows changes."""
+def test_child_inherits_the_preloaded_users(sqlite: World) -> None:
     sqlite.restrict("jsmith", HOME)
     guard = sqlite.guard(preload=True)
     guard.sync()
@@ -204,15 +197,14 @@ def test_a_child_has_the_table_and_keeps_it_up_to_date(sqlite: World) -> None:
     assert len(sqlite.store.streams) == 1
 
 
-def test_a_child_preloads_by_itself_what_its_parent_had_begun(sqlite: World) -> None:
-    """The thread that streamed does not exist there; the parent's snapshot comes to its end."""
+def test_child_reads_its_own_snapshot(sqlite: World) -> None:
     sqlite.restrict("jsmith", HOME)
     with gate(sqlite.store.before_stream) as held, sqlite.guard(preload=True) as guard:
         held.reached()
 
         def child() -> list[object]:
             first = guard.stats().preloaded
-            guard.sync()  # starts the refresher, which sees to it
+            guard.sync()  # starts the refresher, which reads a snapshot
             comes_true(lambda: guard.stats().preloaded == 1)
             return [first, guard.is_allowed("jsmith", OFFICE), guard.stats().loads]
 
@@ -222,8 +214,8 @@ def test_a_child_preloads_by_itself_what_its_parent_had_begun(sqlite: World) -> 
         assert len(sqlite.store.streams) == 1
 
 
-def test_a_snapshot_in_a_file_gives_way_to_a_fork(sqlite: World) -> None:
-    """SQLite's locks are not inherited, so no connection may be open: the stream is given up."""
+def test_fork_ends_a_snapshot_of_sqlite(sqlite: World) -> None:
+    """SQLite's locks are not inherited, so no connection may be open."""
     sqlite.restrict("jsmith", HOME)
     inner: Any = sqlite.inner
     with gate(sqlite.store.in_stream) as held, sqlite.guard(preload=True) as guard:
@@ -242,23 +234,20 @@ def test_a_snapshot_in_a_file_gives_way_to_a_fork(sqlite: World) -> None:
         assert len(sqlite.store.streams) == 2
 
 
-def test_a_child_of_a_child_answers(sqlite: World) -> None:
-    """The locks taken around the first fork are whole for the second."""
+def test_child_of_a_child(sqlite: World) -> None:
     guard = sqlite.guard()
     guard.check("jsmith", HOME)
     assert in_child(lambda: in_child(lambda: guard.sync() + 1)) == 1
     assert in_child(lambda: guard.check("jsmith", HOME).reason) == Reason.UNRESTRICTED
 
 
-def test_every_guard_is_taken_along(sqlite: World) -> None:
-    """Many guards, each with its own lock, fork together."""
+def test_many_guards_fork_together(sqlite: World) -> None:
     guards = [sqlite.guard() for _ in range(20)]
     assert in_child(lambda: [guard.sync() for guard in guards]) == [0] * 20
     assert [guard.sync() for guard in guards] == [0] * 20
 
 
-def test_a_guard_that_is_gone_is_not_called(memory: World) -> None:
-    """What nobody holds any more takes no part in a fork."""
+def test_collected_object_is_not_called(memory: World) -> None:
     called: list[str] = []
 
     class Forkable(_fork.Forkable):
@@ -279,8 +268,8 @@ def test_a_guard_that_is_gone_is_not_called(memory: World) -> None:
     assert called == ["before", "parent"]
 
 
-def test_a_fork_lets_go_only_of_what_it_took(memory: World, monkeypatch: Any) -> None:
-    """A signal during the preparations: the fork goes on, and both sides are repaired."""
+def test_interrupted_preparation_of_a_fork(memory: World, monkeypatch: Any) -> None:
+    """The fork continues, and both processes are repaired."""
     called: list[str] = []
 
     class Interrupted(_fork.Forkable):
@@ -306,19 +295,16 @@ def test_a_fork_lets_go_only_of_what_it_took(memory: World, monkeypatch: Any) ->
     _fork._objects.pop(interrupted)
 
 
-def test_without_fork_there_is_nothing_to_register(monkeypatch: Any) -> None:
-    """On a system without fork() the module is imported all the same."""
+def test_module_loads_without_fork(monkeypatch: Any) -> None:
     source = Path(_fork.__file__)
     monkeypatch.delattr(os, "register_at_fork")
     code = compile(source.read_text(), str(source), "exec")
-    names: dict[str, Any] = {"__name__": "ipguard.guard._fork_less"}
+    names: dict[str, Any] = {"__name__": "ipguard._without_fork"}
     exec(code, names)
     assert callable(names["register"])
 
 
-def test_a_guard_made_in_the_child_works(sqlite: World) -> None:
-    """Registering takes a lock that the fork held, and gave back in the child too."""
-
+def test_guard_created_in_the_child(sqlite: World) -> None:
     def child() -> str:
         return Guard(sqlite.store, monotonic=sqlite.clock.monotonic).check("jsmith", HOME).reason
 

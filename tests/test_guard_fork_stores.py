@@ -1,4 +1,4 @@
-"""A fork in C, as uWSGI's, runs no at-fork hooks: each use checks the process that it is in."""
+"""Tests of forks in C, as uWSGI's, which run no at-fork hooks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ BOSS = ipguard.Actor(username="boss", email="b@example.com", manages=ipguard.Act
 def fork_in_c() -> int:
     """Fork as a C program does that embeds Python, with the GIL held.
 
-    Without hooks the child's GIL still counts the parent's threads that wait for it, and may wait
-    for them: so let them all come to rest first.
+    Without hooks, the child's GIL still counts the parent's threads that wait for it, and may wait
+    for them. So let them all come to rest first.
     """
     fork = ctypes.PyDLL(None).fork
     threading.Event().wait(0.02)
@@ -68,8 +68,8 @@ def store(
         yield opened
 
 
-def test_children_of_a_fork_without_hooks_share_no_connection(store: Any) -> None:
-    """With a refresher, an idle connection and a full cache: each side goes on by itself."""
+def test_child_shares_no_connection(store: Any) -> None:
+    """With a refresher, an idle connection and remembered users."""
     parked, go_on = threading.Event(), threading.Event()
     wait = store.wait
 
@@ -105,7 +105,7 @@ def test_children_of_a_fork_without_hooks_share_no_connection(store: Any) -> Non
         assert guard.check("mlee", OFFICE)
 
 
-def test_a_child_of_a_child_has_its_own_connections(store: Any) -> None:
+def test_child_of_a_child_has_its_own_connections(store: Any) -> None:
     """A fork without hooks, then one with, then one without."""
     store.load_policy("jsmith")
 
@@ -122,8 +122,8 @@ def test_a_child_of_a_child_has_its_own_connections(store: Any) -> None:
     assert store.changes_since(None).head == head + 1
 
 
-def test_what_a_child_commits_outlives_its_parent_s_connection(tmp_path: Path) -> None:
-    """SQLite: a child that had inherited a lock table would lose its log to the parent's close."""
+def test_commit_of_a_child_outlives_its_parents_connection(tmp_path: Path) -> None:
+    """SQLite: a child with an inherited lock table would lose its log when the parent closes."""
     path = tmp_path / "f.db"
     store = open_store(f"sqlite:///{path}")
     store.put_users([ipguard.User(username="jsmith", full_name="", account_id="A1")])
@@ -157,8 +157,8 @@ def test_what_a_child_commits_outlives_its_parent_s_connection(tmp_path: Path) -
         assert len(again.load_policy("jsmith").restrictions) == 1
 
 
-def test_a_child_refuses_a_file_that_a_statement_was_reading(tmp_path: Path) -> None:
-    """SQLite: nobody can close a connection whose thread, inside a call, does not exist here."""
+def test_child_refuses_a_file_that_a_statement_was_reading(tmp_path: Path) -> None:
+    """SQLite: the connection's thread does not exist in the child, so it cannot be closed."""
     with open_store(f"sqlite:///{tmp_path / 'f.db'}") as store:
         inner: Any = store
         connection = inner._pool.take()
@@ -174,9 +174,7 @@ def test_a_child_refuses_a_file_that_a_statement_was_reading(tmp_path: Path) -> 
         assert store.load_policy("jsmith").revision == 0
 
 
-def test_a_turn_that_the_parent_is_in_stays_the_parent_s(store: Any) -> None:
-    """In the child it is refused, and the parent commits."""
-
+def test_transaction_of_the_parent_is_refused_in_the_child(store: Any) -> None:
     with store.transaction() as turn:
 
         def child() -> list[str]:
@@ -195,8 +193,7 @@ def test_a_turn_that_the_parent_is_in_stays_the_parent_s(store: Any) -> None:
     assert store.load_policy("jsmith").restrictions
 
 
-def test_a_guard_that_was_being_written_is_empty_in_the_child(store: Any) -> None:
-    """Another thread held the guard's lock: what it was writing may be half written."""
+def test_child_drops_a_table_that_was_being_written(store: Any) -> None:
     guard = Guard(store)
     assert guard.check("jsmith", HOME)
     inside, leave = threading.Event(), threading.Event()
@@ -220,8 +217,7 @@ def test_a_guard_that_was_being_written_is_empty_in_the_child(store: Any) -> Non
     assert guard.check("jsmith", HOME)
 
 
-def test_locks_that_the_parent_s_threads_hold_do_not_hang_a_child(store: Any) -> None:
-    """The figures, the store's health, the writer's queue, the line of the event loop's threads."""
+def test_child_replaces_locks_that_threads_of_the_parent_hold(store: Any) -> None:
     guard = Guard(store)
     guard.check("jsmith", OFFICE)
     executor = Executor(1, 1)
@@ -246,8 +242,7 @@ def test_locks_that_the_parent_s_threads_hold_do_not_hang_a_child(store: Any) ->
     thread.join()
 
 
-def test_a_memory_store_is_refused_in_a_child() -> None:
-    """It is a private copy there; the guard answers until its lease ends."""
+def test_memory_store_is_refused_in_a_child() -> None:
     store = open_store("memory://")
     guard = Guard(store)
     guard.check("jsmith", HOME)
@@ -262,8 +257,7 @@ def test_a_memory_store_is_refused_in_a_child() -> None:
     assert in_child(child, fork_in_c) == [True, "store_unavailable"]
 
 
-def test_a_repair_that_was_interrupted_is_done_again() -> None:
-    """A signal handler that raises in the middle leaves the child in need of repair."""
+def test_interrupted_repair_is_repeated() -> None:
     done: list[str] = []
 
     class Once(_fork.Forkable):
@@ -287,10 +281,8 @@ def test_a_repair_that_was_interrupted_is_done_again() -> None:
     _fork._objects.pop(once)
 
 
-def test_an_answer_about_another_user_is_refused(
-    store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two processes on one connection read each other's answers; that connection is dropped."""
+def test_rows_of_another_user_are_refused(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes on one connection would read each other's rows; it is dropped."""
     asked: list[str] = []
     policy_of = _sql.policy_of
 

@@ -1,4 +1,4 @@
-"""A preloaded guard: whoever is absent from its table is unrestricted, so nobody may go missing."""
+"""Tests of preloading: a user without a row is unrestricted, so no row may get lost."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from tests.guards import (
     ELSEWHERE,
     HOME,
     OFFICE,
-    Call,
     Restorable,
     World,
     comes_true,
+    during,
     gate,
     told,
 )
@@ -48,13 +48,13 @@ def streaming() -> list[threading.Thread]:
 
 @pytest.fixture(autouse=True)
 def _no_thread_stays() -> Iterator[None]:
-    """Every snapshot that a test has begun ends with it."""
+    """Wait for the threads that read snapshots."""
     yield
     comes_true(lambda: not streaming())
 
 
 def preloaded(world: World, **settings: Any) -> Guard:
-    """Return a guard whose table is whole."""
+    """Return a guard with a complete snapshot."""
     guard = world.guard(preload=True, **settings)
     guard.sync()
     assert guard.stats().preloaded is not None
@@ -75,14 +75,14 @@ def preload(guard: Guard) -> Preload:
 
 
 def test_no_login_reads_the_store(world: World) -> None:
-    """Restricted or not, registered or not, in any spelling: each is answered from the table."""
+    """Restricted or not, registered or not, in any spelling."""
     world.restrict("jsmith", HOME)
     world.restrict("jsmith", "2001:db8::/32")
     world.restrict("adoe", OFFICE)
     world.register("mlee")
     plain, guard = world.guard(), preloaded(world)
     assert guard.stats().preloaded == 2
-    for name in ("jsmith", "JSmith", "\uff4asmith", "adoe", "mlee", "nobody"):
+    for name in ("jsmith", "JSmith", "\uff4asmith", "adoe", "mlee", "stranger"):
         for address in (HOME, OFFICE, "2001:db8::7", "2001:db9::", "nonsense"):
             expected = plain.check(name, address)
             world.store.loads.clear()
@@ -93,35 +93,33 @@ def test_no_login_reads_the_store(world: World) -> None:
     assert "JSmith" in guard._table.rows
 
 
-def test_entries_are_bounded_and_the_table_is_not(world: World) -> None:
-    """Users pushed out of a small cache come back without a read, as restricted as before."""
+def test_evicted_users_return_without_a_read(world: World) -> None:
     for name in ("jsmith", "adoe", "mlee"):
         world.restrict(name, HOME)
     guard = preloaded(world, capacity=1)
     for _ in range(3):
-        for name in ("jsmith", "adoe", "mlee", "nobody"):
+        for name in ("jsmith", "adoe", "mlee", "stranger"):
             assert guard.is_allowed(name, HOME)
-            assert guard.is_allowed(name, OFFICE) is (name == "nobody")
+            assert guard.is_allowed(name, OFFICE) is (name == "stranger")
     assert (guard.stats().users, guard.stats().preloaded) == (1, 3)
     assert world.store.loads == []
 
 
-def test_a_temporary_restriction_is_judged_by_the_store_s_time(world: World) -> None:
-    """It lets in until its moment, and goes on restricting after that."""
+def test_temporary_restriction_is_decided_by_the_stores_clock(world: World) -> None:
     world.restrict("temp", HOME, expires_in=3)
     world.restrict("adoe", HOME)
     guard = preloaded(world, capacity=1)
     for passing, allowed in ((2.9, True), (0.1, False)):
         world.pass_time(passing)
-        assert guard.is_allowed("adoe", HOME)  # takes the only place
+        assert guard.is_allowed("adoe", HOME)  # evicts the other user
         assert guard.is_allowed("temp", HOME) is allowed
         assert guard.check("temp", HOME).allowed is allowed
     assert not guard.is_allowed("temp", OFFICE)
     assert world.store.loads == []
 
 
-def test_where_unknown_users_are_denied_the_unrestricted_are_read_singly(world: World) -> None:
-    """Absence does not tell whether a user is registered; the store does, once for each."""
+def test_with_unknown_users_denied_unrestricted_users_are_read_singly(world: World) -> None:
+    """A snapshot does not say whether they are registered."""
     world.restrict("jsmith", HOME)
     world.restrict("gone", HOME)
     world.inner.remove_users(["gone"])
@@ -131,32 +129,16 @@ def test_where_unknown_users_are_denied_the_unrestricted_are_read_singly(world: 
         assert guard.check("jsmith", HOME).reason is Reason.LISTED
         assert guard.check("gone", HOME).reason is Reason.UNKNOWN_USER
         assert guard.check("mlee", HOME).reason is Reason.UNRESTRICTED
-        assert guard.check("nobody", HOME).reason is Reason.UNKNOWN_USER
-        assert not guard.is_allowed("nobody", HOME)
-    assert world.store.loads == ["mlee", "nobody"]
-    world.register("nobody")
+        assert guard.check("stranger", HOME).reason is Reason.UNKNOWN_USER
+        assert not guard.is_allowed("stranger", HOME)
+    assert world.store.loads == ["mlee", "stranger"]
+    world.register("stranger")
     guard.sync()
-    assert guard.is_allowed("nobody", HOME)
+    assert guard.is_allowed("stranger", HOME)
 
 
-def test_report_only_and_an_observer_are_told_as_ever(world: World) -> None:
-    """The table changes where a policy comes from, and nothing else."""
-    world.restrict("jsmith", HOME)
-    seen: list[tuple[object, ...]] = []
-    guard = preloaded(
-        world, report_only=True, observer=lambda *each: seen.append((*each[:2], each[2].reason))
-    )
-    assert guard.is_allowed("jsmith", OFFICE)
-    assert guard.is_allowed("nobody", OFFICE)
-    assert seen == [
-        ("jsmith", OFFICE, Reason.NOT_LISTED),
-        ("nobody", OFFICE, Reason.UNRESTRICTED),
-    ]
-    assert world.store.loads == []
-
-
-def test_explain_reads_the_store_all_the_same(world: World) -> None:
-    """An operator sees labels and who created a restriction, which the table does not hold."""
+def test_explain_reads_the_store(world: World) -> None:
+    """Snapshots hold no labels and no authors."""
     world.restrict("jsmith", HOME)
     guard = preloaded(world)
     assert guard.is_allowed("jsmith", HOME)
@@ -164,8 +146,7 @@ def test_explain_reads_the_store_all_the_same(world: World) -> None:
     assert world.store.loads == ["jsmith"]
 
 
-def test_asyncio_is_answered_on_the_event_loop(memory: World) -> None:
-    """First questions too take no thread; a user that is unknown does."""
+def test_first_async_check_stays_on_the_event_loop(memory: World) -> None:
     memory.restrict("jsmith", HOME)
     guard = AsyncGuard(memory.store, preload=True, monotonic=memory.clock.monotonic)
 
@@ -175,7 +156,7 @@ def test_asyncio_is_answered_on_the_event_loop(memory: World) -> None:
         for _ in range(2):
             assert await guard.is_allowed("jsmith", HOME)
             assert not await guard.is_allowed("JSmith", OFFICE)
-            assert await guard.is_allowed("nobody", OFFICE)
+            assert await guard.is_allowed("stranger", OFFICE)
         assert "JSmith" in guard.guard._table.rows
         await guard.close()
 
@@ -186,21 +167,17 @@ def test_asyncio_is_answered_on_the_event_loop(memory: World) -> None:
 # ------------------------------------------------------------------------------ until it is whole
 
 
-def test_users_are_read_singly_until_the_snapshot_is_whole(world: World) -> None:
-    """While it streams, nobody is taken for unrestricted because it has not come yet."""
+def test_users_are_read_singly_until_the_snapshot_is_complete(world: World) -> None:
     world.restrict("jsmith", HOME)
     guard = world.guard(preload=True)
     for step in (world.store.before_stream, world.store.in_stream, world.store.after_stream):
-        with gate(step) as held:
-            streaming = Call(guard.sync)
-            held.reached()
+        with during(step, guard.sync) as streaming:
             assert guard.stats().preloaded is None
             assert not guard.is_allowed("jsmith", OFFICE)
             assert guard.is_allowed("jsmith", HOME)
             guard._table._drop("jsmith")
-            assert guard.sync() == guard.revision  # another does not begin a second one
-            held.let_go()
-            streaming.result()
+            assert guard.sync() == guard.revision  # does not begin a second snapshot
+        streaming.result()
         assert guard.stats().preloaded == 1
         assert len(world.store.streams) == 1
         world.store.streams.clear()
@@ -209,20 +186,18 @@ def test_users_are_read_singly_until_the_snapshot_is_whole(world: World) -> None
         assert guard.stats().preloaded is None
 
 
-def test_without_sync_or_refresher_it_is_an_ordinary_guard(world: World) -> None:
-    """Questions alone stream nothing in: a login is not held up by a million others."""
+def test_checks_alone_read_no_snapshot(world: World) -> None:
     world.restrict("jsmith", HOME)
     guard = world.guard(preload=True)
     assert not guard.is_allowed("jsmith", OFFICE)
-    assert guard.is_allowed("nobody", OFFICE)
+    assert guard.is_allowed("stranger", OFFICE)
     assert guard.wait_for(guard.revision, 0)
-    assert world.store.loads == ["jsmith", "nobody"]
+    assert world.store.loads == ["jsmith", "stranger"]
     assert world.store.streams == []
     assert guard.stats().preloaded is None
 
 
-def test_without_preload_there_is_no_table(world: World) -> None:
-    """`sync` then streams nothing."""
+def test_without_preload_sync_reads_no_snapshot(world: World) -> None:
     guard = world.guard()
     guard.sync()
     assert world.store.streams == []
@@ -231,8 +206,7 @@ def test_without_preload_there_is_no_table(world: World) -> None:
 # -------------------------------------------------------------------------------- kept up to date
 
 
-def test_only_who_changed_is_read_again(world: World) -> None:
-    """A change costs the table one read, whoever and how many it holds."""
+def test_only_changed_users_are_read_again(world: World) -> None:
     for name in ("jsmith", "adoe", "mlee"):
         world.restrict(name, HOME)
     guard = preloaded(world)
@@ -251,7 +225,7 @@ def test_only_who_changed_is_read_again(world: World) -> None:
 
 
 class WatchedTable(Table):
-    """A lease that notes what the table says of a user when its revision or moment moves."""
+    """A table that records a preloaded policy when its position or deadline moves."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("position", "deadline") and "look" in self.__dict__:
@@ -260,8 +234,8 @@ class WatchedTable(Table):
 
 
 @pytest.mark.parametrize("everybody", [False, True])
-def test_who_changed_is_unknown_before_the_revision_moves(world: World, everybody: bool) -> None:
-    """Whoever sees the new revision finds no older policy, and no absence, in the table."""
+def test_changed_user_is_unknown_before_the_position_moves(world: World, everybody: bool) -> None:
+    """Neither the older policy nor its absence is found with the new position."""
     guard = preloaded(world)
     watched: Any = guard._table
     watched.__class__ = WatchedTable
@@ -277,8 +251,7 @@ def test_who_changed_is_unknown_before_the_revision_moves(world: World, everybod
     assert revision
 
 
-def test_who_is_unknown_is_denied_while_the_store_is_down(world: World) -> None:
-    """A user whose change is known, and whose new policy is not, is not let in by the old one."""
+def test_unknown_user_is_denied_while_the_store_is_down(world: World) -> None:
     guard = preloaded(world)
     assert guard.is_allowed("jsmith", HOME)
     world.restrict("jsmith", OFFICE)
@@ -289,8 +262,7 @@ def test_who_is_unknown_is_denied_while_the_store_is_down(world: World) -> None:
     assert guard.is_allowed("adoe", HOME)
 
 
-def test_a_login_reads_who_is_unknown_and_the_table_keeps_it(world: World) -> None:
-    """Whoever asks first need not wait for the refresher, nor does anybody after."""
+def test_login_of_an_unknown_user_updates_the_table(world: World) -> None:
     world.restrict("adoe", HOME)
     guard = preloaded(world, capacity=1)
     world.restrict("jsmith", OFFICE)
@@ -308,26 +280,23 @@ def test_a_login_reads_who_is_unknown_and_the_table_keeps_it(world: World) -> No
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_everybody_is_unknown_until_a_new_snapshot_is_whole(world: World, reset: bool) -> None:
-    """EVERYBODY and RESET end the table; a new one is streamed in, users are read meanwhile."""
+def test_everybody_and_reset_need_a_new_snapshot(world: World, reset: bool) -> None:
+    """Users are read singly until it is complete."""
     world.restrict("jsmith", HOME)
     guard = preloaded(world)
-    assert guard.is_allowed("nobody", OFFICE)
-    world.restrict("nobody", HOME)
+    assert guard.is_allowed("stranger", OFFICE)
+    world.restrict("stranger", HOME)
     world.touch()
     if reset:
         world.store.changes = lambda changes: changes._replace(usernames=RESET)
-    with gate(world.store.in_stream) as held:
-        streaming = Call(guard.sync)
-        held.reached()
+    with during(world.store.in_stream, guard.sync) as streaming:
         world.store.changes = lambda changes: changes
         assert guard.stats().preloaded is None
-        for name in ("jsmith", "nobody"):
+        for name in ("jsmith", "stranger"):
             assert not guard.is_allowed(name, OFFICE)
             assert guard.is_allowed(name, HOME)
-        assert world.store.loads == ["jsmith", "nobody"]
-        held.let_go()
-        streaming.result()
+        assert world.store.loads == ["jsmith", "stranger"]
+    streaming.result()
     assert guard.stats().preloaded == 2
     assert len(world.store.streams) == 2
     guard.sync()
@@ -335,8 +304,7 @@ def test_everybody_is_unknown_until_a_new_snapshot_is_whole(world: World, reset:
     assert table(guard).discarded == {}
 
 
-def test_the_table_of_before_is_let_go(world: World) -> None:
-    """It is emptied by whoever fills the next one; until then nothing is read from it."""
+def test_discarded_rows_are_freed_by_the_next_snapshot(world: World) -> None:
     world.restrict("jsmith", HOME)
     guard = preloaded(world)
     world.touch()
@@ -352,32 +320,26 @@ def test_the_table_of_before_is_let_go(world: World) -> None:
 # -------------------------------------------------------------------------------- interleavings
 
 
-def test_a_stale_fill_is_not_kept(world: World) -> None:
-    """A policy read before a change, and come after the sync that told of it, stays out."""
+def test_stale_fill(world: World) -> None:
+    """A policy read before a change arrives after the sync that named the user."""
     guard = preloaded(world)
     world.touch("jsmith")
     guard._lease.sync()
-    with gate(world.store.after_load) as held:
-        late = Call(lambda: guard.is_allowed("jsmith", HOME))
-        held.reached()
+    with during(world.store.after_load, lambda: guard.is_allowed("jsmith", HOME)) as late:
         world.restrict("jsmith", OFFICE)
         guard._lease.sync()
-        held.let_go()
-        late.result()  # of the revision at which it began
+    late.result()  # it may answer its own call
     assert table(guard).unknown == {"jsmith"}
     assert not guard.is_allowed("jsmith", HOME)
     assert guard.is_allowed("jsmith", OFFICE)
 
 
 @pytest.mark.parametrize("what", ["named", "everybody", "sync"])
-def test_what_is_read_again_and_overtaken_stays_unknown(world: World, what: str) -> None:
-    """A policy read for the table is kept at the revision at which it was begun, or not at all."""
+def test_user_read_again_during_a_change_stays_unknown(world: World, what: str) -> None:
     guard = preloaded(world)
     world.touch("jsmith")
     guard._lease.sync()
-    with gate(world.store.after_load) as held:
-        reading = Call(lambda: preload(guard).read_again(float("inf")))
-        held.reached()
+    with during(world.store.after_load, lambda: preload(guard).read_again(float("inf"))) as reading:
         if what == "sync":
             world.wrong_guess()
         else:
@@ -385,8 +347,7 @@ def test_what_is_read_again_and_overtaken_stays_unknown(world: World, what: str)
         if what == "everybody":
             world.touch()
         guard._lease.sync()
-        held.let_go()
-        reading.result()
+    reading.result()
     assert table(guard).policy("jsmith", 99) is None
     assert guard.is_allowed("jsmith", HOME) is (what == "sync")
     guard.sync()
@@ -394,8 +355,7 @@ def test_what_is_read_again_and_overtaken_stays_unknown(world: World, what: str)
     assert guard.is_allowed("jsmith", HOME) is (what == "sync")
 
 
-def test_a_sync_between_a_snapshot_and_its_installation_is_not_lost(world: World) -> None:
-    """Who is named while the snapshot streams is unknown in it, and read again."""
+def test_change_during_a_snapshot_is_not_lost(world: World) -> None:
     world.restrict("adoe", HOME)
     guard = world.guard(preload=True)
     for step, name in (
@@ -403,21 +363,18 @@ def test_a_sync_between_a_snapshot_and_its_installation_is_not_lost(world: World
         (world.store.in_stream, "jsmith"),
         (world.store.after_stream, "adoe"),
     ):
-        with gate(step) as held:
-            streaming = Call(guard.sync)
-            held.reached()
+        with during(step, guard.sync) as streaming:
             world.restrict(name, OFFICE)
             guard._lease.sync()
-            held.let_go()
-            streaming.result()
+        streaming.result()
         assert not guard.is_allowed(name, ELSEWHERE)
         assert guard.is_allowed(name, OFFICE)
         world.touch()
         guard._lease.sync()
 
 
-def test_a_snapshot_from_before_the_first_sync_is_not_kept(memory: World) -> None:
-    """A new store's revision is the one that a guard begins with; that makes nothing current."""
+def test_snapshot_from_before_the_first_sync_is_rejected(memory: World) -> None:
+    """It may have the revision 0 of a new guard, but its age is unknown."""
     guard = memory.guard(preload=True)
     memory.store.in_stream.append(lambda: memory.restrict("jsmith", HOME))
     preload(guard).fill(threading.Event())
@@ -428,8 +385,7 @@ def test_a_snapshot_from_before_the_first_sync_is_not_kept(memory: World) -> Non
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_who_is_named_while_it_streams_is_unknown_at_its_end(memory: World) -> None:
-    """Though the snapshot holds a policy of it: that is from before the change."""
+def test_user_changed_during_a_snapshot_is_unknown_in_it(memory: World) -> None:
     memory.restrict("jsmith", HOME)
     guard = memory.guard(preload=True)
 
@@ -447,10 +403,10 @@ def test_who_is_named_while_it_streams_is_unknown_at_its_end(memory: World) -> N
     assert guard.stats().preloaded == 0
 
 
-def test_a_snapshot_older_than_the_guard_is_refused(
+def test_snapshot_older_than_the_guard_is_rejected(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A store that gives a snapshot from behind gives none; users are read singly, and it tells."""
+    """This is logged once, and users are read singly."""
     world.restrict("jsmith", HOME)
     world.store.snapshot = lambda revision: revision - 1
     guard = world.guard(preload=True)
@@ -464,8 +420,7 @@ def test_a_snapshot_older_than_the_guard_is_refused(
     assert len(told(caplog)) == 1
 
 
-def test_a_snapshot_ahead_of_the_guard_is_opened_again(world: World) -> None:
-    """What changed between could be of a history that ends; a sync and another try cost little."""
+def test_snapshot_ahead_of_the_guard_is_read_again(world: World) -> None:
     guard = world.guard(preload=True)
     world.store.before_stream.append(lambda: world.restrict("jsmith", HOME))
     guard.sync()
@@ -476,8 +431,7 @@ def test_a_snapshot_ahead_of_the_guard_is_opened_again(world: World) -> None:
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_a_sync_while_the_snapshot_is_opened_makes_it_one_ahead(world: World) -> None:
-    """The revision that counts is the guard's before it was opened, not the one after."""
+def test_snapshot_is_compared_with_the_revision_at_its_request(world: World) -> None:
     guard = world.guard(preload=True)
 
     def change() -> None:
@@ -490,31 +444,27 @@ def test_a_sync_while_the_snapshot_is_opened_makes_it_one_ahead(world: World) ->
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_a_snapshot_of_a_history_that_ended_is_not_taken_over(restorable: Restorable) -> None:
-    """A backup is restored while it streams: the sync that finds out makes it worthless."""
+def test_snapshot_of_a_lost_history_is_rejected(restorable: Restorable) -> None:
+    """A backup is restored while it is being read."""
     world = restorable
     world.restrict("jsmith", HOME)
     restore = world.back_up()
     world.lift_all("jsmith")
     guard = world.guard(preload=True)
-    with gate(world.store.in_stream) as held:
-        streaming = Call(guard.sync)
-        held.reached()
+    with during(world.store.in_stream, guard.sync) as streaming:
         restore()
         world.touch("adoe")
         guard._lease.sync()
-        held.let_go()
-        streaming.result()
+    streaming.result()
     assert len(world.store.streams) == 2
     assert guard.stats().preloaded == 1
     assert not guard.is_allowed("jsmith", OFFICE)
     assert world.store.loads == []
 
 
-def test_a_history_found_to_have_ended_after_the_installation_ends_the_table(
+def test_lost_history_found_after_the_swap_invalidates_the_table(
     restorable: Restorable,
 ) -> None:
-    """A snapshot of the guard's revision may be of another history: the next sync tells."""
     world = restorable
     restore = world.back_up()
     world.restrict("jsmith", HOME)
@@ -525,15 +475,14 @@ def test_a_history_found_to_have_ended_after_the_installation_ends_the_table(
     world.wrong_guess()
     preload(guard).fill(threading.Event())
     assert guard.stats().preloaded == 0
-    assert guard.is_allowed("jsmith", OFFICE)  # so it is, in the restored store
+    assert guard.is_allowed("jsmith", OFFICE)  # unrestricted in the restored store
     world.restrict("jsmith", HOME)
     guard._lease.sync()
     assert guard.stats().preloaded is None
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_a_backup_restored_between_the_guard_and_a_snapshot_ahead(restorable: Restorable) -> None:
-    """Changes that the guard never came to, and that are gone, are in no table."""
+def test_backup_restored_before_a_snapshot_ahead_is_read_again(restorable: Restorable) -> None:
     world = restorable
     guard = world.guard(preload=True)
     world.restrict("jsmith", HOME)
@@ -556,10 +505,10 @@ def test_a_backup_restored_between_the_guard_and_a_snapshot_ahead(restorable: Re
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_what_a_login_read_ahead_is_not_kept_and_hides_what_is_older(
+def test_policy_read_ahead_by_a_login_is_not_kept(
     restorable: Restorable,
 ) -> None:
-    """A policy ahead of the guard is of no history yet; evicted, it is not followed by an older."""
+    """After its eviction the older policy is not used either."""
     world = restorable
     world.restrict("adoe", HOME)
     guard = preloaded(world, capacity=1)
@@ -579,8 +528,7 @@ def test_what_a_login_read_ahead_is_not_kept_and_hides_what_is_older(
     assert guard.is_allowed("jsmith", OFFICE)
 
 
-def test_who_turned_out_restricted_ahead_of_the_snapshot_is_unknown_in_it(memory: World) -> None:
-    """A login that read a later policy while the snapshot streamed is not answered from before."""
+def test_user_restricted_ahead_of_a_snapshot_is_unknown_in_it(memory: World) -> None:
     guard = memory.guard(preload=True, capacity=1)
 
     def ahead() -> None:
@@ -592,13 +540,12 @@ def test_who_turned_out_restricted_ahead_of_the_snapshot_is_unknown_in_it(memory
     memory.store.in_stream.append(ahead)
     guard._lease.sync()
     preload(guard).fill(threading.Event())
-    assert table(guard).unknown == {"jsmith"}  # and no stranger, of whom there may be any number
+    assert table(guard).unknown == {"jsmith"}  # strangers are not noted: there may be any number
     guard.is_allowed("adoe", HOME)
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_a_user_of_the_table_read_ahead_is_unknown_from_then_on(memory: World) -> None:
-    """Restrictions lifted ahead of the guard: what the table had is not to come back."""
+def test_preloaded_user_read_ahead_becomes_unknown(memory: World) -> None:
     memory.restrict("adoe", HOME)
     memory.restrict("jsmith", HOME)
     guard = preloaded(memory, capacity=1)
@@ -611,8 +558,7 @@ def test_a_user_of_the_table_read_ahead_is_unknown_from_then_on(memory: World) -
     assert guard.is_allowed("jsmith", OFFICE)
 
 
-def test_what_is_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
-    """Though no sync came in between: its revision may turn out to be of another history."""
+def test_policy_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
     guard = preloaded(world)
     world.touch("jsmith")
     guard._lease.sync()
@@ -622,32 +568,32 @@ def test_what_is_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None
     assert table(guard).policy("jsmith", 99) is None
 
 
-def test_a_policy_ahead_hides_what_the_table_has(world: World) -> None:
-    """Whether it has restrictions or not; a user that the table does not have stays absent."""
+def test_policy_ahead_hides_the_row(world: World) -> None:
+    """A user without a row stays absent."""
     world.restrict("jsmith", HOME)
     held = table(preloaded(world))
-    nobody = Policy(revision=9, restrictions=(), known=False)
+    unrestricted = Policy(revision=9, restrictions=(), known=False)
     for name in ("jsmith", "stranger"):
-        held.put(name, nobody, ahead=True)
+        held.put(name, unrestricted, ahead=True)
     assert held.unknown == {"jsmith"}
     assert held.policy("jsmith", 9) is None
-    assert held.policy("stranger", 9) == nobody
+    assert held.policy("stranger", 9) == unrestricted
 
 
 # ------------------------------------------------------------------------------------- outages
 
 
 @pytest.mark.parametrize("grace", [0.0, 10.0])
-def test_when_the_store_is_down(world: World, grace: float) -> None:
-    """Within the lease everybody is answered; past it nobody, but for the grace that was chosen."""
+def test_store_down(world: World, grace: float) -> None:
+    """All users are answered within the lease, and then only within `outage_grace`."""
     world.restrict("jsmith", HOME)
     guard = preloaded(world, outage_grace=grace)
     world.store.down = StoreUnavailable("down")
     world.pass_time(4.9)
     assert guard.check("JSmith", HOME).reason is Reason.LISTED
-    assert guard.check("nobody", OFFICE).reason is Reason.UNRESTRICTED
+    assert guard.check("stranger", OFFICE).reason is Reason.UNRESTRICTED
     world.pass_time(0.1)
-    for name in ("jsmith", "nobody", "new"):
+    for name in ("jsmith", "stranger", "new"):
         decision = guard.check(name, HOME)
         assert (decision.allowed, decision.stale) == (grace > 0, grace > 0)
         assert guard.check("jsmith", OFFICE).allowed is False
@@ -659,8 +605,7 @@ def test_when_the_store_is_down(world: World, grace: float) -> None:
     assert guard.stats().preloaded == 1
 
 
-def test_at_least_is_not_answered_from_before(world: World) -> None:
-    """An answer that is to rest on a revision rests on it, by the table as well."""
+def test_at_least(world: World) -> None:
     guard = preloaded(world)
     revision = world.restrict("jsmith", HOME)
     assert guard.check("jsmith", OFFICE, at_least=revision).reason is Reason.NOT_LISTED
@@ -669,10 +614,9 @@ def test_at_least_is_not_answered_from_before(world: World) -> None:
 
 
 @pytest.mark.parametrize("when", ["open", "stream"])
-def test_a_stream_that_fails_is_told_once_and_tried_again(
+def test_failed_snapshot_is_logged_once_and_read_again(
     world: World, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Users are read singly meanwhile; the next attempt that works tells that it has."""
     caplog.set_level(logging.INFO, "ipguard.guard")
     world.restrict("jsmith", HOME)
     guard = world.guard(preload=True)
@@ -701,8 +645,8 @@ def test_a_stream_that_fails_is_told_once_and_tried_again(
     assert len(told(caplog)) == 2
 
 
-def test_the_pause_after_a_failure_grows(memory: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One second, doubling to a minute; nothing is tried before it is over."""
+def test_back_off_after_failed_snapshots(memory: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second, doubling to a minute."""
     now = [100.0]
     monkeypatch.setattr("ipguard.guard._preload.time.monotonic", lambda: now[0])
     monkeypatch.setattr("ipguard._backoff.random", lambda: 0.0)
@@ -731,8 +675,8 @@ def test_the_pause_after_a_failure_grows(memory: World, monkeypatch: pytest.Monk
     assert preload(guard)._retry_at - now[0] == 1
 
 
-def test_a_store_that_fails_while_users_are_read_again_is_left_alone(world: World) -> None:
-    """The rest stays unknown, and the failure counts as any other load's."""
+def test_failure_while_users_are_read_again(world: World) -> None:
+    """The others stay unknown, and the circuit breaker opens."""
     guard = preloaded(world)
     world.touch("jsmith", "adoe")
     guard._lease.sync()
@@ -764,7 +708,7 @@ def test_a_store_that_fails_while_users_are_read_again_is_left_alone(world: Worl
 
 
 class Packing:
-    """A stream of a store that packs, as PostgreSQL's does."""
+    """A snapshot of a store that packs its rows, as PostgreSQL's does."""
 
     def __init__(self, policies: Any, rows: list[tuple[str, bytes]]) -> None:
         self._policies = policies
@@ -772,7 +716,7 @@ class Packing:
         self.closed = False
 
     def __iter__(self) -> Any:
-        raise AssertionError("the packed form is there")
+        raise AssertionError("packed() must be used")
 
     def packed(self) -> Iterator[tuple[str, bytes]]:
         return iter(self._rows)
@@ -782,7 +726,7 @@ class Packing:
 
 
 def packs(world: World, change: Callable[[list[tuple[str, bytes]]], object]) -> list[Packing]:
-    """Let the world's store pack its streams, and change what they give."""
+    """Make the store pack its snapshots, and change their rows."""
     streams: list[Packing] = []
     inner = world.inner
 
@@ -797,8 +741,8 @@ def packs(world: World, change: Callable[[list[tuple[str, bytes]]], object]) -> 
     return streams
 
 
-def test_a_store_that_packs_is_taken_at_its_word(world: World) -> None:
-    """The packed form is asked for where it is there, and the stream closed at its end."""
+def test_packed_rows_of_a_store_are_used(world: World) -> None:
+    """The snapshot is closed at its end."""
     world.restrict("jsmith", HOME)
     streams = packs(world, lambda rows: None)
     guard = preloaded(world)
@@ -808,8 +752,7 @@ def test_a_store_that_packs_is_taken_at_its_word(world: World) -> None:
     assert guard.check("jsmith", HOME).restriction_id == "r1"
 
 
-def test_a_damaged_row_is_read_from_the_store(world: World) -> None:
-    """What cannot be read back is unknown, and not unrestricted."""
+def test_damaged_row_is_read_from_the_store(world: World) -> None:
     world.restrict("jsmith", HOME)
     packs(world, lambda rows: rows.__setitem__(0, ("jsmith", b"\1\0\1")))
     guard = preloaded(world)
@@ -818,10 +761,9 @@ def test_a_damaged_row_is_read_from_the_store(world: World) -> None:
 
 
 @pytest.mark.parametrize("apart", [1, 1_500])
-def test_a_user_in_several_parts_is_refused(
+def test_snapshot_with_a_user_in_several_parts_is_rejected(
     memory: World, apart: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each part by itself would let in or keep out others than the whole does."""
     memory.restrict("jsmith", HOME)
     more = [(f"user{n}", b"\1") for n in range(apart)]
     packs(memory, lambda rows: rows.extend([*more, rows[0]]))
@@ -831,10 +773,10 @@ def test_a_user_in_several_parts_is_refused(
     assert "several parts" in told(caplog)[0].getMessage()
 
 
-def test_an_id_that_cannot_be_packed_is_held_as_it_is(
+def test_policy_that_cannot_be_packed_is_kept_as_it_is(
     memory: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An odd id costs memory, and changes no answer; a stream need not have anything to close."""
+    """This snapshot also has no `close`."""
     memory.restrict("jsmith", HOME)
     policy = memory.inner.load_policy("jsmith")
     odd = attrs.evolve(policy, restrictions=(attrs.evolve(policy.restrictions[0], id="a\0b"),))
@@ -853,8 +795,7 @@ def test_an_id_that_cannot_be_packed_is_held_as_it_is(
 
 
 @pytest.mark.parametrize("restriction_id", ["r1", "a\0b"], ids=["packed", "as it is"])
-def test_the_table_gives_the_policy_that_was_put(memory: World, restriction_id: str) -> None:
-    """In either form: the same restrictions of the same user, at the guard's revision."""
+def test_put_and_get_a_policy(memory: World, restriction_id: str) -> None:
     memory.restrict("jsmith", HOME)
     policy = memory.inner.load_policy("jsmith")
     (held,) = policy.restrictions
@@ -871,8 +812,7 @@ def test_the_table_gives_the_policy_that_was_put(memory: World, restriction_id: 
 # ---------------------------------------------------------------------------------- refresher
 
 
-def test_the_refresher_sees_to_the_table(world: World) -> None:
-    """It streams it in on a thread that then ends, and reads again who changed."""
+def test_refresher_reads_a_snapshot_and_changed_users(world: World) -> None:
     world.restrict("jsmith", HOME)
     with world.guard(preload=True, max_staleness=3600) as guard:
         comes_true(lambda: guard.stats().preloaded == 1)
@@ -883,12 +823,11 @@ def test_the_refresher_sees_to_the_table(world: World) -> None:
         assert set(world.store.loads) == {"adoe"}
         world.touch()
         comes_true(lambda: len(world.store.streams) == 2 and guard.stats().preloaded == 2)
-        guard.sync()  # leaves the table to the refresher
+        guard.sync()  # reads no snapshot itself
     assert len(world.store.streams) == 2
 
 
-def test_syncs_go_on_while_it_streams(memory: World) -> None:
-    """The lease is renewed by the refresher, however long a snapshot takes."""
+def test_refresher_syncs_while_a_snapshot_is_read(memory: World) -> None:
     with (
         gate(memory.store.in_stream) as held,
         memory.guard(preload=True, max_staleness=0.3) as guard,
@@ -902,8 +841,7 @@ def test_syncs_go_on_while_it_streams(memory: World) -> None:
         comes_true(lambda: guard.stats().preloaded == 0)
 
 
-def test_it_waits_for_the_store(memory: World) -> None:
-    """Nothing is streamed from a store that no sync has reached."""
+def test_snapshot_waits_for_the_first_sync(memory: World) -> None:
     memory.store.down = StoreUnavailable("down")
     with memory.guard(preload=True) as guard:
         comes_true(lambda: memory.store.syncs)
@@ -915,8 +853,8 @@ def test_it_waits_for_the_store(memory: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "dropped"])
-def test_it_ends_with_the_refresher(memory: World, how: str) -> None:
-    """A snapshot that nobody wants any more is given up, and its connection given back."""
+def test_snapshot_ends_with_the_refresher(memory: World, how: str) -> None:
+    """It gives its connection back."""
     for n in range(1_500):
         memory.restrict(f"user{n}", HOME)
     with gate(memory.store.in_stream) as held:
@@ -941,8 +879,7 @@ def test_it_ends_with_the_refresher(memory: World, how: str) -> None:
     assert list(memory.store.after_stream) == []
 
 
-def test_after_close_it_is_begun_anew_by_start(memory: World) -> None:
-    """The same guard, started again, fills its table."""
+def test_guard_started_again_reads_a_snapshot(memory: World) -> None:
     guard = memory.guard(preload=True)
     with gate(memory.store.in_stream) as held:
         guard.start()
@@ -954,10 +891,9 @@ def test_after_close_it_is_begun_anew_by_start(memory: World) -> None:
     guard.close()
 
 
-def test_where_no_thread_is_to_be_had_it_is_tried_again(
+def test_snapshot_without_a_free_thread_is_tried_again(
     memory: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refresher goes on, and nothing is lost but time."""
     guard = preloaded(memory)
     memory.touch()
     guard._lease.sync()
@@ -973,10 +909,9 @@ def test_where_no_thread_is_to_be_had_it_is_tried_again(
     comes_true(lambda: guard.stats().preloaded == 0)
 
 
-def test_progress_is_told(
+def test_progress_is_logged_every_five_seconds(
     memory: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every five seconds how far it has come, and at the end how many and how long."""
     caplog.set_level(logging.INFO, "ipguard.guard")
     packs(memory, lambda rows: rows.extend((f"user{n}", b"\1") for n in range(4_500)))
     now = [0.0]
@@ -999,9 +934,9 @@ def test_progress_is_told(
 
 
 @given(steps=STEPS, deny=st.booleans(), capacity=st.integers(1, 4))
-def test_it_answers_as_a_guard_without_a_table(
+def test_same_decisions_as_a_guard_without_preload(
     steps: list[tuple[Any, bool, list[Any]]], deny: bool, capacity: int
 ) -> None:
-    """Whatever changes, before, between and while a snapshot streams: the same decisions."""
+    """Policies change before, between and during snapshots."""
     clock = FakeClock()
     compare(World(MemoryStore(clock=clock), clock), steps, deny=deny, capacity=capacity)

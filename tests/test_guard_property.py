@@ -1,4 +1,4 @@
-"""Every way to ask gives the answer of a naive restatement, at all times."""
+"""Compare the guard with a naive model of its rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Listed(NamedTuple):
-    """A restriction as the restatement has it: the ends, and when it ends, if it does."""
+    """A restriction of the model: its ends, and when it expires, if it does."""
 
     first: Address
     last: Address
@@ -55,8 +55,8 @@ TEXTS = st.one_of(
 MOMENTS = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, 3.0]), TEXTS), min_size=1, max_size=12)
 
 
-def naively(text: str, listed: list[Listed], known: bool, deny_unknown: bool, time: float) -> bool:
-    """Say whether a login may go on, from the rules of meaning alone."""
+def naive(text: str, listed: list[Listed], known: bool, deny_unknown: bool, time: float) -> bool:
+    """Return whether a login is allowed, by the documented rules alone."""
     try:
         address: Address = ipaddress.ip_address(text)
     except ValueError:
@@ -84,14 +84,14 @@ def naively(text: str, listed: list[Listed], known: bool, deny_unknown: bool, ti
     moments=MOMENTS,
     late=RESTRICTIONS,
 )
-def test_all_ways_agree_with_a_naive_restatement(
+def test_all_methods_agree_with_a_naive_model(
     restrictions: list[tuple[tuple[type, list[int]], float | None]],
     known: bool,
     deny_unknown: bool,
     moments: list[tuple[float, str]],
     late: list[tuple[tuple[type, list[int]], float | None]],
 ) -> None:
-    """First sight, remembered, `check`, `explain`, `rules.decide`: one answer, as time goes on."""
+    """First check, remembered, `check`, `explain` and `rules.decide`, as time passes."""
     clock = FakeClock()
     world = World(MemoryStore(clock=clock), clock)
     listed: list[Listed] = []
@@ -113,7 +113,7 @@ def test_all_ways_agree_with_a_naive_restatement(
         for passing, text in moments:
             world.pass_time(passing)
             time += passing
-            expected = naively(text, listed, known, deny_unknown, time)
+            expected = naive(text, listed, known, deny_unknown, time)
             assert guard.is_allowed("jsmith", text) is expected
             assert guard.is_allowed("jsmith", text) is expected
             assert guard.is_allowed("JSmith", text) is expected

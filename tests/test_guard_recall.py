@@ -1,4 +1,4 @@
-"""What a guard answers without I/O, for an event loop: as `check` would, or that it takes more."""
+"""Tests of `recall`: decide as `check` does without I/O, or return None."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ def recall(guard: Guard, name: Any, address: Any = HOME, at_least: Any = None) -
     return guard._slow_path.recall(name, address, at_least)
 
 
-def test_it_is_what_check_answers_and_reads_nothing(world: World) -> None:
-    """Remembered users, malformed text: the same decision, without a read, in any spelling."""
+def test_same_decision_as_check_without_a_read(world: World) -> None:
     guard = world.guard()
-    for new in ("jsmith", "temp", "nobody"):
+    for new in ("jsmith", "temp", "stranger"):
         assert recall(guard, new) is None
         guard.check(new, HOME)
     reads = len(world.store.loads), len(world.store.syncs)
-    asked: tuple[Any, ...] = ("jsmith", "JSmith", "temp", "nobody", "", None)
+    asked: tuple[Any, ...] = ("jsmith", "JSmith", "temp", "stranger", "", None)
     for name in asked:
         for address in (HOME, OFFICE, "nonsense", 5):
             assert recall(guard, name, address) == guard.check(name, address)
@@ -41,8 +40,7 @@ def test_it_is_what_check_answers_and_reads_nothing(world: World) -> None:
     assert "JSmith" in guard._table.rows
 
 
-def test_it_tells_that_more_is_needed(world: World) -> None:
-    """Before the first sync, for a user not remembered, a later revision, and past the lease."""
+def test_none_if_a_sync_or_load_is_needed(world: World) -> None:
     guard = world.guard()
     assert recall(guard, "jsmith") is None
     guard.check("jsmith", HOME)
@@ -55,8 +53,7 @@ def test_it_tells_that_more_is_needed(world: World) -> None:
     assert recall(guard, "jsmith") is None
 
 
-def test_a_store_in_which_nothing_has_happened_is_enough() -> None:
-    """At revision 0 nobody is restricted, and that is remembered like all else."""
+def test_store_at_revision_zero() -> None:
     clock = FakeClock()
     guard = World(MemoryStore(clock=clock), clock).guard()
     guard.check("jsmith", HOME)
@@ -64,13 +61,12 @@ def test_a_store_in_which_nothing_has_happened_is_enough() -> None:
     assert recall(guard, "jsmith")
 
 
-@pytest.mark.parametrize("rests", [False, True])
-def test_who_was_preloaded_is_found_by_spelling_next_time(world: World, rests: bool) -> None:
-    """What comes out of the table is remembered as it was asked for, for the hot path."""
+@pytest.mark.parametrize("refuse", [False, True])
+def test_preloaded_user_is_indexed_by_its_spelling(world: World, refuse: bool) -> None:
     guard = world.guard(preload=True, outage_grace=10.0)
     guard.sync()
     assert guard.stats().preloaded == 2
-    if rests:
+    if refuse:
         world.pass_time(5)
         assert guard._slow_path.recall("JSmith", HOME, None, refuse=True)
     else:
@@ -79,8 +75,8 @@ def test_who_was_preloaded_is_found_by_spelling_next_time(world: World, rests: b
 
 
 @pytest.mark.parametrize("grace", [0.0, 10.0])
-def test_while_the_store_rests_it_answers_all(world: World, grace: float) -> None:
-    """After a failure, or where the caller says so: denied, or within the grace, stale."""
+def test_open_circuit_breaker(world: World, grace: float) -> None:
+    """Users are denied, or answered as stale within `outage_grace`."""
     guard = world.guard(outage_grace=grace)
     guard.check("jsmith", HOME)
     world.pass_time(5)
@@ -97,8 +93,7 @@ def test_while_the_store_rests_it_answers_all(world: World, grace: float) -> Non
 
 
 @pytest.mark.parametrize("renewed", [True, False])
-def test_the_moment_is_taken_before_the_look_up(world: World, renewed: bool) -> None:
-    """A user dropped, or a lease that ended, between look-up and answer lets nobody in."""
+def test_deadline_is_taken_before_the_look_up(world: World, renewed: bool) -> None:
     guard = world.guard()
     guard.check("temp", HOME)
 
@@ -113,8 +108,7 @@ def test_the_moment_is_taken_before_the_look_up(world: World, renewed: bool) -> 
     assert recall(guard, "temp") is None
 
 
-def test_a_change_between_the_moment_and_the_look_up_is_seen(world: World) -> None:
-    """A user dropped after the moment was taken is not found any more."""
+def test_change_between_deadline_and_look_up_is_seen(world: World) -> None:
     guard = world.guard()
     guard.check("jsmith", HOME)
     find = guard._table.rows

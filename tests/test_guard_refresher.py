@@ -1,4 +1,4 @@
-"""The refresher: one daemon thread that nobody needs for an answer to be right."""
+"""Tests of the refresher thread."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ def thread_of(guard: Guard) -> threading.Thread:
 
 
 def test_no_thread_before_start(world: World) -> None:
-    """Neither the constructor nor a question starts a thread."""
     guard = world.guard()
     guard.check("jsmith", HOME)
     guard.sync()
@@ -50,7 +49,7 @@ def test_no_thread_before_start(world: World) -> None:
 
 
 def test_one_daemon_thread_from_start_to_close(world: World) -> None:
-    """`start` and `close` may each be called twice; after `close` the thread is gone at once."""
+    """Both may be called twice."""
     guard = world.guard()
     guard.start()
     guard.start()
@@ -67,8 +66,7 @@ def test_one_daemon_thread_from_start_to_close(world: World) -> None:
     assert refreshers() == []
 
 
-def test_a_with_block_starts_and_closes_and_may_be_entered_again(world: World) -> None:
-    """`with` gives the guard itself, and closes it when the block raises as well."""
+def test_with_block_starts_and_closes(world: World) -> None:
     guard = world.guard()
 
     def fail() -> None:
@@ -83,8 +81,7 @@ def test_a_with_block_starts_and_closes_and_may_be_entered_again(world: World) -
         assert refreshers() == []
 
 
-def test_a_change_holds_as_soon_as_the_store_tells(world: World) -> None:
-    """The refresher is woken by the commit, long before the lease is over."""
+def test_change_wakes_the_refresher(world: World) -> None:
     with world.guard(max_staleness=3600) as guard:
         assert guard.is_allowed("jsmith", HOME)
         revision = world.restrict("jsmith", OFFICE)
@@ -92,23 +89,20 @@ def test_a_change_holds_as_soon_as_the_store_tells(world: World) -> None:
         assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_the_lease_is_renewed_without_any_wake_up(world: World) -> None:
-    """Where the store never wakes anybody, the thread syncs on its own, in time for the lease."""
+def test_lease_is_renewed_without_wake_ups(world: World) -> None:
     world.store.wait = lambda revision, timeout: False  # type: ignore[method-assign]
     with world.guard(max_staleness=0.3):
         comes_true(lambda: len(world.store.syncs) >= 4)
 
 
-def test_how_often_it_syncs(world: World) -> None:
-    """At least each second, three times in a lease; ten times a second it looks whether to stop."""
+def test_sync_interval(world: World) -> None:
     for staleness, interval, piece in ((60, 1.0, 0.1), (1.5, 0.5, 0.1), (0.15, 0.05, 0.05)):
         with world.guard(max_staleness=staleness) as guard:
             assert guard._refresher._interval == pytest.approx(interval)
             assert guard._refresher._slice == pytest.approx(piece)
 
 
-def test_between_two_rounds_it_does_not_sync(world: World) -> None:
-    """A wait that brought nothing is no reason to read before the interval is over."""
+def test_no_sync_before_the_interval_is_over(world: World) -> None:
     waits: list[float] = []
 
     def wait(revision: int, timeout: float) -> bool:
@@ -123,10 +117,7 @@ def test_between_two_rounds_it_does_not_sync(world: World) -> None:
 
 
 @pytest.mark.parametrize("behaviour", ["true", "false", "raises"])
-def test_a_store_whose_wait_returns_at_once_does_not_make_it_spin(
-    world: World, behaviour: str
-) -> None:
-    """However a store's `wait` fails to wait, the thread takes its time."""
+def test_wait_that_returns_at_once_does_not_make_it_spin(world: World, behaviour: str) -> None:
     waits: list[float] = []
 
     def wait(revision: int, timeout: float) -> bool:
@@ -140,15 +131,13 @@ def test_a_store_whose_wait_returns_at_once_does_not_make_it_spin(
     with world.guard():
         comes_true(lambda: len(waits) >= 4)
     took = time.monotonic() - began
-    # The first wake-up is followed by the first sync, which brings something.
+    # The first wake-up is followed by the first sync, which moves the position.
     assert len(waits) <= took / 0.1 + 3
     assert len(world.store.syncs) <= took / 0.1 + 3
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_wait_that_brings_nothing_lasts(world: World, raises: bool) -> None:
-    """Whoever waits in a loop is held up for as long as was asked, whatever the store does."""
-
+def test_failed_wait_takes_the_full_time(world: World, raises: bool) -> None:
     def wait(revision: int, timeout: float) -> bool:
         if raises:
             raise RuntimeError("no wait here")
@@ -160,8 +149,7 @@ def test_a_wait_that_brings_nothing_lasts(world: World, raises: bool) -> None:
     assert time.monotonic() - began >= 0.05
 
 
-def test_a_wake_up_that_fails_does_not_make_it_spin(world: World) -> None:
-    """A store that wakes and then does not answer is asked ten times a second at the most."""
+def test_failed_syncs_do_not_make_it_spin(world: World) -> None:
     world.store.wait = lambda revision, timeout: True  # type: ignore[method-assign]
     world.store.down = StoreUnavailable("down")
     began = time.monotonic()
@@ -171,10 +159,8 @@ def test_a_wake_up_that_fails_does_not_make_it_spin(world: World) -> None:
         assert failures <= (time.monotonic() - began) / 0.1 + 2
 
 
-def test_it_outlives_an_outage_and_tells_once(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An outage is one line, its end another, and the guard is ready again by itself."""
+def test_refresher_survives_an_outage(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged once, and so is its end."""
     caplog.set_level(logging.WARNING, "ipguard")
     world.store.down = StoreUnavailable("down")
     with world.guard(max_staleness=0.03) as guard:
@@ -186,9 +172,7 @@ def test_it_outlives_an_outage_and_tells_once(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_died_is_started_again_by_the_next_slow_call(world: World) -> None:
-    """Whatever ended the thread, the guard goes on, and brings it back."""
-
+def test_check_restarts_a_thread_that_died(world: World) -> None:
     def wait(revision: int, timeout: float) -> bool:
         raise SystemExit
 
@@ -200,8 +184,7 @@ def test_a_thread_that_died_is_started_again_by_the_next_slow_call(world: World)
         assert guard.stats().woken_by == "refresher"
 
 
-def test_sync_starts_it_again_too(world: World) -> None:
-    """A forked child that only syncs has its refresher back as well."""
+def test_sync_restarts_the_thread(world: World) -> None:
     with world.guard() as guard:
         guard._refresher.stop()
         guard._refresher.wanted = True
@@ -209,8 +192,7 @@ def test_sync_starts_it_again_too(world: World) -> None:
         assert guard.stats().woken_by == "refresher"
 
 
-def test_closing_from_within_the_thread_does_not_wait_for_itself(world: World) -> None:
-    """A store's wait may close the guard: the thread then ends, and nobody hangs."""
+def test_close_from_within_the_thread(world: World) -> None:
     guard = world.guard()
     threads: list[threading.Thread] = []
 
@@ -228,8 +210,8 @@ def test_closing_from_within_the_thread_does_not_wait_for_itself(world: World) -
     assert guard.stats().woken_by == "callers"
 
 
-def test_close_does_not_wait_for_a_store_that_hangs(world: World) -> None:
-    """The thread is a daemon: closing gives it a second, then leaves it to the store's deadline."""
+def test_close_while_the_store_hangs(world: World) -> None:
+    """It waits for one second only."""
     hanging, done = threading.Event(), threading.Event()
 
     def wait(revision: int, timeout: float) -> bool:
@@ -250,8 +232,7 @@ def test_close_does_not_wait_for_a_store_that_hangs(world: World) -> None:
     assert not thread.is_alive()
 
 
-def test_a_guard_that_nobody_holds_takes_its_thread_with_it(world: World) -> None:
-    """The thread does not keep a forgotten guard alive, nor poll the store for ever."""
+def test_thread_ends_when_the_guard_is_garbage_collected(world: World) -> None:
     guard = world.guard()
     guard.start()
     thread = thread_of(guard)
@@ -262,8 +243,7 @@ def test_a_guard_that_nobody_holds_takes_its_thread_with_it(world: World) -> Non
     assert not thread.is_alive()
 
 
-def test_the_bound_question_keeps_the_guard_and_its_thread(world: World) -> None:
-    """Who holds `guard.is_allowed` alone holds the guard."""
+def test_bound_method_keeps_the_guard_alive(world: World) -> None:
     guard = world.guard()
     guard.start()
     thread, ask = thread_of(guard), guard.is_allowed
@@ -279,8 +259,7 @@ def test_the_bound_question_keeps_the_guard_and_its_thread(world: World) -> None
     assert not thread.is_alive()
 
 
-def test_a_check_while_the_guard_closes_does_not_restart_the_refresher(world: World) -> None:
-    """A thread that waits for the lock to start the refresher sees that it was stopped."""
+def test_check_while_the_guard_closes_does_not_restart_the_thread(world: World) -> None:
     with world.guard() as guard:
         guard._refresher.stop()
         guard._refresher.wanted = True
@@ -292,8 +271,7 @@ def test_a_check_while_the_guard_closes_does_not_restart_the_refresher(world: Wo
         assert refreshers() == []
 
 
-def test_two_who_start_it_at_once_start_one(world: World) -> None:
-    """A thread that waits for the lock to start the refresher finds it running."""
+def test_concurrent_starts_start_one_thread(world: World) -> None:
     guard = world.guard()
     with guard._refresher._lock:
         calls = [Call(guard.start) for _ in range(4)]
@@ -304,10 +282,8 @@ def test_two_who_start_it_at_once_start_one(world: World) -> None:
     guard.close()
 
 
-def test_without_a_thread_to_be_had_answers_go_on(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`start` says so; a check does not need the thread, and tries again later."""
+def test_thread_cannot_be_started(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start` raises; checks need no thread, and try again later."""
     guard = world.guard()
     with monkeypatch.context() as patch:
 
@@ -325,8 +301,7 @@ def test_without_a_thread_to_be_had_answers_go_on(
     guard.close()
 
 
-def test_many_guards_share_one_store(world: World) -> None:
-    """A change reaches each of many guards on one store."""
+def test_many_guards_on_one_store(world: World) -> None:
     guards = [world.guard(max_staleness=3600) for _ in range(8)]
     for guard in guards:
         guard.start()
@@ -339,8 +314,7 @@ def test_many_guards_share_one_store(world: World) -> None:
     assert refreshers() == []
 
 
-def test_a_store_closed_under_it_does_no_harm(world: World) -> None:
-    """A store that is closed first is an outage like any other."""
+def test_closed_store_is_an_outage(world: World) -> None:
     with world.guard(max_staleness=0.03) as guard:
         guard.check("jsmith", HOME)
         world.inner.close()

@@ -1,4 +1,4 @@
-"""Signal handlers that raise, or that ask the guard again, at any line of what holds a lock."""
+"""Tests of signal handlers that raise, or call the guard, while a lock is held."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SOURCE = str(Path(ipguard.__file__).parent)
 
 
 class Late(BaseException):
-    """What a handler raises."""
+    """The exception of a signal handler."""
 
 
 @contextmanager
 def at_step(number: int, act: Callable[[], object]) -> Iterator[list[int]]:
-    """Call `act` at one of the places in ipguard's code where CPython looks for signals.
+    """Call `act` at one of the places in ipguard's code where CPython checks for signals.
 
     These are after a call, at a backward jump and at the beginning of a function.
     """
@@ -96,7 +96,7 @@ def flow(store: Any) -> ipguard.Workflow:
 def at_each_step(
     call: Callable[[], object], act: Callable[[], object], then: Callable[[], object], stride: int
 ) -> None:
-    """Repeat a call, acting one step later each time, until the step is beyond its end."""
+    """Repeat a call and act one step later each time, until the step is beyond its end."""
     number = 1
     while True:
         with at_step(number, act) as steps, suppress(Late, ipguard.IPGuardError):
@@ -108,8 +108,8 @@ def at_each_step(
     assert number > 30
 
 
-def test_a_handler_that_raises_leaves_the_guard_sound(store: Any, rounds: Any) -> None:
-    """At each step of a check that syncs, loads and evicts: the next check answers."""
+def test_handler_that_raises_in_the_guard(store: Any, rounds: Any) -> None:
+    """At each step of a check that syncs, loads and evicts: the next check is right."""
     guard = Guard(store, capacity=1)
 
     def call() -> None:
@@ -129,8 +129,8 @@ def test_a_handler_that_raises_leaves_the_guard_sound(store: Any, rounds: Any) -
     at_each_step(call, raise_late, sound, rounds(23, 1))
 
 
-def test_a_handler_that_raises_leaves_the_writer_sound(store: Any, rounds: Any) -> None:
-    """At each step of two changes: the next ones are made, and no connection is missing."""
+def test_handler_that_raises_in_the_workflow(store: Any, rounds: Any) -> None:
+    """At each step of two changes: the next changes succeed, and no connection is lost."""
     changes = flow(store)
 
     def call() -> None:
@@ -142,8 +142,8 @@ def test_a_handler_that_raises_leaves_the_writer_sound(store: Any, rounds: Any) 
     at_each_step(call, raise_late, call, rounds(197, 7))
 
 
-def test_a_handler_may_ask_the_guard_at_any_step(store: Any, rounds: Any) -> None:
-    """It is answered at once, and never with an allow that is not due; nothing waits for itself."""
+def test_handler_that_calls_the_guard(store: Any, rounds: Any) -> None:
+    """It gets an answer at once, and never a wrong allow."""
     guard = Guard(store, capacity=1)
     answers: list[ipguard.Decision] = []
 
@@ -167,8 +167,8 @@ def test_a_handler_may_ask_the_guard_at_any_step(store: Any, rounds: Any) -> Non
     }
 
 
-def test_a_guard_that_is_being_written_by_this_thread_writes_nothing_more() -> None:
-    """What is remembered answers; all that takes a sync or a load is refused at once."""
+def test_nested_call_does_not_write_the_table() -> None:
+    """Remembered users are answered; a sync or a load is refused at once."""
     with open_store("memory://") as store:
         store.put_users([user("jsmith"), user("mlee")])
         flow(store).impose(BOSS, "jsmith", HOME, reason="a test")
@@ -197,10 +197,10 @@ def test_a_guard_that_is_being_written_by_this_thread_writes_nothing_more() -> N
 
 
 @pytest.mark.parametrize("method", ["pop", "__setitem__"])
-def test_users_are_forgotten_if_their_order_was_interrupted(
+def test_rows_are_cleared_if_cachetools_was_interrupted(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cachetools is written in Python: a handler that raises inside it leaves it inconsistent."""
+    """cachetools is written in Python, so a handler that raises inside leaves it inconsistent."""
     with open_store("memory://") as store:
         store.put_users([user("jsmith"), user("mlee")])
         guard = Guard(store, capacity=1)
@@ -219,10 +219,9 @@ def test_users_are_forgotten_if_their_order_was_interrupted(
         assert guard.check("mlee", HOME)
 
 
-def test_a_thread_whose_start_was_interrupted_takes_no_place(
+def test_interrupted_start_of_an_aio_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the threads that answer for an event loop."""
     executor = Executor(1, 1)
 
     def late(_: object) -> None:

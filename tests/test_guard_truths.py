@@ -1,4 +1,4 @@
-"""The numbered truths of the guard: each step held and let go, so that nothing depends on luck."""
+"""Tests of the guard's guarantees, by number; threads are held at each step."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.guards import (
     Restorable,
     World,
     comes_true,
+    during,
     gate,
     told,
 )
@@ -57,7 +58,7 @@ class WatchedTable(Table):
 
 
 def watch(guard: Guard, at_read: Callable[[], object] | None = None) -> list[Any]:
-    """Watch a guard's table, and return the list of what is written to it from now on."""
+    """Watch a guard's table, and return the list of all writes to it from now on."""
     table: Any = guard._table
     table.__class__ = WatchedTable
     table.watch(guard, at_read)
@@ -86,7 +87,7 @@ class SpyLock:
 
 
 def change_hands(world: World, guard: Guard) -> Callable[[], None]:
-    """Return an act: the lease ends, the user is restricted, and a sync renews the lease."""
+    """Return a function that ends the lease, restricts the user and syncs."""
 
     def act() -> None:
         world.pass_time(5)
@@ -100,14 +101,14 @@ def change_hands(world: World, guard: Guard) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("ask", ["is_allowed", "check"])
-def test_reader_takes_the_moment_before_it_looks_up(world: World, ask: str) -> None:
-    """A user dropped while the moment is read is not let in by the renewed moment."""
+def test_reader_takes_the_deadline_before_it_looks_up(world: World, ask: str) -> None:
+    """A user that is dropped while the deadline is read is not allowed by the new deadline."""
     guard = world.guard()
     assert guard.is_allowed("jsmith", HOME)
     assert guard.is_allowed("jsmith", HOME)
     act = change_hands(world, guard)
     if ask == "check":
-        # The slow path reads the moment twice: to hold the lease, and for the answer.
+        # The slow path reads the deadline twice: to check the lease, and for the answer.
         watch(guard, lambda: watch(guard, act))
     else:
         watch(guard, act)
@@ -115,8 +116,8 @@ def test_reader_takes_the_moment_before_it_looks_up(world: World, ask: str) -> N
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["seen before", "first sight"])
-def test_reader_tests_the_clock_against_the_moment_that_it_took(memory: World, seen: bool) -> None:
-    """A drop and a renewal between the look-up and the test of the clock let nobody in."""
+def test_reader_compares_the_clock_with_the_deadline_it_took(memory: World, seen: bool) -> None:
+    """The user is dropped, and the lease renewed, between the look-up and the comparison."""
     acts: list[Callable[[], None]] = []
 
     def monotonic() -> float:
@@ -133,8 +134,7 @@ def test_reader_tests_the_clock_against_the_moment_that_it_took(memory: World, s
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_slow_path_ends_with_the_same_test(world: World, cached: bool) -> None:
-    """What the slow path found is not an answer once its moment has passed."""
+def test_slow_path_ends_with_the_same_comparison(world: World, cached: bool) -> None:
     guard = world.guard()
     if cached:
         guard.check("jsmith", HOME)
@@ -145,8 +145,7 @@ def test_slow_path_ends_with_the_same_test(world: World, cached: bool) -> None:
     assert (decision.allowed, decision.reason) == (False, Reason.NOT_LISTED)
 
 
-def test_an_answer_that_is_overtaken_each_time_is_none(world: World) -> None:
-    """Where the moment has passed at the end of each try, the login is not allowed."""
+def test_decision_that_is_overtaken_each_time_is_denied(world: World) -> None:
     guard = world.guard()
     world.store.at_now.extend([lambda: world.pass_time(5)] * 2)
     decision = guard.check("jsmith", HOME)
@@ -155,8 +154,7 @@ def test_an_answer_that_is_overtaken_each_time_is_none(world: World) -> None:
 
 
 @pytest.mark.parametrize(("elapsed", "allowed"), [(4.999, True), (5.0, False)])
-def test_the_lease_ends_at_its_moment(world: World, elapsed: float, allowed: bool) -> None:
-    """At `max_staleness` after the start of the read the answer is no longer from memory."""
+def test_lease_ends_at_max_staleness(world: World, elapsed: float, allowed: bool) -> None:
     guard = world.guard()
     assert guard.is_allowed("jsmith", HOME)
     world.store.down = StoreUnavailable("down")
@@ -171,8 +169,9 @@ def test_the_lease_ends_at_its_moment(world: World, elapsed: float, allowed: boo
 
 
 @pytest.mark.parametrize("everybody", [False, True])
-def test_sync_drops_then_moves_the_revision_then_the_moment(world: World, everybody: bool) -> None:
-    """Whoever sees the new revision, or the new moment, can no longer find what was dropped."""
+def test_sync_drops_then_moves_the_position_then_the_deadline(
+    world: World, everybody: bool
+) -> None:
     guard = world.guard()
     guard.check("jsmith", HOME)
     revision = world.touch() if everybody else world.restrict("jsmith")
@@ -184,8 +183,7 @@ def test_sync_drops_then_moves_the_revision_then_the_moment(world: World, everyb
     assert written == [("position", position, []), ("deadline", until, [])]
 
 
-def test_the_moment_is_counted_from_the_start_of_the_read(world: World) -> None:
-    """A read that took four seconds gives a lease of one."""
+def test_deadline_counts_from_the_start_of_the_read(world: World) -> None:
     guard = world.guard()
     world.store.after_sync.append(lambda: world.pass_time(4))
     guard.sync()
@@ -193,50 +191,30 @@ def test_the_moment_is_counted_from_the_start_of_the_read(world: World) -> None:
     assert guard.stats().last_sync_age == pytest.approx(4)
 
 
-def test_neither_moment_nor_revision_goes_back(world: World) -> None:
-    """Of two overlapping syncs the older may end last, and takes nothing back."""
+@pytest.mark.parametrize("changed", [True, False])
+def test_deadline_and_revision_never_go_back(world: World, changed: bool) -> None:
+    """The older of two overlapping syncs ends last."""
     guard = world.guard()
     guard.sync()
-    with gate(world.store.after_sync) as held:
-        older = Call(guard.sync)
-        held.reached()
+    with during(world.store.after_sync, guard.sync) as older:
         world.pass_time(3)
-        revision = world.restrict("jsmith")
+        revision = world.restrict("jsmith") if changed else guard.revision
         assert guard.sync() == revision
-        held.let_go()
-        older.result()
+    older.result()
     assert guard.revision == revision
     assert guard.stats().lease_remaining == pytest.approx(5)
     assert guard.stats().last_sync_age == 0
 
 
-def test_the_moment_does_not_go_back_where_nothing_changed(world: World) -> None:
-    """Of two overlapping syncs that find the same, the older one ending last shortens nothing."""
+def test_newer_read_from_an_overtaken_position_is_repeated(world: World) -> None:
+    """It could be of another history than the position."""
     guard = world.guard()
     guard.sync()
-    with gate(world.store.after_sync) as held:
-        older = Call(guard.sync)
-        held.reached()
-        world.pass_time(3)
-        guard.sync()
-        held.let_go()
-        older.result()
-    assert guard.stats().lease_remaining == pytest.approx(5)
-    assert guard.stats().last_sync_age == 0
-
-
-def test_a_newer_reading_from_an_overtaken_position_is_read_again(world: World) -> None:
-    """A reading begun before another sync ended is used only if it is surely of one history."""
-    guard = world.guard()
-    guard.sync()
-    with gate(world.store.before_sync) as held:
-        one = Call(guard.sync)
-        held.reached()
+    with during(world.store.before_sync, guard.sync) as one:
         world.restrict("jsmith")
         guard.sync()
         last = world.restrict("adoe")
-        held.let_go()
-        assert one.result() == last
+    assert one.result() == last
     assert [None if cursor is None else cursor[0] for cursor in world.store.syncs] == [
         None,
         0,
@@ -245,8 +223,7 @@ def test_a_newer_reading_from_an_overtaken_position_is_read_again(world: World) 
     ]
 
 
-def test_a_sync_that_is_always_overtaken_ends(world: World) -> None:
-    """A sync that others overtake each time gives up in bounded time."""
+def test_sync_that_is_always_overtaken_gives_up(world: World) -> None:
     guard = world.guard()
     guard.sync()
 
@@ -264,51 +241,38 @@ def test_a_sync_that_is_always_overtaken_ends(world: World) -> None:
 
 
 def test_no_lock_is_held_during_a_sync(world: World) -> None:
-    """While a sync hangs in the store, others are answered, read and look at the figures."""
     guard = world.guard()
     guard.check("jsmith", HOME)
-    with gate(world.store.before_sync) as held:
-        hanging = Call(guard.sync)
-        held.reached()
+    with during(world.store.before_sync, guard.sync) as hanging:
         assert Call(lambda: guard.is_allowed("jsmith", HOME)).result()
         assert Call(lambda: guard.check("adoe", HOME)).result()
         assert Call(guard.stats).result().users == 2
         assert Call(guard.sync).result() == 0
-        held.let_go()
-        hanging.result()
+    hanging.result()
 
 
 def test_no_lock_is_held_during_a_load(world: World) -> None:
-    """While a load hangs in the store, others are answered, read and sync."""
     guard = world.guard()
     guard.check("jsmith", HOME)
-    with gate(world.store.before_load) as held:
-        hanging = Call(lambda: guard.check("adoe", HOME))
-        held.reached()
+    with during(world.store.before_load, lambda: guard.check("adoe", HOME)) as hanging:
         assert Call(lambda: guard.is_allowed("jsmith", HOME)).result()
         assert Call(lambda: guard.check("third", HOME)).result()
         assert Call(guard.sync).result() == 0
-        held.let_go()
-        assert hanging.result()
+    assert hanging.result()
 
 
-def test_a_sync_never_joins_a_read_that_began_before_it(world: World) -> None:
-    """A sync called after a commit brings it, whatever older read is still under way."""
+def test_sync_never_joins_an_earlier_read(world: World) -> None:
     guard = world.guard()
     guard.check("jsmith", HOME)
-    with gate(world.store.after_sync) as held:
-        older = Call(guard.sync)
-        held.reached()
+    with during(world.store.after_sync, guard.sync) as older:
         revision = world.restrict("jsmith")
         assert Call(guard.sync).result() == revision
         assert not guard.is_allowed("jsmith", HOME)
-        held.let_go()
-        older.result()
+    older.result()
     assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_a_read_below_the_revision_never_extends_the_lease(world: World) -> None:
-    """A store that answers from behind what the guard knows counts as down."""
+def test_read_below_the_revision_is_a_failure(world: World) -> None:
     guard = world.guard()
     world.restrict("jsmith")
     guard.sync()
@@ -324,8 +288,7 @@ def test_a_read_below_the_revision_never_extends_the_lease(world: World) -> None
 # -------------------------------------------------------------------------------------- 3. load
 
 
-def test_a_policy_below_the_revision_answers_nothing_and_is_loaded_again(world: World) -> None:
-    """A policy read before a change that the guard knew when the call began is not used."""
+def test_policy_below_the_revision_is_loaded_again(world: World) -> None:
     guard = world.guard()
     old = world.inner.load_policy("jsmith")
     revision = world.restrict("jsmith")
@@ -337,8 +300,7 @@ def test_a_policy_below_the_revision_answers_nothing_and_is_loaded_again(world: 
     assert len(world.store.loads) == 2
 
 
-def test_a_store_that_stays_behind_is_no_answer(world: World) -> None:
-    """Two policies below the guard's revision: the login is not allowed, nor is it remembered."""
+def test_store_that_stays_behind_is_unavailable(world: World) -> None:
     guard = world.guard()
     old = world.inner.load_policy("jsmith")
     world.restrict("jsmith")
@@ -349,54 +311,39 @@ def test_a_store_that_stays_behind_is_no_answer(world: World) -> None:
     assert guard.stats().users == 0
 
 
-def test_what_was_read_before_a_change_is_not_remembered_after_it(world: World) -> None:
-    """The stale fill: a load overtaken by a sync may answer its own call, but is not kept."""
+def test_stale_fill(world: World) -> None:
+    """A load that a sync overtakes may answer its own call, but is not remembered."""
     guard = world.guard()
     guard.sync()
-    with gate(world.store.after_load) as held:
-        late = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as late:
         world.restrict("jsmith")
         guard.sync()
-        held.let_go()
-        late.result()
+    late.result()
     assert guard.stats().users == 0
     assert not guard.is_allowed("jsmith", HOME)
     assert not guard.check("jsmith", HOME)
 
 
-def test_a_policy_at_the_revision_is_remembered(world: World) -> None:
-    """What was read at exactly the guard's revision is remembered: one read, then none."""
-    world.restrict("jsmith", HOME)
-    guard = world.guard()
-    assert [guard.is_allowed("jsmith", HOME) for _ in range(3)] == [True] * 3
-    assert world.store.loads == ["jsmith"]
-
-
-def test_who_misses_together_shares_one_load(world: World, rounds: Any) -> None:
-    """Any number of threads that miss on one user at once make one read."""
+def test_single_flight(world: World, rounds: Any) -> None:
+    """All threads that miss on one user share one read."""
     world.restrict("jsmith", HOME)
     guard = world.guard()
     guard.sync()
     many = rounds(200, 10_000)
     waiting: list[int] = []
-    with gate(world.store.before_load) as held:
-        first = Call(lambda: guard.is_allowed("jsmith", HOME))
-        held.reached()
+    with during(world.store.before_load, lambda: guard.is_allowed("jsmith", HOME)) as first:
         (load,) = guard._loads._in_flight.values()
         load.done = SpyLock(load.done, lambda: waiting.append(1))  # type: ignore[assignment]
         calls = [Call(lambda: guard.is_allowed("jsmith", HOME)) for _ in range(many)]
         comes_true(lambda: len(waiting) == many)
-        held.let_go()
-        assert all(call.result() for call in [first, *calls])
+    assert all(call.result() for call in [first, *calls])
     assert world.store.loads == ["jsmith"]
 
 
-def test_who_comes_after_the_shared_load_reads_nothing(world: World) -> None:
-    """A thread that missed before another's load ended finds what that one remembered."""
+def test_miss_after_the_shared_load_reads_nothing(world: World) -> None:
     guard = world.guard()
     guard.sync()
-    # The look-up of the slow path misses; the load ends before this thread gets to its own.
+    # The slow path's look-up missed, and another thread's load has ended since.
     until = guard._table.deadline
     assert guard.check("jsmith", HOME)
     found = guard._loads.load("jsmith", "jsmith", 0)
@@ -405,21 +352,18 @@ def test_who_comes_after_the_shared_load_reads_nothing(world: World) -> None:
     assert world.store.loads == ["jsmith"]
 
 
-def test_what_others_remembered_is_not_used_below_the_revision(world: World) -> None:
-    """Where the guard is not at the revision asked for, what it remembers is no answer."""
+def test_remembered_row_is_not_used_below_the_revision(world: World) -> None:
     guard = world.guard()
     guard.check("jsmith", HOME)
     assert guard._loads.load("jsmith", "jsmith", 1) is None
     assert world.store.loads == ["jsmith"] * 3
 
 
-def test_who_joins_does_not_take_an_older_load(world: World) -> None:
-    """Who began after a sync loads again rather than share what was read before it."""
+def test_waiter_does_not_use_a_load_from_before_a_sync(world: World) -> None:
+    """A call that began after the sync reads the policy again."""
     guard = world.guard()
     guard.sync()
-    with gate(world.store.after_load) as held:
-        older = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as older:
         revision = world.restrict("jsmith")
         guard.sync()
         (load,) = guard._loads._in_flight.values()
@@ -427,17 +371,13 @@ def test_who_joins_does_not_take_an_older_load(world: World) -> None:
         load.done = SpyLock(load.done, joined.set)  # type: ignore[assignment]
         younger = Call(lambda: guard.check("jsmith", HOME))
         assert joined.wait(PATIENCE)
-        held.let_go()
-        assert older.result()
-        decision = younger.result()
+    assert older.result()
+    decision = younger.result()
     assert (decision.reason, decision.revision) == (Reason.NOT_LISTED, revision)
 
 
-def test_a_waiter_does_not_use_a_load_of_a_revision_that_was_lost(restorable: Restorable) -> None:
-    """A policy read ahead does not answer a call that began after a later sync.
-
-    The revision has been replaced by another commit, and `at_least` means that one.
-    """
+def test_waiter_does_not_use_a_load_of_a_lost_revision(restorable: Restorable) -> None:
+    """Another commit has replaced the revision, and `at_least` means that one."""
     world = restorable
     world.restrict("jsmith", OFFICE)
     guard = world.guard()
@@ -445,9 +385,7 @@ def test_a_waiter_does_not_use_a_load_of_a_revision_that_was_lost(restorable: Re
     restore = world.back_up()
     lost = world.lift_all("jsmith")
     joined = threading.Event()
-    with gate(world.store.after_load) as held:
-        first = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as first:
         restore()
         assert world.touch("adoe") == lost
         assert guard.sync() == lost
@@ -455,39 +393,33 @@ def test_a_waiter_does_not_use_a_load_of_a_revision_that_was_lost(restorable: Re
         load.done = SpyLock(load.done, joined.set)  # type: ignore[assignment]
         second = Call(lambda: guard.check("jsmith", HOME, at_least=lost))
         assert joined.wait(PATIENCE)
-        held.let_go()
-        assert first.result()  # it began when the commit was there
-        assert second.result().reason is Reason.NOT_LISTED
+    assert first.result()  # it began when the commit was there
+    assert second.result().reason is Reason.NOT_LISTED
     assert world.store.loads == ["jsmith"] * 2
 
 
-def test_a_load_overtaken_by_a_sync_is_not_remembered_and_hides_what_is_older(
+def test_load_ahead_of_a_sync_is_not_remembered(
     world: World,
 ) -> None:
-    """A policy read ahead is not remembered after a sync, nor is the older one answered again."""
+    """Nor is the older policy of the preloaded table used again."""
     guard = world.guard(preload=True)
     world.restrict("jsmith", OFFICE)
     guard.sync()
     table = guard._table.preloaded
-    assert table is not None
     table.mark(["jsmith"])
     behind = world.inner.changes_since(None)._replace(usernames=frozenset())
     world.lift_all("jsmith")
-    with gate(world.store.after_load) as held:
-        call = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
-        # A server that is one commit behind answers the sync: the guard's revision stays.
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as call:
+        # A server that is one commit behind answers the sync, so the revision stays.
         world.store.changes = lambda _: behind
         guard._lease.sync()
-        held.let_go()
-        assert call.result()
+    assert call.result()
     assert "jsmith" not in guard._table.rows
     assert table.policy("jsmith", guard.revision) is None
     assert guard.check("jsmith", HOME)
 
 
-def test_a_load_that_took_longer_than_max_staleness_answers_nothing(world: World) -> None:
-    """A policy that took five seconds to come may be five seconds old."""
+def test_load_longer_than_max_staleness_answers_nothing(world: World) -> None:
     guard = world.guard()
     guard.sync()
 
@@ -500,8 +432,7 @@ def test_a_load_that_took_longer_than_max_staleness_answers_nothing(world: World
     assert world.store.loads == ["jsmith"]
 
 
-def test_a_slow_load_that_was_remembered_is_used_within_the_lease_alone(world: World) -> None:
-    """How long its load took takes nothing from a remembered user, and adds nothing."""
+def test_row_of_a_slow_load_is_used_until_the_deadline(world: World) -> None:
     guard = world.guard()
     guard.sync()
     world.store.after_load.append(lambda: world.pass_time(4))
@@ -513,23 +444,18 @@ def test_a_slow_load_that_was_remembered_is_used_within_the_lease_alone(world: W
     assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_a_load_that_hangs_is_not_joined_for_ever(world: World) -> None:
-    """Past `max_staleness` a read under way can answer nothing, and another one begins."""
+def test_load_that_hangs_is_not_joined_after_max_staleness(world: World) -> None:
     guard = world.guard()
     guard.sync()
-    with gate(world.store.before_load) as held:
-        hanging = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.before_load, lambda: guard.check("jsmith", HOME)) as hanging:
         world.pass_time(5)
         assert Call(lambda: guard.check("jsmith", HOME)).result()
-        held.let_go()
-        hanging.result()
+    hanging.result()
     assert not guard._loads._in_flight
     assert guard.is_allowed("jsmith", HOME)
 
 
-def test_the_end_of_a_hung_load_leaves_the_next_one_under_way(world: World) -> None:
-    """A load that nobody waits for any more does not take away the one that followed it."""
+def test_end_of_a_hung_load_leaves_the_next_one_in_flight(world: World) -> None:
     guard = world.guard()
     guard.sync()
     first, second = Gate(), Gate()
@@ -555,10 +481,10 @@ def test_the_end_of_a_hung_load_leaves_the_next_one_under_way(world: World) -> N
 
 @pytest.mark.parametrize("everybody", [False, True])
 @pytest.mark.parametrize("registered", [False, True])
-def test_an_unrestricted_user_is_dropped_like_any_other(
+def test_unrestricted_user_is_dropped_like_any_other(
     world: World, everybody: bool, registered: bool
 ) -> None:
-    """The first restriction on a user who could come from anywhere holds at the next sync."""
+    """The first restriction holds from the next sync on."""
     if registered:
         world.register("jsmith")
     guard = world.guard()
@@ -574,21 +500,11 @@ def test_an_unrestricted_user_is_dropped_like_any_other(
     assert guard.is_allowed("jsmith", OFFICE)
 
 
-def test_a_restriction_lifted_opens_the_user_at_the_next_sync(world: World) -> None:
-    """A denial is dropped like an allow."""
-    world.restrict("jsmith")
-    guard = world.guard()
-    assert not guard.is_allowed("jsmith", HOME)
-    world.lift_all("jsmith")
-    guard.sync()
-    assert guard.is_allowed("jsmith", HOME)
-
-
 # -------------------------------------------------------------------- 5. temporary restrictions
 
 
-def test_a_temporary_restriction_ends_at_its_moment_by_the_store(world: World) -> None:
-    """An allow that rests on time is decided each time, by the store's clock, in the lease too."""
+def test_temporary_restriction_ends_within_the_lease(world: World) -> None:
+    """The allow is decided each time by the store's clock."""
     world.restrict("jsmith", HOME, expires_in=2)
     guard = world.guard()
     for _ in range(3):
@@ -602,8 +518,7 @@ def test_a_temporary_restriction_ends_at_its_moment_by_the_store(world: World) -
     assert len(world.store.loads) == 1
 
 
-def test_only_the_store_s_clock_judges_expiry(world: World) -> None:
-    """The time of day may be set: the lease goes on, the restriction ends by that clock."""
+def test_only_the_stores_clock_decides_expiry(world: World) -> None:
     world.restrict("jsmith", HOME, expires_in=3600)
     guard = world.guard()
     assert guard.is_allowed("jsmith", HOME)
@@ -612,8 +527,8 @@ def test_only_the_store_s_clock_judges_expiry(world: World) -> None:
     assert len(world.store.syncs) == 1
 
 
-def test_time_never_opens_a_user(world: World) -> None:
-    """When the last restriction has ended, nobody comes in from anywhere, cached or loaded."""
+def test_expiry_never_opens_a_user(world: World) -> None:
+    """After the last restriction has expired, the user is restricted to no address."""
     world.restrict("jsmith", HOME, expires_in=2)
     guard = world.guard()
     guard.check("jsmith", HOME)
@@ -624,8 +539,8 @@ def test_time_never_opens_a_user(world: World) -> None:
             assert asked.check("jsmith", address).reason is Reason.NOT_LISTED
 
 
-def test_a_lasting_restriction_beside_a_temporary_one_is_remembered(world: World) -> None:
-    """What is allowed whatever the time is answered from memory, and goes on after the other."""
+def test_lasting_and_temporary_restriction(world: World) -> None:
+    """Only the address that is allowed at any time is remembered."""
     world.restrict("jsmith", HOME, expires_in=2)
     world.restrict("jsmith", OFFICE)
     guard = world.guard()
@@ -644,10 +559,10 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in told(caplog) if r.levelno == logging.ERROR]
 
 
-def test_a_restored_backup_with_as_many_other_changes_is_found_out(
+def test_restored_backup_with_the_same_revision(
     restorable: Restorable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Equal revisions of another history are told apart, all is dropped, and an ERROR says so."""
+    """The token differs: everything is dropped, and an ERROR is logged once."""
     world = restorable
     world.restrict("jsmith")
     restore = world.back_up()
@@ -666,10 +581,9 @@ def test_a_restored_backup_with_as_many_other_changes_is_found_out(
     assert len(errors(caplog)) == 1
 
 
-def test_a_lower_revision_of_another_history_is_taken_over(
+def test_lower_revision_of_another_history_is_adopted(
     restorable: Restorable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a restored backup the guard goes back to its revision, and answers at once."""
     world = restorable
     world.restrict("jsmith")
     restore = world.back_up()
@@ -687,8 +601,7 @@ def test_a_lower_revision_of_another_history_is_taken_over(
     assert guard.check("jsmith", HOME, at_least=last).reason is Reason.STORE_UNAVAILABLE
 
 
-def test_a_load_of_the_history_that_ended_is_not_remembered(restorable: Restorable) -> None:
-    """A policy read before a restored backup was noticed is not kept, however high its revision."""
+def test_load_of_the_lost_history_is_not_remembered(restorable: Restorable) -> None:
     world = restorable
     world.restrict("jsmith")
     restore = world.back_up()
@@ -696,23 +609,19 @@ def test_a_load_of_the_history_that_ended_is_not_remembered(restorable: Restorab
     guard = world.guard()
     guard.sync()
     world.store.changes = lambda changes: changes._replace(usernames=RESET)
-    guard.sync()  # not the first time that this happens
+    guard.sync()  # a history that was adopted before
     world.store.changes = lambda changes: changes
-    with gate(world.store.after_load) as held:
-        late = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as late:
         restore()
         guard.sync()
-        held.let_go()
-        assert not late.result()
+    assert not late.result()
     assert len(world.store.loads) == 2
     assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_what_was_read_ahead_of_the_position_is_dropped_by_the_next_sync(
+def test_row_ahead_of_the_position_is_dropped_by_the_next_sync(
     restorable: Restorable,
 ) -> None:
-    """A policy of a revision that the guard never stood at may be of a history that has ended."""
     world = restorable
     world.restrict("jsmith")
     guard = world.guard()
@@ -726,28 +635,27 @@ def test_what_was_read_ahead_of_the_position_is_dropped_by_the_next_sync(
     assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_a_load_ahead_of_its_beginning_is_dropped_by_the_next_sync(restorable: Restorable) -> None:
-    """Nor does a sync during the load vouch for a revision that it had not come to before."""
+def test_row_ahead_of_where_its_load_began_is_dropped_by_the_next_sync(
+    restorable: Restorable,
+) -> None:
+    """A sync during the load does not prove that the later revision still exists."""
     world = restorable
     world.restrict("jsmith")
     guard = world.guard()
     guard.sync()
     restore = world.back_up()
     last = world.lift_all("jsmith")
-    with gate(world.store.after_load) as held:
-        late = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as late:
         restore()
         world.touch("adoe")
         assert guard.sync() == last
-        held.let_go()
-        late.result()
+    late.result()
     world.pass_time(5)
     assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_what_was_read_at_the_position_stays_over_a_sync(world: World) -> None:
-    """A sync that names others drops nobody else."""
+def test_row_at_the_position_survives_syncs(world: World) -> None:
+    """A row that was read ahead of it is dropped by the first."""
     guard = world.guard()
     guard.check("jsmith", HOME)
     world.restrict("adoe")
@@ -765,7 +673,6 @@ def test_what_was_read_at_the_position_stays_over_a_sync(world: World) -> None:
 
 
 def test_reset_drops_everything(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the store says RESET (pruned changes), nothing remembered is used again."""
     world.restrict("jsmith")
     guard = world.guard()
     assert guard.is_allowed("adoe", HOME)
@@ -776,8 +683,9 @@ def test_reset_drops_everything(world: World, caplog: pytest.LogCaptureFixture) 
     assert len(errors(caplog)) == 1
 
 
-def test_the_first_sync_is_no_divergence(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """A store that begins with RESET is taken over without an alarm."""
+def test_reset_at_the_first_sync_is_not_logged(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     world.store.changes = lambda changes: changes._replace(usernames=RESET)
     guard = world.guard()
     guard.sync()
@@ -785,10 +693,10 @@ def test_the_first_sync_is_no_divergence(world: World, caplog: pytest.LogCapture
     assert guard.stats().ready
 
 
-def test_of_two_syncs_that_find_another_history_both_end_well(
+def test_two_overlapping_syncs_find_another_history(
     restorable: Restorable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whichever of two overlapping syncs tells of the new history, it is taken over once."""
+    """It is adopted and logged once."""
     world = restorable
     restore = world.back_up()
     world.touch("jsmith")
@@ -796,53 +704,43 @@ def test_of_two_syncs_that_find_another_history_both_end_well(
     guard.sync()
     restore()
     world.touch("adoe")
-    with gate(world.store.after_sync) as held:
-        one = Call(guard.sync)
-        held.reached()
+    with during(world.store.after_sync, guard.sync) as one:
         guard.sync()
-        held.let_go()
-        one.result()
+    one.result()
     assert guard.revision == 1
     assert guard.stats().ready
     assert len(errors(caplog)) == 1
 
 
-def test_a_reading_of_another_history_at_the_same_revision_is_read_again(
+def test_read_of_another_history_at_the_same_revision_is_repeated(
     restorable: Restorable,
 ) -> None:
-    """Of two overlapping syncs, the one that read before a backup was restored reads anew."""
     world = restorable
     guard = world.guard()
     guard.sync()
     restore = world.back_up()
     world.touch("jsmith")
-    with gate(world.store.after_sync) as held:
-        one = Call(guard.sync)
-        held.reached()
+    with during(world.store.after_sync, guard.sync) as one:
         restore()
         world.touch("adoe")
         guard.sync()
-        held.let_go()
-        assert one.result() == 1
+    assert one.result() == 1
     assert len(world.store.syncs) == 4
     guard.sync()
     assert len(world.store.syncs) == 5
 
 
-def test_an_overtaken_reset_still_drops_everything(world: World) -> None:
-    """RESET may be said only once: who was told drops, though another sync moved on meanwhile."""
+def test_overtaken_reset_still_drops_everything(world: World) -> None:
+    """The store may report RESET only once."""
     guard = world.guard()
     guard.sync()
     world.store.changes = lambda changes: changes._replace(usernames=RESET)
-    with gate(world.store.after_sync) as held:
-        one = Call(guard.sync)
-        held.reached()
+    with during(world.store.after_sync, guard.sync) as one:
         world.store.changes = lambda changes: changes
         revision = world.touch("adoe")
         guard.sync()
         assert guard.is_allowed("jsmith", HOME)
-        held.let_go()
-        assert one.result() == revision
+    assert one.result() == revision
     assert guard.stats().users == 0
     assert len(world.store.syncs) == 4
 
@@ -850,29 +748,15 @@ def test_an_overtaken_reset_still_drops_everything(world: World) -> None:
 # ------------------------------------------------------------------------- 10. a store that hangs
 
 
-def test_while_the_store_hangs_cached_users_are_answered(world: World) -> None:
-    """A hanging load holds up its own user and nobody who is remembered."""
-    guard = world.guard()
-    guard.check("jsmith", HOME)
-    with gate(world.store.before_load) as held:
-        hanging = Call(lambda: guard.check("adoe", HOME))
-        held.reached()
-        assert guard.is_allowed("jsmith", HOME)
-        held.let_go()
-        assert hanging.result()
-
-
-def test_one_inline_sync_at_a_time_and_others_wait_no_longer_than_their_patience(
+def test_one_inline_sync_at_a_time(
     world: World,
 ) -> None:
-    """When the lease is over and the store hangs, one caller reads, the others are denied soon."""
+    """Other callers wait for a limited time and are denied."""
     guard = world.guard(max_staleness=0.2)
     assert guard._lease.patience == pytest.approx(0.1)
     guard.check("jsmith", HOME)
     world.pass_time(1)
-    with gate(world.store.before_sync) as held:
-        hanging = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.before_sync, lambda: guard.check("jsmith", HOME)) as hanging:
         asked = [
             Call(lambda: guard.check("jsmith", HOME)),
             Call(lambda: guard.check("adoe", HOME)),
@@ -881,119 +765,99 @@ def test_one_inline_sync_at_a_time_and_others_wait_no_longer_than_their_patience
         assert [call.result().reason for call in asked] == [Reason.STORE_UNAVAILABLE] * 3
         assert len(world.store.syncs) == 2
         assert world.store.loads == ["jsmith"]
-        held.let_go()
-        assert hanging.result()
+    assert hanging.result()
     assert guard.is_allowed("jsmith", HOME)
 
 
-def test_behind_an_attempt_that_hangs_nobody_queues(world: World) -> None:
-    """Once an attempt has lasted as long as is waited for, later callers are answered at once."""
+def test_no_queue_behind_a_sync_that_hangs(world: World) -> None:
+    """Once it has lasted as long as callers wait, later callers are answered at once."""
     guard = world.guard(max_staleness=1, outage_grace=60)
     guard.check("jsmith", HOME)
     world.pass_time(2)
-    guard._lease.patience = PATIENCE * 2  # who waited for this long would fail the test
-    with gate(world.store.before_sync) as held:
-        hanging = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    guard._lease.patience = PATIENCE * 2  # a caller that waits this long fails the test
+    with during(world.store.before_sync, lambda: guard.check("jsmith", HOME)) as hanging:
         assert guard._lease._turn_since is not None
         guard._lease._turn_since -= PATIENCE * 2
         assert Call(lambda: guard.check("jsmith", HOME)).result().stale
         unknown = Call(lambda: guard.check("adoe", HOME)).result()
         assert unknown.reason is Reason.STORE_UNAVAILABLE
-        held.let_go()
-        assert hanging.result()
+    assert hanging.result()
     assert guard.check("adoe", HOME)
 
 
-def test_behind_a_load_that_hangs_nobody_queues(world: World) -> None:
-    """Who misses on a user whose read has hung for long is denied at once."""
+def test_no_queue_behind_a_load_that_hangs(world: World) -> None:
     guard = world.guard()
     guard.sync()
     guard._lease.patience = PATIENCE * 2
-    with gate(world.store.before_load) as held:
-        hanging = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.before_load, lambda: guard.check("jsmith", HOME)) as hanging:
         guard._loads._in_flight["jsmith"]._began -= PATIENCE * 2
         denied = Call(lambda: guard.check("jsmith", HOME)).result()
         assert denied.reason is Reason.STORE_UNAVAILABLE
         assert world.store.loads == ["jsmith"]
-        held.let_go()
-        assert hanging.result()
+    assert hanging.result()
 
 
-def test_at_least_waits_its_turn_within_the_lease(world: World) -> None:
-    """Where the lease runs, callers that ask for a later revision make one sync between them."""
+def test_callers_with_at_least_share_one_sync(world: World) -> None:
     guard = world.guard(max_staleness=0.2)
     guard.sync()
     revision = world.restrict("jsmith", HOME)
-    with gate(world.store.before_sync) as held:
-        hanging = Call(lambda: guard.check("jsmith", HOME, at_least=revision))
-        held.reached()
+    with during(
+        world.store.before_sync, lambda: guard.check("jsmith", HOME, at_least=revision)
+    ) as hanging:
         denied = Call(lambda: guard.check("jsmith", HOME, at_least=revision)).result()
         assert denied.reason is Reason.STORE_UNAVAILABLE
         assert len(world.store.syncs) == 2
-        held.let_go()
-        assert hanging.result()
+    assert hanging.result()
 
 
-def test_who_had_to_wait_for_the_turn_finds_the_work_done(world: World) -> None:
-    """Who gets the turn after a sync that renewed the lease makes none of their own."""
+def test_caller_that_waited_for_a_sync_does_not_repeat_it(world: World) -> None:
     guard = world.guard()
-    with gate(world.store.before_sync) as held:
-        first = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.before_sync, lambda: guard.check("jsmith", HOME)) as first:
+        turn, waiting = guard._lease._turn, threading.Event()
+        guard._lease._turn = SpyLock(turn, waiting.set)  # type: ignore[assignment]
         second = Call(lambda: guard.check("jsmith", HOME))
-        comes_true(lambda: second.running)
-        held.let_go()
-        assert first.result()
-        assert second.result()
+        assert waiting.wait(PATIENCE)
+    assert first.result()
+    assert second.result()
     assert len(world.store.syncs) == 1
 
 
-def test_who_had_to_wait_for_the_turn_finds_the_store_down(world: World) -> None:
-    """Who gets the turn after a sync that failed does not try again at once."""
+def test_caller_that_waited_for_a_failed_sync_does_not_repeat_it(world: World) -> None:
     guard = world.guard()
     turn = guard._lease._turn
     waiting = threading.Event()
 
-    with gate(world.store.before_sync) as held:
-        first = Call(lambda: guard._lease.ensure(0))
-        held.reached()
+    with during(world.store.before_sync, lambda: guard._lease.ensure(0)) as first:
         guard._lease._turn = SpyLock(turn, waiting.set)  # type: ignore[assignment]
         second = Call(lambda: guard._lease.ensure(0))
         assert waiting.wait(PATIENCE)
         world.store.down = StoreUnavailable("down")
         guard._lease._turn = turn
-        held.let_go()
-        assert first.result() is False
-        assert second.result() is False
+    assert first.result() is False
+    assert second.result() is False
     assert len(world.store.syncs) == 1
 
 
-def test_who_joins_a_hanging_load_waits_no_longer_than_their_patience(world: World) -> None:
-    """A second caller for a user whose load hangs is denied soon, without another read."""
+def test_waiter_of_a_load_that_hangs_is_denied(world: World) -> None:
     guard = world.guard(max_staleness=0.2)
     guard.sync()
-    with gate(world.store.before_load) as held:
-        hanging = Call(lambda: guard.check("jsmith", HOME))
-        held.reached()
+    with during(world.store.before_load, lambda: guard.check("jsmith", HOME)) as hanging:
         assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
         assert world.store.loads == ["jsmith"]
-        held.let_go()
-        assert hanging.result()
+    assert hanging.result()
 
 
-def test_patience_is_below_max_staleness_and_bounded(memory: World) -> None:
-    """Nobody waits for another's sync longer than half a lease, or two seconds."""
+def test_patience(memory: World) -> None:
+    """It is half of `max_staleness`, and at most two seconds."""
     assert memory.guard(max_staleness=1)._lease.patience == 0.5
     assert memory.guard(max_staleness=60)._lease.patience == 2.0
 
 
 @pytest.mark.parametrize("what", ["sync", "load"])
-def test_back_off_after_failures_doubles(
+def test_circuit_breaker_backs_off(
     world: World, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100, 200, 400, 800 ms, then each second, without jitter: no attempt before, one after."""
+    """100, 200, 400, 800 ms, then 1 s, without jitter: no attempt before, one after."""
     monkeypatch.setattr("ipguard._backoff.random", lambda: 0.0)
     guard = world.guard(max_staleness=1000 if what == "load" else 0.001)
     guard.sync()
@@ -1023,8 +887,7 @@ def test_back_off_after_failures_doubles(
     assert guard.check("adoe", HOME)
 
 
-def test_reads_that_fail_together_are_one_failure(world: World) -> None:
-    """Many logins at the moment of an outage do not stretch the pause to its longest."""
+def test_concurrent_failures_lengthen_the_back_off_once(world: World) -> None:
     guard = world.guard(max_staleness=1000)
     guard.sync()
     with gate(*[world.store.before_load] * 8) as held:
@@ -1040,10 +903,7 @@ def test_reads_that_fail_together_are_one_failure(world: World) -> None:
     assert guard.check("jsmith", HOME)
 
 
-def test_an_outage_is_told_once_and_so_is_its_end(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The log has one line when the store goes and one when it comes back, however long it took."""
+def test_outage_and_its_end_are_logged_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "ipguard")
     guard = world.guard()
     guard.sync()
@@ -1066,7 +926,7 @@ def test_an_outage_is_told_once_and_so_is_its_end(
 
 
 class Asleep:
-    """How long a machine has slept, as a test has it."""
+    """How long a guard's machine has slept."""
 
     def __init__(self, guard: Guard) -> None:
         self.seconds = 1000.0
@@ -1074,8 +934,8 @@ class Asleep:
         guard._lease._slept = self.seconds
 
 
-def test_after_a_sleep_the_lease_is_over_at_the_next_sync(world: World) -> None:
-    """The monotonic clock stood still: its moment means nothing, even where the store is down."""
+def test_sync_after_a_sleep_ends_the_lease(world: World) -> None:
+    """The monotonic clock stood still. This holds even if the store is down."""
     guard = world.guard()
     asleep = Asleep(guard)
     assert guard.is_allowed("jsmith", HOME)
@@ -1093,8 +953,7 @@ def test_after_a_sleep_the_lease_is_over_at_the_next_sync(world: World) -> None:
     assert guard.stats().lease_remaining == pytest.approx(5)
 
 
-def test_a_sleep_ends_the_outage_grace_as_well(world: World) -> None:
-    """Nobody can tell how stale an answer would be, so there is none."""
+def test_sleep_ends_the_outage_grace(world: World) -> None:
     guard = world.guard(outage_grace=3600)
     asleep = Asleep(guard)
     assert guard.is_allowed("jsmith", HOME)
@@ -1106,8 +965,7 @@ def test_a_sleep_ends_the_outage_grace_as_well(world: World) -> None:
 
 
 @pytest.mark.parametrize("down", [False, True])
-def test_a_load_during_which_the_machine_slept_answers_nothing(world: World, down: bool) -> None:
-    """The policy is as old as the sleep was long: a sync and another load answer, or nothing."""
+def test_load_during_a_sleep_answers_nothing(world: World, down: bool) -> None:
     guard = world.guard()
     asleep = Asleep(guard)
     guard.sync()
@@ -1123,8 +981,8 @@ def test_a_load_during_which_the_machine_slept_answers_nothing(world: World, dow
     assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_a_sleep_during_the_read_does_not_extend_the_lease(world: World) -> None:
-    """A reading that lay there while the machine slept is of unknown age: it is read again."""
+def test_sync_during_a_sleep_is_repeated(world: World) -> None:
+    """The age of its read is unknown."""
     guard = world.guard()
     asleep = Asleep(guard)
     guard.sync()
@@ -1143,8 +1001,7 @@ def test_a_sleep_during_the_read_does_not_extend_the_lease(world: World) -> None
     assert guard.stats().lease_remaining == pytest.approx(5)
 
 
-def test_a_sleep_ends_the_lease_though_the_sync_gives_up(world: World) -> None:
-    """A reading that slept, and then no time to read again: the old lease does not run on."""
+def test_sleep_ends_the_lease_if_the_sync_gives_up(world: World) -> None:
     guard = world.guard()
     asleep = Asleep(guard)
     guard.sync()
@@ -1159,8 +1016,8 @@ def test_a_sleep_ends_the_lease_though_the_sync_gives_up(world: World) -> None:
     assert guard.stats().lease_remaining == 0
 
 
-def test_no_sleep_is_seen_where_there_was_none(world: World) -> None:
-    """Up to ten milliseconds are how exactly two clocks can be read one after the other."""
+def test_differences_below_ten_milliseconds_are_not_a_sleep(world: World) -> None:
+    """Two clocks cannot be read at the same moment."""
     guard = world.guard()
     asleep = Asleep(guard)
     guard.sync()
@@ -1178,8 +1035,7 @@ def test_no_sleep_is_seen_where_there_was_none(world: World) -> None:
 # --------------------------------------------------------------------------------------- 12. start
 
 
-def test_a_new_guard_reads_nothing_and_begins_with_the_head_alone(world: World) -> None:
-    """The constructor does no I/O; the first sync asks where the store is, and no rows."""
+def test_new_guard_reads_nothing_and_its_first_sync_no_changes(world: World) -> None:
     revision = world.restrict("jsmith")
     guard = world.guard()
     assert (world.store.syncs, world.store.loads, guard.revision) == ([], [], 0)
@@ -1192,42 +1048,35 @@ def test_a_new_guard_reads_nothing_and_begins_with_the_head_alone(world: World) 
     assert world.store.syncs[1][0] == revision
 
 
-def test_two_guards_first_syncs_overlap_without_harm(world: World) -> None:
-    """The older of two first syncs, ending last, takes nothing back and loses no change."""
+def test_overlapping_first_syncs(world: World) -> None:
+    """The older one ends last and hides no change."""
     guard = world.guard()
-    with gate(world.store.after_sync) as held:
-        older = Call(guard.sync)
-        held.reached()
+    with during(world.store.after_sync, guard.sync) as older:
         world.register("jsmith")
         guard.sync()
         guard.check("jsmith", HOME)
         revision = world.restrict("jsmith")
-        held.let_go()
-        older.result()
+    older.result()
     guard.sync()
     assert guard.revision == revision
     assert not guard.is_allowed("jsmith", HOME)
 
 
-def test_a_newer_first_reading_does_not_hide_a_change(world: World) -> None:
-    """A first reading names nobody: after another sync it is not taken for `nobody changed`."""
+def test_late_first_read_does_not_hide_a_change(world: World) -> None:
+    """A first read names no users. After another sync that must not mean that none changed."""
     guard = world.guard()
-    with gate(world.store.before_sync) as held:
-        late = Call(guard.sync)
-        held.reached()
+    with during(world.store.before_sync, guard.sync) as late:
         guard.sync()
         assert guard.is_allowed("jsmith", HOME)
         world.restrict("jsmith")
-        held.let_go()
-        late.result()
+    late.result()
     assert not guard.is_allowed("jsmith", HOME)
 
 
 # ------------------------------------------------------------------------------------- 13. watcher
 
 
-def test_a_change_before_the_wait_is_not_slept_through(world: World) -> None:
-    """The store is asked to wait from the guard's own revision, so nothing falls between."""
+def test_wait_notices_a_change_from_before_it(world: World) -> None:
     guard = world.guard()
     guard.sync()
     world.touch("jsmith")
@@ -1236,8 +1085,7 @@ def test_a_change_before_the_wait_is_not_slept_through(world: World) -> None:
     assert time.monotonic() - began < PATIENCE
 
 
-def test_a_change_wakes_the_wait(world: World) -> None:
-    """Another thread's commit ends a wait that is under way."""
+def test_wait_notices_a_change(world: World) -> None:
     guard = world.guard()
     guard.sync()
     waiting = Call(lambda: guard._lease.wait(PATIENCE))
