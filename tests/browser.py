@@ -19,13 +19,13 @@ import pytest
 
 from tests.browser_world import HOSTS, World
 from tests.flows import ALICE
+from tests.requirements import missing
 from tests.smtp_server import MailServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
-_COMMAND = "apt-get install --yes --no-install-recommends chromium"
 SWITCHES = (
     "--no-sandbox",
     "--disable-gpu",
@@ -87,14 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def program() -> str:
     """Return the path of the browser. If it is missing, skip the test; on CI, fail it."""
-    for name in _NAMES:
-        found = shutil.which(name)
-        if found is not None:
-            return found
-    missing = f"Chromium is not there; as root: {_COMMAND}"
-    if not os.environ.get("CI"):
-        pytest.skip(missing)
-    pytest.fail(missing)
+    return next(filter(None, map(shutil.which, _NAMES)), None) or missing("Chromium", "chromium")
 
 
 # One for each file: Playwright runs an event loop in this thread, and other files run their own.

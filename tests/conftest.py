@@ -14,7 +14,8 @@ from tests.browser import walk as walk  # noqa: PLC0414
 from tests.browser import windows as windows  # noqa: PLC0414
 from tests.browser import world as world  # noqa: PLC0414
 from tests.flows import desk as desk  # noqa: PLC0414
-from tests.postgres import Given, Server, own_server, running_server
+from tests.postgres import Given, Server, own_server, programs, running_server
+from tests.requirements import missing
 from tests.secrets_watch import Watch, watching
 
 #: Set by `dev.py test --long`: run every test with its full number of rounds.
@@ -90,8 +91,17 @@ def watch() -> Iterator[Watch]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server | Given]:
     """A PostgreSQL server shared by the tests of this process; do not stop it."""
+    if not os.environ.get("IPGUARD_TEST_POSTGRES"):
+        _require_programs()
     with running_server(fsync=False) as server:
         yield server
+
+
+def _require_programs() -> None:
+    try:
+        programs()
+    except RuntimeError:
+        missing("PostgreSQL", "postgresql")
 
 
 @pytest.fixture(scope="session")
@@ -100,5 +110,6 @@ def own_postgres(postgres: Server | Given) -> Iterator[Server]:
     if isinstance(postgres, Server):
         yield postgres
         return
+    _require_programs()
     with own_server(fsync=False) as server:
         yield server

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 
 import psycopg
-import pytest
 
 from tests.postgres import Server, free_port, until
-
-_COMMAND = "apt-get install --yes --no-install-recommends pgbouncer"
+from tests.requirements import missing
 
 
 @contextlib.contextmanager
@@ -24,13 +21,8 @@ def transaction_pooler(server: Server, *, user: str = "postgres") -> Iterator[in
         server: The server.
         user: The role of every session on the server, independent of the client's login.
     """
-    program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
-    if program is None:
-        missing = f"pgbouncer is not there; as root: {_COMMAND}"
-        # A machine with just Python runs all that it can; where tests gate, all of them run.
-        if not os.environ.get("CI"):
-            pytest.skip(missing)
-        raise RuntimeError(missing)
+    path = "/usr/sbin:/usr/bin:/usr/local/bin"
+    program = shutil.which("pgbouncer", path=path) or missing("pgbouncer", "pgbouncer")
     folder, port = server.account.folder(), free_port()
     users, settings = folder / "users.txt", folder / "pgbouncer.ini"
     users.write_text('"postgres" ""\n')

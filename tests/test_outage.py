@@ -26,6 +26,7 @@ from tests.outages import (
     server_in,
 )
 from tests.postgres import Server, own_server
+from tests.requirements import missing
 
 # Many processes, and a machine that others may be busy on.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(300, 3_600))]
@@ -45,9 +46,8 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def network() -> Iterator[Network]:
     """A network in which packets can be dropped."""
-    missing = [program for program in ("iptables", "ip") if not shutil.which(program)]
-    if missing and os.geteuid() == 0 and os.environ.get("CI"):
-        pytest.fail("missing; as root: apt-get install --yes iptables iproute2")
+    if os.geteuid() == 0 and not (shutil.which("iptables") and shutil.which("ip")):
+        missing("iptables or ip", "iptables iproute2")
     try:
         network = Network()
     except NoNetwork as exc:
