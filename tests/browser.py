@@ -141,7 +141,7 @@ def windows(chromium: Browser) -> Windows:
 @pytest.fixture
 def walk(windows: Windows, world: World, way: Way) -> Iterator[Walk]:
     """Alice's browser at the page."""
-    with HOSTS[way.host](world) as world.url, walking(windows.get_one(way), world, way) as it:
+    with HOSTS[way.host](world) as world.page_url, walking(windows.get_one(way), world, way) as it:
         yield it
 
 
@@ -161,7 +161,7 @@ class Walk:
         self.way = way
         self.expected: set[int] = set()
         self.complaints: list[str] = []
-        self._origin = "/".join(world.url.split("/")[:3]) + "/"
+        self._origin = "/".join(world.page_url.split("/")[:3]) + "/"
         self._listeners: dict[Any, Callable[[Any], None]] = {
             "pageerror": lambda error: self.complaints.append(f"script: {error}"),
             "requestfailed": self._failed,
@@ -203,7 +203,7 @@ class Walk:
 
     def open(self, path: str = "") -> None:
         """Open a page by its path below the mount."""
-        self.page.goto(self.world.url + path)
+        self.page.goto(self.world.page_url + path)
         self.look()
 
     def look(self) -> None:
@@ -242,7 +242,7 @@ class Walk:
 
     def become(self, who: str) -> None:
         """Sign in as another person."""
-        self.page.context.add_cookies([{"name": "who", "value": who, "url": self.world.url}])
+        self.page.context.add_cookies([{"name": "who", "value": who, "url": self.world.page_url}])
 
     def field(self, label: str) -> Locator:
         return self.page.get_by_label(label, exact=True)

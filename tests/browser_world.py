@@ -10,15 +10,14 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import ipguard
-from ipguard import Actor, Guard, PendingRequest, Restriction, User, Workflow, WorkflowSettings
+from ipguard import Actor, Guard, Restriction, User, Workflow, WorkflowSettings
 from ipguard.mail import EmailNotifier
-from ipguard.testing import FakeClock, Outbox
-from tests.flows import ADAM, ALICE, BOSS, KEY, OFFICE, PEOPLE
+from ipguard.store import RestrictionStore
+from ipguard.testing import FakeClock
+from tests.flows import ADAM, ALICE, BOSS, KEY, OFFICE, Desk
 from tests.smtp_server import MailServer
 
 PREFIX = "/accounts/ip-restrictions"
@@ -33,8 +32,8 @@ ACTORS = {actor.username: actor for actor in (ALICE, ADAM, BOSS, IRIS)}
 NUMBER = re.compile(r"^ {4}([\d-]{11})$", re.MULTILINE)
 
 
-class World:
-    """One host: its users, its page and its mails.
+class World(Desk):
+    """A desk on a SQLite file with a mail server, a guard and the page.
 
     Args:
         folder: The folder of the database.
@@ -43,27 +42,26 @@ class World:
         settings: The settings of the workflow.
 
     Attributes:
-        quiet: A workflow over the same store that sends no mails, to prepare tests.
+        quiet: A workflow on the same store that sends no mails, to prepare tests.
+        page_url: The URL of the page while it is served.
     """
 
     def __init__(
         self, folder: Path, mails: MailServer, *, clock: FakeClock | None = None, **settings: Any
     ) -> None:
-        self.clock = clock or FakeClock()
-        self.store = ipguard.open_store(f"sqlite:///{folder / 'world.db'}", clock=self.clock)
+        super().__init__(folder / "world.db", clock=clock)
+        self.quiet = self.flow
         self.mails = mails
         self._seen = len(mails.mails)
         self.notifier = EmailNotifier(mails.url, sender="Brokers <no-reply@brokers.example>")
         self.use(**settings)
-        self.quiet = Workflow(self.store, Outbox(), key=KEY)
         self.guard = Guard(self.store, monotonic=self.clock.monotonic)
-        self.store.put_users(PEOPLE)
-        self.url = ""
+        self.page_url = ""
 
-    def use(self, **settings: Any) -> None:
-        """Set the workflow's settings, before the page is served."""
-        self.flow = Workflow(
-            self.store, self.notifier, key=KEY, settings=WorkflowSettings(**settings)
+    def workflow(self, store: RestrictionStore | None = None, **settings: Any) -> Workflow:
+        """Return another workflow on the same data, which sends real mails."""
+        return Workflow(
+            store or self.store, self.notifier, key=KEY, settings=WorkflowSettings(**settings)
         )
 
     # -- preparation and checks
@@ -78,12 +76,6 @@ class World:
         """Remove a restriction."""
         self.quiet.lift(BOSS, restriction_id, reason="a test")
 
-    def ask(
-        self, addresses: str = OFFICE, username: str = "jsmith", actor: Actor = ALICE, **more: Any
-    ) -> PendingRequest:
-        """Request a restriction; its mail stays unread."""
-        return self.flow.request(actor, username, addresses, **more)
-
     def crowd(self, size: int, account_id: str = "U1") -> None:
         """Register more users: trader00001 and so on."""
         self.store.put_users(
@@ -95,20 +87,12 @@ class World:
             for number in range(1, size + 1)
         )
 
-    def held(self, username: str = "jsmith") -> list[str]:
-        """Return the addresses of a user's restrictions."""
-        return [str(r.addresses) for r in self.store.load_policy(username).restrictions]
-
     def pending(self, username: str = "jsmith") -> list[str]:
         """Return the addresses of a user's pending requests."""
         (line,) = (x for x in self.flow.overview(BOSS) if x.user.username == username)
         return [str(request.addresses) for request in line.pending]
 
-    def wait(self, **length: float) -> None:
-        """Advance the clock."""
-        self.clock.advance(timedelta(**length))
-
-    def number(self, recipient: str = ALICE.email) -> str:
+    def next_number(self, recipient: str = ALICE.email) -> str:
         """Return the number in the next mail that contains one."""
         while True:
             mail = self.mails.wait_for(self._seen + 1)[self._seen]

@@ -49,9 +49,15 @@ class Desk:
         url: The URL of the store.
     """
 
-    def __init__(self, path: Path | None = None, *, url: str = "memory://") -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        url: str = "memory://",
+        clock: FakeClock | None = None,
+    ) -> None:
         self.path = path
-        self.clock = FakeClock()
+        self.clock = clock or FakeClock()
         self.url = url if path is None else f"sqlite:///{path}"
         self.store: RestrictionStore = ipguard.open_store(self.url, clock=self.clock)
         self.outbox = Outbox()

@@ -85,7 +85,7 @@ def take(browser: Browser, folder: Path) -> None:
     clock = FakeClock(datetime(2027, 5, 4, 7, 30, tzinfo=UTC))
     with tempfile.TemporaryDirectory() as place, MailServer() as mails:
         world = World(Path(place), mails, clock=clock, confirm_deletes="last")
-        with world.store, world.guard, HOSTS["asgi"](world) as world.url:
+        with world.store, world.guard, HOSTS["asgi"](world) as world.page_url:
             fill(world)
             with walking(window(browser, WIDE), world, WIDE, RITA.username) as walk:
                 for name in pictures(walk):

@@ -58,8 +58,8 @@ class Pages:
         world.add("2001:db8::/48", expires_at=world.clock().replace(year=2031))
         world.ask(HOME, label="home")
         world.ask("198.51.100.21", "mary")
-        world.number()
-        world.number()
+        world.next_number()
+        world.next_number()
         walk.open()
         yield "the list"
         walk.follow("Add IP Address Restriction")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def test_reload_after_a_wrong_number(walk, world):
     """Reload, Back and Forward do not repeat a wrong number."""
     world.ask(OFFICE)
-    number = world.number()
+    number = world.next_number()
     wrong = ("1" if number[0] == "0" else "0") + number[1:]
     walk.open()
     walk.follow(f"Confirm {OFFICE} for John Smith")
@@ -56,7 +56,7 @@ def test_stopped_and_sent_again(walk, world, monkeypatch):
     walk.go(button)
     assert walk.heading == "Confirm the restriction"
     assert world.pending() == [OFFICE]
-    walk.fill("Confirmation Number", world.number())
+    walk.fill("Confirmation Number", world.next_number())
     walk.press("Submit")
     assert world.held() == [OFFICE]
 

@@ -56,7 +56,7 @@ def test_searches_in_two_tabs(walk, world):
     walk.fill("Search", "trader")
     walk.press("Search")
     other = walk.page.context.new_page()
-    other.goto(walk.world.url)
+    other.goto(walk.world.page_url)
     other.get_by_label("Search", exact=True).fill("smith")
     other.get_by_role("button", name="Search", exact=True).click()
     other.get_by_text("Traders found for “smith”").wait_for()
