@@ -296,9 +296,6 @@ def test_rows_of_another_user_are_refused(store: Any, monkeypatch: pytest.Monkey
     before = tuple(pool._idle)
     monkeypatch.setattr(sys.modules[type(store).__module__], "policy_of", of_another)
     with suppress(StoreUnavailable):
-        assert guard.check("jsmith", OFFICE).reason in {
-            Reason.STORE_UNAVAILABLE,
-            Reason.NOT_LISTED,
-        }
+        assert guard.check("jsmith", OFFICE).reason in {Reason.STORE_UNAVAILABLE, Reason.NOT_LISTED}
     assert asked
     assert not set(before) & set(pool._idle)

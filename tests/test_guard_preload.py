@@ -462,9 +462,7 @@ def test_snapshot_of_a_lost_history_is_rejected(restorable: Restorable) -> None:
     assert world.store.loads == []
 
 
-def test_lost_history_found_after_the_swap_invalidates_the_table(
-    restorable: Restorable,
-) -> None:
+def test_lost_history_found_after_the_swap_invalidates_the_table(restorable: Restorable) -> None:
     world = restorable
     restore = world.back_up()
     world.restrict("jsmith", HOME)
@@ -505,9 +503,7 @@ def test_backup_restored_before_a_snapshot_ahead_is_read_again(restorable: Resto
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_policy_read_ahead_by_a_login_is_not_kept(
-    restorable: Restorable,
-) -> None:
+def test_policy_read_ahead_by_a_login_is_not_kept(restorable: Restorable) -> None:
     """After its eviction the older policy is not used either."""
     world = restorable
     world.restrict("adoe", HOME)

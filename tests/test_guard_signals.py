@@ -161,10 +161,7 @@ def test_handler_that_calls_the_guard(store: Any, rounds: Any) -> None:
 
     call()
     at_each_step(call, ask, sound, rounds(23, 1))
-    assert {answer.reason for answer in answers} <= {
-        Reason.NOT_LISTED,
-        Reason.STORE_UNAVAILABLE,
-    }
+    assert {answer.reason for answer in answers} <= {Reason.NOT_LISTED, Reason.STORE_UNAVAILABLE}
 
 
 def test_nested_call_does_not_write_the_table() -> None:
@@ -219,9 +216,7 @@ def test_rows_are_cleared_if_cachetools_was_interrupted(
         assert guard.check("mlee", HOME)
 
 
-def test_interrupted_start_of_an_aio_thread(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_interrupted_start_of_an_aio_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     executor = Executor(1, 1)
 
     def late(_: object) -> None:
