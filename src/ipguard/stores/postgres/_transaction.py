@@ -251,12 +251,15 @@ class Writer(_fork.Forkable):
         inside, thread = self._inside, threading.get_ident()
         try:
             inside.add(thread)
-            yield tx, db
-            tx.withdraw()
-            tx.check_process()
-            db.commit(tx.touching)
+            try:
+                yield tx, db
+                tx.withdraw()
+                tx.check_process()
+                db.commit(tx.touching)
+            finally:
+                tx.end()
         finally:
-            tx.end()
+            # A signal handler may raise after any call, so this is the only one here.
             inside.discard(thread)
         if tx.touching is not None:
             self._touched(tx.touching)
