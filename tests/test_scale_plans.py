@@ -13,7 +13,7 @@ from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores._sql import Params, Row, listing
 from ipguard.stores.postgres import _connection
-from ipguard.stores.sqlite import _pool
+from ipguard.stores.sqlite import Connection
 from ipguard.testing import FakeClock
 from tests.postgres import Given, Server, fresh_schema
 from tests.test_scale_listing import START, restrictions
@@ -27,16 +27,16 @@ class CountedSqlite:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.work = folder / "a.db", 0
-        ask = _pool.Connection.rows
+        ask = Connection.rows
 
-        def rows(session: _pool.Connection, sql: str, params: Params = ()) -> list[Row]:
+        def rows(session: Connection, sql: str, params: Params = ()) -> list[Row]:
             session.driver.set_progress_handler(self._ten_steps, 10)
             try:
                 return ask(session, sql, params)
             finally:
                 session.driver.set_progress_handler(None, 0)
 
-        monkeypatch.setattr(_pool.Connection, "rows", rows)
+        monkeypatch.setattr(Connection, "rows", rows)
 
     def _ten_steps(self) -> int:
         self.work += 1

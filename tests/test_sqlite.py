@@ -33,9 +33,8 @@ from ipguard.errors import (
 from ipguard.guard import Guard
 from ipguard.model import EVERYBODY, RESET, Action, Actor, Restriction, User
 from ipguard.stores import open_store
-from ipguard.stores._sql import CHANGES_SINCE, SCHEMA_VERSION, micros
-from ipguard.stores.sqlite import SQLiteStore, _schema, migrations
-from ipguard.stores.sqlite._pool import Connection, Files, file_id
+from ipguard.stores._sql import CHANGES_SINCE, SCHEMA_VERSION, Executor, micros
+from ipguard.stores.sqlite import Connection, Files, SQLiteStore, _schema, file_id, migrations
 from tests.conftest import rounds
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -644,8 +643,8 @@ def test_a_file_that_vanishes_at_the_last_moment(
     store._pool.forget()
     main = file_id(str(path))
     remove(path)
-    monkeypatch.setattr("ipguard.stores.sqlite._pool.file_id", lambda path: main)
-    monkeypatch.setattr("ipguard.stores.sqlite._pool.files_at", lambda path: store._pool._files)
+    monkeypatch.setattr("ipguard.stores.sqlite.file_id", lambda path: main)
+    monkeypatch.setattr("ipguard.stores.sqlite.files_at", lambda path: store._pool._files)
     with pytest.raises(StoreUnavailable):
         store.load_policy("jo")
     assert not path.exists()
@@ -1093,8 +1092,7 @@ class Time:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.then: Callable[[], object] = lambda: None
-        for module in ("sqlite._pool", "sqlite"):
-            monkeypatch.setattr(f"ipguard.stores.{module}.time", self)
+        monkeypatch.setattr("ipguard.stores.sqlite.time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -1167,7 +1165,7 @@ def test_a_read_waits_for_a_lock_that_ends(path: Path, monkeypatch: pytest.Monke
         other = stack.enter_context(raw(path))
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("UPDATE head SET revision = revision")
-        monkeypatch.setattr("ipguard.stores.sqlite._pool.time.sleep", lambda seconds: stack.close())
+        monkeypatch.setattr("ipguard.stores.sqlite.time.sleep", lambda seconds: stack.close())
         assert store.load_policy("jo").revision == 0
 
 
@@ -1629,8 +1627,8 @@ def test_a_faster_process_creates_the_schema(path: Path, monkeypatch: pytest.Mon
     """A process that waited for the lock finds the schema complete."""
     plain, turns = _schema._use_wal, [True]
 
-    def overtaken(connection: Connection) -> None:
-        plain(connection)
+    def overtaken(db: Executor, path: str) -> None:
+        plain(db, path)
         while turns:
             turns.pop()
             with SQLiteStore(path) as other:

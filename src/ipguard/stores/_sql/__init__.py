@@ -383,6 +383,13 @@ def head(db: Executor) -> tuple[int, str]:
     raise StoreUnavailable(UNFINISHED)
 
 
+def schema_version(db: Executor) -> tuple[int, int]:
+    """Return the version of the schema, and the oldest version compatible with it."""
+    for version, oldest in db.rows("SELECT version, oldest FROM schema_version WHERE id = 1"):
+        return version, oldest
+    raise StoreUnavailable(UNFINISHED)
+
+
 def check_schema(version: int, oldest: int) -> None:
     """Refuse a schema that this library cannot use.
 

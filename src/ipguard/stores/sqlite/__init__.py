@@ -20,20 +20,48 @@ Known limits:
 * A process that forks inside its own transaction, or while another thread stays in one for longer
   than the timeout, has a child whose store is unavailable.
 * A disk that hangs blocks the call; SQLite has no deadline for that.
+
+Each thread inside a call has its own connection. Between calls connections wait in a pool, so that
+a thread that ends leaves none behind.
+
+Fork. SQLite forbids a child to use or close an inherited connection, and a child with an inherited
+open connection cannot open a sound one either. SQLite keeps a table of locks per file and process,
+so the child would believe that it holds its parent's locks. When the parent closed the file, it
+would delete the log under the child, and the child's commits would be lost. So before a fork the
+pool waits for calls to end and closes every connection. A connection that it cannot wait for, that
+of the forking thread's own transaction, is abandoned in the child and never closed, and the child's
+store refuses that file.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
+import stat
+import struct
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from functools import partial
+from json import dumps
+from typing import Final, NamedTuple, TypeVar
+from urllib.parse import quote
 
 from ipguard import _fork
+from ipguard._backoff import Backoff
 from ipguard._checks import check_seconds, check_time
 from ipguard._fork import acquire
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
@@ -44,20 +72,23 @@ from ipguard.stores._sql import (
     POLICY,
     SCHEMA_VERSION,
     Executor,
+    Params,
+    Row,
     changes_of,
     changes_params,
+    check_open_schema,
     check_option,
     encodable,
     head,
     policies_of,
     policy_of,
+    schema_version,
     touching,
 )
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql.bulk import BulkRestrictions
 from ipguard.stores._sql.store import SqlStore, WriteTransaction
 from ipguard.stores.sqlite import _schema as schema
-from ipguard.stores.sqlite._pool import Connection, Pool, files_at, remaining
 
 __all__ = ["SCHEMA_VERSION", "SQLiteStore", "migrations"]
 
@@ -67,6 +98,647 @@ _POLL: Final = 0.005
 _LOGIN_WAIT: Final = 1.0  # seconds; readers wait only while another program locks the whole file
 _BULK_CACHE: Final = 131_072  # KiB: an import of a million rows reads the same index pages again
 _POLICY: Final = POLICY % ("?", "NULL")
+
+FileId = tuple[int, int]  # device and inode
+
+
+class Files(NamedTuple):
+    """The identities of the database file, its log and its index."""
+
+    main: FileId
+    wal: FileId | None
+    shm: FileId | None
+
+
+def file_id(path: str) -> FileId:
+    """Return the device and inode of a file.
+
+    Raises:
+        StoreUnavailable: It does not exist, or cannot be accessed.
+    """
+    try:
+        found = os.stat(path)  # noqa: PTH116 - called by every sync
+    except OSError as exc:
+        raise StoreUnavailable(f"{path}: {exc.strerror}") from exc
+    return found.st_dev, found.st_ino
+
+
+def files_at(path: str) -> Files:
+    """Return the identities of the three files of a database.
+
+    Raises:
+        StoreUnavailable: The database file does not exist, or cannot be accessed.
+    """
+    main, wal, shm = file_id(path), None, None
+    with suppress(StoreUnavailable):
+        wal = file_id(path + "-wal")
+    with suppress(StoreUnavailable):
+        shm = file_id(path + "-shm")
+    return Files(main, wal, shm)
+
+
+class Connection:
+    """One connection, lent to one thread at a time. It is the `Executor` of SQLite.
+
+    Args:
+        driver: The driver's connection, in autocommit mode.
+        path: Its file, for messages.
+        files: The files that it has open.
+        patience: How many seconds all its statements together may wait for locks.
+
+    Attributes:
+        broken: Whether to discard it, because a statement failed or it is being closed.
+        busy: Whether a statement is in progress, or was interrupted.
+        unwritable: Whether it was opened while the files were read-only, or failed to use them.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "broken",
+        "busy",
+        "cursor",
+        "driver",
+        "files",
+        "path",
+        "patience",
+        "pid",
+        "thread",
+        "unwritable",
+    )
+
+    def __init__(
+        self, driver: sqlite3.Connection, path: str, files: Files, patience: float
+    ) -> None:
+        self.driver = driver
+        self.cursor = driver.cursor()  # a new one for each statement is slower
+        self.path = path
+        self.files = files
+        self.patience = patience
+        self.pid = os.getpid()
+        self.thread = threading.get_ident()
+        self.broken = False
+        self.busy = False
+        self.unwritable = False
+
+    def __del__(self) -> None:
+        if self.pid == os.getpid():
+            self.driver.close()
+
+    def rows(self, sql: str, params: Params = ()) -> list[Row]:
+        self.busy = True
+        try:
+            found = self.cursor.execute(sql, params).fetchall()
+        except sqlite3.Error as exc:
+            if not _is_busy(exc):
+                raise self._failure(exc) from exc
+        else:
+            self.busy = False
+            return found
+        return self._patiently(sql, params)
+
+    def run(self, sql: str, params: Params = ()) -> None:
+        self.rows(sql, params)
+
+    def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
+        marks = ", ".join("?" * len(columns.split(",")))
+        try:
+            # A cursor of its own: `rows` may come from queries on this connection.
+            self.driver.executemany(f"INSERT INTO {table} ({columns}) VALUES ({marks})", rows)
+        except sqlite3.Error as exc:
+            raise self._failure(exc) from exc
+
+    def among(self, column: str) -> str:
+        return f"{column} IN (SELECT value FROM json_each(?))"
+
+    def each(self) -> str:
+        return "json_each(?) j"
+
+    def texts(self, values: Iterable[str]) -> object:
+        # This is faster for 100,000 account ids, as long as no character has to be escaped.
+        texts = list(values)
+        joined = '","'.join(texts)
+        if "\\" in joined or not joined.isprintable() or joined.count('"') != 2 * len(texts) - 2:
+            return dumps(texts, ensure_ascii=False)
+        return f'["{joined}"]'
+
+    def stream(self, sql: str) -> Generator[Row, None, None]:
+        """Run a query and yield its rows as they are read."""
+        try:
+            yield from self.cursor.execute(sql)
+        except sqlite3.Error as exc:
+            raise self._failure(exc) from exc
+
+    def _patiently(self, sql: str, params: Params) -> list[Row]:
+        """Retry a statement with back-off and jitter while the database is locked.
+
+        SQLite's own busy handler is off: it sleeps up to 100 ms at a time, some statements ignore
+        it, and it allows each statement the whole timeout again.
+        """
+        deadline = time.monotonic() + self.patience
+        backoff = Backoff(0.001, 0.01, jitter=0.8)
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                time.sleep(min(backoff.next(), left))
+                try:
+                    found = self.cursor.execute(sql, params).fetchall()
+                except sqlite3.OperationalError as exc:
+                    if not _is_busy(exc):
+                        raise self._failure(exc) from exc
+                else:
+                    self.busy = False
+                    return found
+        finally:
+            self.patience = max(0.0, deadline - time.monotonic())
+        self.broken = True
+        raise StoreUnavailable(f"{self.path}: locked by others for too long")
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Run the block's statements against one committed state."""
+        self.run("BEGIN")
+        yield
+        # After an exception the pool closes the connection, which rolls back.
+        self.run("COMMIT")
+
+    def _failure(self, exc: sqlite3.Error) -> StoreError:
+        self.busy = False
+        self.broken = not isinstance(exc, sqlite3.IntegrityError)
+        self.unwritable |= _code(exc) in _UNWRITABLE
+        return error_of(self.path, exc)
+
+
+_UNWRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
+
+
+def _code(exc: sqlite3.Error) -> int:
+    # Errors that the sqlite3 module raises by itself have no code.
+    return int(getattr(exc, "sqlite_errorcode", 0)) & 0xFF
+
+
+def _is_busy(exc: sqlite3.Error) -> bool:
+    return _code(exc) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def error_of(path: str, exc: sqlite3.Error) -> StoreError:
+    """Return the library's error for a driver's."""
+    if isinstance(exc, sqlite3.IntegrityError):
+        return StoreError(f"{path}: the change contradicts what is stored: {exc}")
+    if _is_busy(exc):
+        return StoreUnavailable(f"{path}: locked by others for too long")
+    return StoreUnavailable(f"{path}: {exc}")
+
+
+_UNUSABLE: Final = {
+    sqlite3.SQLITE_NOTADB: "is not an SQLite database",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; may this user write to it and to its directory?",
+    sqlite3.SQLITE_READONLY: "may not be written to by this user",
+    sqlite3.SQLITE_PERM: "may not be used by this user",
+}
+_IDLE_AT_MOST: Final = 16
+_PRAGMAS: Final = (
+    "PRAGMA synchronous = FULL",  # a commit that was acknowledged survives a power cut
+    "PRAGMA fullfsync = ON",  # the same on macOS
+    "PRAGMA foreign_keys = ON",
+    "PRAGMA trusted_schema = OFF",
+    "PRAGMA temp_store = FILE",  # staged rows may be many
+)
+
+# The lock of an SQLite reader, as a `struct flock`: type, whence, start, length, process.
+_SHARED_LOCK: Final = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0x40000002, 510, 0)
+
+
+class Pool(_fork.Forkable):
+    """The connections to one file.
+
+    Args:
+        path: The file, absolute. Symbolic links are resolved when the file is opened: SQLite keeps
+            the log and the index in the folder of the real file.
+        timeout: How many seconds a call may wait, all its steps together.
+
+    Attributes:
+        replaced: Whether the files were replaced since the last sync.
+        writing: The lock of this process's writers.
+        writer: The thread that holds `writing`.
+        stirred: Set when waiting calls must return.
+    """
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self._given = path
+        self.path = os.path.realpath(path)
+        self.timeout = timeout
+        self._check = schema.check
+        self._files: Files | None = None  # the files of usable connections
+        self.replaced = False
+        self._closed = False
+        self._begin()
+        _fork.register(self)
+        _pools.add(self)
+
+    def _begin(self) -> None:
+        self._idle: deque[Connection] = deque()
+        # Idle or lent. A connection that is lost, because a signal handler raised, closes itself.
+        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._opening = threading.Lock()
+        self.writing = threading.Lock()
+        self.writer: int | None = None
+        self._paused = False
+        self._forking: list[bool] = []
+        self.stirred = threading.Event()
+        if self._closed:
+            self.stirred.set()
+
+    # ------------------------------------------------------------------------- lending
+
+    def take(self, patience: float | None = None) -> Connection:
+        """Lend a connection to this thread.
+
+        Args:
+            patience: How many seconds the call may wait, here and in all its statements; the pool's
+                timeout by default.
+
+        Raises:
+            StoreUnavailable: The store is closed, or the file cannot be opened.
+        """
+        _fork.check()
+        deadline = time.monotonic() + (self.timeout if patience is None else patience)
+        while True:
+            if self._closed or self._paused:
+                self._make_ready(deadline)
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return self._connect(deadline)
+            connection.thread = threading.get_ident()
+            if connection.files is self._files:
+                connection.patience = remaining(deadline)
+                return connection
+            self.discard(connection)
+
+    def give(self, connection: Connection) -> None:
+        """Take a connection back; close it if it is not sound."""
+        if connection.pid != os.getpid():
+            return  # inherited, and abandoned already
+        if connection.broken and connection.unwritable and connection.files is self._files:
+            # Connections that were opened while the files were read-only stay read-only, and so
+            # does the index, which all connections of a process share: replace them all.
+            self._files = None
+            self.forget()
+        if (
+            connection.broken
+            or connection.busy
+            or connection.driver.in_transaction
+            or connection.files is not self._files
+            or len(self._idle) >= _IDLE_AT_MOST
+        ):
+            self.discard(connection)
+            return
+        connection.thread = 0
+        self._idle.append(connection)
+        # Check again: `close` and `before_fork` set their flag first, and then empty the pool.
+        if self._closed or self._paused:
+            self.forget()
+
+    def discard(self, connection: Connection) -> None:
+        """Close a connection in any state, except in a forked child."""
+        if connection.pid != os.getpid():
+            return
+        connection.broken = True
+        with suppress(sqlite3.Error), _files_kept(connection):
+            connection.driver.close()
+        self._open.discard(connection)
+
+    @contextmanager
+    def connection(
+        self, *, keep: bool = True, write: bool = False, patience: float | None = None
+    ) -> Iterator[Connection]:
+        """Lend a connection to the file that is at the path now.
+
+        Args:
+            keep: Whether it can be used again afterwards.
+            write: Whether it will write.
+            patience: As in `take`.
+        """
+        _fork.check()
+        self.follow()
+        connection = self.take(patience)
+        if write and connection.unwritable:  # opened while the files were read-only
+            connection.broken = True
+            self.give(connection)
+            connection = self.take(connection.patience)
+        try:
+            yield connection
+        except Exception:
+            if keep:
+                self.give(connection)
+            else:
+                self.discard(connection)
+            raise
+        except BaseException:
+            # Interrupted anywhere, possibly in the middle of a query.
+            self.discard(connection)
+            raise
+        if keep:
+            self.give(connection)
+        else:
+            self.discard(connection)
+
+    def _make_ready(self, deadline: float) -> None:
+        while self._paused and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self._closed:
+            raise StoreUnavailable(f"{self.path}: the store is closed")
+        if self._paused:
+            raise StoreUnavailable(f"{self.path}: a fork is taking too long")
+
+    @property
+    def moving(self) -> bool:
+        """Whether all calls must return their connections now."""
+        return self._closed or self._paused
+
+    def recalled(self, connection: Connection) -> bool:
+        """Return whether a long call must return its connection now."""
+        return self.moving or connection.files is not self._files
+
+    def forget(self) -> None:
+        """Close all idle connections, and drop their caches with them."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return
+            self.discard(connection)
+
+    def close(self) -> None:
+        """Close idle connections now, and lent ones as soon as they are returned."""
+        self._closed = True
+        self.stirred.set()
+        _fork.check()
+        self.forget()
+
+    # ------------------------------------------------------------------------- opening
+
+    def open(self, *, migrate: bool) -> None:
+        """Check the file, and create or migrate it if `migrate`; leave no connection open."""
+        schema.check_file(self.path, migrate=migrate)
+        self._check = partial(schema.prepare, migrate=migrate)
+        try:
+            with self.connection():
+                self._check = schema.check
+        except StoreUnavailable as exc:
+            cause = exc.__cause__
+            if isinstance(cause, sqlite3.Error) and _code(cause) in _UNUSABLE:
+                raise StoreConfigError(f"{self.path}: {_UNUSABLE[_code(cause)]}") from cause
+            raise
+        self.forget()  # so that a fork inherits no connection
+
+    def _connect(self, deadline: float) -> Connection:
+        # One at a time, so that a fork can detect a half-open connection.
+        opening, held = self._opening, list[bool]()
+        try:
+            if not acquire(opening, remaining(deadline), held):
+                raise StoreUnavailable(f"{self.path}: could not be opened in time")
+            if self._closed:
+                raise StoreUnavailable(f"{self.path}: the store is closed")
+            connection = self._opened(deadline)
+            self._open.add(connection)
+            return connection
+        finally:
+            if True in held:
+                opening.release()
+
+    def _opened(self, deadline: float) -> Connection:
+        self.follow()
+        self.path = os.path.realpath(self._given)
+        main = file_id(self.path)
+        if main in _inherited:
+            raise StoreUnavailable(
+                f"{self.path}: this process was forked while its parent was using the file"
+            )
+        self._release_old(main, deadline)
+        writable = _make_writable(self.path)
+        try:
+            driver = sqlite3.connect(
+                # Never create a file: an empty database restricts no user.
+                f"file:{quote(self.path)}?mode=rw",
+                uri=True,
+                timeout=0,  # see `Connection._patiently`
+                isolation_level=None,
+                check_same_thread=False,
+            )
+        except sqlite3.Error as exc:
+            raise error_of(self.path, exc) from exc
+        try:
+            connection = Connection(driver, self.path, Files(main, None, None), remaining(deadline))
+            self._check(connection, self.path)
+            for pragma in _PRAGMAS:
+                connection.run(pragma)
+            connection.files = self._files_of(main)
+            connection.unwritable = not writable or any(s.unwritable for s in tuple(self._open))
+        except BaseException:
+            driver.close()
+            raise
+        self._files = connection.files
+        return connection
+
+    def _files_of(self, main: FileId) -> Files:
+        """Return the files of a connection that was just opened."""
+        found, known = files_at(self.path), self._files
+        if found.main != main:
+            raise StoreUnavailable(f"{self.path}: replaced while it was being opened")
+        if known is not None and self._in_use(known):
+            if found == known:
+                return known
+        elif _has_open(found.wal) and _has_open(found.shm):
+            return found
+        raise StoreUnavailable(
+            f"{self.path}: this process still uses a -wal or -shm file that was removed"
+        )
+
+    def _in_use(self, files: Files) -> bool:
+        return any(each.files is files and not each.broken for each in tuple(self._open))
+
+    def _release_old(self, main: FileId, deadline: float) -> None:
+        """Wait until connections with other logs of the same database are closed.
+
+        SQLite opens the index once per process: a new connection would share theirs, and would not
+        see commits of other processes.
+        """
+        pools = tuple(_pools)
+        while sum(pool.holds_old(main) for pool in pools) and remaining(deadline):
+            time.sleep(0.0005)
+
+    def holds_old(self, main: FileId) -> bool:
+        """Return whether other threads have open connections with another log of a database."""
+        if self._files is not None and self._files.main == main:
+            with suppress(StoreUnavailable):
+                self.follow()
+        if self._files is None:
+            self.forget()
+        me = threading.get_ident()
+        return any(
+            connection.files.main == main
+            and connection.files is not self._files
+            and connection.thread != me
+            for connection in tuple(self._open)
+        )
+
+    # ------------------------------------------------------------------------- replaced files
+
+    def follow(self) -> None:
+        """Discard all connections if other files are at the path now.
+
+        The log and the index count as well: if one of them was removed, SQLite keeps using its open
+        file and does not see commits of other processes.
+
+        Raises:
+            StoreUnavailable: The database file is gone, or it was replaced and the log of the old
+                one is still there: SQLite would apply it to the new file.
+        """
+        known = self._files
+        if known is None:
+            return
+        found = files_at(self.path)
+        if found == known and file_id(self._given) == known.main:
+            return
+        path = os.path.realpath(self._given)
+        found = files_at(path)
+        in_use = self._in_use(known)
+        if found.main == known.main:
+            if (
+                not in_use
+            ):  # the last connection removes them when it closes, and the next creates new ones
+                return
+        elif in_use and (
+            (found.wal is not None and found.wal == known.wal)
+            or (found.shm is not None and found.shm == known.shm)
+        ):
+            # Open connections keep the inodes in use: equal inodes mean the same file.
+            raise StoreUnavailable(
+                f"{path}: replaced, but the -wal and -shm files beside it belong to the old"
+                " database: remove both, as they would damage the new one"
+            )
+        if self._files is known:
+            self._files = None
+            self.replaced = True
+            self.forget()
+
+    # ------------------------------------------------------------------------- fork
+
+    def _before_fork(self) -> None:
+        """Close every connection; wait for those that other threads are using."""
+        self._paused = True
+        self.stirred.set()
+        me, deadline = threading.get_ident(), time.monotonic() + self.timeout
+        self._forking = []
+        acquire(self._opening, self.timeout, self._forking)
+        self.forget()
+        while any(s.thread != me for s in tuple(self._open)) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+            self.forget()
+
+    def _after_fork_in_parent(self) -> None:
+        """Let calls continue."""
+        if not self._closed:
+            self.stirred.clear()
+        self._paused = False
+        if True in self._forking:
+            self._forking = []
+            self._opening.release()
+
+    def _after_fork_in_child(self) -> None:
+        """Close or abandon the inherited connections, and start over."""
+        for connection in tuple(self._open):
+            # Closing the last connection to a replaced file would remove the new file's log.
+            there = False
+            with suppress(StoreUnavailable):
+                there = files_at(self.path) == connection.files
+            used = connection.busy or connection.broken or connection.driver.in_transaction
+            if there and not used:
+                connection.cursor.close()
+                connection.driver.close()
+            else:
+                _abandon(connection.driver, connection.cursor)
+                _inherited.add(connection.files.main)
+            self._open.discard(connection)
+        if self._opening.locked() and True not in self._forking:  # a connection was half open
+            with suppress(StoreUnavailable):
+                _inherited.add(file_id(self.path))
+        self._begin()
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+# Files to which this process inherited an open connection; see the module.
+_inherited: set[FileId] = set()
+_abandoned: list[object] = []
+
+
+def remaining(deadline: float) -> float:
+    """Return how many seconds are left, at least 0."""
+    return max(0.0, deadline - time.monotonic())
+
+
+@contextmanager
+def _files_kept(connection: Connection) -> Iterator[None]:
+    """Keep a stale connection from writing to the database and from removing a log on closing.
+
+    The log at the path is another one, and may contain commits of a process that was killed. If the
+    database file was replaced, SQLite detects that itself.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, StoreUnavailable):
+            found = files_at(connection.path)
+            if found == connection.files or found.main != connection.files.main:
+                pass
+            elif sys.version_info >= (3, 12):
+                connection.driver.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
+            elif sys.platform == "linux":
+                # SQLite does both only as the last user of the file. A lock of an open file
+                # description counts as another user, even in the same process. Closing that file
+                # drops SQLite's locks, which only stale connections of this process have by now.
+                file = stack.enter_context(open(connection.path, "rb"))  # noqa: PTH123
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _SHARED_LOCK)
+        yield
+
+
+def _make_writable(path: str) -> bool:
+    """Return whether a database is writable, and give its log and index the same permissions.
+
+    SQLite creates them with the permissions of the database file. If that was read-only then, they
+    would stay read-only.
+    """
+    effective = os.access in os.supports_effective_ids
+    if not os.access(path, os.W_OK, effective_ids=effective):
+        return False
+    for name in (path + "-wal", path + "-shm"):
+        if os.path.exists(name) and not os.access(name, os.W_OK, effective_ids=effective):  # noqa: PTH110
+            with suppress(OSError):
+                os.chmod(name, stat.S_IMODE(os.stat(path).st_mode))  # noqa: PTH101, PTH116
+    return True
+
+
+def _has_open(file: FileId | None) -> bool:
+    """Return whether this process has a file open, as far as the system shows it."""
+    try:
+        descriptors = os.listdir("/proc/self/fd")  # noqa: PTH208
+    except OSError:
+        return True
+    for descriptor in descriptors:
+        with suppress(OSError):
+            found = os.fstat(int(descriptor))
+            if (found.st_dev, found.st_ino) == file:
+                return True
+    return False
+
+
+def _abandon(*objects: object) -> None:
+    """Keep objects from ever being finalised, even at the interpreter's shutdown."""
+    try:
+        import ctypes  # noqa: PLC0415 - only a child with an inherited connection needs it
+
+        for each in objects:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+    except (ImportError, AttributeError):  # no ctypes, or another Python than CPython
+        _abandoned.extend(objects)
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -111,8 +783,8 @@ class SQLiteStore(SqlStore[Connection]):
         self._clock = clock
         self.timeout = timeout
         self._patience = min(timeout, _LOGIN_WAIT)
-        self._pool = Pool(self._path, timeout, schema.check)
-        schema.prepare(self._pool, migrate=migrate is not False)
+        self._pool = Pool(self._path, timeout)
+        self._pool.open(migrate=migrate is not False)
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self._path}>"
@@ -164,7 +836,7 @@ class SQLiteStore(SqlStore[Connection]):
         """Return the store's position and the users whose policy changed since a revision."""
         with self._pool.connection(patience=self._patience) as db:
             _drop_cache(db)
-            db.check_schema()
+            check_open_schema(*schema_version(db))
             rows = db.rows(CHANGES_SINCE, changes_params(cursor))
         found = changes_of(cursor, rows)
         replaced, self._pool.replaced = self._pool.replaced, False
@@ -257,7 +929,7 @@ class SQLiteStore(SqlStore[Connection]):
             connection.run("BEGIN IMMEDIATE")
             tx = None
             try:
-                connection.check_schema()
+                check_open_schema(*schema_version(connection))
                 revision, _ = head(connection)
                 tx = WriteTransaction(connection, self.now(), revision=revision, bulk=restrictions)
                 yield tx, connection

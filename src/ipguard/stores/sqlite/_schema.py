@@ -9,45 +9,31 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
+from ipguard import _fork
+from ipguard._fork import ReentrantLock
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreUnavailable
-from ipguard.stores._sql import SCHEMA_VERSION, check_schema, migrations
-from ipguard.stores.sqlite._pool import Connection, Pool, create_file
+from ipguard.stores._sql import (
+    SCHEMA_VERSION,
+    Executor,
+    check_open_schema,
+    check_schema,
+    migrations,
+    schema_version,
+)
 
 _log = logging.getLogger("ipguard.stores")
 
 APPLICATION_ID: Final = 0x49504764  # as in the first migration
 
-_UNUSABLE: Final = {
-    sqlite3.SQLITE_NOTADB: "is not an SQLite database",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened; may this user write to it and to its directory?",
-    sqlite3.SQLITE_READONLY: "may not be written to by this user",
-    sqlite3.SQLITE_PERM: "may not be used by this user",
-}
 
-
-def check(connection: Connection) -> None:
-    """Check that a new connection leads to a database that can be used.
+def check_file(path: str, *, migrate: bool) -> None:
+    """Check that a path leads to a file that can be used; create the file if `migrate`.
 
     Raises:
-        StoreUnavailable: It does not, although it did when the store was opened.
+        StoreConfigError: It does not.
     """
-    if connection.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
-        raise StoreUnavailable(f"{connection.path}: is not an ipguard database any more")
-    _use_wal(connection)  # a restored copy of the file may have lost it
-    connection.check_schema()
-
-
-def prepare(pool: Pool, *, migrate: bool) -> None:
-    """Check a file, and create or migrate it if `migrate`; leave no connection open.
-
-    Raises:
-        StoreConfigError: The file cannot be used.
-        SchemaVersionError: Its schema cannot be used.
-        StoreUnavailable: Others keep it locked.
-    """
-    path = pool.path
     if migrate:
-        create_file(path)
+        _create_file(path)
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError as exc:
@@ -58,16 +44,6 @@ def prepare(pool: Pool, *, migrate: bool) -> None:
     _refuse_second_name(path, found.st_nlink)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         _log.warning("%s: users other than its owner have access (mode %o)", path, mode & 0o777)
-    pool.check = lambda connection: _prepare(connection, migrate=migrate)
-    try:
-        with pool.connection():
-            pool.check = check
-    except StoreUnavailable as exc:
-        code = getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF
-        if code not in _UNUSABLE:
-            raise
-        raise StoreConfigError(f"{path}: {_UNUSABLE[code]}") from exc.__cause__
-    pool.forget()  # so that a fork inherits no connection
 
 
 def _refuse_second_name(path: str, links: int) -> None:
@@ -99,38 +75,57 @@ def _is_mounted(path: str) -> bool:
     return name in points
 
 
-def _prepare(connection: Connection, *, migrate: bool) -> None:
-    with connection.snapshot():
-        found = _found(connection)
+def prepare(db: Executor, path: str, *, migrate: bool) -> None:
+    """Check the first connection of a store, and create or migrate the schema if `migrate`.
+
+    Raises:
+        StoreConfigError: The database cannot be used.
+        SchemaVersionError: Its schema cannot be used.
+    """
+    db.run("BEGIN")
+    found = _found(db, path)
+    db.run("COMMIT")
     if migrate and (found is None or found[0] < SCHEMA_VERSION):
-        _use_wal(connection)
-        connection.run("BEGIN IMMEDIATE")
-        found = _found(connection)  # another process may have been faster
+        _use_wal(db, path)
+        db.run("BEGIN IMMEDIATE")
+        found = _found(db, path)  # another process may have been faster
         version = found[0] if found else 0
         for number, text in migrations("sqlite"):
             if number > version:
                 for statement in _statements(text):
-                    connection.run(statement)
-        connection.run("COMMIT")
-        found = _found(connection)
+                    db.run(statement)
+        db.run("COMMIT")
+        found = _found(db, path)
         if not version:
             # Expected at first, but wrong if a file was lost: an empty store restricts no user.
-            _log.warning("%s: created a new store, in which no user is restricted", connection.path)
+            _log.warning("%s: created a new store, in which no user is restricted", path)
     if found is None:
         raise SchemaVersionError(None, SCHEMA_VERSION)
     check_schema(*found)
-    check(connection)
+    check(db, path)
 
 
-def _found(connection: Connection) -> tuple[int, int] | None:
+def check(db: Executor, path: str) -> None:
+    """Check that a new connection leads to a database that can be used.
+
+    Raises:
+        StoreUnavailable: It does not, although it did when the store was opened.
+    """
+    if db.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
+        raise StoreUnavailable(f"{path}: is not an ipguard database any more")
+    _use_wal(db, path)  # a restored copy of the file may have lost it
+    check_open_schema(*schema_version(db))
+
+
+def _found(db: Executor, path: str) -> tuple[int, int] | None:
     """Return the version and the oldest compatible version of the schema; None if there is none."""
-    ((application,),) = connection.rows("PRAGMA application_id")
-    ((tables,),) = connection.rows("SELECT count(*) FROM sqlite_master")
+    ((application,),) = db.rows("PRAGMA application_id")
+    ((tables,),) = db.rows("SELECT count(*) FROM sqlite_master")
     if application == 0 and tables == 0:
         return None
     if application != APPLICATION_ID:
-        raise StoreConfigError(f"{connection.path}: is a database of another program")
-    return connection.schema_version()
+        raise StoreConfigError(f"{path}: is a database of another program")
+    return schema_version(db)
 
 
 def _statements(text: str) -> Iterator[str]:
@@ -143,7 +138,38 @@ def _statements(text: str) -> Iterator[str]:
             statement = ""
 
 
-def _use_wal(connection: Connection) -> None:
-    ((mode,),) = connection.rows("PRAGMA journal_mode = WAL")
+def _use_wal(db: Executor, path: str) -> None:
+    ((mode,),) = db.rows("PRAGMA journal_mode = WAL")
     if mode != "wal":
-        raise StoreConfigError(f"{connection.path}: SQLite has no WAL on this file system")
+        raise StoreConfigError(f"{path}: SQLite has no WAL on this file system")
+
+
+# Creating a file opens and closes it, and closing drops all locks of the process on it: no other
+# thread may open it in between.
+_creating = ReentrantLock()
+
+
+def _create_file(path: str) -> None:
+    """Create an empty file, readable by its owner alone, unless it exists.
+
+    Raises:
+        StoreConfigError: It cannot be created.
+    """
+    _fork.check()
+    with _creating:
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            return
+        except OSError as exc:
+            raise StoreConfigError(f"{path}: cannot be created: {exc.strerror}") from exc
+
+
+class _FileLock(_fork.Forkable):
+    def _after_fork_in_child(self) -> None:
+        global _creating  # noqa: PLW0603 - a thread of the parent may hold it
+        _creating = ReentrantLock()
+
+
+_file_lock = _FileLock()
+_fork.register(_file_lock)
