@@ -1,6 +1,6 @@
 """Check the arguments of public calls: one function for each kind of value.
 
-Each returns the value, or raises `InvalidValue` with the name of the argument.
+Each raises `InvalidValue` with the name of the argument. All but `check_callable` return the value.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_time(name: str, value: object) -> datetime:
 
 
 def check_duration(name: str, value: object, *, zero: bool = False) -> timedelta:
-    """Check a timedelta of at most 366 days; `zero` allows none at all."""
+    """Check a timedelta from 0 to 366 days; 0 itself is accepted only with `zero`."""
     if not isinstance(value, timedelta):
         raise InvalidValue(name, "must be a timedelta")
     if not timedelta(0) <= value <= _LONGEST_DURATION or not (zero or value):
@@ -96,7 +96,7 @@ def check_seconds(
     least: float | None = None,
     most: float = _LONGEST,
 ) -> float:
-    """Check a finite number of seconds, `above` or at `least` a bound, and at `most` another."""
+    """Check a finite number of seconds: more than `above`, at least `least`, at most `most`."""
     # A positive range check: every comparison with NaN is false.
     if not (
         isinstance(value, (int, float))
@@ -114,7 +114,7 @@ def check_seconds(
 
 
 def check_switch(name: str, value: object) -> bool:
-    """Check True or False. Text is refused, because "false" is true."""
+    """Check a bool. Text is refused, because every non-empty text is true, "false" included."""
     if not isinstance(value, bool):
         raise InvalidValue(name, "must be True or False")
     return value

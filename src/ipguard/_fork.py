@@ -1,9 +1,10 @@
 """Locks and a registry for code that must survive forks and signal handlers.
 
-**Forks.** `os.fork()` copies locks, threads and connections that the child cannot use. Objects that
-own some derive from `Forkable` and register; the hooks below call them around each fork. Servers
-that fork in C run no hooks (uWSGI without `--py-call-osafterfork`), so code that is about to use
-such a resource calls `check` first: in a child that was not repaired yet, it repairs it.
+**Forks.** A child of `os.fork()` inherits locks and connections that it cannot use, and no threads
+but the caller's. An object with such resources derives from `Forkable` and registers; the hooks
+below call it around each fork. Servers that fork in C run no hooks (uWSGI without
+`--py-call-osafterfork`), so code that is about to use such a resource calls `check` first, which
+repairs a child that was not repaired yet.
 
 The fast path of a guard uses no such resource and does not call `check`. It reads a dict and a
 deadline, which are consistent at every moment, and the deadline ends what the child inherited.
@@ -90,7 +91,7 @@ _repairs: dict[int, threading.RLock] = {}
 
 
 def register(forkable: Forkable) -> None:
-    """Call an object around each fork, for as long as it lives."""
+    """Call an object's hooks around each fork, for as long as the object exists."""
     _objects[forkable] = None
 
 

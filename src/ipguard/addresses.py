@@ -61,7 +61,7 @@ def _reads_leading_zeros() -> bool:
 
 
 def _checked_pton(family: int, text: str) -> bytes:
-    # macOS reads a zone, which names a link of another machine.
+    # macOS accepts a zone such as %en0, which names a network interface of the client's machine.
     if _LEADING_ZERO.search(text) or "%" in text:
         raise ValueError("C libraries may differ about this text")
     return inet_pton(family, text)
@@ -206,7 +206,10 @@ class AddressRange:
 
     @property
     def packed(self) -> tuple[bytes, bytes]:
-        """First and last in network byte order: bytes of one version sort as addresses do."""
+        """The first and the last address in network byte order.
+
+        Within one version, these bytes sort as the addresses do.
+        """
         length = _BITS[self.version] // 8
         return self.first.to_bytes(length, "big"), self.last.to_bytes(length, "big")
 
@@ -357,7 +360,7 @@ _PREFIX: Final = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
 def _read(text: str) -> _Ends | None:
-    """Read an address, a network or a range, and convert IPv4-mapped ones."""
+    """Read an address, a network or a range, IPv4-mapped ones as IPv4; None if it is malformed."""
     found = _read_network(text) if "/" in text else _read_run(text)
     if found is None:
         return None
@@ -387,7 +390,7 @@ def _read_run(text: str) -> _Ends | None:
 
 
 def _read_address(text: str) -> tuple[int, int] | None:
-    """Read one address as it is written: an IPv4-mapped one is still IPv6 here."""
+    """Return the version and value of one address, IPv4-mapped ones as IPv6; None if malformed."""
     if not _ADDRESS.fullmatch(text) or _LEADING_ZERO.search(text):
         return None
     version = 6 if ":" in text else 4

@@ -164,7 +164,7 @@ def number_expired(stored: StoredRequest, now: datetime) -> bool:
 
 
 def wait_left(times: Iterable[datetime], most: int, period: timedelta, now: datetime) -> timedelta:
-    """Return how long to wait until `period`, which ends now, has fewer than `most` of some times.
+    """Return how long to wait until fewer than `most` of `times` are within the last `period`.
 
     Times in the future come from a clock that ran ahead and was corrected. They are ignored:
     otherwise the wait would last until the clock reaches them again.
@@ -337,7 +337,7 @@ def summarise(restrictions: Iterable[Restriction], now: datetime) -> str:
 
 
 def _folded(text: str) -> str:
-    """Return text as it is compared; two rounds turn any username into its canonical form."""
+    """Fold text for comparison. Two rounds turn any username into its canonical form."""
     if text.isascii():
         return " ".join(text.lower().split())
     once = normalize("NFKC", text).casefold()
@@ -345,9 +345,9 @@ def _folded(text: str) -> str:
 
 
 def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
-    """Return the texts by whose beginning a search finds a user.
+    """Return the terms of a user: a search finds the user if a term begins with its text.
 
-    These are the username, the account id, and the full name from each of its words on.
+    The terms are the username, the account id, and the rest of the full name from each word on.
     """
     name = _folded(full_name)
     starts = {0, *(found.end() for found in _BETWEEN_WORDS.finditer(name))}
@@ -358,9 +358,10 @@ def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
 class Search(NamedTuple):
     """A text that was searched for in the list of users.
 
-    A text finds the users with a term that begins with it. A text of several words also finds the
-    users with a term for each word, in any order. An address finds the users with a restriction
-    that contains it; a network or a range finds those with exactly that restriction.
+    A text finds the users with a term that begins with it; see `search_terms`. A text of several
+    words also finds the users with a term for each word, in any order. An address finds the users
+    with a restriction that contains it; a network or a range finds those with exactly that
+    restriction.
 
     Attributes:
         text: The text, folded; empty finds every user.

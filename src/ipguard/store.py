@@ -64,7 +64,7 @@ class Snapshot(Protocol):
 
     @property
     def now(self) -> datetime:
-        """The store's time when this began; constant to its end."""
+        """The store's time when the snapshot or transaction began; it stays the same."""
 
     def user(self, username: str) -> StoredUser | None:
         """Return a user, removed ones included, or None."""

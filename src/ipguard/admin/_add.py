@@ -145,7 +145,7 @@ def _request(
 
 
 def _find_own_request(context: Context, error: IPGuardError, addresses: AddressRange) -> str | None:
-    """Return the id of the actor's own pending request for the same: a form submitted twice."""
+    """Return the id of the actor's pending request if this form was submitted twice, or None."""
     if isinstance(error, DuplicateRestriction) and not error.differs:
         for request in context.find_user(error.username).pending:
             same = request.addresses == addresses and request.restriction_id is None

@@ -39,7 +39,7 @@ _CATCH_UP_SECONDS: Final = 2.0
 def preview_removal(
     line: UserOverview, restriction_id: str | None, now: datetime
 ) -> dict[str, Any]:
-    """Return what a deletion would leave, for the templates; nothing is deleted if it is None."""
+    """Return, for a template, what the deletion of a restriction would leave; None deletes none."""
     if restriction_id is None:
         return {"left": line.restrictions, "opens": False, "shuts": False, "ends": None}
     return rules.without(line.restrictions, restriction_id, now)._asdict()

@@ -165,11 +165,11 @@ class Context:
         return Draft(values=values, problems=problems, step=step)
 
     def sign_search(self, text: str) -> str:
-        """Return the text of a search as it stands in URLs."""
+        """Return the signed text of a search, for URLs."""
         return self._sign("search", text, self.actor.username)
 
     def verify_search(self, text: str) -> str:
-        """Return the text of a search in a URL, or "" if this actor did not search for it."""
+        """Return the text of a search from a URL, or "" unless it was signed for this actor."""
         return self._verify("search", text, self.actor.username) or ""
 
     # -- responses

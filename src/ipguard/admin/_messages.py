@@ -87,7 +87,7 @@ _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The 
 
 
 def explain(error: IPGuardError, now: datetime) -> dict[str, str]:
-    """Return the problem that an error of the workflow is for a form, by field; "" is the form."""
+    """Translate an error to a form's problem, by field; the field "" is the form as a whole."""
     field = "addresses"
     match error:
         case AddressError():

@@ -146,12 +146,13 @@ class AsyncGuard(_AsyncClosing):
         return self._parts.report(username, address, decision)
 
     async def _ask(self, username: str, address: str, at_least: int | None) -> Decision:
-        """Decide on a thread. Calls that miss on the same user wait for the first one.
+        """Return the decision of a thread.
 
-        So any number of calls about one user take one thread.
+        Calls about the same user wait for the first of them, so they take one thread together.
         """
+        # Calls in progress refer to their loop, so no other loop can have its id meanwhile.
+        loop = id(asyncio.get_running_loop())
         # A subclass of str may hash and compare differently.
-        loop = id(asyncio.get_running_loop())  # which the calls in progress keep alive
         key = loop, username if type(username) is str else id(username)
         while (other := self._asking.get(key)) is not None:
             await asyncio.wait((other,), timeout=self._parts.patience)
@@ -159,7 +160,7 @@ class AsyncGuard(_AsyncClosing):
             if decision is not None:
                 return decision
             if not other.cancelled():
-                break  # it hangs, or its result was not remembered
+                break  # the first call hangs, or its result was not remembered
         try:
             asking = self._logins.begin(self._parts.judge, username, address, at_least)
         except StoreUnavailable:  # no thread is free; `judge` raises nothing

@@ -1,4 +1,4 @@
-"""Define commands with their shared options, and what those lead to: store, actor, workflow, mail.
+"""Define commands, and make the store, actor, workflow and notifier from their shared options.
 
 An option that is not on the command line is read from its environment variable.
 """
@@ -198,7 +198,7 @@ class Context:
 
     @property
     def url(self) -> str:
-        """The store's URL; one with a password is refused on the command line."""
+        """The store's URL; raise Problem if it is missing, or shows a password as an argument."""
         url: str | None = self.options["store"]
         if not url:
             hint = "use --store sqlite:///ipguard.db, or IPGUARD_URL"
@@ -221,7 +221,14 @@ class Context:
         return ipguard.open_store(self.url, migrate=migrate)
 
     def actor(self, *, mailed: bool = True) -> Actor:
-        """Return the administrator of the options, or the operator; `mailed` needs an address."""
+        """Return the administrator that the options name, or else the operator.
+
+        Args:
+            mailed: Whether mail is sent to the actor, so that an e-mail address is required.
+
+        Raises:
+            Problem: An option is missing, or two exclude each other.
+        """
         options, accounts = self.options, self.options.get("accounts") or []
         every_account = bool(options.get("every_account"))
         if accounts and every_account:
@@ -245,7 +252,12 @@ class Context:
     def workflow(
         self, *, mails: bool = True, numbers: bool = False
     ) -> Iterator[tuple[RestrictionStore, ipguard.Workflow]]:
-        """Open the store with a workflow; `numbers` need the key, and `mails` a mail server."""
+        """Open the store with a workflow.
+
+        Args:
+            mails: Whether mail is sent, so that the options must name a mail server.
+            numbers: Whether numbers are made or checked, so that the key is required.
+        """
         self.notifier = RecordingNotifier(self.mailer() if mails else None)
         keys = read_keys(self.options["key_file"]) if numbers else [secrets.token_bytes(32)]
         settings = self.settings()

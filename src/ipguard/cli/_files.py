@@ -133,7 +133,7 @@ class Spool:
 
 
 class BadRows(Problem):
-    """The error that lists the bad rows of a file, and says what that led to."""
+    """The error that lists the bad rows of a file; `outcome` says what was done with the rest."""
 
     def __init__(self, path: str, outcome: str = "nothing was changed") -> None:
         super().__init__(Exit.FILE, "", kind="BadRows")

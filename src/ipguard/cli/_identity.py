@@ -42,7 +42,7 @@ def _login() -> str | None:
 
 
 def via() -> str:
-    """Return how audit entries describe this process. `SUDO_USER` is only a claim."""
+    """Return the process's identity for audit entries; anyone could have set `SUDO_USER`."""
     login, euid = _login(), os.geteuid()
     found = audit.detail(
         command_line=operator_name(),

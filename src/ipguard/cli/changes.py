@@ -131,7 +131,7 @@ def delete(
     allow_open: OpenOption = False,
     allow_lockout: LockoutOption = False,
 ) -> None:
-    """Delete a restriction, by a number if so set.
+    """Delete a restriction, at once or by a mailed number.
 
     If `confirm_deletes` in the settings demands it, a number is mailed as for a request.
     """

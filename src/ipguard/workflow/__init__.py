@@ -89,7 +89,8 @@ class Workflow(Closing):
     The host authenticates the actor: a number sent by e-mail confirms a change, but is not an
     authenticator (NIST SP 800-63B-4 3.1.3.1). Users, requests and restrictions of accounts
     that the actor does not manage do not exist for it: `UnknownUser`, `UnknownRequest`,
-    `UnknownRestriction`.
+    `UnknownRestriction`. A call that reads or writes the store raises `StoreUnavailable` if the
+    store does not answer.
 
     Args:
         store: The restriction store.
@@ -273,8 +274,9 @@ class Workflow(Closing):
             stored, user = tx.request(request_id, own=True)
             request, failed = stored.request, stored.mails_failed
             rules.after(rules.state_at(request, tx.now), rules.Step.RESEND)
-            # A failed mail does not count, and its replacement need not wait. But after as many
-            # failures in a row as there are resends, requests stop hammering a dead mail server.
+            # A failed mail does not count, and its replacement need not wait. After as many
+            # failures in a row as there are resends it has to wait again, so that requests do not
+            # flood a dead mail server.
             limit = self.settings.resends_per_request
             resends = stored.resends + (failed == 0)
             if resends > limit:
@@ -643,9 +645,11 @@ class Workflow(Closing):
         return attrs.evolve(stored.request, state=state)
 
     def failures(self, actor: Actor, username: str) -> int:
-        """Return an actor's count of consecutive wrong numbers; only for actors of every account.
+        """Return how many wrong numbers in a row an actor has given; only for operators.
 
-        The other actor need not be a registered user.
+        Args:
+            actor: The operator.
+            username: The actor who gave them; need not be a registered user.
 
         Raises:
             UnknownUser: The actor is not of every account.
@@ -691,7 +695,7 @@ class Workflow(Closing):
         return Restriction(
             id=new_id(),
             username=canonical_username(username),  # type: ignore[arg-type]
-            # A range that was constructed, not parsed, is checked as its text is.
+            # Check a constructed range by its text, so that no other rules apply to it.
             addresses=rules.read_addresses(
                 str(addresses) if isinstance(addresses, AddressRange) else addresses,  # type: ignore[arg-type]
                 widest_ipv4=self.settings.widest_ipv4,
@@ -711,7 +715,7 @@ class Workflow(Closing):
         wanted: Restriction,
         reason: str = "",
     ) -> _Issued:
-        """Save a new request with a new number."""
+        """Save a new request; return it with its new number and its audit entry."""
         tx.check_rate()
         request = PendingRequest(
             id=new_id(),
@@ -746,7 +750,7 @@ class Workflow(Closing):
     def _numbered(
         self, request: PendingRequest, email: str, now: datetime, resends: int = 0
     ) -> tuple[StoredRequest, str]:
-        """Give a request a new number, which replaces the old one, and all its attempts."""
+        """Return a request with a new number and all its attempts; and that number."""
         number = confirmation.mint(self.settings.number_digits)
         request = attrs.evolve(
             request,
@@ -766,7 +770,16 @@ class Workflow(Closing):
         return stored, number
 
     def _deliver(self, actor: Actor, issued: _Issued, failed: int = 0) -> PendingRequest:
-        """Mail a number to the address recorded at the request; `failed` mails went before."""
+        """Mail a number to the address recorded at the request; return the request.
+
+        Args:
+            actor: The requester.
+            issued: The request and its number.
+            failed: How many mails of this request have failed in a row.
+
+        Raises:
+            DeliveryError: The notifier failed.
+        """
         stored = issued.stored
         log_change(issued.change)
         try:
@@ -814,7 +827,7 @@ class Workflow(Closing):
 
 
 def _subject(request: PendingRequest) -> tuple[str, ...]:
-    """Return what a number confirms: a number is dead once any of these fields has changed."""
+    """Return the fields that a number confirms; a change of any of them invalidates the number."""
     expires_at = request.restriction_expires_at
     return (
         request.id,

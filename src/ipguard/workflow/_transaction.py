@@ -59,7 +59,12 @@ def increasing_ids() -> Iterator[str]:
 
 
 def check_new(new: Restriction, settings: WorkflowSettings, now: datetime) -> None:
-    """Check the width of a new restriction, and that it does not expire before it starts."""
+    """Check the width and the expiry of a new restriction.
+
+    Raises:
+        AddressTooBroad: It is wider than the settings allow.
+        InvalidValue: It would expire before it starts.
+    """
     rules.check_width(
         new.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
     )
@@ -90,14 +95,22 @@ class ActorView:
         return stored if visible else None
 
     def registered_user(self, username: str) -> User:
-        """Return a user whom this actor may give a restriction."""
+        """Return a user whom this actor may restrict.
+
+        Raises:
+            UnknownUser: The user does not exist for this actor, or is removed.
+        """
         stored = self.user(username)
         if stored is None or stored.removed:
             raise UnknownUser(username)
         return stored.user
 
     def request(self, request_id: str, *, own: bool) -> tuple[StoredRequest, User]:
-        """Return a request and its user; with `own`, only if this actor made the request."""
+        """Return a request and its user.
+
+        Raises:
+            UnknownRequest: It does not exist for this actor; or, with `own`, is another actor's.
+        """
         # Ids come from outside, and may be anything.
         stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
         user = None if stored is None else self.user(stored.request.username)
@@ -108,7 +121,11 @@ class ActorView:
         return stored, user.user
 
     def restriction(self, restriction_id: str) -> tuple[Restriction, User]:
-        """Return a restriction and its user."""
+        """Return a restriction and its user.
+
+        Raises:
+            UnknownRestriction: It does not exist for this actor.
+        """
         known = isinstance(restriction_id, str)
         restriction = self._snapshot.restriction(restriction_id) if known else None
         user = None if restriction is None else self.user(restriction.username)
@@ -117,7 +134,7 @@ class ActorView:
         return restriction, user.user
 
     def failures(self, username: str) -> int:
-        """Return an actor's count of consecutive wrong numbers."""
+        """Return how many wrong numbers in a row an actor has given."""
         return self._snapshot.failures(username)
 
 
@@ -146,14 +163,14 @@ class ActorTransaction(ActorView):
         self._tx.save_request(stored)
 
     def check_rate(self) -> None:
-        """Refuse a request if the actor made too many within the last hour."""
+        """Raise TooManyRequests if the actor made too many within the last hour."""
         times = self._tx.request_times(self.actor.username, rules.shifted(self.now, -_HOUR))
         wait = rules.wait_left(times, self._settings.requests_per_hour, _HOUR, self.now)
         if wait:
             raise TooManyRequests(wait)
 
     def check_not_pending(self, wanted: Restriction, *, deletes: str | None = None) -> None:
-        """Refuse a request to add or delete a restriction if the same request is pending."""
+        """Raise DuplicateRestriction if the same request to add or delete is pending."""
         for pending in self._tx.pending_requests(wanted.username):
             live = rules.state_at(pending, self.now) is RequestState.PENDING
             if live and pending.addresses == wanted.addresses and pending.restriction_id == deletes:
@@ -162,10 +179,13 @@ class ActorTransaction(ActorView):
                 raise DuplicateRestriction(wanted.username, str(wanted.addresses), "deletion")
 
     def check_addition(self, new: Restriction) -> tuple[tuple[Restriction, ...], list[Restriction]]:
-        """Check a new restriction against the rules as things are now.
+        """Check a new restriction against the user's present ones.
 
         Returns:
             The user's restrictions as they would be with it; and the expired ones that it replaces.
+
+        Raises:
+            IPGuardError: As `check_new` and `rules.judge_additions` refuse it.
         """
         check_new(new, self._settings, self.now)
         present = self._tx.restrictions(new.username)
@@ -181,7 +201,7 @@ class ActorTransaction(ActorView):
         return (*(r for r in present if r not in replaced), new), replaced
 
     def check_removal(self, restriction: Restriction, *, allow_lockout: bool) -> rules.Remainder:
-        """Return what the removal of a restriction leaves, unless it would lock out the actor."""
+        """Return what the removal of a restriction would leave; raise as `check_lockout` does."""
         remainder = rules.without(
             self._tx.restrictions(restriction.username), restriction.id, self.now
         )
@@ -189,7 +209,7 @@ class ActorTransaction(ActorView):
         return remainder
 
     def check_lockout(self, username: str, left: Iterable[Restriction], *, allowed: bool) -> None:
-        """Refuse a change that locks out its own actor, unless the actor has accepted that."""
+        """Raise LockoutRisk if a change locks out its own actor, unless that is `allowed`."""
         if allowed or self.actor.username != username or self.actor.address is None:
             return
         before = Policy(revision=0, restrictions=self._tx.restrictions(username), known=True)
@@ -204,7 +224,7 @@ class ActorTransaction(ActorView):
         allow_lockout: bool,
         **detail: Any,
     ) -> tuple[Applied, Change]:
-        """Add a restriction."""
+        """Add a restriction, or raise as the checks do; return the change and its entry."""
         left, replaced = self.check_addition(new)
         self.check_lockout(user.username, left, allowed=allow_lockout)
         for old in replaced:
@@ -233,7 +253,12 @@ class ActorTransaction(ActorView):
         allow_opening: bool,
         **detail: Any,
     ) -> tuple[Applied, Change]:
-        """Remove a restriction."""
+        """Remove a restriction; return the change and its entry.
+
+        Raises:
+            LockoutRisk: The actor could no longer log in, and `allow_lockout` is False.
+            OpeningRisk: It is the user's last restriction, and `allow_opening` is False.
+        """
         remainder = self.check_removal(restriction, allow_lockout=allow_lockout)
         if remainder.opens and not allow_opening:
             raise OpeningRisk(user.username)
@@ -257,7 +282,7 @@ class ActorTransaction(ActorView):
     def apply(
         self, stored: StoredRequest, user: User, *, allow_lockout: bool, allow_opening: bool
     ) -> tuple[Applied, Change]:
-        """Confirm a request and make its change."""
+        """Confirm a request and make its change, as `add` and `remove` do."""
         request = self.advance(stored, rules.Step.CONFIRM).request
         self._tx.set_failures(self.actor.username, 0)
         if request.kind is RequestKind.ADD:
@@ -286,7 +311,7 @@ class ActorTransaction(ActorView):
         )
 
     def count_guess(self, stored: StoredRequest, user: User, failures: int) -> tuple[int, Change]:
-        """Count a wrong number; return how many attempts the request has left."""
+        """Count a wrong number; return how many attempts the request has left, and the entry."""
         left = stored.request.attempts_left - 1
         step = rules.Step.GUESS if left else rules.Step.LOCK
         request = self.advance(stored, step, attempts_left=left).request
@@ -302,7 +327,7 @@ class ActorTransaction(ActorView):
         return left, change
 
     def reset_failures(self, username: str, user: User | None, reason: str) -> Change:
-        """Reset an actor's count of consecutive wrong numbers."""
+        """Set an actor's count of wrong numbers to 0; return the audit entry."""
         failures = self.failures(username)
         self._tx.set_failures(username, 0)
         return self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)

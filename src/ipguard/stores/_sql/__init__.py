@@ -1,4 +1,4 @@
-"""What the SQL stores share: `Executor`, the layout of values in rows, the reads of guards.
+"""Shared by the SQL stores: `Executor`, the layout of values in rows, the reads of guards.
 
 The statements, in the other modules, are portable SQL with `?` for each parameter; an `Executor`
 adapts them to its driver. Times are stored as microseconds and addresses as packed bytes, so that
@@ -86,7 +86,7 @@ class Executor(Protocol):
 
 
 def check_option(check: Callable[..., T], name: str, value: object, **limits: object) -> T:
-    """Check an option of a store, and report it as StoreConfigError."""
+    """Return an option of a store that passes a check; raise StoreConfigError if it fails."""
     try:
         return check(name, value, **limits)
     except InvalidValue as exc:
@@ -94,7 +94,7 @@ def check_option(check: Callable[..., T], name: str, value: object, **limits: ob
 
 
 def micros(moment: datetime) -> int:
-    """Return a time as it is stored."""
+    """Return a time in its stored form, microseconds since 1970-01-01 UTC."""
     return (moment - _EPOCH) // _MICROSECOND
 
 
@@ -103,7 +103,7 @@ def _optional_micros(moment: datetime | None) -> int | None:
 
 
 def moment(stored: int) -> datetime:
-    """Return a stored time.
+    """Return the datetime of a stored time.
 
     A row of another program may have a time before year 1 or after year 9999. It is replaced by the
     first or last possible datetime, which leads to the same decisions.
@@ -128,7 +128,7 @@ def encodable(text: str) -> bool:
 
 
 def reads_rows(read: Callable[P, T]) -> Callable[P, T]:
-    """Report rows that cannot be decoded, which ipguard did not write, as StoreUnavailable."""
+    """Decorate a function that decodes rows: it raises StoreUnavailable for a malformed row."""
 
     @wraps(read)
     def reading(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -145,12 +145,12 @@ RESTRICTION: Final = "id, first_ip, last_ip, label, created_at, created_by, expi
 
 
 def columns(names: str, table: str) -> str:
-    """Put a table's name before each of several columns."""
+    """Return a list of columns with the name of a table before each."""
     return ", ".join(f"{table}.{name.strip()}" for name in names.split(","))
 
 
 def marks(names: str) -> str:
-    """Return one parameter for each of several columns."""
+    """Return a list of as many `?` as there are columns."""
     return ", ".join("?" * len(names.split(",")))
 
 
@@ -533,7 +533,7 @@ def changes_of(
         now_token = f"{now_token}:{restore}"
     if cursor is None:
         return Changes(now_at, now_token, frozenset())
-    # A token from a transaction has no restore: it fits all tables that have its change.
+    # A token that `append` returned does not name a restore, so it matches after any of them.
     if own_token is None or cursor[1] not in (own_token, f"{own_token}:{restore}"):
         return Changes(now_at, now_token, RESET)
     if len(rows) > _FOLLOWED_AT_MOST:

@@ -272,7 +272,7 @@ def _write_terms(db: Executor, users: Iterable[Row]) -> None:
 class FewUsers:
     """A few users to add or update, as after a login or a sign-up.
 
-    One read compares them. Only if one of them differs is a write transaction needed.
+    One read compares them with the stored ones. If none differs, no write transaction is begun.
     """
 
     def __init__(self, users: Iterable[User]) -> None:
@@ -375,7 +375,8 @@ class BulkUsers:
     def apply(self, tx: Transaction, db: Executor) -> Change | None:
         """Write the differences under the lock; return the audit entry, if there is one."""
         if self._users_changed(db):
-            if self._written:  # an older library does not know the users' lock
+            # By a server with an older version of ipguard, which does not take the users' lock.
+            if self._written:
                 raise StoreUnavailable("other users were written at the same time; try again")
             self.compare(db)
         if not self._written:

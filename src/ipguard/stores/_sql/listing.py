@@ -1,9 +1,9 @@
 """The listing of the SQL stores: pages of users and of the audit log, by keyset pagination.
 
-Each function runs inside one snapshot. No plan is left to the statistics of a planner, which has
-none for a store that was filled just now: `CROSS JOIN` keeps the order of the tables, in PostgreSQL
-with the settings of its store, `|| ''` keeps an index on the column from being used, and a
-subquery with a limit stays one.
+Each function runs inside one snapshot. A planner has no statistics about a store that was just
+filled, so the statements fix their plans: `CROSS JOIN` keeps the order of the tables (in PostgreSQL
+by the settings of its store), `column || ''` uses no index on the column, and a subquery with a
+limit is not merged into the query around it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _usernames(
 ) -> list[str]:
     """Return the first usernames that a search finds, in order.
 
-    Some may be there twice, or not be visible to the actor.
+    The caller removes duplicates and users that are not visible to the actor.
     """
     if not search.text:
         return [row[0] for row in db.rows(*_everybody(db, accounts, after, limit))]
@@ -191,14 +191,14 @@ def _with_term(
     if not isinstance(accounts, frozenset):
         yield Query(f"SELECT t.username || '' FROM search_terms t WHERE {begins}", values)
         return
-    # Without an inner join, PostgreSQL cannot turn the order round, as it would for a prefix: it
-    # takes almost any range of texts for one row.
+    # A LEFT JOIN, which PostgreSQL cannot reorder. It would reorder an inner join, because it
+    # estimates that a prefix matches about one row, however many it does match.
     yield Query(
         f"SELECT t.username || '' FROM {db.each()} LEFT JOIN search_terms t"
         f" ON t.account_id = j.value AND {begins} WHERE coalesce(t.username, '') <> ''",
         (_texts(db, accounts), *values),
     )
-    # Written by a library that leaves the account out of some terms.
+    # Terms that an older version of ipguard wrote may have no account.
     yield Query(
         f"SELECT t.username || '' FROM search_terms t WHERE t.account_id IS NULL AND {begins}",
         values,
@@ -213,8 +213,8 @@ def _in_common(size: int, least: int) -> str:
     return f"CASE {' '.join(cases)} ELSE {least + size} END"
 
 
-# How many bytes the ends of a range have in common, and 100 more for IPv6: the expression of the
-# index over restrictions, which is used for the same expression only.
+# The number of leading bytes that the ends of a range have in common, plus 100 for IPv6. It must be
+# the very expression of the index over restrictions: databases use the index for no other.
 _SHARED: Final = (
     f"CASE length(r.first_ip) WHEN 16 THEN {_in_common(16, 100)} ELSE {_in_common(4, 0)} END"
 )
@@ -229,8 +229,8 @@ def _by_addresses(db: Executor, accounts: Accounts, search: Search, after: str) 
     size = len(first)
     if search.address is not None:
         held = "r.first_ip <= ? AND r.last_ip >= ?"
-        # A range whose ends have n bytes in common, and that holds the address, has these n bytes
-        # too. So it begins between them and the address.
+        # If the ends of a range have their first n bytes in common, every address inside begins
+        # with them. So a range that contains this address begins at its first n bytes or later.
         starts = [(n, first[:n] + bytes(size - n)) for n in range(size + 1)]
     else:
         held = "r.first_ip = ? AND r.last_ip = ?"
@@ -263,7 +263,7 @@ def _by_addresses(db: Executor, accounts: Accounts, search: Search, after: str) 
 
 
 def _of_accounts(db: Executor, accounts: Accounts) -> Query:
-    """Return the condition that a row is of these accounts, which uses no index."""
+    """Return the condition that a row is of these accounts, written so that it uses no index."""
     if not isinstance(accounts, frozenset):
         return Query("", ())
     owner = "account_id || ''"
@@ -271,7 +271,10 @@ def _of_accounts(db: Executor, accounts: Accounts) -> Query:
 
 
 def _texts(db: Executor, accounts: frozenset[str]) -> object:
-    """Return the parameter for accounts, in the order of the indexes."""
+    """Return the parameter for accounts, sorted as the indexes are.
+
+    Accounts that no row can hold are left out.
+    """
     storable = accounts if encodable("".join(accounts)) else filter(encodable, accounts)
     return db.texts(sorted(storable))
 
@@ -290,7 +293,7 @@ def history(
     """Return a page of changes; see `RestrictionStore.history`."""
     size, accounts = _limited(limit), check_accounts(accounts)
     until = BIGGEST if before is None else max(min(before, BIGGEST), -BIGGEST)
-    # The row of revision 0 is there for its token alone.
+    # Leave out revision 0: it is no change, and its row only holds a token.
     if username is None and isinstance(accounts, frozenset) and len(accounts) <= _FEW:
         theirs = "c.account_id = j.value AND c.revision < ?"
         revisions = (

@@ -79,7 +79,7 @@ class SqlSnapshot:
 
     Args:
         db: The connection, in a transaction.
-        now: The store's time when that began.
+        now: The store's time when the transaction began.
     """
 
     def __init__(self, db: Executor, now: datetime) -> None:

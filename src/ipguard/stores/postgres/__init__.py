@@ -69,8 +69,8 @@ SELECT f.*, {STATE}, {MICROS}, v.version, v.oldest, s.touching, {RESTORE}
 FROM ({CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
 JOIN zz_restore_marker m ON m.id = 1
 """
-# The statements of a listing are written in the order and for the indexes that they should use.
-# The planner would need statistics for that, which a store that was just filled does not have.
+# Follow the order of tables and the indexes that the statements of a listing are written for. The
+# planner has no statistics about a store that was just filled, and would choose slower plans.
 _LISTING: Final = (
     "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off;"
     " SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;"
@@ -118,7 +118,7 @@ def deployment_sql(
 
 @attrs.frozen(kw_only=True)
 class Examination:
-    """What a connection of its own shows about the database of a store.
+    """The database of a store, as seen through a separate connection.
 
     Attributes:
         schema: The schema that holds the tables, as an SQL identifier.
@@ -352,7 +352,8 @@ class PostgresStore(SqlStore[Connection]):
 
     @contextmanager
     def _pruning(self) -> Iterator[Connection]:
-        # Without the writer's lock: nothing else deletes audit entries, and new ones are later.
+        # The writer's lock is not needed: nothing else deletes audit entries, and entries that
+        # others append meanwhile are later than those that are deleted.
         with self._writer.bulk() as connection:
             yield connection
             connection.script("COMMIT")
@@ -412,7 +413,7 @@ class PolicyStream:
     def __init__(self, pool: Pool) -> None:
         self._packed = False
         self._stream = self._start(pool)
-        # Start it here, so that the snapshot is of now, and closing the iterator always ends it.
+        # Start it now, so that the snapshot is of this moment.
         self.revision = cast("int", next(self._stream))
 
     def _start(self, pool: Pool) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
@@ -427,8 +428,8 @@ class PolicyStream:
                 yield from cast("Iterator[tuple[str, bytes]]", rows)
             else:
                 yield from policies_of(revision, rows)
-        # A snapshot does not protect from TRUNCATE and DROP: to an older snapshot, the tables that
-        # they leave are empty.
+        # Snapshots are not isolated from TRUNCATE and DROP: a restore would have made the tables
+        # look empty in this one.
         if pool.read(lambda it: it.rows(_RESTORE)) != restore:
             raise StoreUnavailable(f"{pool.options.place}: {UNFINISHED}")
 
@@ -439,10 +440,10 @@ class PolicyStream:
         return cast("tuple[str, Policy]", next(self._stream))
 
     def packed(self) -> Iterator[tuple[str, bytes]]:
-        """Return users with what `ipguard.packed.pack` makes of their policies, instead.
+        """Return an iterator over users and their packed policies instead; see `ipguard.packed`.
 
-        The server packs: one row for each user then crosses the wire, and a preloading guard makes
-        no objects of it before that user logs in.
+        The server packs: it sends one row for each user, and a preloading guard creates no objects
+        from it before that user logs in.
         """
         self._packed = True
         return cast("Iterator[tuple[str, bytes]]", self._stream)

@@ -133,9 +133,9 @@ class Connection(psycopg.Connection[Row]):
         self.deadline, self.patience, self._shared = deadline, None, None
 
     def share(self, seconds: float) -> None:
-        """Let all further statements together wait for some seconds.
+        """Set how many seconds all further statements together may wait.
 
-        The time between the statements, which the caller spends, does not count.
+        The caller's own time between the statements does not count.
         """
         self.patience, self._shared = None, self.waited + seconds
 
@@ -274,7 +274,7 @@ def dialect(text: str, schema: str) -> str:
     place = quoted(schema).replace("%", "%%")
     text = text.replace("%", "%%").replace("?", "%s")
     if text.startswith("CREATE TEMPORARY TABLE"):
-        # Sort by code point, as the tables do that these are compared with.
+        # Sort by code point, like the columns of the store that these are compared with.
         text = text.replace(" TEXT", ' TEXT COLLATE "C"') + " ON COMMIT DROP"
         text = text.replace(" BLOB", " BYTEA").replace(" INTEGER", " BIGINT")
     text = _TEMPORARY.sub(r"\1\2pg_temp.\3", text)

@@ -37,15 +37,15 @@ _IDLE_SECONDS: Final = 30.0  # without a waiter for this long, the thread ends
 
 
 class Listener(_fork.Forkable):
-    """The latest change that touched a policy, as far as is known.
+    """Listens for changes that touch a policy, and records the latest one.
 
     Args:
         options: Where to listen.
         notify: Sends a notification with this payload over the store's pool.
 
     Attributes:
-        touching: The revision of that change; None before anything is known.
-        count: How often it has changed.
+        touching: The revision of the latest such change; None before anything is known.
+        count: How often `touching` has changed.
     """
 
     def __init__(self, options: Options, notify: Callable[[str], None]) -> None:
@@ -86,7 +86,7 @@ class Listener(_fork.Forkable):
                 self._waited_at = time.monotonic()
                 left = deadline - self._waited_at
                 if left <= 0:
-                    self._told.notify()  # this one may have been woken to read
+                    self._told.notify()  # another must read if this one was woken to do so
                     return False
                 source = self._source
                 if source is None or self._reading.locked():
@@ -118,7 +118,8 @@ class Listener(_fork.Forkable):
 
         Args:
             touching: Its revision.
-            exactly: It is the latest one: the store has read it, and nothing was recorded since.
+            exactly: Record it even if it is below `touching`: it was read from the store, and
+                nothing was recorded since. After a restore, revisions are lower.
         """
         _fork.check()
         with self._lock:

@@ -179,7 +179,7 @@ def _whole(name: str, value: object, *, least: int) -> int:
 
 
 def _seconds(name: str, value: object) -> float:
-    # More milliseconds do not fit the server's settings.
+    # The server's settings are milliseconds, as integers of 32 bits.
     return check_option(check_seconds, name, _number(float, value), above=0, most=2_000_000)
 
 

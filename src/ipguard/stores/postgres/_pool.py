@@ -53,7 +53,7 @@ SELECT {STATE}, m.id FROM (SELECT 1) s LEFT JOIN zz_restore_marker m ON m.id = 1
 
 
 class _Slot:
-    """One place in a pool, which is free again when nothing refers to its slot any more.
+    """One place in a pool; it is free again as soon as this object is garbage-collected.
 
     A counter would leak the places of calls that a signal handler ended between two bytecodes.
     """
@@ -263,13 +263,13 @@ class Pool(_fork.Forkable):
     # ------------------------------------------------------------------------- reads
 
     def read(self, reading: Callable[[Connection], T], *, deadline: float | None = None) -> T:
-        """Run a read. If a connection from the pool fails, repeat it on a new one."""
+        """Return the result of a read. If an idle connection fails, repeat it on a new one."""
         connection, found = self._try(reading, deadline or self.deadline())
         self.give(connection)
         return found
 
     def _try(self, ask: Callable[[Connection], T], deadline: float) -> tuple[Connection, T]:
-        """Lend a connection on which a first query succeeded."""
+        """Lend a connection on which a first query succeeded; return both it and the result."""
         while True:
             connection = self.take(deadline)
             new = connection.new

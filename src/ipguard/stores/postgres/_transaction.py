@@ -50,8 +50,8 @@ class Batch:
         read = _tables(sql)
         if not all(read.isdisjoint(_tables(text)) for text, _ in self._waiting):
             self._send()
-        # Not in one batch with the writes: the driver ends such a batch with a Flush, which turns
-        # off the server's timeout for an idle transaction, and then the client vanishes.
+        # Not in one batch with the writes: the driver would end it with a Flush, after which the
+        # server no longer ends an idle transaction, so a client that vanished would keep its locks.
         return self._connection.rows(sql, params)
 
     def run(self, sql: str, params: Params = ()) -> None:

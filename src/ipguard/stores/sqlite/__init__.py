@@ -452,11 +452,14 @@ class Pool(_fork.Forkable):
 
     @property
     def moving(self) -> bool:
-        """Whether all calls must return their connections now."""
+        """Whether all calls must end: the store is closed, or this process is about to fork."""
         return self._closed or self._paused
 
     def recalled(self, connection: Connection) -> bool:
-        """Return whether a long call must return its connection now."""
+        """Return whether a long call must end, to return its connection.
+
+        That is so before a fork, after `close`, and if other files are at the path.
+        """
         return self.moving or connection.files is not self._files
 
     def forget(self) -> None:
@@ -692,9 +695,9 @@ def _files_kept(connection: Connection) -> Iterator[None]:
             elif sys.version_info >= (3, 12):
                 connection.driver.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
             elif sys.platform == "linux":
-                # SQLite does both only as the last user of the file. A lock of an open file
-                # description counts as another user, even in the same process. Closing that file
-                # drops SQLite's locks, which only stale connections of this process have by now.
+                # SQLite writes and removes the log only if it can lock out all other users. A lock
+                # on another open file description counts as one, even in this process. Closing that
+                # file drops all locks of this process; only stale connections have any by now.
                 file = stack.enter_context(open(connection.path, "rb"))  # noqa: PTH123
                 fcntl.fcntl(file, fcntl.F_OFD_SETLK, _SHARED_LOCK)
         yield
@@ -815,7 +818,7 @@ class SQLiteStore(SqlStore[Connection]):
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Load the policies of all restricted users, from one snapshot."""
         stream = self._stream()
-        # Start it here, so that the snapshot is of now, and closing the iterator always ends it.
+        # Start it now, so that the snapshot is of this moment.
         revision = next(stream)
         assert isinstance(revision, int)
         return revision, stream  # type: ignore[return-value]
@@ -859,7 +862,7 @@ class SQLiteStore(SqlStore[Connection]):
                     return True
                 version = latest
                 left = deadline - time.monotonic()
-                # Check each time: with a read-only index, each read sees another version.
+                # In each round: if the index is read-only, the version differs at every read.
                 if left <= 0 or pool.recalled(db):
                     return False
                 pool.stirred.wait(min(_POLL, left))
@@ -957,8 +960,9 @@ def _commit(pool: Pool, connection: Connection) -> None:
     _check_files(pool, connection, "during the transaction")
     connection.run("COMMIT")
     _check_files(pool, connection, "during the commit, which may be lost")
-    # Move the commit into the database file, unless a reader is in the way: then a log that is
-    # lost, or combined with another file, does no harm. The commit holds even if this fails.
+    # Checkpoint: move the commit from the log to the database file. Afterwards it does no harm if
+    # the log is lost or combined with another file. The commit holds even if this fails, for
+    # example because of a reader.
     with suppress(sqlite3.Error):
         connection.cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
