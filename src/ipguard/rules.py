@@ -308,7 +308,7 @@ def without(restrictions: Iterable[Restriction], deleted: str, now: datetime) ->
 
 
 def duplicate(found: Restriction | PendingRequest, wanted: Restriction) -> DuplicateRestriction:
-    """Return the error for addresses that exist already, and whether label or expiry differ."""
+    """Return the error for addresses that exist already; it says if label or expiry differ."""
     if isinstance(found, PendingRequest):
         kind, expires_at = "request", found.restriction_expires_at
     else:
@@ -345,7 +345,7 @@ def _folded(text: str) -> str:
 
 
 def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
-    """Return the terms of a user: a search finds the user if a term begins with its text.
+    """Return the terms of a user. A search for a text finds the user if a term begins with it.
 
     The terms are the username, the account id, and the rest of the full name from each word on.
     """

@@ -207,7 +207,7 @@ class Form(Generic[T]):
 
 
 def check_lockout_accepted(context: Context) -> dict[str, str]:
-    """Return the problem of a lockout warning that was submitted without its box ticked."""
+    """Return the problem of a lockout warning that was submitted without its box ticked, if any."""
     if not context.field("asked"):
         return {}
     return {"lockout": "Tick the box if you want this, or go back."}

@@ -116,7 +116,7 @@ def cancel(context: Context, request: RequestArgument) -> None:
 @command(ADMINISTRATOR)
 def resend(context: Context, request: RequestArgument) -> None:
     """Mail a new number for a request; the old one stops working."""
-    actor = context.actor(mailed=False)  # the mail goes to the address of the first one
+    actor = context.actor(mailed=False)  # the mail goes where the first number went
     with context.workflow(numbers=True) as (_, flow):
         made = flow.resend(actor, request)
     _show_request(context, made, "A new number was mailed to the address of the first one")

@@ -25,7 +25,7 @@ from ipguard.model import Restriction
 
 
 class _BadRow(Exception):
-    """A row of the file is bad; all bad rows are found afterwards."""
+    """End the import at a bad row; the caller then checks all rows."""
 
 
 @command(OPERATOR, name="import")

@@ -370,7 +370,7 @@ class MemoryStore(Closing):
         return Changes(state.head, state.token, frozenset(names))
 
     def wait(self, revision: int, timeout: float) -> bool:
-        """Wait until a change after `revision` touches a policy, or the store is closed."""
+        """Wait for a change after `revision` that touches a policy; return whether there is one."""
         self._committed()
         with self._lock:
             self._touched.wait_for(lambda: self._closed or self._state.touching > revision, timeout)

@@ -70,7 +70,7 @@ Row = Sequence[object] | Mapping[str, object]
 _COLUMNS: Final = ("username", "addresses", "label", "expires_at")
 _SEARCH_LIMIT: Final = 256
 _PAGE_LIMIT: Final = 1000
-_REVISION_LIMIT: Final = 2**63 - 1  # what databases hold
+_REVISION_LIMIT: Final = 2**63 - 1  # the largest integer that the databases can hold
 _LAST_CHARACTER: Final = "\U0010ffff"  # a noncharacter, which no username contains
 _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 

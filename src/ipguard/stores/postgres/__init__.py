@@ -322,7 +322,7 @@ class PostgresStore(SqlStore[Connection]):
         return changes_of(cursor, [row[:4] for row in rows], restore=restore)
 
     def wait(self, revision: int, timeout: float) -> bool:
-        """Wait until a change after `revision` touches a policy, or the store is closed."""
+        """Wait for a change after `revision` that touches a policy; return whether there is one."""
         if self._pool.closed:
             raise StoreUnavailable("the store is closed")
         if self._listener.touching is None:

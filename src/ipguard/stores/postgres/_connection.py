@@ -105,7 +105,9 @@ class Connection(psycopg.Connection[Row]):
                 self.pgconn.finish()
             raise
         except BaseException as exc:
-            if not isinstance(exc, Exception):  # interrupted; the driver would wait for a cancel
+            # Interrupted, as by KeyboardInterrupt, in the middle of a statement: close the
+            # connection, where the driver would cancel the statement and wait for that.
+            if not isinstance(exc, Exception):
                 self.pgconn.finish()
             raise
         finally:

@@ -29,7 +29,7 @@ from ipguard.stores.postgres._pool import connect
 _log = logging.getLogger("ipguard.stores.postgres")
 
 _LONGEST_DELAY: Final = 1.0
-_SLICE: Final = 0.2  # how promptly the thread ends
+_SLICE: Final = 0.2  # the longest single wait, and so the delay with which the thread ends
 _HEARTBEAT: Final = 5.0  # a dead connection may stay silent
 _PROBE: Final = 1.0
 _PROBE_AGAIN: Final = 60.0
@@ -73,7 +73,7 @@ class Listener(_fork.Forkable):
     # ------------------------------------------------------------------------- waiters
 
     def wait(self, revision: int, timeout: float) -> bool:
-        """Wait until a change after a revision is known to have touched a policy."""
+        """Wait for a change after `revision` that touched a policy; return whether one is known."""
         _fork.check()
         deadline = time.monotonic() + timeout
         with self._lock:

@@ -135,7 +135,8 @@ _NO_URL: Final = (
 
 
 def _conninfo(dsn: str) -> dict[str, Any]:
-    # libpq takes the text after the first `@` or `/` for a host or database, which errors name.
+    # libpq takes the text after the first `@` or `/` for a host or database, which its errors show:
+    # if the password contains one of the two, that text is a part of the password.
     authority, _, path = dsn.partition("?")[0].partition("://")[2].partition("/")
     if authority.count("@") < 2 and "@" not in path:
         # The driver's error may contain the password, and would be the context of an error raised

@@ -850,7 +850,7 @@ class SQLiteStore(SqlStore[Connection]):
         return found
 
     def wait(self, revision: int, timeout: float) -> bool:
-        """Wait until a change after `revision` touches a policy, or the store is closed."""
+        """Wait for a change after `revision` that touches a policy; return whether there is one."""
         deadline = time.monotonic() + timeout
         pool = self._pool
         with pool.connection(patience=min(self._patience, max(0.0, timeout))) as db:
