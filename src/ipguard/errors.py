@@ -7,7 +7,7 @@ parse the message, and survives `pickle`, so that it can cross process boundarie
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import cast
+from typing import ClassVar, cast
 
 import attrs
 
@@ -65,7 +65,13 @@ def _quoted(text: object) -> _Quoted:
 class IPGuardError(Exception):
     """The base of every error of this library."""
 
+    _message: ClassVar[str] = ""  # a format string of the attributes; empty to show the arguments
 
+    def __str__(self) -> str:
+        return self._message.format(**vars(self)) or super().__str__()
+
+
+@attrs.define(slots=False, repr=False)
 class AddressError(IPGuardError, ValueError):
     """The text is not an acceptable address, network or range.
 
@@ -75,27 +81,23 @@ class AddressError(IPGuardError, ValueError):
         hint: A likely correction, or None.
     """
 
-    def __init__(self, text: object, reason: str, hint: str | None = None) -> None:
-        self.text: str = _quoted(text)
-        self.reason = reason
-        self.hint = hint
-        super().__init__(self.text, reason, hint)
+    text: str = attrs.field(converter=_quoted)
+    reason: str
+    hint: str | None = None
 
     def __str__(self) -> str:
         message = f"{self.text} is not accepted: {self.reason}"
         return message if self.hint is None else f"{message} (did you mean {self.hint}?)"
 
 
+@attrs.define(slots=False, repr=False)
 class UsernameError(IPGuardError, ValueError):
     """The username has no canonical form. `text` is the input, quoted and shortened."""
 
-    def __init__(self, text: object, reason: str) -> None:
-        self.text: str = _quoted(text)
-        self.reason = reason
-        super().__init__(self.text, reason)
+    text: str = attrs.field(converter=_quoted)
+    reason: str
 
-    def __str__(self) -> str:
-        return f"{self.text} is not a username: {self.reason}"
+    _message = "{text} is not a username: {reason}"
 
 
 @attrs.define(slots=False, repr=False)
@@ -105,8 +107,7 @@ class InvalidValue(IPGuardError, ValueError):
     name: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+    _message = "{name}: {reason}"
 
 
 @attrs.define(slots=False, repr=False)
@@ -117,8 +118,7 @@ class NumberFormatError(InvalidValue):
     reason: str
     name: str = attrs.field(default="number", init=False)
 
-    def __str__(self) -> str:
-        return f"the confirmation number {self.reason}; no attempt was counted"
+    _message = "the confirmation number {reason}; no attempt was counted"
 
 
 @attrs.define(slots=False, repr=False)
@@ -128,8 +128,7 @@ class AddressTooBroad(IPGuardError):
     addresses: str
     widest: int
 
-    def __str__(self) -> str:
-        return f"{self.addresses} holds more addresses than a /{self.widest}, the widest allowed"
+    _message = "{addresses} holds more addresses than a /{widest}, the widest allowed"
 
 
 @attrs.define(slots=False, repr=False)
@@ -138,8 +137,7 @@ class LockoutRisk(IPGuardError):
 
     address: str
 
-    def __str__(self) -> str:
-        return f"after this change you could not log in from {self.address}, where you are now"
+    _message = "after this change you could not log in from {address}, where you are now"
 
 
 @attrs.define(slots=False, repr=False)
@@ -148,8 +146,7 @@ class OpeningRisk(IPGuardError):
 
     username: str
 
-    def __str__(self) -> str:
-        return f"after this change {self.username} could log in from every address"
+    _message = "after this change {username} could log in from every address"
 
 
 @attrs.define(slots=False, repr=False)
@@ -233,15 +230,13 @@ class RequestClosed(IPGuardError):
 
     state: str
 
-    def __str__(self) -> str:
-        return f"the request is closed: {self.state}"
+    _message = "the request is closed: {state}"
 
 
 class NumberExpired(IPGuardError):
     """The confirmation number has expired; `Workflow.resend` issues a new one."""
 
-    def __str__(self) -> str:
-        return "the confirmation number has expired; ask for a new one"
+    _message = "the confirmation number has expired; ask for a new one"
 
 
 @attrs.define(slots=False, repr=False)
@@ -250,15 +245,13 @@ class WrongNumber(IPGuardError):
 
     attempts_left: int
 
-    def __str__(self) -> str:
-        return f"wrong confirmation number; attempts left: {self.attempts_left}"
+    _message = "wrong confirmation number; attempts left: {attempts_left}"
 
 
 class TooManyAttempts(IPGuardError):
     """No more guesses are evaluated: the request is locked, or the actor failed too often."""
 
-    def __str__(self) -> str:
-        return "too many wrong confirmation numbers"
+    _message = "too many wrong confirmation numbers"
 
 
 @attrs.define(slots=False, repr=False)
@@ -279,8 +272,7 @@ class TooManyRestrictions(IPGuardError):
     username: str
     limit: int
 
-    def __str__(self) -> str:
-        return f"{self.username} already has {self.limit} restrictions, as many as are allowed"
+    _message = "{username} already has {limit} restrictions, as many as are allowed"
 
 
 @attrs.define(slots=False, repr=False)
@@ -297,8 +289,7 @@ class DeliveryError(IPGuardError):
     reason: str
     request_id: str | None = None
 
-    def __str__(self) -> str:
-        return f"the mail could not be sent: {self.reason}"
+    _message = "the mail could not be sent: {reason}"
 
 
 class StoreError(IPGuardError):
