@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import ipguard
 from ipguard.cli import _codes, _secrets
-from ipguard.cli._identity import READER
+from ipguard.cli._context import READER
 from ipguard.cli._output import clean
 from ipguard.testing import Outbox
 from tests.cli import PROGRAM, Shell, schemas, validator

@@ -300,7 +300,7 @@ def test_an_import_is_checked_alike_for_few_and_many_users(
     monkeypatch.setattr("ipguard.cli._output.BATCH", 1)
     found = []
     for few in (5_000, 0):
-        monkeypatch.setattr("ipguard.cli._import_check._FEW", few)
+        monkeypatch.setattr("ipguard.cli.transfer._FEW", few)
         error = shell.error(9, "import", file, "--reason", "x", "--settings", settings)
         found.append([(row["line"], row["reason"]) for row in error["rows"]])
     assert found[0] == found[1]

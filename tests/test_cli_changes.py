@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ipguard
-from ipguard.cli import _identity
+from ipguard.cli import _context
 from tests.cli import Shell
 from tests.smtp_server import BadServer, MailServer
 
@@ -314,8 +314,8 @@ def test_mail_to_the_console(shell: Shell):
 def test_a_user_id_without_a_name(monkeypatch: pytest.MonkeyPatch):
     """The audit log then has the number."""
     monkeypatch.setattr(os, "getuid", lambda: 54_321)
-    assert _identity.operator_name() == f"uid54321@{socket.gethostname()}"
-    assert f"effective={pwd.getpwuid(os.geteuid()).pw_name}" in _identity.via()
+    assert _context.operator_name() == f"uid54321@{socket.gethostname()}"
+    assert f"effective={pwd.getpwuid(os.geteuid()).pw_name}" in _context.via()
 
 
 def test_questions_reveal_nothing_hidden_from_the_actor(shell: Shell):

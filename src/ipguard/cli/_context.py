@@ -6,7 +6,10 @@ An option that is not on the command line is read from its environment variable.
 from __future__ import annotations
 
 import inspect
+import os
+import pwd
 import secrets
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +21,9 @@ import attrs
 import typer
 
 import ipguard
+from ipguard import audit
 from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._identity import NO_EMAIL, operator_name, via
-from ipguard.cli._output import Output
+from ipguard.cli._output import Output, clean
 from ipguard.cli._secrets import read_keys, refuse_password
 from ipguard.errors import InvalidValue, IPGuardError
 from ipguard.model import Actor, Change, PendingRequest, User
@@ -101,6 +104,14 @@ OPERATOR: Final[Options] = {**EMAIL, **MAIL, **SETTINGS}
 ADMINISTRATOR: Final[Options] = {**ACTOR, **MAIL, **KEY, **SETTINGS}
 
 
+_NO_LOGIN: Final = 2**32 - 1  # the login uid was never set, see proc_pid_loginuid(5)
+_CLAIM_LIMIT: Final = 64
+NO_EMAIL: Final = "-@localhost"
+"""The e-mail address of an actor to whom nothing is mailed."""
+READER: Final = Actor(username="-", email=NO_EMAIL, manages=Actor.EVERY_ACCOUNT)
+"""The actor of commands that only read."""
+
+
 class OutputClosed(Exception):
     """The reader of standard output has closed it. typer would handle a `BrokenPipeError`."""
 
@@ -155,6 +166,39 @@ def command(
         return function
 
     return register
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid{uid}"
+
+
+def operator_name() -> str:
+    """Return the user and host of this process. The environment is not consulted."""
+    return f"{_name(os.getuid())}@{socket.gethostname()}"
+
+
+def _login() -> str | None:
+    """Return who logged in, which the kernel remembers through `su` and `sudo`."""
+    try:
+        uid = int(Path("/proc/self/loginuid").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if uid == _NO_LOGIN else _name(uid)
+
+
+def via() -> str:
+    """Return the process's identity for audit entries; anyone could have set `SUDO_USER`."""
+    login, euid = _login(), os.geteuid()
+    found = audit.detail(
+        command_line=operator_name(),
+        effective=None if euid == os.getuid() else _name(euid),
+        login=None if login == _name(os.getuid()) else login,
+        SUDO_USER=clean(os.environ.get("SUDO_USER", ""))[:_CLAIM_LIMIT],
+    )
+    return clean(audit.encode(found))
 
 
 class RecordingNotifier:

@@ -21,7 +21,7 @@ from ipguard.cli._codes import Exit, Problem
 from ipguard.model import Page
 
 T = TypeVar("T")
-Cell = str | int | bool | datetime | None | Sequence[str]
+Cell = str | int | bool | datetime | AddressRange | None | Sequence[str]
 BATCH: Final = 1000
 """How many entries are read, or laid out as one table, at a time: the workflow's largest page."""
 
@@ -63,8 +63,12 @@ class Output:
     # -- results ---------------------------------------------------------------------------------
 
     def data(self, value: Any) -> None:
-        """Write a value as one line of JSON, in ASCII, which is safe on every terminal."""
-        self.raw(dumps(plain(value)) + "\n")
+        """Write a value as one line of JSON; omitted from text for people.
+
+        It is in ASCII, which is safe on every terminal.
+        """
+        if self.as_json:
+            self.raw(dumps(plain(value)) + "\n")
 
     def array(self, name: str, items: Iterable[Any], rest: Callable[[], dict[str, Any]]) -> None:
         """Write a JSON object with a streamed array and, once it has been written, the rest."""
@@ -132,7 +136,9 @@ class Output:
             self.raw(clean(text) + "\n")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-        """Write rows: as tables in a terminal, otherwise as lines of cells separated by tabs."""
+        """Write rows, as tables in a terminal, else separated by tabs; omitted from JSON output."""
+        if self.as_json:
+            return
         if not self.rich:
             self.raw("\t".join(columns) + "\n")
             for row in rows:
@@ -222,20 +228,22 @@ def pages(
 
 
 def _text(cell: Cell, separator: str) -> str:
-    if cell is None:
-        return ""
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    if isinstance(cell, datetime):
-        return cell.isoformat()
-    if isinstance(cell, (str, int)):
-        return str(cell)
-    return separator.join(cell)
+    match cell:
+        case None:
+            return ""
+        case bool():
+            return "yes" if cell else "no"
+        case datetime():
+            return cell.isoformat()
+        case list() | tuple():
+            return separator.join(cell)
+        case _:
+            return str(cell)
 
 
 def _terminal_text(cell: Cell) -> str:
     if isinstance(cell, datetime):
         return f"{cell:%Y-%m-%d %H:%M:%S} UTC"
-    if isinstance(cell, Sequence) and not isinstance(cell, str):
+    if isinstance(cell, (list, tuple)):
         return "\n".join(map(clean, cell))
     return clean(_text(cell, ""))

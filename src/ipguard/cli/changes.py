@@ -7,20 +7,23 @@ are `impose`, `lift` and `unlock`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
+import attrs
 from typer import Argument, Option
 
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import ACTOR, ADMINISTRATOR, OPERATOR, SETTINGS, Context, command
-from ipguard.cli._output import plain
+from ipguard.cli._output import Output, plain
 from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
 from ipguard.errors import LockoutRisk, UnknownRestriction, UnknownUser, shorten
 from ipguard.model import Actor, Applied, PendingRequest
 from ipguard.rules import shifted, without
+from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
 
@@ -65,13 +68,12 @@ def request(
 
     Example: ipguard request jsmith 203.0.113.0/29 --label office --expires 30d
     """
-    actor = context.actor()
-    with context.workflow(numbers=True) as (_, flow):
-        until = parse_expiry(expires, flow.now())
-        _confirm_expiry(context, flow, actor, username, until, allowed=allow_lockout)
-        change = partial(flow.request, actor, username, addresses, label=label, expires_at=until)
-        made = _confirm_lockout(context, change, allowed=allow_lockout)
-    _show_request(context, made, _mailed(actor, made))
+    with _session(context, numbers=True) as session:
+        until = session.confirm_expiry(username, expires, allowed=allow_lockout)
+        change = partial(session.flow.request, session.actor, username, addresses)
+        change = partial(change, label=label, expires_at=until)
+        made = session.confirm_lockout(change, allowed=allow_lockout)
+    _show_request(context, made, mailed_to=session.actor)
 
 
 @command(ADMINISTRATOR)
@@ -92,34 +94,33 @@ def confirm(
     if number:
         message = "every user of this machine can read a number in the arguments"
         raise Problem(Exit.USAGE, message, HOW_TO_GIVE_NUMBER)
-    actor = context.actor()
-    with context.workflow(numbers=True) as (_, flow):
-        opens, deletes = allow_open, flow.own_request(actor, request).restriction_id
+    with _session(context, numbers=True) as session:
+        opens, deletes = allow_open, session.flow.own_request(session.actor, request).restriction_id
         if deletes is not None:
-            opens = _confirm_removal(
-                context, flow, actor, deletes, opens=opens, shuts=allow_lockout
-            )
-        change = partial(flow.confirm, actor, request, read_number(), allow_opening=opens)
-        applied = _confirm_lockout(context, change, allowed=allow_lockout)
+            opens = session.confirm_removal(deletes, opens=opens, shuts=allow_lockout)
+        change = partial(
+            session.flow.confirm, session.actor, request, read_number(), allow_opening=opens
+        )
+        applied = session.confirm_lockout(change, allowed=allow_lockout)
     _show_applied(context, applied)
 
 
 @command(ACTOR, SETTINGS)
 def cancel(context: Context, request: RequestArgument) -> None:
     """Cancel a request."""
-    actor = context.actor(mailed=False)
-    with context.workflow(mails=False) as (_, flow):
-        cancelled = flow.cancel(actor, request)
+    with _session(context, mailed=False, mails=False) as session:
+        cancelled = session.flow.cancel(session.actor, request)
     _show_request(context, cancelled)
 
 
 @command(ADMINISTRATOR)
 def resend(context: Context, request: RequestArgument) -> None:
     """Mail a new number for a request; the old one stops working."""
-    actor = context.actor(mailed=False)  # the mail goes where the first number went
-    with context.workflow(numbers=True) as (_, flow):
-        made = flow.resend(actor, request)
-    _show_request(context, made, "A new number was mailed to the address of the first one")
+    # The mail goes where the first number went.
+    with _session(context, mailed=False, numbers=True) as session:
+        made = session.flow.resend(session.actor, request)
+    _show_request(context, made)
+    context.out.line("A new number was mailed to the address of the first one")
 
 
 @command(ADMINISTRATOR)
@@ -135,17 +136,16 @@ def delete(
 
     If `confirm_deletes` in the settings demands it, a number is mailed as for a request.
     """
-    actor = context.actor()
-    with context.workflow(numbers=True) as (_, flow):
-        opens = _confirm_removal(
-            context, flow, actor, restriction, opens=allow_open, shuts=allow_lockout
+    with _session(context, numbers=True) as session:
+        opens = session.confirm_removal(restriction, opens=allow_open, shuts=allow_lockout)
+        change = partial(
+            session.flow.delete, session.actor, restriction, reason, allow_opening=opens
         )
-        change = partial(flow.delete, actor, restriction, reason, allow_opening=opens)
-        outcome = _confirm_lockout(context, change, allowed=allow_lockout)
+        outcome = session.confirm_lockout(change, allowed=allow_lockout)
     if isinstance(outcome, Applied):
         _show_applied(context, outcome)
     else:
-        _show_request(context, outcome, _mailed(actor, outcome))
+        _show_request(context, outcome, mailed_to=session.actor)
 
 
 # -- operators -----------------------------------------------------------------------------------
@@ -166,12 +166,10 @@ def impose(
 
     Example: ipguard impose jsmith 203.0.113.7 --reason "ticket 4713"
     """
-    actor = context.actor()
-    with context.workflow() as (_, flow):
-        until = parse_expiry(expires, flow.now())
-        _confirm_expiry(context, flow, actor, username, until, allowed=allow_lockout)
-        applied = flow.impose(
-            actor, username, addresses, reason=reason, label=label, expires_at=until
+    with _session(context) as session:
+        until = session.confirm_expiry(username, expires, allowed=allow_lockout)
+        applied = session.flow.impose(
+            session.actor, username, addresses, reason=reason, label=label, expires_at=until
         )
     _show_applied(context, applied)
 
@@ -186,12 +184,9 @@ def lift(
     allow_lockout: LockoutOption = False,
 ) -> None:
     """Delete a restriction at once, without a number. The user is told by mail."""
-    actor = context.actor()
-    with context.workflow() as (_, flow):
-        opens = _confirm_removal(
-            context, flow, actor, restriction, opens=allow_open, shuts=allow_lockout
-        )
-        applied = flow.lift(actor, restriction, reason=reason, allow_opening=opens)
+    with _session(context) as session:
+        opens = session.confirm_removal(restriction, opens=allow_open, shuts=allow_lockout)
+        applied = session.flow.lift(session.actor, restriction, reason=reason, allow_opening=opens)
     _show_applied(context, applied)
 
 
@@ -203,23 +198,18 @@ def unlock(
     reason: ReasonOption,
 ) -> None:
     """Accept numbers again after too many wrong ones."""
-    actor = context.actor()
     name = canonical_username(username)
-    with context.workflow() as (store, flow):
+    with _session(context) as session:
         # An administrator who is not registered has failures to reset; otherwise it is a typo.
-        if not flow.failures(actor, name) and not store.load_policy(name).known:
-            raise Problem(
-                Exit.UNKNOWN,
-                f"no user {shorten(name)} is registered or gave a wrong number",
-                kind="UnknownUser",
-                details={"username": name},
-            )
-        flow.unlock(actor, name, reason=reason)
-    failed = context.report_failures()
-    if context.out.as_json:
-        context.out.data({"username": username, "notices_failed": failed})
-    else:
-        context.out.line("unlocked: numbers are accepted again", "green")
+        if not (
+            session.flow.failures(session.actor, name) or session.store.load_policy(name).known
+        ):
+            message = f"no user {shorten(name)} is registered or gave a wrong number"
+            details = {"username": name}
+            raise Problem(Exit.UNKNOWN, message, kind="UnknownUser", details=details)
+        session.flow.unlock(session.actor, name, reason=reason)
+    context.out.data({"username": username, "notices_failed": context.report_failures()})
+    context.out.line("unlocked: numbers are accepted again", "green")
 
 
 # -- what they share -----------------------------------------------------------------------------
@@ -232,112 +222,101 @@ def parse_expiry(text: str | None, now: datetime) -> datetime | None:
     length = re.fullmatch(r"([0-9]{1,5})([mhd])", text)
     if length is not None:
         return shifted(now, timedelta(**{_UNITS[length[2]]: int(length[1])}))
-    try:
+    with suppress(ValueError, OverflowError):
         found = datetime.fromisoformat(text)
         if found.utcoffset() is not None:
             return found.astimezone(UTC)
-    except (ValueError, OverflowError):
-        pass
-    raise Problem(
-        Exit.USAGE,
-        "write a time with its zone, such as 2027-01-31T18:00Z, or a length: 90m, 12h, 30d",
-    )
+    hint = "write a time with its zone, such as 2027-01-31T18:00Z, or a length: 90m, 12h, 30d"
+    raise Problem(Exit.USAGE, hint)
 
 
-def _confirm_removal(
-    context: Context, flow: Workflow, actor: Actor, restriction_id: str, *, opens: bool, shuts: bool
-) -> bool:
-    """Ask before a removal that leaves the user no restriction, or only expired ones.
+@attrs.frozen
+class _Session:
+    """An open workflow and its actor, who is asked before a change with grave consequences.
 
-    Returns:
-        Whether the removal may open the user to every address, by the option or the answer. If not,
-        the workflow refuses to remove a restriction that has become the last one.
+    An unknown user or restriction leads to no question: the workflow reports it.
     """
-    try:
-        found = flow.restriction(actor, restriction_id)
-        held = flow.user(actor, found.username).restrictions
-    except (UnknownRestriction, UnknownUser):
-        return opens  # the workflow reports the error
-    remainder = without(held, found.id, flow.now())
-    name = f"without {found.addresses}, {found.username}"
-    if remainder.opens and not opens:
-        context.out.confirm(f"{name} can log in from every address", "--allow-open")
-        return True
-    if remainder.shuts and not (shuts or found.expired(flow.now())):
-        context.out.confirm(
-            f"{name} can log in from no address: the other restrictions have expired",
-            "--allow-lockout",
-        )
-    return opens
+
+    out: Output
+    store: RestrictionStore
+    flow: Workflow
+    actor: Actor
+
+    def confirm_removal(self, restriction_id: str, *, opens: bool, shuts: bool) -> bool:
+        """Ask before a removal that leaves the user no restriction, or only expired ones.
+
+        Returns:
+            Whether the removal may open the user to every address, by the option or the answer. If
+            not, the workflow refuses to remove a restriction that has become the last one.
+        """
+        try:
+            found = self.flow.restriction(self.actor, restriction_id)
+            held = self.flow.user(self.actor, found.username).restrictions
+        except (UnknownRestriction, UnknownUser):
+            return opens
+        remainder = without(held, found.id, self.flow.now())
+        name = f"without {found.addresses}, {found.username}"
+        if remainder.opens and not opens:
+            self.out.confirm(f"{name} can log in from every address", "--allow-open")
+            return True
+        if remainder.shuts and not (shuts or found.expired(self.flow.now())):
+            why = "the other restrictions have expired"
+            self.out.confirm(f"{name} can log in from no address: {why}", "--allow-lockout")
+        return opens
+
+    def confirm_expiry(self, username: str, text: str | None, *, allowed: bool) -> datetime | None:
+        """Read an expiry; ask before a user is left with temporary restrictions only.
+
+        Expiry does not lift them.
+        """
+        until = parse_expiry(text, self.flow.now())
+        if until is not None and not allowed:
+            with suppress(UnknownUser):
+                found = self.flow.user(self.actor, username)
+                if not (found.removed or any(r.expires_at is None for r in found.restrictions)):
+                    name = found.user.username
+                    self.out.confirm(
+                        f"{name} has no permanent restriction: once this one has expired,"
+                        f" {name} can log in from no address",
+                        "--allow-lockout",
+                    )
+        return until
+
+    def confirm_lockout(self, change: Callable[..., T], *, allowed: bool) -> T:
+        """Make a change; if it would lock its actor out, ask and then make it with consent."""
+        try:
+            return change(allow_lockout=allowed)
+        except LockoutRisk as exc:
+            if allowed:
+                raise
+            self.out.confirm(str(exc), "--allow-lockout")
+            return change(allow_lockout=True)
 
 
-def _confirm_expiry(
-    context: Context,
-    flow: Workflow,
-    actor: Actor,
-    username: str,
-    until: datetime | None,
-    *,
-    allowed: bool,
-) -> None:
-    """Ask before a user is left with temporary restrictions only: expiry does not lift them."""
-    if until is None or allowed:
-        return
-    try:
-        found = flow.user(actor, username)
-    except UnknownUser:
-        return  # the workflow reports the error
-    if not found.removed and all(r.expires_at is not None for r in found.restrictions):
-        name = found.user.username
-        context.out.confirm(
-            f"{name} has no permanent restriction: once this one has expired,"
-            f" {name} can log in from no address",
-            "--allow-lockout",
-        )
-
-
-def _confirm_lockout(context: Context, change: Callable[..., T], *, allowed: bool) -> T:
-    """Make a change; if it would lock its actor out, ask and then make it with consent."""
-    try:
-        return change(allow_lockout=allowed)
-    except LockoutRisk as exc:
-        if allowed:
-            raise
-        context.out.confirm(str(exc), "--allow-lockout")
-        return change(allow_lockout=True)
-
-
-def _mailed(actor: Actor, made: PendingRequest) -> str:
-    return f"A number was mailed to {actor.email}; ipguard confirm {made.id}"
+@contextmanager
+def _session(context: Context, *, mailed: bool = True, **options: Any) -> Iterator[_Session]:
+    actor = context.actor(mailed=mailed)
+    with context.workflow(**options) as (store, flow):
+        yield _Session(context.out, store, flow, actor)
 
 
 def _show_applied(context: Context, applied: Applied) -> None:
     """Show an applied change, and how many of its notices failed."""
-    failed = context.report_failures()
-    restriction = applied.restriction
-    if context.out.as_json:
-        context.out.data(plain(applied) | {"notices_failed": failed})
-        return
-    if restriction is not None:
-        context.out.line(
-            f"done, revision {applied.revision}: {restriction.username} {restriction.addresses}"
-            f" [{restriction.id}]",
-            "green",
-        )
+    context.out.data(plain(applied) | {"notices_failed": context.report_failures()})
+    done = applied.restriction
+    assert done is not None
+    text = f"done, revision {applied.revision}: {done.username} {done.addresses} [{done.id}]"
+    context.out.line(text, "green")
     if applied.unrestricted:
         text = "No restriction is left: the user can log in from every address."
         context.out.line(text, "yellow")
 
 
-def _show_request(context: Context, made: PendingRequest, next_step: str = "") -> None:
+def _show_request(context: Context, made: PendingRequest, mailed_to: Actor | None = None) -> None:
     """Show a request, and what to do next."""
-    if context.out.as_json:
-        context.out.data(made)
-        return
-    context.out.line(
-        f"request {made.id} is {made.state.value}: {made.kind.value} {made.addresses}"
-        f" for {made.username}",
-        "green",
-    )
-    if next_step:
-        context.out.line(next_step)
+    context.out.data(made)
+    what = f"{made.kind.value} {made.addresses} for {made.username}"
+    context.out.line(f"request {made.id} is {made.state.value}: {what}", "green")
+    if mailed_to is not None:
+        text = f"A number was mailed to {mailed_to.email}; ipguard confirm {made.id}"
+        context.out.line(text)

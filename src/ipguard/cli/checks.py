@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
-from typing import Annotated, Any, Final
+from operator import attrgetter
+from typing import Annotated, Final
 
 from typer import Argument, Option
 
@@ -61,12 +62,10 @@ def check(
         decision = guard.check(username or "", address or "")
         if decision.reason is Reason.STORE_UNAVAILABLE:
             raise _unavailable(guard)
-    if context.out.as_json:
-        context.out.data({"username": username, "address": address, "decision": decision})
-    else:
-        by = f" by restriction {decision.restriction_id}" if decision.restriction_id else ""
-        answer, style = ("allowed", "green") if decision else ("not allowed", "red")
-        context.out.line(f"{answer}: {decision.reason.value}{by}", style)
+    context.out.data({"username": username, "address": address, "decision": decision})
+    by = f" by restriction {decision.restriction_id}" if decision.restriction_id else ""
+    answer, style = ("allowed", "green") if decision else ("not allowed", "red")
+    context.out.line(f"{answer}: {decision.reason.value}{by}", style)
     return Exit.OK if decision else Exit.NOT_ALLOWED
 
 
@@ -84,18 +83,11 @@ def explain(
     """
     with context.store() as store:
         found = Guard(store, unknown_users=unknown_users.value).explain(username, address)
-    if context.out.as_json:
-        context.out.data(found)
-    else:
-        context.out.line(found.summary, "green" if found.decision else "red")
-        if found.restrictions:
-            context.out.table(
-                ("id", "addresses", "label", "expires_at", "created_at", "created_by"),
-                (
-                    (r.id, str(r.addresses), r.label, r.expires_at, r.created_at, r.created_by)
-                    for r in found.restrictions
-                ),
-            )
+    context.out.data(found)
+    context.out.line(found.summary, "green" if found.decision else "red")
+    if found.restrictions:
+        names = ("id", "addresses", "label", "expires_at", "created_at", "created_by")
+        context.out.table(names, map(attrgetter(*names), found.restrictions))
     return Exit.OK if found.decision else Exit.NOT_ALLOWED
 
 
@@ -135,35 +127,26 @@ def _check_file(context: Context, guard: Guard, path: str, kind: Format) -> int:
                 unlisted += 1
     if not (allowed or reasons or bad.count):
         raise _files.without_rows(path, "logins")
-    report = {
-        "file": path,
-        "logins": allowed + reasons.total(),
-        "allowed": allowed,
-        "refused": reasons.total(),
-        "bad_rows": bad.count,
-        "by_reason": dict(reasons.most_common()),
-        "refused_logins": [
-            dict(zip(_LISTED_COLUMNS, (*login, count, first_lines[login]), strict=True))
-            for login, count in counts.items()
-        ],
-        "not_listed_here": unlisted,
-    }
-    _show_report(context, report)
+    refused, listed = reasons.total(), [(*key, n, first_lines[key]) for key, n in counts.items()]
+    context.out.data(
+        {
+            "file": path,
+            "logins": allowed + refused,
+            "allowed": allowed,
+            "refused": refused,
+            "bad_rows": bad.count,
+            "by_reason": dict(reasons.most_common()),
+            "refused_logins": [dict(zip(_LISTED_COLUMNS, row, strict=True)) for row in listed],
+            "not_listed_here": unlisted,
+        }
+    )
+    if listed:
+        context.out.table(_LISTED_COLUMNS, listed)
+    if not context.out.as_json:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        text = f"{allowed + refused:,} logins: {allowed:,} allowed, {refused:,} refused"
+        context.out.note(f"{text} ({why})" if why else text)
+        if unlisted:
+            context.out.note(f"{unlisted:,} more refused logins are counted but not listed")
     bad.raise_if_any()
     return Exit.NOT_ALLOWED if reasons else Exit.OK
-
-
-def _show_report(context: Context, report: dict[str, Any]) -> None:
-    if context.out.as_json:
-        context.out.data(report)
-        return
-    if report["refused_logins"]:
-        context.out.table(_LISTED_COLUMNS, (tuple(r.values()) for r in report["refused_logins"]))
-    why = ", ".join(f"{reason} {count:,}" for reason, count in report["by_reason"].items())
-    context.out.note(
-        f"{report['logins']:,} logins: {report['allowed']:,} allowed, {report['refused']:,} refused"
-        + (f" ({why})" if why else "")
-    )
-    if report["not_listed_here"]:
-        unlisted = report["not_listed_here"]
-        context.out.note(f"{unlisted:,} more refused logins are counted but not listed")

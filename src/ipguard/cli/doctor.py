@@ -81,8 +81,7 @@ def doctor(
         context.out.line(text, _STYLES[finding.state])
         sys.stdout.flush()
     healthy = all(finding.state != "fail" for finding in found)
-    if context.out.as_json:
-        context.out.data({"healthy": healthy, "findings": found})
+    context.out.data({"healthy": healthy, "findings": found})
     return Exit.OK if healthy else Exit.UNHEALTHY
 
 

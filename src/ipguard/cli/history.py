@@ -13,8 +13,7 @@ from typer import Option
 
 from ipguard import audit
 from ipguard.cli._codes import Exit
-from ipguard.cli._context import Context, command
-from ipguard.cli._identity import READER
+from ipguard.cli._context import READER, Context, command
 from ipguard.cli._output import Cell, clean, pages
 from ipguard.cli.users import AllOption, LimitOption
 from ipguard.errors import StoreUnavailable, shorten

@@ -46,12 +46,10 @@ def init(context: Context) -> None:
             with suppress(OSError):
                 os.unlink(path)  # noqa: PTH108
         raise
-    if context.out.as_json:
-        # abspath, unlike Path.resolve, does not follow symbolic links.
-        full = os.path.abspath(path) if path else None  # noqa: PTH100
-        made = {"store": place, "made": not existed, "revision": revision, "key_file": full}
-        context.out.data(made)
-        return
+    # abspath, unlike Path.resolve, does not follow symbolic links.
+    full = os.path.abspath(path) if path else None  # noqa: PTH100
+    made = {"store": place, "made": not existed, "revision": revision, "key_file": full}
+    context.out.data(made)
     state = f"exists already, at revision {revision}" if existed else "created"
     context.out.line(f"store: {place}: {state}", "green")
     key = f"{path}: created; copy it to all servers, and keep a backup" if path else "IPGUARD_KEY"
@@ -111,10 +109,8 @@ def migrate(
     with context.store(migrate=True) as store:
         place = repr(store).strip("<>")
         head = store.changes_since(None).head
-    if context.out.as_json:
-        context.out.data({"store": place, "revision": head})
-    else:
-        context.out.line(f"store: {place}: its schema is up to date", "green")
+    context.out.data({"store": place, "revision": head})
+    context.out.line(f"store: {place}: its schema is up to date", "green")
 
 
 def _print_sql(context: Context, since: int, reader: str | None, writer: str | None) -> None:

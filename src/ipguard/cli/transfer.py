@@ -1,4 +1,8 @@
-"""Import and export all restrictions as CSV or JSON Lines."""
+"""Import and export all restrictions as CSV or JSON Lines.
+
+For `--dry-run`, and to report every bad row, an import checks its rows one by one. The workflow
+checks them again when it applies them, and alone decides.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,53 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from itertools import groupby, islice
 from json import dumps
-from typing import Annotated, Final, TextIO
+from typing import Annotated, Any, BinaryIO, Final, TextIO, TypeVar
 
+import attrs
 from typer import Option
 
+from ipguard import rules
+from ipguard.addresses import AddressRange
 from ipguard.cli import _files
 from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._context import OPERATOR, Context, command
-from ipguard.cli._files import FileArgument, Format, FormatOption
-from ipguard.cli._identity import READER
-from ipguard.cli._import_check import COLUMNS, checked, values
-from ipguard.cli._output import plain
+from ipguard.cli._context import OPERATOR, READER, Context, command
+from ipguard.cli._files import BadRows, Columns, FileArgument, Format, FormatOption, Row, Spool
+from ipguard.cli._output import Output, pages, plain
 from ipguard.cli.changes import ReasonOption
-from ipguard.errors import InvalidValue, IPGuardError, StoreError
-from ipguard.model import Restriction
+from ipguard.errors import (
+    DuplicateRestriction,
+    InvalidValue,
+    IPGuardError,
+    StoreError,
+    UnknownUser,
+)
+from ipguard.model import Actor, Policy, Restriction
+from ipguard.store import RestrictionStore
+from ipguard.workflow import Workflow
+
+T = TypeVar("T")
+_COLUMNS: Final = Columns(
+    required=("username", "addresses"),
+    optional=("label", "expires_at"),
+    ignored=("id", "created_at", "created_by"),
+)
+_EXPORTED: Final = (*_COLUMNS.required, *_COLUMNS.optional, *_COLUMNS.ignored)
+_PREVIEWED: Final = ("line", *_COLUMNS.required, *_COLUMNS.optional)
+_SELECT: Final = "SELECT username, line, first, last, label, expires FROM rows"
+_FEW: Final = 5_000  # up to this many users are looked up one by one
+_SHOWN: Final = 50
+_UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
 class _BadRow(Exception):
     """End the import at a bad row; the caller then checks all rows."""
+
+
+# -- import --------------------------------------------------------------------------------------
 
 
 @command(OPERATOR, name="import")
@@ -49,14 +81,12 @@ def import_(
 
     Example: ipguard import rows.csv --reason "ticket 4713" --dry-run
     """
-    form = _files.format_of(file, kind)
     actor = READER if dry_run else context.actor()
     source = _files.opened(file, rewindable=True)
     with source as stream, context.workflow(mails=not dry_run) as (store, flow):
+        check = partial(_checked, context, store, flow, stream, file, kind)
         if dry_run or skip_existing:
-            with checked(
-                context, store, flow, stream, form, file, skip_existing=skip_existing
-            ) as found:
+            with check(skip_existing=skip_existing) as found:
                 if dry_run:
                     found.show(context.out)
                     return
@@ -70,9 +100,10 @@ def import_(
 
         def wanted() -> Iterator[tuple[object, ...]]:
             nonlocal count
-            for _, row in _files.rows(stream, form, COLUMNS, _stop, advance):
+            form = _files.format_of(file, kind)
+            for _, row in _files.rows(stream, form, _COLUMNS, _stop, advance):
                 count += 1
-                yield values(row)
+                yield _values(row)
             if not count:
                 raise _files.without_rows(file, "restrictions")
 
@@ -84,7 +115,7 @@ def import_(
                 raise
             # Only the first bad row is known so far: check them all.
             stream.seek(0)
-            with checked(context, store, flow, stream, form, file):
+            with check():
                 raise exc from None
     _show_imported(context, count, applied.revision, 0)
 
@@ -93,18 +124,201 @@ def _stop(_: int, reason: str) -> None:
     raise _BadRow(reason)
 
 
+def _values(row: Row) -> tuple[object, ...]:
+    """Return a row in the form that the workflow takes."""
+    expires_at: datetime | None = None
+    if "expires_at" in row:
+        try:
+            expires_at = datetime.fromisoformat(row["expires_at"])
+        except ValueError:
+            raise InvalidValue("expires_at", "is not a time; write 2027-01-31T18:00Z") from None
+    return (row["username"], row["addresses"], row.get("label", ""), expires_at)
+
+
 def _show_imported(context: Context, count: int, revision: int, skipped: int) -> None:
     failed = context.report_failures()
-    if context.out.as_json:
-        done = {"dry_run": False, "rows": count, "skipped": skipped, "revision": revision}
-        context.out.data(done | {"notices_failed": failed})
-        return
+    done = {"dry_run": False, "rows": count, "skipped": skipped, "revision": revision}
+    context.out.data(done | {"notices_failed": failed})
     context.out.line(f"{count:,} restrictions imported, revision {revision}", "green")
     if skipped:
         context.out.line(f"{skipped:,} rows skipped: their restrictions exist already")
 
 
-_EXPORTED: Final = (*COLUMNS.required, *COLUMNS.optional, *COLUMNS.ignored)
+# -- the check of an import ----------------------------------------------------------------------
+
+
+@attrs.define
+class _Check:
+    """The check of an import, and its result.
+
+    Attributes:
+        added: How many restrictions would be added.
+        users: How many users would get them.
+        newly: How many of these users have no restriction now.
+        replaced: How many expired restrictions would be replaced.
+        skipped: The lines that were skipped, because their restrictions exist.
+    """
+
+    _spool: Spool
+    _bad: BadRows
+    _skip_existing: bool
+    added: int = 0
+    users: int = 0
+    newly: int = 0
+    replaced: int = 0
+    skipped: set[int] = attrs.field(factory=set)
+
+    def compare(self, store: RestrictionStore, flow: Workflow) -> None:
+        """Compare the rows with each other and with the store, user by user."""
+        now, per_user = flow.now(), flow.settings.restrictions_per_user
+        for username, policy, rows in _by_user(store, self._spool):
+            wanted = [_restriction(row, now) for row in rows]
+            if not policy.known:
+                for each in wanted:
+                    self._bad.add(int(each.id), UnknownUser(username))
+                continue
+            replaced, refused = rules.judge_additions(
+                username, policy.restrictions, wanted, per_user=per_user, now=now
+            )
+            self.newly += not policy.restrictions
+            self.replaced += len(replaced)
+            self.added += len(wanted) - len(refused)
+            self.users += len(wanted) > len(refused)
+            lines = {each.addresses: each.id for each in reversed(wanted)}  # the first of each
+            for each, error in refused:
+                self._refuse(int(each.id), error, lines[each.addresses])
+
+    def _refuse(self, line: int, error: IPGuardError, first: str) -> None:
+        where = ""
+        if isinstance(error, DuplicateRestriction):
+            if self._skip_existing and error.found == "restriction" and not error.differs:
+                self.skipped.add(line)
+                return
+            if error.found == "row":
+                where = f", first on line {first}"
+        self._bad.add(line, f"{error}{where}")
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows to add in the form that the workflow takes."""
+        return (row[1:] for row in self._preview())
+
+    def _preview(self) -> Iterator[tuple[Any, ...]]:
+        for row in self._spool.rows(f"{_SELECT} ORDER BY line"):
+            if row[1] not in self.skipped:
+                r = _restriction(row, _UNSET)
+                yield row[1], r.username, r.addresses, r.label, r.expires_at
+
+    def show(self, out: Output) -> None:
+        """Show what the import would change."""
+        if out.as_json:
+            summary = {
+                "dry_run": True,
+                "rows": self.added,
+                "users": self.users,
+                "newly_restricted": self.newly,
+                "replaced": self.replaced,
+                "skipped": len(self.skipped),
+            }
+            adds = (dict(zip(_PREVIEWED, row, strict=True)) for row in self._preview())
+            out.array("adds", adds, lambda: summary)
+            return
+        limit = _SHOWN if out.rich else self.added
+        out.table(_PREVIEWED, islice(self._preview(), limit))
+        if limit < self.added:
+            out.note(f"and {self.added - limit:,} more; pipe the output to see all of them")
+        out.note(
+            f"would add {self.added:,} restrictions to {self.users:,} users, of whom"
+            f" {self.newly:,} are not restricted now; {self.replaced:,} expired ones would be"
+            f" replaced; {len(self.skipped):,} rows exist already; nothing was changed"
+        )
+
+
+@contextmanager
+def _checked(
+    context: Context,
+    store: RestrictionStore,
+    flow: Workflow,
+    stream: BinaryIO,
+    path: str,
+    kind: Format | None,
+    *,
+    skip_existing: bool = False,
+) -> Iterator[_Check]:
+    """Check every row of a file, or raise `BadRows`; optionally skip existing restrictions."""
+    bad, form = BadRows(path), _files.format_of(path, kind)
+    with Spool("username TEXT, line INTEGER, first BLOB, last BLOB, label TEXT, expires") as spool:
+        with _files.progress(context.out, "checking", stream) as advance:
+            for line, row in _files.rows(stream, form, _COLUMNS, bad.add, advance):
+                try:
+                    wanted = flow.check_row(READER, _values(row))
+                except IPGuardError as exc:
+                    bad.add(line, exc)
+                    continue
+                end = None if wanted.expires_at is None else wanted.expires_at.isoformat()
+                spool.add((wanted.username, line, *wanted.addresses.packed, wanted.label, end))
+        result = _Check(spool, bad, skip_existing)
+        result.compare(store, flow)
+        bad.raise_if_any()
+        if not result.added and not result.skipped:
+            raise _files.without_rows(path, "restrictions")
+        yield result
+
+
+def _by_user(store: RestrictionStore, spool: Spool) -> Iterator[tuple[str, Policy, Iterator[Any]]]:
+    """Yield each username of the rows, in order, with its policy and its rows."""
+    spool.rows("CREATE INDEX by_name ON rows (username, line)")
+    ((count,),) = spool.rows("SELECT count(DISTINCT username) FROM rows")
+    names = (name for (name,) in spool.rows("SELECT DISTINCT username FROM rows ORDER BY username"))
+    policies = map(store.load_policy, names) if count <= _FEW else _policies(store, names)
+    rows = spool.rows(f"{_SELECT} ORDER BY username, line")
+    for username, of_user in groupby(rows, lambda row: row[0]):
+        yield username, next(policies), of_user
+
+
+def _restriction(row: tuple[Any, ...], now: datetime) -> Restriction:
+    """Return the restriction of a spooled row; its id is the line."""
+    username, line, first, last, label, expires = row
+    return Restriction(
+        id=str(line),
+        username=username,
+        addresses=AddressRange.from_packed(first, last),
+        label=label,
+        created_at=now,
+        created_by="",
+        expires_at=None if expires is None else datetime.fromisoformat(expires),
+    )
+
+
+def _policies(store: RestrictionStore, names: Iterator[str]) -> Iterator[Policy]:
+    """Yield the policy of each user, in one walk over the store; the names are in order."""
+    _, found = store.load_all_policies()
+    with closing(found):  # type: ignore[type-var]
+        restricted = _finder(found, lambda each: each[0])
+        users = pages(partial(store.overview, Actor.EVERY_ACCOUNT), "after")
+        registered = _finder(users, lambda each: each.user.username)
+        for name in names:
+            if (policy := restricted(name)) is not None:
+                yield policy[1]
+            else:
+                user = registered(name)
+                known = user is not None and not user.removed
+                yield Policy(revision=0, restrictions=(), known=known)
+
+
+def _finder(items: Iterator[T], name_of: Callable[[T], str]) -> Callable[[str], T | None]:
+    """Return a function that finds names, called in their order, among items in that order."""
+    item = next(items, None)
+
+    def find(name: str) -> T | None:
+        nonlocal item
+        while item is not None and name_of(item) < name:
+            item = next(items, None)
+        return item if item is not None and name_of(item) == name else None
+
+    return find
+
+
+# -- export ---------------------------------------------------------------------------------------
 
 
 @command()
@@ -149,12 +363,12 @@ def export(
                         write(restriction)
                         advance(0)
                         count += 1
-    if output and context.out.as_json:
+    if output:
         done = {"file": os.path.abspath(output), "rows": count, "revision": revision}  # noqa: PTH100
         context.out.data(done | {"expired": expired, "users_left_out": left_out})
-        return
-    if output:
         context.out.line(f"{count:,} restrictions of revision {revision}: {output}", "green")
+        if context.out.as_json:
+            return
     if expired:
         context.out.note(f"expired restrictions left out: {expired:,}")
     if left_out:

@@ -10,9 +10,8 @@ import typer
 from typer import Argument, Option
 
 from ipguard.cli import _files
-from ipguard.cli._context import Context, app, command
+from ipguard.cli._context import READER, Context, app, command
 from ipguard.cli._files import BadRows, Columns, FileArgument, FormatOption
-from ipguard.cli._identity import READER
 from ipguard.cli._output import Cell, pages
 from ipguard.errors import IPGuardError, shorten
 from ipguard.model import Restriction, User, UserOverview
@@ -58,13 +57,12 @@ def import_users(context: Context, file: FileArgument, *, kind: FormatOption = N
         before = store.changes_since(None).head
         with _files.progress(context.out, "users", stream) as advance:
             revision = store.put_users(users())
-    if context.out.as_json:
-        changed = revision != before
-        context.out.data({"rows": count, "revision": revision, "changed": changed})
-    elif revision == before:
-        context.out.line(f"{count} rows: nothing to change")
-    else:
+    changed = revision != before
+    context.out.data({"rows": count, "revision": revision, "changed": changed})
+    if changed:
         context.out.line(f"{count} rows registered, revision {revision}", "green")
+    else:
+        context.out.line(f"{count} rows: nothing to change")
 
 
 @command(group=_group, name="list")
