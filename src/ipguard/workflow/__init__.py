@@ -76,11 +76,10 @@ _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
 class _Issued(NamedTuple):
-    """A saved request, its new number and the audit entry."""
+    """A saved request and its new number."""
 
     stored: StoredRequest
     number: str
-    change: Change
 
 
 class Workflow(Closing):
@@ -220,20 +219,18 @@ class Workflow(Closing):
             stored, user = tx.request(request_id, own=True)
             failures = self._check_confirmable(tx, stored)
             digits = confirmation.parse_number(number, self.settings.number_digits)
-            outcome: tuple[Applied | int, Change]
+            result: Applied | int
             if self._keys.matches(stored.key_id, stored.digest, digits, _subject(stored.request)):
-                outcome = tx.apply(
+                result = tx.apply(
                     stored, user, allow_lockout=allow_lockout, allow_opening=allow_opening
                 )
             else:
-                outcome = tx.count_guess(stored, user, failures)
-        result, change = outcome
-        if isinstance(result, Applied):
-            self._announce(change, actor, user)
-            return result
-        # Raised only now that the count is committed: an error inside would have undone it.
-        log_change(change)
-        raise WrongNumber(result)
+                result = tx.count_guess(stored, user, failures)
+        if not isinstance(result, Applied):
+            # Raised only now that the count is committed: an error inside would have undone it.
+            raise WrongNumber(result)
+        self._announce(tx, user)
+        return result
 
     def _check_confirmable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
         """Refuse a request that no number can confirm; return the actor's failures."""
@@ -291,10 +288,9 @@ class Workflow(Closing):
             if request.requested_at > tx.now:  # by a clock that ran ahead
                 expires_at = rules.shifted(tx.now, self.settings.request_lifetime)
                 request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
-            stored, number = self._numbered(request, stored.email, tx.now, resends)
-            tx.save(stored)
-            change = tx.append(Action.RESEND, user, addresses=request.addresses, request=request_id)
-        return self._deliver(actor, _Issued(stored, number, change), failed)
+            issued = self._numbered(tx, request, stored.email, resends)
+            tx.append_about(request, Action.RESEND, user)
+        return self._deliver(actor, issued, failed)
 
     def cancel(self, actor: Actor, request_id: str) -> PendingRequest:
         """Cancel a request, on behalf of any actor who manages the user, and return it.
@@ -307,14 +303,7 @@ class Workflow(Closing):
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=False)
             request = tx.advance(stored, rules.Step.CANCEL).request
-            change = tx.append(
-                Action.CANCEL,
-                user,
-                kind=request.kind,
-                addresses=request.addresses,
-                request=request_id,
-            )
-        log_change(change)
+            tx.append_about(request, Action.CANCEL, user, kind=request.kind)
         return request
 
     def delete(
@@ -356,7 +345,7 @@ class Workflow(Closing):
         with self._transaction(actor) as tx:
             restriction, user = tx.restriction(restriction_id)
             remainder = tx.check_removal(restriction, allow_lockout=allow_lockout)
-            outcome: _Issued | tuple[Applied, Change]
+            outcome: _Issued | Applied
             if self.settings.deletion_needs_number(last=remainder.opens):
                 tx.check_not_pending(restriction, deletes=restriction.id)
                 outcome = self._issue(tx, user, RequestKind.DELETE, restriction, reason)
@@ -371,9 +360,8 @@ class Workflow(Closing):
                 )
         if isinstance(outcome, _Issued):
             return self._deliver(actor, outcome)
-        applied, change = outcome
-        self._announce(change, actor, user)
-        return applied
+        self._announce(tx, user)
+        return outcome
 
     # ------------------------------------------------------------- operators: no number
 
@@ -410,14 +398,9 @@ class Workflow(Closing):
         _check_operator(actor, UnknownUser(wanted.username))
         with self._transaction(actor) as tx:
             user = tx.registered_user(wanted.username)
-            applied, change = tx.add(
-                user,
-                attrs.evolve(wanted, created_at=tx.now),
-                Action.IMPOSE,
-                allow_lockout=True,
-                reason=reason,
-            )
-        self._announce(change, actor, user)
+            new = attrs.evolve(wanted, created_at=tx.now)
+            applied = tx.add(user, new, Action.IMPOSE, allow_lockout=True, reason=reason)
+        self._announce(tx, user)
         return applied
 
     def impose_many(self, actor: Actor, rows: Iterable[Row], *, reason: str) -> Applied:
@@ -452,7 +435,7 @@ class Workflow(Closing):
                 Action.IMPOSE_MANY, touches=EVERYBODY, restrictions=count, reason=reason
             )
             users = [] if len(names) > NAMED_AT_MOST else [tx.user(name) for name in sorted(names)]
-        self._announce(change, actor, None)
+        self._announce(tx, None)
         for stored in users:
             if stored is not None and stored.user.email is not None:
                 # To the user alone: the actor has had one notice for all of them.
@@ -512,7 +495,7 @@ class Workflow(Closing):
         _check_operator(actor, UnknownRestriction(restriction_id))
         with self._transaction(actor) as tx:
             restriction, user = tx.restriction(restriction_id)
-            applied, change = tx.remove(
+            applied = tx.remove(
                 user,
                 restriction,
                 Action.LIFT,
@@ -520,7 +503,7 @@ class Workflow(Closing):
                 allow_opening=allow_opening,
                 reason=reason,
             )
-        self._announce(change, actor, user)
+        self._announce(tx, user)
         return applied
 
     def unlock(self, actor: Actor, username: str, *, reason: str) -> None:
@@ -542,8 +525,8 @@ class Workflow(Closing):
         with self._transaction(actor) as tx:
             stored = tx.user(name)
             user = None if stored is None else stored.user
-            change = tx.reset_failures(name, user, reason)
-        self._announce(change, actor, user)
+            tx.reset_failures(name, user, reason)
+        self._announce(tx, user)
 
     # ---------------------------------------------------------------------- look-ups
 
@@ -673,8 +656,12 @@ class Workflow(Closing):
     def _transaction(
         self, actor: Actor, staged: Iterable[Restriction] | None = None
     ) -> Iterator[ActorTransaction]:
+        """Begin a transaction for an actor; log its audit entry once it has committed."""
         with self._store.transaction(staged=staged) as tx:
-            yield ActorTransaction(tx, actor, self.settings)
+            transaction = ActorTransaction(tx, actor, self.settings)
+            yield transaction
+        for change in transaction.changes:
+            log_change(change)
 
     @contextmanager
     def _view(self, actor: Actor) -> Iterator[ActorView]:
@@ -715,7 +702,7 @@ class Workflow(Closing):
         wanted: Restriction,
         reason: str = "",
     ) -> _Issued:
-        """Save a new request; return it with its new number and its audit entry."""
+        """Save a new request with a new number."""
         tx.check_rate()
         request = PendingRequest(
             id=new_id(),
@@ -733,9 +720,8 @@ class Workflow(Closing):
             restriction_expires_at=wanted.expires_at,
             reason=reason,
         )
-        stored, number = self._numbered(request, tx.actor.email, tx.now)
-        tx.save(stored)
-        change = tx.append(
+        issued = self._numbered(tx, request, tx.actor.email)
+        tx.append(
             Action.REQUEST,
             user,
             kind=kind,
@@ -745,17 +731,17 @@ class Workflow(Closing):
             request=request.id,
             reason=reason,
         )
-        return _Issued(stored, number, change)
+        return issued
 
     def _numbered(
-        self, request: PendingRequest, email: str, now: datetime, resends: int = 0
-    ) -> tuple[StoredRequest, str]:
-        """Return a request with a new number and all its attempts; and that number."""
+        self, tx: ActorTransaction, request: PendingRequest, email: str, resends: int = 0
+    ) -> _Issued:
+        """Save a request with a new number, which replaces the old one, and all its attempts."""
         number = confirmation.mint(self.settings.number_digits)
         request = attrs.evolve(
             request,
             number_expires_at=min(
-                rules.shifted(now, self.settings.number_lifetime), request.expires_at
+                rules.shifted(tx.now, self.settings.number_lifetime), request.expires_at
             ),
             attempts_left=self.settings.attempts_per_number,
         )
@@ -765,9 +751,10 @@ class Workflow(Closing):
             key_id=self._keys.minting,
             digest=self._keys.digest(self._keys.minting, number, _subject(request)),
             resends=resends,
-            sent_at=now,
+            sent_at=tx.now,
         )
-        return stored, number
+        tx.save(stored)
+        return _Issued(stored, number)
 
     def _deliver(self, actor: Actor, issued: _Issued, failed: int = 0) -> PendingRequest:
         """Mail a number to the address recorded at the request; return the request.
@@ -781,7 +768,6 @@ class Workflow(Closing):
             DeliveryError: The notifier failed.
         """
         stored = issued.stored
-        log_change(issued.change)
         try:
             self._notifier.number_issued(
                 stored.request,
@@ -805,17 +791,11 @@ class Workflow(Closing):
             if stored.digest != sent.digest:
                 return
             tx.save(attrs.evolve(stored, mails_failed=failed))
-            change = tx.append(
-                Action.DELIVERY_FAILED,
-                user,
-                addresses=stored.request.addresses,
-                request=stored.request.id,
-            )
-        log_change(change)
+            tx.append_about(stored.request, Action.DELIVERY_FAILED, user)
 
-    def _announce(self, change: Change, actor: Actor, user: User | None) -> None:
-        log_change(change)
-        self._notify(change, actor, user)
+    def _announce(self, tx: ActorTransaction, user: User | None) -> None:
+        for change in tx.changes:
+            self._notify(change, tx.actor, user)
 
     def _notify(self, change: Change, actor: Actor, user: User | None) -> None:
         try:

@@ -139,10 +139,11 @@ class ActorView:
 
 
 class ActorTransaction(ActorView):
-    """A write transaction on behalf of one actor."""
+    """A write transaction on behalf of one actor; `changes` are its audit entries."""
 
     def __init__(self, tx: Transaction, actor: Actor, settings: WorkflowSettings) -> None:
         super().__init__(tx, actor)
+        self.changes: list[Change] = []
         self._tx = tx
         self._settings = settings
 
@@ -223,8 +224,8 @@ class ActorTransaction(ActorView):
         *,
         allow_lockout: bool,
         **detail: Any,
-    ) -> tuple[Applied, Change]:
-        """Add a restriction, or raise as the checks do; return the change and its entry."""
+    ) -> Applied:
+        """Add a restriction, or raise as the checks do."""
         left, replaced = self.check_addition(new)
         self.check_lockout(user.username, left, allowed=allow_lockout)
         for old in replaced:
@@ -241,7 +242,7 @@ class ActorTransaction(ActorView):
             replaces=replaced[0].id if replaced else None,
             **detail,
         )
-        return Applied(revision=change.revision, restriction=new, unrestricted=False), change
+        return Applied(revision=change.revision, restriction=new, unrestricted=False)
 
     def remove(
         self,
@@ -252,8 +253,8 @@ class ActorTransaction(ActorView):
         allow_lockout: bool,
         allow_opening: bool,
         **detail: Any,
-    ) -> tuple[Applied, Change]:
-        """Remove a restriction; return the change and its entry.
+    ) -> Applied:
+        """Remove a restriction.
 
         Raises:
             LockoutRisk: The actor could no longer log in, and `allow_lockout` is False.
@@ -274,14 +275,12 @@ class ActorTransaction(ActorView):
             restricted_to_nothing=remainder.shuts,
             **detail,
         )
-        applied = Applied(
-            revision=change.revision, restriction=restriction, unrestricted=remainder.opens
-        )
-        return applied, change
+        opens = remainder.opens
+        return Applied(revision=change.revision, restriction=restriction, unrestricted=opens)
 
     def apply(
         self, stored: StoredRequest, user: User, *, allow_lockout: bool, allow_opening: bool
-    ) -> tuple[Applied, Change]:
+    ) -> Applied:
         """Confirm a request and make its change, as `add` and `remove` do."""
         request = self.advance(stored, rules.Step.CONFIRM).request
         self._tx.set_failures(self.actor.username, 0)
@@ -310,27 +309,20 @@ class ActorTransaction(ActorView):
             reason=request.reason,
         )
 
-    def count_guess(self, stored: StoredRequest, user: User, failures: int) -> tuple[int, Change]:
-        """Count a wrong number; return how many attempts the request has left, and the entry."""
+    def count_guess(self, stored: StoredRequest, user: User, failures: int) -> int:
+        """Count a wrong number; return how many attempts the request has left."""
         left = stored.request.attempts_left - 1
         step = rules.Step.GUESS if left else rules.Step.LOCK
         request = self.advance(stored, step, attempts_left=left).request
         self._tx.set_failures(self.actor.username, failures + 1)
-        change = self.append(
-            Action.WRONG_NUMBER,
-            user,
-            addresses=request.addresses,
-            request=request.id,
-            attempts_left=left,
-            locked=not left,
-        )
-        return left, change
+        self.append_about(request, Action.WRONG_NUMBER, user, attempts_left=left, locked=not left)
+        return left
 
-    def reset_failures(self, username: str, user: User | None, reason: str) -> Change:
-        """Set an actor's count of wrong numbers to 0; return the audit entry."""
+    def reset_failures(self, username: str, user: User | None, reason: str) -> None:
+        """Set an actor's count of wrong numbers to 0."""
         failures = self.failures(username)
         self._tx.set_failures(username, 0)
-        return self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)
+        self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)
 
     def add_staged(self) -> int:
         """Add the staged restrictions, all or none; return how many."""
@@ -350,6 +342,13 @@ class ActorTransaction(ActorView):
             if stored is not None and rules.state_at(pending, self.now) is RequestState.PENDING:
                 self.advance(stored, rules.Step.CANCEL)
 
+    def append_about(
+        self, request: PendingRequest, action: Action, user: User, kind: str = "", **detail: Any
+    ) -> None:
+        """Append an audit entry about a request."""
+        addresses = request.addresses
+        self.append(action, user, kind=kind, addresses=addresses, request=request.id, **detail)
+
     def append(
         self,
         action: Action,
@@ -360,7 +359,7 @@ class ActorTransaction(ActorView):
         **detail: Any,
     ) -> Change:
         """Append an audit entry; a user's entry keeps the account that the user has now."""
-        return self._tx.append(
+        change = self._tx.append(
             action,
             actor=self.actor.username,
             actor_address=self.actor.address,
@@ -369,3 +368,5 @@ class ActorTransaction(ActorView):
             detail=audit.detail(**detail, via=self.actor.via),
             touches=touches,
         )
+        self.changes.append(change)
+        return change
