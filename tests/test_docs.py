@@ -43,8 +43,8 @@ def test_diagrams_of_states():
 
 
 def test_table_of_states():
-    """The table in docs/workflow.md has exactly the transitions of the code."""
-    rows = table("docs/workflow.md", "from")
+    """The table in docs/settings.md has exactly the transitions of the code."""
+    rows = table("docs/settings.md", "from")
     assert {(before, step): after for before, step, after in rows} == TRANSITIONS
 
 
@@ -78,19 +78,19 @@ def written(value: object) -> str:
 
 
 def test_table_of_settings():
-    """docs/workflow.md lists every setting with its default."""
+    """docs/settings.md lists every setting with its default."""
     defaults = {field.name: written(field.default) for field in attrs.fields(WorkflowSettings)}
-    assert {row[0]: row[1] for row in table("docs/workflow.md", "setting")} == defaults
+    assert {row[0]: row[1] for row in table("docs/settings.md", "setting")} == defaults
 
 
 def test_table_of_errors():
-    """docs/workflow.md lists every error once."""
+    """docs/settings.md lists every error once."""
     every = {
         name
         for name, error in vars(errors).items()
         if isinstance(error, type) and issubclass(error, ipguard.IPGuardError)
     }
-    listed = [row[0] for row in table("docs/workflow.md", "error")]
+    listed = [row[0] for row in table("docs/settings.md", "error")]
     assert sorted(listed) == sorted(every - {"IPGuardError"})
 
 

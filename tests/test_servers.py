@@ -41,7 +41,8 @@ UWSGI = [
 ]  # fmt: skip
 # uWSGI forks in C. Without --py-call-osafterfork it runs no hook of os.register_at_fork. With and
 # without it, a worker hangs in CPython, before any Python code runs, if another thread of the
-# master holds the GIL at that moment. So the guard is started after the fork (docs/guard.md).
+# master holds the GIL at that moment. So the guard is started after the fork, as
+# docs/postgresql-setup.md says.
 SERVERS = {
     "gunicorn": (GUNICORN, "--bind", True),
     "gunicorn-preload": ([*GUNICORN, "--preload"], "--bind", True),
