@@ -537,6 +537,41 @@ def test_search(typed: str, found: bool) -> None:
     assert search.matches(person, [restriction("203.0.113.0/24")]) is found
 
 
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        ("jsmith", ("js", "JSMITH", "smi", "john smi", "JOHN", "u123", "\uff4a\uff53")),
+        ("jan mary", ("v", "van d", "ber", "  Berg ")),
+        ("mary", ("mary van",)),
+        ("söhne", ("STRASSE", "abc", "SÖH", "ÜBER")),
+        ("anna", ("lena", "schmidt", "schm anna", "Schmidt, Anna", "müller anna-lena")),
+        ("dora", ("orléans", "d'orl", "a1 dora")),
+        ("jan", ("jan berg", "Berg, J")),
+        ("o'hara", ("brien", "o\u2019brien", "o\xb4brien", "jr pat", "(jr", "o'", "s-1 b")),
+        ("anna dora jan jsmith mary o'hara söhne", ("", "  ")),
+        ("", ("mith", "jsmithx", "1234", "99", "an d", "x" * 5000, "lena muller", "anna jan")),
+        ("", ("erg jan", "s-1 brien", "hara", "1 b", "- -", "%", "_", "'", "x' OR '1'='1", "\0")),
+    ],
+)
+def test_whom_a_search_finds(names: str, texts: tuple[str, ...]) -> None:
+    """A search finds the start of usernames, of account ids and of words of the name."""
+    people = [
+        User(username=username, full_name=full_name, account_id=account_id)
+        for username, full_name, account_id in (
+            ("anna", "Anna-Lena Müller-Schmidt", "A1"),
+            ("dora", "Dora d\u2019Orléans", "A1"),
+            ("jan", "Van der Berg, Jan", "A2"),
+            ("jsmith", "John Smith", "U1234567"),
+            ("mary", "Mary  van der Berg", "V-99"),
+            ("o'hara", "Pat O'Brien (Jr.)", "S-1 B"),
+            ("söhne", "Straße \uff21\uff22\uff23", "Übersee"),
+        )
+    ]
+    for text in texts:
+        search = rules.Search.of(text)
+        assert [one.username for one in people if search.matches(one, [])] == names.split(), text
+
+
 @pytest.mark.parametrize("restricted", [True, False])
 def test_visibility(restricted: bool) -> None:
     """Removed users are visible to actors of every account only, if they are restricted."""

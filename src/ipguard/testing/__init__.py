@@ -10,7 +10,6 @@ if sys.modules.get("pytest"):
     sys.modules["pytest"].register_assert_rewrite(
         "ipguard.testing._case",
         "ipguard.testing._guards",
-        "ipguard.testing._lifecycle",
         "ipguard.testing._listing",
         "ipguard.testing._records",
         "ipguard.testing._transactions",
@@ -18,10 +17,9 @@ if sys.modules.get("pytest"):
 
 from ipguard.testing._doubles import FakeClock, Message, Outbox
 from ipguard.testing._guards import GuardReadTests
-from ipguard.testing._lifecycle import LifecycleTests
 from ipguard.testing._listing import HistoryTests, OverviewTests
 from ipguard.testing._records import RecordTests, UserTests
-from ipguard.testing._transactions import StagedTests, TransactionTests
+from ipguard.testing._transactions import LifecycleTests, StagedTests, TransactionTests
 
 __all__ = ["FakeClock", "Message", "Outbox", "StoreConformance"]
 

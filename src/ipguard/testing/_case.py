@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
+from unittest import TestCase
 
 from ipguard.addresses import AddressRange
 from ipguard.model import (
@@ -28,7 +27,6 @@ from ipguard.store import RestrictionStore, Transaction
 from ipguard.testing._doubles import FakeClock
 
 T = TypeVar("T")
-E = TypeVar("E", bound=BaseException)
 
 EVERY: Any = Actor.EVERY_ACCOUNT
 A1 = frozenset({"A1"})
@@ -67,18 +65,9 @@ class Interrupted(BaseException):
     """Leave a block as KeyboardInterrupt does, which is not an Exception."""
 
 
-@contextmanager
-def raises(kind: type[E]) -> Iterator[list[E]]:
-    """Fail unless the block raises such an error, which is then in the list.
-
-    It replaces `pytest.raises`, because this package must not need pytest.
-    """
-    errors: list[E] = []
-    try:
-        yield errors
-    except kind as error:
-        errors.append(error)
-    assert errors, f"{kind.__name__} was not raised"
+# This package must not need pytest.
+raises: Final = TestCase().assertRaises
+logs: Final = TestCase().assertLogs
 
 
 class Call(Generic[T]):
@@ -122,22 +111,6 @@ def together(functions: Iterable[Callable[[], Any]]) -> list[Any]:
 
     calls = [Call(lambda f=f: begin(f)) for f in todo]  # type: ignore[misc]
     return [call.result() for call in calls]
-
-
-@contextmanager
-def logged() -> Iterator[list[str]]:
-    """Collect the lines that the block logs to `ipguard.audit`."""
-    lines: list[str] = []
-    audit, handler = logging.getLogger("ipguard.audit"), logging.Handler(logging.INFO)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    level = audit.level
-    audit.addHandler(handler)
-    audit.setLevel(logging.INFO)
-    try:
-        yield lines
-    finally:
-        audit.setLevel(level)
-        audit.removeHandler(handler)
 
 
 def address(number: int) -> AddressRange:

@@ -1,18 +1,28 @@
-"""Conformance tests of transactions: isolation, order, roll-back, staged restrictions."""
+"""Conformance tests of transactions, of restrictions staged for them, and of a store's life."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from ipguard.errors import DuplicateRestriction, TooManyRestrictions, UnknownUser
+from ipguard.errors import (
+    DuplicateRestriction,
+    StoreUnavailable,
+    TooManyRestrictions,
+    UnknownUser,
+)
 from ipguard.model import Action, Change, Policy, RequestKind, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.testing._case import (
     EVERY,
     EXTREMES,
+    PATIENCE,
     TEXTS,
     Call,
     Interrupted,
@@ -40,6 +50,13 @@ class TransactionTests(StoreCase):
         assert (revision, list(policies)) == (0, [])
         assert self.store.overview(EVERY).items == ()
         assert self.store.history(EVERY).items == ()
+        with self.store.transaction() as tx:  # which reads, and takes no revision
+            found = (tx.user("nobody"), tx.restriction("none"), tx.request("none"))
+            assert found == (None, None, None)
+            assert (tx.restrictions("nobody"), tx.pending_requests("nobody")) == ((), ())
+            assert tx.request_times("nobody", self.clock() - timedelta(1)) == ()
+            assert tx.failures("nobody") == 0
+        assert self.cursor() == (0, token)
 
     def test_every_revision_has_its_own_token(self) -> None:
         """Tokens are random, that of revision 0 included: no two are the same."""
@@ -133,31 +150,29 @@ class TransactionTests(StoreCase):
             with store.snapshot() as snapshot, store.transaction() as tx:
                 assert look_ups(snapshot) == look_ups(tx)
 
-    def _write_everything(self, error: BaseException) -> None:
-        with self.store.transaction(staged=[self.restriction(), self.restriction()]) as tx:
-            for restriction in tx.restrictions("alice"):
-                tx.remove_restriction(restriction.id)
-            tx.add_restriction(self.restriction())
-            assert tx.add_staged(per_user=10) == 2
-            for pending in tx.pending_requests("alice"):
-                tx.save_request(self.request(id=pending.id, label="changed"))
-            tx.save_request(self.request())
-            tx.set_failures("boss", 7)
-            self.append(tx, frozenset({"alice"}))
-            raise error
-
     def test_an_exception_undoes_everything(self) -> None:
         """An exception of the block is raised unchanged and undoes every write."""
         self.put("alice")
-        self.add(self.restriction())
+        self.add(self.restriction(), self.restriction("alice", "::7", expires_at=self.clock()))
         self.save(self.request())
         before, cursor = everything(self.store), self.cursor()
         with self.store.transaction() as tx:
             shown = look_ups(tx)
         for error in (Interrupted(), ValueError()):
-            with raises(type(error)) as raised:
-                self._write_everything(error)
-            assert raised == [error]
+            staged = [self.restriction(), self.restriction("alice", "::7")]  # replaces the other
+            with raises(type(error)) as raised, self.store.transaction(staged=staged) as tx:
+                assert tx.add_staged(per_user=10) == 2
+                assert len(tx.restrictions("alice")) == 3
+                for restriction in tx.restrictions("alice"):
+                    tx.remove_restriction(restriction.id)
+                tx.add_restriction(self.restriction())
+                for pending in tx.pending_requests("alice"):
+                    tx.save_request(self.request(id=pending.id, label="changed"))
+                tx.save_request(self.request())
+                tx.set_failures("boss", 7)
+                self.append(tx, frozenset({"alice"}))
+                raise error
+            assert raised.exception is error
         assert everything(self.store) == before
         assert not self.store.wait(cursor[0], 0.0)
         with self.store.transaction() as tx:
@@ -252,7 +267,7 @@ class StagedTests(StoreCase):
                 tx.add_staged(per_user=per_user)
             self.append(tx)
         assert {name: self.held(name) for name in before} == before
-        return raised[0]
+        return raised.exception
 
     def test_staged_restrictions_are_added(self) -> None:
         """All staged restrictions are added with every field, and counted."""
@@ -381,48 +396,113 @@ class StagedTests(StoreCase):
         self._refused(DuplicateRestriction, [*many, *same], per_user=2)
         self._refused(TooManyRestrictions, many, per_user=2)
 
-    def test_a_source_that_raises_adds_nothing(self) -> None:
-        """An error of the source is raised unchanged, and the next writer is not blocked."""
+
+class LifecycleTests(StoreCase):
+    """Tests of `close()`, of stores on the same data, and of forked children."""
+
+    def test_a_closed_store_refuses_every_call(self) -> None:
+        """After `close()`, which may be called twice, every call raises StoreUnavailable."""
         self.put("alice")
+        store = self.store
+        calls: list[Callable[[], Any]] = [
+            lambda: store.load_policy("alice"),
+            lambda: list(store.load_all_policies()[1]),
+            lambda: store.changes_since(None),
+            lambda: store.wait(10**6, 0.0),
+            lambda: store.transaction().__enter__(),
+            lambda: store.put_users([user("bob")]),
+            lambda: store.remove_users(["alice"]),
+            lambda: store.overview(EVERY),
+            lambda: store.history(EVERY),
+        ]
+        store.close()
+        store.close()
+        for call in calls:
+            with raises(StoreUnavailable):
+                call()
+            with raises(StoreUnavailable):
+                Call(call).result()
 
-        def source() -> Iterator[Restriction]:
-            yield self.restriction()
-            raise Interrupted
+    def test_close_ends_wait(self) -> None:
+        """A thread in `wait` returns False or raises StoreUnavailable when the store is closed."""
+        self.touch("alice")
 
-        before = self.cursor()
-        with raises(Interrupted), self.store.transaction(staged=source()):
-            raise AssertionError("the block began")
-        assert self.cursor() == before
-        assert self.held() == ()
-        assert Call(lambda: self.touch("alice")).result() == before[0] + 1
-        assert self._stage([self.restriction()]) == 1
+        def wait() -> bool:
+            with suppress(StoreUnavailable):
+                return self.store.wait(1, 3600.0)
+            return False
 
-    def test_a_slow_source_does_not_block_writers(self) -> None:
-        """While a source is read, other writers commit and stage restrictions of their own."""
+        call = Call(wait)
+        self.store.close()
+        assert call.result() is False
+
+    def test_a_store_is_a_context_manager(self) -> None:
+        """The block gets the store; leaving it closes the store and hides no error."""
+        with raises(ZeroDivisionError), self.store as store:
+            assert store is self.store
+            self.touch("alice")
+            raise ZeroDivisionError
+        with raises(StoreUnavailable):
+            self.store.load_policy("alice")
+
+    def test_two_handles_share_the_data(self) -> None:
+        """What one handle commits, the other reads, even after the first is closed."""
         self.put("alice", "bob")
-        seen = []
+        self.add(self.restriction())
+        request = self.request()
+        self.save(request)
+        self.store.remove_users(["bob"])
+        other = self.second()
+        if other is None:
+            return
+        assert everything(other) == everything(self.store)
+        with other.transaction() as tx:
+            assert tx.request(request.request.id) == request
+            assert self.append(tx, frozenset({"alice"})) == 5
+        assert self.touch("alice") == 6
+        before = everything(self.store)
+        assert everything(other) == before
+        self.store.close()
+        assert everything(other) == before
+        assert other.put_users([user("bob")]) == 7
 
-        def source() -> Iterator[Restriction]:
-            yield self.restriction()
-            seen.append(Call(lambda: self.touch("alice")).result())
-            seen.append(Call(lambda: self._stage([self.restriction("bob")])).result())
-            yield self.restriction()
-
-        with self.store.transaction(staged=source()) as tx:
-            assert tx.add_staged(per_user=10) == 2
-            seen.append(self.append(tx, frozenset({"alice"})))
-        assert seen == [2, 1, 4]
-        assert (len(self.held("alice")), len(self.held("bob"))) == (2, 1)
-
-    def test_an_exception_undoes_add_staged(self) -> None:
-        """Staged restrictions are rolled back, and those that they replaced return."""
+    def test_a_forked_child_answers_or_refuses(self) -> None:
+        """After `fork()` a child gets the right answers or StoreUnavailable, but never hangs."""
+        if not hasattr(os, "fork"):
+            return
         self.put("alice")
-        old = self.restriction("alice", "203.0.113.7", expires_at=self.clock())
-        self.add(old)
-        staged = [self.restriction(), self.restriction("alice", "203.0.113.7")]
-        with raises(Interrupted), self.store.transaction(staged=staged) as tx:
-            assert tx.add_staged(per_user=10) == 2
-            assert len(tx.restrictions("alice")) == 2
-            raise Interrupted
-        assert self.held() == (old,)
-        assert self.last_change().revision == 2
+        self.add(self.restriction())
+        assert self._in_child() in ("right", "refused")
+        with self.store.transaction() as tx:
+            # In the child the lock is held by a thread that does not exist there.
+            assert Call(self._in_child).result() in ("right", "refused")
+            self.append(tx, frozenset({"alice"}))
+        assert self.touch("alice") == 4
+        assert len(self.held()) == 1
+
+    def _in_child(self) -> object:
+        fork = multiprocessing.get_context("fork")
+        reader, writer = fork.Pipe(duplex=False)
+        child = fork.Process(target=lambda: writer.send(self._answer()))
+        with warnings.catch_warnings():
+            # Python 3.12 warns about forks of processes with threads, which this test is about.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child.start()
+        writer.close()
+        try:
+            assert reader.poll(PATIENCE), "the child hangs"
+            return reader.recv()
+        finally:
+            child.join(PATIENCE)
+            child.kill()
+
+    def _answer(self) -> str:
+        try:
+            policy = self.store.load_policy("alice")
+            head = self.store.changes_since(None).head
+            entries = len(self.store.history(EVERY))
+        except StoreUnavailable:
+            self.store.close()
+            return "refused"
+        right = (policy.revision, len(policy.restrictions), head, entries) == (2, 1, 2, 2)
+        return "right" if right else "wrong"
