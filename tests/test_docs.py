@@ -36,9 +36,8 @@ def transitions(text: str) -> dict[tuple[str, str], str]:
 TRANSITIONS = {(str(b), str(step)): str(a) for (b, step), a in rules.STEPS.items()}
 
 
-def test_diagrams_of_states():
-    """The diagrams in ARCHITECTURE.md and in `rules` have exactly the transitions of the code."""
-    assert transitions((ROOT / "ARCHITECTURE.md").read_text()) == TRANSITIONS
+def test_diagram_of_states():
+    """The diagram in the docstring of `rules` has exactly the transitions of the code."""
     assert transitions(rules.__doc__ or "") == TRANSITIONS
 
 
