@@ -472,6 +472,15 @@ class TestWithout:
             assert found.opens or any(each.expires_at is None for each in found.left)
 
 
+def test_all_expired():
+    """Only restrictions that have all expired shut a user out; a user without any is free."""
+    expired, live = restriction("192.0.2.1", NOW), restriction("192.0.2.2", NOW + SECOND)
+    assert rules.all_expired([expired], NOW)
+    assert not rules.all_expired([expired], NOW - SECOND)
+    assert not rules.all_expired([expired, live], NOW)
+    assert not rules.all_expired([], NOW)
+
+
 class TestSummarise:
     def test_none(self):
         """The text for users without restrictions."""

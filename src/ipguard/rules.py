@@ -15,7 +15,7 @@ Any other step raises `RequestClosed` and changes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -51,6 +51,7 @@ __all__ = [
     "Search",
     "Step",
     "after",
+    "all_expired",
     "check_lockout",
     "check_width",
     "decide",
@@ -283,6 +284,11 @@ def judge_additions(
     return replaced, refused
 
 
+def all_expired(restrictions: Collection[Restriction], now: datetime) -> bool:
+    """Return whether all of a user's restrictions have expired, so that no address is allowed."""
+    return bool(restrictions) and all(each.expired(now) for each in restrictions)
+
+
 class Remainder(NamedTuple):
     """The restrictions of a user after a deletion.
 
@@ -304,7 +310,7 @@ def without(restrictions: Iterable[Restriction], deleted: str, now: datetime) ->
     left = tuple(r for r in restrictions if r.id != deleted)
     ends = [r.expires_at for r in left if r.expires_at is not None]
     last = max(ends) if ends and len(ends) == len(left) else None
-    return Remainder(left, not left, last is not None and last <= now, last)
+    return Remainder(left, not left, all_expired(left, now), last)
 
 
 def duplicate(found: Restriction | PendingRequest, wanted: Restriction) -> DuplicateRestriction:
@@ -330,10 +336,9 @@ def summarise(restrictions: Iterable[Restriction], now: datetime) -> str:
     says that no address is.
     """
     left = tuple(restrictions)
-    if not left:
-        return NO_RESTRICTIONS
-    live = [str(r.addresses) for r in left if not r.expired(now)]
-    return ", ".join(live) if live else "No address allowed (every restriction has expired)"
+    if all_expired(left, now):
+        return "No address allowed (every restriction has expired)"
+    return ", ".join(str(r.addresses) for r in left if not r.expired(now)) or NO_RESTRICTIONS
 
 
 def _folded(text: str) -> str:

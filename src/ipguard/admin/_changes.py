@@ -161,7 +161,7 @@ def show_applied(context: Context, user: User, applied: Applied) -> Response:
     text = f"{applied.restriction.addresses} {'now holds' if added else 'was deleted'}. "
     if applied.unrestricted:
         text += f"{name} has no restrictions now and can log in from any address."
-    elif _messages.is_shut_out(line.restrictions, context.now):
+    elif rules.all_expired(line.restrictions, context.now):
         text += f"{name} cannot log in from any address: what is left has expired."
     else:
         what = line.summary

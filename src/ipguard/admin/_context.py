@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final, Literal
 
 import attrs
 from itsdangerous import BadData, URLSafeSerializer
+from jinja2 import Environment
 
 from ipguard.admin import _http
 from ipguard.admin._http import Request, Response
@@ -90,7 +92,20 @@ class Services:
     guard: Guard
     brand: str
     signer: Signer
-    render: Callable[[str, Mapping[str, Any]], str]
+    templates: Environment
+
+    def render(self, template: str, request: Request, actor: Actor | None, **values: Any) -> str:
+        """Render a page; `values` add to those that every page shows, or replace them."""
+        shared: dict[str, Any] = {
+            "actor": actor,
+            "base": request.base,
+            "brand": self.brand,
+            "link": functools.partial(_http.build_link, request.base),
+            "note": None,
+            "now": None,
+            "problems": {},
+        }
+        return self.templates.get_template(template).render(shared | values)
 
 
 class Context:
@@ -182,22 +197,10 @@ class Context:
             note = None  # it is for the page that another tab is loading
         elif self._cookie("note"):
             self._cookies["note"] = ("", 0)
-        base = self.request.base
-        html = self._services.render(
-            template,
-            {
-                "actor": self.actor,
-                "base": base,
-                "brand": self._services.brand,
-                "link": lambda page, **query: _http.build_link(base, page, **query),
-                "note": note,
-                "now": self.now,
-                # A different token each time, so that compression does not reveal it (BREACH).
-                "token": self._sign("form", secrets.token_urlsafe(9), *self._browser),
-                "problems": {},
-                **values,
-            },
-        )
+        # A different token each time, so that compression does not reveal it (BREACH).
+        token = self._sign("form", secrets.token_urlsafe(9), *self._browser)
+        shared = {"note": note, "now": self.now, "token": token}
+        html = self._services.render(template, self.request, self.actor, **shared, **values)
         return _http.respond(status, html, self._cookie_headers())
 
     def redirect(

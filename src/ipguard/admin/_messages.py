@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Final
@@ -27,9 +27,8 @@ from ipguard.model import (
     PendingRequest,
     Reason,
     RequestKind,
-    Restriction,
 )
-from ipguard.rules import shifted
+from ipguard.rules import all_expired, shifted
 
 _EXACT_BELOW: Final = 10**12  # larger counts are shown as powers of two
 
@@ -68,11 +67,6 @@ def format_attempts(left: int) -> str:
 
 def _plural(number: int, unit: str) -> str:
     return f"{number} {unit}{'' if number == 1 else 's'}"
-
-
-def is_shut_out(restrictions: Collection[Restriction], now: datetime) -> bool:
-    """Return whether a user is restricted and every restriction has expired."""
-    return bool(restrictions) and all(one.expired(now) for one in restrictions)
 
 
 def describe_request(request: PendingRequest) -> str:
@@ -128,7 +122,7 @@ def format_retry(error: TooManyRequests, now: datetime) -> str:
 def explain_decision(found: Explanation) -> str:
     """Return why a login would be allowed or not."""
     name, reason = found.username, found.decision.reason
-    if reason is Reason.NOT_LISTED and is_shut_out(found.restrictions, found.at):
+    if reason is Reason.NOT_LISTED and all_expired(found.restrictions, found.at):
         return (
             f"Every restriction of {name} has expired. Time never lifts a restriction: "
             "until somebody adds or deletes one, no address is let in."

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ipguard import rules
 from ipguard._checks import check_callable, check_text
 from ipguard.admin import _add, _changes, _http, _listing, _messages
 from ipguard.admin._context import Context, Services, Signer
@@ -90,14 +91,14 @@ class Site:
         if not isinstance(guard, Guard):
             raise InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
         self.authenticate = authenticate
-        self._files, render = _load_files()
+        self._files, templates = _load_files()
         self.services = Services(
             flow=flow,
             guard=guard,
             brand=check_text("brand", brand, 100, required=True),
             # The workflow's keys are not part of its public interface.
             signer=Signer(flow._derived_keys(PURPOSE)),  # noqa: SLF001
-            render=render,
+            templates=templates,
         )
 
     def respond_to_anyone(self, request: Request) -> Response | None:
@@ -145,21 +146,8 @@ class Site:
         return view(context)
 
     def _show_error(self, request: Request, actor: Actor | None, error: PageError) -> Response:
-        html = self.services.render(
-            "error.html",
-            {
-                "base": request.base,
-                "brand": self.services.brand,
-                "title": error.title,
-                "text": error.text,
-                "link": lambda page: _http.build_link(request.base, page),
-                "status": error.status,
-                "actor": actor,
-                "now": None,  # the store, whose time it is, may be unavailable
-                "note": None,
-                "problems": {},
-            },
-        )
+        # Without the time: the store, whose time it is, may be unavailable.
+        html = self.services.render("error.html", request, actor, error=error)
         return _http.respond(error.status, html, error.headers)
 
 
@@ -190,8 +178,8 @@ def _to_page_error(request: Request, error: Exception) -> PageError:
 
 
 @functools.cache
-def _load_files() -> tuple[Mapping[str, Response], Callable[[str, Mapping[str, Any]], str]]:
-    """Return the static files by name in URLs, and the function that renders a template.
+def _load_files() -> tuple[Mapping[str, Response], Environment]:
+    """Return the static files by name in URLs, and the templates.
 
     A static file's name contains a digest of its content, so it may be cached for long.
     """
@@ -219,14 +207,14 @@ def _load_files() -> tuple[Mapping[str, Response], Callable[[str, Mapping[str, A
         when=_format_time_element,
         understood=_messages.format_range,
         lasting=_messages.format_duration,
-        shut=_messages.is_shut_out,
+        shut=rules.all_expired,
         attempts=_messages.format_attempts,
         done=_messages.describe_action,
         more=_messages.describe_particulars,
     )
     for name in templates.list_templates():
         templates.get_template(name)  # compile it now rather than for the first request
-    return files, lambda name, values: templates.get_template(name).render(values)
+    return files, templates
 
 
 def _format_time_element(at: datetime) -> Markup:

@@ -21,6 +21,7 @@ from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import KEY, MAIL, SETTINGS, Context, command
 from ipguard.cli._secrets import read_keys
 from ipguard.errors import IPGuardError, StoreError, StoreUnavailable
+from ipguard.rules import all_expired
 from ipguard.store import RestrictionStore
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _restrictions(store: RestrictionStore) -> Findings:
         for username, policy in policies:
             users += 1
             restrictions += len(policy.restrictions)
-            if all(r.expired(now) for r in policy.restrictions):
+            if all_expired(policy.restrictions, now):
                 shut += 1
                 named += [username] if shut <= _NAMED else []
     yield Finding("restrictions", "ok", f"{restrictions:,} for {users:,} users")
