@@ -203,9 +203,22 @@ def _grouped(questions: list[list[str]]) -> str:
     return "; ".join(f"{topic}: {', '.join(ips)}" for topic, ips in by_topic.items()) or "-"
 
 
+def as_json(found: Results) -> str:
+    """Return the figures as JSON, each on a line, so that a diff shows which have changed."""
+    parts = [f" {json.dumps(name)}: {_lines(value)}" for name, value in found.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _lines(value: object) -> str:
+    if not isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    items = ",\n".join(f"  {json.dumps(each, ensure_ascii=False)}" for each in value)
+    return f"[\n{items}\n ]"
+
+
 def write(found: Results, folder: Path) -> None:
     """Write the JSON, the page and the picture into a folder."""
-    (folder / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    (folder / "results.json").write_text(as_json(found))
     (folder / "results.md").write_text(page(found))
     if found["compared"]:
         try:
