@@ -162,6 +162,17 @@ class Desk:
         with closing(sqlite3.connect(self.path)) as connection:
             return list(connection.iterdump())
 
+    def refuses(self, request: PendingRequest, state: str) -> None:
+        """Fail unless every step of a request is refused by its state, and changes nothing."""
+        for call in (
+            lambda: self.confirm(request),
+            lambda: self.flow.resend(ALICE, request.id),
+            lambda: self.flow.cancel(ALICE, request.id),
+        ):
+            with self.unchanged(), pytest.raises(ipguard.RequestClosed) as caught:
+                call()
+            assert caught.value.state == state
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Fail if the block changes the store or sends mail."""

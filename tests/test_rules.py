@@ -252,6 +252,7 @@ class TestTimes:
             ([3, 7], 3, 0),
             ([7, 3, 5], 2, 5),
             ([-1, -99], 1, 0),
+            ([2, 8, -99, 5], 3, 2),
         ],
     )
     def test_a_rate_limit(self, ages, most, wait):

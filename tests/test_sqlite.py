@@ -1436,20 +1436,6 @@ def test_a_sync_reads_only_changes(store: SQLiteStore) -> None:
 # ------------------------------------------------------------------------------------ opening
 
 
-@pytest.mark.parametrize("name", ["", ":memory:", "a\0b"])
-def test_an_empty_path_is_refused(name: str) -> None:
-    """SQLite would take it for a database in memory."""
-    with pytest.raises(StoreConfigError, match="memory://"):
-        SQLiteStore(name)
-
-
-@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
-def test_an_invalid_timeout_is_refused(path: Path, timeout: float) -> None:
-    """Every wait must end."""
-    with pytest.raises(StoreConfigError, match="timeout"):
-        SQLiteStore(path, timeout=timeout)
-
-
 def test_a_place_that_cannot_hold_the_file(tmp_path: Path) -> None:
     """The error says what is wrong with a directory, or a missing one."""
     with pytest.raises(StoreConfigError, match="not a file"):

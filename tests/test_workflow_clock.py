@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 import ipguard
-from ipguard import InvalidValue, NumberExpired, TooManyRequests
-from ipguard.rules import shifted, wait_left
+from ipguard import NumberExpired, TooManyRequests
 from tests.flows import ALICE, BOSS, HOME, OFFICE, Desk
 from tests.postgres import fresh_schema
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
-NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgres"])
@@ -110,49 +108,3 @@ def test_the_workflow_at_the_ends_of_the_calendar(desk: Desk, now: datetime) -> 
     assert set(desk.held()) == {OFFICE, HOME}
     assert desk.flow.overview(BOSS).items
     assert desk.flow.history(BOSS).items
-
-
-@pytest.mark.parametrize(
-    ("ages", "most", "wait"),
-    [
-        ([], 1, 0),
-        ([0], 1, 60),
-        ([60], 1, 0),
-        ([59], 1, 1),
-        ([-1], 1, 0),
-        ([10, 50, -600, 30], 3, 10),
-        ([10, 50, -600, 30], 4, 0),
-        ([50, 10, 30], 1, 50),
-    ],
-)
-def test_how_long_to_wait(ages: list[int], most: int, wait: int) -> None:
-    """The wait ends when fewer than `most` lie within the period; the future is not counted."""
-    times = [NOW - timedelta(minutes=age) for age in ages]
-    assert wait_left(times, most, HOUR, NOW) == timedelta(minutes=wait)
-
-
-def test_times_end_with_the_calendar() -> None:
-    """Adding a duration ends at the first and the last possible time."""
-    assert shifted(NOW, HOUR) == NOW + HOUR
-    assert shifted(NOW, timedelta.max) == datetime.max.replace(tzinfo=UTC)
-    assert shifted(NOW, timedelta.min) == datetime.min.replace(tzinfo=UTC)
-
-
-class Broken(tzinfo):
-    """A time zone whose offset cannot be computed."""
-
-    def utcoffset(self, _: datetime | None) -> timedelta:
-        raise LookupError("no such zone")
-
-    def dst(self, _: datetime | None) -> None:
-        return None
-
-    def tzname(self, _: datetime | None) -> None:
-        return None
-
-
-def test_a_time_zone_that_fails_is_bad_input() -> None:
-    """An error of a caller's time zone becomes InvalidValue, with the name of the argument."""
-    desk = Desk()
-    with pytest.raises(InvalidValue, match="expires_at: has a time zone that fails: LookupError"):
-        desk.ask(expires_at=datetime(2031, 1, 1, tzinfo=Broken()))

@@ -30,24 +30,6 @@ NO_COUNTS: tuple[Any, ...] = (True, False, None, "5", 5.0, math.nan, [], timedel
 NO_DURATIONS: tuple[Any, ...] = (None, 600, 600.0, "10 min", True, timedelta(microseconds=-1))
 
 
-def test_defaults() -> None:
-    """The defaults are documented."""
-    assert WorkflowSettings() == WorkflowSettings(
-        number_digits=10,
-        number_lifetime=timedelta(minutes=10),
-        request_lifetime=timedelta(hours=24),
-        attempts_per_number=5,
-        failures_per_actor=100,
-        resends_per_request=5,
-        resend_interval=timedelta(seconds=30),
-        requests_per_hour=20,
-        widest_ipv4=16,
-        widest_ipv6=32,
-        restrictions_per_user=1000,
-        confirm_deletes=False,
-    )
-
-
 def test_every_setting_is_tested_here() -> None:
     """A new setting needs a line above."""
     names = {field.name for field in attrs.fields(WorkflowSettings)}
