@@ -721,7 +721,7 @@ def test_a_request_that_would_lock_the_actor_out(office: Office):
 
 
 def test_a_deletion_that_would_lock_the_actor_out(office: Office):
-    """The same for a deletion; "Go back" changes nothing."""
+    """The page warns of a deletion that locks its actor out; "Go back" changes nothing."""
     office.add(OFFICE, username="alice")
     office.add(HOME, username="alice")
     alice = office.browser(ALICE)

@@ -494,7 +494,7 @@ def test_a_store_that_is_closed(office: Office, caplog):
 
 @pytest.mark.parametrize("method", ["request", "confirm", "delete", "cancel", "resend"])
 def test_a_store_that_fails_at_the_change(office: Office, monkeypatch, method):
-    """The same if the store fails only when the change is made."""
+    """The page is 503, too, if the store fails only when the change is made."""
     forms = valid_fields(office)
     path = {"request": "/add"}.get(method, f"/{method}")
     alice = office.browser(ALICE)

@@ -125,7 +125,7 @@ def test_an_invalid_version(office: Office, seen: str):
 
 @pytest.mark.parametrize("method", ["confirm", "cancel", "resend"])
 def test_a_request_cancelled_in_between(office: Office, monkeypatch, method: str):
-    """The same if the change comes after the check of the version."""
+    """A request that is cancelled after the check of the version is shown as over."""
     request = office.ask()
     alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
     number = office.number(request)
@@ -143,7 +143,7 @@ def test_a_request_cancelled_in_between(office: Office, monkeypatch, method: str
 
 
 def test_a_restriction_deleted_in_between(office: Office, monkeypatch):
-    """The same for a deletion."""
+    """A restriction that is deleted after the check of the version is shown as ended."""
     restriction = office.add(OFFICE)
     alice = office.browser(ALICE, f"/delete?user=jsmith&restriction={restriction.id}")
     real = office.flow.delete
@@ -181,7 +181,7 @@ def test_the_other_one_deleted_in_between(office: Office, monkeypatch):
 
 
 def test_the_other_one_lifted_during_a_confirm(office: Office, monkeypatch):
-    """The same if the deletion needs a number; the number stays valid."""
+    """A confirmation shows the warning about the last one, too; the number stays valid."""
     office.use(confirm_deletes=True)
     first, second = office.add(OFFICE), office.add(HOME)
     request = office.ask_to_delete(first)

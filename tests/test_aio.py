@@ -487,7 +487,7 @@ def test_constructor_of_the_guard(memory: World) -> None:
 
 
 def test_guard_with_overridden_methods_is_refused(memory: World) -> None:
-    """They would not be called."""
+    """The overridden methods would not be called."""
 
     class Checks(Guard):
         def check(self, username: str, address: str, at_least: int | None = None) -> Decision:

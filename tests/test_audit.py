@@ -84,7 +84,7 @@ def test_every_detail_is_read_as_it_was_written(detail: dict[str, str]) -> None:
     ],
 )
 def test_a_detail_in_another_format_is_kept_whole(text: str) -> None:
-    """It stays readable, and it is written back unchanged."""
+    """Text in another format stays readable, and is written back unchanged."""
     assert audit.decode(text) == {"": text}
     assert audit.encode(audit.decode(text)) == text
 

@@ -84,7 +84,7 @@ def test_other_types_are_not_text(value):
 
 
 def test_a_time_is_returned_in_utc():
-    """The same moment, whatever the zone."""
+    """A time in any zone becomes the same moment in UTC."""
     given = datetime(2030, 1, 1, 17, 30, 0, 1, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     moment = check_time("expires_at", given)
     assert moment == given == NOW.replace(microsecond=1)

@@ -391,7 +391,7 @@ def test_init_creates_a_store_and_a_key(tmp_path: Path):
 
 
 def test_init_with_the_key_in_the_environment(tmp_path: Path):
-    """It creates the store alone; the key must be valid, and a key file has precedence."""
+    """`init` then creates the store alone; the key must be valid, and a key file has precedence."""
     shell = Shell(tmp_path, IPGUARD_KEY="k" * 64, IPGUARD_KEY_FILE="")
     assert "32 bytes" in shell.bad(7, "init", env={"IPGUARD_KEY": "short"})
     assert not (tmp_path / "ipguard.db").exists()
@@ -532,7 +532,7 @@ def test_an_empty_result_is_noted(shell: Shell, args: list[str], words: str):
 
 
 def test_an_empty_result_in_a_terminal(shell: Shell, tmp_path: Path):
-    """It has no table; for a store without users, the note says what to do."""
+    """A note replaces the table; for a store without users, it says what to do."""
     assert shell.terminal("list", "jsmiht").ends().startswith("ipguard: no user found for 'jsmiht'")
     other = f"sqlite:///{tmp_path}/other.db"
     ipguard.open_store(other).close()
@@ -564,7 +564,7 @@ def test_check_answers_with_its_exit_code(shell: Shell):
 
 
 def test_explain_shows_why(shell: Shell):
-    """It shows a sentence and the restrictions, also for an invalid address."""
+    """`explain` shows a sentence and the restrictions, also for an invalid address."""
     found = shell.json("explain", "jsmith", "203.0.113.2")
     assert found["known"]
     assert [one["addresses"] for one in found["restrictions"]] == ["203.0.113.0/29"]

@@ -263,7 +263,7 @@ def test_skip_existing(shell: Shell, tmp_path: Path):
 
 
 def test_an_export_for_excel(shell: Shell):
-    """It starts with a byte order mark, which imports accept; JSON Lines have none."""
+    """CSV starts with a byte order mark, which imports accept; JSON Lines have none."""
     _imported(shell, "-", stdin=GOOD)
     plain, marked = shell.good("export"), shell.good("export", "--excel")
     assert marked == "\ufeff" + plain

@@ -203,7 +203,7 @@ def test_impose_and_unlock_in_a_terminal(shell: Shell, mail: MailServer):
 
 
 def test_unlock_of_an_unknown_name(shell: Shell):
-    """It is an error; an unregistered actor who gave wrong numbers can be unlocked."""
+    """An unknown name is an error, unless an actor of that name gave wrong numbers."""
     before = _rows(shell)
     assert "no user 'ritta' is registered" in shell.bad(4, "unlock", "Ritta", "--reason", "x")
     refused = shell.error(4, "unlock", "ritta", "--reason", "x")

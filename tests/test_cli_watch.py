@@ -105,7 +105,7 @@ def test_entries_of_a_newer_version_are_shown_unchanged(shell: Shell):
 
 
 def test_watch_notes_an_unknown_user_and_another_history(shell: Shell):
-    """It watches an unregistered name, and starts now if the revision does not exist yet."""
+    """`watch` accepts an unregistered name, and starts now if the revision does not exist yet."""
     terminal = shell.terminal("watch", "--user", "jsmiht", "--since", "99")
     terminal.sees("revision 99 belongs to another history.*: this store is at revision 1")
     terminal.sees("no user 'jsmiht' is registered")
@@ -116,7 +116,7 @@ def test_watch_notes_an_unknown_user_and_another_history(shell: Shell):
 
 
 def test_watch_survives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: Path):
-    """It reports an outage once, continues when the store is back, and notes another history."""
+    """`watch` reports an outage once, continues afterwards, and notes another history."""
     path, away = tmp_path / "ipguard.db", tmp_path / "away.db"
     with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(away)) as copy:
         live.backup(copy)
@@ -212,7 +212,7 @@ def test_doctor_compares_the_clocks(ahead: int, state: str, words: str):
 
 
 def test_doctor_on_postgresql(own_postgres: Server, tmp_path: Path):
-    """It names the listener and the rights of the role, and a server that does not respond."""
+    """`doctor` names the listener, the rights of the role, and a server that does not respond."""
     schema = fresh_schema()
     url = own_postgres.url(schema=schema)
     ipguard.open_store(url, migrate=True).close()
@@ -259,7 +259,7 @@ def test_migrate_prints_the_sql_of_postgresql(own_postgres: Server, tmp_path: Pa
 
 
 def test_doctor_names_row_level_security(own_postgres: Server, tmp_path: Path):
-    """It fails for tables whose rows are hidden from the role, and warns about other roles."""
+    """Rows that are hidden from the role are a failure, from other roles a warning."""
     schema = fresh_schema()
     ipguard.open_store(own_postgres.url(schema=schema), migrate=True).close()
     role = f"{schema}_reader"
@@ -283,7 +283,7 @@ def test_doctor_names_row_level_security(own_postgres: Server, tmp_path: Path):
 
 
 def test_doctor_through_a_pooler(own_postgres: Server, tmp_path: Path):
-    """It detects the pooler, and that notifications do not pass it."""
+    """`doctor` detects the pooler, and that notifications do not pass it."""
     schema = fresh_schema()
     ipguard.open_store(own_postgres.url(schema=schema), migrate=True).close()
     shell = Shell(tmp_path, IPGUARD_MAIL="console", IPGUARD_KEY="k" * 64)

@@ -210,7 +210,7 @@ class TestKeyring:
         assert len(expected) == 8
 
     def test_the_repr_has_no_key(self):
-        """Nor a key id."""
+        """The `repr` shows neither a key nor a key id."""
         ring = Keyring([NEW, OLD])
         assert repr(ring) == str(ring) == "<Keyring of 2>"
 

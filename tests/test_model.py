@@ -130,7 +130,7 @@ class TestValues:
             type(value)(*attrs.asdict(value, recurse=False).values())
 
     def test_enums_are_the_same_objects_after_pickling(self):
-        """They can be compared with `is`."""
+        """Members of the enums can be compared with `is`."""
         for each in (Actor.EVERY_ACCOUNT, EVERYBODY, RESET, *Reason, *RequestState, *RequestKind):
             assert pickle.loads(pickle.dumps(each)) is each
 
@@ -206,7 +206,7 @@ class TestExpired:
         assert temporary.expired(NOW + timedelta(seconds=seconds)) is expired
 
     def test_a_permanent_restriction_never_expires(self):
-        """Its expiry is None."""
+        """A restriction whose expiry is None stays in force."""
         assert RESTRICTION.expired(datetime.max.replace(tzinfo=UTC)) is False
 
 
@@ -222,7 +222,7 @@ class TestUser:
             user(username=" jsmith")
 
     def test_names_have_at_most_256_characters(self):
-        """Both are one line; only the full name may be empty."""
+        """Full names and account ids are one line; only the full name may be empty."""
         assert user(full_name="x" * 256, account_id="y" * 256).full_name == "x" * 256
         for field in ("full_name", "account_id"):
             for bad in ("x" * 257, "a\nb", None, 7):
@@ -322,7 +322,7 @@ class TestActor:
             actor(manages=given)
 
     def test_every_account_is_a_separate_object(self):
-        """It contains every account, None too, and no text equals it."""
+        """`EVERY_ACCOUNT` contains every account, None too, and no text equals it."""
         every = actor(manages=Actor.EVERY_ACCOUNT)
         assert every.manages is Actor.EVERY_ACCOUNT
         for account in ("U1", "", None, object()):
@@ -364,7 +364,7 @@ class TestActor:
 
     @pytest.mark.parametrize("given", [None, 7, "two\nlines", "x" * 401])
     def test_via_is_a_line_of_text(self, given):
-        """It has at most 400 characters."""
+        """`via` has at most 400 characters."""
         assert (actor().via, actor(via="x" * 400).via) == ("", "x" * 400)
         with pytest.raises(InvalidValue) as refused:
             actor(via=given)

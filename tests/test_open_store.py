@@ -155,7 +155,7 @@ def test_other_schemes_are_entry_points(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("value", ["no_such_module:f", f"{__name__}:no_such_name"])
 def test_an_entry_point_that_cannot_be_loaded(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a configuration error, with the reason."""
+    """A plug-in that fails to load is a configuration error, with the reason."""
     plugin(monkeypatch, "redis", value)
     assert "no_such" in refused(f"redis://:{SECRET}@host")
 

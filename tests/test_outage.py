@@ -75,12 +75,12 @@ def test_no_allow_is_older_than_the_lease(server: Server, kind: type[Outage]) ->
 
 @pytest.mark.parametrize("kind", KINDS[rounds(3, 0) :])
 def test_nor_is_one_with_preload(server: Server, kind: type[Outage]) -> None:
-    """The same for a guard that holds every restricted user."""
+    """Deletions hold in time on a guard that holds every restricted user, too."""
     judge(run(kind(server), rounds(1, 10), 20, preload=True))
 
 
 def test_no_allow_is_older_than_the_lease_when_packets_vanish(network: Network) -> None:
-    """The same if both sides work, but no packet gets through."""
+    """Deletions hold in time if both sides work, but no packet gets through."""
     with server_in(network) as server:
         judge(run(PacketsDropped(server, network), rounds(1, 10), 20))
 

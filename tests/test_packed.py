@@ -85,7 +85,7 @@ def test_the_size_of_three_restrictions() -> None:
 
 @pytest.mark.parametrize("odd", ["a\0b", "\ud800", "\0"])
 def test_ids_that_cannot_be_packed(odd: str) -> None:
-    """They are refused, not truncated."""
+    """Ids with a NUL or a surrogate are refused, not truncated."""
     with pytest.raises(ValueError, match=r"NUL|surrogates"):
         pack(policy(restriction(id=odd)))
 

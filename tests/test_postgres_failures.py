@@ -93,7 +93,7 @@ def test_the_waits_of_a_transaction_share_the_timeout(store: PostgresStore) -> N
 
 
 def test_the_waits_of_a_page_share_the_timeout(store: PostgresStore) -> None:
-    """The same for a read of several statements."""
+    """The statements of a read share the timeout, too."""
     with pytest.raises(StoreUnavailable, match="in time"), store._pool.snapshot() as session:
         ask_slowly(session)
     assert store.overview(Actor.EVERY_ACCOUNT).items

@@ -146,7 +146,7 @@ class Sqlite:
 
 
 class Postgres:
-    """The same in a server."""
+    """A schema of an old version in a server, and the store over it."""
 
     def __init__(self, server: Server | Given, schema: int) -> None:
         self.server, self.schema = server, fresh_schema()

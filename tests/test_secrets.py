@@ -169,7 +169,7 @@ def test_no_number_and_no_key_in_any_log(desk: Desk) -> None:
 
 
 def test_no_number_and_no_key_in_any_repr(desk: Desk) -> None:
-    """Neither `repr`, `str` nor a traceback of any object shows one."""
+    """No `repr`, `str` or traceback of an object shows a number or a key."""
     seen: list[object] = []
     numbers = walk(desk, seen)
     texts = [repr(seen)]
@@ -261,7 +261,7 @@ def everything_in(error: BaseException) -> str:
 def test_no_password_in_an_error_of_a_store(
     url: str, migrate: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the error nor its chain contains it, however the URL is mistyped."""
+    """The error and its chain do not contain the password, however the URL is mistyped."""
     monkeypatch.chdir(tmp_path)
     with listening() as recorded:
         try:

@@ -665,7 +665,7 @@ def test_a_copy_of_the_same_history_is_another_file(store: SQLiteStore, path: Pa
 def test_a_connection_to_the_old_file_is_not_lent_again(
     store: SQLiteStore, path: Path, tmp_path: Path
 ) -> None:
-    """Neither if it is returned after the file was replaced, nor at that moment."""
+    """A connection that is returned at the replacement, or after it, is closed."""
     other = other_database(tmp_path, 3)
     for late in (False, True):
         connection = store._pool.take()
@@ -834,7 +834,7 @@ with store._pool.connection() as reader, reader.snapshot():  # keeps the commit 
 
 
 def test_a_waiting_thread_returns_a_stale_connection(store: SQLiteStore, path: Path) -> None:
-    """Otherwise new connections would share the removed index with it."""
+    """If it kept the connection, new ones would share the removed index with it."""
     cursor = store.changes_since(None)[:2]
     answers: list[bool] = []
     with ThreadPoolExecutor(1) as threads:
@@ -970,7 +970,7 @@ def test_a_copy_without_wal_gets_it_back(store: SQLiteStore, path: Path, tmp_pat
 
 
 def test_a_damaged_file_is_unavailable(store: SQLiteStore, path: Path) -> None:
-    """It leads to no answer, and in particular not to an unrestricted user."""
+    """A damaged file leads to no answer, and in particular not to an unrestricted user."""
     for number in range(50):
         impose(store, "jo", number)
     store.close()
@@ -985,7 +985,7 @@ def test_a_damaged_file_is_unavailable(store: SQLiteStore, path: Path) -> None:
 
 
 def test_a_file_that_is_cut_off_while_in_use(store: SQLiteStore, path: Path) -> None:
-    """The same while a store is open."""
+    """A file that is damaged while a store is open leads to no answer either."""
     for number in range(50):
         impose(store, "jo", number)
     with raw(path) as connection:
@@ -1135,7 +1135,7 @@ def test_one_budget_for_all_the_waits_of_a_call(
 def test_the_login_path_waits_for_a_second(
     path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[SQLiteStore], object]
 ) -> None:
-    """Even if writers may wait longer."""
+    """Reads of logins wait for one second, even if writers may wait longer."""
     with SQLiteStore(path, timeout=30) as store, raw(path) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("UPDATE head SET revision = revision")
@@ -1148,7 +1148,7 @@ def test_the_login_path_waits_for_a_second(
 def test_opening_a_locked_file_waits_for_the_timeout_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So does a migration that waits for the writer's lock."""
+    """A migration waits for the writer's lock, for the timeout and no longer."""
     path.touch()
     clock = Time(monkeypatch)
     with raw(path) as other:
@@ -1521,7 +1521,7 @@ def test_a_file_that_was_read_only_is_written_again(where: str) -> None:
 
 @pytest.mark.parametrize("content", [b"hello", b"not a database" * 1000])
 def test_a_file_that_is_not_a_database(path: Path, content: bytes) -> None:
-    """It is refused and left unchanged."""
+    """A file of another format is refused and left unchanged."""
     path.write_bytes(content)
     with pytest.raises(StoreConfigError, match="not an SQLite database"):
         SQLiteStore(path)
@@ -1532,7 +1532,7 @@ def test_a_file_that_is_not_a_database(path: Path, content: bytes) -> None:
     "statement", ["CREATE TABLE users (id)", "PRAGMA application_id = 7", "PRAGMA user_version = 3"]
 )
 def test_another_programs_database(path: Path, statement: str) -> None:
-    """It is refused and left unchanged; an empty one is used."""
+    """A database of another program is refused and left unchanged; an empty one is used."""
     with raw(path) as connection:
         connection.execute(statement)
     before = path.read_bytes()
@@ -1587,7 +1587,7 @@ def test_a_newer_schema_that_admits_this_library(store: SQLiteStore, path: Path)
 
 
 def test_a_newer_schema_that_does_not(store: SQLiteStore, path: Path) -> None:
-    """Such a store cannot be opened, and an open one stops answering."""
+    """A store whose schema needs a newer library cannot be opened; an open one stops answering."""
     store.load_policy("jo")
     set_schema(path, 99, SCHEMA_VERSION + 1)
     for migrate in (None, True, False):
@@ -1713,7 +1713,7 @@ def test_a_guard_far_behind_gets_everybody(store: SQLiteStore) -> None:
 
 
 def test_numbers_and_texts_that_no_column_holds(store: SQLiteStore) -> None:
-    """Such arguments find nothing, and raise no error of the driver."""
+    """Arguments that no column holds find nothing, and raise no error of the driver."""
     huge = 2**70
     assert store.changes_since((huge, "x")).usernames is RESET
     assert not store.wait(huge, 0.01)

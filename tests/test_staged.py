@@ -141,7 +141,7 @@ class Between(StoreCase):
         assert len(self.held()) == len(self.held("bob")) == 1
 
     def test_a_duplicate_that_stays(self) -> None:
-        """It refuses the import again, whether others changed something or not."""
+        """A duplicate refuses the import again, whether others changed something or not."""
         self.put("alice", "bob")
         self.add(self.restriction("bob", "203.0.113.7"))
         for change in (lambda: 0, lambda: self.touch("alice")):
@@ -244,7 +244,7 @@ class TestPostgres(Between):
         assert len(self.store.overview(Actor.EVERY_ACCOUNT, limit=2 * MANY).items) == MANY + 2
 
     def test_a_sign_up_waits_for_at_most_the_timeout(self) -> None:
-        """It then raises, and the import continues."""
+        """After the timeout the sign-up raises, and the import continues."""
         self.put("alice")
         many = [user(f"u{number:03}") for number in range(MANY)]
         separator = "&" if "?" in self.url else "?"

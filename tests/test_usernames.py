@@ -282,7 +282,7 @@ def test_ascii_names_are_lower_case(text):
 
 
 def test_several_usernames():
-    """They are converted lazily; one str is refused."""
+    """Several usernames are converted lazily; one str is refused."""
     names = canonical_usernames(iter(["JSmith", " x"]))
     assert next(names) == "jsmith"
     with pytest.raises(UsernameError):

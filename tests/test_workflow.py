@@ -324,7 +324,7 @@ def test_the_right_number_adds_the_restriction(desk: Desk) -> None:
 
 
 def test_confirming_notifies_the_requester_and_the_user(desk: Desk) -> None:
-    """Both get a notice with the applied change."""
+    """The requester and the user each get a notice with the applied change."""
     request = desk.ask()
     desk.confirm(request)
     mail = desk.outbox.messages[-1]

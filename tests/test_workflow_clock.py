@@ -53,7 +53,7 @@ def test_requests_from_the_future_are_not_counted(desk: Desk) -> None:
 
 @pytest.mark.parametrize("after", [timedelta(0), timedelta(hours=20)], ids=["at once", "20 h"])
 def test_a_number_issued_in_the_future_is_expired(desk: Desk, after: timedelta) -> None:
-    """Its age is unknown, so it is refused, and `resend` issues one that works."""
+    """The age of such a number is unknown, so it is refused; `resend` issues one that works."""
     a_day_ahead(desk)
     request = desk.ask()
     set_right(desk)

@@ -208,7 +208,7 @@ def test_an_expired_deletion_is_not_cancelled(desk: Desk) -> None:
 
 
 def test_a_removed_users_restrictions_are_for_actors_of_every_account(desk: Desk) -> None:
-    """They still hold, and only actors of every account can see and delete them."""
+    """The restrictions still hold; only actors of every account can see and delete them."""
     restriction, other = desk.add(), desk.add(HOME)
     desk.store.remove_users(["jsmith"])
     assert sorted(desk.held()) == sorted([OFFICE, HOME])

@@ -27,7 +27,7 @@ def test_a_user_is_found_by_any_spelling_of_its_name(desk: Desk) -> None:
 
 
 def test_a_restriction_is_found_by_its_id(desk: Desk) -> None:
-    """It is found if it has expired, too; one of another account does not exist."""
+    """An expired restriction is found, too; one of another account does not exist."""
     restriction = desk.add(expires_at=desk.later(hours=1))
     desk.wait(hours=2)
     assert desk.flow.restriction(ALICE, restriction.id) == restriction
@@ -49,7 +49,7 @@ def test_removed_users_exist_only_for_actors_of_every_account(desk: Desk) -> Non
 
 
 def test_a_request_is_found_by_its_requester_alone(desk: Desk) -> None:
-    """Its state is the present one, expired requests included."""
+    """The request has its present state, expired requests included."""
     request = desk.ask()
     assert desk.flow.own_request(ALICE, request.id) == request
     for actor in (ADAM, BOSS, CAROL):
@@ -83,7 +83,7 @@ def test_a_row_of_an_import_is_checked_alone(desk: Desk) -> None:
 
 
 def test_look_ups_do_not_wait_for_a_writer(desk: Desk) -> None:
-    """They answer from the last commit while another thread is in a transaction."""
+    """Look-ups answer from the last commit while another thread is in a transaction."""
     restriction, request = desk.add(), desk.ask(HOME)
     inside, done = threading.Event(), threading.Event()
 

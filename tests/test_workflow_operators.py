@@ -398,7 +398,7 @@ def test_an_import_keeps_the_order_of_its_rows(desk: Desk) -> None:
 
 
 def test_ids_of_an_import_cannot_be_guessed() -> None:
-    """They increase by random steps, and are as long as other ids."""
+    """The ids of an import increase by random steps, and are as long as other ids."""
     ids = list(islice(_transaction.increasing_ids(), 100))
     assert ids == sorted(set(ids))
     assert {len(each) for each in ids} == {16}

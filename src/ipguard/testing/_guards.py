@@ -93,7 +93,7 @@ class GuardReadTests(StoreCase):
         assert call.result() is True
 
     def test_load_all_policies(self) -> None:
-        """It returns the policies of restricted users by name; it may be closed early."""
+        """The policies of restricted users are sorted by name; the iterator may be closed early."""
         self.put("alice", "bob", "carol")
         self.add(self.restriction("bob"), self.restriction("alice"), self.restriction("bob"))
         self.store.remove_users(["bob"])
@@ -147,7 +147,7 @@ class GuardReadTests(StoreCase):
         assert len(self.held()) == 30
 
     def test_the_policy_of_a_user_without_restrictions(self) -> None:
-        """It has the current revision and says whether the user is registered."""
+        """The policy has the current revision and says whether the user is registered."""
         self.put("alice")
         self.touch("somebody")
         assert self.store.load_policy("alice") == Policy(revision=2, restrictions=(), known=True)

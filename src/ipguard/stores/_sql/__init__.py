@@ -155,7 +155,7 @@ def marks(names: str) -> str:
 
 
 def make_restriction(username: str, row: Row) -> Restriction:
-    """Return a restriction from the columns of `RESTRICTION`, for callers that `reads_rows`."""
+    """Return a restriction from the columns of `RESTRICTION`, for a caller with `@reads_rows`."""
     # Fast path of each login that misses the cache. Other lengths of addresses raise a KeyError;
     # `AddressRange` checks the rest.
     restriction_id, first, last, label, created_at, created_by, expires_at = row
@@ -175,7 +175,7 @@ def make_restriction(username: str, row: Row) -> Restriction:
 
 
 restriction_of = reads_rows(make_restriction)
-"""The same for all other callers."""
+"""`make_restriction` for all other callers: a malformed row is StoreUnavailable."""
 
 
 def restriction_row(restriction: Restriction) -> Row:
