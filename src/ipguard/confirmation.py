@@ -31,7 +31,7 @@ _IGNORED: Final = frozenset(
 
 
 def mint(digits: int) -> str:
-    """Make a number of so many digits from the system's secure random source.
+    """Return a random number of `digits` digits, from the system's secure source.
 
     ASVS 5.0 6.5.4 requires 20 bits: 7 digits.
     """
@@ -119,7 +119,7 @@ class Keyring:
         return _hmac(self._keys[key_id], fields)
 
     def matches(self, key_id: bytes, digest: bytes, number: str, subject: Iterable[str]) -> bool:
-        """Compare a number with a stored digest, in constant time.
+        """Return whether a number has a stored digest, compared in constant time.
 
         Raises:
             KeyError: The key is not in this ring.

@@ -350,7 +350,7 @@ class MemoryStore(Closing):
         return self._committed().policy(username)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
-        """Load the policies of all restricted users, from one snapshot."""
+        """Return the revision and the policies of all restricted users, from one snapshot."""
         state = self._committed()
         return state.head, ((name, state.policy(name)) for name in sorted(state.restrictions))
 
@@ -391,14 +391,14 @@ class MemoryStore(Closing):
             yield tx
 
     def put_users(self, users: Iterable[User]) -> int:
-        """Add or update users in one change; users that are stored already change nothing."""
+        """Add or update users in one change, if any of them differs; return the revision."""
         by_name = {user.username: user for user in users}
         with self._write() as tx:
             tx.put_users(by_name)
         return _log(tx)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
-        """Remove users in one change."""
+        """Remove users in one change; return the revision."""
         names = set(canonical_usernames(usernames))
         with self._write() as tx:
             tx.remove_users(names)

@@ -348,7 +348,7 @@ class SqlStore(Closing, Generic[C]):
                 yield tx
 
     def put_users(self, users: Iterable[User]) -> int:
-        """Add or update users in one change; users that are stored already change nothing."""
+        """Add or update users in one change, if any of them differs; return the revision."""
         self._refuse_nested()
         few, many = few_users(users)
         if few is not None:
@@ -374,7 +374,7 @@ class SqlStore(Closing, Generic[C]):
         return _log(tx, change)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
-        """Remove users in one change."""
+        """Remove users in one change; return the revision."""
         self._refuse_nested()
         with self._bulk() as connection:
             with self._step(connection):

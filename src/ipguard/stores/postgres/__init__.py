@@ -298,7 +298,7 @@ class PostgresStore(SqlStore[Connection]):
         return self._pool.read(load)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
-        """Load the policies of all restricted users, from one snapshot."""
+        """Return the revision and the policies of all restricted users, from one snapshot."""
         stream = PolicyStream(self._pool)
         return stream.revision, stream
 

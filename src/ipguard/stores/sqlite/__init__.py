@@ -816,7 +816,7 @@ class SQLiteStore(SqlStore[Connection]):
         return policy
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
-        """Load the policies of all restricted users, from one snapshot."""
+        """Return the revision and the policies of all restricted users, from one snapshot."""
         stream = self._stream()
         # Start it now, so that the snapshot is of this moment.
         revision = next(stream)
