@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, get_type_hints
 
@@ -38,7 +39,6 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Options = Mapping[str, tuple[Any, object]]
 Function = TypeVar("Function", bound=Callable[..., int | None])
 
 StoreOption = Annotated[
@@ -48,60 +48,54 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, for errors too.")]
-
-
-def _option(flag: str, variable: str, text: str, kind: Any = str) -> tuple[Any, object]:
-    """Return the type and default of an option that an environment variable can set too."""
-    name, metavar = flag.split()
-    option = typer.Option(name, envvar=variable, metavar=metavar, help=text)
-    return Annotated[kind | None, option], None
-
-
 _EVERY = typer.Option("--every-account", help="The administrator manages all accounts.")
-_SHARED: Final[Options] = {"store": (StoreOption, None), "as_json": (JsonOption, False)}
-KEY: Final[Options] = {
-    "key_file": _option(
-        "--key-file FILE", "IPGUARD_KEY_FILE", "File with the key; or set IPGUARD_KEY to the key."
-    )
-}
-SETTINGS: Final[Options] = {
-    "settings": _option("--settings FILE", "IPGUARD_SETTINGS", "TOML file with WorkflowSettings.")
-}
-MAIL: Final[Options] = {
-    "mail": _option(
+_FLAGS: Final[Mapping[str, Any]] = {"as_json": JsonOption, "every_account": Annotated[bool, _EVERY]}
+# The other options by their environment variable, each with its metavar and its help. The rest of
+# the variable, in small letters, is the option's name in `Context.options`.
+_TEXTS: Final = {
+    "IPGUARD_KEY_FILE": ("--key-file FILE", "File with the key; or set IPGUARD_KEY to the key."),
+    "IPGUARD_SETTINGS": ("--settings FILE", "TOML file with WorkflowSettings."),
+    "IPGUARD_MAIL": (
         "--mail URL",
-        "IPGUARD_MAIL",
-        "Mail server, such as smtp+starttls://mail.example.com:587, or `console` to print mails."
-        " The variable may hold a password.",
+        (
+            "Mail server, such as smtp+starttls://mail.example.com:587, or `console` to print"
+            " mails. The variable may hold a password."
+        ),
     ),
-    "mail_from": _option("--mail-from ADDRESS", "IPGUARD_MAIL_FROM", "Sender of the mails."),
-    "product": _option("--product NAME", "IPGUARD_PRODUCT", "Name of the platform in mails."),
-}
-EMAIL: Final[Options] = {
-    "email": _option("--email ADDRESS", "IPGUARD_EMAIL", "Your e-mail address.")
-}
-ACTOR: Final[Options] = {
-    "actor": _option(
+    "IPGUARD_MAIL_FROM": ("--mail-from ADDRESS", "Sender of the mails."),
+    "IPGUARD_PRODUCT": ("--product NAME", "Name of the platform in mails."),
+    "IPGUARD_EMAIL": ("--email ADDRESS", "Your e-mail address."),
+    "IPGUARD_ACTOR": (
         "--as USERNAME",
-        "IPGUARD_ACTOR",
         "Act on behalf of this administrator; your OS user is recorded too.",
     ),
-    **EMAIL,
-    "accounts": _option(
+    "IPGUARD_ACCOUNTS": (
         "--account ID",
-        "IPGUARD_ACCOUNTS",
         "Account of the administrator; may be repeated. The variable separates IDs by blanks.",
-        list[str],
     ),
-    "every_account": (Annotated[bool, _EVERY], False),
-    "actor_address": _option(
+    "IPGUARD_ACTOR_ADDRESS": (
         "--from ADDRESS",
-        "IPGUARD_ACTOR_ADDRESS",
         "The administrator's IP address; a change that would lock it out needs consent.",
     ),
 }
-OPERATOR: Final[Options] = {**EMAIL, **MAIL, **SETTINGS}
-ADMINISTRATOR: Final[Options] = {**ACTOR, **MAIL, **KEY, **SETTINGS}
+_SHARED: Final = ("store", "as_json")
+KEY: Final = ("key_file",)
+SETTINGS: Final = ("settings",)
+MAIL: Final = ("mail", "mail_from", "product")
+ACTOR: Final = ("actor", "email", "accounts", "every_account", "actor_address")
+OPERATOR: Final = ("email", *MAIL, *SETTINGS)
+ADMINISTRATOR: Final = (*ACTOR, *MAIL, *KEY, *SETTINGS)
+
+
+def _hint(name: str) -> Any:
+    """Return the annotation of an option in a command's signature."""
+    variable = f"IPGUARD_{name.upper()}"
+    if variable not in _TEXTS:
+        return _FLAGS.get(name, StoreOption)
+    flag, metavar = _TEXTS[variable][0].split()
+    option = typer.Option(flag, envvar=variable, metavar=metavar, help=_TEXTS[variable][1])
+    kind: Any = list[str] if name == "accounts" else str
+    return Annotated[kind | None, option]
 
 
 _NO_LOGIN: Final = 2**32 - 1  # the login uid was never set, see proc_pid_loginuid(5)
@@ -123,28 +117,24 @@ def typed(context: typer.Context, name: str) -> bool:
 
 
 def command(
-    *groups: Options, name: str | None = None, group: typer.Typer = app
+    *groups: tuple[str, ...], name: str | None = None, group: typer.Typer = app
 ) -> Callable[[Function], Function]:
     """Make a command from a function whose first argument is the `Context`.
 
     Shared options are added to the signature but not passed on; read them from the context.
     """
-    shared = {each: option for some in (*groups, _SHARED) for each, option in some.items()}
+    shared = dict.fromkeys(chain(*groups, _SHARED))
 
     def register(function: Function) -> Function:
         def run(click: typer.Context, **given: Any) -> int | None:
             # --store and --json may also stand before the command.
             early: Mapping[str, Any] = click.obj or {}
-            options, arguments = {}, set(early)
-            for each in shared:
-                options[each] = given.pop(each)
-                if typed(click, each):
-                    arguments.add(each)
-                elif each in early:
-                    options[each] = early[each]
+            options = {each: given.pop(each) for each in shared}
+            arguments = {each for each in shared if typed(click, each)}
+            options |= {each: early[each] for each in early.keys() - arguments}
             output = Output(as_json=bool(options["as_json"]))
             try:
-                return function(Context(output, options, arguments), **given)
+                return function(Context(output, options, arguments | early.keys()), **given)
             except BrokenPipeError:
                 raise OutputClosed from None
 
@@ -154,10 +144,7 @@ def command(
         parameters = [
             inspect.Parameter("click", kind, annotation=typer.Context),
             *(each.replace(kind=kind, annotation=hints[each.name]) for each in own),
-            *(
-                inspect.Parameter(each, kind, annotation=hint, default=default)
-                for each, (hint, default) in shared.items()
-            ),
+            *(inspect.Parameter(s, kind, annotation=_hint(s), default=None) for s in shared),
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
