@@ -7,24 +7,13 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
 
-from ipguard import rules
+from ipguard import errors, rules
 from ipguard._checks import check_text
 from ipguard.addresses import AddressRange, parse_address
 from ipguard.admin import _http, _messages
 from ipguard.admin._concurrency import check_lockout_accepted, show_lockout_warning
 from ipguard.admin._context import Context, Draft
 from ipguard.admin._http import Response
-from ipguard.errors import (
-    AddressError,
-    AddressTooBroad,
-    DeliveryError,
-    DuplicateRestriction,
-    InvalidValue,
-    IPGuardError,
-    LockoutRisk,
-    StoreError,
-    UnknownUser,
-)
 from ipguard.model import LABEL_LIMIT, User
 
 _FIELDS: Final = ("user", "addresses", "label", "expires_at")
@@ -125,17 +114,17 @@ def _request(
         ).id
         text = "You will receive an email with a confirmation number. Enter it here."
         return context.redirect("confirm", text, user=user.username, request=request_id)
-    except LockoutRisk as risk:
+    except errors.LockoutRisk as risk:
         values |= {"seen": str(addresses), "asked": risk.address}
         problems = check_lockout_accepted(context)
-    except DeliveryError as error:
+    except errors.DeliveryError as error:
         text = _messages.MAIL_FAILED
         return context.redirect(
             "confirm", text, "problem", user=user.username, request=error.request_id
         )
-    except StoreError:
+    except errors.StoreError:
         raise
-    except IPGuardError as error:
+    except errors.IPGuardError as error:
         pending = _find_own_request(context, error, addresses)
         if pending is not None:
             text = "You have asked for this already. Its number was sent to you by email."
@@ -144,9 +133,11 @@ def _request(
     return context.redirect_to_draft("add", Draft(values=values, problems=problems))
 
 
-def _find_own_request(context: Context, error: IPGuardError, addresses: AddressRange) -> str | None:
+def _find_own_request(
+    context: Context, error: errors.IPGuardError, addresses: AddressRange
+) -> str | None:
     """Return the id of the actor's pending request if this form was submitted twice, or None."""
-    if isinstance(error, DuplicateRestriction) and not error.differs:
+    if isinstance(error, errors.DuplicateRestriction) and not error.differs:
         for request in context.find_user(error.username).pending:
             same = request.addresses == addresses and request.restriction_id is None
             if same and request.requested_by == context.actor.username:
@@ -179,7 +170,7 @@ def _parse(
     expires_at = _parse_time(values["expires_at"], problems)
     try:
         check_text("label", values["label"], LABEL_LIMIT)
-    except InvalidValue as error:
+    except errors.InvalidValue as error:
         problems |= _messages.explain(error, context.now)
     if problems or user is None or addresses is None:
         return problems
@@ -195,7 +186,7 @@ def _parse_addresses(context: Context, text: str, problems: dict[str, str]) -> A
     try:
         addresses = rules.read_addresses(text, **widest)
         rules.check_width(addresses, **widest)
-    except (AddressError, AddressTooBroad) as error:
+    except (errors.AddressError, errors.AddressTooBroad) as error:
         problems |= _messages.explain(error, context.now)
         return None
     return addresses
@@ -213,7 +204,7 @@ def _parse_time(text: str, problems: dict[str, str]) -> datetime | None:
 
 
 def _parse_user(context: Context, text: str, problems: dict[str, str]) -> User | None:
-    with suppress(UnknownUser):
+    with suppress(errors.UnknownUser):
         return context.find_user(text.strip()).user
     if not text.strip():
         problems["user"] = "Choose a trader."
@@ -230,6 +221,6 @@ def _match_users(context: Context, text: str) -> tuple[User, ...]:
         return ()
     try:
         lines = context.flow.overview(context.actor, search=text.strip(), limit=_MATCH_LIMIT)
-    except InvalidValue:
+    except errors.InvalidValue:
         return ()
     return tuple(line.user for line in lines if not line.removed)

@@ -5,27 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Final
 
-from ipguard import rules
+from ipguard import errors, rules
 from ipguard.admin import _messages
 from ipguard.admin._concurrency import Form, show_closed_request, show_ended_restriction
 from ipguard.admin._context import Context, Level
 from ipguard.admin._http import Response
-from ipguard.errors import (
-    DeliveryError,
-    DuplicateRestriction,
-    IPGuardError,
-    LockoutRisk,
-    NumberExpired,
-    NumberFormatError,
-    OpeningRisk,
-    RequestClosed,
-    StoreError,
-    TooManyAttempts,
-    TooManyRequests,
-    UnknownRequest,
-    UnknownRestriction,
-    WrongNumber,
-)
 from ipguard.model import REASON_LIMIT, Applied, PendingRequest, Restriction, User, UserOverview
 
 _ACTOR_LOCKED: Final = (
@@ -89,28 +73,28 @@ def confirm(context: Context) -> Response:
             allow_lockout=context.field("lockout") == "accept",
             allow_opening=preview_removal(line, request.restriction_id, context.now)["opens"],
         )
-    except LockoutRisk as risk:
+    except errors.LockoutRisk as risk:
         return _CONFIRM.warn_of_lockout(context, risk.address)
-    except OpeningRisk:
+    except errors.OpeningRisk:
         return _CONFIRM.refuse(context, step="changed")
-    except (StoreError, UnknownRequest):
+    except (errors.StoreError, errors.UnknownRequest):
         raise
-    except IPGuardError as error:
+    except errors.IPGuardError as error:
         return _refuse_number(context, error)
     return show_applied(context, line.user, applied)
 
 
-def _refuse_number(context: Context, error: IPGuardError) -> Response:
+def _refuse_number(context: Context, error: errors.IPGuardError) -> Response:
     match error:
-        case RequestClosed() | WrongNumber(attempts_left=0):
+        case errors.RequestClosed() | errors.WrongNumber(attempts_left=0):
             return _CONFIRM.open(context)
-        case WrongNumber():
+        case errors.WrongNumber():
             text = f"This is not the number. {_messages.format_attempts(error.attempts_left)}."
-        case NumberFormatError():
+        case errors.NumberFormatError():
             text = f"The confirmation number {error.reason}. No attempt was counted."
-        case TooManyAttempts():
+        case errors.TooManyAttempts():
             text = _ACTOR_LOCKED
-        case NumberExpired():
+        case errors.NumberExpired():
             text = "This number has expired. Send a new number; the request still waits."
         case _:
             return _CONFIRM.refuse(context, _messages.explain(error, context.now))
@@ -127,13 +111,13 @@ def resend(context: Context) -> Response:
     try:
         context.flow.resend(context.actor, request_id)
         level = "done"
-    except RequestClosed:
+    except errors.RequestClosed:
         return _CONFIRM.open(context)
-    except TooManyRequests as error:
+    except errors.TooManyRequests as error:
         text = _messages.explain(error, context.now)[""]
         if error.retry_after <= context.flow.settings.resend_interval:
             text = f"A number was sent a moment ago. {_messages.format_retry(error, context.now)}"
-    except DeliveryError:
+    except errors.DeliveryError:
         text = _messages.MAIL_FAILED
     return context.redirect("confirm", text, level, user=username, request=request_id)
 
@@ -145,7 +129,7 @@ def cancel(context: Context) -> Response:
         return _CONFIRM.open(context)
     try:
         request = context.flow.cancel(context.actor, request_id)
-    except RequestClosed:
+    except errors.RequestClosed:
         return _CONFIRM.open(context)
     text = f"The request to {_messages.describe_request(request)} was cancelled."
     return context.redirect("user", text, user=request.username)
@@ -220,9 +204,9 @@ def delete(context: Context) -> Response:
             # Use what the form showed; since then this may have become the last restriction.
             allow_opening=last,
         )
-    except StoreError:
+    except errors.StoreError:
         raise
-    except IPGuardError as error:
+    except errors.IPGuardError as error:
         return _refuse_deletion(context, name, restriction, error)
     if isinstance(applied, Applied):
         return show_applied(context, line.user, applied)
@@ -231,18 +215,18 @@ def delete(context: Context) -> Response:
 
 
 def _refuse_deletion(
-    context: Context, username: str, restriction: Restriction, error: IPGuardError
+    context: Context, username: str, restriction: Restriction, error: errors.IPGuardError
 ) -> Response:
-    if isinstance(error, LockoutRisk):
+    if isinstance(error, errors.LockoutRisk):
         return _DELETE.warn_of_lockout(context, error.address)
-    if isinstance(error, OpeningRisk):
+    if isinstance(error, errors.OpeningRisk):
         return _DELETE.refuse(context, step="changed")
-    if isinstance(error, UnknownRestriction):
+    if isinstance(error, errors.UnknownRestriction):
         return _DELETE.open(context)
-    if isinstance(error, DeliveryError):
+    if isinstance(error, errors.DeliveryError):
         text, request_id = _messages.MAIL_FAILED, error.request_id
         return context.redirect("confirm", text, "problem", user=username, request=request_id)
-    if isinstance(error, DuplicateRestriction):
+    if isinstance(error, errors.DuplicateRestriction):
         return _open_pending_deletion(context, username, restriction)
     return _DELETE.refuse(context, _messages.explain(error, context.now))
 

@@ -7,19 +7,8 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Final
 
-from ipguard import audit
+from ipguard import audit, errors
 from ipguard.addresses import AddressRange
-from ipguard.errors import (
-    AddressError,
-    AddressTooBroad,
-    DuplicateRestriction,
-    InvalidValue,
-    IPGuardError,
-    TooManyRequests,
-    TooManyRestrictions,
-    UnknownUser,
-    UsernameError,
-)
 from ipguard.model import (
     Action,
     Change,
@@ -80,26 +69,26 @@ def describe_request(request: PendingRequest) -> str:
 _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
 
 
-def explain(error: IPGuardError, now: datetime) -> dict[str, str]:
+def explain(error: errors.IPGuardError, now: datetime) -> dict[str, str]:
     """Translate an error to a form's problem, by field; the field "" is the form as a whole."""
     field = "addresses"
     match error:
-        case AddressError():
+        case errors.AddressError():
             hint = "" if error.hint is None else f" Did you mean {error.hint}?"
             text = f"{error.text} is not accepted: {error.reason}.{hint}"
-        case AddressTooBroad():
+        case errors.AddressTooBroad():
             text = f"{error.addresses} holds more addresses than a restriction may. "
             text += f"The widest network allowed is a /{error.widest}."
-        case DuplicateRestriction():
+        case errors.DuplicateRestriction():
             text = str(error)
-        case TooManyRestrictions():
+        case errors.TooManyRestrictions():
             text = f"{error.username} already has {error.limit} restrictions, as many as are "
             text += "allowed. Delete some first, or use a network in place of single addresses."
-        case TooManyRequests():
+        case errors.TooManyRequests():
             field, text = "", f"Too many requests for now. {format_retry(error, now)}"
-        case InvalidValue():
+        case errors.InvalidValue():
             field, text = error.name, f"{_NAMES.get(error.name, 'This')} {error.reason}."
-        case UsernameError() | UnknownUser():
+        case errors.UsernameError() | errors.UnknownUser():
             field, text = "user", "There is no such trader among yours. Choose one from the list."
         case _:
             field, text = "", str(error)
@@ -108,7 +97,7 @@ def explain(error: IPGuardError, now: datetime) -> dict[str, str]:
     return {field: text if text.endswith((".", "?")) else f"{text}."}
 
 
-def format_retry(error: TooManyRequests, now: datetime) -> str:
+def format_retry(error: errors.TooManyRequests, now: datetime) -> str:
     """Return when something can be tried again."""
     wait = f"Try again in {format_duration(error.retry_after)}"
     if error.retry_after <= timedelta(minutes=1):  # times are shown without seconds

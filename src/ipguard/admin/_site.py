@@ -15,19 +15,11 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ipguard import rules
+from ipguard import errors, rules
 from ipguard._checks import check_callable, check_text
 from ipguard.admin import _add, _changes, _http, _listing, _messages
 from ipguard.admin._context import Context, Services, Signer
 from ipguard.admin._http import SAFE_HEADERS, NotFound, PageError, Request, Response
-from ipguard.errors import (
-    InvalidValue,
-    IPGuardError,
-    StoreError,
-    UnknownRequest,
-    UnknownRestriction,
-    UnknownUser,
-)
 from ipguard.guard import Guard
 from ipguard.model import Actor
 from ipguard.workflow import Workflow
@@ -87,9 +79,11 @@ class Site:
     ) -> None:
         check_callable("authenticate", authenticate)
         if not isinstance(flow, Workflow):
-            raise InvalidValue("flow", "must be a Workflow; an AsyncWorkflow has one as .flow")
+            raise errors.InvalidValue(
+                "flow", "must be a Workflow; an AsyncWorkflow has one as .flow"
+            )
         if not isinstance(guard, Guard):
-            raise InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
+            raise errors.InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
         self.authenticate = authenticate
         self._files, templates = _load_files()
         self.services = Services(
@@ -154,15 +148,15 @@ class Site:
 def _to_page_error(request: Request, error: Exception) -> PageError:
     if isinstance(error, PageError):
         return error
-    if isinstance(error, (UnknownUser, UnknownRequest, UnknownRestriction)):
+    if isinstance(error, (errors.UnknownUser, errors.UnknownRequest, errors.UnknownRestriction)):
         return NotFound()
-    if isinstance(error, StoreError):
+    if isinstance(error, errors.StoreError):
         _log.error("the store is unavailable: %s", type(error).__name__)
         text = "The restrictions cannot be read or changed at the moment. Try again shortly."
         if request.method == "POST":
             text += " Look at the list before you repeat a change: it may have been made."
         return PageError(503, text, "Not available now", (("Retry-After", "5"),))
-    if isinstance(error, IPGuardError):
+    if isinstance(error, errors.IPGuardError):
         return PageError(409, str(error))
     # Do not log the exception's message: it may contain what the actor typed.
     trace = "".join(traceback.format_tb(error.__traceback__))

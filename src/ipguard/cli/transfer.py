@@ -20,7 +20,7 @@ from typing import Annotated, Any, BinaryIO, Final, TextIO, TypeVar
 import attrs
 from typer import Option
 
-from ipguard import rules
+from ipguard import errors, rules
 from ipguard.addresses import AddressRange
 from ipguard.cli import _files
 from ipguard.cli._codes import Exit, Problem
@@ -28,13 +28,6 @@ from ipguard.cli._context import OPERATOR, READER, Context, command
 from ipguard.cli._files import BadRows, Columns, FileArgument, Format, FormatOption, Row, Spool
 from ipguard.cli._output import Output, pages, plain
 from ipguard.cli.changes import ReasonOption
-from ipguard.errors import (
-    DuplicateRestriction,
-    InvalidValue,
-    IPGuardError,
-    StoreError,
-    UnknownUser,
-)
 from ipguard.model import Actor, Policy, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow
@@ -110,8 +103,10 @@ def import_(
         try:
             with _files.progress(context.out, "restrictions", stream) as advance:
                 applied = flow.impose_many(actor, wanted(), reason=reason)
-        except (_BadRow, IPGuardError) as exc:
-            if isinstance(exc, StoreError) or (isinstance(exc, InvalidValue) and not count):
+        except (_BadRow, errors.IPGuardError) as exc:
+            if isinstance(exc, errors.StoreError) or (
+                isinstance(exc, errors.InvalidValue) and not count
+            ):
                 raise
             # Only the first bad row is known so far: check them all.
             stream.seek(0)
@@ -131,7 +126,9 @@ def _values(row: Row) -> tuple[object, ...]:
         try:
             expires_at = datetime.fromisoformat(row["expires_at"])
         except ValueError:
-            raise InvalidValue("expires_at", "is not a time; write 2027-01-31T18:00Z") from None
+            raise errors.InvalidValue(
+                "expires_at", "is not a time; write 2027-01-31T18:00Z"
+            ) from None
     return (row["username"], row["addresses"], row.get("label", ""), expires_at)
 
 
@@ -175,7 +172,7 @@ class _Check:
             wanted = [_restriction(row, now) for row in rows]
             if not policy.known:
                 for each in wanted:
-                    self._bad.add(int(each.id), UnknownUser(username))
+                    self._bad.add(int(each.id), errors.UnknownUser(username))
                 continue
             replaced, refused = rules.judge_additions(
                 username, policy.restrictions, wanted, per_user=per_user, now=now
@@ -188,9 +185,9 @@ class _Check:
             for each, error in refused:
                 self._refuse(int(each.id), error, lines[each.addresses])
 
-    def _refuse(self, line: int, error: IPGuardError, first: str) -> None:
+    def _refuse(self, line: int, error: errors.IPGuardError, first: str) -> None:
         where = ""
-        if isinstance(error, DuplicateRestriction):
+        if isinstance(error, errors.DuplicateRestriction):
             if self._skip_existing and error.found == "restriction" and not error.differs:
                 self.skipped.add(line)
                 return
@@ -251,7 +248,7 @@ def _checked(
             for line, row in _files.rows(stream, form, _COLUMNS, bad.add, advance):
                 try:
                     wanted = flow.check_row(READER, _values(row))
-                except IPGuardError as exc:
+                except errors.IPGuardError as exc:
                     bad.add(line, exc)
                     continue
                 end = None if wanted.expires_at is None else wanted.expires_at.isoformat()

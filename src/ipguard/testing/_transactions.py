@@ -11,12 +11,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from ipguard.errors import (
-    DuplicateRestriction,
-    StoreUnavailable,
-    TooManyRestrictions,
-    UnknownUser,
-)
+from ipguard import errors
 from ipguard.model import Action, Change, Policy, RequestKind, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.testing._case import (
@@ -291,8 +286,8 @@ class StagedTests(StoreCase):
         self.put("alice")
         staged = [self.restriction(addresses="203.0.113.7")]
         for per_user, addresses, kind in (
-            (10, "203.0.113.7", DuplicateRestriction),
-            (1, "203.0.113.8", TooManyRestrictions),
+            (10, "203.0.113.7", errors.DuplicateRestriction),
+            (1, "203.0.113.8", errors.TooManyRestrictions),
         ):
             with raises(Interrupted), self.store.transaction(staged=staged) as tx:
                 tx.add_restriction(self.restriction(addresses=addresses))
@@ -320,7 +315,7 @@ class StagedTests(StoreCase):
         self.put("alice", "bob")
         self.store.remove_users(["bob"])
         for name in ("bob", "nobody"):
-            error = self._refused(UnknownUser, [self.restriction(), self.restriction(name)])
+            error = self._refused(errors.UnknownUser, [self.restriction(), self.restriction(name)])
             assert error.username == name
 
     def test_a_duplicate_refuses_all(self) -> None:
@@ -333,7 +328,7 @@ class StagedTests(StoreCase):
             ("bob", "2001:db8::/32", [self.restriction("bob", "2001:db8::/32") for _ in "12"]),
             ("bob", "2001:db8::/32", [expired, self.restriction("bob", "2001:db8::/32")]),
         ):
-            error = self._refused(DuplicateRestriction, [self.restriction(), *duplicates])
+            error = self._refused(errors.DuplicateRestriction, [self.restriction(), *duplicates])
             assert (error.username, error.addresses) == (name, text)
         near = [self.restriction("alice", t) for t in ("203.0.113.0/25", "203.0.113.0")]
         assert self._stage([*near, self.restriction("bob", "203.0.113.0/24")]) == 3
@@ -346,7 +341,7 @@ class StagedTests(StoreCase):
         other = self.restriction("alice", "203.0.113.8", expires_at=soon)
         self.add(old, other)
         new = self.restriction("alice", "203.0.113.7", created_at=soon)
-        self._refused(DuplicateRestriction, [new])
+        self._refused(errors.DuplicateRestriction, [new])
         self.clock.advance(timedelta(seconds=1))
         assert self._stage([new]) == 1
         assert self.held() == (other, new)
@@ -381,7 +376,7 @@ class StagedTests(StoreCase):
         self.add(expired, self.restriction(), self.restriction())
         bobs = self.restriction("bob")
         two = [self.restriction(), self.restriction()]
-        error = self._refused(TooManyRestrictions, [bobs, *two], per_user=4)
+        error = self._refused(errors.TooManyRestrictions, [bobs, *two], per_user=4)
         assert (error.username, error.limit) == ("alice", 4)
         same = self.restriction("alice", "203.0.113.7")
         assert self._stage([bobs, two[0], same], per_user=4) == 3
@@ -392,9 +387,9 @@ class StagedTests(StoreCase):
         self.put("alice", "bob")
         same = [self.restriction("alice", "203.0.113.7") for _ in range(2)]
         unknown, many = self.restriction("nobody"), [self.restriction("bob") for _ in range(3)]
-        self._refused(UnknownUser, [*many, *same, unknown], per_user=2)
-        self._refused(DuplicateRestriction, [*many, *same], per_user=2)
-        self._refused(TooManyRestrictions, many, per_user=2)
+        self._refused(errors.UnknownUser, [*many, *same, unknown], per_user=2)
+        self._refused(errors.DuplicateRestriction, [*many, *same], per_user=2)
+        self._refused(errors.TooManyRestrictions, many, per_user=2)
 
 
 class LifecycleTests(StoreCase):
@@ -418,9 +413,9 @@ class LifecycleTests(StoreCase):
         store.close()
         store.close()
         for call in calls:
-            with raises(StoreUnavailable):
+            with raises(errors.StoreUnavailable):
                 call()
-            with raises(StoreUnavailable):
+            with raises(errors.StoreUnavailable):
                 Call(call).result()
 
     def test_close_ends_wait(self) -> None:
@@ -428,7 +423,7 @@ class LifecycleTests(StoreCase):
         self.touch("alice")
 
         def wait() -> bool:
-            with suppress(StoreUnavailable):
+            with suppress(errors.StoreUnavailable):
                 return self.store.wait(1, 3600.0)
             return False
 
@@ -442,7 +437,7 @@ class LifecycleTests(StoreCase):
             assert store is self.store
             self.touch("alice")
             raise ZeroDivisionError
-        with raises(StoreUnavailable):
+        with raises(errors.StoreUnavailable):
             self.store.load_policy("alice")
 
     def test_two_handles_share_the_data(self) -> None:
@@ -501,7 +496,7 @@ class LifecycleTests(StoreCase):
             policy = self.store.load_policy("alice")
             head = self.store.changes_since(None).head
             entries = len(self.store.history(EVERY))
-        except StoreUnavailable:
+        except errors.StoreUnavailable:
             self.store.close()
             return "refused"
         right = (policy.revision, len(policy.restrictions), head, entries) == (2, 1, 2, 2)

@@ -15,22 +15,10 @@ from typing import Any, Final, NamedTuple
 
 import attrs
 
-from ipguard import confirmation, rules
+from ipguard import confirmation, errors, rules
 from ipguard._checks import check_text, check_time, check_whole
 from ipguard.addresses import AddressRange
 from ipguard.audit import log_change
-from ipguard.errors import (
-    DeliveryError,
-    InvalidValue,
-    IPGuardError,
-    NumberExpired,
-    TooManyAttempts,
-    TooManyRequests,
-    UnknownRestriction,
-    UnknownUser,
-    UsernameError,
-    WrongNumber,
-)
 from ipguard.model import (
     EVERYBODY,
     LABEL_LIMIT,
@@ -116,14 +104,16 @@ class Workflow(Closing):
     ) -> None:
         self.settings = WorkflowSettings() if settings is None else settings
         if not isinstance(self.settings, WorkflowSettings):
-            raise InvalidValue(
+            raise errors.InvalidValue(
                 "settings", f"must be WorkflowSettings, not {type(settings).__name__}"
             )
         self.notices_failed = 0
         if not hasattr(store, "transaction"):
-            raise InvalidValue("store", "must be a restriction store, such as open_store returns")
+            raise errors.InvalidValue(
+                "store", "must be a restriction store, such as open_store returns"
+            )
         if not hasattr(notifier, "number_issued"):
-            raise InvalidValue("notifier", "must be a notifier, such as ipguard.mail has")
+            raise errors.InvalidValue("notifier", "must be a notifier, such as ipguard.mail has")
         self._store = store
         self._notifier = notifier
         self._keys = confirmation.Keyring(key)
@@ -214,7 +204,7 @@ class Workflow(Closing):
                 `RequestClosed("confirmed")` if the change went through.
         """
         if not isinstance(number, str):
-            raise InvalidValue("number", f"must be text, not {type(number).__name__}")
+            raise errors.InvalidValue("number", f"must be text, not {type(number).__name__}")
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=True)
             failures = self._check_confirmable(tx, stored)
@@ -228,7 +218,7 @@ class Workflow(Closing):
                 result = tx.count_guess(stored, user, failures)
         if not isinstance(result, Applied):
             # Raised only now that the count is committed: an error inside would have undone it.
-            raise WrongNumber(result)
+            raise errors.WrongNumber(result)
         self._announce(tx, user)
         return result
 
@@ -236,20 +226,20 @@ class Workflow(Closing):
         """Refuse a request that no number can confirm; return the actor's failures."""
         state = rules.state_at(stored.request, tx.now)
         if state is RequestState.LOCKED:
-            raise TooManyAttempts
+            raise errors.TooManyAttempts
         rules.after(state, rules.Step.CONFIRM)
         if rules.number_expired(stored, tx.now):
-            raise NumberExpired
+            raise errors.NumberExpired
         if stored.key_id not in self._keys:
             _log.error(
                 "the number of request %s was minted under a key that this server does not have; "
                 "do all servers share their keys?",
                 stored.request.id,
             )
-            raise NumberExpired
+            raise errors.NumberExpired
         failures = tx.failures(tx.actor.username)
         if failures >= self.settings.failures_per_actor:
-            raise TooManyAttempts
+            raise errors.TooManyAttempts
         return failures
 
     def resend(self, actor: Actor, request_id: str) -> PendingRequest:
@@ -277,14 +267,14 @@ class Workflow(Closing):
             limit = self.settings.resends_per_request
             resends = stored.resends + (failed == 0)
             if resends > limit:
-                raise TooManyRequests(
+                raise errors.TooManyRequests(
                     min(request.expires_at - tx.now, self.settings.request_lifetime)
                 )
             if not 0 < failed <= max(1, limit) and stored.sent_at is not None:
                 interval = self.settings.resend_interval
                 wait = rules.wait_left([stored.sent_at], 1, interval, tx.now)
                 if wait:
-                    raise TooManyRequests(wait)
+                    raise errors.TooManyRequests(wait)
             if request.requested_at > tx.now:  # by a clock that ran ahead
                 expires_at = rules.shifted(tx.now, self.settings.request_lifetime)
                 request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
@@ -395,7 +385,7 @@ class Workflow(Closing):
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
         wanted = self._restriction(actor, username, addresses, label, expires_at)
-        _check_operator(actor, UnknownUser(wanted.username))
+        _check_operator(actor, errors.UnknownUser(wanted.username))
         with self._transaction(actor) as tx:
             user = tx.registered_user(wanted.username)
             new = attrs.evolve(wanted, created_at=tx.now)
@@ -425,12 +415,12 @@ class Workflow(Closing):
             InvalidValue: Also: the reason is missing, or `rows` is empty.
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
-        _check_operator(actor, UnknownUser("(any)"))
+        _check_operator(actor, errors.UnknownUser("(any)"))
         names: set[str] = set()
         with self._transaction(actor, self._staged(actor, rows, names)) as tx:
             count = tx.add_staged()
             if not count:
-                raise InvalidValue("rows", "must not be empty")
+                raise errors.InvalidValue("rows", "must not be empty")
             change = tx.append(
                 Action.IMPOSE_MANY, touches=EVERYBODY, restrictions=count, reason=reason
             )
@@ -448,7 +438,7 @@ class Workflow(Closing):
         for position, row in enumerate(rows, start=1):
             try:
                 wanted = self._row_restriction(actor, row, now)
-            except IPGuardError as exc:
+            except errors.IPGuardError as exc:
                 exc.add_note(f"row {position}")
                 raise
             if len(names) <= NAMED_AT_MOST:
@@ -492,7 +482,7 @@ class Workflow(Closing):
             StoreUnavailable: The store failed; the change may or may not have been made.
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
-        _check_operator(actor, UnknownRestriction(restriction_id))
+        _check_operator(actor, errors.UnknownRestriction(restriction_id))
         with self._transaction(actor) as tx:
             restriction, user = tx.restriction(restriction_id)
             applied = tx.remove(
@@ -521,7 +511,7 @@ class Workflow(Closing):
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
         name = canonical_username(username)
-        _check_operator(actor, UnknownUser(name))
+        _check_operator(actor, errors.UnknownUser(name))
         with self._transaction(actor) as tx:
             stored = tx.user(name)
             user = None if stored is None else stored.user
@@ -552,7 +542,7 @@ class Workflow(Closing):
         """
         check_text("search", search, _SEARCH_LIMIT)
         if after is not None and not isinstance(after, str):
-            raise InvalidValue("after", f"must be text, not {type(after).__name__}")
+            raise errors.InvalidValue("after", f"must be text, not {type(after).__name__}")
         return self._store.overview(
             actor.manages,
             search=search.strip(),
@@ -597,14 +587,14 @@ class Workflow(Closing):
         """
         try:
             name = canonical_username(username)
-        except UsernameError:
-            raise UnknownUser(username) from None
+        except errors.UsernameError:
+            raise errors.UnknownUser(username) from None
         # Usernames are listed by code points: none sorts between this text and the name.
         before = name[:-1] + chr(ord(name[-1]) - 1) + _LAST_CHARACTER
         for found in self._store.overview(actor.manages, after=before, limit=1):
             if found.user.username == name:
                 return found
-        raise UnknownUser(username)
+        raise errors.UnknownUser(username)
 
     def restriction(self, actor: Actor, restriction_id: str) -> Restriction:
         """Return a restriction, expired or not.
@@ -639,7 +629,7 @@ class Workflow(Closing):
             UsernameError: The username has no canonical form.
         """
         name = canonical_username(username)
-        _check_operator(actor, UnknownUser(name))
+        _check_operator(actor, errors.UnknownUser(name))
         with self._view(actor) as view:
             return view.failures(name)
 
@@ -775,13 +765,13 @@ class Workflow(Closing):
                 attrs.evolve(actor, email=stored.email),
             )
         except Exception as exc:
-            with suppress(IPGuardError):  # the mail's failure is the one to report
+            with suppress(errors.IPGuardError):  # the mail's failure is the one to report
                 self._record_failed_mail(stored, actor, failed + 1)
             # The text of a notifier's error may hold anything, even the number; only DeliveryError
             # is meant to be shown. Keep others out of the tracebacks that hosts log.
-            shown = exc if isinstance(exc, DeliveryError) else None
+            shown = exc if isinstance(exc, errors.DeliveryError) else None
             reason = shown.reason if shown else type(exc).__name__
-            raise DeliveryError(reason, stored.request.id) from shown
+            raise errors.DeliveryError(reason, stored.request.id) from shown
         return stored.request
 
     def _record_failed_mail(self, sent: StoredRequest, actor: Actor, failed: int) -> None:
@@ -825,7 +815,7 @@ def _cells(row: Row) -> tuple[object, ...]:
     if isinstance(row, Mapping):
         unknown = [key for key in row if key not in _COLUMNS]
         if unknown or "username" not in row or "addresses" not in row:
-            raise InvalidValue(
+            raise errors.InvalidValue(
                 "rows",
                 "a mapping has the keys username and addresses, and optionally label and"
                 " expires_at",
@@ -834,12 +824,12 @@ def _cells(row: Row) -> tuple[object, ...]:
         label = "" if label is None else label
         return (row["username"], row["addresses"], label, row.get("expires_at"))
     if isinstance(row, (str, bytes)) or not isinstance(row, Sequence) or not 2 <= len(row) <= 4:
-        raise InvalidValue(
+        raise errors.InvalidValue(
             "rows", "a row is (username, addresses), optionally with label and expires_at"
         )
     return tuple(row)
 
 
-def _check_operator(actor: Actor, otherwise: IPGuardError) -> None:
+def _check_operator(actor: Actor, otherwise: errors.IPGuardError) -> None:
     if actor.manages is not Actor.EVERY_ACCOUNT:
         raise otherwise

@@ -9,17 +9,8 @@ from typing import Any, Final
 
 import attrs
 
-from ipguard import audit, rules
+from ipguard import audit, errors, rules
 from ipguard.addresses import parse_address
-from ipguard.errors import (
-    DuplicateRestriction,
-    InvalidValue,
-    OpeningRisk,
-    TooManyRequests,
-    UnknownRequest,
-    UnknownRestriction,
-    UnknownUser,
-)
 from ipguard.model import (
     Action,
     Actor,
@@ -69,7 +60,7 @@ def check_new(new: Restriction, settings: WorkflowSettings, now: datetime) -> No
         new.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
     )
     if new.expires_at is not None and new.expires_at <= now:
-        raise InvalidValue("expires_at", "must be in the future")
+        raise errors.InvalidValue("expires_at", "must be in the future")
 
 
 class ActorView:
@@ -102,7 +93,7 @@ class ActorView:
         """
         stored = self.user(username)
         if stored is None or stored.removed:
-            raise UnknownUser(username)
+            raise errors.UnknownUser(username)
         return stored.user
 
     def request(self, request_id: str, *, own: bool) -> tuple[StoredRequest, User]:
@@ -115,9 +106,9 @@ class ActorView:
         stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
         user = None if stored is None else self.user(stored.request.username)
         if stored is None or user is None:
-            raise UnknownRequest(request_id)
+            raise errors.UnknownRequest(request_id)
         if own and stored.request.requested_by != self.actor.username:
-            raise UnknownRequest(request_id)
+            raise errors.UnknownRequest(request_id)
         return stored, user.user
 
     def restriction(self, restriction_id: str) -> tuple[Restriction, User]:
@@ -130,7 +121,7 @@ class ActorView:
         restriction = self._snapshot.restriction(restriction_id) if known else None
         user = None if restriction is None else self.user(restriction.username)
         if restriction is None or user is None:
-            raise UnknownRestriction(restriction_id)
+            raise errors.UnknownRestriction(restriction_id)
         return restriction, user.user
 
     def failures(self, username: str) -> int:
@@ -168,7 +159,7 @@ class ActorTransaction(ActorView):
         times = self._tx.request_times(self.actor.username, rules.shifted(self.now, -_HOUR))
         wait = rules.wait_left(times, self._settings.requests_per_hour, _HOUR, self.now)
         if wait:
-            raise TooManyRequests(wait)
+            raise errors.TooManyRequests(wait)
 
     def check_not_pending(self, wanted: Restriction, *, deletes: str | None = None) -> None:
         """Raise DuplicateRestriction if the same request to add or delete is pending."""
@@ -177,7 +168,9 @@ class ActorTransaction(ActorView):
             if live and pending.addresses == wanted.addresses and pending.restriction_id == deletes:
                 if deletes is None:
                     raise rules.duplicate(pending, wanted)
-                raise DuplicateRestriction(wanted.username, str(wanted.addresses), "deletion")
+                raise errors.DuplicateRestriction(
+                    wanted.username, str(wanted.addresses), "deletion"
+                )
 
     def check_addition(self, new: Restriction) -> tuple[tuple[Restriction, ...], list[Restriction]]:
         """Check a new restriction against the user's present ones.
@@ -262,7 +255,7 @@ class ActorTransaction(ActorView):
         """
         remainder = self.check_removal(restriction, allow_lockout=allow_lockout)
         if remainder.opens and not allow_opening:
-            raise OpeningRisk(user.username)
+            raise errors.OpeningRisk(user.username)
         self._take_away(restriction)
         change = self.append(
             action,
