@@ -564,6 +564,33 @@ def test_policy_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
     assert table(guard).policy("jsmith", 99) is None
 
 
+def test_user_read_again_is_no_older_than_a_login(world: World) -> None:
+    """A read that the refresher began before a login's must not replace what the login was told."""
+    world.restrict("jsmith", HOME)
+    guard = preloaded(world)
+    world.restrict("jsmith", OFFICE)
+    with during(world.store.after_load, guard.sync) as reading:
+        with during(world.store.before_load, lambda: guard.check("jsmith", OFFICE)) as login:
+            guard.sync()  # so that the login's row is not kept
+            revision = world.lift_all("jsmith")
+        assert login.result().revision == revision
+    reading.result()
+    assert guard.check("jsmith", ELSEWHERE).revision == revision
+
+
+def test_user_opened_ahead_of_a_snapshot_is_unknown_in_it(memory: World) -> None:
+    """A login that was told of a deletion must not be followed by the older snapshot."""
+    memory.restrict("jsmith", HOME)
+    guard = memory.guard(preload=True)
+    with during(memory.store.in_stream, guard.sync) as reading:
+        with during(memory.store.before_load, lambda: guard.check("jsmith", ELSEWHERE)) as login:
+            guard._lease.sync()  # so that the login's row is not kept
+            revision = memory.lift_all("jsmith")
+        assert login.result().revision == revision
+    reading.result()
+    assert guard.check("jsmith", ELSEWHERE).revision == revision
+
+
 def test_policy_ahead_hides_the_row(world: World) -> None:
     """A user without a row stays absent."""
     world.restrict("jsmith", HOME)

@@ -176,7 +176,8 @@ class Preloaded:
     def put(self, name: str, policy: Policy, *, ahead: bool) -> None:
         """Replace a user's row; mark the user unknown if the policy is ahead of the position."""
         if ahead:
-            if policy.restrictions or name in self._rows:
+            # Not strangers: there may be any number.
+            if policy.known or policy.restrictions or name in self._rows:
                 self.mark((name,))
         elif self.complete:
             if policy.restrictions:
@@ -297,18 +298,22 @@ class Table:
             if began.history == position.history and policy.revision >= position.revision:
                 self.preloaded.put(name, policy, ahead=ahead)
                 self._drop(name)
-                if began.covers(policy.revision, position.syncs):
-                    if ahead:
-                        self._ahead.add(name)
+                kept = began.covers(policy.revision, position.syncs)
+                if ahead and (kept or name in self.preloaded.unknown):
+                    self._ahead.add(name)
+                if kept:
                     self._keep(row, spelling)
         return row
 
     def refresh(self, name: str, policy: Policy, began: Position) -> None:
-        """Replace the row of a preloaded user, if the policy is of the table's own revision."""
+        """Replace the row of a preloaded user, if the policy is of the table's own revision.
+
+        Not if a login was answered ahead of it: its next answer must not be an older one.
+        """
         with self.lock:
             now = self.position
             same = (now.revision, now.history) == (began.revision, began.history)
-            if same and policy.revision == now.revision:
+            if same and policy.revision == now.revision and name not in self._ahead:
                 self.preloaded.put(name, policy, ahead=False)
 
     def _row(self, name: str, policy: Policy) -> Row:
