@@ -152,20 +152,6 @@ class Connection:
         unwritable: Whether it was opened while the files were read-only, or failed to use them.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "broken",
-        "busy",
-        "cursor",
-        "driver",
-        "files",
-        "path",
-        "patience",
-        "pid",
-        "thread",
-        "unwritable",
-    )
-
     def __init__(
         self, driver: sqlite3.Connection, path: str, files: Files, patience: float
     ) -> None:
@@ -186,15 +172,23 @@ class Connection:
 
     def rows(self, sql: str, params: Params = ()) -> list[Row]:
         self.busy = True
-        try:
-            found = self.cursor.execute(sql, params).fetchall()
-        except sqlite3.Error as exc:
-            if not _is_busy(exc):
-                raise self._failure(exc) from exc
-        else:
-            self.busy = False
-            return found
-        return self._patiently(sql, params)
+        deadline, backoff = 0.0, None
+        while True:
+            try:
+                found = self.cursor.execute(sql, params).fetchall()
+            except sqlite3.Error as exc:
+                if self.patience <= 0 or not _is_busy(exc):
+                    raise self._failure(exc) from exc
+            else:
+                self.busy = False
+                return found
+            # SQLite's own busy handler is off: it sleeps up to 100 ms at a time, some statements
+            # ignore it, and it allows each statement the whole timeout again.
+            if backoff is None:
+                deadline = time.monotonic() + self.patience
+                backoff = Backoff(0.001, 0.01, jitter=0.8)
+            time.sleep(min(backoff.next(), self.patience))
+            self.patience = remaining(deadline)
 
     def run(self, sql: str, params: Params = ()) -> None:
         self.rows(sql, params)
@@ -227,30 +221,6 @@ class Connection:
             yield from self.cursor.execute(sql)
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
-
-    def _patiently(self, sql: str, params: Params) -> list[Row]:
-        """Retry a statement with back-off and jitter while the database is locked.
-
-        SQLite's own busy handler is off: it sleeps up to 100 ms at a time, some statements ignore
-        it, and it allows each statement the whole timeout again.
-        """
-        deadline = time.monotonic() + self.patience
-        backoff = Backoff(0.001, 0.01, jitter=0.8)
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                time.sleep(min(backoff.next(), left))
-                try:
-                    found = self.cursor.execute(sql, params).fetchall()
-                except sqlite3.OperationalError as exc:
-                    if not _is_busy(exc):
-                        raise self._failure(exc) from exc
-                else:
-                    self.busy = False
-                    return found
-        finally:
-            self.patience = max(0.0, deadline - time.monotonic())
-        self.broken = True
-        raise StoreUnavailable(f"{self.path}: locked by others for too long")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -427,20 +397,15 @@ class Pool(_fork.Forkable):
             connection = self.take(connection.patience)
         try:
             yield connection
-        except Exception:
+        except BaseException as exc:
+            # It may have been interrupted anywhere, in the middle of a query for example.
+            keep = keep and isinstance(exc, Exception)
+            raise
+        finally:
             if keep:
                 self.give(connection)
             else:
                 self.discard(connection)
-            raise
-        except BaseException:
-            # Interrupted anywhere, possibly in the middle of a query.
-            self.discard(connection)
-            raise
-        if keep:
-            self.give(connection)
-        else:
-            self.discard(connection)
 
     def _make_ready(self, deadline: float) -> None:
         while self._paused and time.monotonic() < deadline:
@@ -464,12 +429,9 @@ class Pool(_fork.Forkable):
 
     def forget(self) -> None:
         """Close all idle connections, and drop their caches with them."""
-        while True:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                return
-            self.discard(connection)
+        with suppress(IndexError):
+            while True:
+                self.discard(self._idle.pop())
 
     def close(self) -> None:
         """Close idle connections now, and lent ones as soon as they are returned."""
@@ -524,7 +486,7 @@ class Pool(_fork.Forkable):
                 # Never create a file: an empty database restricts no user.
                 f"file:{quote(self.path)}?mode=rw",
                 uri=True,
-                timeout=0,  # see `Connection._patiently`
+                timeout=0,  # see `Connection.rows`
                 isolation_level=None,
                 check_same_thread=False,
             )
