@@ -8,7 +8,7 @@ reading them parses no text.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
@@ -198,74 +198,51 @@ PENDING: Final = (
     "number_expires_at, attempts_left, state, restriction_id, restriction_expires_at, reason"
 )
 """The columns for `pending_of`."""
-REQUEST: Final = PENDING + ", email, key_id, digest, resends, mails_failed, sent_at"
+_UNSEEN: Final = "email, key_id, digest, resends, mails_failed, sent_at"
+REQUEST: Final = f"{PENDING}, {_UNSEEN}"
 """The columns for `request_of`."""
 _PENDING_COLUMNS: Final = len(PENDING.split(","))
+
+
+def _fields(names: str, row: Row) -> dict[str, Any]:
+    """Return the values of columns by name. The columns that end in `at` hold times."""
+    return {
+        name: _optional_moment(value) if name.endswith("at") else value
+        for name, value in zip(names.split(", "), row, strict=True)
+    }
+
+
+def _row(names: str, fields: Mapping[str, Any]) -> Row:
+    """Return the columns of these names, from values by name."""
+    values = ((name, fields[name]) for name in names.split(", "))
+    return tuple(
+        _optional_micros(value) if name.endswith("at") else value for name, value in values
+    )
 
 
 @reads_rows
 def pending_of(row: Row) -> PendingRequest:
     """Return a request from the columns of `PENDING`."""
-    return PendingRequest(
-        id=row[0],
-        username=row[1],
-        kind=RequestKind(row[2]),
-        addresses=AddressRange.from_packed(row[3], row[4]),
-        label=row[5],
-        requested_by=row[6],
-        requested_at=moment(row[7]),
-        expires_at=moment(row[8]),
-        number_expires_at=moment(row[9]),
-        attempts_left=row[10],
-        state=RequestState(row[11]),
-        restriction_id=row[12],
-        restriction_expires_at=_optional_moment(row[13]),
-        reason=row[14],
-    )
+    fields = _fields(PENDING, row)
+    addresses = AddressRange.from_packed(fields.pop("first_ip"), fields.pop("last_ip"))
+    kind, state = RequestKind(fields.pop("kind")), RequestState(fields.pop("state"))
+    return PendingRequest(**fields, addresses=addresses, kind=kind, state=state)
 
 
 @reads_rows
 def request_of(row: Row) -> StoredRequest:
     """Return a request from the columns of `REQUEST`."""
-    email, key_id, digest, resends, mails_failed, sent_at = row[_PENDING_COLUMNS:]
-    return StoredRequest(
-        request=pending_of(row[:_PENDING_COLUMNS]),
-        email=email,
-        key_id=key_id,
-        digest=digest,
-        resends=resends,
-        mails_failed=mails_failed,
-        sent_at=_optional_moment(sent_at),
-    )
+    request = pending_of(row[:_PENDING_COLUMNS])
+    return StoredRequest(request=request, **_fields(_UNSEEN, row[_PENDING_COLUMNS:]))
 
 
 def request_row(stored: StoredRequest) -> Row:
     """Return the columns of `REQUEST`."""
     request = stored.request
     first, last = request.addresses.packed
-    return (
-        request.id,
-        request.username,
-        request.kind.value,
-        first,
-        last,
-        request.label,
-        request.requested_by,
-        micros(request.requested_at),
-        micros(request.expires_at),
-        micros(request.number_expires_at),
-        request.attempts_left,
-        request.state.value,
-        request.restriction_id,
-        _optional_micros(request.restriction_expires_at),
-        request.reason,
-        stored.email,
-        stored.key_id,
-        stored.digest,
-        stored.resends,
-        stored.mails_failed,
-        _optional_micros(stored.sent_at),
-    )
+    coded = {"kind": request.kind.value, "state": request.state.value}
+    fields = attrs.asdict(stored, recurse=False) | attrs.asdict(request, recurse=False) | coded
+    return _row(REQUEST, fields | {"first_ip": first, "last_ip": last})
 
 
 USER: Final = "username, full_name, account_id, email"
@@ -307,31 +284,14 @@ CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, a
 @reads_rows
 def change_of(row: Row) -> Change:
     """Return a change from the columns of `CHANGE`."""
-    revision, at, actor, actor_address, action, username, detail, account_id = row
-    return Change(
-        revision=revision,
-        at=moment(at),
-        actor=actor,
-        actor_address=actor_address,
-        action=action,
-        username=username,
-        detail=audit.decode(detail),
-        account_id=account_id,
-    )
+    fields = _fields(CHANGE, row)
+    return Change(**fields | {"detail": audit.decode(fields["detail"])})
 
 
 def change_row(change: Change) -> Row:
     """Return the columns of `CHANGE`."""
-    return (
-        change.revision,
-        micros(change.at),
-        change.actor,
-        change.actor_address,
-        str(change.action),
-        change.username,
-        audit.encode(change.detail),
-        change.account_id,
-    )
+    coded = {"action": str(change.action), "detail": audit.encode(change.detail)}
+    return _row(CHANGE, attrs.asdict(change, recurse=False) | coded)
 
 
 def touched_text(touches: frozenset[str] | Touched) -> str | None:
