@@ -167,15 +167,15 @@ def test_cancelled_calls_leak_no_connection(postgres: Server | Given) -> None:
     with PostgresStore(postgres.url(schema=name, application_name=name), timeout=20.0) as store:
         cancel_at_random_points(store, rounds(200, 10_000))
         pool = store._pool
-        until(lambda: len(pool._idle) == pool._open, "every connection is returned")
-        assert 0 < pool._open <= store._options.pool_size
-        most = pool._open + 1  # the listener
+        until(lambda: len(pool._idle) == len(pool._slots), "every connection is returned")
+        assert 0 < len(pool._slots) <= store._options.pool_size
+        few, most = len(pool._slots), len(pool._slots) + 1  # one is the listener
         until(
-            lambda: postgres.execute(ask, name) in ([(pool._open, pool._open)], [(most, most)]),
+            lambda: postgres.execute(ask, name) in ([(few, few)], [(most, most)]),
             "the server has no other connection and none in a transaction",
         )
-        assert store._writer._queue.acquire(blocking=False)
-        store._writer._queue.release()
+        assert store._queue.acquire(blocking=False)
+        store._queue.release()
     until(
         lambda: postgres.execute(ask, name) == [(0, 0)], "closing the store closes all connections"
     )

@@ -682,15 +682,15 @@ def test_connections_are_not_left_behind(url: str, postgres: Server | Given) -> 
         next(policies, None)
         del policies
         pool = store._pool
-        assert pool._open == len(pool._idle) == postgres.execute(ask, name)[0][0] <= 2
-    assert pool._open == 0
+        assert len(pool._slots) == len(pool._idle) == postgres.execute(ask, name)[0][0] <= 2
+    assert len(pool._slots) == 0
 
 
 def test_a_failed_statement_undoes_the_transaction(url: str, store: PostgresStore) -> None:
     """A caller that suppresses a server's error cannot commit the rest."""
     with pytest.raises(StoreError), store.transaction() as turn:  # noqa: PT012
         with contextlib.suppress(StoreError):
-            turn._db.rows("SELECT 1 / 0")  # type: ignore[attr-defined]
+            turn.db.rows("SELECT 1 / 0")  # type: ignore[attr-defined]
         turn.append(Action.IMPOSE, actor=None)
     assert store.changes_since(None).head == 0
 

@@ -88,7 +88,7 @@ def ask_slowly(db: Any) -> None:
 def test_the_waits_of_a_transaction_share_the_timeout(store: PostgresStore) -> None:
     """Statements that are each fast enough fail if together they exceed the timeout."""
     with pytest.raises(StoreUnavailable, match="in time"), store.transaction() as turn:
-        ask_slowly(turn._db)  # type: ignore[attr-defined]
+        ask_slowly(turn.db)  # type: ignore[attr-defined]
     assert touch(store, "jo") == 2
 
 

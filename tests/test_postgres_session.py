@@ -484,7 +484,7 @@ def test_a_bulk_change_drops_every_outdated_session(site: Site) -> None:
             workflow(store).impose_many(BOSS, [("jo", HOME)], reason="r")
         assert not pool._idle
         workflow(store).impose_many(BOSS, [("jo", HOME)], reason="r")
-        assert pool._open == len(pool._idle)
+        assert len(pool._slots) == len(pool._idle)
 
 
 def test_a_session_that_ends_within_a_batch(site: Site) -> None:
@@ -502,7 +502,7 @@ def test_a_session_that_ends_within_a_batch(site: Site) -> None:
             assert connection.closed
         assert idle.closed
         assert store.load_policy("jo").known
-        assert store._pool._open == len(store._pool._idle)
+        assert len(store._pool._slots) == len(store._pool._idle)
 
 
 @pytest.mark.parametrize("site", ["direct"], indirect=True)

@@ -65,7 +65,7 @@ def test_a_closed_stream_returns_its_connection(store: PostgresStore) -> None:
         for _ in range(reads):
             next(rows)
         packed.close()
-        assert store._pool._open == len(store._pool._idle) == 1
+        assert len(store._pool._slots) == len(store._pool._idle) == 1
 
 
 @settings(max_examples=rounds(10, 500))

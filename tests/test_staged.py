@@ -25,7 +25,7 @@ from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores._sql import Params, Row
 from ipguard.stores._sql.bulk import BulkRestrictions, BulkUsers
-from ipguard.stores.postgres._transaction import Batch
+from ipguard.stores.postgres._connection import Batch
 from ipguard.testing import FakeClock
 from ipguard.testing._case import Call, StoreCase, raises, user
 from tests.postgres import Given, Server, fresh_schema, until

@@ -7,7 +7,7 @@ import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
@@ -93,7 +93,8 @@ class SqlSnapshot:
         return self._now
 
     @property
-    def _db(self) -> Executor:
+    def db(self) -> Executor:
+        """The connection, as long as the transaction lasts and in the process that began it."""
         self.check_process()
         if self._over:
             raise RuntimeError("this transaction is over")
@@ -144,7 +145,7 @@ class SqlSnapshot:
             "SELECT requested_at FROM requests WHERE requested_by = ? AND requested_at > ?"
             " ORDER BY requested_at"
         )
-        return tuple(moment(row[0]) for row in self._db.rows(sql, (requested_by, micros(since))))
+        return tuple(moment(row[0]) for row in self.db.rows(sql, (requested_by, micros(since))))
 
     def failures(self, actor: str) -> int:
         for row in self._find("SELECT count FROM failures WHERE actor = ?", actor):
@@ -153,7 +154,7 @@ class SqlSnapshot:
 
     def _find(self, sql: str, key: str) -> list[Row]:
         # An id comes from outside; text that cannot be stored is not found.
-        return self._db.rows(sql, (key,)) if encodable(key) else []
+        return self.db.rows(sql, (key,)) if encodable(key) else []
 
 
 class WriteTransaction(SqlSnapshot):
@@ -187,10 +188,10 @@ class WriteTransaction(SqlSnapshot):
         return super().restrictions(username)
 
     def save_request(self, stored: StoredRequest) -> None:
-        self._db.run(_SAVE_REQUEST, request_row(stored))
+        self.db.run(_SAVE_REQUEST, request_row(stored))
 
     def set_failures(self, actor: str, count: int) -> None:
-        self._db.run(
+        self.db.run(
             "INSERT INTO failures (actor, count) VALUES (?, ?)"
             " ON CONFLICT (actor) DO UPDATE SET count = excluded.count",
             (actor, count),
@@ -199,19 +200,19 @@ class WriteTransaction(SqlSnapshot):
     def add_restriction(self, restriction: Restriction) -> None:
         self.withdraw()
         # Check first: after a statement that failed, PostgreSQL refuses the whole transaction.
-        if self._db.rows("SELECT 1 FROM restrictions WHERE id = ?", (restriction.id,)):
+        if self.db.rows("SELECT 1 FROM restrictions WHERE id = ?", (restriction.id,)):
             raise StoreError(f"there is a restriction {shorten(restriction.id)} already")
-        self._db.run(_INSERT_RESTRICTION, restriction_row(restriction))
+        self.db.run(_INSERT_RESTRICTION, restriction_row(restriction))
 
     def remove_restriction(self, restriction_id: str) -> None:
         self.withdraw()
-        self._db.run("DELETE FROM restrictions WHERE id = ?", (restriction_id,))
+        self.db.run("DELETE FROM restrictions WHERE id = ?", (restriction_id,))
 
     def add_staged(self, *, per_user: int) -> int:
-        return 0 if self._bulk is None else self._bulk.add(self._db, self._now, per_user=per_user)
+        return 0 if self._bulk is None else self._bulk.add(self.db, self._now, per_user=per_user)
 
     def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
-        return () if self._bulk is None else self._bulk.orphaned(self._db)
+        return () if self._bulk is None else self._bulk.orphaned(self.db)
 
     def append(
         self,
@@ -235,9 +236,9 @@ class WriteTransaction(SqlSnapshot):
             account_id=account_id,
         )
         token, touched = secrets.token_hex(8), touched_text(touches)
-        self._db.run(_INSERT_CHANGE, (*change_row(change), token, touched))
+        self.db.run(_INSERT_CHANGE, (*change_row(change), token, touched))
         touching = int(touched is not None)
-        self._db.run(_MOVE_HEAD, (change.revision, token, touching, change.revision))
+        self.db.run(_MOVE_HEAD, (change.revision, token, touching, change.revision))
         self.revision = change.revision
         if touched is not None:
             self.touching = change.revision
@@ -246,7 +247,7 @@ class WriteTransaction(SqlSnapshot):
     def withdraw(self) -> None:
         """Undo what was written ahead of `add_staged`, if that was not called."""
         if self._bulk is not None:
-            self._bulk.withdraw(self._db)
+            self._bulk.withdraw(self.db)
 
 
 _FIRST_KEPT: Final = """
@@ -270,7 +271,7 @@ def prune(db: Executor, before: datetime) -> int:
 
 C = TypeVar("C", bound=Executor)
 T = TypeVar("T")
-Writing = AbstractContextManager[tuple[WriteTransaction, Executor]]
+Writing = AbstractContextManager[WriteTransaction]
 
 
 class SqlStore(Closing, Generic[C]):
@@ -281,7 +282,7 @@ class SqlStore(Closing, Generic[C]):
     """
 
     timeout: float
-    _WRITES_AHEAD: ClassVar[bool]
+    _WRITES_AHEAD: ClassVar[bool] = False
     """Whether bulk rows are written before the writer's lock is acquired."""
 
     @abstractmethod
@@ -317,13 +318,13 @@ class SqlStore(Closing, Generic[C]):
     def _write_bulk(self, connection: C, restrictions: BulkRestrictions | None = None) -> Writing:
         """Begin a write transaction on a connection from `_bulk`."""
 
-    @abstractmethod
-    def _step(self, connection: C, /) -> AbstractContextManager[Any]:
-        """Run a block of statements on a connection from `_bulk` against one committed state."""
+    def _step(self, _connection: C, /) -> AbstractContextManager[Any]:
+        """Run statements on a connection from `_bulk`, which may have no transaction yet."""
+        return nullcontext()
 
-    @abstractmethod
-    def _lock_users(self, connection: C, /) -> AbstractContextManager[Any]:
-        """Keep other writers from adding and removing users."""
+    def _lock_users(self, _connection: C, /) -> AbstractContextManager[Any]:
+        """Keep other writers from adding and removing users, if the store writes ahead."""
+        return nullcontext()
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
@@ -336,7 +337,7 @@ class SqlStore(Closing, Generic[C]):
         """Begin a write transaction."""
         self._refuse_nested()
         if staged is None:
-            with self._write() as (tx, _):
+            with self._write() as tx:
                 yield tx
             return
         with self._bulk() as db:
@@ -344,7 +345,7 @@ class SqlStore(Closing, Generic[C]):
                 restrictions = BulkRestrictions(db, staged, ahead=self._WRITES_AHEAD)
             with self._step(db):
                 restrictions.judge(db, self.now())
-            with self._write_bulk(db, restrictions) as (tx, _):
+            with self._write_bulk(db, restrictions) as tx:
                 yield tx
 
     def put_users(self, users: Iterable[User]) -> int:
@@ -356,8 +357,8 @@ class SqlStore(Closing, Generic[C]):
             revision, differ = self._read(few.compare, deadline)
             if not differ:
                 return revision
-            with self._write(users=True, deadline=deadline) as (tx, db):
-                change = few.apply(tx, db)
+            with self._write(users=True, deadline=deadline) as tx:
+                change = few.apply(tx, tx.db)
             return _log(tx, change)
         with self._bulk() as connection:
             with self._step(connection):
@@ -369,8 +370,8 @@ class SqlStore(Closing, Generic[C]):
             with self._lock_users(connection):
                 if self._WRITES_AHEAD:
                     staged.write_ahead(connection)
-                with self._write_bulk(connection) as (tx, db):
-                    change = staged.apply(tx, db)
+                with self._write_bulk(connection) as tx:
+                    change = staged.apply(tx, tx.db)
         return _log(tx, change)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
@@ -379,8 +380,8 @@ class SqlStore(Closing, Generic[C]):
         with self._bulk() as connection:
             with self._step(connection):
                 stage_names(connection, canonical_usernames(usernames))
-            with self._lock_users(connection), self._write_bulk(connection) as (tx, db):
-                change = remove_named(tx, db)
+            with self._lock_users(connection), self._write_bulk(connection) as tx:
+                change = remove_named(tx, tx.db)
         return _log(tx, change)
 
     def prune(self, before: datetime) -> int:

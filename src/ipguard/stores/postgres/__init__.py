@@ -14,15 +14,20 @@ stopped: fencing is the cluster manager's work.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
+from queue import Empty, SimpleQueue
 from typing import Final, Literal, TypeVar, cast
 
 import attrs
+from psycopg import sql
 
+from ipguard import _fork
 from ipguard._checks import check_time
+from ipguard._fork import acquire
 from ipguard.errors import StoreUnavailable
 from ipguard.model import Changes, Policy
 from ipguard.stores._sql import (
@@ -36,19 +41,19 @@ from ipguard.stores._sql import (
     changes_params,
     check_open_schema,
     head,
+    moment,
     policies_of,
     policy_of,
     touching,
 )
 from ipguard.stores._sql import migrations as _migrations
 from ipguard.stores._sql.bulk import BulkRestrictions
-from ipguard.stores._sql.store import SqlStore, Writing
-from ipguard.stores.postgres._connection import Connection, quoted, ticks
+from ipguard.stores._sql.store import SqlStore, WriteTransaction
+from ipguard.stores.postgres._connection import BEGIN, Batch, Connection, quoted, ticks
 from ipguard.stores.postgres._listener import Listener
 from ipguard.stores.postgres._options import Options
 from ipguard.stores.postgres._pool import Pool, connect
 from ipguard.stores.postgres._schema import MICROS, RESTORE, STATE, grants
-from ipguard.stores.postgres._transaction import Writer
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -64,6 +69,7 @@ _log = logging.getLogger("ipguard.stores.postgres")
 T = TypeVar("T")
 
 _POLICY: Final = POLICY % ("?::text", STATE)
+_USERS_LOCK: Final = 0x49504755  # "IPGU"; with the schema's name it makes the lock's number
 _CHANGES: Final = f"""
 SELECT f.*, {STATE}, {MICROS}, v.version, v.oldest, s.touching, {RESTORE}
 FROM ({CHANGES_SINCE}) f JOIN schema_version v ON v.id = 1 JOIN head s ON s.id = 1
@@ -196,7 +202,7 @@ def examine(url: str) -> Examination:
     )
 
 
-class PostgresStore(SqlStore[Connection]):
+class PostgresStore(SqlStore[Connection], _fork.Forkable):
     """A store in PostgreSQL. See `ipguard.store.RestrictionStore` for its methods.
 
     Each keyword below except the first two can be an option of the URL instead. All other options
@@ -257,7 +263,8 @@ class PostgresStore(SqlStore[Connection]):
         self.timeout = options.timeout
         self._pool = Pool(options)
         self._listener = Listener(options, self._notify)
-        self._writer = Writer(self._pool, clock and self.now, self._listener.tell)
+        self._after_fork_in_child()
+        _fork.register(self)
         if options.replica:
             _log.warning(
                 "%s: replica=allow: answers of servers in recovery are accepted, however old their"
@@ -341,33 +348,181 @@ class PostgresStore(SqlStore[Connection]):
     def _read(self, reading: Callable[[Connection], T], deadline: float) -> T:
         return self._pool.read(reading, deadline=deadline)
 
-    def _bulk(self) -> AbstractContextManager[Connection]:
-        return self._writer.bulk()
-
-    def _step(self, _connection: Connection) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def _lock_users(self, connection: Connection) -> AbstractContextManager[None]:
-        return self._writer.lock_users(connection)
-
     @contextmanager
     def _pruning(self) -> Iterator[Connection]:
         # The writer's lock is not needed: nothing else deletes audit entries, and entries that
         # others append meanwhile are later than those that are deleted.
-        with self._writer.bulk() as connection:
+        with self._bulk() as connection:
             yield connection
             connection.script("COMMIT")
 
+    # ------------------------------------------------------------------------- write transactions
+
+    def _after_fork_in_child(self) -> None:
+        """Replace the locks, which threads of the parent may hold."""
+        self._queue = threading.Lock()
+        self._inside: set[int] = set()  # the threads in a transaction
+        # However many threads stage rows, one connection is left for logins.
+        self._bulk_slots: SimpleQueue[None] = SimpleQueue()
+        for _ in range(max(1, self._options.pool_size - 1)):
+            self._bulk_slots.put(None)
+        self._users = threading.Lock()
+
     def _refuse_nested(self) -> None:
-        self._writer.refuse_nested()
+        """Raise RuntimeError if this thread is in a write transaction: it would deadlock."""
+        _fork.check()
+        if threading.get_ident() in self._inside:
+            raise RuntimeError("this thread is in a transaction of this store already")
 
-    def _write(self, *, users: bool = False, deadline: float | None = None) -> Writing:
-        return self._writer.write(users=users, deadline=deadline)
+    @contextmanager
+    def _write(
+        self, *, users: bool = False, deadline: float | None = None
+    ) -> Iterator[WriteTransaction]:
+        """Begin a write transaction. All its waits share one timeout.
 
+        Args:
+            users: Whether it adds or removes users; it then excludes others that do.
+            deadline: When the waits end; the timeout from now by default.
+        """
+        pool, statement = self._pool, self._options.timeout
+        deadline, queue = deadline or pool.deadline(), self._users if users else self._queue
+        # Threads of one process queue here, so that waiting threads hold no connection. Bulk
+        # writes have one already, and wait for the row lock alone.
+        held: list[bool] = []
+        try:
+            if not acquire(queue, deadline - time.monotonic(), held):
+                raise _kept_too_long()
+            asked_at = ticks()
+            first = self._lock_users_sql(deadline, statement) if users else ""
+            begin = f"{BEGIN};{first}{self._lock_sql(deadline, statement)}"
+            with pool.begun(begin, deadline=deadline) as (connection, found):
+                connection.share(deadline - time.monotonic())
+                with self._locked(connection, found, asked_at) as tx:
+                    yield tx
+        finally:
+            if True in held:
+                queue.release()
+
+    @contextmanager
+    def _bulk(self) -> Iterator[Connection]:
+        """Lend a connection for a transaction that first stages any number of rows.
+
+        Temporary tables end with the transaction, so this works through a transaction pooler.
+        """
+        _fork.check()
+        slots, held = self._bulk_slots, list[None]()
+        try:
+            try:
+                held.extend(map(slots.get, (True,), (self._options.timeout,)))
+            except Empty:
+                raise StoreUnavailable("too many bulk changes at once") from None
+            with self._pool.begun(f"{BEGIN}; SET LOCAL jit = off") as (connection, _):
+                connection.patience = self._options.bulk_timeout
+                yield connection
+        finally:
+            if held:
+                slots.put(None)
+
+    @contextmanager
+    def _lock_users(self, connection: Connection) -> Iterator[None]:
+        """Keep others from adding and removing users, in the transaction that `_bulk` began.
+
+        Users are written under this lock before the writer's lock is acquired. Other writers do
+        not wait for it.
+        """
+        patience, queue = self._options.bulk_timeout, self._users
+        held: list[bool] = []
+        try:
+            if not acquire(queue, patience, held):
+                raise _kept_too_long()
+            connection.script(self._lock_users_sql(time.monotonic() + patience, patience))
+            yield
+        finally:
+            if True in held:
+                queue.release()
+
+    @contextmanager
     def _write_bulk(
         self, connection: Connection, restrictions: BulkRestrictions | None = None
-    ) -> Writing:
-        return self._writer.write_bulk(connection, restrictions)
+    ) -> Iterator[WriteTransaction]:
+        """Acquire the writer's lock in the transaction that `_bulk` began."""
+        deadline, patience, asked_at = self._pool.deadline(), connection.patience, ticks()
+        connection.patience, connection.deadline = None, deadline
+        found = connection.script(self._lock_sql(deadline, self._options.bulk_timeout))
+        connection.patience = patience
+        with self._locked(connection, found, asked_at, restrictions) as tx:
+            yield tx
+
+    def _limits_sql(self, deadline: float, statement: float) -> str:
+        """Return the server's own timeouts, in case this client vanishes and holds its locks.
+
+        The server gives up on a lock before the client would, which keeps the connection.
+        """
+        seconds = {
+            "lock_timeout": 0.8 * (deadline - time.monotonic()),
+            "statement_timeout": statement,
+            "idle_in_transaction_session_timeout": 2 * self._options.timeout,
+        }
+        # 0 would turn a timeout off.
+        return "".join(
+            f" SET LOCAL {name} = {max(1, int(limit * 1000))};" for name, limit in seconds.items()
+        )
+
+    def _lock_users_sql(self, deadline: float, statement: float) -> str:
+        name = sql.Literal(self._options.schema).as_string(None)
+        return f"""{self._limits_sql(deadline, statement)}
+        SELECT pg_advisory_xact_lock({_USERS_LOCK}::int, hashtext({name}::text));"""
+
+    def _lock_sql(self, deadline: float, statement: float) -> str:
+        """Return the statements that acquire the writer's lock, in one round trip.
+
+        FOR UPDATE is an error in a server that is in recovery.
+        """
+        place = quoted(self._options.schema)
+        return f"""{self._limits_sql(deadline, statement)}
+        SELECT set_config('synchronous_commit', 'on', true)
+            WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply');
+        SELECT 1 FROM {place}.head WHERE id = 1 FOR UPDATE;
+        SELECT h.revision, {MICROS}, v.version, v.oldest FROM {place}.head h
+            JOIN {place}.schema_version v ON v.id = 1
+            JOIN {place}.zz_restore_marker m ON m.id = 1 WHERE h.id = 1"""
+
+    @contextmanager
+    def _locked(
+        self,
+        connection: Connection,
+        found: list[list[Row]],
+        asked_at: float,
+        restrictions: BulkRestrictions | None = None,
+    ) -> Iterator[WriteTransaction]:
+        """Run the block with the transaction whose lock was acquired, then commit."""
+        if not found[-1]:
+            raise StoreUnavailable(f"{self._options.place}: {UNFINISHED}")
+        revision, micros, version, oldest = found[-1][0]
+        check_open_schema(version, oldest)
+        self._pool.clock.set(micros, asked_at)
+        now = moment(micros) if self._clock is None else self.now()
+        db = Batch(connection)
+        tx = WriteTransaction(db, now, revision=revision, bulk=restrictions)
+        inside, thread = self._inside, threading.get_ident()
+        try:
+            inside.add(thread)
+            try:
+                yield tx
+                tx.withdraw()
+                tx.check_process()
+                db.commit(tx.touching)
+            finally:
+                tx.end()
+        finally:
+            # A signal handler may raise after any call, so this is the only one here.
+            inside.discard(thread)
+        if tx.touching is not None:
+            self._listener.tell(tx.touching)
+
+
+def _kept_too_long() -> StoreUnavailable:
+    return StoreUnavailable("another thread kept the writer's lock for too long")
 
 
 # ----------------------------------------------------------------------------- preloading

@@ -30,6 +30,7 @@ _TEMPORARY: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"
     r"((?:staged|sorted|replaced|changed)_(?:restrictions|users|names|terms))\b"
 )
+_TABLES: Final = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(\w+)")
 _STATEMENT_FAILED: Final = (psycopg.IntegrityError, psycopg.DataError, errors.LockNotAvailable)
 """Errors after which a connection is used again. All others may come from its session."""
 _STAGED_AT_ONCE: Final = 5_000
@@ -265,6 +266,58 @@ class Connection(psycopg.Connection[Row]):
             # prepared from now on.
             self.spoilt = True
             raise
+
+
+class Batch:
+    """The `Executor` of a write transaction, which sends its writes together.
+
+    A write waits for a query about the same tables, or for the commit, and goes out in one round
+    trip with all other writes.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._waiting: list[tuple[str, Params]] = []
+        self.among, self.each, self.texts = connection.among, connection.each, connection.texts
+
+    def rows(self, sql: str, params: Params = ()) -> list[Row]:
+        read = _tables(sql)
+        if not all(read.isdisjoint(_tables(text)) for text, _ in self._waiting):
+            self._send()
+        # Not in one batch with the writes: the driver would end it with a Flush, after which the
+        # server no longer ends an idle transaction, so a client that vanished would keep its locks.
+        return self._connection.rows(sql, params)
+
+    def run(self, sql: str, params: Params = ()) -> None:
+        self._waiting.append((sql, params))
+
+    def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
+        self._send()
+        self._connection.insert_many(table, columns, rows)
+
+    def commit(self, touching: int | None) -> None:
+        """Commit, and wake the guards if a policy was touched.
+
+        Raises:
+            StoreUnavailable: It is not known whether it was committed; or the server rolled back.
+        """
+        if touching is not None:
+            # The channel has the schema's name; the commit itself sends the notification.
+            self.run("SELECT pg_notify(?, ?)", (self._connection.schema, str(touching)))
+        self.run("COMMIT")
+        if self._send() != "COMMIT":
+            raise StoreUnavailable("PostgreSQL rolled the transaction back")
+
+    def _send(self) -> str | None:
+        """Send the waiting writes, and return the last command's tag."""
+        statements, self._waiting = self._waiting, []
+        return self._connection.run_batch(statements) if statements else None
+
+
+@lru_cache(maxsize=512)
+def _tables(sql: str) -> frozenset[str]:
+    """Return the tables that a portable statement names."""
+    return frozenset(_TABLES.findall(sql))
 
 
 @lru_cache(maxsize=512)

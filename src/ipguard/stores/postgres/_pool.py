@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Final, TypeVar
 
 import psycopg
@@ -29,7 +30,8 @@ from psycopg.types.numeric import Int8BinaryDumper
 from ipguard import _fork
 from ipguard._fork import ReentrantLock
 from ipguard.errors import StoreError, StoreUnavailable
-from ipguard.stores._sql import UNFINISHED, Row, check_open_schema
+from ipguard.stores._sql import UNFINISHED, Row
+from ipguard.stores.postgres import _schema as schema
 from ipguard.stores.postgres._connection import (
     NEVER,
     Connection,
@@ -39,7 +41,7 @@ from ipguard.stores.postgres._connection import (
     quoted,
 )
 from ipguard.stores.postgres._options import Options
-from ipguard.stores.postgres._schema import STATE, Greeting, greet, prepare
+from ipguard.stores.postgres._schema import STATE
 
 _log = logging.getLogger("ipguard.stores.postgres")
 T = TypeVar("T")
@@ -76,7 +78,7 @@ class Pool(_fork.Forkable):
         self.options = options
         self.clock = ServerClock()
         self.closed = False
-        self._check = self._greet
+        self._check: Callable[[Connection, Options, ServerClock], None] = schema.check
         self._first = 0  # the server that responded last
         self._after_fork_in_child()
         _fork.register(self)
@@ -87,10 +89,6 @@ class Pool(_fork.Forkable):
         self._idle: deque[Connection] = deque()
         self._slots: weakref.WeakSet[_Slot] = weakref.WeakSet()  # idle, lent, or being opened
         self._waiting: deque[threading.Lock] = deque()  # each is released to try again
-
-    @property
-    def _open(self) -> int:
-        return len(self._slots)
 
     def deadline(self) -> float:
         """Return when the waits of a call that begins now must end."""
@@ -182,12 +180,9 @@ class Pool(_fork.Forkable):
 
     def forget(self) -> None:
         """Close all idle connections: the server was gone, or missed a deadline."""
-        while True:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                return
-            self._close(connection)
+        with suppress(IndexError):
+            while True:
+                self._close(self._idle.pop())
 
     def close(self) -> None:
         """Close idle connections now, and lent ones as soon as they are returned."""
@@ -205,11 +200,7 @@ class Pool(_fork.Forkable):
             StoreConfigError: The database cannot be used.
             StoreUnavailable: It does not respond, and `migrate` is True; else that is only logged.
         """
-
-        def first(connection: Connection) -> None:
-            self._read_clock(prepare(connection, self.options, migrate=migrate))
-
-        self._check = first
+        self._check = partial(schema.prepare, migrate=migrate)
         try:
             self.give(self.take(self.deadline()))
         except StoreUnavailable as exc:
@@ -218,21 +209,8 @@ class Pool(_fork.Forkable):
             _log.warning("%s: not there at opening: %s", self.options.place, exc)
         finally:
             # Never migrate later: a newly created schema has no restrictions.
-            self._check = self._greet
+            self._check = schema.check
         self.forget()  # so that a fork inherits no connection
-
-    def _greet(self, connection: Connection) -> None:
-        try:
-            greeting = greet(connection, self.options)
-        except StoreUnavailable:
-            raise
-        except StoreError as exc:
-            raise StoreUnavailable(f"{self.options.place}: {exc}") from exc
-        self._read_clock(greeting)
-        check_open_schema(greeting.version, greeting.oldest)
-
-    def _read_clock(self, greeting: Greeting) -> None:
-        self.clock.set(greeting.micros, greeting.asked_at)
 
     def _connect(self, deadline: float) -> Connection:
         servers = self.options.servers
@@ -245,18 +223,16 @@ class Pool(_fork.Forkable):
             connection = None
             try:
                 connection = connect(servers[at], until, self.options.schema)
-                self._check(connection)
-            except StoreUnavailable as exc:
-                failure = exc
-            except BaseException:
+                self._check(connection, self.options, self.clock)
+            except BaseException as exc:
                 if connection is not None:
                     connection.close()
-                raise
+                if not isinstance(exc, StoreUnavailable):
+                    raise
+                failure = exc
             else:
                 self._first = at
                 return connection
-            if connection is not None:
-                connection.close()
         assert failure is not None
         raise failure
 

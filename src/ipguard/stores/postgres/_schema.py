@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Final, NamedTuple
+from typing import Final
 
 from psycopg import errors
 
 from ipguard.errors import SchemaVersionError, StoreConfigError, StoreError, StoreUnavailable
 from ipguard.stores._sql import SCHEMA_VERSION, UNFINISHED, check_schema, migrations
-from ipguard.stores.postgres._connection import BEGIN, Connection, quoted, ticks
+from ipguard.stores.postgres._connection import BEGIN, Connection, ServerClock, quoted, ticks
 from ipguard.stores.postgres._options import Options
 
 _log = logging.getLogger("ipguard.stores.postgres")
@@ -46,17 +46,11 @@ _NOT_ALLOWED: Final = (errors.InsufficientPrivilege, errors.ReadOnlySqlTransacti
 _LOCK: Final = 0x49504764  # "IPGd"; with the schema's name it makes the advisory lock's number
 
 
-class Greeting(NamedTuple):
-    """What the server said about itself on a new connection."""
-
-    asked_at: float  # the `ticks` before it was asked
-    micros: int
-    version: int
-    oldest: int
-
-
-def greet(connection: Connection, options: Options) -> Greeting:
+def greet(connection: Connection, options: Options, clock: ServerClock) -> tuple[int, int]:
     """Check what a new connection leads to, and whether statements can be prepared on it.
+
+    Returns:
+        The version of the schema, and the oldest version compatible with it.
 
     Raises:
         SchemaVersionError: There is no schema.
@@ -95,7 +89,8 @@ def greet(connection: Connection, options: Options) -> Greeting:
     connection.settled = direct and options.prepare is not None
     if auto and direct:
         connection.prepare_threshold, connection.prepares = _PREPARED_AFTER, True
-    return Greeting(asked_at, micros, version, oldest)
+    clock.set(micros, asked_at)
+    return version, oldest
 
 
 def _check_encoding(encoding: str) -> None:
@@ -103,12 +98,29 @@ def _check_encoding(encoding: str) -> None:
         raise StoreConfigError(f"the database's encoding is {encoding}; ipguard needs UTF8")
 
 
-def prepare(connection: Connection, options: Options, *, migrate: bool | None) -> Greeting:
+def check(connection: Connection, options: Options, clock: ServerClock) -> None:
+    """Check that a new connection leads to a database that can be used, and read its clock.
+
+    Raises:
+        StoreUnavailable: It does not.
+    """
+    try:
+        check_schema(*greet(connection, options, clock))
+    except StoreUnavailable:
+        raise
+    except StoreError as exc:
+        raise StoreUnavailable(f"{options.place}: {exc}") from exc
+
+
+def prepare(
+    connection: Connection, options: Options, clock: ServerClock, *, migrate: bool | None
+) -> None:
     """Check the first connection of a store, and create or migrate the schema.
 
     Args:
         connection: The connection.
         options: The options of the store.
+        clock: The clock to set.
         migrate: True: it must be possible. None: if the role may. False: only check.
 
     Raises:
@@ -116,13 +128,12 @@ def prepare(connection: Connection, options: Options, *, migrate: bool | None) -
         StoreConfigError: The database cannot be used, or not by this role.
         StoreUnavailable: The server does not respond.
     """
-    greeting: Greeting | None = None
+    oldest = 0
     try:
-        greeting = greet(connection, options)
-        check_schema(greeting.version, greeting.oldest)
+        version, oldest = greet(connection, options, clock)
+        check_schema(version, oldest)
     except SchemaVersionError as exc:
-        newer = greeting is not None and greeting.oldest > SCHEMA_VERSION
-        if migrate is False or newer:
+        if migrate is False or oldest > SCHEMA_VERSION:
             raise
         try:
             _migrate(connection, options)
@@ -134,9 +145,7 @@ def prepare(connection: Connection, options: Options, *, migrate: bool | None) -
                     f"the schema {options.schema} has tables of another program"
                 ) from failure.__cause__
             raise
-        greeting = greet(connection, options)
-        check_schema(greeting.version, greeting.oldest)
-    return greeting
+        check_schema(*greet(connection, options, clock))
 
 
 def _migrate(connection: Connection, options: Options) -> None:

@@ -51,7 +51,6 @@ from contextlib import (
     ExitStack,
     closing,
     contextmanager,
-    nullcontext,
     suppress,
 )
 from datetime import UTC, datetime
@@ -733,8 +732,6 @@ class SQLiteStore(SqlStore[Connection]):
         StoreUnavailable: Other processes kept the file locked for longer than the timeout.
     """
 
-    _WRITES_AHEAD = False
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -849,13 +846,10 @@ class SQLiteStore(SqlStore[Connection]):
     def _step(self, connection: Connection) -> AbstractContextManager[None]:
         return connection.snapshot()
 
-    def _lock_users(self, _db: Connection) -> AbstractContextManager[None]:
-        return nullcontext()
-
     @contextmanager
     def _pruning(self) -> Iterator[Executor]:
-        with self._write() as (_, db):
-            yield db
+        with self._write() as tx:
+            yield tx.db
 
     # ------------------------------------------------------------------------- write transactions
 
@@ -870,18 +864,18 @@ class SQLiteStore(SqlStore[Connection]):
         *,
         users: bool = False,  # noqa: ARG002 - the lock excludes all writers
         deadline: float | None = None,
-    ) -> Iterator[tuple[WriteTransaction, Executor]]:
+    ) -> Iterator[WriteTransaction]:
         patience = None if deadline is None else remaining(deadline)
         with (
             self._pool.connection(write=True, patience=patience) as connection,
-            self._write_bulk(connection) as both,
+            self._write_bulk(connection) as tx,
         ):
-            yield both
+            yield tx
 
     @contextmanager
     def _write_bulk(
         self, connection: Connection, restrictions: BulkRestrictions | None = None
-    ) -> Iterator[tuple[WriteTransaction, Executor]]:
+    ) -> Iterator[WriteTransaction]:
         # Threads of one process queue here, which is fairer and faster than polling the file.
         pool, began = self._pool, time.monotonic()
         lock, held = pool.writing, list[bool]()
@@ -897,7 +891,7 @@ class SQLiteStore(SqlStore[Connection]):
                 check_open_schema(*schema_version(connection))
                 revision, _ = head(connection)
                 tx = WriteTransaction(connection, self.now(), revision=revision, bulk=restrictions)
-                yield tx, connection
+                yield tx
                 tx.check_process()
                 _commit(pool, connection)
             except BaseException:
