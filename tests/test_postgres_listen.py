@@ -8,15 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 import ipguard
 from ipguard.model import Action
 from ipguard.stores.postgres import PostgresStore
-from ipguard.stores.postgres._listener import Listener
-from ipguard.stores.postgres._options import Options
 from tests.postgres import Given, Server, fresh_schema, until
 
 PATIENCE = 20.0
@@ -47,7 +44,7 @@ def store(writer: PostgresStore, url: str) -> Iterator[PostgresStore]:
 
 def listening(store: PostgresStore) -> bool:
     store.wait(10**6, 0.01)
-    return store._listener._state == "listening for changes"
+    return store.wake_ups == "listening for changes"
 
 
 def backend(postgres: Server | Given, store: PostgresStore) -> int:
@@ -119,95 +116,24 @@ def test_all_waiters_share_one_listener(
     assert woken == [True] * 10
 
 
-def test_one_waiter_reads_and_another_continues(
-    store: PostgresStore, writer: PostgresStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When the waiter that reads leaves, one of the others reads."""
-    until(lambda: listening(store), "it listens")
-    listener, readers = store._listener, list[threading.Thread]()
-    hear = listener._receive
-
-    def noting(*given: Any) -> list[str]:
-        readers.append(threading.current_thread())
-        return hear(*given)
-
-    monkeypatch.setattr(listener, "_receive", noting)
-    leave = threading.Event()
-
-    def leaves() -> None:
-        while not leave.is_set():
-            store.wait(0, 0.05)
-
-    first = threading.Thread(target=leaves)
-    first.start()
-    until(lambda: first in readers, "the first reads")
-    second = threading.Thread(target=store.wait, args=(0, PATIENCE))
-    second.start()
-    leave.set()
-    until(lambda: second in readers, "the second reads on")
-    touch(writer, "jo")
-    for thread in (first, second):
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-    assert {thread.name for thread in readers} == {first.name, second.name}
-
-
-def test_a_waiter_that_times_out_hands_reading_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the waiter that was woken to read has timed out, another one reads at once."""
-    listener = Listener(Options.parse("postgresql://127.0.0.1/nowhere", {}), lambda _: None)
-    monkeypatch.setattr(listener, "_start", lambda: None)  # no other thread does it
-    monkeypatch.setattr(listener, "_receive", lambda *_: listener.tell(1))
-    source: Any = object()
-    gone: Any = None
-    listener._source = source
-    listener._reading.acquire()
-    results: list[bool] = []
-
-    def wait(seconds: float) -> None:
-        results.append(listener.wait(0, seconds))
-
-    threads = [threading.Thread(target=wait, args=[s], daemon=True) for s in (1.0, PATIENCE)]
-    waiting: Any = listener._told
-    for thread in threads:
-        others = len(waiting._waiters)
-        thread.start()
-        until(lambda: len(waiting._waiters) > others, "it waits")  # noqa: B023
-    with listener._told:  # the first one's time is over, but it has not gone yet
-        late = time.monotonic() + 1.0
-        until(lambda: time.monotonic() > late, "its time is over")
-        listener._reading.release()
-        listener._read(gone, 0)
-    for thread in threads:
-        thread.join(PATIENCE / 2)
-    assert results == [False, True]
-
-
 def test_a_signal_ends_the_wait_and_not_the_listening(
-    store: PostgresStore, writer: PostgresStore, monkeypatch: pytest.MonkeyPatch
+    store: PostgresStore, writer: PostgresStore
 ) -> None:
-    """If a signal handler raises in the waiter that reads, only its wait ends."""
+    """If a signal handler raises in a waiter, only its wait ends."""
 
     def late(*_: object) -> None:
         raise TimeoutError("the host's own")
 
     until(lambda: listening(store), "it listens")
-    listener = store._listener
-    hear = listener._receive
-
-    def hears(*given: Any) -> list[str]:
-        if threading.current_thread() is threading.main_thread():
-            monkeypatch.setattr(listener, "_receive", hear)
-            signal.raise_signal(signal.SIGALRM)
-        return hear(*given)
-
     before = signal.signal(signal.SIGALRM, late)
     try:
-        monkeypatch.setattr(listener, "_receive", hears)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(TimeoutError, match="the host's own"):
             store.wait(0, PATIENCE)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    until(lambda: listening(store) and listener._source is not None, "it listens again")
+    assert listening(store)
     assert wakes(store, writer)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from ipguard.rules import all_expired
 from ipguard.store import RestrictionStore
 
 if TYPE_CHECKING:
-    from ipguard.stores.postgres import Examination
+    from ipguard.stores.postgres import Examination, PostgresStore
 
 _SKEW: Final = 2.0  # a difference of clocks, in seconds, that does no harm
 _NAMED: Final = 10
@@ -223,8 +222,9 @@ def _causes(context: Context) -> list[Finding]:
 
 
 def _postgres(url: str, store: RestrictionStore, head: int) -> Findings:
-    from ipguard.stores.postgres import examine
+    from ipguard.stores.postgres import PostgresStore, examine
 
+    assert isinstance(store, PostgresStore)
     found = examine(url)
     if found.recovering:
         recovery = "is in recovery: its data may be of any age"
@@ -266,38 +266,17 @@ def _row_security(found: Examination) -> Findings:
         yield Finding("row security", "warn", text, off)
 
 
-class _ListenerLog(logging.Handler):
-    """Keeps what the store logs about how it learns of changes."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.state = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        for start in ("listening for changes", "polling: "):
-            if start in text:
-                self.state = text[text.index(start) :]
-
-
-def _listener(store: RestrictionStore, head: int, *, listens: bool) -> Finding:
+def _listener(store: PostgresStore, head: int, *, listens: bool) -> Finding:
     if not listens:
         return Finding("listener", "ok", "off: guards poll, a change takes up to a second")
-    log, logger = _ListenerLog(), logging.getLogger("ipguard.stores.postgres")
-    level = logger.level
-    logger.addHandler(log)
-    logger.setLevel(logging.INFO)
-    try:
-        until = time.monotonic() + _LISTEN_TIMEOUT
-        while not log.state and time.monotonic() < until:
-            try:
-                store.wait(head, 0.05)
-            except StoreError as exc:
-                log.state = f"polling: {exc}"
-    finally:
-        logger.removeHandler(log)
-        logger.setLevel(level)
-    if log.state.startswith("listening"):
+    until, state = time.monotonic() + _LISTEN_TIMEOUT, ""
+    while not state and time.monotonic() < until:
+        try:
+            store.wait(head, 0.05)
+            state = store.wake_ups
+        except StoreError as exc:
+            state = f"polling: {exc}"
+    if state.startswith("listening"):
         return Finding("listener", "ok", "wakes guards within milliseconds")
-    reason = log.state.removeprefix("polling: ") or "no notification arrived"
+    reason = state.removeprefix("polling: ") or "no notification arrived"
     return Finding("listener", "warn", f"guards poll, a change takes up to a second: {reason}")

@@ -276,6 +276,14 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
     def __repr__(self) -> str:
         return f"<PostgresStore {self._options.place}, schema {self._options.schema}>"
 
+    @property
+    def wake_ups(self) -> str:
+        """How waiting guards learn of changes: `listening for changes`, or `polling: ` and why.
+
+        It is empty until the first `wait` has found out.
+        """
+        return self._listener.state
+
     def now(self) -> datetime:
         """Return the store's time, aware and in UTC, without I/O."""
         if self._clock is not None:

@@ -3,8 +3,7 @@
 A wake-up is only a hint: one that is lost, while reconnecting or in a pooler, costs time and
 nothing else. So the listener may fail in any way; it logs that once, and tries again.
 
-A background thread keeps the connection alive. While it is healthy, one waiter reads notifications
-itself and wakes the others, which saves a thread switch.
+A background thread reads the connection and wakes the waiters.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from ipguard import _fork
 from ipguard._backoff import Backoff
-from ipguard._fork import ReentrantLock, acquire
+from ipguard._fork import ReentrantLock
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._sql import TOUCHING
 from ipguard.stores.postgres._connection import Connection, quoted, translated
@@ -46,13 +45,14 @@ class Listener(_fork.Forkable):
     Attributes:
         touching: The revision of the latest such change; None before anything is known.
         count: How often `touching` has changed.
+        state: See `PostgresStore.wake_ups`.
     """
 
     def __init__(self, options: Options, notify: Callable[[str], None]) -> None:
         self._options = options
         self._notify = notify
         self._closed = False
-        self._state = ""
+        self.state = ""
         self._after_fork_in_child()
         _fork.register(self)
         if options.listen is None:
@@ -64,9 +64,6 @@ class Listener(_fork.Forkable):
         self._told = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._waited_at = time.monotonic()
-        self._source: Connection | None = None  # what a waiter may read from
-        self._reading = threading.Lock()
-        self._failure: Exception | None = None  # of the waiter that read
         self.touching: int | None = None
         self.count = 0
 
@@ -79,39 +76,15 @@ class Listener(_fork.Forkable):
         with self._lock:
             if self._options.listen is not None and timeout > 0:
                 self._start()
-        while not self._closed:
-            with self._lock:
+            while not self._closed:
                 if self.touching is not None and self.touching > revision:
                     return True
                 self._waited_at = time.monotonic()
                 left = deadline - self._waited_at
                 if left <= 0:
-                    self._told.notify()  # another must read if this one was woken to do so
-                    return False
-                source = self._source
-                if source is None or self._reading.locked():
-                    self._told.wait(left)
-                    continue
-            self._read(source, min(left, _SLICE))
+                    break
+                self._told.wait(min(left, _HEARTBEAT))
         return False
-
-    def _read(self, source: Connection, seconds: float) -> None:
-        """Read for all waiters, unless another thread began to do so."""
-        reading, held = self._reading, list[bool]()
-        try:
-            if acquire(reading, 0, held) and source is self._source:
-                self._receive(source, seconds)
-        except StoreError as exc:  # the thread logs it and reconnects
-            self._source, self._failure = None, exc
-        except BaseException as exc:  # from a signal handler, for example
-            failure = StoreUnavailable(f"{type(exc).__name__} ended a wait")
-            self._source, self._failure = None, failure
-            raise
-        finally:
-            if True in held:
-                reading.release()
-            with self._lock:
-                self._told.notify()  # another waiter reads next
 
     def tell(self, touching: int, *, exactly: bool = False) -> None:
         """Record a change that touched a policy.
@@ -174,8 +147,8 @@ class Listener(_fork.Forkable):
     def _log_state(self, level: int, message: str, *args: object) -> None:
         """Log how guards are woken, if that has changed."""
         state = message % args
-        if state != self._state:
-            self._state = state
+        if state != self.state:
+            self.state = state
             _log.log(level, "%s: %s", self._options.place, state)
 
     def _listen(self) -> bool:
@@ -193,41 +166,19 @@ class Listener(_fork.Forkable):
                     " direct connection as listen=, or listen=off",
                 )
                 return False
-            self._failure = None
-            self._lend(connection)
             self._log_state(logging.INFO, "listening for changes")
             beat = time.monotonic()
             while not self._must_end():
-                time.sleep(_SLICE)
+                self._receive(connection, _SLICE)
                 now = time.monotonic()
-                if self._failure is not None:
-                    raise self._failure
                 if now - beat > _HEARTBEAT:
-                    with self._exclusively(connection):
-                        connection.deadline = now + self._options.timeout
-                        ((touching,),) = connection.rows(TOUCHING)
+                    connection.deadline = now + self._options.timeout
+                    ((touching,),) = connection.rows(TOUCHING)
                     self.tell(touching)
                     beat = now
-                elif now - self._waited_at > 2 * _SLICE:  # no waiter reads
-                    with self._exclusively(connection):
-                        self._receive(connection, 0)
         finally:
-            with self._exclusively(None):
-                connection.close()
+            connection.close()
         return True
-
-    def _lend(self, connection: Connection | None) -> None:
-        with self._lock:
-            self._source = connection
-            self._told.notify_all()
-
-    @contextmanager
-    def _exclusively(self, connection: Connection | None) -> Iterator[None]:
-        """Keep waiters from reading during the block; afterwards they read from a connection."""
-        self._source = None
-        with self._reading:
-            yield
-        self._lend(connection)
 
     def _connect(self) -> Connection:
         failure: StoreError = StoreUnavailable("nothing to listen on")
@@ -251,13 +202,11 @@ class Listener(_fork.Forkable):
         return False
 
     def _receive(self, connection: Connection, seconds: float) -> list[str]:
-        received: list[str] = []
+        """Read the notifications that arrive within some seconds, and record their changes."""
         connection.deadline = time.monotonic() + seconds + self._options.timeout
         with translated():
-            received += [
-                notification.payload
-                for notification in connection.notifies(timeout=seconds, stop_after=1)
-            ]
+            found = list(connection.notifies(timeout=seconds, stop_after=1))
+        received = [notification.payload for notification in found]
         for payload in received:
             with suppress(ValueError):
                 if len(payload) < 20:
