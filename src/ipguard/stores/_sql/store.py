@@ -257,18 +257,6 @@ SELECT COALESCE(
 """
 
 
-def prune(db: Executor, before: datetime) -> int:
-    """Delete the audit entries before a time, inside a transaction; return how many.
-
-    Delete a prefix of the audit log, never its latest entry: a gap would hide changes from guards
-    that are still behind it.
-    """
-    ((first,),) = db.rows(_FIRST_KEPT, (micros(before),))
-    ((count,),) = db.rows("SELECT count(*) FROM changes WHERE revision < ?", (first,))
-    db.run("DELETE FROM changes WHERE revision < ?", (first,))
-    return int(count)
-
-
 C = TypeVar("C", bound=Executor)
 T = TypeVar("T")
 Writing = AbstractContextManager[WriteTransaction]
@@ -398,11 +386,18 @@ class SqlStore(Closing, Generic[C]):
         """
         self._refuse_nested()
         with self._pruning() as db:
-            return prune(db, before)
+            # Delete a prefix of the audit log, never its latest entry: a gap would hide changes
+            # from guards that are still behind it.
+            ((first,),) = db.rows(_FIRST_KEPT, (micros(before),))
+            ((count,),) = db.rows("SELECT count(*) FROM changes WHERE revision < ?", (first,))
+            db.run("DELETE FROM changes WHERE revision < ?", (first,))
+            return int(count)
 
-    @abstractmethod
-    def _pruning(self) -> AbstractContextManager[Executor]:
+    @contextmanager
+    def _pruning(self) -> Iterator[Executor]:
         """Begin a transaction that deletes audit entries."""
+        with self._write() as tx:
+            yield tx.db
 
     def overview(
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50

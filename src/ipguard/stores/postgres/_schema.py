@@ -152,41 +152,37 @@ def _migrate(connection: Connection, options: Options) -> None:
     """Bring the schema up to date, in one transaction, one process at a time."""
     schema, milliseconds = quoted(options.schema), int(options.bulk_timeout * 1000)
     connection.patience = options.bulk_timeout
-    try:
-        connection.begin(
-            f"{BEGIN}; SET LOCAL lock_timeout = {milliseconds};"
-            f" SET LOCAL statement_timeout = {milliseconds}"
-        )
-        connection.rows(
-            f"SELECT pg_advisory_xact_lock({_LOCK}::int, hashtext(?::text))", (options.schema,)
-        )
-        # CREATE SCHEMA IF NOT EXISTS needs more rights even if the schema exists.
-        ((there, encoding),) = connection.rows(
-            "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = ?),"
-            " current_setting('server_encoding')",
-            (options.schema,),
-        )
-        _check_encoding(encoding)
-        if not there:
-            connection.script(f"CREATE SCHEMA {schema}")
-        connection.script(f"SET LOCAL search_path TO {schema}, pg_temp")
-        ((version,),) = connection.rows(
-            "SELECT COALESCE((SELECT c.oid::bigint FROM pg_class c WHERE c.oid ="
-            " to_regclass('schema_version')), 0)"
-        )
-        if version:
-            found = connection.rows("SELECT version FROM schema_version WHERE id = 1")
-            if not found:
-                raise StoreUnavailable(f"{options.place}: {UNFINISHED}")
-            ((version,),) = found
-        for number, text in migrations("postgresql"):
-            if number > version:
-                connection.script(text)
-                _log.info("%s: schema brought to version %d", options.place, number)
-        connection.script("COMMIT")
-    except BaseException:
-        connection.close()
-        raise
+    connection.begin(
+        f"{BEGIN}; SET LOCAL lock_timeout = {milliseconds};"
+        f" SET LOCAL statement_timeout = {milliseconds}"
+    )
+    connection.rows(
+        f"SELECT pg_advisory_xact_lock({_LOCK}::int, hashtext(?::text))", (options.schema,)
+    )
+    # CREATE SCHEMA IF NOT EXISTS needs more rights even if the schema exists.
+    ((there, encoding),) = connection.rows(
+        "SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = ?),"
+        " current_setting('server_encoding')",
+        (options.schema,),
+    )
+    _check_encoding(encoding)
+    if not there:
+        connection.script(f"CREATE SCHEMA {schema}")
+    connection.script(f"SET LOCAL search_path TO {schema}, pg_temp")
+    ((version,),) = connection.rows(
+        "SELECT COALESCE((SELECT c.oid::bigint FROM pg_class c WHERE c.oid ="
+        " to_regclass('schema_version')), 0)"
+    )
+    if version:
+        found = connection.rows("SELECT version FROM schema_version WHERE id = 1")
+        if not found:
+            raise StoreUnavailable(f"{options.place}: {UNFINISHED}")
+        ((version,),) = found
+    for number, text in migrations("postgresql"):
+        if number > version:
+            connection.script(text)
+            _log.info("%s: schema brought to version %d", options.place, number)
+    connection.script("COMMIT")
 
 
 # ----------------------------------------------------------------------------- roles

@@ -70,7 +70,6 @@ from ipguard.stores._sql import (
     CHANGES_SINCE,
     POLICY,
     SCHEMA_VERSION,
-    Executor,
     Params,
     Row,
     changes_of,
@@ -845,11 +844,6 @@ class SQLiteStore(SqlStore[Connection]):
 
     def _step(self, connection: Connection) -> AbstractContextManager[None]:
         return connection.snapshot()
-
-    @contextmanager
-    def _pruning(self) -> Iterator[Executor]:
-        with self._write() as tx:
-            yield tx.db
 
     # ------------------------------------------------------------------------- write transactions
 
