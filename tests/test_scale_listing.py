@@ -16,7 +16,8 @@ from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, Action, Actor, Restriction, User
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
-from ipguard.stores._sql import encodable, listing, migrations
+from ipguard.stores._sql import encodable, migrations
+from ipguard.stores._sql import store as listing
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.conftest import rounds

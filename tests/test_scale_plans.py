@@ -11,7 +11,8 @@ import pytest
 from ipguard.model import Action, Actor, User
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
-from ipguard.stores._sql import Params, Row, listing
+from ipguard.stores._sql import Params, Row
+from ipguard.stores._sql import store as listing
 from ipguard.stores.postgres import _connection
 from ipguard.stores.sqlite import Connection
 from ipguard.testing import FakeClock
