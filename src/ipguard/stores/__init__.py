@@ -55,78 +55,67 @@ def open_store(
     if not separator or not scheme:
         raise StoreConfigError(f"a store's URL begins with one of {_known()}")
     if scheme == "memory":
-        return _open_memory(rest, clock)
+        from ipguard.stores.memory import MemoryStore
+
+        if rest.strip("/"):
+            raise StoreConfigError("memory:// has no path and no options")
+        return MemoryStore(clock=clock)
     if scheme == "sqlite":
-        return _open_sqlite(rest, clock=clock, migrate=migrate)
-    if scheme in ("postgresql", "postgres"):
-        return _open_postgres(url, clock=clock, migrate=migrate)
-    return _open_plugin(scheme, url, clock=clock, migrate=migrate)
+        from ipguard.stores.sqlite import SQLiteStore
+
+        path, timeout = _sqlite_options(rest)
+        return SQLiteStore(path, timeout=timeout, clock=clock, migrate=migrate)
+    factory = _postgres() if scheme in ("postgresql", "postgres") else _plugin(scheme)
+    store: RestrictionStore = factory(url, clock=clock, migrate=migrate)
+    return store
 
 
-def _open_memory(rest: str, clock: Clock | None) -> RestrictionStore:
-    from ipguard.stores.memory import MemoryStore
-
-    if rest.strip("/"):
-        raise StoreConfigError("memory:// has no path and no options")
-    return MemoryStore(clock=clock)
-
-
-def _open_sqlite(rest: str, *, clock: Clock | None, migrate: bool | None) -> RestrictionStore:
-    from ipguard.stores.sqlite import SQLiteStore
-
+def _sqlite_options(rest: str) -> tuple[str, float]:
+    """Return the path and the timeout of an SQLite URL."""
     place, _, query = rest.partition("?")
     if not place.startswith("/"):
         raise StoreConfigError(
             "sqlite:// names no host: write sqlite:///relative.db or sqlite:////absolute/path.db"
         )
-    options = _options(query)
+    pairs: list[tuple[str, str]] | None = None
+    with suppress(ValueError):  # its message contains a part of the URL
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    if pairs is None:
+        raise StoreConfigError("options are written ?name=value&name=value")
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise StoreConfigError("each option is given once")
     for name in options:
         if name != "timeout":
             raise StoreConfigError(f"sqlite:// has no option {shorten(name)}; it has timeout")
     timeout = 0.0  # refused by the store
     with suppress(ValueError):
         timeout = float(options.get("timeout", "5.0"))
-    path = unquote(place[1:], errors="surrogateescape")
-    return SQLiteStore(path, timeout=timeout, clock=clock, migrate=migrate)
+    return unquote(place[1:], errors="surrogateescape"), timeout
 
 
-def _options(query: str) -> dict[str, str]:
-    pairs: list[tuple[str, str]] | None = None
-    with suppress(ValueError):  # its message contains a part of the URL
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    if pairs is None:
-        raise StoreConfigError("options are written ?name=value&name=value")
-    if len(dict(pairs)) < len(pairs):
-        raise StoreConfigError("each option is given once")
-    return dict(pairs)
-
-
-def _open_postgres(url: str, *, clock: Clock | None, migrate: bool | None) -> RestrictionStore:
+def _postgres() -> Callable[..., Any]:
     # By name, because the driver that the module imports may be missing.
     from importlib import import_module
 
     try:
-        module = import_module("ipguard.stores.postgres")
+        store: Callable[..., Any] = import_module("ipguard.stores.postgres").PostgresStore
     except ImportError as exc:
         raise StoreConfigError(
             'postgresql:// needs its driver: pip install "ipguard[postgres]"'
         ) from exc
-    store: RestrictionStore = module.PostgresStore(url, clock=clock, migrate=migrate)
     return store
 
 
-def _open_plugin(
-    scheme: str, url: str, *, clock: Clock | None, migrate: bool | None
-) -> RestrictionStore:
+def _plugin(scheme: str) -> Callable[..., Any]:
     found = [point for point in _plugins() if point.name == scheme]
     if not found:
         raise StoreConfigError(f"no store has the scheme {shorten(scheme)}; there is {_known()}")
     try:
-        factory = found[0].load()
+        factory: Callable[..., Any] = found[0].load()
     except (ImportError, AttributeError) as exc:
         raise StoreConfigError(f"the store of {shorten(scheme)} cannot be loaded: {exc}") from exc
-    store: RestrictionStore = factory(url, clock=clock, migrate=migrate)
-    return store
+    return factory
 
 
 def _known() -> str:

@@ -54,13 +54,7 @@ from ipguard.model import (
     check_accounts,
 )
 from ipguard.rules import Step
-from ipguard.store import (
-    NAMED_AT_MOST,
-    NO_DETAIL,
-    Closing,
-    Snapshot,
-    Transaction,
-)
+from ipguard.store import NAMED_AT_MOST, NO_DETAIL, Closing, Snapshot, Transaction
 from ipguard.usernames import canonical_usernames
 
 __all__ = ["MemoryStore"]
@@ -109,9 +103,7 @@ def _restriction_order(restriction: Restriction) -> tuple[datetime, str]:
 
 
 def _error_order(error: DuplicateRestriction | TooManyRestrictions) -> int:
-    if isinstance(error, TooManyRestrictions):
-        return 2
-    return int(error.found != "row")
+    return 2 if isinstance(error, TooManyRestrictions) else int(error.found != "row")
 
 
 class WriteTransaction:
@@ -259,7 +251,7 @@ class WriteTransaction:
             detail=dict(detail),
             account_id=account_id,
         )
-        entry = Entry(change, _new_token(), touches)
+        entry = Entry(change, secrets.token_hex(8), touches)
         self.entries.append(entry)
         self.state.head, self.state.token = change.revision, entry.token
         if touches:
@@ -313,10 +305,6 @@ class WriteTransaction:
         )
 
 
-def _new_token() -> str:
-    return secrets.token_hex(8)
-
-
 class MemoryStore(Closing):
     """A store that ends with its process. See `ipguard.store.RestrictionStore` for its methods.
 
@@ -332,7 +320,7 @@ class MemoryStore(Closing):
         self._timeout = timeout
         self._pid = os.getpid()
         self._closed = False
-        self._origin = _new_token()  # of revision 0, which differs between stores
+        self._origin = secrets.token_hex(8)  # of revision 0, which differs between stores
         self._state = State(token=self._origin)
         # All states share this list, which only grows: the first `head` entries belong to a state.
         self._entries: list[Entry] = []

@@ -317,11 +317,7 @@ SCHEMA_VERSION: Final = 4
 
 
 def migrations(dialect: str) -> list[tuple[int, str]]:
-    """Return the version and SQL text of each migration, in order.
-
-    Args:
-        dialect: `sqlite` or `postgresql`.
-    """
+    """Return the version and SQL text of each migration to `sqlite` or `postgresql`, in order."""
     folder = files("ipguard.stores") / "migrations" / dialect
     found = sorted((item.name, item) for item in folder.iterdir() if item.name.endswith(".sql"))
     return [(int(name.partition("_")[0]), item.read_text("utf-8")) for name, item in found]
@@ -333,11 +329,7 @@ _HEAD: Final = (
 
 
 def head(db: Executor) -> tuple[int, str]:
-    """Return the store's revision and its token.
-
-    Raises:
-        StoreUnavailable: The restore marker is missing.
-    """
+    """Return the store's revision and its token."""
     for revision, token in db.rows(_HEAD):
         return revision, token
     raise StoreUnavailable(UNFINISHED)
@@ -351,16 +343,10 @@ def schema_version(db: Executor) -> tuple[int, int]:
 
 
 def check_schema(version: int, oldest: int) -> None:
-    """Refuse a schema that this library cannot use.
+    """Raise SchemaVersionError for a schema that this library cannot use.
 
-    A newer schema can be compatible, so that old servers keep running while it is rolled out.
-
-    Args:
-        version: The schema's version.
-        oldest: The oldest version that a library must know to use this schema.
-
-    Raises:
-        SchemaVersionError: The schema is too old, or too new.
+    A newer schema can be compatible, so that old servers keep running while it is rolled out:
+    `oldest` is the oldest version that a library must know to use it.
     """
     if version < SCHEMA_VERSION:
         raise SchemaVersionError(version, SCHEMA_VERSION)
@@ -369,11 +355,7 @@ def check_schema(version: int, oldest: int) -> None:
 
 
 def check_open_schema(version: int, oldest: int) -> None:
-    """Refuse a schema that was migrated while a store was open.
-
-    Raises:
-        StoreUnavailable: It cannot be used any more.
-    """
+    """Raise StoreUnavailable for a schema that was migrated while a store was open."""
     try:
         check_schema(version, oldest)
     except SchemaVersionError as exc:
@@ -405,9 +387,7 @@ _RESTRICTION_ENDS: Final = 2 + len(RESTRICTION.split(","))
 def policy_of(username: str, rows: list[Row]) -> Policy:
     """Return a policy from the rows of `POLICY`.
 
-    Raises:
-        StoreUnavailable: The store is being restored; or the rows are about another user, because
-            two processes share the connection.
+    The rows are about another user if two processes share the connection.
     """
     if not rows:
         raise StoreUnavailable(UNFINISHED)
@@ -476,15 +456,9 @@ def changes_params(cursor: tuple[int, str] | None) -> Row:
 def changes_of(
     cursor: tuple[int, str] | None, rows: list[Row], *, restore: str | None = None
 ) -> Changes:
-    """Return the store's position and the users whose policy changed.
+    """Return the store's position and the users whose policy changed since a guard's position.
 
-    Args:
-        cursor: The position of the guard.
-        rows: The rows of `CHANGES_SINCE`.
-        restore: Identifies the restore that created the tables; becomes part of the token.
-
-    Raises:
-        StoreUnavailable: The restore marker is missing.
+    The token includes `restore`, which identifies the restore that created the tables.
     """
     if not rows:
         raise StoreUnavailable(UNFINISHED)

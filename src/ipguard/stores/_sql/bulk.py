@@ -255,12 +255,7 @@ SELECT 1 FROM changes WHERE revision > ? AND action IN ('put_users', 'remove_use
 
 
 def _write_terms(db: Executor, users: Iterable[Row]) -> None:
-    """Write the search terms of users, and of a few others that an older library wrote.
-
-    Args:
-        db: The transaction.
-        users: Username, full name and account of each.
-    """
+    """Write the search terms of users (name, full name, account), and of some outdated ones."""
     by_name = {row[0]: row for row in (*db.rows(_OUTDATED, (_FEW,)), *users)}
     if by_name:
         db.run(f"DELETE FROM search_terms WHERE {db.among('username')}", (db.texts(by_name),))

@@ -107,11 +107,7 @@ class SqlSnapshot:
         return self._executor
 
     def check_process(self) -> None:
-        """Refuse to continue in a child that was forked inside the transaction.
-
-        Raises:
-            StoreUnavailable: This is such a child.
-        """
+        """Raise StoreUnavailable in a child that was forked inside the transaction."""
         if self._pid != os.getpid():
             raise StoreUnavailable("the transaction belongs to the parent process")
 
@@ -341,10 +337,7 @@ def _usernames(
     """
     if not search.text:
         return [row[0] for row in db.rows(*_everybody(db, accounts, after, limit))]
-    queries = [
-        *_by_terms(db, accounts, search, after),
-        *_by_addresses(db, accounts, search, after),
-    ]
+    queries = [*_by_terms(db, accounts, search, after), *_by_addresses(db, accounts, search, after)]
     if not queries:
         return []
     sql = " UNION ALL ".join(text for text, _ in queries)

@@ -151,13 +151,7 @@ class Connection(psycopg.Connection[Row]):
     # ------------------------------------------------------------------------- statements
 
     def rows(self, sql: str, params: Params = (), *, login: bool = False) -> list[Row]:
-        """Run a query and return all its rows.
-
-        Args:
-            sql: A portable statement.
-            params: Its parameters.
-            login: Whether logins wait for this query. It is prepared as early as possible.
-        """
+        """Run a query and return all its rows. One of a login is prepared early if possible."""
         self._start()
         text, prepare = dialect(sql, self.schema), self.prepares if login else None
         cursor = self.cursor(binary=True)
@@ -296,11 +290,7 @@ class Batch:
         self._connection.insert_many(table, columns, rows)
 
     def commit(self, touching: int | None) -> None:
-        """Commit, and wake the guards if a policy was touched.
-
-        Raises:
-            StoreUnavailable: It is not known whether it was committed; or the server rolled back.
-        """
+        """Commit, and wake the guards if a policy was touched."""
         if touching is not None:
             # The channel has the schema's name; the commit itself sends the notification.
             self.run("SELECT pg_notify(?, ?)", (self._connection.schema, str(touching)))

@@ -59,11 +59,7 @@ class Options:
 
     @classmethod
     def parse(cls, url: str, keywords: Mapping[str, Any]) -> Options:
-        """Parse a URL, and keywords that are not None.
-
-        Raises:
-            StoreConfigError: An option is invalid or given twice. The message contains no secret.
-        """
+        """Parse a URL, and keywords that are not None. No error message contains a secret."""
         dsn, given = _split(url)
         for name, value in keywords.items():
             if value is None:
@@ -89,18 +85,9 @@ class Options:
         )
 
 
-_OURS: Final = frozenset(
-    (
-        "pool_size",
-        "timeout",
-        "bulk_timeout",
-        "schema",
-        "prepare",
-        "prepare_threshold",
-        "listen",
-        "replica",
-    )
-)
+_OURS: Final = {field.name for field in attrs.fields(Options)} - {"servers", "place"} | {
+    "prepare_threshold"
+}
 
 
 def _split(url: str) -> tuple[str, dict[str, Any]]:

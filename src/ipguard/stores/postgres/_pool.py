@@ -97,14 +97,7 @@ class Pool(_fork.Forkable):
     # ------------------------------------------------------------------------- lending
 
     def take(self, deadline: float) -> Connection:
-        """Lend a connection to this thread.
-
-        Args:
-            deadline: When its waits end too, on the clock of `time.monotonic`.
-
-        Raises:
-            StoreUnavailable: The store is closed, or there is no connection in time.
-        """
+        """Lend a connection to this thread. All its waits end at `deadline` too."""
         _fork.check()
         slot = _Slot()
         try:
@@ -152,20 +145,18 @@ class Pool(_fork.Forkable):
         if not connection.idle:
             self._close(connection)
             return
-        now = time.monotonic()
+        connection.used_at, connection.deadline = time.monotonic(), NEVER
+        self._idle.append(connection)
+        # Close the least recently used one if it is old: a firewall may have cut it.
         old: Connection | None = None
-        with self._lock:
-            if not self.closed:
-                connection.used_at = now
-                connection.deadline = NEVER
-                self._idle.append(connection)
-                # Close the least recently used one if it is old: a firewall may have cut it.
-                if self._idle[0].used_at < now - _IDLE_SECONDS:
-                    old = self._idle.popleft()
-            else:
-                old = connection
+        with self._lock, suppress(IndexError):
+            if self._idle[0].used_at < connection.used_at - _IDLE_SECONDS:
+                old = self._idle.popleft()
         if old is not None:
             self._close(old)
+        # Check again: `close` sets its flag first, and then empties the pool.
+        if self.closed:
+            self.forget()
         self._wake()
 
     def _close(self, connection: Connection) -> None:
@@ -195,10 +186,7 @@ class Pool(_fork.Forkable):
     def open(self, *, migrate: bool | None) -> None:
         """Connect once, to check the schema or bring it up to date.
 
-        Raises:
-            SchemaVersionError: The schema cannot be used.
-            StoreConfigError: The database cannot be used.
-            StoreUnavailable: It does not respond, and `migrate` is True; else that is only logged.
+        A server that does not respond is an error if `migrate` is True, and else only logged.
         """
         self._check = partial(schema.prepare, migrate=migrate)
         try:
@@ -287,12 +275,7 @@ class Pool(_fork.Forkable):
     ) -> Iterator[tuple[Connection, list[list[Row]]]]:
         """Lend a connection in a transaction; if the block does not commit it, it is rolled back.
 
-        Args:
-            begin: The statements that begin it, for one round trip.
-            deadline: When these must have succeeded.
-
-        Returns:
-            The connection, and the rows of each of those statements.
+        Return the rows of each of the statements that begin it, too.
         """
         connection, found = self._try(lambda it: it.begin(begin), deadline or self.deadline())
         try:
@@ -317,9 +300,6 @@ class Pool(_fork.Forkable):
 
         A server in recovery may be arbitrarily far behind. No new connection leads to one, but
         behind a pooler the server may change.
-
-        Raises:
-            StoreUnavailable: The server is in recovery, or its tables are being restored.
         """
         if recovering and not self.options.replica:
             connection.spoilt = True  # a new connection may find the primary
@@ -329,16 +309,7 @@ class Pool(_fork.Forkable):
 
 
 def connect(conninfo: str, deadline: float, schema: str) -> Connection:
-    """Open a connection, in autocommit mode.
-
-    Args:
-        conninfo: The connection string of one server.
-        deadline: When all its waits end, on the clock of `time.monotonic`.
-        schema: The schema that holds the tables.
-
-    Raises:
-        StoreUnavailable: The server refused, or did not respond in time.
-    """
+    """Open a connection to one server, in autocommit mode; all its waits end at `deadline`."""
     left = max(0.0, deadline - time.monotonic())
     try:
         # The driver's own `connect` takes whole seconds, and at least two.

@@ -49,13 +49,7 @@ _LOCK: Final = 0x49504764  # "IPGd"; with the schema's name it makes the advisor
 def greet(connection: Connection, options: Options, clock: ServerClock) -> tuple[int, int]:
     """Check what a new connection leads to, and whether statements can be prepared on it.
 
-    Returns:
-        The version of the schema, and the oldest version compatible with it.
-
-    Raises:
-        SchemaVersionError: There is no schema.
-        StoreConfigError: The database cannot be used, or not by this role.
-        StoreUnavailable: The server does not respond, is in recovery, or hides rows.
+    Set the clock, and return the version of the schema and the oldest version compatible with it.
     """
     auto = options.prepare == -1
     connection.prepare_threshold = None if auto else options.prepare
@@ -99,11 +93,7 @@ def _check_encoding(encoding: str) -> None:
 
 
 def check(connection: Connection, options: Options, clock: ServerClock) -> None:
-    """Check that a new connection leads to a database that can be used, and read its clock.
-
-    Raises:
-        StoreUnavailable: It does not.
-    """
+    """Raise StoreUnavailable unless a new connection leads to a database that can be used."""
     try:
         check_schema(*greet(connection, options, clock))
     except StoreUnavailable:
@@ -122,11 +112,6 @@ def prepare(
         options: The options of the store.
         clock: The clock to set.
         migrate: True: it must be possible. None: if the role may. False: only check.
-
-    Raises:
-        SchemaVersionError: The schema cannot be used, and was not migrated.
-        StoreConfigError: The database cannot be used, or not by this role.
-        StoreUnavailable: The server does not respond.
     """
     oldest = 0
     try:

@@ -46,13 +46,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    closing,
-    contextmanager,
-    suppress,
-)
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from json import dumps
@@ -109,11 +103,7 @@ class Files(NamedTuple):
 
 
 def file_id(path: str) -> FileId:
-    """Return the device and inode of a file.
-
-    Raises:
-        StoreUnavailable: It does not exist, or cannot be accessed.
-    """
+    """Return the device and inode of a file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - called by every sync
     except OSError as exc:
@@ -122,11 +112,7 @@ def file_id(path: str) -> FileId:
 
 
 def files_at(path: str) -> Files:
-    """Return the identities of the three files of a database.
-
-    Raises:
-        StoreUnavailable: The database file does not exist, or cannot be accessed.
-    """
+    """Return the identities of the three files of a database."""
     main, wal, shm = file_id(path), None, None
     with suppress(StoreUnavailable):
         wal = file_id(path + "-wal")
@@ -320,12 +306,8 @@ class Pool(_fork.Forkable):
     def take(self, patience: float | None = None) -> Connection:
         """Lend a connection to this thread.
 
-        Args:
-            patience: How many seconds the call may wait, here and in all its statements; the pool's
-                timeout by default.
-
-        Raises:
-            StoreUnavailable: The store is closed, or the file cannot be opened.
+        `patience` is how many seconds the call may wait, here and in all its statements; the pool's
+        timeout by default.
         """
         _fork.check()
         deadline = time.monotonic() + (self.timeout if patience is None else patience)
@@ -551,11 +533,8 @@ class Pool(_fork.Forkable):
         """Discard all connections if other files are at the path now.
 
         The log and the index count as well: if one of them was removed, SQLite keeps using its open
-        file and does not see commits of other processes.
-
-        Raises:
-            StoreUnavailable: The database file is gone, or it was replaced and the log of the old
-                one is still there: SQLite would apply it to the new file.
+        file and does not see commits of other processes. If the database was replaced and the log
+        of the old one is still there, the store is unavailable: SQLite would apply that log.
         """
         known = self._files
         if known is None:

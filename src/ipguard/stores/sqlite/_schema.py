@@ -27,11 +27,7 @@ APPLICATION_ID: Final = 0x49504764  # as in the first migration
 
 
 def check_file(path: str, *, migrate: bool) -> None:
-    """Check that a path leads to a file that can be used; create the file if `migrate`.
-
-    Raises:
-        StoreConfigError: It does not.
-    """
+    """Check that a path leads to a file that can be used; create the file if `migrate`."""
     if migrate:
         _create_file(path)
     try:
@@ -76,12 +72,7 @@ def _is_mounted(path: str) -> bool:
 
 
 def prepare(db: Executor, path: str, *, migrate: bool) -> None:
-    """Check the first connection of a store, and create or migrate the schema if `migrate`.
-
-    Raises:
-        StoreConfigError: The database cannot be used.
-        SchemaVersionError: Its schema cannot be used.
-    """
+    """Check the first connection of a store, and create or migrate the schema if `migrate`."""
     db.run("BEGIN")
     found = _found(db, path)
     db.run("COMMIT")
@@ -106,11 +97,7 @@ def prepare(db: Executor, path: str, *, migrate: bool) -> None:
 
 
 def check(db: Executor, path: str) -> None:
-    """Check that a new connection leads to a database that can be used.
-
-    Raises:
-        StoreUnavailable: It does not, although it did when the store was opened.
-    """
+    """Check that a new connection still leads to a database that can be used."""
     if db.rows("PRAGMA application_id") != [(APPLICATION_ID,)]:
         raise StoreUnavailable(f"{path}: is not an ipguard database any more")
     _use_wal(db, path)  # a restored copy of the file may have lost it
@@ -150,11 +137,7 @@ _creating = ReentrantLock()
 
 
 def _create_file(path: str) -> None:
-    """Create an empty file, readable by its owner alone, unless it exists.
-
-    Raises:
-        StoreConfigError: It cannot be created.
-    """
+    """Create an empty file, readable by its owner alone, unless it exists."""
     _fork.check()
     with _creating:
         try:
