@@ -151,7 +151,7 @@ class Connection(psycopg.Connection[Row]):
     # ------------------------------------------------------------------------- statements
 
     def rows(self, sql: str, params: Params = (), *, login: bool = False) -> list[Row]:
-        """Run a query and return all its rows. One of a login is prepared early if possible."""
+        """Run a query and return all its rows; with `login`, prepare it early if possible."""
         self._start()
         text, prepare = dialect(sql, self.schema), self.prepares if login else None
         cursor = self.cursor(binary=True)
