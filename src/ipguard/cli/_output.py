@@ -6,12 +6,12 @@ that move the cursor or reverse the direction of text.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from enum import Enum
+from functools import partial
 from itertools import chain, islice
-from json import dumps
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -34,23 +34,17 @@ def clean(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Convert one of the library's values to what JSON can hold."""
-    for kind, convert in _CONVERSIONS:
-        if isinstance(value, kind):
-            return convert(value)
-    if attrs.has(type(value)):
-        names = (field.name for field in attrs.fields(type(value)))
-        return {name: plain(getattr(value, name)) for name in names}
-    return value
+    """Convert one of the library's values, but not those in it, to what JSON can hold."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, AddressRange) or not attrs.has(type(value)):
+        return str(value)
+    return {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
 
 
-_CONVERSIONS: Final[tuple[tuple[Any, Callable[[Any], Any]], ...]] = (
-    (AddressRange, str),
-    (datetime, datetime.isoformat),
-    (Enum, lambda member: member.value),
-    (Mapping, lambda pairs: {name: plain(each) for name, each in pairs.items()}),
-    ((tuple, list), lambda several: [plain(each) for each in several]),
-)
+dumps: Final = partial(json.dumps, default=plain)
 
 
 class Output:
@@ -68,13 +62,13 @@ class Output:
         It is in ASCII, which is safe on every terminal.
         """
         if self.as_json:
-            self.raw(dumps(plain(value)) + "\n")
+            self.raw(dumps(value) + "\n")
 
     def array(self, name: str, items: Iterable[Any], rest: Callable[[], dict[str, Any]]) -> None:
         """Write a JSON object with a streamed array and, once it has been written, the rest."""
         self.raw(f'{{"{name}": [')
         for number, item in enumerate(items):
-            self.raw((", " if number else "") + dumps(plain(item)))
+            self.raw((", " if number else "") + dumps(item))
         self.raw(f"], {dumps(rest())[1:]}\n")
 
     def listing(
@@ -180,7 +174,7 @@ class Output:
                 "hint": problem.hint,
                 "details": problem.details,
             }
-            text = dumps({"error": plain(error)}, default=str)
+            text = dumps({"error": error})
             if problem.rows is not None:
                 self._err(text.removesuffix("}}") + ', "rows": [')
                 for number, row in enumerate(problem.rows):

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby, islice
-from json import dumps
+from operator import attrgetter
 from typing import Annotated, Any, BinaryIO, Final, TextIO, TypeVar
 
 import attrs
@@ -26,7 +26,7 @@ from ipguard.cli import _files
 from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import OPERATOR, READER, Context, command
 from ipguard.cli._files import BadRows, Columns, FileArgument, Format, FormatOption, Row, Spool
-from ipguard.cli._output import Output, pages, plain
+from ipguard.cli._output import Output, dumps, pages, plain
 from ipguard.cli.changes import ReasonOption
 from ipguard.model import Actor, Policy, Restriction
 from ipguard.store import RestrictionStore
@@ -378,15 +378,14 @@ def export(
 
 def _writer(target: TextIO, form: Format) -> Callable[[Restriction], object]:
     if form is Format.JSONL:
-        return lambda restriction: target.write(dumps(plain(restriction)) + "\n")
+        return lambda restriction: target.write(dumps(restriction) + "\n")
     writer = csv.writer(target, lineterminator="\n")
     writer.writerow(_EXPORTED)
 
-    def write(restriction: Restriction) -> None:
-        found = plain(restriction)
-        writer.writerow(found[name] for name in _EXPORTED)
-
-    return write
+    cells = attrgetter(*_EXPORTED)
+    return lambda restriction: writer.writerow(
+        "" if cell is None else plain(cell) for cell in cells(restriction)
+    )
 
 
 @contextmanager
