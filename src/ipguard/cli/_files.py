@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
@@ -304,31 +305,20 @@ def _json_rows(lines: _Lines, columns: Columns) -> Iterator[tuple[int, Row | str
             yield lines.number, _json_row(line, columns)
 
 
-class _DuplicateName(Exception):
-    """A name occurs twice in a JSON object; JSON leaves open which value counts."""
-
-
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateName(next(name for name in names if names.count(name) > 1))
-    return found
-
-
 def _json_row(line: str, columns: Columns) -> Row | str:
     try:
-        found: Any = json.loads(line, object_pairs_hook=_unambiguous)
-    except _DuplicateName as exc:
-        return f"{shorten(str(exc))} is there twice"
+        found: Any = json.loads(line, object_pairs_hook=tuple)  # arrays are lists
     except (ValueError, RecursionError) as exc:
         return f"it is not JSON: {type(exc).__name__}"
-    if not isinstance(found, dict):
+    if not isinstance(found, tuple):
         return "it is not a JSON object"
-    if fault := columns.fault(list(found)):
+    names = Counter(name for name, _ in found)
+    if len(names) < len(found):  # JSON leaves open which value counts
+        return f"{shorten(names.most_common(1)[0][0])} is there twice"
+    if fault := columns.fault(list(names)):
         return fault
     row = {}
-    for name, value in found.items():
+    for name, value in found:
         if not columns.used(name) or value is None or value == "":
             continue
         if not isinstance(value, str):

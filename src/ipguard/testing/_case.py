@@ -12,6 +12,7 @@ from unittest import TestCase
 
 from ipguard.addresses import AddressRange
 from ipguard.model import (
+    EVERYBODY,
     Action,
     Actor,
     Change,
@@ -287,6 +288,13 @@ class StoreCase:
             for request in requests:
                 tx.save_request(request)
             return self.append(tx)
+
+    def add_staged(self, staged: Iterable[Restriction], per_user: int = 1000) -> int:
+        """Add staged restrictions and commit; return how many."""
+        with self.store.transaction(staged=staged) as tx:
+            count = tx.add_staged(per_user=per_user)
+            self.append(tx, EVERYBODY)
+        return count
 
     def held(self, username: str = "alice") -> tuple[Restriction, ...]:
         """Return the restrictions in a user's policy."""

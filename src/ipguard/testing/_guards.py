@@ -174,9 +174,7 @@ class GuardReadTests(StoreCase):
             AddressRange(version=6, first=n << 32, last=(n << 32) + n) for n in range(1, self.many)
         ]
         many = [self.restriction(addresses=each) for each in ranges]
-        with self.store.transaction(staged=iter(many)) as tx:
-            assert tx.add_staged(per_user=self.many) == len(many)
-            self.append(tx, frozenset({"alice"}))
+        assert self.add_staged(iter(many), per_user=self.many) == len(many)
         assert self.held() == tuple(many)
         (line,) = self.store.overview(A1, search=str(ranges[-1]).partition("-")[0])
         assert line.restrictions == tuple(many)

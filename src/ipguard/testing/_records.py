@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -16,7 +16,6 @@ from ipguard.model import (
     Change,
     RequestKind,
     RequestState,
-    Restriction,
     StoredUser,
     User,
 )
@@ -412,9 +411,7 @@ class UserTests(StoreCase):
         assert self.store.load_policy("alice").known
         assert not self.store.load_policy("bob").known
         assert Call(lambda: self.put("carol")).result() == before[0] + 1
-        with self.store.transaction(staged=[self.restriction()]) as tx:
-            assert tx.add_staged(per_user=1) == 1
-            self.append(tx)
+        assert self.add_staged([self.restriction()], per_user=1) == 1
 
     def test_a_slow_source_does_not_block_writers(self) -> None:
         """While an iterable is read, other writers commit and stage restrictions of their own."""
@@ -424,20 +421,16 @@ class UserTests(StoreCase):
             revisions.append(Call(write).result())
             yield last
 
-        def stage(staged: Iterable[Restriction], count: int) -> int:
-            with self.store.transaction(staged=staged) as tx:
-                assert tx.add_staged(per_user=10) == count
-                return self.append(tx)
-
         revisions: list[int] = []
         users = source(user("alice"), lambda: self.put("carol"), user("bob"))
         revisions.append(self.store.put_users(users))
         names = source("alice", lambda: self.put("dora"), "bob")
         revisions.append(self.store.remove_users(names))
+        assert revisions == [1, 2, 3, 4]
         inner, first, last = (self.restriction("carol") for _ in range(3))
-        revisions.append(stage(source(first, lambda: stage([inner], 1), last), 2))
-        assert revisions == [1, 2, 3, 4, 5, 6]
-        assert len(self.held("carol")) == 3
+        assert self.add_staged(source(first, lambda: self.add_staged([inner]), last)) == 2
+        assert revisions[4:] == [1]
+        assert self.held("carol") == (inner, first, last)
 
     def test_changes_of_users_are_logged(self) -> None:
         """`ipguard.audit` gets a line for each commit that changed users."""

@@ -248,12 +248,6 @@ class TransactionTests(StoreCase):
 class StagedTests(StoreCase):
     """Tests of `transaction(staged=...)` and `add_staged()`."""
 
-    def _stage(self, staged: list[Restriction], per_user: int = 1000) -> int:
-        with self.store.transaction(staged=staged) as tx:
-            count = tx.add_staged(per_user=per_user)
-            self.append(tx, frozenset(r.username for r in staged))
-        return count
-
     def _refused(self, kind: type[Any], staged: list[Restriction], per_user: int = 1000) -> Any:
         """Fail unless all are refused and none is added, even if the transaction goes on."""
         before = {r.username: self.held(r.username) for r in staged}
@@ -275,7 +269,7 @@ class StagedTests(StoreCase):
             for name in ("alice", "bob")
         ]
         staged += [self.restriction("bob", addresses) for addresses in EXTREMES]
-        assert self._stage(staged) == len(staged)
+        assert self.add_staged(staged) == len(staged)
         assert self.held("alice") == (old, *(r for r in staged if r.username == "alice"))
         assert self.held("bob") == tuple(r for r in staged if r.username == "bob")
         with self.store.transaction() as tx:
@@ -294,7 +288,7 @@ class StagedTests(StoreCase):
                 with raises(kind):
                     tx.add_staged(per_user=per_user)
                 raise Interrupted
-        assert self._stage(staged, per_user=1) == 1
+        assert self.add_staged(staged, per_user=1) == 1
 
     def test_staged_restrictions_last_for_one_transaction(self) -> None:
         """What a transaction does not add is discarded; without staged restrictions 0 are added."""
@@ -306,8 +300,8 @@ class StagedTests(StoreCase):
         with self.store.transaction() as tx:
             assert tx.add_staged(per_user=10) == 0
         assert self.held() == ()
-        assert self._stage([]) == 0
-        assert self._stage([self.restriction()]) == 1
+        assert self.add_staged([]) == 0
+        assert self.add_staged([self.restriction()]) == 1
         assert len(self.held()) == 1
 
     def test_an_unregistered_user_refuses_all(self) -> None:
@@ -331,7 +325,7 @@ class StagedTests(StoreCase):
             error = self._refused(errors.DuplicateRestriction, [self.restriction(), *duplicates])
             assert (error.username, error.addresses) == (name, text)
         near = [self.restriction("alice", t) for t in ("203.0.113.0/25", "203.0.113.0")]
-        assert self._stage([*near, self.restriction("bob", "203.0.113.0/24")]) == 3
+        assert self.add_staged([*near, self.restriction("bob", "203.0.113.0/24")]) == 3
 
     def test_an_expired_duplicate_is_replaced(self) -> None:
         """An expired restriction to the same addresses is replaced; other expired ones stay."""
@@ -343,7 +337,7 @@ class StagedTests(StoreCase):
         new = self.restriction("alice", "203.0.113.7", created_at=soon)
         self._refused(errors.DuplicateRestriction, [new])
         self.clock.advance(timedelta(seconds=1))
-        assert self._stage([new]) == 1
+        assert self.add_staged([new]) == 1
         assert self.held() == (other, new)
         with self.store.transaction() as tx:
             assert tx.restriction(old.id) is None
@@ -379,7 +373,7 @@ class StagedTests(StoreCase):
         error = self._refused(errors.TooManyRestrictions, [bobs, *two], per_user=4)
         assert (error.username, error.limit) == ("alice", 4)
         same = self.restriction("alice", "203.0.113.7")
-        assert self._stage([bobs, two[0], same], per_user=4) == 3
+        assert self.add_staged([bobs, two[0], same], per_user=4) == 3
         assert len(self.held()) == 4
 
     def test_the_order_of_errors(self) -> None:

@@ -813,8 +813,7 @@ def _subject(request: PendingRequest) -> tuple[str, ...]:
 
 def _cells(row: Row) -> tuple[object, ...]:
     if isinstance(row, Mapping):
-        unknown = [key for key in row if key not in _COLUMNS]
-        if unknown or "username" not in row or "addresses" not in row:
+        if not {"username", "addresses"} <= row.keys() <= set(_COLUMNS):
             raise errors.InvalidValue(
                 "rows",
                 "a mapping has the keys username and addresses, and optionally label and"

@@ -105,9 +105,8 @@ class ActorView:
         # Ids come from outside, and may be anything.
         stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
         user = None if stored is None else self.user(stored.request.username)
-        if stored is None or user is None:
-            raise errors.UnknownRequest(request_id)
-        if own and stored.request.requested_by != self.actor.username:
+        others = own and stored and stored.request.requested_by != self.actor.username
+        if stored is None or user is None or others:
             raise errors.UnknownRequest(request_id)
         return stored, user.user
 
