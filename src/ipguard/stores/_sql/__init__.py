@@ -85,6 +85,16 @@ class Executor(Protocol):
         """Return the parameter for `among` and `each`."""
 
 
+def join_plain(texts: list[str]) -> str | None:
+    """Return texts in double quotes, or None if a character in them has to be escaped.
+
+    For 100,000 account ids, this is faster than to have them escaped.
+    """
+    joined = '","'.join(texts)
+    plain = joined.isprintable() and "\\" not in joined
+    return f'"{joined}"' if plain and joined.count('"') == 2 * len(texts) - 2 else None
+
+
 def check_option(check: Callable[..., T], name: str, value: object, **limits: object) -> T:
     """Return an option of a store that passes a check; raise StoreConfigError if it fails."""
     try:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from queue import Empty, SimpleQueue
-from typing import Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar
 
 import attrs
 from psycopg import sql
@@ -52,8 +52,7 @@ from ipguard.stores._sql.store import SqlStore, WriteTransaction
 from ipguard.stores.postgres._connection import BEGIN, Batch, Connection, quoted, ticks
 from ipguard.stores.postgres._listener import Listener
 from ipguard.stores.postgres._options import Options
-from ipguard.stores.postgres._pool import Pool, connect
-from ipguard.stores.postgres._schema import MICROS, RESTORE, STATE, grants
+from ipguard.stores.postgres._pool import MICROS, RESTORE, STATE, Pool, connect
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -93,6 +92,42 @@ def migrations() -> list[tuple[int, str]]:
         search path set to the schema that is to hold the tables.
     """
     return _migrations("postgresql")
+
+
+_READER: Final = """
+GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
+GRANT SELECT ON {schema}.head, {schema}.restrictions TO {role};
+GRANT SELECT (revision, token, touched) ON {schema}.changes TO {role};
+GRANT SELECT (username, removed) ON {schema}.users TO {role};
+"""
+_WRITER: Final = """
+GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
+GRANT SELECT, UPDATE ON {schema}.head TO {role};
+GRANT SELECT, INSERT ON {schema}.changes TO {role};
+GRANT SELECT, INSERT, UPDATE ON {schema}.users, {schema}.requests, {schema}.failures TO {role};
+GRANT SELECT, INSERT, DELETE ON {schema}.restrictions, {schema}.search_terms TO {role};
+"""
+
+
+def grants(*, schema: str = "ipguard", reader: str | None = None, writer: str | None = None) -> str:
+    """Return the SQL that grants roles what they need and no more; the schema's owner runs it.
+
+    Only migrations and `prune` need the owner. The roles must exist. The SQL can be run again.
+
+    Args:
+        schema: The schema that holds the tables.
+        reader: The role of login servers: it changes nothing, and cannot read digests and e-mail
+            addresses.
+        writer: The role of administration: it appends to the audit log, but cannot change or
+            delete entries. It also needs TEMPORARY on the database, which all roles have by
+            default.
+    """
+    place, text = quoted(schema), ""
+    for role, rights in ((reader, _READER), (writer, _WRITER)):
+        if role is not None:
+            text += f"GRANT USAGE ON SCHEMA {place} TO {quoted(role)};"
+            text += rights.format(schema=place, role=quoted(role))
+    return text
 
 
 def deployment_sql(
@@ -547,15 +582,12 @@ FROM (
     SELECT o.username, string_agg(o.packed, decode('00', 'hex')) || decode('00', 'hex') AS packed
     FROM (
         SELECT r.username,
-            CASE WHEN r.expires_at IS NULL
-            THEN
-                CASE WHEN length(r.first_ip) = 4
-                THEN decode('00', 'hex') ELSE decode('01', 'hex') END
-                || r.first_ip || r.last_ip || textsend(r.id)
+            CASE WHEN r.expires_at IS NULL THEN
+            CASE WHEN length(r.first_ip) = 4 THEN decode('00', 'hex') ELSE decode('01', 'hex') END
+            || r.first_ip || r.last_ip || textsend(r.id)
             ELSE
-                CASE WHEN length(r.first_ip) = 4
-                THEN decode('02', 'hex') ELSE decode('03', 'hex') END
-                || r.first_ip || r.last_ip || int8send(r.expires_at) || textsend(r.id)
+            CASE WHEN length(r.first_ip) = 4 THEN decode('02', 'hex') ELSE decode('03', 'hex') END
+            || r.first_ip || r.last_ip || int8send(r.expires_at) || textsend(r.id)
             END AS packed
         FROM restrictions r
         ORDER BY r.username, r.created_at, r.id
@@ -566,7 +598,7 @@ LEFT JOIN users u ON u.username = q.username
 """
 
 
-class PolicyStream:
+class PolicyStream(Iterator[tuple[str, Policy]]):
     """An iterator over users and their policies, which holds a connection until its end.
 
     Attributes:
@@ -577,9 +609,9 @@ class PolicyStream:
         self._packed = False
         self._stream = self._start(pool)
         # Start it now, so that the snapshot is of this moment.
-        self.revision = cast("int", next(self._stream))
+        self.revision: int = next(self._stream)
 
-    def _start(self, pool: Pool) -> Iterator[int | tuple[str, Policy] | tuple[str, bytes]]:
+    def _start(self, pool: Pool) -> Generator[Any, None, None]:
         with pool.snapshot(patience=pool.options.bulk_timeout) as connection:
             revision, _ = head(connection)
             restore = connection.rows(_RESTORE)
@@ -587,20 +619,15 @@ class PolicyStream:
             statement = _PACKED if self._packed else ALL_POLICIES
             connection.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
             rows = _fetch(connection)
-            if self._packed:
-                yield from cast("Iterator[tuple[str, bytes]]", rows)
-            else:
-                yield from policies_of(revision, rows)
+            yield from rows if self._packed else policies_of(revision, rows)
         # Snapshots are not isolated from TRUNCATE and DROP: a restore would have made the tables
         # look empty in this one.
         if pool.read(lambda it: it.rows(_RESTORE)) != restore:
             raise StoreUnavailable(f"{pool.options.place}: {UNFINISHED}")
 
-    def __iter__(self) -> PolicyStream:
-        return self
-
     def __next__(self) -> tuple[str, Policy]:
-        return cast("tuple[str, Policy]", next(self._stream))
+        found: tuple[str, Policy] = next(self._stream)
+        return found
 
     def packed(self) -> Iterator[tuple[str, bytes]]:
         """Return an iterator over users and their packed policies instead; see `ipguard.packed`.
@@ -609,11 +636,11 @@ class PolicyStream:
         from it before that user logs in.
         """
         self._packed = True
-        return cast("Iterator[tuple[str, bytes]]", self._stream)
+        return self._stream
 
     def close(self) -> None:
         """Return the connection to the pool."""
-        self._stream.close()  # type: ignore[attr-defined]
+        self._stream.close()
 
 
 def _fetch(connection: Connection) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.sql import Identifier, Literal
 
 from ipguard.errors import StoreConfigError, StoreError, StoreUnavailable
-from ipguard.stores._sql import Params, Row, moment
+from ipguard.stores._sql import Params, Row, join_plain, moment
 
 _NAMES: Final = re.compile(
     r"'(?P<index>\w+)'::regclass"
@@ -190,10 +190,14 @@ class Connection(psycopg.Connection[Row]):
     def texts(self, values: Iterable[str]) -> object:
         # The driver takes 0.1 s to adapt 100,000 account ids.
         texts = list(values)
-        joined = '","'.join(texts)
-        if "\\" in joined or joined.count('"') != 2 * len(texts) - 2:
-            return texts
-        return f'{{"{joined}"}}'
+        joined = join_plain(texts)
+        return texts if joined is None else f"{{{joined}}}"
+
+    def received(self, seconds: float) -> list[str]:
+        """Wait for notifications for some seconds; return their payloads."""
+        with self._translated():
+            found = list(self.notifies(timeout=seconds, stop_after=1))
+        return [notification.payload for notification in found]
 
     def script(self, text: str) -> list[list[Row]]:
         """Run several statements without parameters in one round trip; return each one's rows."""
@@ -236,13 +240,13 @@ class Connection(psycopg.Connection[Row]):
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        """Raise the library's errors instead of the driver's."""
         try:
-            with translated():
-                yield
-        except StoreError as exc:
-            if not isinstance(exc.__cause__, _STATEMENT_FAILED):
+            yield
+        except psycopg.Error as exc:
+            if not isinstance(exc, _STATEMENT_FAILED):
                 self.spoilt = True
-            raise
+            raise error_of(exc) from exc
 
     @contextmanager
     def _batch(self) -> Iterator[None]:
@@ -341,15 +345,6 @@ def qualified(text: str, place: str) -> str:
 def quoted(name: str) -> str:
     """Return a name as an SQL identifier."""
     return Identifier(name).as_string(None)
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Raise the library's errors instead of the driver's."""
-    try:
-        yield
-    except psycopg.Error as exc:
-        raise error_of(exc) from exc
 
 
 def error_of(exc: psycopg.Error) -> StoreError:

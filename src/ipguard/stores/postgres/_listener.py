@@ -21,7 +21,7 @@ from ipguard._backoff import Backoff
 from ipguard._fork import ReentrantLock
 from ipguard.errors import StoreError, StoreUnavailable
 from ipguard.stores._sql import TOUCHING
-from ipguard.stores.postgres._connection import Connection, quoted, translated
+from ipguard.stores.postgres._connection import Connection, quoted
 from ipguard.stores.postgres._options import Options
 from ipguard.stores.postgres._pool import connect
 
@@ -204,9 +204,7 @@ class Listener(_fork.Forkable):
     def _receive(self, connection: Connection, seconds: float) -> list[str]:
         """Read the notifications that arrive within some seconds, and record their changes."""
         connection.deadline = time.monotonic() + seconds + self._options.timeout
-        with translated():
-            found = list(connection.notifies(timeout=seconds, stop_after=1))
-        received = [notification.payload for notification in found]
+        received = connection.received(seconds)
         for payload in received:
             with suppress(ValueError):
                 if len(payload) < 20:

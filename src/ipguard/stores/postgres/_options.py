@@ -42,7 +42,7 @@ class Options:
         bulk_timeout: How many seconds a step with any number of rows may take.
         schema: The schema that holds the tables; also the name of the channel.
         prepare: After how many uses a statement is prepared; None: never; -1: if the connection
-            allows it, see `_schema.greet`.
+            allows it, see `_pool.greet`.
         replica: Whether answers of a server in recovery are accepted.
         place: Where the store is, for messages.
     """

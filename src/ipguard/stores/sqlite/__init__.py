@@ -72,6 +72,8 @@ from ipguard.stores._sql import (
     check_option,
     encodable,
     head,
+    join_plain,
+    marks,
     policies_of,
     policy_of,
     schema_version,
@@ -178,10 +180,10 @@ class Connection:
         self.rows(sql, params)
 
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
-        marks = ", ".join("?" * len(columns.split(",")))
+        statement = f"INSERT INTO {table} ({columns}) VALUES ({marks(columns)})"
         try:
             # A cursor of its own: `rows` may come from queries on this connection.
-            self.driver.executemany(f"INSERT INTO {table} ({columns}) VALUES ({marks})", rows)
+            self.driver.executemany(statement, rows)
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
 
@@ -192,12 +194,9 @@ class Connection:
         return "json_each(?) j"
 
     def texts(self, values: Iterable[str]) -> object:
-        # This is faster for 100,000 account ids, as long as no character has to be escaped.
         texts = list(values)
-        joined = '","'.join(texts)
-        if "\\" in joined or not joined.isprintable() or joined.count('"') != 2 * len(texts) - 2:
-            return dumps(texts, ensure_ascii=False)
-        return f'["{joined}"]'
+        joined = join_plain(texts)
+        return dumps(texts, ensure_ascii=False) if joined is None else f"[{joined}]"
 
     def stream(self, sql: str) -> Generator[Row, None, None]:
         """Run a query and yield its rows as they are read."""
