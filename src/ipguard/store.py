@@ -20,7 +20,7 @@ managers, and usable in a child after `fork()` (or raise `StoreUnavailable` ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from types import MappingProxyType, TracebackType
@@ -28,6 +28,7 @@ from typing import Final, Protocol, Self
 
 from ipguard.audit import log_change
 from ipguard.model import (
+    EVERYBODY,
     Accounts,
     Action,
     Change,
@@ -338,6 +339,31 @@ class RestrictionStore(Protocol):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+
+def append_users(
+    tx: Transaction,
+    action: Action,
+    detail: Mapping[str, str],
+    *,
+    users: Sequence[Sequence[str]],
+    touched: Iterable[str],
+) -> Change:
+    """Append the entry of `put_users` or `remove_users`, for authors of stores.
+
+    Of the users concerned, with their accounts, two are enough, and of the users touched one more
+    than `NAMED_AT_MOST`.
+    """
+    username, account_id = users[0] if len(users) == 1 else (None, None)
+    names = frozenset(touched)
+    return tx.append(
+        action,
+        actor=None,
+        username=username,
+        account_id=account_id,
+        detail=detail,
+        touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
+    )
 
 
 class Closing:

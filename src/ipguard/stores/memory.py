@@ -54,7 +54,7 @@ from ipguard.model import (
     check_accounts,
 )
 from ipguard.rules import Step
-from ipguard.store import NAMED_AT_MOST, NO_DETAIL, Closing, Snapshot, Transaction
+from ipguard.store import NO_DETAIL, Closing, Snapshot, Transaction, append_users
 from ipguard.usernames import canonical_usernames
 
 __all__ = ["MemoryStore"]
@@ -271,7 +271,7 @@ class WriteTransaction:
             self._table("users")[user.username] = StoredUser(user=user)
         # Only added users are touched: policies contain neither names nor accounts.
         counts = audit.detail(added=len(added), updated=len(updated))
-        self._append_users(Action.PUT_USERS, [*added, *updated], added, counts)
+        self._append_users(Action.PUT_USERS, counts, [*added, *updated], touched=added)
 
     def remove_users(self, usernames: set[str]) -> None:
         """Remove the registered users among `usernames`, and append one entry."""
@@ -286,23 +286,14 @@ class WriteTransaction:
                 closed = attrs.evolve(request, state=rules.after(request.state, Step.CANCEL))
                 self.save_request(attrs.evolve(self.state.requests[request.id], request=closed))
         counts = audit.detail(removed=len(removed))
-        self._append_users(Action.REMOVE_USERS, removed, removed, counts)
+        self._append_users(Action.REMOVE_USERS, counts, removed, touched=removed)
 
     def _append_users(
-        self, action: Action, concerned: list[User], touched: list[User], detail: Mapping[str, str]
+        self, action: Action, counts: Mapping[str, str], users: list[User], *, touched: list[User]
     ) -> None:
-        if not concerned:
-            return
-        one = concerned[0] if len(concerned) == 1 else None
-        names = frozenset(user.username for user in touched)
-        self.append(
-            action,
-            actor=None,
-            username=one.username if one else None,
-            account_id=one.account_id if one else None,
-            detail=detail,
-            touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
-        )
+        if users:
+            both = [(user.username, user.account_id) for user in users]
+            append_users(self, action, counts, users=both, touched=(u.username for u in touched))
 
 
 class MemoryStore(Closing):

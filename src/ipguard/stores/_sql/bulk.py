@@ -6,7 +6,7 @@ lock, only users whose policies have changed since then are checked again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import chain, islice
 from typing import Final
@@ -17,7 +17,7 @@ from ipguard import audit, rules
 from ipguard.addresses import AddressRange
 from ipguard.errors import DuplicateRestriction, StoreUnavailable, TooManyRestrictions, UnknownUser
 from ipguard.model import EVERYBODY, Action, Change, PendingRequest, Restriction, Touched, User
-from ipguard.store import NAMED_AT_MOST, Transaction
+from ipguard.store import NAMED_AT_MOST, Transaction, append_users
 from ipguard.stores._sql import (
     PENDING,
     RESTRICTION,
@@ -304,12 +304,12 @@ class FewUsers:
         _write_terms(db, [user_row(user)[:3] for user in changed])
         for user in changed:
             db.run(_APPLY_USER, user_row(user))
-        return _append_users(
+        return append_users(
             tx,
             Action.PUT_USERS,
-            concerned=[(user.username, user.account_id) for user in changed],
-            touched=[(name,) for name in added],
-            detail=audit.detail(added=len(added), updated=len(changed) - len(added)),
+            audit.detail(added=len(added), updated=len(changed) - len(added)),
+            users=[(user.username, user.account_id) for user in changed],
+            touched=added,
         )
 
 
@@ -380,14 +380,15 @@ class BulkUsers:
         if not count:
             return None
         # Only added users are touched: policies contain neither names nor accounts.
-        return _append_users(
+        touched = db.rows(
+            "SELECT username FROM changed_users WHERE added = 1 LIMIT ?", (NAMED_AT_MOST + 1,)
+        )
+        return append_users(
             tx,
             Action.PUT_USERS,
-            concerned=db.rows("SELECT username, account_id FROM changed_users LIMIT 2"),
-            touched=db.rows(
-                "SELECT username FROM changed_users WHERE added = 1 LIMIT ?", (NAMED_AT_MOST + 1,)
-            ),
-            detail=audit.detail(added=added, updated=count - added),
+            audit.detail(added=added, updated=count - added),
+            users=db.rows("SELECT username, account_id FROM changed_users LIMIT 2"),
+            touched=(name for (name,) in touched),
         )
 
     def _users_changed(self, db: Executor) -> bool:
@@ -450,30 +451,10 @@ def remove_named(tx: Transaction, db: Executor) -> Change | None:
         " AND username IN (SELECT username FROM staged_names)"
     )
     db.run("UPDATE users SET removed = 1 WHERE username IN (SELECT username FROM staged_names)")
-    return _append_users(
+    return append_users(
         tx,
         Action.REMOVE_USERS,
-        concerned=concerned,
-        touched=concerned,
-        detail=audit.detail(removed=count),
-    )
-
-
-def _append_users(
-    tx: Transaction,
-    action: Action,
-    *,
-    concerned: list[Row],
-    touched: list[Row],
-    detail: Mapping[str, str],
-) -> Change:
-    one = concerned[0] if len(concerned) == 1 else (None, None)
-    names = frozenset(row[0] for row in touched)
-    return tx.append(
-        action,
-        actor=None,
-        username=one[0],
-        account_id=one[1],
-        detail=detail,
-        touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
+        audit.detail(removed=count),
+        users=concerned,
+        touched=(row[0] for row in concerned),
     )

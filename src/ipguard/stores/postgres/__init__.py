@@ -5,10 +5,6 @@
   together with the next query, or with the commit.
 * A change that touches a policy notifies in its own transaction (`_listener`).
 * Every wait for the server ends at a deadline on the client's side (`_connection`).
-
-Known limits: the system's resolver looks names up without a deadline, so write addresses, or
-`hostaddr`. A server that was cut off from its successor without noticing answers until it is
-stopped: fencing is the cluster manager's work.
 """
 
 from __future__ import annotations

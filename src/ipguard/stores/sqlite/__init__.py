@@ -5,21 +5,11 @@ It relies on WAL mode, so that readers and the writer do not block each other; o
 that there is one writer at a time. The file must be on a local disk, because WAL needs shared
 memory.
 
-Known limits:
-
-* A replaced database file, and a `-wal` or `-shm` file that was removed, is detected by the next
-  `changes_since` or transaction. Until then policies are read from the old files; the lease of a
-  guard bounds how long that is.
-* Restore through SQLite's backup (`.restore`), or remove the `-wal` and `-shm` files together with
-  the old file: SQLite applies a left-over log to the new file. A store that used the old file
-  is unavailable until the log is removed. A store that is opened afterwards cannot detect it.
-* A commit at the very moment in which the `-wal` file is removed can be lost although it was
-  acknowledged.
-* If the file vanished, the store is unavailable. A file is created on opening only, never later: a
-  new empty database has no restrictions.
-* A process that forks inside its own transaction, or while another thread stays in one for longer
-  than the timeout, has a child whose store is unavailable.
-* A disk that hangs blocks the call; SQLite has no deadline for that.
+What it does when its files are removed, replaced or locked is in docs/database-faults.md. Its
+limits: a commit at the very moment in which the `-wal` file is removed can be lost although it was
+acknowledged; a process that forks inside its own transaction, or while another thread stays in one
+for longer than the timeout, has a child whose store is unavailable; a disk that hangs blocks the
+call, because SQLite has no deadline for that.
 
 Each thread inside a call has its own connection. Between calls connections wait in a pool, so that
 a thread that ends leaves none behind.
@@ -545,9 +535,8 @@ class Pool(_fork.Forkable):
         found = files_at(path)
         in_use = self._in_use(known)
         if found.main == known.main:
-            if (
-                not in_use
-            ):  # the last connection removes them when it closes, and the next creates new ones
+            # The last connection removes log and index when it closes; the next creates new ones.
+            if not in_use:
                 return
         elif in_use and (
             (found.wal is not None and found.wal == known.wal)
