@@ -18,15 +18,8 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar
 
 import attrs
 
-from ipguard import audit
+from ipguard import audit, errors, rules
 from ipguard.addresses import AddressRange
-from ipguard.errors import (
-    InvalidValue,
-    SchemaVersionError,
-    StoreConfigError,
-    StoreUnavailable,
-    UsernameError,
-)
 from ipguard.model import (
     EVERYBODY,
     RESET,
@@ -49,8 +42,6 @@ Params = Sequence[object]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-_FIRST: Final = datetime.min.replace(tzinfo=UTC)
-_LAST: Final = datetime.max.replace(tzinfo=UTC)
 _VERSIONS: Final = {(4, 4): 4, (16, 16): 6}
 _SHOWN: Final = 256
 _EVERYBODY: Final = "*"  # not JSON, so it differs from every list of usernames
@@ -99,8 +90,8 @@ def check_option(check: Callable[..., T], name: str, value: object, **limits: ob
     """Return an option of a store that passes a check; raise StoreConfigError if it fails."""
     try:
         return check(name, value, **limits)
-    except InvalidValue as exc:
-        raise StoreConfigError(str(exc)) from None
+    except errors.InvalidValue as exc:
+        raise errors.StoreConfigError(str(exc)) from None
 
 
 def micros(moment: datetime) -> int:
@@ -118,10 +109,7 @@ def moment(stored: int) -> datetime:
     A row of another program may have a time before year 1 or after year 9999. It is replaced by the
     first or last possible datetime, which leads to the same decisions.
     """
-    try:
-        return _EPOCH + timedelta(0, 0, stored)
-    except OverflowError:
-        return _LAST if stored > 0 else _FIRST
+    return rules.shifted(_EPOCH, timedelta(0, 0, stored))
 
 
 def _optional_moment(stored: int | None) -> datetime | None:
@@ -145,7 +133,7 @@ def reads_rows(read: Callable[P, T]) -> Callable[P, T]:
         try:
             return read(*args, **kwargs)
         except (ArithmeticError, LookupError, TypeError, ValueError) as exc:
-            raise StoreUnavailable(f"the store holds a damaged row: {exc}") from exc
+            raise errors.StoreUnavailable(f"the store holds a damaged row: {exc}") from exc
 
     return reading
 
@@ -269,10 +257,10 @@ def user_of(row: Row) -> User:
     username, full_name, account_id, email = row
     try:
         return User(username=username, full_name=full_name, account_id=account_id, email=email)
-    except (InvalidValue, UsernameError):
+    except (errors.InvalidValue, errors.UsernameError):
         username, full_name, account_id = map(_escaped, (username, full_name, account_id))
     user = User(username=username, full_name=full_name, account_id=account_id)
-    with suppress(InvalidValue):
+    with suppress(errors.InvalidValue):
         user = attrs.evolve(user, email=email)
     return user
 
@@ -338,18 +326,23 @@ _HEAD: Final = (
 )
 
 
+def _row_of(db: Executor, sql: str) -> Row:
+    """Return the row of a table that has one; without it, the store is being restored."""
+    for row in db.rows(sql):
+        return row
+    raise errors.StoreUnavailable(UNFINISHED)
+
+
 def head(db: Executor) -> tuple[int, str]:
     """Return the store's revision and its token."""
-    for revision, token in db.rows(_HEAD):
-        return revision, token
-    raise StoreUnavailable(UNFINISHED)
+    revision, token = _row_of(db, _HEAD)
+    return revision, token
 
 
 def schema_version(db: Executor) -> tuple[int, int]:
     """Return the version of the schema, and the oldest version compatible with it."""
-    for version, oldest in db.rows("SELECT version, oldest FROM schema_version WHERE id = 1"):
-        return version, oldest
-    raise StoreUnavailable(UNFINISHED)
+    version, oldest = _row_of(db, "SELECT version, oldest FROM schema_version WHERE id = 1")
+    return version, oldest
 
 
 def check_schema(version: int, oldest: int) -> None:
@@ -359,17 +352,17 @@ def check_schema(version: int, oldest: int) -> None:
     `oldest` is the oldest version that a library must know to use it.
     """
     if version < SCHEMA_VERSION:
-        raise SchemaVersionError(version, SCHEMA_VERSION)
+        raise errors.SchemaVersionError(version, SCHEMA_VERSION)
     if oldest > SCHEMA_VERSION:
-        raise SchemaVersionError(version, oldest)
+        raise errors.SchemaVersionError(version, oldest)
 
 
 def check_open_schema(version: int, oldest: int) -> None:
     """Raise StoreUnavailable for a schema that was migrated while a store was open."""
     try:
         check_schema(version, oldest)
-    except SchemaVersionError as exc:
-        raise StoreUnavailable(str(exc)) from exc
+    except errors.SchemaVersionError as exc:
+        raise errors.StoreUnavailable(str(exc)) from exc
 
 
 _FOLLOWED_AT_MOST: Final = 10_000
@@ -400,9 +393,11 @@ def policy_of(username: str, rows: list[Row]) -> Policy:
     The rows are about another user if two processes share the connection.
     """
     if not rows:
-        raise StoreUnavailable(UNFINISHED)
+        raise errors.StoreUnavailable(UNFINISHED)
     if rows[0][_RESTRICTION_ENDS] != username:
-        raise StoreUnavailable("the store's answer is about another user than the one asked for")
+        raise errors.StoreUnavailable(
+            "the store's answer is about another user than the one asked for"
+        )
     revision, removed, restriction_id = rows[0][:3]
     return Policy(
         revision=revision,
@@ -430,9 +425,8 @@ def policies_of(revision: int, rows: Iterable[Row]) -> Iterator[tuple[str, Polic
 
 def touching(db: Executor) -> int:
     """Return the last revision that touched a policy."""
-    for (revision,) in db.rows(TOUCHING):
-        return int(revision)
-    raise StoreUnavailable(UNFINISHED)
+    (revision,) = _row_of(db, TOUCHING)
+    return int(revision)
 
 
 TOUCHING: Final = "SELECT touching FROM head WHERE id = 1"
@@ -471,7 +465,7 @@ def changes_of(
     The token includes `restore`, which identifies the restore that created the tables.
     """
     if not rows:
-        raise StoreUnavailable(UNFINISHED)
+        raise errors.StoreUnavailable(UNFINISHED)
     now_at, now_token, own_token, _ = rows[0]
     if restore is not None:
         now_token = f"{now_token}:{restore}"
