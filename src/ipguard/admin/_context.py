@@ -233,9 +233,5 @@ class Context:
     # -- users
 
     def find_user(self, username: str) -> UserOverview:
-        """Return a user of the actor's accounts.
-
-        Raises:
-            UnknownUser: The actor has no such user.
-        """
+        """Return a user of the actor's accounts, or raise UnknownUser."""
         return self.flow.user(self.actor, username)

@@ -57,7 +57,10 @@ def history(
             option="--before",
         )
         if not found:
-            context.out.note(_none_found(store, user, before))
+            about = "" if user is None else f" about {shorten(user)}"
+            about += "" if before is None else f" before revision {before}"
+            unknown = "" if user is None else _unregistered(store, user)
+            context.out.note(unknown or f"the audit log has no entries{about}")
 
 
 def _entries(
@@ -70,14 +73,6 @@ def _entries(
 def _cells(change: Change) -> tuple[Cell, ...]:
     detail = audit.encode(change.detail)
     return (change.revision, change.at, change.actor, str(change.action), change.username, detail)
-
-
-def _none_found(store: RestrictionStore, user: str | None, before: int | None) -> str:
-    if user is not None and (unknown := _unregistered(store, user)):
-        return unknown
-    about = "" if user is None else f" about {shorten(user)}"
-    limit = "" if before is None else f" before revision {before}"
-    return f"the audit log has no entries{about}{limit}"
 
 
 def _unregistered(store: RestrictionStore, username: str) -> str:

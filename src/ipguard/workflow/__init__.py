@@ -77,7 +77,7 @@ class Workflow(Closing):
     authenticator (NIST SP 800-63B-4 3.1.3.1). Users, requests and restrictions of accounts
     that the actor does not manage do not exist for it: `UnknownUser`, `UnknownRequest`,
     `UnknownRestriction`. A call that reads or writes the store raises `StoreUnavailable` if the
-    store does not answer.
+    store does not answer; a change may then have been made or not.
 
     Args:
         store: The restriction store.
@@ -157,7 +157,6 @@ class Workflow(Closing):
             LockoutRisk: The actor could no longer log in from its present address.
             TooManyRequests: The actor made too many requests within the last hour.
             DeliveryError: The mail could not be sent; the request is pending, and `resend` works.
-            StoreUnavailable: The store failed; the request may or may not have been saved.
         """
         wanted = self._restriction(actor, username, addresses, label, expires_at)
         with self._transaction(actor) as tx:
@@ -288,7 +287,6 @@ class Workflow(Closing):
         Raises:
             UnknownRequest: The request does not exist for this actor.
             RequestClosed: Its state is not `pending`.
-            StoreUnavailable: The store failed; the request may or may not be cancelled.
         """
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=False)
@@ -329,7 +327,6 @@ class Workflow(Closing):
             DuplicateRestriction: A request to delete it is pending.
             TooManyRequests: The actor made too many requests within the last hour.
             DeliveryError: The mail could not be sent; the request is pending, and `resend` works.
-            StoreUnavailable: The store failed; the change may or may not have been made.
         """
         check_text("reason", reason, REASON_LIMIT)
         with self._transaction(actor) as tx:
@@ -479,7 +476,6 @@ class Workflow(Closing):
             UnknownRestriction: It does not exist, or the actor is not of every account.
             InvalidValue: The reason is missing.
             OpeningRisk: It is the user's last, and `allow_opening` is False.
-            StoreUnavailable: The store failed; the change may or may not have been made.
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
         _check_operator(actor, errors.UnknownRestriction(restriction_id))
@@ -507,7 +503,6 @@ class Workflow(Closing):
         Raises:
             UnknownUser: The actor is not of every account.
             InvalidValue: The reason is missing.
-            StoreUnavailable: The store failed; the change may or may not have been made.
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
         name = canonical_username(username)
