@@ -230,6 +230,11 @@ class Context:
                 return self.redirect(page, **query, again=signed)
             values[longest] = values[longest][: len(values[longest]) // 2]
 
+    def refuse_field(self, page: str, name: str, text: str, problem: str, **query: str) -> Response:
+        """Redirect to a form of one field, with the submitted text and the problem, if any."""
+        problems = {name: problem} if problem else {}
+        return self.redirect_to_draft(page, Draft(values={name: text}, problems=problems), **query)
+
     # -- users
 
     def find_user(self, username: str) -> UserOverview:

@@ -8,7 +8,7 @@ from typing import Final
 from ipguard._checks import check_text
 from ipguard.addresses import parse_address
 from ipguard.admin import _messages
-from ipguard.admin._context import Context, Draft
+from ipguard.admin._context import Context
 from ipguard.admin._http import PageError, Response
 from ipguard.errors import AddressError, InvalidValue, UnknownUser, UsernameError
 from ipguard.model import Change, Page, UserOverview
@@ -48,8 +48,7 @@ def search(context: Context) -> Response:
     try:
         check_text("search", text, _SEARCH_LENGTH)
     except InvalidValue as error:
-        problems = {"search": f"What you search for {error.reason}."}
-        return context.redirect_to_draft("", Draft(values={"search": text}, problems=problems))
+        return context.refuse_field("", "search", text, f"What you search for {error.reason}.")
     return context.redirect("", search=context.sign_search(text))
 
 
@@ -81,14 +80,12 @@ def check(context: Context) -> Response:
     """Redirect to the decision about an address, or to the form if it is not an address."""
     line = context.find_user(context.field("user"))
     text = context.field("address").strip(_BLANKS)
-    problems = {}
+    problem = "" if text else "Type an IP address."
     try:
         parse_address(text)
     except AddressError as error:
-        problem = _messages.explain(error, context.now)["addresses"]
-        problems["address"] = problem if text else "Type an IP address."
-    draft = Draft(values={"address": text}, problems=problems)
-    return context.redirect_to_draft("check", draft, user=line.user.username)
+        problem = problem or _messages.explain(error, context.now)["addresses"]
+    return context.refuse_field("check", "address", text, problem, user=line.user.username)
 
 
 def show_history(context: Context) -> Response:
@@ -127,5 +124,5 @@ def find_history(context: Context) -> Response:
     with suppress(UsernameError):
         if context.flow.history(context.actor, username=text, limit=1).items:
             return context.redirect("history", user=canonical_username(text))
-    problems = {"user": "There is nothing of such a trader in your history."}
-    return context.redirect_to_draft("history", Draft(values={"user": text}, problems=problems))
+    problem = "There is nothing of such a trader in your history."
+    return context.refuse_field("history", "user", text, problem)

@@ -82,8 +82,7 @@ def explain(error: errors.IPGuardError, now: datetime) -> dict[str, str]:
         case errors.DuplicateRestriction():
             text = str(error)
         case errors.TooManyRestrictions():
-            text = f"{error.username} already has {error.limit} restrictions, as many as are "
-            text += "allowed. Delete some first, or use a network in place of single addresses."
+            text = f"{error}. Delete some first, or use a network in place of single addresses."
         case errors.TooManyRequests():
             field, text = "", f"Too many requests for now. {format_retry(error, now)}"
         case errors.InvalidValue():

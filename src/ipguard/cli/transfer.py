@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
@@ -43,7 +43,6 @@ _PREVIEWED: Final = ("line", *_COLUMNS.required, *_COLUMNS.optional)
 _SELECT: Final = "SELECT username, line, first, last, label, expires FROM rows"
 _FEW: Final = 5_000  # up to this many users are looked up one by one
 _SHOWN: Final = 50
-_UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
 class _BadRow(Exception):
@@ -121,14 +120,11 @@ def _stop(_: int, reason: str) -> None:
 
 def _values(row: Row) -> tuple[object, ...]:
     """Return a row in the form that the workflow takes."""
-    expires_at: datetime | None = None
-    if "expires_at" in row:
-        try:
-            expires_at = datetime.fromisoformat(row["expires_at"])
-        except ValueError:
-            raise errors.InvalidValue(
-                "expires_at", "is not a time; write 2027-01-31T18:00Z"
-            ) from None
+    try:
+        expires_at = _time(row.get("expires_at"))
+    except ValueError:
+        reason = "is not a time; write 2027-01-31T18:00Z"
+        raise errors.InvalidValue("expires_at", reason) from None
     return (row["username"], row["addresses"], row.get("label", ""), expires_at)
 
 
@@ -200,10 +196,9 @@ class _Check:
         return (row[1:] for row in self._preview())
 
     def _preview(self) -> Iterator[tuple[Any, ...]]:
-        for row in self._spool.rows(f"{_SELECT} ORDER BY line"):
-            if row[1] not in self.skipped:
-                r = _restriction(row, _UNSET)
-                yield row[1], r.username, r.addresses, r.label, r.expires_at
+        for username, line, first, last, label, end in self._spool.rows(f"{_SELECT} ORDER BY line"):
+            if line not in self.skipped:
+                yield line, username, AddressRange.from_packed(first, last), label, _time(end)
 
     def show(self, out: Output) -> None:
         """Show what the import would change."""
@@ -282,8 +277,12 @@ def _restriction(row: tuple[Any, ...], now: datetime) -> Restriction:
         label=label,
         created_at=now,
         created_by="",
-        expires_at=None if expires is None else datetime.fromisoformat(expires),
+        expires_at=_time(expires),
     )
+
+
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
 
 
 def _policies(store: RestrictionStore, names: Iterator[str]) -> Iterator[Policy]:

@@ -7,13 +7,8 @@ import sys
 
 if sys.modules.get("pytest"):
     # Before the imports below, so that pytest explains failed asserts.
-    sys.modules["pytest"].register_assert_rewrite(
-        "ipguard.testing._case",
-        "ipguard.testing._guards",
-        "ipguard.testing._listing",
-        "ipguard.testing._records",
-        "ipguard.testing._transactions",
-    )
+    for name in ("_case", "_guards", "_listing", "_records", "_transactions"):
+        sys.modules["pytest"].register_assert_rewrite(f"ipguard.testing.{name}")
 
 from ipguard.testing._doubles import FakeClock, Message, Outbox
 from ipguard.testing._guards import GuardReadTests
