@@ -74,13 +74,6 @@ class RecordTests(StoreCase):
                 tx.remove_restriction(restriction.id)
                 self.append(tx, frozenset({name}))
 
-    def test_the_store_uses_the_given_clock(self) -> None:
-        """`now()` is the clock's time, to the microsecond, in UTC."""
-        assert_utc(self.store.now())
-        assert self.store.now() == self.clock()
-        self.clock.advance(timedelta(days=1, microseconds=1))
-        assert self.store.now() == self.clock()
-
     def test_every_field_of_a_request_comes_back(self) -> None:
         """A request of any kind and state is kept with all its fields."""
         self.put("alice")

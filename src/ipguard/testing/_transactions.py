@@ -62,14 +62,14 @@ class TransactionTests(StoreCase):
         assert len(tokens) == 22
 
     def test_append_returns_the_entry_that_history_shows(self) -> None:
-        """`append` returns the complete entry, with the next revision and the time of the lock."""
+        """`append` returns the entry unchanged, with the next revision and the time of the lock."""
         given: dict[str, Any] = {
             "action": Action.WRONG_NUMBER,
-            "actor": "boss",
+            "actor": "bøss",
             "actor_address": "2001:db8::1",
-            "username": "alice",
-            "account_id": "A1",
-            "detail": {"request": "q1", "note": "two words"},
+            "username": "söhne",
+            "account_id": "Übersee",
+            "detail": {"reason": 'Ω漢字 \U0001f3e2 \\" %s=\n' * 40, "via": " a=b "},
         }
         empty: dict[str, Any] = dict.fromkeys(given) | {"action": Action.PUT_USERS, "detail": {}}
         with self.store.transaction() as tx:
@@ -82,9 +82,11 @@ class TransactionTests(StoreCase):
         found = self.store.history(EVERY).items
         assert found == (first, second, *every)[::-1]
         assert all(isinstance(change.action, Action) for change in found)
+        assert {change.at.utcoffset() for change in found} == {timedelta()}
 
     def test_time_stands_still_in_a_transaction(self) -> None:
-        """`now` and the entries' `at` are the time at which the lock was taken."""
+        """It is the given clock's, to the microsecond in UTC, at which the lock was taken."""
+        self.clock.advance(timedelta(days=1, microseconds=1))
         before = self.clock()
         with self.store.transaction() as tx:
             assert tx.now == before
@@ -93,6 +95,7 @@ class TransactionTests(StoreCase):
             self.append(tx)
         assert self.last_change().at == before
         assert self.store.now() == before + timedelta(seconds=3)
+        assert self.store.now().utcoffset() == timedelta()
         with self.store.transaction() as tx:
             assert tx.now == self.clock()
 
