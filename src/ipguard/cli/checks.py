@@ -14,7 +14,7 @@ from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import Context, command
 from ipguard.cli._files import BadRows, Columns, Format, FormatOption
 from ipguard.guard import Guard
-from ipguard.model import Reason
+from ipguard.model import Decision, Reason
 
 _COLUMNS: Final = Columns(required=("username", "address"), lenient=True)
 _LISTED: Final = 100_000  # different refused logins; invented usernames could be endless
@@ -59,9 +59,7 @@ def check(
         guard = Guard(store, unknown_users=unknown_users.value)
         if file is not None:
             return _check_file(context, guard, file, _files.format_of(file, kind))
-        decision = guard.check(username or "", address or "")
-        if decision.reason is Reason.STORE_UNAVAILABLE:
-            raise _unavailable(guard)
+        decision = _decide(guard, username or "", address or "")
     context.out.data({"username": username, "address": address, "decision": decision})
     by = f" by restriction {decision.restriction_id}" if decision.restriction_id else ""
     answer, style = ("allowed", "green") if decision else ("not allowed", "red")
@@ -91,10 +89,13 @@ def explain(
     return Exit.OK if found.decision else Exit.NOT_ALLOWED
 
 
-def _unavailable(guard: Guard) -> Problem:
-    """Return the error for a store that does not respond, which says nothing about the user."""
-    error = guard.stats().error or "it does not respond"
-    return Problem(Exit.UNAVAILABLE, f"the store: {error}", kind="StoreUnavailable")
+def _decide(guard: Guard, username: str, address: str) -> Decision:
+    """Ask the guard; raise Problem if the store does not respond: that says nothing of the user."""
+    decision = guard.check(username, address)
+    if decision.reason is Reason.STORE_UNAVAILABLE:
+        error = guard.stats().error or "it does not respond"
+        raise Problem(Exit.UNAVAILABLE, f"the store: {error}", kind="StoreUnavailable")
+    return decision
 
 
 # -- a login log ---------------------------------------------------------------------------------
@@ -112,9 +113,7 @@ def _check_file(context: Context, guard: Guard, path: str, kind: Format) -> int:
     with _files.opened(path) as stream, _files.progress(context.out, "logins", stream) as advance:
         for line, row in _files.rows(stream, kind, _COLUMNS, bad.add, advance):
             username, address = row.get("username", ""), row.get("address", "")
-            decision = guard.check(username, address)
-            if decision.reason is Reason.STORE_UNAVAILABLE:
-                raise _unavailable(guard)
+            decision = _decide(guard, username, address)
             if decision:
                 allowed += 1
                 continue
