@@ -1,260 +1,243 @@
-"""Outages of PostgreSQL, and the answers of login servers during them.
+"""A store that changes all the time, login servers that record their answers, and what fails.
 
-The users of an `Office` may come from `HOME` and `OFFICE`; then `HOME` is deleted, one user after
-another, during an outage. Which logins from `HOME` still succeed, and how long after the commit?
+A `World` runs them on real servers of PostgreSQL, in processes of their own. Its `Office` makes
+the changes and records each state of the store; `tests/histories.py` judges the answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Self
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Final, Self
+from urllib.parse import urlencode
 
 import attrs
 import psycopg
 
 import ipguard
-from ipguard import Reason
+from ipguard import IPGuardError, StoreUnavailable
 from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import Outbox
-from tests.logins import ALLOWED, LoginServer, Report
+from tests.histories import (
+    BAD_ADDRESS,
+    FOREVER,
+    REASONS,
+    STORE_UNAVAILABLE,
+    Answer,
+    Judge,
+    Ledger,
+    Listed,
+    Policy,
+    merged,
+)
+from tests.logins import Login, LoginServer, Word
 from tests.postgres import Server, fresh_schema, until
+from tests.proxy import Proxy
 
-HOME, OFFICE = "203.0.113.7", "198.51.100.9"
 BOSS = ipguard.Actor(username="boss", email="b@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
-STALENESS = 0.5
-TIMEOUT = 0.2
-AFTERWARDS = 0.5
-"""For how long, past the last moment at which anybody may be let in, it is looked whether anybody
-is, in seconds."""
+USERS: Final = [f"user{n}" for n in range(48)]
+ADDRESSES: Final = (
+    "203.0.113.7", "203.0.113.20", "198.51.100.9", "2001:db8::7", "::ffff:203.0.113.7",
+    "192.0.2.66", "not an address",
+)  # fmt: skip
+RANGES: Final = (
+    "203.0.113.7", "203.0.113.0/28", "203.0.113.5-203.0.113.21", "198.51.100.9", "2001:db8::/64",
+    "192.0.2.64/30",
+)  # fmt: skip
+TIMEOUT: Final = 0.3  # of the stores of login servers, in seconds
+SKEW: Final = 50_000_000
+"""By how much the server's clock may drift from CLOCK_MONOTONIC during a run, in nanoseconds."""
+
+clock = time.monotonic_ns
 
 
-class Office:
-    """Deletes restrictions, in a process that the outage does not affect."""
-
-    def __init__(self, server: Server, count: int) -> None:
-        self.schema = fresh_schema()
-        self.users = [f"user{n}" for n in range(count)]
-        url = server.url(schema=self.schema, application_name="office")
-        self.store = PostgresStore(url, listen="off", timeout=20.0)
-        self._flow = ipguard.Workflow(self.store, Outbox(), key=bytes(32))
-        self.store.put_users(
-            ipguard.User(username=user, full_name="Some One", account_id="A1")
-            for user in self.users
-        )
-        rows = [(user, address) for user in self.users for address in (HOME, OFFICE)]
-        self._flow.impose_many(BOSS, rows, reason="to have some")
-        self._doomed = {
-            username: restriction.id
-            for username, policy in self.store.load_all_policies()[1]
-            for restriction in policy.restrictions
-            if str(restriction.addresses) == HOME
-        }
-        self.committed: dict[str, float] = {}
-
-    def delete(self, users: Sequence[str]) -> None:
-        """Delete the restriction to HOME of each user, recording the time of the commit."""
-        for user in users:
-            self._flow.delete(BOSS, self._doomed[user])
-            self.committed[user] = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.store.close()
+# ---------------------------------------------------------------------------------- the changes
 
 
-# --------------------------------------------------------------------------------- what fails
+class Office(threading.Thread):
+    """Changes policies all the time, one change after another, and records each state.
 
+    It has no outage of its own: where it cannot reach the store, nobody can. The states are read by
+    plain SQL after each change. There is no other writer, so each is that of one revision.
 
-class Outage:
-    """The base class of outages, which breaks nothing by itself.
+    Args:
+        url: The store.
+        dsn: The same for the driver; it must lead to the server that accepts changes.
+        word: What was committed last, for the login servers.
+        seed: Of the choice of changes.
 
     Attributes:
-        cut: Whether no login server can reach the store: then no change arrives, and an expired
-            lease lets no login in.
+        ledger: The states.
+        tokens: The token of each revision, up to the last.
+        between: Held during each change.
+        died: A moment after the end of the primary server, if there was a failover; and
+        lives: One before the other server was promoted.
     """
 
-    cut: ClassVar[bool] = False
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, url: str, dsn: str, word: Word, seed: int) -> None:
+        super().__init__(daemon=True)
+        self._dsn, self._word, self._random = dsn, word, random.Random(seed)
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.blows = 0  # how often it struck
-        self._watch = psycopg.connect(server.url(application_name="watch"), autocommit=True)
+        self.between = threading.Lock()
+        self._connection: psycopg.Connection | None = None
+        self.failed: BaseException | None = None
+        self.died = self.lives = 0
+        self._store = PostgresStore(url, listen="off", timeout=30.0, replica="refuse")
+        self._outbox = Outbox()
+        settings = ipguard.WorkflowSettings(requests_per_hour=10**6)
+        self._flow = ipguard.Workflow(self._store, self._outbox, key=bytes(32), settings=settings)
+        self._requests: list[str] = []
+        self._store.put_users(map(_registered, USERS))
+        self._flow.impose_many(BOSS, [(user, RANGES[0]) for user in USERS[::2]], reason="some")
+        self._offset = min(time.time_ns() - clock() for _ in range(9))
+        self.tokens = self._read_tokens(0)
+        self._policies = self._read_policies()
+        early = round(TIMEOUT * 1e9) + 2 * SKEW
+        self.ledger = Ledger(max(self.tokens), clock(), self._policies, ADDRESSES, early)
+        self._word.tell(0, 0, self.head)
 
-    def enter(self) -> Sequence[str]:
-        """Return the command that runs login servers."""
-        return ()
+    @property
+    def head(self) -> int:
+        """The last revision."""
+        return self.ledger.now.head
 
-    def url(self, schema: str, **options: object) -> str:
-        """Return the URL of the store for login servers."""
-        return self.server.url(schema=schema, **options)
+    # --------------------------------------------------------------------------- by plain SQL
 
-    def begin(self) -> None:
-        """Begin the outage, before the changes are made."""
+    def _rows(self, query: str, *params: object) -> list[tuple[Any, ...]]:
+        if self._connection is None:
+            self._connection = psycopg.connect(self._dsn, autocommit=True)
+        try:
+            return self._connection.execute(query.encode(), params).fetchall()
+        except psycopg.OperationalError:
+            self._connection.close()
+            self._connection = None
+            raise
 
-    def complete(self) -> None:
-        """Complete the outage, after the changes are committed."""
+    def _read_tokens(self, since: int) -> dict[int, str]:
+        return dict(self._rows("SELECT revision, token FROM changes WHERE revision >= %s", since))
 
-    def end(self) -> None:
-        """End the outage."""
+    def _read_policies(self) -> dict[int, Policy]:
+        known = {
+            username for (username,) in self._rows("SELECT username FROM users WHERE removed = 0")
+        }
+        listed: dict[str, list[Listed]] = {user: [] for user in USERS}
+        for username, name, first, last, expires in self._rows(
+            "SELECT username, id, first_ip, last_ip, expires_at FROM restrictions"
+            " ORDER BY username, created_at, id"
+        ):
+            ends = FOREVER if expires is None else expires * 1000 - self._offset + SKEW
+            bounds = int.from_bytes(first), int.from_bytes(last)
+            version = 4 if len(first) == 4 else 6
+            listed[username].append(Listed(name.encode(), version, *bounds, ends))
+        return {
+            number: Policy(listed[user], known=user in known) for number, user in enumerate(USERS)
+        }
+
+    # ------------------------------------------------------------------------------- changing
+
+    def run(self) -> None:
+        try:
+            while not self._over.is_set():
+                with self.between:
+                    before, after = clock(), None
+                    with contextlib.suppress(StoreUnavailable):
+                        with contextlib.suppress(IPGuardError):
+                            self._change()
+                        after = clock()
+                    while not self._recorded(before, after):
+                        self._over.wait(0.01)
+                self._over.wait(0.004)
+        except BaseException as error:
+            self.failed = error
 
     def close(self) -> None:
-        self._watch.close()
-
-    def _repeat(self, blow: Callable[[], None], every: float) -> None:
-        self._over.clear()
-
-        def strike() -> None:
-            while not self._over.is_set():
-                blow()
-                self._over.wait(every)
-
-        self._thread = threading.Thread(target=strike)
-        self._thread.start()
-
-    def _stop_repeating(self) -> None:
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
+        self._store.close()
+        if self._connection is not None:
+            self._connection.close()
 
-    def _listeners(self) -> list[tuple[int, str]]:
-        """Return each listening backend and its state."""
-        return self._watch.execute(
-            "SELECT pid, state FROM pg_stat_activity WHERE application_name = 'ipguard listener'"
-        ).fetchall()
+    def _change(self) -> None:
+        """Make one change, which may be refused."""
+        chance, flow = self._random.random(), self._flow
+        user, addresses = self._random.choice(USERS), self._random.choice(RANGES)
+        held = [each.id.decode() for policy in self._policies.values() for each in policy.listed]
+        if chance < 0.4 and len(held) > len(USERS) // 2:
+            flow.delete(BOSS, self._random.choice(held))
+        elif chance < 0.7:
+            flow.impose(BOSS, user, addresses, reason="a change")
+        elif chance < 0.8:
+            soon = self._store.now() + timedelta(seconds=self._random.uniform(0.5, 2.0))
+            flow.impose(BOSS, user, addresses, reason="for a while", expires_at=soon)
+        elif chance < 0.9:
+            if self._requests:
+                request = self._requests.pop()
+                flow.confirm(BOSS, request, self._outbox.number_for(request))
+            else:
+                self._requests.append(flow.request(BOSS, user, addresses).id)
+        elif chance < 0.95:
+            some = self._random.sample(USERS, 5)
+            flow.impose_many(BOSS, [(each, addresses) for each in some], reason="an import")
+        elif self._random.random() < 0.5:
+            self._store.remove_users([user])
+        else:
+            self._store.put_users(map(_registered, USERS))
 
+    def _recorded(self, before: int, after: int | None) -> bool:
+        """Record the state after a change, if it was made; return False if nothing can be read."""
+        try:
+            tokens = self._read_tokens(self.head)
+            if tokens.get(self.head) != self.tokens[self.head]:
+                self._fork()
+                tokens = self._read_tokens(self.head)
+            policies = self._read_policies()
+        except psycopg.OperationalError:
+            return False
+        if after is None:
+            after = clock()
+        head = max(tokens)
+        if head > self.head:
+            changed = {
+                user: policy for user, policy in policies.items() if policy != self._policies[user]
+            }
+            self.ledger.commit(head, before, after, changed)
+            self._policies |= changed
+            users = list(changed) or [self._word.get()[1]]
+            self._word.tell(len(self.ledger.histories) - 1, users[0], head)
+        assert policies == self._policies
+        self.tokens |= tokens
+        return True
 
-class ListenerTerminated(Outage):
-    """The listening backends are terminated ten times a second."""
-
-    def begin(self) -> None:
-        self._repeat(self._blow, 0.1)
-
-    def _blow(self) -> None:
-        for pid, _ in self._listeners():
-            self._watch.execute("SELECT pg_terminate_backend(%s)", (pid,))
-            self.blows += 1
-
-    def end(self) -> None:
-        self._stop_repeating()
-
-
-class ListenerStopped(Outage):
-    """The listening backends are stopped, and so are their successors."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(server)
-        self._stopped: set[int] = set()
-
-    def begin(self) -> None:
-        self._blow()
-        self._repeat(self._blow, 0.02)
-
-    def _blow(self) -> None:
-        for pid, state in self._listeners():
-            if state == "idle" and pid not in self._stopped:
-                _send([pid], signal.SIGSTOP)
-                self._stopped.add(pid)
-                self.blows += 1
-
-    def end(self) -> None:
-        self._stop_repeating()
-        _send(self._stopped, signal.SIGCONT)
-        self._stopped.clear()
-
-
-class NotifyLost(Outage):
-    """Login servers listen in another database, which gets no notification."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(server)
-        self._elsewhere = fresh_schema()
-        server.execute(f"CREATE DATABASE {self._elsewhere}")
-
-    def url(self, schema: str, **options: object) -> str:
-        elsewhere = self.server.url(self._elsewhere, schema=schema)
-        PostgresStore(elsewhere).close()
-        self.blows += 1
-        return self.server.url(schema=schema, listen=self.server.url(self._elsewhere), **options)
-
-
-class ServerStopped(Outage):
-    """The whole server is stopped, just after a commit that no login server has received.
-
-    So the backends of login servers are stopped first, then the process that would start more of
-    them, and the one that commits last.
-    """
-
-    cut = True
-
-    def begin(self) -> None:
-        ask = (
-            "SELECT pid, state FROM pg_stat_activity WHERE backend_type = 'client backend'"
-            " AND application_name NOT IN ('office', 'watch')"
-        )
-        os.kill(self.server.pid, signal.SIGSTOP)
-        while True:
-            pids = [pid for pid, _ in self._watch.execute(ask)]
-            _send(pids, signal.SIGSTOP)
-            if all(state == "idle" for _, state in self._watch.execute(ask)):
-                break
-            # One is in the middle of something, and may hold what the commit needs.
-            _send(pids, signal.SIGCONT)
-        self.blows += 1
-
-    def complete(self) -> None:
-        self.server.send(signal.SIGSTOP)
-
-    def end(self) -> None:
-        self.server.send(signal.SIGCONT)
+    def _fork(self) -> None:
+        """Record that the store has lost its last commits."""
+        tokens = self._read_tokens(0)
+        shared = max(r for r, token in tokens.items() if token == self.tokens[r])
+        assert self.died, "commits were lost without a failover"
+        self.ledger.fork(shared, self.died, self.lives)
+        self.tokens = {r: token for r, token in tokens.items() if r <= shared}
+        self._policies = {n: self.ledger.now.policy(n, shared) for n in range(len(USERS))}
+        self._requests.clear()
 
 
-class PacketsDropped(Outage):
-    """Packets between login servers and the server are dropped; commits use a Unix socket.
-
-    The server is one of `Network.server`.
-    """
-
-    cut = True
-
-    def __init__(self, server: Server, network: Network) -> None:
-        super().__init__(server)
-        self._network = network
-
-    def enter(self) -> Sequence[str]:
-        return self._network.enter
-
-    def url(self, schema: str, **options: object) -> str:
-        return self.server.url(schema=schema, tcp=True, **options)
-
-    def begin(self) -> None:
-        self._network.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "DROP")
-        self.blows += 1
-
-    def end(self) -> None:
-        self._network.run("iptables", "-F", "INPUT")
-
-
-KINDS = (ListenerTerminated, ListenerStopped, NotifyLost, ServerStopped)
-"""What a server alone can be made to suffer; packets are dropped in a network."""
-
-
-def _send(pids: Iterator[int] | Sequence[int] | set[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+def _registered(user: str) -> ipguard.User:
+    return ipguard.User(username=user, full_name="Some One", account_id="A1")
 
 
 # ---------------------------------------------------------------------------------- a network
+
+
+def _send(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 class NoNetwork(Exception):
@@ -311,157 +294,395 @@ class Network:
         self.close()
 
 
-# ------------------------------------------------------------------------------------ running
+# -------------------------------------------------------------------------------- a partition
 
 
-@attrs.frozen(kw_only=True)
-class Outcome:
-    """The outcome of the deletions, in seconds after the commit of each.
-
-    Attributes:
-        let_in: The last login from a deleted address, on a login server with `max_staleness`
-            STALENESS; below 0: before the commit.
-        let_in_usual: The same on one with the default settings.
-        held: When the change held on that one.
-        slowest: The slowest answer of either, during the outage or before.
-        blows: How often the outage struck.
-    """
-
-    let_in: list[float]
-    let_in_usual: list[float]
-    held: list[float]
-    slowest: float
-    slowest_usual: float
-    blows: int
-
-
-def run(outage: Outage, batches: int, size: int, **guard: Any) -> Outcome:
-    """Delete a restriction of `batches * size` users during an outage.
-
-    Args:
-        outage: The outage.
-        batches: How often it strikes.
-        size: The number of users each time.
-        guard: Settings of the login server with `max_staleness` STALENESS.
-    """
-    with (
-        contextlib.closing(outage),
-        Office(outage.server, batches * size) as office,
-        LoginServer(
-            outage.url(office.schema, timeout=TIMEOUT), office.users, HOME,
-            threads=2, enter=outage.enter(), max_staleness=STALENESS, **guard,
-        ) as quick,
-        LoginServer(
-            outage.url(office.schema), office.users, HOME, enter=outage.enter()
-        ) as usual,
-    ):  # fmt: skip
-        for at in range(batches):
-            _one_batch(outage, office, quick, usual, office.users[at * size : (at + 1) * size])
-        seen, seen_usual = quick.report(), usual.report()
-    return Outcome(
-        let_in=_after(office, seen, "allowed_at"),
-        let_in_usual=_after(office, seen_usual, "allowed_at"),
-        held=_after(office, seen_usual, "since"),
-        slowest=seen.slowest,
-        slowest_usual=seen_usual.slowest,
-        blows=outage.blows,
-    )
-
-
-def _after(office: Office, report: Report, what: str) -> list[float]:
-    return [
-        getattr(report.seen[user], what) - committed for user, committed in office.committed.items()
-    ]
-
-
-def _one_batch(
-    outage: Outage, office: Office, quick: LoginServer, usual: LoginServer, users: Sequence[str]
-) -> None:
-    def all_are(reason: str, *servers: LoginServer) -> Callable[[], bool]:
-        return lambda: all(server.report().all(reason, users) for server in servers)
-
-    until(all_are(ALLOWED, quick, usual), "all are let in at first")
-    try:
-        outage.begin()
-        office.delete(users)
-        outage.complete()
-        over = time.monotonic() + STALENESS + AFTERWARDS
-        until(lambda: time.monotonic() > over, "time passes")
-        if outage.cut:
-            until(all_are(Reason.STORE_UNAVAILABLE, quick), "the store is out of reach")
-        else:
-            until(all_are(Reason.NOT_LISTED, quick, usual), "the changes hold")
-    finally:
-        outage.end()
-    until(all_are(Reason.NOT_LISTED, quick, usual), "the changes hold once it works again")
-
-
-@contextlib.contextmanager
-def server_in(network: Network) -> Iterator[Server]:
-    """Start a server inside a network; its socket file is reached from everywhere."""
-    server = Server()
-    try:
-        server.make()
-        server.start(inside=network.namespace)
-        yield server
-    finally:
-        server.remove()
-
-
-# ------------------------------------------------------------------------------------ a crash
-
-
-@attrs.frozen(kw_only=True)
-class Crash:
-    """The answers of login servers around `kill -9` of the server, in seconds.
+class PacketsDropped:
+    """Cuts login servers off: packets are dropped in the network, which the others do not use.
 
     Attributes:
-        let_in: The last login after the end of the server's last process.
-        denials: How long each denial took while the server was down.
-        slowest: The slowest answer.
-        back: When all logins succeeded again, after the server was up.
+        enter: The command that runs those login servers.
     """
 
-    let_in: float
-    denials: list[float]
-    slowest: float
-    back: float
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.enter: Sequence[str] = network.enter
+
+    def ports(self, servers: Sequence[Server]) -> list[int]:
+        """Return the ports on which they reach the servers."""
+        return [server.port for server in servers]
+
+    def begin(self) -> None:
+        self._network.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "DROP")
+
+    def end(self) -> None:
+        self._network.run("iptables", "-F", "INPUT")
 
 
-def crash(server: Server, *, threads: int, away: float) -> Crash:
-    """Kill the server while logins come as fast as they can, and start it again.
+class ProxySilent:
+    """Does the same if no network can be made: a proxy forwards nothing."""
+
+    enter: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self._proxies: list[Proxy] = []
+
+    def ports(self, servers: Sequence[Server]) -> list[int]:
+        if not self._proxies:
+            self._proxies = [Proxy(server.port) for server in servers]
+        return [proxy.port for proxy in self._proxies]
+
+    def begin(self) -> None:
+        for proxy in self._proxies:
+            proxy.silent = True
+
+    def end(self) -> None:
+        for proxy in self._proxies:
+            proxy.cut()  # what was not forwarded is lost
+            proxy.silent = False
+
+
+# ------------------------------------------------------------------------------------ the world
+
+QUICK: Final = {"max_staleness": 0.5}
+LOGINS: Final = (
+    Login(guard=QUICK, refresher=False),
+    Login(guard=QUICK | {"preload": True}),
+    Login(guard=QUICK | {"capacity": 8}, threads=3),
+    Login(guard={"max_staleness": 1.0, "unknown_users": "deny"}),
+    Login(guard=QUICK, threads=3, tasks=True),
+    Login(guard={"max_staleness": 1.0, "preload": True, "unknown_users": "deny"}),
+    Login(guard=QUICK | {"preload": True}, threads=2),
+    Login(guard={"max_staleness": 1.0, "capacity": 20}, refresher=False, threads=2),
+)
+"""Every second one can be cut off."""
+BROKEN: Final = {
+    "endless lease": "stale",
+    "nothing dropped": "disagrees",
+    "no token compared": "disagrees",
+    "stale fill": "disagrees",
+    "at_least ignored": "at_least",
+    "outage allows": "groundless",
+}
+"""What the answers of broken guards are, among other things; see `logins.BROKEN`."""
+
+
+@attrs.define(kw_only=True)
+class Finding:
+    """The judgement about one guard.
+
+    Attributes:
+        login: How its login server is set up.
+        broken: What is broken about it, if anything.
+        wrong: The wrong answers, and what is wrong.
+        reasons: How many answers it gave, by reason.
+        oldest: By what failed: the age of the oldest state that an answer rested on, in seconds.
+    """
+
+    login: Login
+    broken: str
+    wrong: list[tuple[Answer, str]] = attrs.field(factory=list)
+    reasons: Counter[str] = attrs.field(factory=Counter)
+    oldest: dict[str, float] = attrs.field(factory=dict)
+
+
+class World:
+    """A primary server, its standby, an office, and login servers.
 
     Args:
-        server: The server.
-        threads: How many threads of one process log in at once.
-        away: For how many seconds it stays down after all logins are denied.
+        network: The network of the servers; None: a proxy partitions.
+        seed: Of the choice of changes.
+
+    Attributes:
+        servers: The login servers that run.
+        killed: Those that were killed.
+        broken: One with broken guards.
     """
-    with (
-        Office(server, 20) as office,
-        LoginServer(
-            server.url(schema=office.schema), office.users, HOME,
-            threads=threads, pace=0.0, max_staleness=STALENESS,
-        ) as logins,
-    ):  # fmt: skip
 
-        def all_are(reason: str) -> Callable[[], bool]:
-            return lambda: logins.report().all(reason, office.users)
+    def __init__(self, network: Network | None, seed: int) -> None:
+        self._stack = contextlib.ExitStack()
+        self._inside = None if network is None else network.namespace
+        self._partition = ProxySilent() if network is None else PacketsDropped(network)
+        self._schema = fresh_schema()
+        with contextlib.ExitStack() as stack:
+            self.primary, self.standby = self._servers = [Server(fsync=False) for _ in range(2)]
+            for server in self._servers:
+                stack.callback(server.remove)
+            self.primary.make()
+            self.primary.start(inside=self._inside)
+            self._word = str(self.primary.folder / "word")
+            with open(self._word, "wb") as file:  # noqa: PTH123
+                file.truncate(8)
+            self.office = Office(
+                self._url(schema=self._schema, application_name="office"),
+                self._url(
+                    options=f"-csearch_path={self._schema}", target_session_attrs="read-write"
+                ),
+                Word(self._word),
+                seed,
+            )
+            self.standby.follow(self.primary)
+            self.standby.start(inside=self._inside)
+            stack.callback(self.office.close)
+            self.office.start()
+            self._marks: list[tuple[float, str]] = []
+            self.servers: list[LoginServer] = []
+            self.killed: list[LoginServer] = []
+            stack.callback(self._close_logins)
+            for number in range(len(LOGINS)):
+                self.servers.append(self._login(number))
+            self.broken = stack.enter_context(
+                LoginServer(
+                    self._url(schema=self._schema, timeout=TIMEOUT), USERS, ADDRESSES,
+                    Login(guard=QUICK, broken=tuple(BROKEN), threads=len(BROKEN), pace=0.2),
+                    word=self._word,
+                )
+            )  # fmt: skip
+            self._stack = stack.pop_all()
 
-        until(all_are(ALLOWED), "all are let in at first")
-        server.stop(signal.SIGKILL)
-        killed = time.monotonic()
-        until(all_are(Reason.STORE_UNAVAILABLE), "nobody is let in any more")
-        over = time.monotonic() + away
-        until(lambda: time.monotonic() > over, "time passes")
-        let_in = max(each.allowed_at for each in logins.report().seen.values()) - killed
-        denials = logins.denials()
-        server.start()
-        answers = time.monotonic()
-        until(all_are(ALLOWED), "all are let in again")
-        seen = logins.report()
-    return Crash(
-        let_in=let_in,
-        denials=denials,
-        slowest=seen.slowest,
-        back=max(each.since for each in seen.seen.values()) - answers,
-    )
+    def _close_logins(self) -> None:
+        for server in self.servers + self.killed:
+            server.close()
+
+    def _url(self, *, cut: bool = False, **options: object) -> str:
+        ports = [server.port for server in self._servers]
+        hosts = [str(server.folder) for server in self._servers]
+        if cut:
+            ports, hosts = self._partition.ports(self._servers), ["127.0.0.1"] * 2
+        given = {"host": ",".join(hosts), "port": ",".join(map(str, ports))} | options
+        return f"postgresql://postgres@/postgres?{urlencode(given)}"
+
+    def _login(self, number: int) -> LoginServer:
+        cut = number % 2 == 1
+        return LoginServer(
+            self._url(cut=cut, schema=self._schema, timeout=TIMEOUT, pool_size=3),
+            USERS, ADDRESSES, LOGINS[number],
+            enter=self._partition.enter if cut else (), word=self._word,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    # ----------------------------------------------------------------------------- conditions
+
+    def count(self) -> int:
+        """Return how many answers there are, those of broken guards apart."""
+        return sum(sum(each.lengths()) for each in self.servers + self.killed)
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        def met() -> object:
+            assert self.office.is_alive(), self.office.failed
+            return condition()
+
+        until(met, what)
+
+    def await_commits(self, number: int) -> None:
+        """Wait until the store has changed so often."""
+        head, ledger = self.office.head, self.office.ledger.now
+        self.until(
+            lambda: self.office.ledger.now is ledger and self.office.head >= head + number,
+            f"{number} commits",
+        )
+
+    def await_moment(self, moment: float) -> None:
+        self.until(lambda: clock() >= moment, "time passes")
+
+    def await_answers(self, servers: Iterable[LoginServer], since: int | None = None) -> None:
+        """Wait until each thread has answered from a state of after now, or that moment."""
+        since = clock() if since is None else since
+
+        def answers(server: LoginServer) -> bool:
+            recent = since + server.login.max_staleness * 1e9
+            told = [
+                answer.reason > BAD_ADDRESS and answer.began > recent for answer in server.latest(8)
+            ]
+            return bool(told) and all(any(told[at : at + 8]) for at in range(0, len(told), 8))
+
+        waiting = list(servers)
+        self.until(lambda: all(map(answers, waiting)), "all answer from the present state")
+
+    def await_denials(self, servers: Iterable[LoginServer]) -> None:
+        """Wait until no thread knows anything any more."""
+
+        def denies(server: LoginServer) -> bool:
+            told = [answer.reason for answer in server.latest(8)]
+            return bool(told) and STORE_UNAVAILABLE in told and max(told) <= BAD_ADDRESS
+
+        waiting = list(servers)
+        self.until(lambda: all(map(denies, waiting)), "all deny")
+
+    # ------------------------------------------------------------------------------ what fails
+
+    def let_all_fail(self) -> None:
+        """Let everything fail, one after another."""
+        self.await_answers(self.servers)
+        for what, fail in (
+            ("`kill -9` of login servers", self.kill_logins),
+            ("login servers stopped", self.stop_logins),
+            ("the database stopped", self.stop_store),
+            ("packets dropped", self.part),
+            ("`kill -9` of the database", self.kill_store),
+            ("listeners terminated", self.break_listeners),
+            ("backends stopped", self.stop_backends),
+            ("a failover that loses commits", self.fail_over),
+        ):
+            self._marks.append((clock(), what))
+            fail()
+
+    def kill_logins(self) -> None:
+        """Kill some login servers, and start others in their place."""
+        for number in (1, 4):
+            self._replace(number)
+        self.await_answers(self.servers)
+
+    def _replace(self, number: int) -> None:
+        self.servers[number].kill()
+        self.killed.append(self.servers[number])
+        self.servers[number] = self._login(number)
+
+    def stop_logins(self) -> None:
+        """Stop some login servers for longer than any lease, while policies change."""
+        stopped = self.servers[::2]
+        for server in stopped:
+            server.stop()
+        over = clock() + 1.2e9
+        self.await_commits(20)
+        self.await_moment(over)
+        for server in stopped:
+            server.proceed()
+        self.await_answers(self.servers)
+
+    def stop_store(self) -> None:
+        """Stop every process of the store, and start a login server that then knows nothing."""
+        self.primary.send(signal.SIGSTOP)
+        self.until(self.primary.stopped, "all of the server stands still")
+        since = clock()
+        self._replace(0)
+        self.await_denials(self.servers)
+        self.office.ledger.absent(since, clock())
+        self.primary.send(signal.SIGCONT)
+        self.await_answers(self.servers)
+
+    def kill_store(self) -> None:
+        """Kill the store, and start it again."""
+        self.primary.stop(signal.SIGKILL)
+        since = clock()
+        self.await_denials(self.servers)
+        self.office.ledger.absent(since, clock())
+        self.primary.start(inside=self._inside)
+        self.await_answers(self.servers)
+
+    def part(self) -> None:
+        """Cut every second login server off, while policies change."""
+        self._partition.begin()
+        self.await_denials(self.servers[1::2])
+        self.await_commits(20)
+        self._partition.end()
+        self.await_answers(self.servers)
+
+    def break_listeners(self) -> None:
+        """Terminate the backends that notify login servers, again and again."""
+        done = self.office.head + 25
+        with psycopg.connect(self.primary.url(), autocommit=True) as watch:
+
+            def terminated() -> bool:
+                watch.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = 'ipguard listener'"
+                )
+                return self.office.head >= done
+
+            self.until(terminated, "25 commits")
+        self.await_answers(self.servers)
+
+    def stop_backends(self) -> None:
+        """Stop the backends of login servers, while policies change."""
+        idle = (
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE application_name IN ('ipguard', 'ipguard listener') AND state = 'idle'"
+        )
+        with psycopg.connect(self.primary.url(), autocommit=True) as watch:
+            stopped = [pid for (pid,) in watch.execute(idle)]
+            _send(stopped, signal.SIGSTOP)
+            still = [pid for (pid,) in watch.execute(idle)]
+        # The others are in the middle of something, and may hold what a commit needs.
+        _send(set(stopped) - set(still), signal.SIGCONT)
+        try:
+            self.await_commits(25)
+            self.await_answers(self.servers)
+        finally:
+            _send(stopped, signal.SIGCONT)
+
+    def fail_over(self) -> None:
+        """Promote the standby, which has not received the last commits, and kill the primary.
+
+        The standby is promoted when the leases of the lost history are over: until then, an
+        `at_least` of the new history may be met by a revision that was lost.
+        """
+        self.standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        self.standby.execute("SELECT pg_reload_conf()")
+        self.until(
+            lambda: not self.standby.execute("SELECT 1 FROM pg_stat_wal_receiver"),
+            "the standby is on its own",
+        )
+        self.await_commits(20)
+        self.await_answers((*self.servers, self.broken))
+        # A commit that is lost before the office knows of it would be a state without a record.
+        with self.office.between:
+            self.primary.stop(signal.SIGKILL)
+            died = self.office.died = clock()
+        self.await_moment(died + 1.05e9)
+        self.office.lives = clock()
+        self.standby.execute("SELECT pg_promote()")
+        self.until(lambda: len(self.office.ledger.histories) == 2, "the other history began")
+        lost, now = self.office.ledger.histories
+        assert lost.head - now.shared >= 20
+        self.await_answers(self.servers, self.office.lives)
+        self.until(lambda: now.head > lost.head + 20, "the new history is longer than the lost")
+        self.await_answers((*self.servers, self.broken))
+
+    # ------------------------------------------------------------------------------- judging
+
+    def close(self) -> Ledger:
+        """End all processes, and return the states of the store."""
+        for server in (*self.servers, self.broken):
+            server.kill()
+        self.office.close()
+        assert self.office.failed is None, self.office.failed
+        self.office.ledger.close()
+        return self.office.ledger
+
+    def findings(self) -> Iterator[Finding]:
+        """Judge all answers; the world is closed."""
+        for server in self.servers + self.killed:
+            yield self._judged(server.sessions(), Finding(login=server.login, broken=""))
+        for broken, session in zip(BROKEN, self.broken.sessions(), strict=True):
+            yield self._judged([session], Finding(login=self.broken.login, broken=broken))
+
+    def _judged(self, sessions: Iterable[Iterable[Answer]], found: Finding) -> Finding:
+        judge = judge_of(self.office.ledger, found.login)
+        marks = iter((*self._marks, (FOREVER, "")))
+        what, (turn, then) = "nothing", next(marks)
+        reasons = [0] * len(REASONS)
+        for began, session, answer in merged(sessions):
+            while began >= turn:
+                found.oldest[what], judge.oldest = judge.oldest / 1e9, 0.0
+                what, (turn, then) = then, next(marks)
+            reasons[answer[10]] += 1
+            fault = judge.judge(session, answer)
+            if fault:
+                found.wrong.append((Answer(*answer), fault))
+        found.oldest[what] = judge.oldest / 1e9
+        found.reasons = Counter(dict(zip(REASONS, reasons, strict=True)))
+        return found
+
+
+def judge_of(ledger: Ledger, login: Login) -> Judge:
+    """Return the judge of a login server."""
+    # A microsecond for the guard's clock, which is a float.
+    lease = round(login.max_staleness * 1e9) + 1_000
+    deny_unknown = login.guard.get("unknown_users") == "deny"
+    return Judge(ledger, lease, deny_unknown=deny_unknown)

@@ -66,12 +66,17 @@ def programs() -> Path:
     )
 
 
+def _state(pid: int) -> str:
+    """Return the letter of a process's state: X if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
 def _runs(pid: int) -> bool:
     """Return whether a process is running, and not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
-    except OSError:
-        return False
+    return _state(pid) not in "XZ"
 
 
 def free_port() -> int:
@@ -205,6 +210,10 @@ class Server:
         for backend in self.backends():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(backend, number)
+
+    def stopped(self) -> bool:
+        """Return whether every process of the server stands still after a SIGSTOP."""
+        return all(_state(pid) in "TXZ" for pid in (self.pid, *self.backends()))
 
     def backends(self) -> list[int]:
         """Return the server's child processes."""

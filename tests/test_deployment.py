@@ -11,7 +11,6 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from ipguard.stores._sql import SCHEMA_VERSION
 from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds
-from tests.logins import ALLOWED, LoginServer
+from tests.logins import Login, LoginServer
 from tests.postgres import Given, Server, fresh_schema, until
 from tests.proxy import Proxy
 from tests.test_aio import cancel_at_random_points
@@ -37,40 +36,6 @@ HOME, ELSEWHERE = "203.0.113.7", "198.51.100.9"
 
 def user(name: str) -> ipguard.User:
     return ipguard.User(username=name, full_name="Some One", account_id="A1")
-
-
-# ---------------------------------------------------------------------------- many processes
-
-
-def test_a_change_holds_on_every_server(postgres: Server | Given) -> None:
-    """Changes made by one process take effect on eight login servers."""
-    url = postgres.url(schema=fresh_schema())
-    users = [f"user{n}" for n in range(rounds(20, 1_000))]
-    outbox = Outbox()
-    settings = ipguard.WorkflowSettings(requests_per_hour=10**6)
-    with PostgresStore(url, listen="off") as store, ExitStack() as stack:
-        flow = ipguard.Workflow(store, outbox, key=bytes(32), settings=settings)
-        store.put_users(map(user, users))
-        servers = [
-            stack.enter_context(LoginServer(url, users, ELSEWHERE, pace=0.05)) for _ in range(8)
-        ]
-
-        def all_answer(reason: str) -> None:
-            until(
-                lambda: all(server.report().all(reason, users) for server in servers),
-                f"all answer {reason}",
-            )
-
-        all_answer(ALLOWED)
-        applied = []
-        for name in users:
-            request = flow.request(BOSS, name, HOME)
-            applied.append(flow.confirm(BOSS, request.id, outbox.number_for(request.id)))
-        all_answer(Reason.NOT_LISTED)
-        for each in applied:
-            assert each.restriction is not None
-            flow.delete(BOSS, each.restriction.id)
-        all_answer(ALLOWED)
 
 
 def test_a_flood_of_unknown_users() -> None:
@@ -328,7 +293,8 @@ def test_a_newer_schema_under_a_running_library(
         everybody = [*users, "jsmith", "mary"]
         store.put_users(map(user, everybody))
         flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
-        with LoginServer(url, everybody, ELSEWHERE, pace=0.01, max_staleness=1.0) as logins:
+        login = Login(guard={"max_staleness": 1.0})
+        with LoginServer(url, everybody, [ELSEWHERE], login) as logins:
             work = Administration(flow, users)
             work.proceed()
             newer.add(
@@ -339,7 +305,7 @@ def test_a_newer_schema_under_a_running_library(
             )
             newer.run(NEXT, url)
             until(
-                lambda: logins.report().all(Reason.NOT_LISTED, ["jsmith"]),
+                lambda: logins.reasons().get("jsmith") == Reason.NOT_LISTED,
                 "a change by the newer library takes effect on a login server",
             )
             work.proceed()
@@ -350,7 +316,7 @@ def test_a_newer_schema_under_a_running_library(
             newer.run(NEXT.replace(HOME, "203.0.113.8"), url)
             assert f"this library needs {oldest}" in work.refusal()
             until(
-                lambda: logins.report().all(Reason.STORE_UNAVAILABLE, ["mary"]),
+                lambda: logins.reasons().get("mary") == Reason.STORE_UNAVAILABLE,
                 "login servers refuse all logins",
             )
             with pytest.raises(ipguard.SchemaVersionError):
