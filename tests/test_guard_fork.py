@@ -227,7 +227,7 @@ def test_fork_ends_a_snapshot_of_sqlite(sqlite: World) -> None:
             return [guard.is_allowed("jsmith", OFFICE), guard.stats().loads]
 
         forking = Call(lambda: in_child(child))
-        comes_true(lambda: inner._pool.moving)
+        comes_true(lambda: inner._pool._paused)
         held.let_go()
         assert forking.result() == [False, 0]
         comes_true(lambda: guard.stats().preloaded == 1)

@@ -186,6 +186,7 @@ def test_without_a_listener_a_wait_times_out(url: str, caplog: pytest.LogCapture
     caplog.set_level(logging.INFO, "ipguard")
     with PostgresStore(url, listen="off") as store:
         assert "polling" in caplog.text
+        assert store.wake_ups == "polling: listen=off"
         began = time.monotonic()
         assert not store.wait(0, 0.05)
         assert time.monotonic() - began >= 0.05

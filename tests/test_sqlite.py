@@ -418,7 +418,7 @@ def test_a_fork_waits_for_the_calls_of_other_threads(store: SQLiteStore) -> None
     def write() -> None:
         with store.transaction() as turn:
             inside.set()
-            until(lambda: store._pool.moving)
+            until(lambda: store._pool._paused)
             turn.append(Action.IMPOSE, actor="admin", touches=EVERYBODY)
 
     thread = threading.Thread(target=write)

@@ -537,8 +537,9 @@ class SqlStore(Closing, Generic[C]):
         """Begin a write transaction, which commits at the end of the block.
 
         Args:
-            users: Whether it adds or removes users.
-            deadline: On the clock of `time.monotonic`; the timeout from now by default.
+            users: Whether it adds or removes users; it may then exclude others that do.
+            deadline: When its waits end, on the clock of `time.monotonic`; the timeout from now by
+                default.
         """
 
     @abstractmethod

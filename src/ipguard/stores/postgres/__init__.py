@@ -408,7 +408,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         self._users = threading.Lock()
 
     def _refuse_nested(self) -> None:
-        """Raise RuntimeError if this thread is in a write transaction: it would deadlock."""
         _fork.check()
         if threading.get_ident() in self._inside:
             raise RuntimeError("this thread is in a transaction of this store already")
@@ -417,12 +416,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
     def _write(
         self, *, users: bool = False, deadline: float | None = None
     ) -> Iterator[WriteTransaction]:
-        """Begin a write transaction. All its waits share one timeout.
-
-        Args:
-            users: Whether it adds or removes users; it then excludes others that do.
-            deadline: When the waits end; the timeout from now by default.
-        """
         pool, statement = self._pool, self._options.timeout
         deadline, queue = deadline or pool.deadline(), self._users if users else self._queue
         # Threads of one process queue here, so that waiting threads hold no connection. Bulk
@@ -444,10 +437,7 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
 
     @contextmanager
     def _bulk(self) -> Iterator[Connection]:
-        """Lend a connection for a transaction that first stages any number of rows.
-
-        Temporary tables end with the transaction, so this works through a transaction pooler.
-        """
+        # Temporary tables end with the transaction, so this works through a transaction pooler.
         _fork.check()
         slots, held = self._bulk_slots, list[None]()
         try:
@@ -464,11 +454,8 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
 
     @contextmanager
     def _lock_users(self, connection: Connection) -> Iterator[None]:
-        """Keep others from adding and removing users, in the transaction that `_bulk` began.
-
-        Users are written under this lock before the writer's lock is acquired. Other writers do
-        not wait for it.
-        """
+        # Users are written under this lock before the writer's lock is acquired. Other writers do
+        # not wait for it.
         patience, queue = self._options.bulk_timeout, self._users
         held: list[bool] = []
         try:
@@ -484,7 +471,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
     def _write_bulk(
         self, connection: Connection, restrictions: BulkRestrictions | None = None
     ) -> Iterator[WriteTransaction]:
-        """Acquire the writer's lock in the transaction that `_bulk` began."""
         deadline, patience, asked_at = self._pool.deadline(), connection.patience, ticks()
         connection.patience, connection.deadline = None, deadline
         found = connection.script(self._lock_sql(deadline, self._options.bulk_timeout))

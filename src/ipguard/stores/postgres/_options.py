@@ -37,14 +37,12 @@ class Options:
     Attributes:
         servers: A connection string for each server to try, in order.
         listen: The same for the connection that listens; None: do not listen.
-        pool_size: How many connections this process may have, not counting the listener.
-        timeout: How many seconds all waits of a read or of a change may take together.
-        bulk_timeout: How many seconds a step with any number of rows may take.
         schema: The schema that holds the tables; also the name of the channel.
         prepare: After how many uses a statement is prepared; None: never; -1: if the connection
             allows it, see `_pool.greet`.
-        replica: Whether answers of a server in recovery are accepted.
         place: Where the store is, for messages.
+
+    The others are options of `PostgresStore`.
     """
 
     servers: tuple[str, ...] = attrs.field(repr=False)

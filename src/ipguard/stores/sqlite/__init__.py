@@ -384,17 +384,12 @@ class Pool(_fork.Forkable):
         if self._paused:
             raise StoreUnavailable(f"{self.path}: a fork is taking too long")
 
-    @property
-    def moving(self) -> bool:
-        """Whether all calls must end: the store is closed, or this process is about to fork."""
-        return self._closed or self._paused
-
     def recalled(self, connection: Connection) -> bool:
         """Return whether a long call must end, to return its connection.
 
         That is so before a fork, after `close`, and if other files are at the path.
         """
-        return self.moving or connection.files is not self._files
+        return self._closed or self._paused or connection.files is not self._files
 
     def forget(self) -> None:
         """Close all idle connections, and drop their caches with them."""
