@@ -275,32 +275,28 @@ class FewUsers:
 
     def compare(self, db: Executor) -> tuple[int, int]:
         """Return the store's revision and how many users differ, with one statement."""
-        revision, stored = self._stored(db)
-        return revision, len(self._changed(stored))
+        revision, changed, _ = self._compared(db)
+        return revision, len(changed)
 
-    def _stored(self, db: Executor) -> tuple[int, dict[str, Row]]:
+    def _compared(self, db: Executor) -> tuple[int, list[User], list[str]]:
+        """Return the store's revision, the users that differ, and the names of those to add."""
         rows = db.rows(
             f"SELECT h.revision, u.removed, {columns(USER, 'u')} FROM head h"
             f" LEFT JOIN users u ON {db.among('u.username')} WHERE h.id = 1",
             (db.texts(self._users),),
         )
-        return rows[0][0], {row[2]: row[1:] for row in rows}
-
-    def _changed(self, stored: dict[str, Row]) -> list[User]:
-        return [
-            user
-            for name, user in self._users.items()
-            if name not in stored or stored[name] != (0, *user_row(user))
-        ]
+        stored = {row[2]: row[1:] for row in rows}
+        users = self._users.items()
+        changed = [user for name, user in users if stored.get(name) != (0, *user_row(user))]
+        names = [user.username for user in changed]
+        added = [name for name in names if name not in stored or stored[name][0]]
+        return rows[0][0], changed, added
 
     def apply(self, tx: Transaction, db: Executor) -> Change | None:
         """Write the differences under the lock; return the audit entry, if there is one."""
-        _, stored = self._stored(db)
-        changed = self._changed(stored)
+        _, changed, added = self._compared(db)
         if not changed:
             return None
-        names = [user.username for user in changed]
-        added = [name for name in names if name not in stored or stored[name][0]]
         _write_terms(db, [user_row(user)[:3] for user in changed])
         for user in changed:
             db.run(_APPLY_USER, user_row(user))

@@ -90,13 +90,9 @@ class SqlSnapshot:
 
     def __init__(self, db: Executor, now: datetime) -> None:
         self._executor = db
-        self._now = now
+        self.now = now
         self._pid = os.getpid()
         self._over = False
-
-    @property
-    def now(self) -> datetime:
-        return self._now
 
     @property
     def db(self) -> Executor:
@@ -211,7 +207,7 @@ class WriteTransaction(SqlSnapshot):
         self.db.run("DELETE FROM restrictions WHERE id = ?", (restriction_id,))
 
     def add_staged(self, *, per_user: int) -> int:
-        return 0 if self._bulk is None else self._bulk.add(self.db, self._now, per_user=per_user)
+        return 0 if self._bulk is None else self._bulk.add(self.db, self.now, per_user=per_user)
 
     def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
         return () if self._bulk is None else self._bulk.orphaned(self.db)
@@ -229,7 +225,7 @@ class WriteTransaction(SqlSnapshot):
     ) -> Change:
         change = Change(
             revision=self.revision + 1,
-            at=self._now,
+            at=self.now,
             actor=actor,
             actor_address=actor_address,
             action=action,
