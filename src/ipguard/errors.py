@@ -179,11 +179,8 @@ class DuplicateRestriction(IPGuardError):
             return f"{self.username} {self.addresses} is there twice"
         shown = f'"{self.label}"' if self.label.isprintable() else shorten(self.label)
         label = f"label {shown}" if self.label else "no label"
-        expiry = (
-            "no expiry"
-            if self.expires_at is None
-            else f"expires {self.expires_at:%Y-%m-%d %H:%M} UTC"
-        )
+        at = self.expires_at
+        expiry = "no expiry" if at is None else f"expires {at:%Y-%m-%d %H:%M} UTC"
         which = f"{self.addresses} ({label}, {expiry})"
         if self.found == "request":
             text = f"a request to add {which} for {self.username} is already pending"

@@ -12,6 +12,7 @@ import re
 import ssl
 import sys
 import unicodedata
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -104,9 +105,7 @@ class EmailNotifier:
                 neither the number nor a password.
         """
         message = number_message(request, number, actor, self._product)
-        failure = self._failure(message, number, number.replace("-", ""))
-        if failure is not None:
-            raise DeliveryError(failure.reason, request.id) from failure.cause
+        self._deliver([message], request.id, number, number.replace("-", ""))
 
     def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
         """Mail a notice to the actor, and another to the user if not the same person.
@@ -114,11 +113,7 @@ class EmailNotifier:
         Raises:
             DeliveryError: The server did not accept one of the mails; both were tried.
         """
-        messages = notices(change, actor, user, self._product)
-        failures = [failure for failure in map(self._failure, messages) if failure is not None]
-        if failures:
-            reason = "; ".join(failure.reason for failure in failures)
-            raise DeliveryError(reason) from failures[0].cause
+        self._deliver(notices(change, actor, user, self._product))
 
     def send_test(self, to: str) -> None:
         """Send a test mail.
@@ -129,9 +124,16 @@ class EmailNotifier:
         Raises:
             DeliveryError: The server did not accept it.
         """
-        failure = self._failure(trial_message(to, self._product, datetime.now(UTC)))
-        if failure is not None:
-            raise DeliveryError(failure.reason) from failure.cause
+        self._deliver([trial_message(to, self._product, datetime.now(UTC))])
+
+    def _deliver(
+        self, messages: Iterable[Message], request_id: str | None = None, *secrets: str
+    ) -> None:
+        """Send every message; raise DeliveryError if one of them failed, without the secrets."""
+        failures = [failed for each in messages if (failed := self._failure(each, *secrets))]
+        if failures:
+            reason = "; ".join(failure.reason for failure in failures)
+            raise DeliveryError(reason, request_id) from failures[0].cause
 
     def _failure(self, message: Message, *secrets: str) -> Failure | None:
         # Returned, not raised: an error raised inside `except` keeps the other one as its context.
