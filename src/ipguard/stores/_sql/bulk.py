@@ -187,12 +187,10 @@ class BulkRestrictions:
 
     def _changed(self, db: Executor) -> frozenset[str] | Touched:
         """Return the users whose policy may have changed since `judge`."""
-        revision, token = self._seen
-        rows = db.rows(TOUCHED_SINCE, (revision, CHANGES_READ + 1))
-        # Read this entry last: if it still exists, no entry after it was pruned.
-        if db.rows("SELECT token FROM changes WHERE revision = ?", (revision,)) != [(token,)]:
+        rows = db.rows(TOUCHED_SINCE, (self._seen[0], CHANGES_READ + 1))
+        if len(rows) > CHANGES_READ or not _exists(db, self._seen):
             return EVERYBODY
-        return EVERYBODY if len(rows) > CHANGES_READ else touched_of(row[0] for row in rows)
+        return touched_of(row[0] for row in rows)
 
     def _check(self, db: Executor, now: datetime, only: str = "", names: Params = ()) -> None:
         for (username,) in db.rows(_UNKNOWN % only, names):
@@ -212,6 +210,12 @@ class BulkRestrictions:
 
     def _others(self, only: str) -> str:
         return f"{only} AND r.id <> s.id" if self._ahead else only
+
+
+def _exists(db: Executor, entry: tuple[int, str]) -> bool:
+    """Return whether an audit entry exists; if so, what was read before misses no pruned entry."""
+    revision, token = entry
+    return db.rows("SELECT token FROM changes WHERE revision = ?", (revision,)) == [(token,)]
 
 
 def _only(db: Executor, usernames: Iterable[str]) -> tuple[str, Params]:
@@ -389,11 +393,8 @@ class BulkUsers:
 
     def _users_changed(self, db: Executor) -> bool:
         """Return whether users were added or removed since `compare`."""
-        revision, token = self._seen
-        moved = bool(db.rows(_USERS_CHANGED, (revision,)))
-        # Read this entry last: if it still exists, no entry after it was pruned.
-        own = db.rows("SELECT token FROM changes WHERE revision = ?", (revision,))
-        return moved or own != [(token,)]
+        changed = db.rows(_USERS_CHANGED, (self._seen[0],))
+        return bool(changed) or not _exists(db, self._seen)
 
     def _write(self, db: Executor) -> None:
         db.run(
