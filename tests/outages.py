@@ -352,7 +352,7 @@ LOGINS: Final = (
     Login(guard={"max_staleness": 1.0, "unknown_users": "deny"}),
     Login(guard=QUICK, threads=3, tasks=True),
     Login(guard={"max_staleness": 1.0, "preload": True, "unknown_users": "deny"}),
-    Login(guard=QUICK | {"preload": True}, threads=2),
+    Login(guard=QUICK | {"preload": True, "capacity": 8}, threads=2),
     Login(guard={"max_staleness": 1.0, "capacity": 20}, refresher=False, threads=2),
 )
 """Every second one can be cut off."""

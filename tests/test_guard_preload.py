@@ -578,6 +578,20 @@ def test_user_read_again_is_no_older_than_a_login(world: World) -> None:
     assert guard.check("jsmith", ELSEWHERE).revision == revision
 
 
+def test_nor_after_the_eviction_of_its_row(world: World) -> None:
+    """The same if the login's row was kept and then evicted."""
+    world.restrict("jsmith", HOME)
+    world.restrict("adoe", HOME)
+    guard = preloaded(world, capacity=1)
+    world.restrict("jsmith", OFFICE)
+    with during(world.store.after_load, guard.sync) as reading:
+        revision = world.lift_all("jsmith")
+        assert guard.check("jsmith", ELSEWHERE).revision == revision
+        guard.check("adoe", HOME)
+    reading.result()
+    assert guard.check("jsmith", ELSEWHERE).revision == revision
+
+
 def test_user_opened_ahead_of_a_snapshot_is_unknown_in_it(memory: World) -> None:
     """A login that was told of a deletion must not be followed by the older snapshot."""
     memory.restrict("jsmith", HOME)

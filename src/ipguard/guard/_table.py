@@ -352,7 +352,8 @@ class Table:
         except BaseException:
             self._clear_rows()  # as in `_keep`
             raise
-        self._ahead.discard(name)
+        if name not in self.preloaded.unknown:  # else `refresh` needs to know, after an eviction
+            self._ahead.discard(name)
 
     def _clear_rows(self) -> None:
         self.rows.clear()
@@ -413,6 +414,7 @@ class Table:
                 # since `cursor`; it cannot tell that the later revision is still in its history.
                 for name in (*usernames, *self._ahead):
                     self._drop(name)
+                self._ahead.clear()
             self.position = Position(head, token, self.position.history, known.syncs + 1)
             interrupted = slept()
             if interrupted:
