@@ -15,10 +15,12 @@
     python3 dev.py pythons                  the same on every Python found on this machine
     python3 dev.py screenshots              recreate the pictures in docs/screenshots/
     python3 dev.py mutate [MODULE ...]      run mutation tests; see docs/mutation.md
+    python3 dev.py model [NAME ...]         check the lease's model with Spin; see docs/proof.md
     python3 dev.py bench [--quick]          run the benchmarks; see docs/performance.md
     python3 dev.py pin                      update constraints.txt and benchmarks/constraints.txt
 
 The first run creates `.venv` and installs what its command needs; later runs add what is missing.
+`model` needs only Spin and gcc.
 """
 
 from __future__ import annotations
@@ -28,14 +30,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import venv
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -312,6 +318,92 @@ def mutate(*modules: str) -> None:
         run(VENV / "bin" / "mutmut", "results", cwd=work)
 
 
+class Variant(NamedTuple):
+    """The model in one configuration, sound or broken by one switch."""
+
+    configuration: str
+    switch: str
+    truth: str
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.switch or self.configuration
+
+
+MODEL = ROOT / "proof" / "lease.pml"
+
+
+def variants() -> list[Variant]:
+    """Return the variants that the model's first comment lists, the sound ones first."""
+    text = MODEL.read_text()
+    found = re.findall(r"^ \* configuration (\w+) +(-D.*)$", text, re.MULTILINE)
+    flags = {name: tuple(each.split()) for name, each in found}
+    sound = [Variant(name, "", "", flags[name]) for name in flags]
+    switches = re.findall(r"^ \* switch (\w+) +(\w+) +(\d+) ", text, re.MULTILINE)
+    return sound + [
+        Variant(name, switch, truth, (*flags[name], f"-D{switch}"))
+        for switch, name, truth in switches
+    ]
+
+
+def search(variant: Variant) -> tuple[str, str, float]:
+    """Search all states of a variant with Spin; return the result, the states and the seconds.
+
+    The result is "sound" only if the search was complete: Spin kept every state whole, reached no
+    limit, and found no error.
+    """
+    began = time.monotonic()
+    level = "-O1" if variant.switch else "-O2"  # an error is found before -O2 has paid off
+    compiler = ("gcc", level, "-w", "-DSAFETY", "-DCOLLAPSE", "-DNOFAIR", "-o", "pan", "pan.c")
+    spin, printed = ("spin", "-a", *variant.flags, str(MODEL)), ""
+    with tempfile.TemporaryDirectory(prefix="ipguard-") as folder:
+        for command in (spin, compiler, ("./pan", "-m100000")):
+            made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            printed = made.stdout
+            # Spin exits with 0 after most errors.
+            if made.returncode or "Error:" in printed:
+                print(printed, made.stderr, sep="\n")
+                break
+    states = re.search(r"^ *([\d.e+]+) states, stored", printed, re.MULTILINE)
+    limits = re.search(r"not completed|too small|out of memory|compact", printed, re.IGNORECASE)
+    result = "failed"
+    if "assertion violated" in printed and re.search(r"errors: [1-9]", printed):
+        result = "refuted"
+    elif "Full statespace search" in printed and "errors: 0\n" in printed and not limits:
+        result = "sound"
+    return result, states[1] if states else "", time.monotonic() - began
+
+
+def model(*names: str) -> None:
+    """Check that the model of the lease is sound, and that each of its switches is refuted."""
+    if missing := [program for program in ("spin", "gcc") if not shutil.which(program)]:
+        command = "apt-get install --yes --no-install-recommends spin gcc libc6-dev"
+        message = f"{' and '.join(missing)} not installed; as root: {command}"
+        if os.environ.get("CI"):
+            raise StepError(message)
+        print(f"skipped: {message}")
+        return
+    chosen = [each for each in variants() if not names or each.name in names]
+    if unknown := set(names) - {each.name for each in chosen}:
+        raise StepError(f"no such variant: {', '.join(sorted(unknown))}")
+    wrong = []
+    print(f"{'variant':24}{'configuration':15}{'truth':>5}  {'result':10}{'states':>12}{'s':>7}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for variant, (result, states, seconds) in zip(
+            chosen, pool.map(search, chosen), strict=True
+        ):
+            if result != ("refuted" if variant.switch else "sound"):
+                wrong.append(variant.name)
+            print(
+                f"{variant.switch or '(none)':24}{variant.configuration:15}{variant.truth:>5}"
+                f"  {result:10}{states:>12}{seconds:>7.1f}",
+                flush=True,
+            )
+    if wrong:
+        raise StepError(f"not as they should be: {', '.join(wrong)}")
+
+
 def bench(*args: str) -> None:
     """Install the libraries that ipguard is compared with, then run the benchmarks."""
     pins, needs = ("-c", CONSTRAINTS, "-c", BENCH_CONSTRAINTS), group("bench")
@@ -364,6 +456,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         build,
         pythons,
         mutate,
+        model,
         bench,
         pin,
     )
@@ -378,7 +471,8 @@ def main(name: str = "", *args: str) -> int:
         print(__doc__)
         return 2
     try:
-        setup(name, *args)
+        if name != "model":
+            setup(name, *args)
         COMMANDS[name](*args)
     except StepError as failure:
         print(f"dev.py {name}: {failure}", file=sys.stderr)

@@ -1,0 +1,38 @@
+"""Tests that the lease's model, the command that checks it and its page agree."""
+
+import re
+from pathlib import Path
+
+import dev
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def switches() -> set[str]:
+    """Return the switches that `dev.py model` tries."""
+    return {variant.switch for variant in dev.variants() if variant.switch}
+
+
+def test_every_switch_breaks_the_model_somewhere():
+    """The switches that are listed are those that the model's text depends on."""
+    text = dev.MODEL.read_text()
+    conditions = "\n".join(re.findall(r"^#(?:if|elif).*$", text, re.MULTILINE))
+    names = set(re.findall(r"\b[A-Z][A-Z_]+\b", conditions))
+    assert names - {"ORDER", "MAX_STALENESS", "EVENTS"} == switches()
+
+
+def test_every_configuration_is_checked_sound():
+    sound = [variant.configuration for variant in dev.variants() if not variant.switch]
+    assert {variant.configuration for variant in dev.variants()} == set(sound)
+    assert len(sound) == len(set(sound)) > 1
+
+
+def test_the_page_explains_every_switch_and_names_code_that_exists():
+    page = (ROOT / "docs" / "proof.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)` \| \d+ \| (.*) \|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == [v.switch for v in dev.variants() if v.switch]
+    code = "\n".join(path.read_text() for path in (ROOT / "src" / "ipguard").rglob("*.py"))
+    for _, where in rows:
+        for owner, name in re.findall(r"`([A-Z]\w+|_\w+)\.(\w+)`", where):
+            assert owner.startswith("_") or re.search(rf"^class {owner}\b", code, re.MULTILINE)
+            assert re.search(rf"def {name}\b", code), name
