@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ipguard import Actor, Change
-from ipguard.admin._concurrency import digest_restrictions
+from ipguard.admin._changes import digest_restrictions
 from ipguard.admin._http import BODY_LIMIT
 from ipguard.admin._site import ROUTES
 from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, OFFICE

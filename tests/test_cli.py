@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ipguard
-from ipguard.cli import _codes, _secrets
+from ipguard.cli import _output, _secrets
 from ipguard.cli._context import READER
 from ipguard.cli._output import clean
 from ipguard.testing import Outbox
@@ -58,7 +58,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def test_the_exit_codes_are_documented():
     """The manual's tables of exit codes and errors agree with the code."""
     listed = {row[1]: int(row[0]) for row in table("docs/cli.md", "exit code")}
-    assert listed == {code.name.lower(): code.value for code in _codes.Exit}
+    assert listed == {code.name.lower(): code.value for code in _output.Exit}
     errors = {
         name
         for name, error in vars(ipguard.errors).items()
@@ -68,7 +68,7 @@ def test_the_exit_codes_are_documented():
     assert set(documented) == errors
     for name, code in documented.items():
         kind = getattr(ipguard.errors, name)
-        found = next(code for code, bases in _codes.ERRORS if issubclass(kind, bases))
+        found = next(code for code, bases in _output.ERRORS if issubclass(kind, bases))
         assert found.name.lower() == code, name
 
 
@@ -281,7 +281,7 @@ def test_arguments_never_cause_a_defect(shell: Shell, command: str, words: list[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.StringIO("12345-67890\n"))
         done = shell(*command.split(), *words)
-    assert done.code in set(_codes.Exit) - {_codes.Exit.DEFECT}, done.err
+    assert done.code in set(_output.Exit) - {_output.Exit.DEFECT}, done.err
 
 
 def test_completion(shell: Shell):

@@ -11,7 +11,7 @@ from ipguard import errors, rules
 from ipguard._checks import check_text
 from ipguard.addresses import AddressRange, parse_address
 from ipguard.admin import _http, _messages
-from ipguard.admin._concurrency import check_lockout_accepted, show_lockout_warning
+from ipguard.admin._changes import check_lockout_accepted, show_lockout_warning
 from ipguard.admin._context import Context, Draft
 from ipguard.admin._http import Response
 from ipguard.model import LABEL_LIMIT, User

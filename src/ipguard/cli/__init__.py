@@ -16,9 +16,8 @@ from typing import Annotated, Any, Final
 import typer
 
 import ipguard
-from ipguard.cli._codes import Exit, Problem, problem_of
 from ipguard.cli._context import JsonOption, OutputClosed, StoreOption, app, typed
-from ipguard.cli._output import Output
+from ipguard.cli._output import Exit, Output, Problem, problem_of
 from ipguard.errors import IPGuardError
 
 # The modules define their commands when they are imported; `--help` has them in this order.

@@ -23,8 +23,7 @@ import typer
 
 import ipguard
 from ipguard import audit
-from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._output import Output, clean
+from ipguard.cli._output import Exit, Output, Problem, clean
 from ipguard.cli._secrets import read_keys, refuse_password
 from ipguard.errors import InvalidValue, IPGuardError
 from ipguard.model import Actor, Change, PendingRequest, User

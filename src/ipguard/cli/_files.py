@@ -20,8 +20,7 @@ from typing import Annotated, Any, BinaryIO, Final, Self, cast
 import attrs
 from typer import Argument, Option
 
-from ipguard.cli._codes import Exit, Problem
-from ipguard.cli._output import Output
+from ipguard.cli._output import Exit, Output, Problem
 from ipguard.errors import shorten
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
-from ipguard.cli._codes import Exit, Problem
+from ipguard.cli._output import Exit, Problem
 from ipguard.confirmation import Keyring
 from ipguard.errors import InvalidValue
 

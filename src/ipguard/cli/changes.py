@@ -16,9 +16,8 @@ from typing import Annotated, Any, Final, TypeVar
 import attrs
 from typer import Argument, Option
 
-from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import ACTOR, ADMINISTRATOR, OPERATOR, SETTINGS, Context, command
-from ipguard.cli._output import Output, plain
+from ipguard.cli._output import Exit, Output, Problem, plain
 from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
 from ipguard.errors import LockoutRisk, UnknownRestriction, UnknownUser, shorten
 from ipguard.model import Actor, Applied, PendingRequest

@@ -10,9 +10,9 @@ from typing import Annotated, Final
 from typer import Argument, Option
 
 from ipguard.cli import _files
-from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import Context, command
 from ipguard.cli._files import BadRows, Columns, Format, FormatOption
+from ipguard.cli._output import Exit, Problem
 from ipguard.guard import Guard
 from ipguard.model import Decision, Reason
 

@@ -16,8 +16,8 @@ from urllib.parse import unquote
 import attrs
 from typer import Option
 
-from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import KEY, MAIL, SETTINGS, Context, command
+from ipguard.cli._output import Exit, Problem
 from ipguard.cli._secrets import read_keys
 from ipguard.errors import IPGuardError, StoreError, StoreUnavailable
 from ipguard.rules import all_expired

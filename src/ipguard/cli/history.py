@@ -12,9 +12,8 @@ from typing import Annotated, Final
 from typer import Option
 
 from ipguard import audit
-from ipguard.cli._codes import Exit
 from ipguard.cli._context import READER, Context, command
-from ipguard.cli._output import Cell, clean, pages
+from ipguard.cli._output import Cell, Exit, clean, pages
 from ipguard.cli.users import AllOption, LimitOption
 from ipguard.errors import StoreUnavailable, shorten
 from ipguard.model import RESET, Change

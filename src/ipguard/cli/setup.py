@@ -9,8 +9,8 @@ from typing import Annotated
 
 from typer import Option
 
-from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import KEY, Context, command
+from ipguard.cli._output import Exit, Problem
 from ipguard.cli._secrets import key_in_environment, read_keys
 from ipguard.errors import StoreError
 

@@ -23,10 +23,9 @@ from typer import Option
 from ipguard import errors, rules
 from ipguard.addresses import AddressRange
 from ipguard.cli import _files
-from ipguard.cli._codes import Exit, Problem
 from ipguard.cli._context import OPERATOR, READER, Context, command
 from ipguard.cli._files import BadRows, Columns, FileArgument, Format, FormatOption, Row, Spool
-from ipguard.cli._output import Output, dumps, pages, plain
+from ipguard.cli._output import Exit, Output, Problem, dumps, pages, plain
 from ipguard.cli.changes import ReasonOption
 from ipguard.model import Actor, Policy, Restriction
 from ipguard.store import RestrictionStore
