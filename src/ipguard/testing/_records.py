@@ -322,7 +322,7 @@ class UserTests(StoreCase):
         assert self.store.put_users([user("alice", full_name="x"), stored.user]) == 1
 
     def test_removing_users(self) -> None:
-        """A removed user is not known, but its record and its restrictions stay."""
+        """A removed user's record and restrictions stay, for a user of the same name to inherit."""
         self.put("alice", "bob", "carol", "dora")
         restriction = self.restriction()
         self.add(restriction)
@@ -340,6 +340,15 @@ class UserTests(StoreCase):
         assert self._last() == (None, None, {"removed": "2"})
         # Users that are not registered, or no longer, are ignored.
         assert self.store.remove_users(iter(["alice", "nobody"])) == 4
+        before = self.cursor()
+        assert self.put("alice", account_id="B2") == 5
+        policy = self.store.load_policy("alice")
+        assert (policy.known, policy.restrictions) == (True, (restriction,))
+        assert self.store.changes_since(before).usernames == frozenset({"alice"})
+        assert self._user("alice") == StoredUser(user=user("alice", account_id="B2"))
+        assert self._last() == ("alice", "B2", {"added": "1", "updated": "0"})
+        self.store.remove_users(["alice"])
+        assert self.put("alice", account_id="B2") == 7
 
     def test_requests_of_removed_users_are_cancelled(self) -> None:
         """Pending requests of a removed user, expired ones included, are cancelled."""
@@ -358,22 +367,6 @@ class UserTests(StoreCase):
             assert tx.pending_requests("alice") == ()
             assert tx.pending_requests("bob") == (bobs.request,)
             assert len(tx.request_times("boss", self.clock() - timedelta(1))) == 4
-
-    def test_a_user_registered_again_inherits_restrictions(self) -> None:
-        """A removed user that is put again is known and has its old restrictions."""
-        self.put("alice")
-        restriction = self.restriction()
-        self.add(restriction)
-        self.store.remove_users(["alice"])
-        before = self.cursor()
-        assert self.put("alice", account_id="B2") == 4
-        policy = self.store.load_policy("alice")
-        assert (policy.known, policy.restrictions) == (True, (restriction,))
-        assert self.store.changes_since(before).usernames == frozenset({"alice"})
-        assert self._user("alice") == StoredUser(user=user("alice", account_id="B2"))
-        assert self._last() == ("alice", "B2", {"added": "1", "updated": "0"})
-        self.store.remove_users(["alice"])
-        assert self.put("alice", account_id="B2") == 6
 
     def test_remove_users_checks_its_argument(self) -> None:
         """A single str, or a name without a canonical form, is refused and removes no user."""
