@@ -355,15 +355,23 @@ def search(variant: Variant) -> tuple[str, str, float]:
     """
     began = time.monotonic()
     level = "-O1" if variant.switch else "-O2"  # an error is found before -O2 has paid off
-    compiler = ("gcc", level, "-w", "-DSAFETY", "-DCOLLAPSE", "-DNOFAIR", "-o", "pan", "pan.c")
-    spin, printed = ("spin", "-a", *variant.flags, str(MODEL)), ""
+    commands = [
+        ("spin", "-a", *variant.flags, str(MODEL)),
+        ("gcc", level, "-w", "-DSAFETY", "-DCOLLAPSE", "-DNOFAIR", "-o", "pan", "pan.c"),
+        ("./pan", "-m100000"),
+    ]
+    if variant.switch:  # most errors are few steps away, and soon found if the search is shallow
+        commands.insert(2, ("./pan", "-m60"))
+    printed = ""
     with tempfile.TemporaryDirectory(prefix="ipguard-") as folder:
-        for command in (spin, compiler, ("./pan", "-m100000")):
+        for command in commands:
             made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             printed = made.stdout
             # Spin exits with 0 after most errors.
             if made.returncode or "Error:" in printed:
                 print(printed, made.stderr, sep="\n")
+                break
+            if "assertion violated" in printed:
                 break
     states = re.search(r"^ *([\d.e+]+) states, stored", printed, re.MULTILINE)
     limits = re.search(r"not completed|too small|out of memory|compact", printed, re.IGNORECASE)
