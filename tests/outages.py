@@ -308,10 +308,6 @@ class PacketsDropped:
         self._network = network
         self.enter: Sequence[str] = network.enter
 
-    def ports(self, servers: Sequence[Server]) -> list[int]:
-        """Return the ports on which they reach the servers."""
-        return [server.port for server in servers]
-
     def begin(self) -> None:
         self._network.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "DROP")
 
@@ -320,17 +316,12 @@ class PacketsDropped:
 
 
 class ProxySilent:
-    """Does the same if no network can be made: a proxy forwards nothing."""
+    """Does the same if no network can be made: their proxies forward nothing."""
 
     enter: Sequence[str] = ()
 
-    def __init__(self) -> None:
-        self._proxies: list[Proxy] = []
-
-    def ports(self, servers: Sequence[Server]) -> list[int]:
-        if not self._proxies:
-            self._proxies = [Proxy(server.port) for server in servers]
-        return [proxy.port for proxy in self._proxies]
+    def __init__(self, proxies: Sequence[Proxy]) -> None:
+        self._proxies = proxies
 
     def begin(self) -> None:
         for proxy in self._proxies:
@@ -400,14 +391,20 @@ class World:
     """
 
     def __init__(self, network: Network | None, seed: int) -> None:
-        self._stack = contextlib.ExitStack()
         self._inside = None if network is None else network.namespace
-        self._partition = ProxySilent() if network is None else PacketsDropped(network)
         self._schema = fresh_schema()
         with contextlib.ExitStack() as stack:
             self.primary, self.standby = self._servers = [Server(fsync=False) for _ in range(2)]
             for server in self._servers:
                 stack.callback(server.remove)
+            self._partition: PacketsDropped | ProxySilent
+            if network is None:
+                proxies = [stack.enter_context(Proxy(server.port)) for server in self._servers]
+                self._partition = ProxySilent(proxies)
+                self._ports = [proxy.port for proxy in proxies]
+            else:
+                self._partition = PacketsDropped(network)
+                self._ports = [server.port for server in self._servers]
             self.primary.make()
             self.primary.start(inside=self._inside)
             self._word = str(self.primary.folder / "word")
@@ -448,7 +445,7 @@ class World:
         ports = [server.port for server in self._servers]
         hosts = [str(server.folder) for server in self._servers]
         if cut:
-            ports, hosts = self._partition.ports(self._servers), ["127.0.0.1"] * 2
+            ports, hosts = self._ports, ["127.0.0.1"] * 2
         given = {"host": ",".join(hosts), "port": ",".join(map(str, ports))} | options
         return f"postgresql://postgres@/postgres?{urlencode(given)}"
 
