@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -9,17 +10,17 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import attrs
 from itsdangerous import BadData, URLSafeSerializer
+from jinja2 import Environment
 
 from ipguard.admin import _http
 from ipguard.admin._http import Request, Response
+from ipguard.guard import Guard
 from ipguard.model import Actor, UserOverview
-
-if TYPE_CHECKING:
-    from ipguard.admin._site import Site
+from ipguard.workflow import Workflow
 
 Level = Literal["done", "note", "problem"]
 
@@ -83,6 +84,30 @@ class Draft:
     step: str = ""
 
 
+@attrs.frozen(kw_only=True)
+class Services:
+    """What all requests share."""
+
+    flow: Workflow
+    guard: Guard
+    brand: str
+    signer: Signer
+    templates: Environment
+
+    def render(self, template: str, request: Request, actor: Actor | None, **values: Any) -> str:
+        """Render a page; `values` add to those that every page shows, or replace them."""
+        shared: dict[str, Any] = {
+            "actor": actor,
+            "base": request.base,
+            "brand": self.brand,
+            "link": functools.partial(_http.build_link, request.base),
+            "note": None,
+            "now": None,
+            "problems": {},
+        }
+        return self.templates.get_template(template).render(shared | values)
+
+
 class Context:
     """One request of one actor.
 
@@ -95,15 +120,15 @@ class Context:
         now: The store's time.
     """
 
-    def __init__(self, site: Site, request: Request, actor: Actor) -> None:
-        self._site = site
-        self._sign, self._verify = site.signer.sign, site.signer.verify
-        self.flow = site.flow
-        self.guard = site.guard
+    def __init__(self, services: Services, request: Request, actor: Actor) -> None:
+        self._services = services
+        self._sign, self._verify = services.signer.sign, services.signer.verify
+        self.flow = services.flow
+        self.guard = services.guard
         self.request = request
         self.actor = actor
         self.form: dict[str, str] = {}
-        self.now: datetime = site.flow.now()
+        self.now: datetime = services.flow.now()
         self._cookies: dict[str, tuple[str, int | None]] = {}
         session = self._cookie("form")
         if not _SESSION.fullmatch(session):
@@ -175,7 +200,7 @@ class Context:
         # A different token each time, so that compression does not reveal it (BREACH).
         token = self._sign("form", secrets.token_urlsafe(9), *self._browser)
         shared = {"note": note, "now": self.now, "token": token}
-        html = self._site.render(template, self.request, self.actor, **shared, **values)
+        html = self._services.render(template, self.request, self.actor, **shared, **values)
         return _http.respond(status, html, self._cookie_headers())
 
     def redirect(

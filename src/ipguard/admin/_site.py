@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ipguard import errors, rules
 from ipguard._checks import check_callable, check_text
 from ipguard.admin import _add, _changes, _http, _listing, _messages
-from ipguard.admin._context import Context, Signer
+from ipguard.admin._context import Context, Services, Signer
 from ipguard.admin._http import SAFE_HEADERS, NotFound, PageError, Request, Response
 from ipguard.guard import Guard
 from ipguard.model import Actor
@@ -85,12 +85,15 @@ class Site:
         if not isinstance(guard, Guard):
             raise errors.InvalidValue("guard", "must be a Guard; an AsyncGuard has one as .guard")
         self.authenticate = authenticate
-        self.flow = flow
-        self.guard = guard
-        self._brand = check_text("brand", brand, 100, required=True)
-        # The workflow's keys are not part of its public interface.
-        self.signer = Signer(flow._derived_keys(PURPOSE))  # noqa: SLF001
-        self._files, self._templates = _load_files()
+        self._files, templates = _load_files()
+        self.services = Services(
+            flow=flow,
+            guard=guard,
+            brand=check_text("brand", brand, 100, required=True),
+            # The workflow's keys are not part of its public interface.
+            signer=Signer(flow._derived_keys(PURPOSE)),  # noqa: SLF001
+            templates=templates,
+        )
 
     def respond_to_anyone(self, request: Request) -> Response | None:
         """Respond to a request that needs no actor; return None for any other."""
@@ -124,7 +127,7 @@ class Site:
         if view is None:
             allow = ("Allow", ", ".join(views))
             raise PageError(405, "Go back to the list.", headers=(allow,))
-        context = Context(self, request, actor)
+        context = Context(self.services, request, actor)
         if request.method == "POST":
             context.form = request.parse_form()
             if not context.has_valid_token():
@@ -136,22 +139,9 @@ class Site:
                 )
         return view(context)
 
-    def render(self, template: str, request: Request, actor: Actor | None, **values: Any) -> str:
-        """Render a page; `values` add to those that every page shows, or replace them."""
-        shared: dict[str, Any] = {
-            "actor": actor,
-            "base": request.base,
-            "brand": self._brand,
-            "link": functools.partial(_http.build_link, request.base),
-            "note": None,
-            "now": None,
-            "problems": {},
-        }
-        return self._templates.get_template(template).render(shared | values)
-
     def _show_error(self, request: Request, actor: Actor | None, error: PageError) -> Response:
         # Without the time: the store, whose time it is, may be unavailable.
-        html = self.render("error.html", request, actor, error=error)
+        html = self.services.render("error.html", request, actor, error=error)
         return _http.respond(error.status, html, error.headers)
 
 
