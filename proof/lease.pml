@@ -8,41 +8,57 @@
  *
  * What is asserted depends on the configuration:
  *
- * configuration staleness  -DMAX_STALENESS=2
- * configuration order      -DORDER -DMAX_STALENESS=1
+ * configuration staleness     -DMAX_STALENESS=2
+ * configuration order         -DORDER -DMAX_STALENESS=1
+ * configuration preload       -DPRELOAD -DMAX_STALENESS=1
+ * configuration preload_order -DPRELOAD -DORDER -DMONOTONIC -DMAX_STALENESS=1
  *
  * staleness: an answer rests on a policy that was the store's less than MAX_STALENESS ticks ago.
  * order: an answer rests on no older state of the store than its call may expect: the one that the last
  *     sync before the call has applied, and, with `at_least`, the one at the call.
+ * preload: as staleness, for a guard that preloads: one thread logs in and syncs, the other is its refresher,
+ *     which syncs, reads snapshots, and reads unknown users again.
+ * preload_order: as order, for such a guard; and no answer rests on an older policy than the one before it, as long
+ *     as no backup is restored.
  *
  * The switches. Each breaks the guard in one way, and Spin must find an error in the configuration named.
  *
- * switch FRESH_DEADLINE         staleness  1  The fast path reads the deadline after the look-up.
- * switch SLOW_FRESH_DEADLINE    staleness  1  The slow path compares the clock with a deadline read last.
- * switch NO_LAST_TEST           staleness  1  The slow path answers a row without testing the deadline.
- * switch DEADLINE_BEFORE_DROP   staleness  2  A sync moves the deadline before it drops the row.
- * switch POSITION_BEFORE_DROP   order      2  A sync moves the position before it drops the row.
- * switch NOT_DROPPED            staleness  2  A sync keeps the row of a user that the store names.
- * switch LEASE_FROM_END         staleness  2  The lease is counted from the end of the read.
- * switch DEADLINE_GOES_BACK     staleness  2  A slow sync moves the deadline back.
- * switch REVISION_GOES_BACK     order      2  A read from before another sync is applied all the same.
- * switch OLDER_READ_EXTENDS     staleness  2  A read whose head is below the revision extends the lease.
- * switch SYNC_JOINS             order      2  A sync waits for a read that began before it, and makes none.
- * switch STALE_FILL             staleness  3  A policy is remembered whatever the revision is by then.
- * switch AHEAD_REMEMBERED       staleness  3  A policy read ahead is remembered after a sync was applied.
- * switch AHEAD_KEPT             staleness  3  A sync keeps a row that was read ahead of the position.
- * switch OTHER_HISTORY_KEPT     staleness  3  A policy of a history that was lost is remembered.
- * switch OTHER_HISTORY_ANSWERS  order      3  A policy of a history that was lost answers a later call.
- * switch LATE_LOAD              staleness  3  A load that took longer than MAX_STALENESS answers.
- * switch JOINER_COUNTS_ANEW     staleness  3  A call that joins a load counts its age from its own start.
- * switch JOINER_TAKES_OLDER     order      3  A call takes a policy from below the revision it noted.
- * switch JOINER_TAKES_AHEAD     order      3  A call takes a policy read ahead before a sync that it follows.
- * switch REVISION_AFTER_ROW     order      3  The slow path reads the revision after it found the row.
- * switch AT_LEAST_IGNORED       order      3  The slow path does not compare the revision with `at_least`.
- * switch NO_TOKEN               staleness  6  The store finds a revision again without comparing tokens.
- * switch RESET_KEEPS_ROW        staleness  6  A RESET moves the position and keeps the row.
- * switch OUTAGE_EXTENDS        staleness  10  A sync that fails renews the lease.
- * switch OUTAGE_ANSWERS        staleness  10  A login during an outage is answered by the row.
+ * switch FRESH_DEADLINE        staleness       1  The fast path reads the deadline after the look-up.
+ * switch SLOW_FRESH_DEADLINE   staleness       1  The slow path compares the clock with a deadline read last.
+ * switch NO_LAST_TEST          staleness       1  The slow path answers a row without testing the deadline.
+ * switch DEADLINE_BEFORE_DROP  staleness       2  A sync moves the deadline before it drops the row.
+ * switch POSITION_BEFORE_DROP  order           2  A sync moves the position before it drops the row.
+ * switch NOT_DROPPED           staleness       2  A sync keeps the row of a user that the store names.
+ * switch LEASE_FROM_END        staleness       2  The lease is counted from the end of the read.
+ * switch DEADLINE_GOES_BACK    staleness       2  A slow sync moves the deadline back.
+ * switch REVISION_GOES_BACK    order           2  A read from before another sync is applied all the same.
+ * switch OLDER_READ_EXTENDS    staleness       2  A read whose head is below the revision extends the lease.
+ * switch SYNC_JOINS            order           2  A sync waits for a read that began before it, and makes none.
+ * switch STALE_FILL            staleness       3  A policy is remembered whatever the revision is by then.
+ * switch AHEAD_REMEMBERED      staleness       3  A policy read ahead is remembered after a sync was applied.
+ * switch AHEAD_KEPT            staleness       3  A sync keeps a row that was read ahead of the position.
+ * switch OTHER_HISTORY_KEPT    staleness       3  A policy of a history that was lost is remembered.
+ * switch OTHER_HISTORY_ANSWERS order           3  A policy of a history that was lost answers a later call.
+ * switch LATE_LOAD             staleness       3  A load that took longer than MAX_STALENESS answers.
+ * switch JOINER_COUNTS_ANEW    staleness       3  A call that joins a load counts its age from its own start.
+ * switch JOINER_TAKES_OLDER    order           3  A call takes a policy from below the revision it noted.
+ * switch JOINER_TAKES_AHEAD    order           3  A call takes a policy read ahead before a sync that it follows.
+ * switch REVISION_AFTER_ROW    order           3  The slow path reads the revision after it found the row.
+ * switch AT_LEAST_IGNORED      order           3  The slow path does not compare the revision with `at_least`.
+ * switch NO_TOKEN              staleness       6  The store finds a revision again without comparing tokens.
+ * switch RESET_KEEPS_ROW       staleness       6  A RESET moves the position and keeps the row.
+ * switch OTHER_SNAPSHOT        preload         8  A snapshot of another revision than the table's is swapped in.
+ * switch CHANGED_NOT_MARKED    preload         8  A user who changes while the snapshot is read is not marked.
+ * switch ABSENT_TOO_EARLY      preload         8  A user without a row is unrestricted before the table is complete.
+ * switch RESET_KEEPS_SNAPSHOT  preload         8  A RESET does not end the snapshot that is being read.
+ * switch RESET_KEEPS_TABLE     preload         8  A RESET leaves the preloaded table complete.
+ * switch DROPPED_NOT_MARKED    preload         8  A sync drops the preloaded row of a user instead of marking it.
+ * switch REFRESH_AFTER_SYNC    preload         8  A user is read again, and put in the table that has moved on.
+ * switch REFRESH_AHEAD         preload         8  A policy read ahead replaces the row of a user that is unknown.
+ * switch REFRESH_OLDER         preload_order   8  A user read again gets an older row than a login was answered by.
+ * switch AHEAD_PUT             preload         8  A policy that a login read ahead replaces the preloaded row.
+ * switch OUTAGE_EXTENDS        staleness      10  A sync that fails renews the lease.
+ * switch OUTAGE_ANSWERS        staleness      10  A login during an outage is answered by the row.
  *
  * Three things make the search small enough to be complete, and leave no behaviour out:
  * - A moment is kept as the number of ticks until it, 0 if it is past, and a tick counts all of them down. So
@@ -63,6 +79,8 @@
 #define EXPIRED 0
 #define NONE 255
 #define CURRENT 255
+#define ABSENT 254
+#define UNKNOWN 253
 
 typedef Position { byte revision; byte token }
 
@@ -81,6 +99,13 @@ byte era = 0;
 bool restored = false;
 byte gone[EVENTS + 2];   /* by policy: the era since which it is not the store's; CURRENT if it is */
 byte assured = 0;        /* the era of the last read that a sync has applied */
+#ifdef MONOTONIC
+byte born[EVENTS + 2];   /* by policy: the era since which it is the store's */
+byte answered = 0;       /* the latest such era of an answer */
+#define expected (answered > assured -> answered : assured)
+#else
+#define expected assured
+#endif
 #else
 byte fresh[EVENTS + 2];  /* by policy: for how many ticks it may still be answered; CURRENT: it is the store's */
 #endif
@@ -90,7 +115,10 @@ inline replace(before, after) {
   :: before != after ->
 #ifdef ORDER
      gone[before] = era;
-     gone[after] = CURRENT
+     gone[after] = CURRENT;
+#ifdef MONOTONIC
+     born[after] = era
+#endif
 #else
      fresh[before] = MAX_STALENESS;
      fresh[after] = CURRENT
@@ -198,11 +226,26 @@ end:
   od
 }
 
-inline answer(version) {
 #ifdef ORDER
-  assert(gone[version] > since)
+#define true_of(version) (gone[version] > since)
 #else
-  assert(fresh[version] > 0)
+#define true_of(version) (fresh[version] > 0)
+#endif
+
+inline answer(version) {
+#ifdef PRELOAD
+  if
+  :: version == ABSENT -> assert(true_of(0) || true_of(2))
+  :: else -> assert(true_of(version))
+#ifdef MONOTONIC
+     ; if
+     :: !restored && born[version] > answered -> answered = born[version]
+     :: else
+     fi
+#endif
+  fi
+#else
+  assert(true_of(version))
 #endif
 }
 
@@ -210,7 +253,44 @@ inline answer(version) {
 byte reads = 0; /* syncs in progress */
 #endif
 
+#ifdef PRELOAD
+/* Preloaded: ABSENT stands for an unrestricted user. Even policies are unrestricted, odd ones are not. */
+bool complete = false;
+byte preloaded = ABSENT;        /* the user's row; UNKNOWN: it must be read again */
+bool snapshot = false;          /* whether one is being read that is still valid */
+bool changed = false;           /* whether a sync has named the user since it began */
+
+#ifndef ABSENT_TOO_EARLY
+#define usable (complete && preloaded != UNKNOWN)
+#else
+#define usable (preloaded != UNKNOWN)
+#endif
+#define packed(version) (version % 2 == 0 -> ABSENT : version)
+
+inline mark() {
+#ifndef CHANGED_NOT_MARKED
+  changed = snapshot;
+#endif
+  preloaded = (complete -> UNKNOWN : preloaded)
+}
+
+inline clear() {
+#ifndef RESET_KEEPS_SNAPSHOT
+  snapshot = false; changed = false;
+#endif
+#ifndef RESET_KEEPS_TABLE
+  complete = false;
+  preloaded = ABSENT;
+#endif
+  row = NONE; ahead = false
+}
+
+inline drop() { row = NONE; ahead = ahead && preloaded == UNKNOWN }
+#else
+inline mark() { skip }
 inline drop() { row = NONE; ahead = false }
+inline clear() { drop() }
+#endif
 
 /* ------------------------------------------------------------------------------------ the lease */
 
@@ -299,7 +379,7 @@ inline drop_changed() {
   if
   :: reset || position.token == NONE ->
 #ifndef RESET_KEEPS_ROW
-     drop();
+     clear();
 #endif
      for (other : 0 .. THREADS - 1) { load[other].diverged = load[other].leader != NONE }
      other = 0
@@ -307,10 +387,16 @@ inline drop_changed() {
   fi;
   if
 #ifndef NOT_DROPPED
-  :: !older && touched -> drop()
+  :: !older && touched ->
+#ifdef DROPPED_NOT_MARKED
+     changed = snapshot; preloaded = ABSENT;
+#else
+     mark();
+#endif
+     drop(); ahead = false
 #endif
 #ifndef AHEAD_KEPT
-  :: !older && ahead && !reset -> drop() /* the store cannot name a revision that it has lost */
+  :: !older && ahead && !reset -> drop(); ahead = false /* the store cannot name a revision that it has lost */
 #endif
   :: else
   fi
@@ -385,6 +471,17 @@ inline remember() {
 #else
     :: !load[me].diverged && load[me].revision >= position.revision ->
 #endif
+#ifdef PRELOAD
+       if /* Preloaded.put */
+#ifndef AHEAD_PUT
+       :: load[me].revision > load[me].position.revision -> mark()
+       :: load[me].revision <= load[me].position.revision && complete -> preloaded = packed(load[me].row)
+#else
+       :: complete -> preloaded = packed(load[me].row)
+#endif
+       :: else
+       fi;
+#endif
        drop();
        if
 #ifndef AHEAD_REMEMBERED
@@ -394,7 +491,11 @@ inline remember() {
 #endif
           ahead = load[me].revision > load[me].position.revision;
           row = load[me].row
+#ifdef PRELOAD
+       :: else -> ahead = ahead || (load[me].revision > load[me].position.revision && preloaded == UNKNOWN)
+#else
        :: else
+#endif
        fi
     :: else
     fi
@@ -503,8 +604,16 @@ inline slow_path() {
 #endif
     if
     :: seen != NONE -> found = seen
-    :: !lock && row != NONE && position.revision >= revision -> found = row; until[me] = deadline
+#ifdef PRELOAD
+    :: !lock && row == NONE && usable -> row = preloaded; found = row
+    :: !lock && row == NONE && usable && position.revision >= revision ->
+       row = preloaded; found = row; until[me] = deadline
+    :: !lock && row == NONE && !usable -> found = NONE; until[me] = 0; begin_load()
+    :: !lock && row != NONE && position.revision < revision -> found = NONE; until[me] = 0; begin_load()
+#else
     :: !lock && (row == NONE || position.revision < revision) -> found = NONE; until[me] = 0; begin_load()
+#endif
+    :: !lock && row != NONE && position.revision >= revision -> found = row; until[me] = deadline
     fi;
     seen = 0
   };
@@ -533,7 +642,63 @@ inline slow_path() {
   fi
 }
 
+/* ----------------------------------------------------------------------------------- preloading */
+
+#ifdef PRELOAD
+/* Preload._read: begin_snapshot, load_all_policies, swap_snapshot */
+inline fill() {
+  d_step { !lock; snapshot = true; changed = false; revision = position.revision };
+  d_step { seen = packed(policy[head]); again = head != revision };
+#ifdef OTHER_SNAPSHOT
+  again = false;
+#endif
+  d_step {
+    !lock;
+    if
+    :: !again && snapshot ->
+       preloaded = (changed -> UNKNOWN : seen);
+       complete = true
+    :: else
+    fi;
+    snapshot = false; changed = false; seen = 0; again = false; revision = 0
+  }
+}
+
+/* SingleFlight.read_again, Table.refresh */
+inline read_again() {
+  d_step { load[me].leader = me; load[me].position.revision = position.revision };
+  d_step { load[me].row = policy[head]; load[me].revision = head };
+  d_step {
+    !lock;
+    if
+#if defined(REFRESH_AFTER_SYNC)
+    :: complete && !ahead ->
+#elif defined(REFRESH_AHEAD)
+    :: complete && !ahead && !load[me].diverged && load[me].position.revision == position.revision ->
+#elif defined(REFRESH_OLDER)
+    :: complete && !load[me].diverged && load[me].position.revision == position.revision &&
+       load[me].revision == position.revision ->
+#else
+    :: complete && !ahead && !load[me].diverged && load[me].position.revision == position.revision &&
+       load[me].revision == position.revision ->
+#endif
+       preloaded = packed(load[me].row)
+    :: else
+    fi;
+    load[me].leader = NONE;
+    load[me].position.revision = 0; load[me].synced = false; load[me].diverged = false;
+    load[me].row = 0; load[me].revision = 0
+  }
+}
+#endif
+
 /* ---------------------------------------------------------------------------------- the threads */
+
+#ifdef PRELOAD
+#define logs_in (me == 0)
+#else
+#define logs_in true
+#endif
 
 proctype Thread(byte me) {
   Position cursor, changes;
@@ -541,19 +706,23 @@ proctype Thread(byte me) {
   bool slow, touched, reset, older, enough, again, late;
 end:
   do
+#ifdef PRELOAD
+  :: !logs_in && !complete -> fill()
+  :: !logs_in && complete && preloaded == UNKNOWN -> read_again()
+#endif
   :: d_step {
-       deadline > 0 -> until[me] = deadline;
+       logs_in && deadline > 0 -> until[me] = deadline;
 #ifdef ORDER
-       since = assured
+       since = expected
 #endif
      };
      fast_path()
   :: atomic {
        if
-       :: slow = true
+       :: logs_in -> slow = true
 #ifdef ORDER
-          ; since = assured
-       :: !restored && era > 0 -> slow = true; wanted = head; since = era /* at_least */
+          ; since = expected
+       :: logs_in && !restored && era > 0 -> slow = true; wanted = head; since = era /* at_least */
        :: since = (restored -> 0 : era) /* Guard.sync */
 #else
        :: skip

@@ -18,7 +18,7 @@ def test_every_switch_breaks_the_model_somewhere():
     text = dev.MODEL.read_text()
     conditions = "\n".join(re.findall(r"^#(?:if|elif).*$", text, re.MULTILINE))
     names = set(re.findall(r"\b[A-Z][A-Z_]+\b", conditions))
-    assert names - {"ORDER", "MAX_STALENESS", "EVENTS"} == switches()
+    assert names - {"EVENTS", "MAX_STALENESS", "MONOTONIC", "ORDER", "PRELOAD"} == switches()
 
 
 def test_every_configuration_is_checked_sound():
