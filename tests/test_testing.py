@@ -240,7 +240,7 @@ class TestPackage:
             for name in vars(part):
                 if not name.startswith("__"):
                     assert seen.setdefault(name, part.__name__) == part.__name__
-        assert len(suite()) > 75
+        assert len(suite()) > 60
 
     def test_pytest_rewrites_the_asserts(self):
         """pytest explains failed asserts of the suite."""

@@ -10,15 +10,7 @@ import attrs
 
 from ipguard.addresses import AddressRange
 from ipguard.errors import StoreError, UsernameError
-from ipguard.model import (
-    EVERYBODY,
-    Action,
-    Change,
-    RequestKind,
-    RequestState,
-    StoredUser,
-    User,
-)
+from ipguard.model import EVERYBODY, Action, Change, RequestKind, RequestState, StoredUser, User
 from ipguard.store import NAMED_AT_MOST
 from ipguard.testing._case import (
     EVERY,
@@ -44,14 +36,11 @@ MOMENTS = (
 
 
 def assert_utc(moment: datetime) -> None:
-    """Fail unless it is an aware datetime in UTC."""
     assert isinstance(moment, datetime)
     assert moment.utcoffset() == timedelta()
 
 
 class RecordTests(StoreCase):
-    """Tests of restrictions, requests and failure counts."""
-
     def test_every_field_of_a_restriction_comes_back(self) -> None:
         """Addresses, texts and times to the microsecond are kept exactly; times are in UTC."""
         names = ("a b", "o'brien", "ünïcode", "漢" * 256, "𐐨" * 256, "100%_x\\")
@@ -135,10 +124,15 @@ class RecordTests(StoreCase):
         assert (line.restrictions, line.pending) == ((restriction,), (request.request,))
 
     def test_removing_a_restriction(self) -> None:
-        """A removed restriction is gone from every read; an unknown id is ignored."""
-        self.put("alice")
+        """It is gone from every read; an id in use is refused, and an unknown one is ignored."""
+        self.put("alice", "bob")
         kept, gone = self.restriction(), self.restriction()
         self.add(kept, gone)
+        with self.store.transaction() as tx:
+            with raises(StoreError):
+                tx.add_restriction(self.restriction("bob", id=gone.id))
+            self.append(tx)
+        assert (self.held(), self.held("bob")) == ((kept, gone), ())
         for removed, left in ((gone, (kept,)), (kept, ())):
             with self.store.transaction() as tx:
                 tx.remove_restriction(removed.id)
@@ -150,33 +144,8 @@ class RecordTests(StoreCase):
                 assert tx.restrictions("alice") == left
         assert list(self.store.load_all_policies()[1]) == []
 
-    def test_an_id_cannot_be_reused(self) -> None:
-        """A restriction with an id that exists is refused."""
-        self.put("alice", "bob")
-        first = self.restriction(id="one")
-        self.add(first)
-        with self.store.transaction() as tx:
-            with raises(StoreError):
-                tx.add_restriction(self.restriction("bob", id="one"))
-            self.append(tx)
-        assert self.held() == (first,)
-        assert self.held("bob") == ()
-
-    def test_saving_a_request_again_replaces_it(self) -> None:
-        """The last saved state of a request counts; other requests do not change."""
-        self.put("alice")
-        stored = [self.request(requested_at=self.clock() + timedelta(seconds=n)) for n in range(3)]
-        self.save(*stored)
-        closed = attrs.evolve(stored[1].request, state=RequestState.LOCKED, attempts_left=0)
-        newer = attrs.evolve(stored[1], request=closed, digest=b"\x01" * 32, resends=2)
-        self.save(newer)
-        with self.store.transaction() as tx:
-            assert tx.request(closed.id) == newer
-            assert tx.pending_requests("alice") == (stored[0].request, stored[2].request)
-            assert len(tx.request_times("boss", MOMENTS[0])) == 3
-
-    def test_the_order_of_pending_requests(self) -> None:
-        """Pending requests, expired ones included, are ordered by time, then by id."""
+    def test_pending_requests(self) -> None:
+        """They are ordered by time, then id, expired ones too; the last save of each counts."""
         self.put("alice", "bob")
         at = self.clock()
         of_alice = [
@@ -188,6 +157,13 @@ class RecordTests(StoreCase):
         self.clock.advance(timedelta(days=400))
         with self.store.transaction() as tx:
             assert [request.id for request in tx.pending_requests("alice")] == list("bdac")
+        locked = attrs.evolve(of_alice[2].request, state=RequestState.LOCKED, attempts_left=0)
+        newer = attrs.evolve(of_alice[2], request=locked, digest=b"\x01" * 32, resends=2)
+        self.save(newer)
+        with self.store.transaction() as tx:
+            assert tx.request("a") == newer
+            assert [request.id for request in tx.pending_requests("alice")] == list("bdc")
+            assert len(tx.request_times("boss", MOMENTS[0])) == 5 + len(closed)
 
     def test_request_times(self) -> None:
         """`request_times` returns the time of each request after `since`, in any state, once."""
@@ -226,8 +202,6 @@ class RecordTests(StoreCase):
 
 
 class UserTests(StoreCase):
-    """Tests of `put_users()` and `remove_users()`."""
-
     def _user(self, name: str) -> StoredUser | None:
         with self.store.transaction() as tx:
             return tx.user(name)
@@ -269,10 +243,14 @@ class UserTests(StoreCase):
         assert self._last() == ("bob", "B2", {"added": "0", "updated": "1"})
 
     def test_users_that_do_not_change_append_nothing(self) -> None:
-        """Putting users again, or no users, takes no revision."""
+        """Putting users again, or no users, takes no revision; the last record of a name counts."""
         assert self.store.put_users([]) == 0
-        self.put("alice", "bob")
+        first = user("Alice", full_name="First")
+        assert self.store.put_users([first, user("bob"), user("alice")]) == 1
+        assert self._user("alice") == StoredUser(user=user("alice"))
+        assert self._last() == (None, None, {"added": "2", "updated": "0"})
         before = self.cursor()
+        assert self.store.put_users([first, user("alice")]) == 1
         assert self.put("bob", "alice", "alice") == 1
         assert self.store.put_users(iter(())) == 1
         assert self.store.remove_users([]) == 1
@@ -311,15 +289,6 @@ class UserTests(StoreCase):
             before = self.cursor()
             assert step() == revision
             assert self.store.changes_since(before).usernames == touched
-
-    def test_the_last_record_of_a_username_counts(self) -> None:
-        """Records of the same username in one call are one user, with the last record's fields."""
-        self.store.put_users([user("Alice", full_name="First"), user("alice", full_name="Last")])
-        stored = self._user("alice")
-        assert stored is not None
-        assert stored.user.full_name == "Last"
-        assert self._last() == ("alice", "A1", {"added": "1", "updated": "0"})
-        assert self.store.put_users([user("alice", full_name="x"), stored.user]) == 1
 
     def test_removing_users(self) -> None:
         """A removed user's record and restrictions stay, for a user of the same name to inherit."""

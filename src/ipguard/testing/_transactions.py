@@ -32,8 +32,6 @@ from ipguard.testing._case import (
 
 
 class TransactionTests(StoreCase):
-    """Tests of `transaction()` and `append()`."""
-
     def test_a_new_store_is_empty(self) -> None:
         """A new store is at revision 0, which has a token, and contains nothing."""
         head, token, names = self.store.changes_since(None)
@@ -249,8 +247,6 @@ class TransactionTests(StoreCase):
 
 
 class StagedTests(StoreCase):
-    """Tests of `transaction(staged=...)` and `add_staged()`."""
-
     def _refused(self, kind: type[Any], staged: list[Restriction], per_user: int = 1000) -> Any:
         """Fail unless all are refused and none is added, even if the transaction goes on."""
         before = {r.username: self.held(r.username) for r in staged}
@@ -308,12 +304,16 @@ class StagedTests(StoreCase):
         assert len(self.held()) == 1
 
     def test_an_unregistered_user_refuses_all(self) -> None:
-        """One restriction for a user that is unknown or removed refuses all of them."""
-        self.put("alice", "bob")
-        self.store.remove_users(["bob"])
-        for name in ("bob", "nobody"):
-            error = self._refused(errors.UnknownUser, [self.restriction(), self.restriction(name)])
-            assert error.username == name
+        """A user that is unknown or removed is reported before duplicates, these before limits."""
+        self.put("alice", "bob", "carol")
+        self.store.remove_users(["carol"])
+        same = [self.restriction("alice", "203.0.113.7") for _ in range(2)]
+        many = [self.restriction("bob") for _ in range(3)]
+        for name in ("carol", "nobody"):
+            staged = [*many, *same, self.restriction(name)]
+            assert self._refused(errors.UnknownUser, staged, per_user=2).username == name
+        self._refused(errors.DuplicateRestriction, [*many, *same], per_user=2)
+        self._refused(errors.TooManyRestrictions, many, per_user=2)
 
     def test_a_duplicate_refuses_all(self) -> None:
         """Addresses that a user already has, or that are staged twice, refuse all of them."""
@@ -379,23 +379,23 @@ class StagedTests(StoreCase):
         assert self.add_staged([bobs, two[0], same], per_user=4) == 3
         assert len(self.held()) == 4
 
-    def test_the_order_of_errors(self) -> None:
-        """Unknown users are reported before duplicates, and these before limits."""
-        self.put("alice", "bob")
-        same = [self.restriction("alice", "203.0.113.7") for _ in range(2)]
-        unknown, many = self.restriction("nobody"), [self.restriction("bob") for _ in range(3)]
-        self._refused(errors.UnknownUser, [*many, *same, unknown], per_user=2)
-        self._refused(errors.DuplicateRestriction, [*many, *same], per_user=2)
-        self._refused(errors.TooManyRestrictions, many, per_user=2)
-
 
 class LifecycleTests(StoreCase):
-    """Tests of `close()`, of stores on the same data, and of forked children."""
-
     def test_a_closed_store_refuses_every_call(self) -> None:
-        """After `close()`, which may be called twice, every call raises StoreUnavailable."""
-        self.put("alice")
+        """After a `with` block or `close()`, `wait` ends and every call raises StoreUnavailable."""
+
+        def wait() -> bool:
+            with suppress(errors.StoreUnavailable):
+                return store.wait(10**6, 3600.0)
+            return False
+
         store = self.store
+        waiting = Call(wait)
+        with raises(ZeroDivisionError), store as entered:
+            assert entered is store
+            self.put("alice")
+            raise ZeroDivisionError
+        assert waiting.result() is False
         calls: list[Callable[[], Any]] = [
             lambda: store.load_policy("alice"),
             lambda: list(store.load_all_policies()[1]),
@@ -408,34 +408,11 @@ class LifecycleTests(StoreCase):
             lambda: store.history(EVERY),
         ]
         store.close()
-        store.close()
         for call in calls:
             with raises(errors.StoreUnavailable):
                 call()
             with raises(errors.StoreUnavailable):
                 Call(call).result()
-
-    def test_close_ends_wait(self) -> None:
-        """A thread in `wait` returns False or raises StoreUnavailable when the store is closed."""
-        self.touch("alice")
-
-        def wait() -> bool:
-            with suppress(errors.StoreUnavailable):
-                return self.store.wait(1, 3600.0)
-            return False
-
-        call = Call(wait)
-        self.store.close()
-        assert call.result() is False
-
-    def test_a_store_is_a_context_manager(self) -> None:
-        """The block gets the store; leaving it closes the store and hides no error."""
-        with raises(ZeroDivisionError), self.store as store:
-            assert store is self.store
-            self.touch("alice")
-            raise ZeroDivisionError
-        with raises(errors.StoreUnavailable):
-            self.store.load_policy("alice")
 
     def test_two_handles_share_the_data(self) -> None:
         """What one handle commits, the other reads, even after the first is closed."""
