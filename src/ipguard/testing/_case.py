@@ -97,7 +97,6 @@ class Call(Generic[T]):
 
 
 def happens(event: threading.Event) -> None:
-    """Wait for an event of another thread."""
     assert event.wait(PATIENCE), "the event was not set"
 
 
@@ -154,12 +153,7 @@ def everything(store: Any) -> list[object]:
 
 
 class StoreCase:
-    """The hooks that a subclass overrides, and what the tests share.
-
-    Attributes:
-        many: The number of restrictions in the tests with many of them.
-        clock: The clock of the current test.
-    """
+    """The hooks that a subclass overrides, and what the tests share."""
 
     many = 200
     clock: FakeClock
@@ -186,7 +180,6 @@ class StoreCase:
         return None
 
     def setup_method(self) -> None:
-        """Start a test; pytest calls this."""
         self.clock = FakeClock(START)
         self._opened: list[RestrictionStore] = []
         self._store: RestrictionStore | None = None
@@ -194,7 +187,6 @@ class StoreCase:
         self._numbers = itertools.count(1)
 
     def teardown_method(self) -> None:
-        """End a test; pytest calls this."""
         for store in self._opened:
             store.close()
 
@@ -207,13 +199,11 @@ class StoreCase:
             return self._store
 
     def another(self) -> RestrictionStore:
-        """Open another empty store; it is closed after the test."""
         store = self.open_store(self.clock)
         self._opened.append(store)
         return store
 
     def second(self) -> RestrictionStore | None:
-        """Open the store of the current test a second time; it is closed after the test."""
         store = self.reopen(self.store, self.clock)
         if store is not None:
             self._opened.append(store)
@@ -297,14 +287,11 @@ class StoreCase:
         return count
 
     def held(self, username: str = "alice") -> tuple[Restriction, ...]:
-        """Return the restrictions in a user's policy."""
         return self.store.load_policy(username).restrictions
 
     def cursor(self) -> tuple[int, str]:
-        """Return the store's current revision and token."""
         head, token, _ = self.store.changes_since(None)
         return head, token
 
     def last_change(self) -> Change:
-        """Return the newest audit entry."""
         return self.store.history(EVERY, limit=1).items[0]

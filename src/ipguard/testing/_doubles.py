@@ -140,19 +140,11 @@ class Outbox:
             self._messages.clear()
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
-        """Keep a confirmation number; see `ipguard.notify.Notifier`.
-
-        Raises:
-            OSError: `fail` is set.
-        """
+        """Keep a confirmation number; see `ipguard.notify.Notifier`."""
         self._keep("number_issued", [actor.email], actor=actor, request=request, number=number)
 
     def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
-        """Keep a notice; see `ipguard.notify.Notifier`.
-
-        Raises:
-            OSError: `fail` is set.
-        """
+        """Keep a notice; see `ipguard.notify.Notifier`."""
         to = [actor.email, *([user.email] if user is not None and user.email else [])]
         self._keep("change_applied", to, actor=actor, change=change, user=user)
 
