@@ -54,9 +54,6 @@ _EMAIL_LIMIT: Final = 254  # RFC 5321 4.5.3.1.3, less the angle brackets
 _NOT_IN_EMAIL: Final = frozenset(',;:<>()[]\\"')
 
 
-# -- people ---------------------------------------------------------------------------------------
-
-
 def _full_name(value: object) -> str:
     return check_text("full_name", value, _NAME_LIMIT)
 
@@ -74,10 +71,6 @@ def _email(value: object) -> str:
     if odd or not (local and domain):
         raise InvalidValue("email", "is not one e-mail address")
     return text
-
-
-def _optional_email(value: object) -> str | None:
-    return None if value is None else _email(value)
 
 
 def _via(value: object) -> str:
@@ -102,7 +95,7 @@ class User:
     username: str = attrs.field(converter=canonical_username)
     full_name: str = attrs.field(converter=_full_name)
     account_id: str = attrs.field(converter=_account_id)
-    email: str | None = attrs.field(default=None, converter=_optional_email)
+    email: str | None = attrs.field(default=None, converter=attrs.converters.optional(_email))
 
 
 @attrs.frozen(kw_only=True)
@@ -170,9 +163,6 @@ class Actor:
     manages: Accounts = attrs.field(converter=_accounts, repr=False)
     address: str | None = attrs.field(default=None, converter=_optional_address)
     via: str = attrs.field(default="", converter=_via)
-
-
-# -- restrictions and requests --------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
@@ -318,9 +308,6 @@ class Page(Generic[T]):
         return len(self.items)
 
 
-# -- decisions ------------------------------------------------------------------------------------
-
-
 @attrs.frozen(kw_only=True)
 class Policy:
     """The data that decides about one user, from one snapshot of the store.
@@ -392,9 +379,6 @@ class Explanation:
     summary: str
 
 
-# -- changes --------------------------------------------------------------------------------------
-
-
 class Action(StrEnum):
     """What a change did; named after the call that made it, if there is one."""
 
@@ -420,6 +404,10 @@ def _action(value: str) -> Action | str:
         return value
 
 
+def _copy(detail: Mapping[str, str]) -> Mapping[str, str]:
+    return dict(detail)
+
+
 @attrs.frozen(kw_only=True)
 class Change:
     """An entry of the audit log, which is also the feed that guards follow.
@@ -440,10 +428,10 @@ class Change:
     revision: int
     at: datetime
     actor: str | None
-    actor_address: str | None
+    actor_address: str | None = None
     action: Action | str = attrs.field(converter=_action)
-    username: str | None
-    detail: Mapping[str, str] = attrs.field(hash=False)
+    username: str | None = None
+    detail: Mapping[str, str] = attrs.field(factory=dict, converter=_copy, hash=False)
     account_id: str | None = None
 
 

@@ -23,15 +23,8 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 from unicodedata import normalize
 
+from ipguard import errors
 from ipguard.addresses import AddressRange, AddressSet, parse_address, parse_typed
-from ipguard.errors import (
-    AddressError,
-    AddressTooBroad,
-    DuplicateRestriction,
-    LockoutRisk,
-    RequestClosed,
-    TooManyRestrictions,
-)
 from ipguard.model import (
     Accounts,
     Actor,
@@ -144,7 +137,7 @@ def after(state: RequestState, step: Step) -> RequestState:
     try:
         return STEPS[state, step]
     except KeyError:
-        raise RequestClosed(state) from None
+        raise errors.RequestClosed(state) from None
 
 
 def state_at(request: PendingRequest, now: datetime) -> RequestState:
@@ -183,10 +176,7 @@ def shifted(moment: datetime, by: timedelta) -> datetime:
 
 
 def check_lockout(
-    address: AddressRange | None,
-    before: Policy,
-    restrictions: Iterable[Restriction],
-    now: datetime,
+    address: AddressRange | None, before: Policy, restrictions: Iterable[Restriction], now: datetime
 ) -> None:
     """Refuse a change that would lock the actor out.
 
@@ -204,7 +194,7 @@ def check_lockout(
     if address is None or not left or not decide(before, address, now):
         return
     if address not in lasting(left):
-        raise LockoutRisk(str(address))
+        raise errors.LockoutRisk(str(address))
 
 
 def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressRange:
@@ -214,15 +204,15 @@ def read_addresses(text: str, *, widest_ipv4: int, widest_ipv6: int) -> AddressR
     """
     try:
         return parse_typed(text)
-    except AddressError as exc:
+    except errors.AddressError as exc:
         if exc.hint is None:
             raise
         try:
             hint = AddressRange.parse(exc.hint)
             check_width(hint, widest_ipv4=widest_ipv4, widest_ipv6=widest_ipv6)
-        except AddressTooBroad as broad:
+        except errors.AddressTooBroad as broad:
             reason = f"{exc.reason}; the widest network allowed is a /{broad.widest}"
-            raise AddressError(exc.text, reason) from None
+            raise errors.AddressError(exc.text, reason) from None
         raise
 
 
@@ -230,10 +220,10 @@ def check_width(addresses: AddressRange, *, widest_ipv4: int, widest_ipv6: int) 
     """Raise AddressTooBroad if a range holds more addresses than the widest prefix does."""
     bits, widest = (32, widest_ipv4) if addresses.version == 4 else (128, widest_ipv6)
     if addresses.size > 1 << (bits - widest):
-        raise AddressTooBroad(str(addresses), widest)
+        raise errors.AddressTooBroad(str(addresses), widest)
 
 
-_Refused = tuple[Restriction, DuplicateRestriction | TooManyRestrictions]
+_Refused = tuple[Restriction, errors.DuplicateRestriction | errors.TooManyRestrictions]
 
 
 def judge_additions(
@@ -270,7 +260,7 @@ def judge_additions(
         same = held.get(each.addresses, [])
         live = next((r for r in same if not r.expired(now)), None)
         if each.addresses in given:
-            error = DuplicateRestriction(username, str(each.addresses), "row")
+            error = errors.DuplicateRestriction(username, str(each.addresses), "row")
             refused.append((each, error))
         elif live is not None:
             refused.append((each, duplicate(live, each)))
@@ -280,7 +270,9 @@ def judge_additions(
         given.add(each.addresses)
     over = count - len(replaced) + len(accepted) - per_user
     if over > 0:
-        refused += ((each, TooManyRestrictions(username, per_user)) for each in accepted[-over:])
+        refused += (
+            (each, errors.TooManyRestrictions(username, per_user)) for each in accepted[-over:]
+        )
     return replaced, refused
 
 
@@ -313,13 +305,15 @@ def without(restrictions: Iterable[Restriction], deleted: str, now: datetime) ->
     return Remainder(left, not left, all_expired(left, now), last)
 
 
-def duplicate(found: Restriction | PendingRequest, wanted: Restriction) -> DuplicateRestriction:
+def duplicate(
+    found: Restriction | PendingRequest, wanted: Restriction
+) -> errors.DuplicateRestriction:
     """Return the error for addresses that exist already; it says if label or expiry differ."""
     if isinstance(found, PendingRequest):
         kind, expires_at = "request", found.restriction_expires_at
     else:
         kind, expires_at = "restriction", found.expires_at
-    return DuplicateRestriction(
+    return errors.DuplicateRestriction(
         found.username,
         str(found.addresses),
         kind,
@@ -385,9 +379,9 @@ class Search(NamedTuple):
         """Read a text as a person typed it."""
         text, plain = _folded(typed), typed.strip(" \t\r\n")
         if _LIKE_AN_ADDRESS.match(plain):
-            with suppress(AddressError):
+            with suppress(errors.AddressError):
                 return cls(text, address=parse_address(plain))
-            with suppress(AddressError):
+            with suppress(errors.AddressError):
                 return cls(text, addresses=AddressRange.parse(plain))
         words = [word for word in _BETWEEN_WORDS.split(text) if word]
         return cls(text, frozenset(words) if len(words) > 1 else frozenset())

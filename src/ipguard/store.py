@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Final, Protocol, Self
 
 from ipguard.audit import log_change
@@ -166,7 +166,7 @@ class Transaction(Snapshot, Protocol):
         """
 
 
-class RestrictionStore(Protocol):
+class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protocol):
     """A store of users, restrictions, requests and changes; see the module for its guarantees."""
 
     def now(self) -> datetime:
@@ -331,15 +331,6 @@ class RestrictionStore(Protocol):
         Later calls raise `StoreUnavailable`, except `now()`. Threads in `wait` return soon.
         """
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
-
 
 def append_users(
     tx: Transaction,
@@ -376,10 +367,5 @@ class Closing:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

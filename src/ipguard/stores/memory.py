@@ -16,24 +16,16 @@ import secrets
 import threading
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import attrs
 
-from ipguard import audit, rules
+from ipguard import audit, errors, rules
 from ipguard._checks import check_time, check_whole
 from ipguard._fork import ReentrantLock, acquire
 from ipguard.audit import log_change
-from ipguard.errors import (
-    DuplicateRestriction,
-    StoreError,
-    StoreUnavailable,
-    TooManyRestrictions,
-    UnknownUser,
-    shorten,
-)
 from ipguard.model import (
     EVERYBODY,
     RESET,
@@ -54,7 +46,7 @@ from ipguard.model import (
     check_accounts,
 )
 from ipguard.rules import Step
-from ipguard.store import NO_DETAIL, Closing, Snapshot, Transaction, append_users
+from ipguard.store import Closing, Snapshot, Transaction, append_users
 from ipguard.usernames import canonical_usernames
 
 __all__ = ["MemoryStore"]
@@ -98,22 +90,12 @@ class State:
         return tuple(sorted(found, key=lambda request: (request.requested_at, request.id)))
 
 
-def _restriction_order(restriction: Restriction) -> tuple[datetime, str]:
-    return restriction.created_at, restriction.id
-
-
-def _error_order(error: DuplicateRestriction | TooManyRestrictions) -> int:
-    return 2 if isinstance(error, TooManyRestrictions) else int(error.found != "row")
+def _error_order(error: errors.DuplicateRestriction | errors.TooManyRestrictions) -> int:
+    return 2 if isinstance(error, errors.TooManyRestrictions) else int(error.found != "row")
 
 
 class WriteTransaction:
-    """A write transaction; `ipguard.store.Transaction` documents its methods.
-
-    Attributes:
-        state: The state after what was written so far.
-        entries: The entries appended so far.
-        over: Whether to refuse all further writes.
-    """
+    """A write transaction, until it is `over`; see `ipguard.store.Transaction` for its methods."""
 
     def __init__(self, base: State, now: datetime, staged: tuple[Restriction, ...]) -> None:
         self.now = now
@@ -175,9 +157,11 @@ class WriteTransaction:
     def add_restriction(self, restriction: Restriction) -> None:
         owners = self._table("owners")
         if restriction.id in owners:
-            raise StoreError(f"there is a restriction {shorten(restriction.id)} already")
+            raise errors.StoreError(
+                f"there is a restriction {errors.shorten(restriction.id)} already"
+            )
         held = list(self.restrictions(restriction.username))
-        insort(held, restriction, key=_restriction_order)
+        insort(held, restriction, key=lambda each: (each.created_at, each.id))
         self._table("restrictions")[restriction.username] = tuple(held)
         owners[restriction.id] = restriction.username
 
@@ -200,24 +184,21 @@ class WriteTransaction:
         for username in by_user:
             stored = self.user(username)
             if stored is None or stored.removed:
-                raise UnknownUser(username)
-        replaced, errors = [], []
+                raise errors.UnknownUser(username)
+        replaced, reasons = [], []
         for username, new in by_user.items():
             olds, refused = rules.judge_additions(
                 username, self.restrictions(username), new, per_user=per_user, now=self.now
             )
             replaced += olds
-            errors += [error for _, error in refused]
-        if errors:
-            raise min(errors, key=_error_order)
+            reasons += [error for _, error in refused]
+        if reasons:
+            raise min(reasons, key=_error_order)
         for old in replaced:
             self.remove_restriction(old.id)
             self._replaced.add(old.id)
-        table, owners = self._table("restrictions"), self._table("owners")
-        for username, new in by_user.items():
-            both = [*self.restrictions(username), *new]
-            table[username] = tuple(sorted(both, key=_restriction_order))
-            owners.update((restriction.id, username) for restriction in new)
+        for restriction in self._staged:
+            self.add_restriction(restriction)
         return len(self._staged)
 
     def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
@@ -230,27 +211,10 @@ class WriteTransaction:
         )
 
     def append(
-        self,
-        action: Action,
-        *,
-        actor: str | None,
-        actor_address: str | None = None,
-        username: str | None = None,
-        account_id: str | None = None,
-        detail: Mapping[str, str] = NO_DETAIL,
-        touches: frozenset[str] | Touched = frozenset(),
+        self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any
     ) -> Change:
         self._check()
-        change = Change(
-            revision=self.state.head + 1,
-            at=self.now,
-            actor=actor,
-            actor_address=actor_address,
-            action=action,
-            username=username,
-            detail=dict(detail),
-            account_id=account_id,
-        )
+        change = Change(revision=self.state.head + 1, at=self.now, action=action, **fields)
         entry = Entry(change, secrets.token_hex(8), touches)
         self.entries.append(entry)
         self.state.head, self.state.token = change.revision, entry.token
@@ -362,12 +326,11 @@ class MemoryStore(Closing):
         tx.over = True  # refuse writes
         yield tx
 
-    @contextmanager
-    def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
+    def transaction(
+        self, *, staged: Iterable[Restriction] | None = None
+    ) -> AbstractContextManager[Transaction]:
         """Begin a write transaction."""
-        rows = () if staged is None else tuple(staged)
-        with self._write(rows) as tx:
-            yield tx
+        return self._write(tuple(staged or ()))
 
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users in one change, if any of them differs; return the revision."""
@@ -438,9 +401,9 @@ class MemoryStore(Closing):
     def _committed(self) -> State:
         # Before any lock: in a forked child, nothing releases a lock that the parent held.
         if os.getpid() != self._pid:
-            raise StoreUnavailable("a memory store does not outlive a fork")
+            raise errors.StoreUnavailable("a memory store does not outlive a fork")
         if self._closed:
-            raise StoreUnavailable("the store is closed")
+            raise errors.StoreUnavailable("the store is closed")
         return self._state
 
     def _token_of(self, revision: int) -> str:
@@ -454,7 +417,7 @@ class MemoryStore(Closing):
         held: list[bool] = []
         try:
             if not acquire(self._writing, self._timeout, held):
-                raise StoreUnavailable(f"no writer's lock within {self._timeout:g} s")
+                raise errors.StoreUnavailable(f"no writer's lock within {self._timeout:g} s")
             self._writer = threading.get_ident()
             tx = WriteTransaction(self._committed(), self.now(), staged)
             try:

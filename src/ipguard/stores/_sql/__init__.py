@@ -77,10 +77,7 @@ class Executor(Protocol):
 
 
 def join_plain(texts: list[str]) -> str | None:
-    """Return texts in double quotes, or None if a character in them has to be escaped.
-
-    For 100,000 account ids, this is faster than to have them escaped.
-    """
+    """Return texts in double quotes, fast even for 100,000; None if one has to be escaped."""
     joined = '","'.join(texts)
     plain = joined.isprintable() and "\\" not in joined
     return f'"{joined}"' if plain and joined.count('"') == 2 * len(texts) - 2 else None
@@ -220,7 +217,6 @@ def _row(names: str, fields: Mapping[str, Any]) -> Row:
 
 @reads_rows
 def pending_of(row: Row) -> PendingRequest:
-    """Return a request from the columns of `PENDING`."""
     fields = _fields(PENDING, row)
     addresses = AddressRange.from_packed(fields.pop("first_ip"), fields.pop("last_ip"))
     kind, state = RequestKind(fields.pop("kind")), RequestState(fields.pop("state"))
@@ -229,13 +225,11 @@ def pending_of(row: Row) -> PendingRequest:
 
 @reads_rows
 def request_of(row: Row) -> StoredRequest:
-    """Return a request from the columns of `REQUEST`."""
     request = pending_of(row[:_PENDING_COLUMNS])
     return StoredRequest(request=request, **_fields(_UNSEEN, row[_PENDING_COLUMNS:]))
 
 
 def request_row(stored: StoredRequest) -> Row:
-    """Return the columns of `REQUEST`."""
     request = stored.request
     first, last = request.addresses.packed
     coded = {"kind": request.kind.value, "state": request.state.value}
@@ -271,7 +265,6 @@ def _escaped(text: str) -> str:
 
 
 def user_row(user: User) -> Row:
-    """Return the columns of `USER`."""
     return user.username, user.full_name, user.account_id, user.email
 
 
@@ -281,13 +274,11 @@ CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, a
 
 @reads_rows
 def change_of(row: Row) -> Change:
-    """Return a change from the columns of `CHANGE`."""
     fields = _fields(CHANGE, row)
     return Change(**fields | {"detail": audit.decode(fields["detail"])})
 
 
 def change_row(change: Change) -> Row:
-    """Return the columns of `CHANGE`."""
     coded = {"action": str(change.action), "detail": audit.encode(change.detail)}
     return _row(CHANGE, attrs.asdict(change, recurse=False) | coded)
 
@@ -451,7 +442,6 @@ WHERE h.id = 1
 
 
 def changes_params(cursor: tuple[int, str] | None) -> Row:
-    """Return the parameters of `CHANGES_SINCE`."""
     revision = BIGGEST if cursor is None else min(cursor[0], BIGGEST)
     return revision, revision, _FOLLOWED_AT_MOST + 1
 

@@ -277,12 +277,7 @@ class FewUsers:
     def __init__(self, users: Iterable[User]) -> None:
         self._users = {user.username: user for user in users}
 
-    def compare(self, db: Executor) -> tuple[int, int]:
-        """Return the store's revision and how many users differ, with one statement."""
-        revision, changed, _ = self._compared(db)
-        return revision, len(changed)
-
-    def _compared(self, db: Executor) -> tuple[int, list[User], list[str]]:
+    def compare(self, db: Executor) -> tuple[int, list[User], list[str]]:
         """Return the store's revision, the users that differ, and the names of those to add."""
         rows = db.rows(
             f"SELECT h.revision, u.removed, {columns(USER, 'u')} FROM head h"
@@ -298,7 +293,7 @@ class FewUsers:
 
     def apply(self, tx: Transaction, db: Executor) -> Change | None:
         """Write the differences under the lock; return the audit entry, if there is one."""
-        _, changed, added = self._compared(db)
+        _, changed, added = self.compare(db)
         if not changed:
             return None
         _write_terms(db, [user_row(user)[:3] for user in changed])

@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
@@ -31,7 +31,7 @@ from ipguard.model import (
     check_accounts,
 )
 from ipguard.rules import Search
-from ipguard.store import NO_DETAIL, Closing, Snapshot, Transaction
+from ipguard.store import Closing, Snapshot, Transaction
 from ipguard.stores._sql import (
     BIGGEST,
     CHANGE,
@@ -68,8 +68,7 @@ _INSERT_CHANGE: Final = (
     f"INSERT INTO changes ({CHANGE}, token, touched) VALUES ({marks(CHANGE)}, ?, ?)"
 )
 _MOVE_HEAD: Final = (
-    "UPDATE head SET revision = ?, token = ?, touching = CASE WHEN ? = 1 THEN ? ELSE touching END"
-    " WHERE id = 1"
+    "UPDATE head SET revision = ?, token = ?, touching = COALESCE(?, touching) WHERE id = 1"
 )
 _SAVE_REQUEST: Final = (
     f"INSERT INTO requests ({REQUEST}) VALUES ({marks(REQUEST)}) ON CONFLICT (id) DO UPDATE SET "
@@ -81,24 +80,19 @@ _INSERT_RESTRICTION: Final = (
 
 
 class SqlSnapshot:
-    """One committed state; `ipguard.store.Snapshot` documents the methods.
-
-    Args:
-        db: The connection, in a transaction.
-        now: The store's time when the transaction began.
-    """
+    """One committed state, until it is `over`; `ipguard.store.Snapshot` documents the methods."""
 
     def __init__(self, db: Executor, now: datetime) -> None:
         self._executor = db
         self.now = now
         self._pid = os.getpid()
-        self._over = False
+        self.over = False
 
     @property
     def db(self) -> Executor:
         """The connection, as long as the transaction lasts and in the process that began it."""
         self.check_process()
-        if self._over:
+        if self.over:
             raise RuntimeError("this transaction is over")
         return self._executor
 
@@ -106,10 +100,6 @@ class SqlSnapshot:
         """Raise StoreUnavailable in a child that was forked inside the transaction."""
         if self._pid != os.getpid():
             raise StoreUnavailable("the transaction belongs to the parent process")
-
-    def end(self) -> None:
-        """Refuse all further calls."""
-        self._over = True
 
     def user(self, username: str) -> StoredUser | None:
         for row in self._find(f"SELECT {USER}, removed FROM users WHERE username = ?", username):
@@ -157,12 +147,6 @@ class SqlSnapshot:
 
 class WriteTransaction(SqlSnapshot):
     """A write transaction; `ipguard.store.Transaction` documents the methods.
-
-    Args:
-        db: The connection, which holds the writer's lock.
-        now: The store's time when the lock was acquired.
-        revision: The store's revision at that time.
-        bulk: The restrictions that were staged on this connection, if any.
 
     Attributes:
         revision: The revision after the last entry of this transaction.
@@ -213,33 +197,15 @@ class WriteTransaction(SqlSnapshot):
         return () if self._bulk is None else self._bulk.orphaned(self.db)
 
     def append(
-        self,
-        action: Action,
-        *,
-        actor: str | None,
-        actor_address: str | None = None,
-        username: str | None = None,
-        account_id: str | None = None,
-        detail: Mapping[str, str] = NO_DETAIL,
-        touches: frozenset[str] | Touched = frozenset(),
+        self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any
     ) -> Change:
-        change = Change(
-            revision=self.revision + 1,
-            at=self.now,
-            actor=actor,
-            actor_address=actor_address,
-            action=action,
-            username=username,
-            detail=dict(detail),
-            account_id=account_id,
-        )
+        change = Change(revision=self.revision + 1, at=self.now, action=action, **fields)
         token, touched = secrets.token_hex(8), touched_text(touches)
         self.db.run(_INSERT_CHANGE, (*change_row(change), token, touched))
-        touching = int(touched is not None)
-        self.db.run(_MOVE_HEAD, (change.revision, token, touching, change.revision))
         self.revision = change.revision
         if touched is not None:
             self.touching = change.revision
+        self.db.run(_MOVE_HEAD, (self.revision, token, self.touching))
         return change
 
     def withdraw(self) -> None:
@@ -253,9 +219,6 @@ SELECT COALESCE(
     (SELECT min(c.revision) FROM changes c WHERE c.revision > 0 AND c.at >= ?), h.revision
 ) FROM head h WHERE h.id = 1
 """
-
-
-# ----------------------------------------------------------------------------- listing
 
 # Pages of users and of the audit log, by keyset pagination. A planner has no statistics about a
 # store that was just filled, so the statements fix their plans: `CROSS JOIN` keeps the order of the
@@ -358,7 +321,6 @@ def _everybody(db: Executor, accounts: Accounts, after: str, limit: int) -> Quer
 
 
 def _by_terms(db: Executor, accounts: Accounts, search: Search, after: str) -> Iterator[Query]:
-    """Yield the queries for users with the terms of a search."""
     if encodable(search.text):
         yield from _with_term(db, accounts, search.text, after)
         if search.words:
@@ -413,7 +375,6 @@ _SHARED: Final = (
 
 
 def _by_addresses(db: Executor, accounts: Accounts, search: Search, after: str) -> Iterator[Query]:
-    """Yield the query for users with the restrictions of a search."""
     addresses = search.address or search.addresses
     if addresses is None:
         return
@@ -504,6 +465,8 @@ Writing = AbstractContextManager[WriteTransaction]
 class SqlStore(Closing, Generic[C]):
     """A store in an SQL database; a subclass provides the connections, of type `C`.
 
+    `ipguard.store.RestrictionStore` documents the public methods.
+
     Attributes:
         timeout: How many seconds a call may wait, all its steps together.
     """
@@ -513,8 +476,7 @@ class SqlStore(Closing, Generic[C]):
     """Whether bulk rows are written before the writer's lock is acquired."""
 
     @abstractmethod
-    def now(self) -> datetime:
-        """Return the store's time, aware and in UTC."""
+    def now(self) -> datetime: ...
 
     @abstractmethod
     def _refuse_nested(self) -> None:
@@ -525,17 +487,14 @@ class SqlStore(Closing, Generic[C]):
         """Lend a connection whose reads are of one committed state."""
 
     @abstractmethod
-    def _read(self, reading: Callable[[C], T], deadline: float) -> T:
-        """Run a read."""
+    def _read(self, reading: Callable[[C], T], deadline: float) -> T: ...
 
     @abstractmethod
     def _write(self, *, users: bool = False, deadline: float | None = None) -> Writing:
         """Begin a write transaction, which commits at the end of the block.
 
-        Args:
-            users: Whether it adds or removes users; it may then exclude others that do.
-            deadline: When its waits end, on the clock of `time.monotonic`; the timeout from now by
-                default.
+        With `users`, it adds or removes users, and may exclude others that do. Its waits end at
+        `deadline`, on the clock of `time.monotonic`; by default, after the timeout.
         """
 
     @abstractmethod
@@ -556,13 +515,11 @@ class SqlStore(Closing, Generic[C]):
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
-        """Open a snapshot for look-ups, which waits for no writer."""
         with self._snapshot() as db:
             yield SqlSnapshot(db, self.now())
 
     @contextmanager
     def transaction(self, *, staged: Iterable[Restriction] | None = None) -> Iterator[Transaction]:
-        """Begin a write transaction."""
         self._refuse_nested()
         if staged is None:
             with self._write() as tx:
@@ -577,13 +534,12 @@ class SqlStore(Closing, Generic[C]):
                 yield tx
 
     def put_users(self, users: Iterable[User]) -> int:
-        """Add or update users in one change, if any of them differs; return the revision."""
         self._refuse_nested()
         few, many = few_users(users)
         if few is not None:
             deadline = time.monotonic() + self.timeout
-            revision, differ = self._read(few.compare, deadline)
-            if not differ:
+            revision, changed, _ = self._read(few.compare, deadline)
+            if not changed:
                 return revision
             with self._write(users=True, deadline=deadline) as tx:
                 change = few.apply(tx, tx.db)
@@ -603,7 +559,6 @@ class SqlStore(Closing, Generic[C]):
         return _log(tx, change)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
-        """Remove users in one change; return the revision."""
         self._refuse_nested()
         with self._bulk() as connection:
             with self._step(connection):
@@ -626,8 +581,7 @@ class SqlStore(Closing, Generic[C]):
         """
         self._refuse_nested()
         with self._pruning() as db:
-            # Delete a prefix of the audit log, never its latest entry: a gap would hide changes
-            # from guards that are still behind it.
+            # A gap would hide changes from guards that are still behind it.
             ((first,),) = db.rows(_FIRST_KEPT, (micros(before),))
             ((count,),) = db.rows("SELECT count(*) FROM changes WHERE revision < ?", (first,))
             db.run("DELETE FROM changes WHERE revision < ?", (first,))
@@ -635,14 +589,12 @@ class SqlStore(Closing, Generic[C]):
 
     @contextmanager
     def _pruning(self) -> Iterator[Executor]:
-        """Begin a transaction that deletes audit entries."""
         with self._write() as tx:
             yield tx.db
 
     def overview(
         self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
     ) -> Page[UserOverview]:
-        """Return users with their restrictions and pending requests, by username."""
         size, accounts, query = _limited(limit), check_accounts(accounts), Search.of(search)
         last = "" if after is None else _storable_bound(after)
         lines: list[tuple[str, UserOverview]] = []
@@ -668,7 +620,6 @@ class SqlStore(Closing, Generic[C]):
         before: int | None = None,
         limit: int = 100,
     ) -> Page[Change]:
-        """Return audit entries, newest first."""
         size, accounts = _limited(limit), check_accounts(accounts)
         until = BIGGEST if before is None else max(min(before, BIGGEST), -BIGGEST)
         with self._snapshot() as db:

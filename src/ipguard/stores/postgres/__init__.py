@@ -326,8 +326,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         self._pool.close()
         self._listener.close()
 
-    # ------------------------------------------------------------------------- the reads of guards
-
     def load_policy(self, username: str) -> Policy:
         """Load the policy of a user and the revision of the same snapshot."""
 
@@ -379,8 +377,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         channel = self._options.schema
         self._pool.read(lambda it: it.rows("SELECT pg_notify(?, ?)", (channel, payload)))
 
-    # ------------------------------------------------------------------------- connections
-
     def _snapshot(self) -> AbstractContextManager[Connection]:
         return self._pool.snapshot(_LISTING)
 
@@ -394,8 +390,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         with self._bulk() as connection:
             yield connection
             connection.script("COMMIT")
-
-    # ------------------------------------------------------------------------- write transactions
 
     def _after_fork_in_child(self) -> None:
         """Replace the locks, which threads of the parent may hold."""
@@ -532,14 +526,12 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         inside, thread = self._inside, threading.get_ident()
         try:
             inside.add(thread)
-            try:
-                yield tx
-                tx.withdraw()
-                tx.check_process()
-                db.commit(tx.touching)
-            finally:
-                tx.end()
+            yield tx
+            tx.withdraw()
+            tx.check_process()
+            db.commit(tx.touching)
         finally:
+            tx.over = True
             # A signal handler may raise after any call, so this is the only one here.
             inside.discard(thread)
         if tx.touching is not None:

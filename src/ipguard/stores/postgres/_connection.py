@@ -60,7 +60,6 @@ class Connection(psycopg.Connection[Row]):
     receive the old answer. It is the `Executor` of PostgreSQL.
 
     Attributes:
-        schema: The schema that holds the tables.
         deadline: When all waits end, on the clock of `time.monotonic`.
         patience: How many seconds each statement may take from now on; None: all of them together
             may take until the deadline.
@@ -72,8 +71,6 @@ class Connection(psycopg.Connection[Row]):
             them: through a transaction pooler, a session's settings would reach other clients.
             None: the next transaction sets them for the session, if the connection is direct.
         pid: The process that opened it. A forked child never uses and never closes it.
-        slot: Its place in a pool.
-        used_at: When it was last returned to the pool.
         spoilt: Whether to discard it, after an error that a new connection may not have: a session
             keeps the defaults of its role and database, such as read-only, from when it began.
     """
@@ -129,8 +126,6 @@ class Connection(psycopg.Connection[Row]):
         if self.pid == os.getpid() and not self.closed:
             self.pgconn.finish()
 
-    # ------------------------------------------------------------------------- deadlines
-
     def lend(self, deadline: float) -> None:
         """Give the next user of this connection a deadline."""
         self.deadline, self.patience, self._shared = deadline, None, None
@@ -147,8 +142,6 @@ class Connection(psycopg.Connection[Row]):
             self.deadline = time.monotonic() + self.patience
         elif self._shared is not None:
             self.deadline = time.monotonic() + self._shared - self.waited
-
-    # ------------------------------------------------------------------------- statements
 
     def rows(self, sql: str, params: Params = (), *, login: bool = False) -> list[Row]:
         """Run a query and return all its rows; with `login`, prepare it early if possible."""
@@ -310,7 +303,6 @@ class Batch:
 
 @lru_cache(maxsize=512)
 def _tables(sql: str) -> frozenset[str]:
-    """Return the tables that a portable statement names."""
     return frozenset(_TABLES.findall(sql))
 
 
@@ -363,9 +355,6 @@ def error_of(exc: psycopg.Error) -> StoreError:
     return StoreUnavailable(f"PostgreSQL: {words}")
 
 
-# ----------------------------------------------------------------------------- the server's clock
-
-
 def ticks() -> float:
     """Return the seconds of a monotonic clock that includes the time a machine sleeps."""
     if hasattr(time, "CLOCK_BOOTTIME"):
@@ -389,7 +378,6 @@ class ServerClock:
         self._seen = micros, asked_at
 
     def now(self) -> datetime:
-        """Return the server's time."""
         seen = self._seen
         if seen is None:
             return datetime.now(UTC)

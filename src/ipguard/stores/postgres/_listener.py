@@ -38,10 +38,6 @@ _IDLE_SECONDS: Final = 30.0  # without a waiter for this long, the thread ends
 class Listener(_fork.Forkable):
     """Listens for changes that touch a policy, and records the latest one.
 
-    Args:
-        options: Where to listen.
-        notify: Sends a notification with this payload over the store's pool.
-
     Attributes:
         touching: The revision of the latest such change; None before anything is known.
         count: How often `touching` has changed.
@@ -67,8 +63,6 @@ class Listener(_fork.Forkable):
         self.touching: int | None = None
         self.count = 0
 
-    # ------------------------------------------------------------------------- waiters
-
     def wait(self, revision: int, timeout: float) -> bool:
         """Wait for a change after `revision` that touched a policy; return whether one is known."""
         _fork.check()
@@ -87,12 +81,10 @@ class Listener(_fork.Forkable):
         return False
 
     def tell(self, touching: int, *, exactly: bool = False) -> None:
-        """Record a change that touched a policy.
+        """Record the revision of a change that touched a policy.
 
-        Args:
-            touching: Its revision.
-            exactly: Record it even if it is below `touching`: it was read from the store, and
-                nothing was recorded since. After a restore, revisions are lower.
+        With `exactly`, record even a lower one than before, as after a restore: it was read from
+        the store, and nothing was recorded since.
         """
         _fork.check()
         with self._lock:
@@ -111,8 +103,6 @@ class Listener(_fork.Forkable):
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(5 * _SLICE)
-
-    # ------------------------------------------------------------------------- the thread
 
     def _start(self) -> None:
         if not (self._thread and self._thread.is_alive()) and not self._closed:

@@ -170,15 +170,13 @@ def _seconds(name: str, value: object) -> float:
 
 
 def _number(kind: Callable[[str], float], value: object) -> object:
-    """Convert the text of a URL's option."""
     with suppress(ValueError):
         return kind(value) if isinstance(value, str) else value
     return value
 
 
 def _schema(value: object) -> str:
-    named = isinstance(value, str) and value and "\0" not in value
-    if not isinstance(value, str) or not named or len(value.encode()) > _NAME_AT_MOST:
+    if not isinstance(value, str) or not 0 < len(value.encode()) <= _NAME_AT_MOST or "\0" in value:
         raise StoreConfigError(f"schema must be a name of at most {_NAME_AT_MOST} bytes")
     if value.startswith("pg_"):
         raise StoreConfigError("schema: PostgreSQL reserves names that begin with pg_")

@@ -94,15 +94,7 @@ class _Slot:
 
 
 class Pool(_fork.Forkable):
-    """The connections of one store.
-
-    Args:
-        options: How to connect.
-
-    Attributes:
-        clock: The server's clock.
-        closed: Whether the store is closed.
-    """
+    """The connections of one store, and the server's clock."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -123,8 +115,6 @@ class Pool(_fork.Forkable):
     def deadline(self) -> float:
         """Return when the waits of a call that begins now must end."""
         return time.monotonic() + self.options.timeout
-
-    # ------------------------------------------------------------------------- lending
 
     def take(self, deadline: float) -> Connection:
         """Lend a connection to this thread. All its waits end at `deadline` too."""
@@ -211,8 +201,6 @@ class Pool(_fork.Forkable):
         _fork.check()
         self.forget()
 
-    # ------------------------------------------------------------------------- opening
-
     def open(self, *, migrate: bool | None) -> None:
         """Connect once, to check the schema or bring it up to date.
 
@@ -254,8 +242,6 @@ class Pool(_fork.Forkable):
         assert failure is not None
         raise failure
 
-    # ------------------------------------------------------------------------- reads
-
     def read(self, reading: Callable[[Connection], T], *, deadline: float | None = None) -> T:
         """Return the result of a read. If an idle connection fails, repeat it on a new one."""
         connection, found = self._try(reading, deadline or self.deadline())
@@ -282,12 +268,9 @@ class Pool(_fork.Forkable):
     def snapshot(
         self, settings: str = "", *, patience: float | None = None
     ) -> Iterator[Connection]:
-        """Run the block's statements against one committed state.
+        """Run the block's statements against one committed state, after some `settings`.
 
-        Args:
-            settings: Further statements to begin with, in the same round trip.
-            patience: How many seconds each of the block's statements may take; None: the store's
-                timeout is for all statements together.
+        `patience` is how many seconds each of them may take; None: the store's timeout is for all.
         """
         deadline = self.deadline()
         begin = qualified(_SNAPSHOT, quoted(self.options.schema))
@@ -336,9 +319,6 @@ class Pool(_fork.Forkable):
             raise StoreUnavailable(f"{self.options.place}: the server is in recovery")
         if not complete:
             raise StoreUnavailable(f"{self.options.place}: {UNFINISHED}")
-
-
-# ----------------------------------------------------------------------------- the schema
 
 
 def greet(connection: Connection, options: Options, clock: ServerClock) -> tuple[int, int]:
@@ -402,11 +382,7 @@ def prepare(
 ) -> None:
     """Check the first connection of a store, and create or migrate the schema.
 
-    Args:
-        connection: The connection.
-        options: The options of the store.
-        clock: The clock to set.
-        migrate: True: it must be possible. None: if the role may. False: only check.
+    With `migrate` True, that must be possible. None: if the role may. False: only check.
     """
     oldest = 0
     try:
@@ -465,9 +441,6 @@ def _migrate(connection: Connection, options: Options) -> None:
     connection.script("COMMIT")
 
 
-# ----------------------------------------------------------------------------- opening
-
-
 def connect(conninfo: str, deadline: float, schema: str) -> Connection:
     """Open a connection to one server, in autocommit mode; all its waits end at `deadline`."""
     left = max(0.0, deadline - time.monotonic())
@@ -515,8 +488,6 @@ def _inode(pgconn: PGconn) -> int:
 
 
 class _Sockets(_fork.Forkable):
-    """The sockets of this process's connections."""
-
     def __init__(self) -> None:
         self.opened: weakref.WeakKeyDictionary[PGconn, int] = weakref.WeakKeyDictionary()
 

@@ -95,7 +95,6 @@ class Files(NamedTuple):
 
 
 def file_id(path: str) -> FileId:
-    """Return the device and inode of a file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - called by every sync
     except OSError as exc:
@@ -104,7 +103,6 @@ def file_id(path: str) -> FileId:
 
 
 def files_at(path: str) -> Files:
-    """Return the identities of the three files of a database."""
     main, wal, shm = file_id(path), None, None
     with suppress(StoreUnavailable):
         wal = file_id(path + "-wal")
@@ -116,13 +114,8 @@ def files_at(path: str) -> Files:
 class Connection:
     """One connection, lent to one thread at a time. It is the `Executor` of SQLite.
 
-    Args:
-        driver: The driver's connection, in autocommit mode.
-        path: Its file, for messages.
-        files: The files that it has open.
-        patience: How many seconds all its statements together may wait for locks.
-
     Attributes:
+        patience: How many seconds all its statements together may still wait for locks.
         broken: Whether to discard it, because a statement failed or it is being closed.
         busy: Whether a statement is in progress, or was interrupted.
         unwritable: Whether it was opened while the files were read-only, or failed to use them.
@@ -223,7 +216,6 @@ def _is_busy(exc: sqlite3.Error) -> bool:
 
 
 def error_of(path: str, exc: sqlite3.Error) -> StoreError:
-    """Return the library's error for a driver's."""
     if isinstance(exc, sqlite3.IntegrityError):
         return StoreError(f"{path}: the change contradicts what is stored: {exc}")
     if _is_busy(exc):
@@ -256,7 +248,6 @@ class Pool(_fork.Forkable):
     Args:
         path: The file, absolute. Symbolic links are resolved when the file is opened: SQLite keeps
             the log and the index in the folder of the real file.
-        timeout: How many seconds a call may wait, all its steps together.
 
     Attributes:
         replaced: Whether the files were replaced since the last sync.
@@ -289,8 +280,6 @@ class Pool(_fork.Forkable):
         self.stirred = threading.Event()
         if self._closed:
             self.stirred.set()
-
-    # ------------------------------------------------------------------------- lending
 
     def take(self, patience: float | None = None) -> Connection:
         """Lend a connection to this thread.
@@ -350,13 +339,7 @@ class Pool(_fork.Forkable):
     def connection(
         self, *, keep: bool = True, write: bool = False, patience: float | None = None
     ) -> Iterator[Connection]:
-        """Lend a connection to the file that is at the path now.
-
-        Args:
-            keep: Whether it can be used again afterwards.
-            write: Whether it will write.
-            patience: As in `take`.
-        """
+        """Lend a connection to the file that is at the path now, and `keep` it for later calls."""
         _fork.check()
         self.follow()
         connection = self.take(patience)
@@ -403,8 +386,6 @@ class Pool(_fork.Forkable):
         self.stirred.set()
         _fork.check()
         self.forget()
-
-    # ------------------------------------------------------------------------- opening
 
     def open(self, *, migrate: bool) -> None:
         """Check the file, and create or migrate it if `migrate`; leave no connection open."""
@@ -511,8 +492,6 @@ class Pool(_fork.Forkable):
             for connection in tuple(self._open)
         )
 
-    # ------------------------------------------------------------------------- replaced files
-
     def follow(self) -> None:
         """Discard all connections if other files are at the path now.
 
@@ -546,8 +525,6 @@ class Pool(_fork.Forkable):
             self._files = None
             self.replaced = True
             self.forget()
-
-    # ------------------------------------------------------------------------- fork
 
     def _before_fork(self) -> None:
         """Close every connection; wait for those that other threads are using."""
@@ -720,8 +697,6 @@ class SQLiteStore(SqlStore[Connection]):
         """Wake all waiting threads and refuse every later call."""
         self._pool.close()
 
-    # ------------------------------------------------------------------------- the reads of guards
-
     def load_policy(self, username: str) -> Policy:
         """Load the policy of a user and the revision of the same snapshot."""
         # Logins wait for this read, so it does without context managers.
@@ -787,8 +762,6 @@ class SQLiteStore(SqlStore[Connection]):
                     return False
                 pool.stirred.wait(min(_POLL, left))
 
-    # ------------------------------------------------------------------------- connections
-
     @contextmanager
     def _snapshot(self) -> Iterator[Connection]:
         with self._pool.connection() as connection, connection.snapshot():
@@ -806,8 +779,6 @@ class SQLiteStore(SqlStore[Connection]):
 
     def _step(self, connection: Connection) -> AbstractContextManager[None]:
         return connection.snapshot()
-
-    # ------------------------------------------------------------------------- write transactions
 
     def _refuse_nested(self) -> None:
         _fork.check()
@@ -842,20 +813,19 @@ class SQLiteStore(SqlStore[Connection]):
             _drop_cache(connection)
             connection.patience = max(0.0, connection.patience - (time.monotonic() - began))
             connection.run("BEGIN IMMEDIATE")
-            tx = None
             try:
                 check_open_schema(*schema_version(connection))
                 revision, _ = head(connection)
                 tx = WriteTransaction(connection, self.now(), revision=revision, bulk=restrictions)
-                yield tx
-                tx.check_process()
-                _commit(pool, connection)
+                try:
+                    yield tx
+                    tx.check_process()
+                    _commit(pool, connection)
+                finally:
+                    tx.over = True
             except BaseException:
                 _roll_back(connection)
                 raise
-            finally:
-                if tx is not None:
-                    tx.end()
         finally:
             if True in held:
                 if pool.writing is lock:  # a forked child has another

@@ -37,25 +37,18 @@ def check_file(path: str, *, migrate: bool) -> None:
     mode = found.st_mode
     if not stat.S_ISREG(mode):
         raise StoreConfigError(f"{path}: is not a file")
-    _refuse_second_name(path, found.st_nlink)
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        _log.warning("%s: users other than its owner have access (mode %o)", path, mode & 0o777)
-
-
-def _refuse_second_name(path: str, links: int) -> None:
-    """Refuse a file that others may use under another name.
-
-    SQLite finds the log and the index by the file's name. With two names, because of a hard link or
-    of a file that is mounted alone into containers, there are two logs, whose commits overwrite
-    each other.
-    """
-    if links > 1:
+    # SQLite finds the log and the index by the file's name. With two names, because of a hard link
+    # or of a file that is mounted alone into containers, there are two logs, whose commits
+    # overwrite each other.
+    if found.st_nlink > 1:
         raise StoreConfigError(f"{path}: has a second hard link; remove one of the two names")
     if _is_mounted(path):
         raise StoreConfigError(
             f"{path}: is mounted alone; mount its folder instead, as the -wal and -shm files beside"
             " it belong to it"
         )
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        _log.warning("%s: users other than its owner have access (mode %o)", path, mode & 0o777)
 
 
 def _is_mounted(path: str) -> bool:
