@@ -22,16 +22,9 @@ _BIDI_CONTROLS: Final = frozenset(
 
 
 def check_text(name: str, value: object, limit: int, *, required: bool = False) -> str:
-    """Check a line of text that is stored, mailed and shown.
+    """Check a line of text that is stored, mailed and shown; `limit` is in characters.
 
-    Args:
-        name: The argument, for the message.
-        value: The text.
-        limit: The maximum length in characters.
-        required: Refuse text that is empty or blank.
-
-    Raises:
-        InvalidValue: It is not a str, too long, empty though required, or has a control character.
+    Control characters are refused; with `required`, so is text that is empty or blank.
     """
     if not isinstance(value, str):
         raise InvalidValue(name, f"must be text, not {type(value).__name__}")
@@ -49,12 +42,7 @@ def check_text(name: str, value: object, limit: int, *, required: bool = False) 
 
 
 def check_time(name: str, value: object) -> datetime:
-    """Check an aware datetime and return it in UTC.
-
-    Raises:
-        InvalidValue: It is not a datetime, or it is naive: a naive time is another moment on each
-            host.
-    """
+    """Check an aware datetime and return it in UTC. A naive one is another moment on each host."""
     if not isinstance(value, datetime):
         raise InvalidValue(name, f"must be a datetime, not {type(value).__name__}")
     try:

@@ -357,10 +357,8 @@ def search_terms(username: str, full_name: str, account_id: str) -> set[str]:
 class Search(NamedTuple):
     """A text that was searched for in the list of users.
 
-    A text finds the users with a term that begins with it; see `search_terms`. A text of several
-    words also finds the users with a term for each word, in any order. An address finds the users
-    with a restriction that contains it; a network or a range finds those with exactly that
-    restriction.
+    It finds the users with a term that begins with it, and with a term for each of its words; see
+    `search_terms`. `ipguard.store.RestrictionStore.overview` says what an address finds.
 
     Attributes:
         text: The text, folded; empty finds every user.
