@@ -83,7 +83,7 @@ class OverviewTests(StoreCase):
         assert self._found("carol", A1) == self._found("203.0.113.7", A1) == []
 
     def test_pages_of_users(self) -> None:
-        """Pages contain each user once, by code point in any locale; the last has no `next`."""
+        """Pages have each user once, by code point in any locale, whatever changes in between."""
         names = ["a b", "a-b", "a1", "a_b", "aa", "b", "z", "ä", "ß".casefold(), "漢", "ꀀ", "𐐨"]
         self.put(*names, account_id="B2")
         for limit in (1, 5, 6, 11, 12, 13):
@@ -91,6 +91,13 @@ class OverviewTests(StoreCase):
         assert list(self._found_by_page(2, search="a")) == sorted(names)[:5]
         assert self.store.overview(EVERY, limit=12).next is None
         assert self.store.overview(frozenset(), limit=1).next is None
+        seen = []
+        for name in self._found_by_page(2):
+            seen.append(name)
+            if name == "a1":
+                self.put("a", "zz")
+                self.store.remove_users(["a b", "𐐨"])
+        assert seen == sorted({*names, "zz"} - {"𐐨"})
 
     def test_the_size_of_a_page(self) -> None:
         """By default it is 50 users or 100 changes; limits below 1 and a str are refused."""
@@ -108,21 +115,6 @@ class OverviewTests(StoreCase):
             for text in ("A1", "xA1", ""):  # any part of it would count as an account
                 with raises(TypeError):
                     read(text)  # type: ignore[arg-type]
-
-    def test_users_that_change_between_pages(self) -> None:
-        """Users that are put or removed between two pages shift no other user."""
-        names = [f"user{n}" for n in range(0, 20, 2)]
-        self.put(*names)
-        seen = []
-        for number, name in enumerate(self._found_by_page(2)):
-            seen.append(name)
-            if number == 3:
-                self.put("aaa", "user1", "user61", "zzz")
-                self.store.remove_users(["user0", names[-1]])
-        assert set(seen) >= set(names[:-1])
-        assert len(seen) == len(set(seen))
-        assert "zzz" in seen
-        assert "aaa" not in seen
 
     def _searches(self, accounts: Accounts, texts: Sequence[str], *, found: bool) -> None:
         """Fail unless each text finds what the rule says; with `found`, at least one user."""

@@ -230,7 +230,6 @@ class UserTests(StoreCase):
             revision=1,
             at=self.clock(),
             actor=None,
-            actor_address=None,
             action=Action.PUT_USERS,
             username="alice",
             detail={"added": "1", "updated": "0"},

@@ -92,14 +92,9 @@ class BulkRestrictions:
     """Restrictions to add in one change, staged on one connection.
 
     This is `rules.judge_additions` as statements about sets; the conformance suite compares the
-    two.
-
-    Args:
-        db: The connection, before it has the writer's lock.
-        restrictions: Read to the end into a temporary table of the connection.
-        ahead: Whether `judge` writes the restrictions into the store's table already, where other
-            transactions do not see them. Otherwise it only sorts them. Either way, little is left
-            to do while the lock is held.
+    two. The restrictions are read to the end into a temporary table. Then, before the writer's lock
+    is acquired, `judge` sorts them or, with `ahead`, writes them into the store's table already,
+    where other transactions do not see them: little is left to do while the lock is held.
     """
 
     def __init__(self, db: Executor, restrictions: Iterable[Restriction], *, ahead: bool) -> None:

@@ -90,8 +90,6 @@ class _Slot:
     A counter would leak the places of calls that a signal handler ended between two bytecodes.
     """
 
-    __slots__ = ("__weakref__",)
-
 
 class Pool(_fork.Forkable):
     """The connections of one store, and the server's clock."""
