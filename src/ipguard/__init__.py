@@ -13,32 +13,9 @@ from __future__ import annotations
 
 import logging
 
+from ipguard import errors
 from ipguard.addresses import AddressRange, AddressSet
-from ipguard.errors import (
-    AddressError,
-    AddressTooBroad,
-    DeliveryError,
-    DuplicateRestriction,
-    InvalidValue,
-    IPGuardError,
-    LockoutRisk,
-    NumberExpired,
-    NumberFormatError,
-    OpeningRisk,
-    RequestClosed,
-    SchemaVersionError,
-    StoreConfigError,
-    StoreError,
-    StoreUnavailable,
-    TooManyAttempts,
-    TooManyRequests,
-    TooManyRestrictions,
-    UnknownRequest,
-    UnknownRestriction,
-    UnknownUser,
-    UsernameError,
-    WrongNumber,
-)
+from ipguard.errors import *  # noqa: F403 - all of them are public
 from ipguard.guard import Guard, GuardStats
 from ipguard.model import (
     Action,
@@ -66,54 +43,32 @@ from ipguard.workflow import Workflow, WorkflowSettings
 __all__ = [
     "Action",
     "Actor",
-    "AddressError",
     "AddressRange",
     "AddressSet",
-    "AddressTooBroad",
     "Applied",
     "Change",
     "Decision",
-    "DeliveryError",
-    "DuplicateRestriction",
     "Explanation",
     "Guard",
     "GuardStats",
-    "IPGuardError",
-    "InvalidValue",
-    "LockoutRisk",
     "Notifier",
-    "NumberExpired",
-    "NumberFormatError",
-    "OpeningRisk",
     "Page",
     "PendingRequest",
     "Policy",
     "Reason",
-    "RequestClosed",
     "RequestKind",
     "RequestState",
     "Restriction",
     "RestrictionStore",
-    "SchemaVersionError",
-    "StoreConfigError",
-    "StoreError",
-    "StoreUnavailable",
-    "TooManyAttempts",
-    "TooManyRequests",
-    "TooManyRestrictions",
     "Transaction",
-    "UnknownRequest",
-    "UnknownRestriction",
-    "UnknownUser",
     "User",
     "UserOverview",
-    "UsernameError",
     "Workflow",
     "WorkflowSettings",
-    "WrongNumber",
     "canonical_username",
     "open_store",
 ]
+__all__ += errors.__all__
 
 __version__ = "0.1.0"
 
