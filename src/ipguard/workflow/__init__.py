@@ -42,6 +42,7 @@ from ipguard.usernames import canonical_username
 from ipguard.workflow._transaction import (
     ActorTransaction,
     ActorView,
+    Consent,
     check_new,
     increasing_ids,
     new_id,
@@ -64,8 +65,6 @@ _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
 class _Issued(NamedTuple):
-    """A saved request and its new number."""
-
     stored: StoredRequest
     number: str
 
@@ -210,9 +209,7 @@ class Workflow(Closing):
             digits = confirmation.parse_number(number, self.settings.number_digits)
             result: Applied | int
             if self._keys.matches(stored.key_id, stored.digest, digits, _subject(stored.request)):
-                result = tx.apply(
-                    stored, user, allow_lockout=allow_lockout, allow_opening=allow_opening
-                )
+                result = tx.apply(stored, user, Consent(allow_lockout, allow_opening))
             else:
                 result = tx.count_guess(stored, user, failures)
         if not isinstance(result, Applied):
@@ -331,20 +328,14 @@ class Workflow(Closing):
         check_text("reason", reason, REASON_LIMIT)
         with self._transaction(actor) as tx:
             restriction, user = tx.restriction(restriction_id)
-            remainder = tx.check_removal(restriction, allow_lockout=allow_lockout)
+            consent = Consent(allow_lockout, allow_opening)
+            remainder = tx.check_removal(restriction, consent)
             outcome: _Issued | Applied
             if self.settings.deletion_needs_number(last=remainder.opens):
                 tx.check_not_pending(restriction, deletes=restriction.id)
                 outcome = self._issue(tx, user, RequestKind.DELETE, restriction, reason)
             else:
-                outcome = tx.remove(
-                    user,
-                    restriction,
-                    Action.DELETE,
-                    allow_lockout=allow_lockout,
-                    allow_opening=allow_opening,
-                    reason=reason,
-                )
+                outcome = tx.remove(user, restriction, Action.DELETE, consent, reason=reason)
         if isinstance(outcome, _Issued):
             return self._deliver(actor, outcome)
         self._announce(tx, user)
@@ -364,13 +355,8 @@ class Workflow(Closing):
     ) -> Applied:
         """Add a restriction at once; only for actors of every account.
 
-        Args:
-            actor: The operator.
-            username: The user to restrict.
-            addresses: As for `request`.
-            reason: Why; required, up to 500 characters.
-            label: As for `request`.
-            expires_at: As for `request`.
+        Arguments and errors are as for `request`, apart from the `reason`: required, and up to 500
+        characters.
 
         Returns:
             The applied change.
@@ -386,7 +372,8 @@ class Workflow(Closing):
         with self._transaction(actor) as tx:
             user = tx.registered_user(wanted.username)
             new = attrs.evolve(wanted, created_at=tx.now)
-            applied = tx.add(user, new, Action.IMPOSE, allow_lockout=True, reason=reason)
+            consent = Consent(lockout=True, opening=False)
+            applied = tx.add(user, new, Action.IMPOSE, consent, reason=reason)
         self._announce(tx, user)
         return applied
 
@@ -443,13 +430,10 @@ class Workflow(Closing):
             yield attrs.evolve(wanted, id=next(ids))
 
     def check_row(self, actor: Actor, row: Row) -> Restriction:
-        """Check a row of `impose_many` as far as that needs no store.
+        """Check a row as `impose_many` does, as far as that needs no store.
 
         Returns:
             The restriction, with an id that `impose_many` will not use.
-
-        Raises:
-            IPGuardError: As `impose_many` raises for this row.
         """
         return self._row_restriction(actor, row, self._store.now())
 
@@ -481,24 +465,15 @@ class Workflow(Closing):
         _check_operator(actor, errors.UnknownRestriction(restriction_id))
         with self._transaction(actor) as tx:
             restriction, user = tx.restriction(restriction_id)
-            applied = tx.remove(
-                user,
-                restriction,
-                Action.LIFT,
-                allow_lockout=True,
-                allow_opening=allow_opening,
-                reason=reason,
-            )
+            consent = Consent(lockout=True, opening=allow_opening)
+            applied = tx.remove(user, restriction, Action.LIFT, consent, reason=reason)
         self._announce(tx, user)
         return applied
 
     def unlock(self, actor: Actor, username: str, *, reason: str) -> None:
-        """Accept numbers again from an actor who gave too many wrong ones; only for operators.
+        """Accept numbers again from a person, registered or not, who gave too many wrong ones.
 
-        Args:
-            actor: The operator.
-            username: The actor who failed too often; need not be a registered user.
-            reason: Why; required, up to 500 characters.
+        The `reason` is required, and has up to 500 characters.
 
         Raises:
             UnknownUser: The actor is not of every account.
@@ -613,11 +588,7 @@ class Workflow(Closing):
         return attrs.evolve(stored.request, state=state)
 
     def failures(self, actor: Actor, username: str) -> int:
-        """Return how many wrong numbers in a row an actor has given; only for operators.
-
-        Args:
-            actor: The operator.
-            username: The actor who gave them; need not be a registered user.
+        """Return how many wrong numbers in a row a person, registered or not, has given.
 
         Raises:
             UnknownUser: The actor is not of every account.
@@ -641,7 +612,7 @@ class Workflow(Closing):
     def _transaction(
         self, actor: Actor, staged: Iterable[Restriction] | None = None
     ) -> Iterator[ActorTransaction]:
-        """Begin a transaction for an actor; log its audit entry once it has committed."""
+        """Begin a transaction for an actor; log its audit entries once it has committed."""
         with self._store.transaction(staged=staged) as tx:
             transaction = ActorTransaction(tx, actor, self.settings)
             yield transaction
@@ -687,7 +658,6 @@ class Workflow(Closing):
         wanted: Restriction,
         reason: str = "",
     ) -> _Issued:
-        """Save a new request with a new number."""
         tx.check_rate()
         request = PendingRequest(
             id=new_id(),
@@ -744,13 +714,7 @@ class Workflow(Closing):
     def _deliver(self, actor: Actor, issued: _Issued, failed: int = 0) -> PendingRequest:
         """Mail a number to the address recorded at the request; return the request.
 
-        Args:
-            actor: The requester.
-            issued: The request and its number.
-            failed: How many mails of this request have failed in a row.
-
-        Raises:
-            DeliveryError: The notifier failed.
+        `failed` counts the mails of this request that have failed in a row.
         """
         stored = issued.stored
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import attrs
 
@@ -50,17 +50,19 @@ def increasing_ids() -> Iterator[str]:
 
 
 def check_new(new: Restriction, settings: WorkflowSettings, now: datetime) -> None:
-    """Check the width and the expiry of a new restriction.
-
-    Raises:
-        AddressTooBroad: It is wider than the settings allow.
-        InvalidValue: It would expire before it starts.
-    """
+    """Raise AddressTooBroad or InvalidValue unless the width and the expiry are acceptable."""
     rules.check_width(
         new.addresses, widest_ipv4=settings.widest_ipv4, widest_ipv6=settings.widest_ipv6
     )
     if new.expires_at is not None and new.expires_at <= now:
         raise errors.InvalidValue("expires_at", "must be in the future")
+
+
+class Consent(NamedTuple):
+    """Which risks of a change its caller accepts."""
+
+    lockout: bool
+    opening: bool
 
 
 class ActorView:
@@ -86,22 +88,14 @@ class ActorView:
         return stored if visible else None
 
     def registered_user(self, username: str) -> User:
-        """Return a user whom this actor may restrict.
-
-        Raises:
-            UnknownUser: The user does not exist for this actor, or is removed.
-        """
+        """Return a user that is not removed, or raise UnknownUser."""
         stored = self.user(username)
         if stored is None or stored.removed:
             raise errors.UnknownUser(username)
         return stored.user
 
     def request(self, request_id: str, *, own: bool) -> tuple[StoredRequest, User]:
-        """Return a request and its user.
-
-        Raises:
-            UnknownRequest: It does not exist for this actor; or, with `own`, is another actor's.
-        """
+        """Return a request (with `own`, of this actor) and its user, or raise UnknownRequest."""
         # Ids come from outside, and may be anything.
         stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
         user = None if stored is None else self.user(stored.request.username)
@@ -111,11 +105,7 @@ class ActorView:
         return stored, user.user
 
     def restriction(self, restriction_id: str) -> tuple[Restriction, User]:
-        """Return a restriction and its user.
-
-        Raises:
-            UnknownRestriction: It does not exist for this actor.
-        """
+        """Return a restriction and its user, or raise UnknownRestriction."""
         known = isinstance(restriction_id, str)
         restriction = self._snapshot.restriction(restriction_id) if known else None
         user = None if restriction is None else self.user(restriction.username)
@@ -124,7 +114,6 @@ class ActorView:
         return restriction, user.user
 
     def failures(self, username: str) -> int:
-        """Return how many wrong numbers in a row an actor has given."""
         return self._snapshot.failures(username)
 
 
@@ -138,11 +127,7 @@ class ActorTransaction(ActorView):
         self._settings = settings
 
     def advance(self, stored: StoredRequest, step: rules.Step, **changes: Any) -> StoredRequest:
-        """Move a request by a step of the state table and save it.
-
-        Raises:
-            RequestClosed: The table has no such step.
-        """
+        """Move a request by a step of the state table and save it, or raise RequestClosed."""
         state = rules.after(rules.state_at(stored.request, self.now), step)
         request = attrs.evolve(stored.request, state=state, **changes)
         stored = attrs.evolve(stored, request=request)
@@ -150,7 +135,6 @@ class ActorTransaction(ActorView):
         return stored
 
     def save(self, stored: StoredRequest) -> None:
-        """Add or replace a request."""
         self._tx.save_request(stored)
 
     def check_rate(self) -> None:
@@ -172,13 +156,10 @@ class ActorTransaction(ActorView):
                 )
 
     def check_addition(self, new: Restriction) -> tuple[tuple[Restriction, ...], list[Restriction]]:
-        """Check a new restriction against the user's present ones.
+        """Check a new restriction by itself and against the user's present ones.
 
         Returns:
             The user's restrictions as they would be with it; and the expired ones that it replaces.
-
-        Raises:
-            IPGuardError: As `check_new` and `rules.judge_additions` refuse it.
         """
         check_new(new, self._settings, self.now)
         present = self._tx.restrictions(new.username)
@@ -193,12 +174,12 @@ class ActorTransaction(ActorView):
             raise error
         return (*(r for r in present if r not in replaced), new), replaced
 
-    def check_removal(self, restriction: Restriction, *, allow_lockout: bool) -> rules.Remainder:
+    def check_removal(self, restriction: Restriction, consent: Consent) -> rules.Remainder:
         """Return what the removal of a restriction would leave; raise as `check_lockout` does."""
         remainder = rules.without(
             self._tx.restrictions(restriction.username), restriction.id, self.now
         )
-        self.check_lockout(restriction.username, remainder.left, allowed=allow_lockout)
+        self.check_lockout(restriction.username, remainder.left, allowed=consent.lockout)
         return remainder
 
     def check_lockout(self, username: str, left: Iterable[Restriction], *, allowed: bool) -> None:
@@ -209,17 +190,11 @@ class ActorTransaction(ActorView):
         rules.check_lockout(parse_address(self.actor.address), before, left, self.now)
 
     def add(
-        self,
-        user: User,
-        new: Restriction,
-        action: Action,
-        *,
-        allow_lockout: bool,
-        **detail: Any,
+        self, user: User, new: Restriction, action: Action, consent: Consent, **detail: Any
     ) -> Applied:
         """Add a restriction, or raise as the checks do."""
         left, replaced = self.check_addition(new)
-        self.check_lockout(user.username, left, allowed=allow_lockout)
+        self.check_lockout(user.username, left, allowed=consent.lockout)
         for old in replaced:
             self._take_away(old)
         self._tx.add_restriction(new)
@@ -237,42 +212,27 @@ class ActorTransaction(ActorView):
         return Applied(revision=change.revision, restriction=new, unrestricted=False)
 
     def remove(
-        self,
-        user: User,
-        restriction: Restriction,
-        action: Action,
-        *,
-        allow_lockout: bool,
-        allow_opening: bool,
-        **detail: Any,
+        self, user: User, old: Restriction, action: Action, consent: Consent, **detail: Any
     ) -> Applied:
-        """Remove a restriction.
-
-        Raises:
-            LockoutRisk: The actor could no longer log in, and `allow_lockout` is False.
-            OpeningRisk: It is the user's last restriction, and `allow_opening` is False.
-        """
-        remainder = self.check_removal(restriction, allow_lockout=allow_lockout)
-        if remainder.opens and not allow_opening:
+        """Remove a restriction, or raise LockoutRisk or OpeningRisk without consent."""
+        remainder = self.check_removal(old, consent)
+        if remainder.opens and not consent.opening:
             raise errors.OpeningRisk(user.username)
-        self._take_away(restriction)
+        self._take_away(old)
         change = self.append(
             action,
             user,
             touches=frozenset({user.username}),
-            addresses=restriction.addresses,
-            label=restriction.label,
-            restriction=restriction.id,
+            addresses=old.addresses,
+            label=old.label,
+            restriction=old.id,
             unrestricted=remainder.opens,
             restricted_to_nothing=remainder.shuts,
             **detail,
         )
-        opens = remainder.opens
-        return Applied(revision=change.revision, restriction=restriction, unrestricted=opens)
+        return Applied(revision=change.revision, restriction=old, unrestricted=remainder.opens)
 
-    def apply(
-        self, stored: StoredRequest, user: User, *, allow_lockout: bool, allow_opening: bool
-    ) -> Applied:
+    def apply(self, stored: StoredRequest, user: User, consent: Consent) -> Applied:
         """Confirm a request and make its change, as `add` and `remove` do."""
         request = self.advance(stored, rules.Step.CONFIRM).request
         self._tx.set_failures(self.actor.username, 0)
@@ -286,16 +246,13 @@ class ActorTransaction(ActorView):
                 created_by=self.actor.username,
                 expires_at=request.restriction_expires_at,
             )
-            return self.add(
-                user, new, Action.CONFIRM, allow_lockout=allow_lockout, request=request.id
-            )
+            return self.add(user, new, Action.CONFIRM, consent, request=request.id)
         restriction, user = self.restriction(request.restriction_id or "")
         return self.remove(
             user,
             restriction,
             Action.CONFIRM,
-            allow_lockout=allow_lockout,
-            allow_opening=allow_opening,
+            consent,
             kind=RequestKind.DELETE,
             request=request.id,
             reason=request.reason,
@@ -311,7 +268,6 @@ class ActorTransaction(ActorView):
         return left
 
     def reset_failures(self, username: str, user: User | None, reason: str) -> None:
-        """Set an actor's count of wrong numbers to 0."""
         failures = self.failures(username)
         self._tx.set_failures(username, 0)
         self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)

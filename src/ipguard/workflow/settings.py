@@ -78,9 +78,5 @@ class WorkflowSettings:
             raise InvalidValue("number_lifetime", "must not be longer than request_lifetime")
 
     def deletion_needs_number(self, *, last: bool) -> bool:
-        """Return whether a deletion needs a number.
-
-        Args:
-            last: Whether it removes the user's last restriction.
-        """
+        """Return whether a deletion, of the user's last restriction or not, needs a number."""
         return last if self.confirm_deletes == "last" else self.confirm_deletes
