@@ -59,14 +59,7 @@ def _ipguard(
 
 
 def run(args: list[str]) -> int:
-    """Run one command. Errors are reported on standard error.
-
-    Args:
-        args: The arguments, without the program's name.
-
-    Returns:
-        The exit code, one of `Exit`.
-    """
+    """Run one command, and return its exit code; `args` is without the program's name."""
     _prepare_streams()
     if not args or args == ["users"]:
         args = [*args, "--help"]

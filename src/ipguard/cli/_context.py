@@ -195,12 +195,10 @@ class RecordingNotifier:
         self.failures: list[str] = []
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
-        """Send a number; see `ipguard.notify.Notifier`."""
         assert self._notifier is not None, "a command without mail minted a number"
         self._notifier.number_issued(request, number, actor)
 
     def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
-        """Send a notice; see `ipguard.notify.Notifier`."""
         if self._notifier is None:
             return
         try:
@@ -214,11 +212,8 @@ class RecordingNotifier:
 class Context:
     """One run of a command.
 
-    Attributes:
-        out: The output.
-        options: The values of the shared options.
-        arguments: The names of those that were given on the command line.
-        notifier: The notifier of the workflow, once there is one.
+    `options` has the values of the shared options, `arguments` the names of those that were given
+    on the command line, and `notifier` is the workflow's, once there is one.
     """
 
     out: Output
@@ -253,11 +248,7 @@ class Context:
     def actor(self, *, mailed: bool = True) -> Actor:
         """Return the administrator that the options name, or else the operator.
 
-        Args:
-            mailed: Whether mail is sent to the actor, so that an e-mail address is required.
-
-        Raises:
-            Problem: An option is missing, or two exclude each other.
+        With `mailed`, mail is sent to the actor, so an e-mail address is required.
         """
         options, accounts = self.options, self.options.get("accounts") or []
         every_account = bool(options.get("every_account"))
@@ -284,9 +275,7 @@ class Context:
     ) -> Iterator[tuple[RestrictionStore, ipguard.Workflow]]:
         """Open the store with a workflow.
 
-        Args:
-            mails: Whether mail is sent, so that the options must name a mail server.
-            numbers: Whether numbers are made or checked, so that the key is required.
+        With `mails`, the options must name a mail server; with `numbers`, a key.
         """
         self.notifier = RecordingNotifier(self.mailer() if mails else None)
         keys = read_keys(self.options["key_file"]) if numbers else [secrets.token_bytes(32)]
@@ -339,7 +328,7 @@ class Context:
             raise Problem(Exit.CONFIG, f"mail: {exc}", kind="InvalidValue") from None
 
     def report_failures(self) -> int:
-        """Report the notices that could not be sent; return how many. The change holds."""
+        """Report the notices that could not be sent; return how many."""
         failures = [] if self.notifier is None else self.notifier.failures
         for reason in failures:
             self.out.note(f"the change holds, but a notice was not sent: {reason}")

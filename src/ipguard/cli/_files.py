@@ -25,8 +25,6 @@ from ipguard.errors import shorten
 
 
 class Format(StrEnum):
-    """The file formats."""
-
     CSV = "csv"
     JSONL = "jsonl"
 
@@ -45,19 +43,20 @@ class Columns:
     """The columns of a file.
 
     Attributes:
+        what: What the rows of the file are.
         required: Columns that must have a value in each row.
         optional: Columns that may be missing or empty.
         ignored: Other columns that are accepted, because an export has them.
         lenient: Ignore any other column, and accept empty values in required ones.
     """
 
+    what: str
     required: Sequence[str]
     optional: Sequence[str] = ()
     ignored: Sequence[str] = ()
     lenient: bool = False
 
     def used(self, name: str) -> bool:
-        """Return whether a column is read."""
         return name in self.required or name in self.optional
 
     def fault(self, names: Sequence[str]) -> str | None:
@@ -96,14 +95,6 @@ def opened(path: str, *, rewindable: bool = False) -> Iterator[BinaryIO]:
             yield cast("BinaryIO", copy)
 
 
-def without_rows(path: str, what: str) -> Problem:
-    """Return the error for a file without rows, which is probably the wrong file."""
-    return Problem(Exit.FILE, f"{'standard input' if path == '-' else path} holds no {what}")
-
-
-# -- bad rows ------------------------------------------------------------------------------------
-
-
 class Spool:
     """Rows in a temporary SQLite database on disk, in a table `rows` with these columns."""
 
@@ -118,11 +109,9 @@ class Spool:
         self._db.execute("BEGIN")
 
     def add(self, row: tuple[object, ...]) -> None:
-        """Add a row."""
         self._db.execute(self._insert, row)
 
     def rows(self, query: str) -> Iterator[Any]:
-        """Run a query over `rows`."""
         return iter(self._db.execute(query))
 
     def __enter__(self) -> Self:
@@ -150,7 +139,6 @@ class BadRows(Problem):
         self._spool.add((line, str(reason).encode("utf-8", "backslashreplace").decode()))
 
     def raise_if_any(self) -> None:
-        """Raise this error if there are bad rows."""
         if self._spool is not None:
             rows = "row" if self.count == 1 else "rows"
             self.message = f"{self._path}: {self.count:,} bad {rows}; {self._outcome}"
@@ -164,34 +152,24 @@ class BadRows(Problem):
                 yield {"line": line, "reason": reason}
 
 
-# -- rows ----------------------------------------------------------------------------------------
-
-
 def rows(
     stream: BinaryIO,
-    kind: Format,
+    path: str,
+    kind: Format | None,
     columns: Columns,
     reject: Callable[[int, str], object],
-    advance: Callable[[int], object] = lambda _: None,
+    advance: Callable[[int], object],
 ) -> Iterator[tuple[int, Row]]:
-    """Read the good rows of a file.
+    """Yield the line that each good row starts on, and its values that are not empty.
 
-    Args:
-        stream: The file.
-        kind: Its format. The first line of CSV names the columns.
-        columns: The columns.
-        reject: Called for each bad row with its line and fault.
-        advance: Called for each line with its size in bytes.
-
-    Yields:
-        The line a row starts on, and its values that are not empty.
-
-    Raises:
-        Problem: The file as a whole cannot be read, for example because it has other columns.
+    Call `reject` for each bad row with its line and fault, and `advance` for each line with its
+    size in bytes. Raise Problem if it is probably the wrong file: it has other columns, or no rows.
     """
     lines = _Lines(stream, advance)
-    read = _csv_rows if kind is Format.CSV else _json_rows
+    read = _csv_rows if format_of(path, kind) is Format.CSV else _json_rows
+    empty = True
     for line, row in read(lines, columns):
+        empty = False
         if isinstance(row, str):
             reject(line, row)
             continue
@@ -200,6 +178,9 @@ def rows(
             reject(line, f"{missing[0]}: is missing")
         else:
             yield line, row
+    if empty:
+        name = "standard input" if path == "-" else path
+        raise Problem(Exit.FILE, f"{name} holds no {columns.what}")
 
 
 class _Lines:
@@ -324,9 +305,6 @@ def _json_row(line: str, columns: Columns) -> Row | str:
             return f"{name} is not text"
         row[name] = value
     return row
-
-
-# -- progress ------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -33,8 +33,6 @@ BATCH: Final = 1000
 
 
 class Exit(IntEnum):
-    """The exit codes of the process."""
-
     OK = 0
     NOT_ALLOWED = 1
     USAGE = 2
@@ -65,31 +63,25 @@ ERRORS: Final[tuple[tuple[Exit, tuple[type[errors.IPGuardError], ...]], ...]] = 
 )
 
 
+@attrs.define(eq=False, slots=False)
 class Problem(Exception):
     """An error that ends the command with one line and an exit code.
 
     In JSON, `kind` is its type: the class of the library's error, or the name of the exit code.
-    `details` are the attributes of the library's error.
+    `details` are the attributes of the library's error. `rows` are the bad rows of a file, each
+    with `line` and `reason`.
     """
 
-    rows: Iterable[Mapping[str, Any]] | None = None
-    """The bad rows of a file, each with `line` and `reason`."""
+    code: Exit
+    message: str
+    hint: str = ""
+    kind: str = attrs.field(kw_only=True)
+    details: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
+    rows: Iterable[Mapping[str, Any]] | None = attrs.field(default=None, init=False)
 
-    def __init__(
-        self,
-        code: Exit,
-        message: str,
-        hint: str = "",
-        *,
-        kind: str = "",
-        details: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.kind = kind or code.name.lower()
-        self.message = message
-        self.hint = hint
-        self.details = details or {}
+    @kind.default
+    def _code_name(self) -> str:
+        return self.code.name.lower()
 
 
 _IDS: Final = "`ipguard list` shows ids, in a terminal or with --json"
@@ -107,7 +99,6 @@ _HINTS: Final[dict[type[Exception], str]] = {
 
 
 def problem_of(error: errors.IPGuardError) -> Problem:
-    """Translate one of the library's errors."""
     details = {
         name: value.total_seconds() if isinstance(value, timedelta) else value
         for name, value in vars(error).items()
@@ -161,8 +152,6 @@ class Output:
         self.as_json = as_json
         self.rich = not as_json and sys.stdout.isatty()  # a terminal that shows tables
 
-    # -- results ---------------------------------------------------------------------------------
-
     def data(self, value: Any) -> None:
         """Write a value as one line of JSON; omitted from text for people.
 
@@ -191,14 +180,8 @@ class Output:
     ) -> bool:
         """Write items, as they are read, up to a limit; return whether there was one.
 
-        Args:
-            name: The name of the array in JSON.
-            columns: The names of the columns.
-            items: The items.
-            cells: Returns the cells of an item.
-            limit: The largest number to write, or None for all.
-            cursor: Returns the value for `option` that continues after an item.
-            option: The option that continues the listing.
+        `name` is that of the array in JSON. `cursor` returns the value for `option` with which a
+        listing continues after an item.
         """
         last: list[T] = []
 
@@ -222,7 +205,6 @@ class Output:
         return bool(last)
 
     def raw(self, text: str) -> None:
-        """Write text unchanged."""
         sys.stdout.write(text)
 
     def line(self, text: str, style: str = "") -> None:
@@ -264,8 +246,6 @@ class Output:
         from rich.console import Console
 
         Console(highlight=False, markup=False, emoji=False).print(renderable)
-
-    # -- standard error --------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
         """Write a note that is not part of the result."""

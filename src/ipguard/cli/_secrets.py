@@ -51,19 +51,11 @@ def refuse_password(option: str, url: str, alternative: str) -> None:
 
 
 def key_in_environment() -> list[bytes]:
-    """Return the keys in `IPGUARD_KEY`."""
     return os.environ.get("IPGUARD_KEY", "").encode(errors="surrogateescape").split()
 
 
 def read_keys(path: str | None) -> list[bytes]:
-    """Return the keys for confirmation numbers; the first one mints.
-
-    A key is text without blanks. A file or variable holds one, or several separated by blanks or
-    line breaks.
-
-    Args:
-        path: The key file, or None for the keys in `IPGUARD_KEY`.
-    """
+    """Return the keys in a key file or else `IPGUARD_KEY`, separated by blanks; the first mints."""
     if not path:
         keys = key_in_environment()
     else:

@@ -244,9 +244,8 @@ class _Session:
     def confirm_removal(self, restriction_id: str, *, opens: bool, shuts: bool) -> bool:
         """Ask before a removal that leaves the user no restriction, or only expired ones.
 
-        Returns:
-            Whether the removal may open the user to every address, by the option or the answer. If
-            not, the workflow refuses to remove a restriction that has become the last one.
+        Return whether it may open the user to every address, by the option or the answer. If not,
+        the workflow refuses to remove a restriction that has become the last one.
         """
         try:
             found = self.flow.restriction(self.actor, restriction_id)
@@ -300,7 +299,6 @@ def _session(context: Context, *, mailed: bool = True, **options: Any) -> Iterat
 
 
 def _show_applied(context: Context, applied: Applied) -> None:
-    """Show an applied change, and how many of its notices failed."""
     context.out.data(plain(applied) | {"notices_failed": context.report_failures()})
     done = applied.restriction
     assert done is not None
@@ -312,7 +310,6 @@ def _show_applied(context: Context, applied: Applied) -> None:
 
 
 def _show_request(context: Context, made: PendingRequest, mailed_to: Actor | None = None) -> None:
-    """Show a request, and what to do next."""
     context.out.data(made)
     what = f"{made.kind.value} {made.addresses} for {made.username}"
     context.out.line(f"request {made.id} is {made.state.value}: {what}", "green")

@@ -16,8 +16,9 @@ from ipguard.cli._output import Exit, Problem
 from ipguard.guard import Guard
 from ipguard.model import Decision, Reason
 
-_COLUMNS: Final = Columns(required=("username", "address"), lenient=True)
+_COLUMNS: Final = Columns(what="logins", required=("username", "address"), lenient=True)
 _LISTED: Final = 100_000  # different refused logins; invented usernames could be endless
+_LISTED_COLUMNS: Final = ("username", "address", "reason", "count", "first_line")
 
 
 class UnknownUsers(StrEnum):
@@ -58,7 +59,7 @@ def check(
     with context.store() as store:
         guard = Guard(store, unknown_users=unknown_users.value)
         if file is not None:
-            return _check_file(context, guard, file, _files.format_of(file, kind))
+            return _check_file(context, guard, file, kind)
         decision = _decide(guard, username or "", address or "")
     context.out.data({"username": username, "address": address, "decision": decision})
     by = f" by restriction {decision.restriction_id}" if decision.restriction_id else ""
@@ -98,20 +99,13 @@ def _decide(guard: Guard, username: str, address: str) -> Decision:
     return decision
 
 
-# -- a login log ---------------------------------------------------------------------------------
-
-
-_LISTED_COLUMNS: Final = ("username", "address", "reason", "count", "first_line")
-
-
-def _check_file(context: Context, guard: Guard, path: str, kind: Format) -> int:
+def _check_file(context: Context, guard: Guard, path: str, kind: Format | None) -> int:
     """Check every login of a file; report bad rows after the rest."""
     bad, allowed, unlisted = BadRows(path, "the others were checked"), 0, 0
     reasons: Counter[str] = Counter()
-    counts: Counter[tuple[str, str, str]] = Counter()
-    first_lines: dict[tuple[str, str, str], int] = {}
+    logins: dict[tuple[str, str, str], list[int]] = {}  # refused ones: count and first line
     with _files.opened(path) as stream, _files.progress(context.out, "logins", stream) as advance:
-        for line, row in _files.rows(stream, kind, _COLUMNS, bad.add, advance):
+        for line, row in _files.rows(stream, path, kind, _COLUMNS, bad.add, advance):
             username, address = row.get("username", ""), row.get("address", "")
             decision = _decide(guard, username, address)
             if decision:
@@ -119,14 +113,12 @@ def _check_file(context: Context, guard: Guard, path: str, kind: Format) -> int:
                 continue
             reasons[decision.reason.value] += 1
             login = (username, address, decision.reason.value)
-            if login in counts or len(counts) < _LISTED:
-                counts[login] += 1
-                first_lines.setdefault(login, line)
+            if login in logins or len(logins) < _LISTED:
+                logins.setdefault(login, [0, line])[0] += 1
             else:
                 unlisted += 1
-    if not (allowed or reasons or bad.count):
-        raise _files.without_rows(path, "logins")
-    refused, listed = reasons.total(), [(*key, n, first_lines[key]) for key, n in counts.items()]
+    refused = reasons.total()
+    listed = [(*login, count, line) for login, (count, line) in logins.items()]
     context.out.data(
         {
             "file": path,

@@ -37,7 +37,6 @@ _ADVICE: Final = {
 }
 _GRANTS: Final = "ipguard migrate --sql --reader ROLE --writer ROLE prints the grants"
 
-
 State = Literal["ok", "warn", "fail"]
 
 
@@ -139,9 +138,6 @@ def _mail(context: Context, send_test: str | None) -> Findings:
         yield Finding("mail", "ok", f"{server} accepted a test for {send_test}")
 
 
-# -- the store -----------------------------------------------------------------------------------
-
-
 def _store(context: Context) -> Findings:
     from ipguard.stores.sqlite import SCHEMA_VERSION
 
@@ -179,8 +175,8 @@ def _clock(store: RestrictionStore) -> Findings:
 
 def _restrictions(store: RestrictionStore) -> Findings:
     """Count restrictions, and find users whose restrictions have all expired."""
-    named: list[str] = []
-    users = restrictions = shut = 0
+    shut: list[str] = []
+    users = restrictions = 0
     now = store.now()
     _, policies = store.load_all_policies()
     with closing(policies):  # type: ignore[type-var]
@@ -188,14 +184,13 @@ def _restrictions(store: RestrictionStore) -> Findings:
             users += 1
             restrictions += len(policy.restrictions)
             if all_expired(policy.restrictions, now):
-                shut += 1
-                named += [username] if shut <= _NAMED else []
+                shut.append(username)
     yield Finding("restrictions", "ok", f"{restrictions:,} for {users:,} users")
     if shut:
-        more = f" and {shut - _NAMED:,} more" if shut > _NAMED else ""
-        found = f"{shut:,} users have only expired restrictions and can log in from no address"
+        more = f" and {len(shut) - _NAMED:,} more" if len(shut) > _NAMED else ""
+        found = f"{len(shut):,} users have only expired restrictions and can log in from no address"
         todo = "ipguard impose adds a restriction; ipguard lift of the last one opens the user"
-        yield Finding("restrictions", "warn", f"{found}: {', '.join(named)}{more}", todo)
+        yield Finding("restrictions", "warn", f"{found}: {', '.join(shut[:_NAMED])}{more}", todo)
 
 
 def _sqlite(url: str) -> Findings:
@@ -206,9 +201,6 @@ def _sqlite(url: str) -> Findings:
     if not os.access(folder, os.W_OK):
         found = f"{folder} is not writable"
         yield Finding("permissions", "fail", found, "SQLite keeps two more files there")
-
-
-# -- PostgreSQL ----------------------------------------------------------------------------------
 
 
 def _causes(context: Context) -> list[Finding]:

@@ -65,7 +65,6 @@ def history(
 def _entries(
     flow: Workflow, user: str | None, before: int | None = None, limit: int | None = None
 ) -> Iterator[Change]:
-    """Yield audit entries, newest first."""
     return pages(partial(flow.history, READER, username=user), "before", before, limit)
 
 

@@ -28,15 +28,14 @@ def init(context: Context) -> None:
     Example: ipguard init --store sqlite:///ipguard.db --key-file ipguard.key
     """
     path = context.options["key_file"]
-    if path:
-        existed = _exists(context)
-        _write_key(path)
-    elif key_in_environment():
+    if not path:
+        if not key_in_environment():
+            hint = "use --key-file or IPGUARD_KEY_FILE; or IPGUARD_KEY with the key itself"
+            raise Problem(Exit.USAGE, "no place to keep the key", hint)
         read_keys(None)
-        existed = _exists(context)
-    else:
-        hint = "use --key-file or IPGUARD_KEY_FILE; or IPGUARD_KEY with the key itself"
-        raise Problem(Exit.USAGE, "no place to keep the key", hint)
+    existed = _exists(context)
+    if path:
+        _write_key(path)
     try:
         with context.store(migrate=True) as store:
             place = repr(store).strip("<>")

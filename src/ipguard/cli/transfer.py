@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
-from typing import Annotated, Any, BinaryIO, Final, TextIO, TypeVar
+from typing import Annotated, Any, BinaryIO, Final, TextIO
 
 import attrs
 from typer import Option
@@ -31,8 +31,8 @@ from ipguard.model import Actor, Policy, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow
 
-T = TypeVar("T")
 _COLUMNS: Final = Columns(
+    what="restrictions",
     required=("username", "addresses"),
     optional=("label", "expires_at"),
     ignored=("id", "created_at", "created_by"),
@@ -42,13 +42,6 @@ _PREVIEWED: Final = ("line", *_COLUMNS.required, *_COLUMNS.optional)
 _SELECT: Final = "SELECT username, line, first, last, label, expires FROM rows"
 _FEW: Final = 5_000  # up to this many users are looked up one by one
 _SHOWN: Final = 50
-
-
-class _BadRow(Exception):
-    """End the import at a bad row; the caller then checks all rows."""
-
-
-# -- import --------------------------------------------------------------------------------------
 
 
 @command(OPERATOR, name="import")
@@ -91,17 +84,14 @@ def import_(
 
         def wanted() -> Iterator[tuple[object, ...]]:
             nonlocal count
-            form = _files.format_of(file, kind)
-            for _, row in _files.rows(stream, form, _COLUMNS, _stop, advance):
+            for _, row in _files.rows(stream, file, kind, _COLUMNS, _stop, advance):
                 count += 1
                 yield _values(row)
-            if not count:
-                raise _files.without_rows(file, "restrictions")
 
         try:
             with _files.progress(context.out, "restrictions", stream) as advance:
                 applied = flow.impose_many(actor, wanted(), reason=reason)
-        except (_BadRow, errors.IPGuardError) as exc:
+        except errors.IPGuardError as exc:
             if isinstance(exc, errors.StoreError) or (
                 isinstance(exc, errors.InvalidValue) and not count
             ):
@@ -114,7 +104,8 @@ def import_(
 
 
 def _stop(_: int, reason: str) -> None:
-    raise _BadRow(reason)
+    """End the import at a bad row; the caller then checks all rows."""
+    raise errors.IPGuardError(reason)
 
 
 def _values(row: Row) -> tuple[object, ...]:
@@ -136,16 +127,12 @@ def _show_imported(context: Context, count: int, revision: int, skipped: int) ->
         context.out.line(f"{skipped:,} rows skipped: their restrictions exist already")
 
 
-# -- the check of an import ----------------------------------------------------------------------
-
-
 @attrs.define
 class _Check:
     """The check of an import, and its result.
 
     Attributes:
-        added: How many restrictions would be added.
-        users: How many users would get them.
+        added: How many restrictions would be added, to how many `users`.
         newly: How many of these users have no restriction now.
         replaced: How many expired restrictions would be replaced.
         skipped: The lines that were skipped, because their restrictions exist.
@@ -200,7 +187,6 @@ class _Check:
                 yield line, username, AddressRange.from_packed(first, last), label, _time(end)
 
     def show(self, out: Output) -> None:
-        """Show what the import would change."""
         if out.as_json:
             summary = {
                 "dry_run": True,
@@ -236,10 +222,10 @@ def _checked(
     skip_existing: bool = False,
 ) -> Iterator[_Check]:
     """Check every row of a file, or raise `BadRows`; optionally skip existing restrictions."""
-    bad, form = BadRows(path), _files.format_of(path, kind)
+    bad = BadRows(path)
     with Spool("username TEXT, line INTEGER, first BLOB, last BLOB, label TEXT, expires") as spool:
         with _files.progress(context.out, "checking", stream) as advance:
-            for line, row in _files.rows(stream, form, _COLUMNS, bad.add, advance):
+            for line, row in _files.rows(stream, path, kind, _COLUMNS, bad.add, advance):
                 try:
                     wanted = flow.check_row(READER, _values(row))
                 except errors.IPGuardError as exc:
@@ -250,8 +236,6 @@ def _checked(
         result = _Check(spool, bad, skip_existing)
         result.compare(store, flow)
         bad.raise_if_any()
-        if not result.added and not result.skipped:
-            raise _files.without_rows(path, "restrictions")
         yield result
 
 
@@ -286,34 +270,16 @@ def _time(text: str | None) -> datetime | None:
 
 def _policies(store: RestrictionStore, names: Iterator[str]) -> Iterator[Policy]:
     """Yield the policy of each user, in one walk over the store; the names are in order."""
-    _, found = store.load_all_policies()
-    with closing(found):  # type: ignore[type-var]
-        restricted = _finder(found, lambda each: each[0])
-        users = pages(partial(store.overview, Actor.EVERY_ACCOUNT), "after")
-        registered = _finder(users, lambda each: each.user.username)
-        for name in names:
-            if (policy := restricted(name)) is not None:
-                yield policy[1]
-            else:
-                user = registered(name)
-                known = user is not None and not user.removed
-                yield Policy(revision=0, restrictions=(), known=known)
-
-
-def _finder(items: Iterator[T], name_of: Callable[[T], str]) -> Callable[[str], T | None]:
-    """Return a function that finds names, called in their order, among items in that order."""
-    item = next(items, None)
-
-    def find(name: str) -> T | None:
-        nonlocal item
-        while item is not None and name_of(item) < name:
-            item = next(items, None)
-        return item if item is not None and name_of(item) == name else None
-
-    return find
-
-
-# -- export ---------------------------------------------------------------------------------------
+    users = pages(partial(store.overview, Actor.EVERY_ACCOUNT), "after")
+    found = next(users, None)
+    for name in names:
+        while found is not None and found.user.username < name:
+            found = next(users, None)
+        if found is not None and found.user.username == name:
+            held, known = found.restrictions, not found.removed
+        else:
+            held, known = (), False
+        yield Policy(revision=0, restrictions=held, known=known)
 
 
 @command()
@@ -379,7 +345,6 @@ def _writer(target: TextIO, form: Format) -> Callable[[Restriction], object]:
         return lambda restriction: target.write(dumps(restriction) + "\n")
     writer = csv.writer(target, lineterminator="\n")
     writer.writerow(_EXPORTED)
-
     cells = attrgetter(*_EXPORTED)
     return lambda restriction: writer.writerow(
         "" if cell is None else plain(cell) for cell in cells(restriction)

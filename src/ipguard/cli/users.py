@@ -23,7 +23,9 @@ AfterOption = Annotated[
 LimitOption = Annotated[int, Option("--limit", min=1, help="The largest number to list.")]
 AllOption = Annotated[bool, Option("--all", help="List all, without a limit.")]
 
-_COLUMNS: Final = Columns(required=("username", "full_name", "account_id"), optional=("email",))
+_COLUMNS: Final = Columns(
+    what="users", required=("username", "full_name", "account_id"), optional=("email",)
+)
 _group = typer.Typer(rich_markup_mode=None)
 app.add_typer(_group, name="users", help="Register users, and list them.")
 
@@ -41,17 +43,13 @@ def import_users(context: Context, file: FileArgument, *, kind: FormatOption = N
 
     def users() -> Iterator[User]:
         nonlocal count
-        for line, row in _files.rows(
-            stream, _files.format_of(file, kind), _COLUMNS, bad.add, advance
-        ):
+        for line, row in _files.rows(stream, file, kind, _COLUMNS, bad.add, advance):
             count += 1
             try:
                 yield User(**row)
             except IPGuardError as exc:
                 bad.add(line, exc)
         bad.raise_if_any()
-        if not count:
-            raise _files.without_rows(file, "users")
 
     with _files.opened(file) as stream, context.store() as store:
         before = store.changes_since(None).head
@@ -125,7 +123,6 @@ def list_(
 
 
 def _note_none(context: Context, some: object, kind: str, search: str, after: str | None) -> None:
-    """Note that a listing is empty."""
     if not some:
         where = f" for {shorten(search)}" if search.strip() else ""
         where += f" after {shorten(after)}" if after else ""
