@@ -96,19 +96,8 @@ def wsgi_app(
 ) -> WSGIApplication:
     """Make the page for a WSGI server or framework.
 
-    Args:
-        flow: As for `asgi_app`.
-        guard: As for `asgi_app`.
-        authenticate: Called as `authenticate(request)` with Werkzeug's request. It returns the same
-            as for `asgi_app`; Werkzeug's HTTP exceptions, such as those of `abort`, are responses.
-        brand: As for `asgi_app`.
-
-    Returns:
-        The application.
-
-    Raises:
-        InvalidValue: An argument is invalid.
-        ModuleNotFoundError: The extra `admin` is not installed.
+    The arguments and errors are those of `asgi_app`, except that `authenticate`, a plain function,
+    gets Werkzeug's request. Werkzeug's HTTP exceptions, such as those of `abort`, are responses.
     """
     app: WSGIApplication = _load("_wsgi").make_app(_Site(flow, guard, brand, authenticate))
     return app

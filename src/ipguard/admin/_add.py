@@ -157,9 +157,6 @@ def describe_typed(context: Context) -> Response:
     return _http.respond(200, json.dumps(answer), kind="application/json")
 
 
-# -- the fields
-
-
 def _parse(
     context: Context, values: dict[str, str]
 ) -> tuple[User, AddressRange, datetime | None] | dict[str, str]:
@@ -216,7 +213,6 @@ def _parse_user(context: Context, text: str, problems: dict[str, str]) -> User |
 
 
 def _match_users(context: Context, text: str) -> tuple[User, ...]:
-    """Return the users that a text may refer to."""
     if not text.strip():
         return ()
     try:

@@ -19,8 +19,6 @@ from ipguard.model import Actor
 
 
 def make_app(site: Site) -> ASGIApp:
-    """Make the application."""
-
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await WebSocketClose()(scope, receive, send)

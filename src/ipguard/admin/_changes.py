@@ -50,10 +50,7 @@ _CATCH_UP_SECONDS: Final = 2.0
 def find_user_and_version(context: Context, username: str) -> tuple[UserOverview, str]:
     """Return a user and the version that forms about this user carry."""
     # Read the revision first: a concurrent change is then reported twice rather than missed.
-    try:
-        entries = context.flow.history(context.actor, username=username, limit=1).items
-    except errors.UsernameError:
-        raise NotFound from None
+    entries = context.flow.history(context.actor, username=username, limit=1).items
     line = context.find_user(username)
     return line, f"{entries[0].revision if entries else 0}.{digest_restrictions(line)}"
 
@@ -80,11 +77,7 @@ def describe_changes(context: Context, line: UserOverview, version: str) -> list
 
 
 def show_ended_restriction(context: Context, username: str, restriction_id: str) -> Response:
-    """Show who ended a restriction.
-
-    Raises:
-        NotFound: This actor had no such restriction.
-    """
+    """Show who ended a restriction; raise NotFound if this actor had no such restriction."""
 
     def is_end(entry: Change) -> bool:
         if entry.detail.get("replaces") == restriction_id:
@@ -96,11 +89,7 @@ def show_ended_restriction(context: Context, username: str, restriction_id: str)
 
 
 def show_closed_request(context: Context, username: str, request_id: str) -> Response:
-    """Show who or what closed a request.
-
-    Raises:
-        NotFound: This actor had no such request.
-    """
+    """Show who or what closed a request; raise NotFound if this actor had no such request."""
     entry = _find_entry(context, username, lambda entry: entry.detail.get("request") == request_id)
     text = "This request is not pending any more."
     if "locked" in entry.detail:
@@ -157,7 +146,6 @@ class Form(Generic[T]):
     describe: Callable[[T], str]
 
     def find(self, line: UserOverview, subject_id: str) -> T | None:
-        """Return the subject with an id, or None."""
         return next((one for one in self.list_subjects(line) if one.id == subject_id), None)
 
     def show(self, context: Context) -> Response:
@@ -203,15 +191,13 @@ class Form(Generic[T]):
     ) -> Response:
         """Redirect to the form with the submitted values and the problems by field.
 
-        `asked` is the actor's address if the change would lock the actor out; `step` is "changed"
-        for the form to show concurrent changes.
+        `asked` is the actor's address if the change would lock the actor out.
         """
         values = {name: context.field(name) for name in ("seen", *self.kept)}
         values["asked"] = context.field("asked") if asked is None else asked
         return self.open(context, Draft(values=values, problems=problems or {}, step=step))
 
     def warn_of_lockout(self, context: Context, address: str) -> Response:
-        """Redirect to the warning that the actor would be locked out."""
         return self.refuse(context, check_lockout_accepted(context), asked=address)
 
     def check_version(self, context: Context) -> tuple[UserOverview, T] | Response:
@@ -282,7 +268,6 @@ show_confirm = _CONFIRM.show
 
 
 def confirm(context: Context) -> Response:
-    """Confirm a request with its number."""
     checked = _CONFIRM.check_version(context)
     if isinstance(checked, Response):
         return checked
@@ -328,7 +313,6 @@ def _refuse_number(context: Context, error: errors.IPGuardError) -> Response:
 
 
 def resend(context: Context) -> Response:
-    """Send a new number."""
     text = "A new number was sent by email. The one before it is no longer valid."
     level: Level = "problem"
     username, request_id = context.field("user"), context.field("request")
@@ -349,7 +333,6 @@ def resend(context: Context) -> Response:
 
 
 def cancel(context: Context) -> Response:
-    """Cancel a request."""
     username, request_id = context.field("user"), context.field("request")
     if _CONFIRM.find(context.find_user(username), request_id) is None:
         return _CONFIRM.open(context)
@@ -411,7 +394,6 @@ show_delete = _DELETE.show
 
 
 def delete(context: Context) -> Response:
-    """Delete a restriction, or request its deletion."""
     checked = _DELETE.check_version(context)
     if isinstance(checked, Response):
         return checked

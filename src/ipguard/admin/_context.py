@@ -86,8 +86,6 @@ class Draft:
 
 @attrs.frozen(kw_only=True)
 class Services:
-    """What all requests share."""
-
     flow: Workflow
     guard: Guard
     brand: str
@@ -109,34 +107,23 @@ class Services:
 
 
 class Context:
-    """One request of one actor.
-
-    Attributes:
-        flow: The workflow.
-        guard: The guard of this server.
-        request: The request.
-        actor: The signed-in actor.
-        form: The fields of the submitted form; empty for a GET.
-        now: The store's time.
-    """
+    """One request of one actor; `form` has the submitted fields, and `now` is the store's time."""
 
     def __init__(self, services: Services, request: Request, actor: Actor) -> None:
         self._services = services
-        self._sign, self._verify = services.signer.sign, services.signer.verify
+        self.sign, self.verify = services.signer.sign, services.signer.verify
         self.flow = services.flow
         self.guard = services.guard
         self.request = request
         self.actor = actor
         self.form: dict[str, str] = {}
         self.now: datetime = services.flow.now()
-        self._cookies: dict[str, tuple[str, int | None]] = {}
+        self._cookies: dict[str, tuple[str, str]] = {}  # values, and their lifetimes
         session = self._cookie("form")
         if not _SESSION.fullmatch(session):
             session = secrets.token_urlsafe(16)
-            self._cookies["form"] = (session, None)
+            self._cookies["form"] = (session, "")
         self._browser = (session, actor.username)
-
-    # -- cookies
 
     def _cookie_name(self, name: str) -> str:
         # Browsers keep other hosts of the domain from setting cookies with this prefix.
@@ -147,25 +134,19 @@ class Context:
 
     def _cookie_headers(self) -> list[tuple[str, str]]:
         secure = "; Secure" if self.request.https else ""
+        attributes = f"Path=/; HttpOnly; SameSite=Lax{secure}"
         return [
-            (
-                "Set-Cookie",
-                f"{self._cookie_name(name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
-                + ("" if seconds is None else f"; Max-Age={seconds}"),
-            )
-            for name, (value, seconds) in self._cookies.items()
+            ("Set-Cookie", f"{self._cookie_name(name)}={value}; {attributes}{age}")
+            for name, (value, age) in self._cookies.items()
         ]
-
-    # -- forms
 
     def has_valid_token(self) -> bool:
         """Return whether the form carries a CSRF token of this actor and this browser."""
         if self.request.is_cross_site():
             return False
-        return self._verify("form", self.field("token"), *self._browser) is not None
+        return self.verify("form", self.field("token"), *self._browser) is not None
 
     def field(self, name: str) -> str:
-        """Return a field of the form, or "" if it is missing."""
         return self.form.get(name, "")
 
     def read_draft(self) -> Draft:
@@ -173,32 +154,19 @@ class Context:
         query = self.request.parse_query()
         text = query.pop("again", "")
         page = _http.build_link("", self.request.path[1:], **query)
-        found = self._verify("draft", text, page, *self._browser)
-        if found is None:
-            return Draft()
-        values, problems, step = found
-        return Draft(values=values, problems=problems, step=step)
-
-    def sign_search(self, text: str) -> str:
-        """Return the signed text of a search, for URLs."""
-        return self._sign("search", text, self.actor.username)
-
-    def verify_search(self, text: str) -> str:
-        """Return the text of a search from a URL, or "" unless it was signed for this actor."""
-        return self._verify("search", text, self.actor.username) or ""
-
-    # -- responses
+        found = self.verify("draft", text, page, *self._browser)
+        return Draft() if found is None else Draft(**found)
 
     def page(self, template: str, status: int = 200, **values: Any) -> Response:
         """Respond with a page, which shows a pending message once."""
-        note = self._verify("note", self._cookie("note"), *self._browser)
+        note = self.verify("note", self._cookie("note"), *self._browser)
         here = _http.build_link("", self.request.path[1:], **self.request.parse_query())
         if note and note["to"] != here:
             note = None  # it is for the page that another tab is loading
         elif self._cookie("note"):
-            self._cookies["note"] = ("", 0)
+            self._cookies["note"] = ("", "; Max-Age=0")
         # A different token each time, so that compression does not reveal it (BREACH).
-        token = self._sign("form", secrets.token_urlsafe(9), *self._browser)
+        token = self.sign("form", secrets.token_urlsafe(9), *self._browser)
         shared = {"note": note, "now": self.now, "token": token}
         html = self._services.render(template, self.request, self.actor, **shared, **values)
         return _http.respond(status, html, self._cookie_headers())
@@ -210,8 +178,8 @@ class Context:
         if note:
             to = _http.build_link("", page, **query)
             value = {"text": note, "level": level, "to": to}
-            text = self._sign("note", value, *self._browser, seconds=_NOTE_SECONDS)
-            self._cookies["note"] = (text, _NOTE_SECONDS)
+            text = self.sign("note", value, *self._browser, seconds=_NOTE_SECONDS)
+            self._cookies["note"] = (text, f"; Max-Age={_NOTE_SECONDS}")
         location = _http.build_link(self.request.base, page, **query)
         return _http.redirect(location, self._cookie_headers())
 
@@ -221,10 +189,10 @@ class Context:
         If the response to the POST were the form itself, each reload would submit it again. The
         draft is in the URL, so that tabs do not share it. Long values are cut until it fits.
         """
-        to, values = _http.build_link("", page, **query), dict(draft.values)
+        to, value = _http.build_link("", page, **query), attrs.asdict(draft)
+        values = value["values"]
         while True:
-            value = [values, draft.problems, draft.step]
-            signed = self._sign("draft", value, to, *self._browser, seconds=_DRAFT_SECONDS)
+            signed = self.sign("draft", value, to, *self._browser, seconds=_DRAFT_SECONDS)
             longest = max(values, key=lambda name: len(values[name]), default="")
             if len(signed) <= _DRAFT_LENGTH or not values.get(longest):
                 return self.redirect(page, **query, again=signed)
@@ -234,8 +202,6 @@ class Context:
         """Redirect to a form of one field, with the submitted text and the problem, if any."""
         problems = {name: problem} if problem else {}
         return self.redirect_to_draft(page, Draft(values={name: text}, problems=problems), **query)
-
-    # -- users
 
     def find_user(self, username: str) -> UserOverview:
         """Return a user of the actor's accounts, or raise UnknownUser."""

@@ -13,8 +13,7 @@ BODY_LIMIT: Final = 32_768
 _FIELD_LIMIT: Final = 30
 
 POLICY: Final = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 # `same-origin`, not `no-referrer`: with the latter, browsers send `Origin: null` with every form.
@@ -30,14 +29,7 @@ SAFE_HEADERS: Final = (
 
 @attrs.define(eq=False, slots=False)
 class PageError(Exception):
-    """A request that is answered with an error page.
-
-    Attributes:
-        status: The HTTP status.
-        text: The explanation on the page.
-        title: The heading of the page.
-        headers: Additional headers.
-    """
+    """A request that is answered with an error page of this status, text and title."""
 
     status: int
     text: str
@@ -58,12 +50,10 @@ class Request:
     """A request in the form that both adapters produce.
 
     Attributes:
-        method: The HTTP method in capitals.
         prefix: The path at which the page is mounted, without a slash at the end.
         path: The percent-decoded path below the mount; empty, or begins with a slash.
         query: The raw query string without the question mark.
         headers: The headers by lower-case name.
-        cookies: The cookies by name.
         https: Whether the request used TLS, according to the server.
         body: The body, or None if it was longer than `BODY_LIMIT`.
     """
@@ -78,19 +68,11 @@ class Request:
     body: bytes | None = attrs.field(default=b"", repr=False)
 
     def parse_query(self) -> dict[str, str]:
-        """Return the fields of the query string.
-
-        Raises:
-            PageError: The query is malformed.
-        """
+        """Return the fields of the query string, or raise PageError."""
         return _parse_fields(self.query)
 
     def parse_form(self) -> dict[str, str]:
-        """Return the fields of the submitted form.
-
-        Raises:
-            PageError: The body is too large, malformed, or of another content type.
-        """
+        """Return the fields of the submitted form, or raise PageError."""
         if self.body is None:
             raise PageError(413, "That was more than this form takes.")
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -126,13 +108,7 @@ class Request:
 
 @attrs.frozen(kw_only=True)
 class Response:
-    """A response for an adapter to send.
-
-    Attributes:
-        status: The HTTP status.
-        headers: Pairs of name and value, one for each header line.
-        body: The body.
-    """
+    """A response for an adapter to send; each of its headers is one line."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
@@ -176,11 +152,7 @@ def remove_prefix(path: str, prefix: str) -> str | None:
 def _parse_fields(text: str) -> dict[str, str]:
     try:
         pairs = parse_qsl(
-            text,
-            keep_blank_values=True,
-            max_num_fields=_FIELD_LIMIT,
-            errors="strict",
-            separator="&",
+            text, keep_blank_values=True, max_num_fields=_FIELD_LIMIT, errors="strict"
         )
     except ValueError:
         raise PageError(400, "That cannot be read.") from None

@@ -24,7 +24,7 @@ def show_list(context: Context) -> Response:
     draft = context.read_draft()
     query = context.request.parse_query()
     signed, cursor = query.get("search", ""), query.get("after")
-    text = context.verify_search(signed)
+    text = context.verify("search", signed, context.actor.username) or ""
     found: Page[UserOverview] = Page(items=())
     if not draft.problems:
         found = context.flow.overview(context.actor, search=text, after=cursor, limit=_PAGE_SIZE)
@@ -49,7 +49,7 @@ def search(context: Context) -> Response:
         check_text("search", text, _SEARCH_LENGTH)
     except InvalidValue as error:
         return context.refuse_field("", "search", text, f"What you search for {error.reason}.")
-    return context.redirect("", search=context.sign_search(text))
+    return context.redirect("", search=context.sign("search", text, context.actor.username))
 
 
 def show_user(context: Context) -> Response:

@@ -9,14 +9,7 @@ from typing import Final
 
 from ipguard import audit, errors
 from ipguard.addresses import AddressRange
-from ipguard.model import (
-    Action,
-    Change,
-    Explanation,
-    PendingRequest,
-    Reason,
-    RequestKind,
-)
+from ipguard.model import Action, Change, Explanation, PendingRequest, Reason
 from ipguard.rules import all_expired, shifted
 
 _EXACT_BELOW: Final = 10**12  # larger counts are shown as powers of two
@@ -36,7 +29,6 @@ def format_range(addresses: AddressRange) -> str:
 
 
 def format_time(at: datetime) -> str:
-    """Return a UTC time to the minute."""
     return f"{at.day} {at:%b %Y, %H:%M} UTC"
 
 
@@ -50,7 +42,6 @@ def format_duration(duration: timedelta) -> str:
 
 
 def format_attempts(left: int) -> str:
-    """Return how many attempts are left."""
     return f"{_plural(left, 'attempt')} left"
 
 
@@ -59,11 +50,7 @@ def _plural(number: int, unit: str) -> str:
 
 
 def describe_request(request: PendingRequest) -> str:
-    """Return what a request is for."""
-    return f"{'add' if request.kind is RequestKind.ADD else 'delete'} {request.addresses}"
-
-
-# -- errors --------------------------------------------------------------------------------------
+    return f"{request.kind} {request.addresses}"
 
 
 _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
@@ -97,14 +84,10 @@ def explain(error: errors.IPGuardError, now: datetime) -> dict[str, str]:
 
 
 def format_retry(error: errors.TooManyRequests, now: datetime) -> str:
-    """Return when something can be tried again."""
     wait = f"Try again in {format_duration(error.retry_after)}"
     if error.retry_after <= timedelta(minutes=1):  # times are shown without seconds
         return f"{wait}."
     return f"{wait}, after {format_time(shifted(now, error.retry_after))}."
-
-
-# -- decisions -----------------------------------------------------------------------------------
 
 
 def explain_decision(found: Explanation) -> str:
@@ -126,9 +109,6 @@ def explain_decision(found: Explanation) -> str:
     }[reason]
 
 
-# -- audit entries -------------------------------------------------------------------------------
-
-
 _ACTIONS: Final[Mapping[tuple[str, str], str]] = {
     (Action.REQUEST, ""): "asked for {addresses}",
     (Action.REQUEST, "delete"): "asked to delete {addresses}",
@@ -147,8 +127,6 @@ _ACTIONS: Final[Mapping[tuple[str, str], str]] = {
     (Action.WRONG_NUMBER, ""): "gave a wrong number for {addresses}",
     (Action.DELIVERY_FAILED, ""): "could not be sent the number for {addresses}",
 }
-
-
 _PARTICULARS: Final = (
     ("label", "label: {}"),
     ("reason", "reason: {}"),

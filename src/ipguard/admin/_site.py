@@ -108,7 +108,6 @@ class Site:
         return found
 
     def refuse_stranger(self, request: Request) -> Response:
-        """Respond to a request without an actor."""
         text = "Sign in, then open this page again."
         return self._show_error(request, None, PageError(401, text, "You are not signed in"))
 
@@ -148,7 +147,8 @@ class Site:
 def _to_page_error(request: Request, error: Exception) -> PageError:
     if isinstance(error, PageError):
         return error
-    if isinstance(error, (errors.UnknownUser, errors.UnknownRequest, errors.UnknownRestriction)):
+    unknown = (errors.UnknownUser, errors.UnknownRequest, errors.UnknownRestriction)
+    if isinstance(error, (*unknown, errors.UsernameError)):
         return NotFound()
     if isinstance(error, errors.StoreError):
         _log.error("the store is unavailable: %s", type(error).__name__)
@@ -166,9 +166,6 @@ def _to_page_error(request: Request, error: Exception) -> PageError:
         "before you try again."
     )
     return PageError(500, text, "Something went wrong")
-
-
-# -- files
 
 
 @functools.cache

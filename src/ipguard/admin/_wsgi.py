@@ -15,8 +15,6 @@ from ipguard.model import Actor
 
 
 def make_app(site: Site) -> WSGIApplication:
-    """Make the application."""
-
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         http_request = wrappers.Request(environ)
         request = _read_request(http_request)
