@@ -51,17 +51,10 @@ class _Lock(Protocol):
 
 
 def acquire(lock: _Lock, timeout: float, held: list[bool]) -> bool:
-    """Acquire a lock within a time limit and record the result in the same C call.
+    """Acquire a lock within some seconds, append whether that worked to `held`, and return it.
 
-    The caller creates `held` before its `try`, and releases the lock in `finally` if True is in it.
-
-    Args:
-        lock: A lock of the threading module.
-        timeout: How long to wait, in seconds; do not wait if it is not positive.
-        held: An empty list; the result is appended to it.
-
-    Returns:
-        Whether the lock was acquired.
+    Both happen in one C call. The caller creates the empty list `held` before its `try`, and
+    releases the lock in `finally` if True is in it.
     """
     held.extend(map(lock.acquire, (True,), (max(0.0, timeout),)))
     return held[-1]
@@ -102,8 +95,7 @@ def check() -> None:
 
 
 def _registered() -> list[Forkable]:
-    found = (reference() for reference in _objects.keyrefs())
-    return [forkable for forkable in found if forkable is not None]
+    return [found for reference in _objects.keyrefs() if (found := reference()) is not None]
 
 
 def _repair() -> None:

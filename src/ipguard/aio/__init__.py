@@ -66,8 +66,7 @@ class GuardSettings(TypedDict, total=False):
 
 class _AsyncClosing(ABC):
     @abstractmethod
-    async def close(self) -> None:
-        """Let all threads end."""
+    async def close(self) -> None: ...
 
     async def aclose(self) -> None:
         """Call `close`, under the name that `contextlib.aclosing` uses."""
@@ -88,7 +87,8 @@ class AsyncGuard(_AsyncClosing):
     for all calls while the circuit breaker is open. Other calls go to `threads` threads, and up to
     `waiting` calls wait for one. Beyond that, logins are denied at once with `STORE_UNAVAILABLE`
     (within `outage_grace`, remembered users are answered). `explain`, `sync` and `wait_for` use
-    `threads` other threads, so that they do not delay logins.
+    `threads` other threads, so that they do not delay logins; if too many calls wait for these,
+    `explain` and `sync` raise `StoreUnavailable`, as if the store does not answer.
 
     The observer is called on the event loop, for each decision: it must not block.
 
@@ -180,30 +180,17 @@ class AsyncGuard(_AsyncClosing):
             return None
 
     async def explain(self, username: str, address: str) -> Explanation:
-        """Explain to an operator how a check is decided and why; see `Guard.explain`.
-
-        Raises:
-            StoreUnavailable: The store does not answer, or too many calls wait for it.
-        """
+        """Explain to an operator how a check is decided and why; see `Guard.explain`."""
         return await self._others.run(self.guard.explain, username, address)
 
     async def sync(self) -> int:
-        """Read what has changed, now, and return the revision; see `Guard.sync`.
-
-        Raises:
-            StoreUnavailable: The store does not answer, or too many calls wait for it.
-        """
+        """Read what has changed, now, and return the revision; see `Guard.sync`."""
         return await self._others.run(self.guard.sync)
 
     async def wait_for(self, revision: int, timeout: float) -> bool:  # noqa: ASYNC109 - as Guard's
         """Wait until every decision rests on a revision or a later one; see `Guard.wait_for`.
 
-        Returns:
-            Whether the guard has reached the revision; False at the timeout, or at once if too many
-            calls wait for a thread.
-
-        Raises:
-            InvalidValue: The timeout is not a number of seconds.
+        Returns False at the timeout, or at once if too many calls wait for a thread.
         """
         check_seconds("timeout", timeout)
         if self.guard.revision >= revision:
@@ -270,9 +257,7 @@ class AsyncWorkflow(_AsyncClosing):
 
     Args:
         store: The store; or a `Workflow`, and then none of its arguments.
-        notifier: As for `Workflow`.
-        key: As for `Workflow`.
-        settings: As for `Workflow`.
+        notifier, key, settings: As for `Workflow`.
         threads: How many calls to the store may run at once.
         waiting: How many more calls may wait for a thread.
 

@@ -53,13 +53,9 @@ class Executor(_fork.Forkable):
     def begin(
         self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
     ) -> asyncio.Future[_T]:
-        """Call a function on a thread, in the caller's context.
+        """Call a function on a thread, in the caller's context; return a future of its result.
 
-        Returns:
-            A future of its result, for the running event loop.
-
-        Raises:
-            StoreUnavailable: All threads are busy and the queue is full.
+        Raise StoreUnavailable if all threads are busy and the queue is full.
         """
         context = contextvars.copy_context()
         return asyncio.wrap_future(

@@ -116,14 +116,7 @@ class EmailNotifier:
         self._deliver(notices(change, actor, user, self._product))
 
     def send_test(self, to: str) -> None:
-        """Send a test mail.
-
-        Args:
-            to: One e-mail address.
-
-        Raises:
-            DeliveryError: The server did not accept it.
-        """
+        """Send a test mail to an e-mail address, or raise DeliveryError if it is not accepted."""
         self._deliver([trial_message(to, self._product, datetime.now(UTC))])
 
     def _deliver(
@@ -182,6 +175,8 @@ class EmailNotifier:
 class ConsoleNotifier:
     """Prints the mails instead of sending them; for demonstrations only, as it shows the number.
 
+    Its methods raise `OSError` if the stream cannot be written to.
+
     Args:
         stream: Where to print; None for standard output as it is at the time of printing.
         product: What the mails call the platform, in the middle of a sentence.
@@ -197,19 +192,11 @@ class ConsoleNotifier:
         self._product = check_text("product", product, 100, required=True)
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
-        """Print the mail with a confirmation number.
-
-        Raises:
-            OSError: The stream cannot be written to.
-        """
+        """Print the mail with a confirmation number."""
         self._print(number_message(request, number, actor, self._product))
 
     def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
-        """Print the notices of a change.
-
-        Raises:
-            OSError: The stream cannot be written to.
-        """
+        """Print the notices of a change."""
         for message in notices(change, actor, user, self._product):
             self._print(message)
 
