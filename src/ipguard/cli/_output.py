@@ -175,13 +175,12 @@ class Output:
         cells: Callable[[T], Sequence[Cell]],
         *,
         limit: int | None,
-        cursor: Callable[[T], object],
         option: str,
     ) -> bool:
         """Write items, as they are read, up to a limit; return whether there was one.
 
-        `name` is that of the array in JSON. `cursor` returns the value for `option` with which a
-        listing continues after an item.
+        `name` is that of the array in JSON. An item's first cell is the value of the `option` that
+        continues a listing after it.
         """
         last: list[T] = []
 
@@ -191,7 +190,7 @@ class Output:
                 yield item
 
         def following() -> object:
-            return cursor(last[0]) if last and next(items, None) is not None else None
+            return cells(last[0])[0] if last and next(items, None) is not None else None
 
         # Read the first item now, so that an error is raised before anything is written.
         iterator = shown()

@@ -52,7 +52,6 @@ def history(
             _entries(flow, user, before, size),
             _cells,
             limit=size,
-            cursor=lambda change: change.revision,
             option="--before",
         )
         if not found:

@@ -82,7 +82,6 @@ def list_users(
             (each.user for each in found if not each.removed),
             lambda user: (user.username, user.full_name, user.account_id, user.email),
             limit=size,
-            cursor=lambda user: user.username,
             option="--after",
         )
     _note_none(context, some, "user", search, after)
@@ -115,7 +114,6 @@ def list_(
             (each for each in found if each.removed or not removed),
             _terminal_cells if context.out.rich else _cells,
             limit=size,
-            cursor=lambda each: each.user.username,
             option="--after",
         )
     kind = "removed user with restrictions" if removed else "user"
