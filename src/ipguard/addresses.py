@@ -41,9 +41,6 @@ _AF_INET, _AF_INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 
 _Ends = tuple[int, int, int]  # version, first and last
 
-
-# -- one address ----------------------------------------------------------------------------------
-
 # Some C libraries accept a leading zero, as decimal or as octal.
 _LEADING_ZERO: Final = re.compile(r"\.0[0-9]|(?:^|:)0[0-9]+\.")
 _ZEROS: Final = re.compile(r"\b0(?::0)+")
@@ -121,9 +118,6 @@ def _written(version: int, value: int) -> str:
     if longest is None:
         return groups
     return f"{groups[: longest.start()].rstrip(':')}::{groups[longest.end() :].lstrip(':')}"
-
-
-# -- ranges and sets ------------------------------------------------------------------------------
 
 
 @final

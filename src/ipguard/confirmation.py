@@ -119,11 +119,7 @@ class Keyring:
         return _hmac(self._keys[key_id], fields)
 
     def matches(self, key_id: bytes, digest: bytes, number: str, subject: Iterable[str]) -> bool:
-        """Return whether a number has a stored digest, compared in constant time.
-
-        Raises:
-            KeyError: The key is not in this ring.
-        """
+        """Return whether a number has a stored digest, in constant time; raise as `digest` does."""
         return hmac.compare_digest(digest, self.digest(key_id, number, subject))
 
 

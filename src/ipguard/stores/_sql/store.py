@@ -290,10 +290,7 @@ def _lines(
 def _usernames(
     db: Executor, accounts: Accounts, search: Search, after: str, limit: int
 ) -> list[str]:
-    """Return the first usernames that a search finds, in order.
-
-    The caller removes duplicates and users that are not visible to the actor.
-    """
+    """Return the first usernames that a search finds, in order, with duplicates and hidden ones."""
     if not search.text:
         return [row[0] for row in db.rows(*_everybody(db, accounts, after, limit))]
     queries = [*_by_terms(db, accounts, search, after), *_by_addresses(db, accounts, search, after)]
@@ -424,10 +421,7 @@ def _of_accounts(db: Executor, accounts: Accounts) -> Query:
 
 
 def _texts(db: Executor, accounts: frozenset[str]) -> object:
-    """Return the parameter for accounts, sorted as the indexes are.
-
-    Accounts that no row can hold are left out.
-    """
+    """Return the parameter for the accounts that a row can hold, sorted as the indexes are."""
     storable = accounts if encodable("".join(accounts)) else filter(encodable, accounts)
     return db.texts(sorted(storable))
 

@@ -64,6 +64,7 @@ _log = logging.getLogger("ipguard.stores.postgres")
 T = TypeVar("T")
 
 _POLICY: Final = POLICY % ("?::text", STATE)
+_KEPT_TOO_LONG: Final = "another thread kept the writer's lock for too long"
 _USERS_LOCK: Final = 0x49504755  # "IPGU"; with the schema's name it makes the lock's number
 _CHANGES: Final = f"""
 SELECT f.*, {STATE}, {MICROS}, v.version, v.oldest, s.touching, {RESTORE}
@@ -417,7 +418,7 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         held: list[bool] = []
         try:
             if not acquire(queue, deadline - time.monotonic(), held):
-                raise _kept_too_long()
+                raise StoreUnavailable(_KEPT_TOO_LONG)
             asked_at = ticks()
             first = self._lock_users_sql(deadline, statement) if users else ""
             begin = f"{BEGIN};{first}{self._lock_sql(deadline, statement)}"
@@ -454,7 +455,7 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         held: list[bool] = []
         try:
             if not acquire(queue, patience, held):
-                raise _kept_too_long()
+                raise StoreUnavailable(_KEPT_TOO_LONG)
             connection.script(self._lock_users_sql(time.monotonic() + patience, patience))
             yield
         finally:
@@ -536,10 +537,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
             inside.discard(thread)
         if tx.touching is not None:
             self._listener.tell(tx.touching)
-
-
-def _kept_too_long() -> StoreUnavailable:
-    return StoreUnavailable("another thread kept the writer's lock for too long")
 
 
 # ----------------------------------------------------------------------------- preloading

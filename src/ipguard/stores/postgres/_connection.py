@@ -127,14 +127,10 @@ class Connection(psycopg.Connection[Row]):
             self.pgconn.finish()
 
     def lend(self, deadline: float) -> None:
-        """Give the next user of this connection a deadline."""
         self.deadline, self.patience, self._shared = deadline, None, None
 
     def share(self, seconds: float) -> None:
-        """Set how many seconds all further statements together may wait.
-
-        The caller's own time between the statements does not count.
-        """
+        """Set how many seconds further statements may wait together, without the caller's time."""
         self.patience, self._shared = None, self.waited + seconds
 
     def _start(self) -> None:

@@ -95,7 +95,6 @@ class Listener(_fork.Forkable):
                 self._told.notify_all()
 
     def close(self) -> None:
-        """Wake all waiters, and end the thread."""
         self._closed = True
         _fork.check()
         with self._lock:

@@ -284,10 +284,7 @@ class Pool(_fork.Forkable):
     def begun(
         self, begin: str, *, deadline: float | None = None
     ) -> Iterator[tuple[Connection, list[list[Row]]]]:
-        """Lend a connection in a transaction; if the block does not commit it, it is rolled back.
-
-        Return the rows of each of the statements that begin it, too.
-        """
+        """Lend a connection in a transaction, with its first rows; roll back what is left open."""
         connection, found = self._try(lambda it: it.begin(begin), deadline or self.deadline())
         try:
             yield connection, found

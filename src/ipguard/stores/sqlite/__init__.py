@@ -182,7 +182,6 @@ class Connection:
         return dumps(texts, ensure_ascii=False) if joined is None else f"[{joined}]"
 
     def stream(self, sql: str) -> Generator[Row, None, None]:
-        """Run a query and yield its rows as they are read."""
         try:
             yield from self.cursor.execute(sql)
         except sqlite3.Error as exc:
