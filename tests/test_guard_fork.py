@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,35 @@ def test_many_guards_fork_together(sqlite: World) -> None:
     guards = [sqlite.guard() for _ in range(20)]
     assert in_child(lambda: [guard.sync() for guard in guards]) == [0] * 20
     assert [guard.sync() for guard in guards] == [0] * 20
+
+
+def test_weak_set_is_looked_through_while_others_change_it(rounds: Any) -> None:
+    """A thread that opens or closes a connection must not fail the others."""
+
+    class Thing:
+        pass
+
+    things: weakref.WeakKeyDictionary[Thing, None] = weakref.WeakKeyDictionary()
+    kept = [Thing() for _ in range(50)]
+    things.update(dict.fromkeys(kept))
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            more = [Thing() for _ in range(100)]
+            things.update(dict.fromkeys(more))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    changing = [Call(change) for _ in range(2)]
+    try:
+        for _ in range(rounds(2_000, 100_000)):
+            assert set(_fork.alive(things)) >= set(kept)
+    finally:
+        stop.set()
+        sys.setswitchinterval(before)
+        for call in changing:
+            call.result()
 
 
 def test_collected_object_is_not_called(memory: World) -> None:

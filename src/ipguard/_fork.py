@@ -25,8 +25,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+T = TypeVar("T")
 _Base: Any = type(threading.RLock())
 
 
@@ -94,8 +95,9 @@ def check() -> None:
         _repair()
 
 
-def _registered() -> list[Forkable]:
-    return [found for reference in _objects.keyrefs() if (found := reference()) is not None]
+def alive(objects: weakref.WeakKeyDictionary[T, None]) -> list[T]:
+    """Return a copy of a weak set's objects: iterating fails if other threads change the set."""
+    return [found for reference in objects.keyrefs() if (found := reference()) is not None]
 
 
 def _repair() -> None:
@@ -104,7 +106,7 @@ def _repair() -> None:
     # Several threads of the child may arrive here at once. Locks of the parent may be held by
     # threads that do not exist here, so the child uses a new one.
     with _repairs.setdefault(pid, threading.RLock()):
-        for forkable in _registered():
+        for forkable in alive(_objects):
             if _pid == pid:  # another thread, or a signal handler in this one, has repaired it
                 return
             forkable._after_fork_in_child()  # noqa: SLF001
@@ -114,12 +116,12 @@ def _repair() -> None:
 
 def _before() -> None:
     _forking.acquire()
-    for forkable in _registered():
+    for forkable in alive(_objects):
         forkable._before_fork()  # noqa: SLF001
 
 
 def _after_in_parent() -> None:
-    for forkable in reversed(_registered()):
+    for forkable in reversed(alive(_objects)):
         forkable._after_fork_in_parent()  # noqa: SLF001
     _forking.release()
 

@@ -265,12 +265,12 @@ class Pool(_fork.Forkable):
         self._closed = False
         self._begin()
         _fork.register(self)
-        _pools.add(self)
+        _pools[self] = None
 
     def _begin(self) -> None:
         self._idle: deque[Connection] = deque()
         # Idle or lent. A connection that is lost, because a signal handler raised, closes itself.
-        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._open: weakref.WeakKeyDictionary[Connection, None] = weakref.WeakKeyDictionary()
         self._opening = threading.Lock()
         self.writing = threading.Lock()
         self.writer: int | None = None
@@ -332,7 +332,7 @@ class Pool(_fork.Forkable):
         connection.broken = True
         with suppress(sqlite3.Error), _files_kept(connection):
             connection.driver.close()
-        self._open.discard(connection)
+        self._open.pop(connection, None)
 
     @contextmanager
     def connection(
@@ -409,7 +409,7 @@ class Pool(_fork.Forkable):
             if self._closed:
                 raise StoreUnavailable(f"{self.path}: the store is closed")
             connection = self._opened(deadline)
-            self._open.add(connection)
+            self._open[connection] = None
             return connection
         finally:
             if True in held:
@@ -442,7 +442,9 @@ class Pool(_fork.Forkable):
             for pragma in _PRAGMAS:
                 connection.run(pragma)
             connection.files = self._files_of(main)
-            connection.unwritable = not writable or any(s.unwritable for s in tuple(self._open))
+            connection.unwritable = not writable or any(
+                s.unwritable for s in _fork.alive(self._open)
+            )
         except BaseException:
             driver.close()
             raise
@@ -464,7 +466,7 @@ class Pool(_fork.Forkable):
         )
 
     def _in_use(self, files: Files) -> bool:
-        return any(each.files is files and not each.broken for each in tuple(self._open))
+        return any(each.files is files and not each.broken for each in _fork.alive(self._open))
 
     def _release_old(self, main: FileId, deadline: float) -> None:
         """Wait until connections with other logs of the same database are closed.
@@ -472,7 +474,7 @@ class Pool(_fork.Forkable):
         SQLite opens the index once per process: a new connection would share theirs, and would not
         see commits of other processes.
         """
-        pools = tuple(_pools)
+        pools = _fork.alive(_pools)
         while sum(pool.holds_old(main) for pool in pools) and remaining(deadline):
             time.sleep(0.0005)
 
@@ -488,7 +490,7 @@ class Pool(_fork.Forkable):
             connection.files.main == main
             and connection.files is not self._files
             and connection.thread != me
-            for connection in tuple(self._open)
+            for connection in _fork.alive(self._open)
         )
 
     def follow(self) -> None:
@@ -533,7 +535,7 @@ class Pool(_fork.Forkable):
         self._forking = []
         acquire(self._opening, self.timeout, self._forking)
         self.forget()
-        while any(s.thread != me for s in tuple(self._open)) and time.monotonic() < deadline:
+        while any(s.thread != me for s in _fork.alive(self._open)) and time.monotonic() < deadline:
             time.sleep(0.0005)
             self.forget()
 
@@ -548,7 +550,7 @@ class Pool(_fork.Forkable):
 
     def _after_fork_in_child(self) -> None:
         """Close or abandon the inherited connections, and start over."""
-        for connection in tuple(self._open):
+        for connection in _fork.alive(self._open):
             # Closing the last connection to a replaced file would remove the new file's log.
             there = False
             with suppress(StoreUnavailable):
@@ -560,14 +562,14 @@ class Pool(_fork.Forkable):
             else:
                 _abandon(connection.driver, connection.cursor)
                 _inherited.add(connection.files.main)
-            self._open.discard(connection)
+            self._open.pop(connection, None)
         if self._opening.locked() and True not in self._forking:  # a connection was half open
             with suppress(StoreUnavailable):
                 _inherited.add(file_id(self.path))
         self._begin()
 
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_pools: weakref.WeakKeyDictionary[Pool, None] = weakref.WeakKeyDictionary()
 # Files to which this process inherited an open connection; see the module.
 _inherited: set[FileId] = set()
 _abandoned: list[object] = []
