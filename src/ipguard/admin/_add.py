@@ -28,7 +28,7 @@ def show(context: Context) -> Response:
     given = context.request.parse_query().get("user", "")
     if given:
         context.find_user(given)  # raise UnknownUser
-    draft = context.read_draft()
+    draft = context.draft
     values = dict.fromkeys(_FIELDS, "") | {"user": given} | draft.values
     if draft.step != "review" and not values.get("asked"):
         return _show_form(context, values, draft.problems)
@@ -38,7 +38,7 @@ def show(context: Context) -> Response:
     user, addresses, expires_at = parsed
     if values.get("asked"):
         what = f"add {addresses} for {user.full_name or user.username}"
-        return show_lockout_warning(context, "add", draft, what, user=user.username)
+        return show_lockout_warning(context, "add", what, user=user.username)
     return context.page(
         "review.html", values=values, user=user, addresses=addresses, expires_at=expires_at
     )

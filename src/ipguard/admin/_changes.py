@@ -114,6 +114,7 @@ def _show_over(context: Context, username: str, text: str, entry: Change) -> Res
     return context.page(
         "over.html",
         409,
+        problems={},  # of a form that makes no sense any more
         line=context.find_user(username),
         text=text,
         entry=_messages.describe(entry, context.actor.username),
@@ -152,7 +153,7 @@ class Form(Generic[T]):
         """Show the form; after a refusal, with the submitted values and the problems."""
         query = context.request.parse_query()
         username, subject_id = query.get("user", ""), query.get(self.field, "")
-        draft = context.read_draft()
+        draft = context.draft
         line, version = find_user_and_version(context, username)
         subject = self.find(line, subject_id)
         if subject is None:
@@ -160,7 +161,7 @@ class Form(Generic[T]):
         if draft.values.get("asked") and not draft.step:
             what = f"{self.describe(subject)} for {line.user.full_name or line.user.username}"
             about = {"user": username, self.field: subject_id}
-            return show_lockout_warning(context, self.name, draft, what, **about)
+            return show_lockout_warning(context, self.name, what, **about)
         changes = []
         if draft.step == "changed":
             changes = describe_changes(context, line, draft.values["seen"])
@@ -169,7 +170,6 @@ class Form(Generic[T]):
             line=line,
             seen=version,
             changes=changes,
-            problems=draft.problems,
             typed=dict.fromkeys(self.kept, "") | draft.values,
             **self.prepare(context, line, subject),
         )
@@ -218,18 +218,10 @@ def check_lockout_accepted(context: Context) -> dict[str, str]:
     return {"lockout": "Tick the box if you want this, or go back."}
 
 
-def show_lockout_warning(
-    context: Context, action: str, draft: Draft, what: str, **about: str
-) -> Response:
+def show_lockout_warning(context: Context, action: str, what: str, **about: str) -> Response:
     """Show the warning that the actor would be locked out; its form repeats the refused one."""
-    return context.page(
-        "lockout.html",
-        action=action,
-        fields=draft.values | about,
-        what=what,
-        back=about,
-        problems=draft.problems,
-    )
+    fields = context.draft.values | about
+    return context.page("lockout.html", action=action, fields=fields, what=what, back=about)
 
 
 def preview_removal(

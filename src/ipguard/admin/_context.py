@@ -149,8 +149,9 @@ class Context:
     def field(self, name: str) -> str:
         return self.form.get(name, "")
 
-    def read_draft(self) -> Draft:
-        """Return the draft in the URL; an empty one if it is missing, expired or invalid."""
+    @functools.cached_property
+    def draft(self) -> Draft:
+        """The draft in the URL; an empty one if it is missing, expired or invalid."""
         query = self.request.parse_query()
         text = query.pop("again", "")
         page = _http.build_link("", self.request.path[1:], **query)
@@ -158,7 +159,7 @@ class Context:
         return Draft() if found is None else Draft(**found)
 
     def page(self, template: str, status: int = 200, **values: Any) -> Response:
-        """Respond with a page, which shows a pending message once."""
+        """Respond with a page, which shows the draft's problems, and a pending message once."""
         note = self.verify("note", self._cookie("note"), *self._browser)
         here = _http.build_link("", self.request.path[1:], **self.request.parse_query())
         if note and note["to"] != here:
@@ -167,8 +168,8 @@ class Context:
             self._cookies["note"] = ("", "; Max-Age=0")
         # A different token each time, so that compression does not reveal it (BREACH).
         token = self.sign("form", secrets.token_urlsafe(9), *self._browser)
-        shared = {"note": note, "now": self.now, "token": token}
-        html = self._services.render(template, self.request, self.actor, **shared, **values)
+        shared = {"note": note, "now": self.now, "problems": self.draft.problems, "token": token}
+        html = self._services.render(template, self.request, self.actor, **(shared | values))
         return _http.respond(status, html, self._cookie_headers())
 
     def redirect(

@@ -21,22 +21,20 @@ _BLANKS: Final = " \t\r\n"
 
 def show_list(context: Context) -> Response:
     """Show a page of the users, or of the users that a search found."""
-    draft = context.read_draft()
     query = context.request.parse_query()
     signed, cursor = query.get("search", ""), query.get("after")
     text = context.verify("search", signed, context.actor.username) or ""
     found: Page[UserOverview] = Page(items=())
-    if not draft.problems:
+    if not context.draft.problems:
         found = context.flow.overview(context.actor, search=text, after=cursor, limit=_PAGE_SIZE)
     return context.page(
         "list.html",
         lines=found.items,
         following=found.next,
         after=cursor,
-        search=draft.values.get("search", text),
+        search=context.draft.values.get("search", text),
         signed_search=signed if text else "",
         search_lost=bool(signed) and not text,
-        problems=draft.problems,
     )
 
 
@@ -61,9 +59,8 @@ def show_user(context: Context) -> Response:
 def show_check(context: Context) -> Response:
     """Show the form for an address, or the decision about a login from it, read from the store."""
     line = context.find_user(context.request.parse_query().get("user", ""))
-    draft = context.read_draft()
-    address, found, verdict = draft.values.get("address", ""), None, ""
-    if address and not draft.problems:
+    address, found, verdict = context.draft.values.get("address", ""), None, ""
+    if address and not context.draft.problems:
         found = context.guard.explain(line.user.username, address)
         verdict = _messages.explain_decision(found)
     return context.page(
@@ -72,7 +69,6 @@ def show_check(context: Context) -> Response:
         address=address,
         found=found,
         verdict=verdict,
-        problems=draft.problems,
     )
 
 
@@ -90,11 +86,11 @@ def check(context: Context) -> Response:
 
 def show_history(context: Context) -> Response:
     """Show a page of the audit log, of all users or of one, newest first."""
-    draft = context.read_draft()
     query = context.request.parse_query()
-    username, cursor = draft.values.get("user", query.get("user", "")), query.get("before", "")
+    username = context.draft.values.get("user", query.get("user", ""))
+    cursor = query.get("before", "")
     found: Page[Change] = Page(items=())
-    if not draft.problems:
+    if not context.draft.problems:
         try:
             found = context.flow.history(
                 context.actor,
@@ -110,7 +106,6 @@ def show_history(context: Context) -> Response:
         following=found.next,
         username=username,
         before=cursor,
-        problems=draft.problems,
     )
 
 
