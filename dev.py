@@ -61,12 +61,12 @@ CORE = (
     "confirmation",
     "audit",
     "rules",
-    "packed",
+    "row",
     "workflow",
     "guard",
     "aio",
 )
-MUTATED = ("addresses", "usernames", "confirmation", "rules", "packed", "guard")
+MUTATED = ("addresses", "usernames", "confirmation", "rules", "row", "guard")
 
 
 class StepError(Exception):

@@ -26,7 +26,7 @@ Ask = Callable[[str, str], object]
 Policies = dict[str, list[str]]
 
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
-SETTINGS = WorkflowSettings(requests_per_hour=10**9, restrictions_per_user=10**6)
+SETTINGS = WorkflowSettings(requests_per_hour=10**9, restrictions_per_user=65_535)
 BEGUN = datetime(2026, 1, 1, tzinfo=UTC)
 DSN = "IPGUARD_BENCH_POSTGRES"
 """The environment variable with the URL of the PostgreSQL server that `__main__` started."""

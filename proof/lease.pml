@@ -254,7 +254,7 @@ byte reads = 0; /* syncs in progress */
 #endif
 
 #ifdef PRELOAD
-/* Preloaded: ABSENT stands for an unrestricted user. Even policies are unrestricted, odd ones are not. */
+/* A complete table: ABSENT stands for an unrestricted user. Even policies are unrestricted, odd ones are not. */
 bool complete = false;
 byte preloaded = ABSENT;        /* the user's row; UNKNOWN: it must be read again */
 bool snapshot = false;          /* whether one is being read that is still valid */
@@ -472,7 +472,7 @@ inline remember() {
     :: !load[me].diverged && load[me].revision >= position.revision ->
 #endif
 #ifdef PRELOAD
-       if /* Preloaded.put */
+       if /* Table.remember, with a complete table */
 #ifndef AHEAD_PUT
        :: load[me].revision > load[me].position.revision -> mark()
        :: load[me].revision <= load[me].position.revision && complete -> preloaded = packed(load[me].row)

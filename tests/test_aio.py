@@ -148,7 +148,7 @@ def test_remembered_users_need_no_store_until_the_lease_is_over(memory: World) -
 
 @in_event_loop
 async def test_failing_clock_of_the_store_denies(memory: World) -> None:
-    memory.restrict("jsmith", HOME)
+    memory.restrict("jsmith", HOME, expires_in=60)
     guard = guarded(memory, threads=1, waiting=0)
 
     def fail() -> None:

@@ -168,7 +168,7 @@ def test_refresher_starts_with_the_childs_first_slow_check(sqlite: World) -> Non
             before = guard.stats().woken_by
             hit = guard.is_allowed("jsmith", HOME)
             between = guard.stats().woken_by
-            guard.check("jsmith", HOME)
+            guard.check("adoe", HOME)
             after = guard.stats().woken_by
             revision = sqlite.restrict("jsmith", OFFICE)
             comes_true(lambda: guard.revision == revision)

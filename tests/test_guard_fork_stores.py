@@ -208,10 +208,14 @@ def test_child_drops_a_table_that_was_being_written(store: Any) -> None:
     inside.wait()
 
     def child() -> list[object]:
-        denied = guard.check("jsmith", OFFICE).reason
-        return [guard.stats().users, denied, guard.check("jsmith", HOME).reason]
+        # From memory, then from the store, which it must not reach with the parent's lock.
+        answers: list[object] = [
+            guard.check("jsmith", address).reason for address in (OFFICE, HOME)
+        ]
+        guard._lease.try_sync()
+        return [*answers, guard.stats().users, guard.check("jsmith", OFFICE).reason]
 
-    assert in_child(child, fork_in_c) == [1, "not_listed", "listed"]
+    assert in_child(child, fork_in_c) == ["not_listed", "listed", 0, "not_listed"]
     leave.set()
     thread.join()
     assert guard.check("jsmith", HOME)
@@ -284,17 +288,17 @@ def test_interrupted_repair_is_repeated() -> None:
 def test_rows_of_another_user_are_refused(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes on one connection would read each other's rows; it is dropped."""
     asked: list[str] = []
-    policy_of = _sql.policy_of
+    packed_row_of = _sql.packed_row_of
 
     def of_another(username: str, rows: Any) -> Any:
         asked.append(username)
-        return policy_of("mlee" if len(asked) == 1 else username, rows)
+        return packed_row_of("mlee" if len(asked) == 1 else username, rows)
 
     guard = Guard(store)
     pool = store._pool
     store.load_policy("jsmith")
     before = tuple(pool._idle)
-    monkeypatch.setattr(sys.modules[type(store).__module__], "policy_of", of_another)
+    monkeypatch.setattr(sys.modules[type(store).__module__], "packed_row_of", of_another)
     with suppress(StoreUnavailable):
         assert guard.check("jsmith", OFFICE).reason in {Reason.STORE_UNAVAILABLE, Reason.NOT_LISTED}
     assert asked

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from types import FrameType, SimpleNamespace
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -19,16 +23,17 @@ from hypothesis import strategies as st
 from ipguard.aio import AsyncGuard
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
-from ipguard.guard._preload import Preload
-from ipguard.guard._table import Preloaded, Table
-from ipguard.model import RESET, Policy, Reason
-from ipguard.packed import pack
+from ipguard.guard._preload import Preload, _empty
+from ipguard.guard._table import Entry, Rows, Table
+from ipguard.model import RESET, Reason
+from ipguard.row import OPEN, Row, pack
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.guards import (
     ELSEWHERE,
     HOME,
     OFFICE,
+    Held,
     Restorable,
     World,
     comes_true,
@@ -62,8 +67,8 @@ def preloaded(world: World, **settings: Any) -> Guard:
     return guard
 
 
-def table(guard: Guard) -> Preloaded:
-    return guard._table.preloaded
+def pending(guard: Guard) -> set[str]:
+    return guard._table.pending
 
 
 def preload(guard: Guard) -> Preload:
@@ -90,10 +95,11 @@ def test_no_login_reads_the_store(world: World) -> None:
             assert guard.is_allowed(name, address) is expected.allowed
             assert world.store.loads == []
     assert guard.stats().loads == 0
-    assert "JSmith" in guard._table.rows
+    assert set(guard._table.rows) == {"jsmith", "adoe"}
 
 
-def test_evicted_users_return_without_a_read(world: World) -> None:
+def test_capacity_does_not_bound_preloaded_users(world: World) -> None:
+    """Logins make no entries from their rows."""
     for name in ("jsmith", "adoe", "mlee"):
         world.restrict(name, HOME)
     guard = preloaded(world, capacity=1)
@@ -101,17 +107,17 @@ def test_evicted_users_return_without_a_read(world: World) -> None:
         for name in ("jsmith", "adoe", "mlee", "stranger"):
             assert guard.is_allowed(name, HOME)
             assert guard.is_allowed(name, OFFICE) is (name == "stranger")
-    assert (guard.stats().users, guard.stats().preloaded) == (1, 3)
+    stats = guard.stats()
+    assert (stats.users, stats.preloaded, stats.evictions) == (3, 3, 0)
+    assert {type(row) for row in guard._table.rows.values()} == {Row}
     assert world.store.loads == []
 
 
 def test_temporary_restriction_is_decided_by_the_stores_clock(world: World) -> None:
     world.restrict("temp", HOME, expires_in=3)
-    world.restrict("adoe", HOME)
-    guard = preloaded(world, capacity=1)
+    guard = preloaded(world)
     for passing, allowed in ((2.9, True), (0.1, False)):
         world.pass_time(passing)
-        assert guard.is_allowed("adoe", HOME)  # evicts the other user
         assert guard.is_allowed("temp", HOME) is allowed
         assert guard.check("temp", HOME).allowed is allowed
     assert not guard.is_allowed("temp", OFFICE)
@@ -157,7 +163,6 @@ def test_first_async_check_stays_on_the_event_loop(memory: World) -> None:
             assert await guard.is_allowed("jsmith", HOME)
             assert not await guard.is_allowed("JSmith", OFFICE)
             assert await guard.is_allowed("stranger", OFFICE)
-        assert "JSmith" in guard.guard._table.rows
         await guard.close()
 
     asyncio.run(main())
@@ -225,7 +230,7 @@ def test_only_changed_users_are_read_again(world: World) -> None:
 
 
 class WatchedTable(Table):
-    """A table that records a preloaded policy when its position or deadline moves."""
+    """A table that records what it finds when its position or deadline moves."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("position", "deadline") and "look" in self.__dict__:
@@ -234,14 +239,14 @@ class WatchedTable(Table):
 
 
 @pytest.mark.parametrize("everybody", [False, True])
-def test_changed_user_is_unknown_before_the_position_moves(world: World, everybody: bool) -> None:
-    """Neither the older policy nor its absence is found with the new position."""
+def test_changed_user_is_pending_before_the_position_moves(world: World, everybody: bool) -> None:
+    """Neither the older row nor its absence is found with the new position."""
     guard = preloaded(world)
     watched: Any = guard._table
     watched.__class__ = WatchedTable
     watched.seen = []
-    watched.look = lambda: table(guard).policy("jsmith", 99)
-    assert watched.look() == Policy(revision=99, restrictions=(), known=False)
+    watched.look = lambda: guard._table.find("jsmith")
+    assert watched.look() is OPEN
     world.pass_time(1)
     revision = world.restrict("jsmith")
     if everybody:
@@ -251,7 +256,7 @@ def test_changed_user_is_unknown_before_the_position_moves(world: World, everybo
     assert revision
 
 
-def test_unknown_user_is_denied_while_the_store_is_down(world: World) -> None:
+def test_pending_user_is_denied_while_the_store_is_down(world: World) -> None:
     guard = preloaded(world)
     assert guard.is_allowed("jsmith", HOME)
     world.restrict("jsmith", OFFICE)
@@ -262,21 +267,20 @@ def test_unknown_user_is_denied_while_the_store_is_down(world: World) -> None:
     assert guard.is_allowed("adoe", HOME)
 
 
-def test_login_of_an_unknown_user_updates_the_table(world: World) -> None:
-    world.restrict("adoe", HOME)
-    guard = preloaded(world, capacity=1)
+def test_login_of_a_pending_user_updates_the_table(world: World) -> None:
+    guard = preloaded(world)
     world.restrict("jsmith", OFFICE)
     guard._lease.sync()
-    assert table(guard).unknown == {"jsmith"}
+    assert pending(guard) == {"jsmith"}
+    assert guard.stats().preloaded == 1
     assert not guard.is_allowed("jsmith", HOME)
-    assert table(guard).unknown == set()
-    guard.is_allowed("adoe", HOME)
+    assert pending(guard) == set()
     assert not guard.is_allowed("jsmith", HOME)
     assert world.store.loads == ["jsmith"]
     world.lift_all("jsmith")
     guard._lease.sync()
     assert guard.is_allowed("jsmith", HOME)
-    assert guard.stats().preloaded == 1
+    assert (pending(guard), guard.stats().preloaded) == (set(), 0)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -301,7 +305,7 @@ def test_everybody_and_reset_need_a_new_snapshot(world: World, reset: bool) -> N
     assert len(world.store.streams) == 2
     guard.sync()
     assert len(world.store.loads) == 2
-    assert table(guard).discarded == {}
+    assert guard._table.discarded == {}
 
 
 def test_discarded_rows_are_freed_by_the_next_snapshot(world: World) -> None:
@@ -309,12 +313,13 @@ def test_discarded_rows_are_freed_by_the_next_snapshot(world: World) -> None:
     guard = preloaded(world)
     world.touch()
     guard._lease.sync()
-    assert len(table(guard).discarded) == 1
+    assert set(guard._table.discarded) == {"jsmith"}
     world.touch()
     guard._lease.sync()
-    assert len(table(guard).discarded) == 1
+    assert set(guard._table.discarded) == {"jsmith"}
     guard.sync()
-    assert (table(guard).discarded, len(table(guard))) == ({}, 1)
+    assert guard._table.discarded == {}
+    assert set(guard._table.rows) == {"jsmith"}
 
 
 # -------------------------------------------------------------------------------- interleavings
@@ -329,13 +334,13 @@ def test_stale_fill(world: World) -> None:
         world.restrict("jsmith", OFFICE)
         guard._lease.sync()
     late.result()  # it may answer its own call
-    assert table(guard).unknown == {"jsmith"}
+    assert pending(guard) == {"jsmith"}
     assert not guard.is_allowed("jsmith", HOME)
     assert guard.is_allowed("jsmith", OFFICE)
 
 
 @pytest.mark.parametrize("what", ["named", "everybody", "sync"])
-def test_user_read_again_during_a_change_stays_unknown(world: World, what: str) -> None:
+def test_user_read_again_during_a_change_stays_pending(world: World, what: str) -> None:
     guard = preloaded(world)
     world.touch("jsmith")
     guard._lease.sync()
@@ -348,10 +353,10 @@ def test_user_read_again_during_a_change_stays_unknown(world: World, what: str) 
             world.touch()
         guard._lease.sync()
     reading.result()
-    assert table(guard).policy("jsmith", 99) is None
+    assert guard._table.find("jsmith") is None
     assert guard.is_allowed("jsmith", HOME) is (what == "sync")
     guard.sync()
-    assert table(guard).policy("jsmith", 99) is not None
+    assert guard._table.find("jsmith") is not None
     assert guard.is_allowed("jsmith", HOME) is (what == "sync")
 
 
@@ -385,7 +390,7 @@ def test_snapshot_from_before_the_first_sync_is_rejected(memory: World) -> None:
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_user_changed_during_a_snapshot_is_unknown_in_it(memory: World) -> None:
+def test_user_changed_during_a_snapshot_is_pending_in_it(memory: World) -> None:
     memory.restrict("jsmith", HOME)
     guard = memory.guard(preload=True)
 
@@ -397,8 +402,8 @@ def test_user_changed_during_a_snapshot_is_unknown_in_it(memory: World) -> None:
     guard._lease.sync()
     preload(guard).fill(threading.Event())
     assert guard.stats().preloaded == 1
-    assert table(guard).unknown == {"jsmith"}
-    assert table(guard).policy("jsmith", 9) is None
+    assert pending(guard) == {"jsmith"}
+    assert guard._table.find("jsmith") is None
     assert guard.is_allowed("jsmith", ELSEWHERE)
     assert guard.stats().preloaded == 0
 
@@ -503,28 +508,27 @@ def test_backup_restored_before_a_snapshot_ahead_is_read_again(restorable: Resto
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_policy_read_ahead_by_a_login_is_not_kept(restorable: Restorable) -> None:
-    """After its eviction the older policy is not used either."""
+def test_row_read_ahead_by_a_login_is_dropped_by_the_next_sync(restorable: Restorable) -> None:
+    """Its revision may be one that a failover has lost."""
     world = restorable
-    world.restrict("adoe", HOME)
-    guard = preloaded(world, capacity=1)
+    guard = preloaded(world)
     world.touch("jsmith")
     guard._lease.sync()
     restore = world.back_up()
-    world.restrict("jsmith", HOME)
-    assert not guard.is_allowed("jsmith", OFFICE)
-    assert table(guard).unknown == {"jsmith"}
-    guard.is_allowed("adoe", HOME)
-    assert not guard.is_allowed("jsmith", OFFICE)
-    assert world.store.loads == ["jsmith", "jsmith"]
+    ahead = world.restrict("jsmith", HOME)
+    for _ in range(2):
+        assert guard.check("jsmith", OFFICE).revision == ahead > guard.revision
+    assert world.store.loads == ["jsmith"]
+    assert pending(guard) == set()
     restore()
     world.touch("adoe")
-    world.touch("adoe")
-    guard.sync()
+    guard._lease.sync()
+    assert pending(guard) == {"jsmith", "adoe"}
     assert guard.is_allowed("jsmith", OFFICE)
+    assert world.store.loads == ["jsmith", "jsmith"]
 
 
-def test_user_restricted_ahead_of_a_snapshot_is_unknown_in_it(memory: World) -> None:
+def test_user_restricted_ahead_of_a_snapshot_is_pending_in_it(memory: World) -> None:
     guard = memory.guard(preload=True, capacity=1)
 
     def ahead() -> None:
@@ -536,22 +540,28 @@ def test_user_restricted_ahead_of_a_snapshot_is_unknown_in_it(memory: World) -> 
     memory.store.in_stream.append(ahead)
     guard._lease.sync()
     preload(guard).fill(threading.Event())
-    assert table(guard).unknown == {"jsmith"}  # strangers are not noted: there may be any number
+    assert pending(guard) == {"jsmith"}  # strangers are not noted: there may be any number
     guard.is_allowed("adoe", HOME)
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
-def test_preloaded_user_read_ahead_becomes_unknown(memory: World) -> None:
-    memory.restrict("adoe", HOME)
-    memory.restrict("jsmith", HOME)
+def test_row_read_ahead_is_pending_once_it_is_evicted(memory: World) -> None:
+    """Neither the older row nor its absence is found again."""
+    for name in ("adoe", "jsmith"):
+        memory.restrict(name, HOME)
     guard = preloaded(memory, capacity=1)
-    memory.touch("jsmith")
+    memory.touch("adoe", "jsmith")
     guard._lease.sync()
-    memory.lift_all("jsmith")
-    assert guard.is_allowed("jsmith", OFFICE)
-    assert table(guard).unknown == {"jsmith"}
-    guard.is_allowed("adoe", HOME)
-    assert guard.is_allowed("jsmith", OFFICE)
+    for name in ("adoe", "jsmith"):
+        memory.lift_all(name)
+        assert guard.is_allowed(name, OFFICE)
+    assert (pending(guard), guard.stats().evictions) == ({"adoe"}, 1)
+    assert set(guard._table.rows) == {"adoe", "jsmith"}
+    assert guard.is_allowed("adoe", OFFICE)
+    assert memory.store.loads == ["adoe", "jsmith", "adoe"]
+    memory.wrong_guess()
+    guard.sync()
+    assert (pending(guard), guard._table.rows) == (set(), {})
 
 
 def test_policy_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
@@ -560,8 +570,8 @@ def test_policy_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
     guard._lease.sync()
     world.store.before_load.append(lambda: world.restrict("jsmith", OFFICE))
     preload(guard).read_again(float("inf"))
-    assert table(guard).unknown == {"jsmith"}
-    assert table(guard).policy("jsmith", 99) is None
+    assert pending(guard) == {"jsmith"}
+    assert guard._table.find("jsmith") is None
 
 
 def test_user_read_again_is_no_older_than_a_login(world: World) -> None:
@@ -605,16 +615,245 @@ def test_user_opened_ahead_of_a_snapshot_is_unknown_in_it(memory: World) -> None
     assert guard.check("jsmith", ELSEWHERE).revision == revision
 
 
-def test_policy_ahead_hides_the_row(world: World) -> None:
-    """A user without a row stays absent."""
+# ------------------------------------------------------------------------------------- readers
+
+
+class PausedRows(Rows):
+    """Rows that act while a reader has them, before or after its next look-up."""
+
+    before: ClassVar[deque[Callable[[], object]]]
+    after: ClassVar[deque[Callable[[], object]]]
+
+    def get(self, *args: Any) -> Any:
+        if self.before:
+            self.before.popleft()()
+        found = super().get(*args)
+        if self.after:
+            self.after.popleft()()
+        return found
+
+
+@pytest.fixture
+def paused(monkeypatch: pytest.MonkeyPatch) -> type[PausedRows]:
+    monkeypatch.setattr("ipguard.guard._table.Rows", PausedRows)
+    monkeypatch.setattr(PausedRows, "before", deque(), raising=False)
+    monkeypatch.setattr(PausedRows, "after", deque(), raising=False)
+    return PausedRows
+
+
+ASKING: dict[str, Callable[[Guard, str, str], object]] = {
+    "is_allowed": lambda guard, name, address: guard.is_allowed(name, address),
+    "check": lambda guard, name, address: guard.check(name, address),
+    "recall": lambda guard, name, address: guard._slow_path.recall(name, address, None),
+}
+
+
+@pytest.mark.parametrize("how", ASKING)
+@pytest.mark.parametrize("freed", ["emptied", "refilled"])
+def test_discarded_rows_do_not_look_like_an_unrestricted_user(
+    memory: World, paused: type[PausedRows], how: str, freed: str
+) -> None:
+    """The reader has them from before they were discarded, and looks after they were emptied."""
+    memory.restrict("jsmith", HOME)
+    guard = preloaded(memory)
+    held = guard._table.rows
+    assert isinstance(held, PausedRows)
+
+    def discard() -> None:
+        memory.touch()
+        guard._lease.sync()
+        if freed == "refilled":
+            guard.sync()
+        else:
+            _, discarded = guard._table.begin_snapshot()
+            _empty(discarded)
+        assert held == {}
+
+    paused.before.append(discard)
+    assert not ASKING[how](guard, "JSmith", OFFICE)
+    assert not paused.before
+    assert guard.is_allowed("jsmith", HOME)
+    assert guard.is_allowed("stranger", OFFICE)
+
+
+def test_absent_user_is_looked_up_before_completeness(
+    memory: World, paused: type[PausedRows]
+) -> None:
+    """Rows that were complete at the look-up may be discarded and emptied right after it."""
+    guard = preloaded(memory)
+
+    def discard() -> None:
+        memory.touch()
+        guard._lease.sync()
+
+    paused.after.append(discard)
+    assert guard._table.find("stranger") is None
+    assert guard._table.find("stranger") is None
+
+
+def test_a_decision_does_not_claim_the_revision_of_a_later_row(
+    memory: World, paused: type[PausedRows]
+) -> None:
+    """A sync and a read ahead of it replace the row that this check has found."""
+    memory.restrict("jsmith", HOME)
+    guard = memory.guard(outage_grace=10.0)
+    guard.check("jsmith", HOME)
+    path, home = guard._slow_path, bytes([203, 0, 113, 7])
+    asking: list[Callable[[], Any]] = [
+        lambda: path.recall("jsmith", HOME, None),
+        lambda: path.answer("jsmith", HOME, None),
+        lambda: path._in_grace("jsmith", home, 0),
+    ]
+    for ask in asking:
+        known = guard.revision
+
+        def replace() -> None:
+            memory.touch("jsmith")
+            guard._lease.sync()
+            memory.touch("jsmith")
+            later = guard.check("jsmith", HOME)
+            assert later.revision > guard.revision
+
+        paused.after.append(replace)
+        assert ask().revision == known
+        assert not paused.after
+        guard.sync()
+        guard.check("jsmith", HOME)
+
+
+WRITERS = {
+    *("remember", "refresh", "apply", "begin_snapshot", "swap_snapshot", "abandon_snapshot"),
+    *("_keep", "_keep_bounded", "_drop", "_drop_changed", "_clear", "_empty"),
+}
+"""The functions that write rows."""
+
+
+@contextmanager
+def at_each_instruction(functions: set[str], act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` before each instruction of some functions of the guard, as if on a thread."""
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        code = frame.f_code
+        if code.co_name not in functions or "guard" not in code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            act()
+        return trace
+
+    before = sys.gettrace()
+    # Python 3.12 reports opcodes only if a frame asked for them before settrace().
+    sys._getframe().f_trace_opcodes = True
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("deny", [False, True])
+def test_no_step_shows_a_restricted_user_as_unrestricted(memory: World, deny: bool) -> None:
+    """At each step of changes, a sync, a reset and a swap, for readers with new and old rows."""
+    memory.restrict("jsmith", HOME)
+    memory.register("mlee")
+    guard = memory.guard(preload=True, unknown_users="deny" if deny else "allow")
+    table, office = guard._table, bytes([198, 51, 100, 9])
+    kept: list[Rows] = []
+    seen: list[bool] = []
+
+    def look() -> None:
+        if all(rows is not table.rows for rows in kept):
+            kept.append(table.rows)
+        for rows in kept:
+            reader: Any = SimpleNamespace(rows=rows, deny_unknown=deny)
+            found = Table.find(reader, "jsmith")
+            seen.append(found is None or (found.restricted and not found.lists(office)))
+
+    with at_each_instruction(WRITERS, look):
+        for _ in range(2):
+            guard.sync()
+            memory.touch("jsmith", "mlee")
+            guard._lease.sync()
+            for name in ("jsmith", "mlee"):
+                guard.check(name, HOME)
+            memory.touch("jsmith")
+            guard.sync()
+            memory.touch()
+            guard._lease.sync()
+    assert len(seen) > 1_000
+    assert all(seen)
+    assert [rows.complete for rows in kept] == [False] * len(kept)
+    assert len(kept) > 4
+
+
+# ------------------------------------------------------------------ unknown users denied: extras
+
+
+def extras(guard: Guard) -> set[str]:
+    return {name for name, row in guard._table.rows.items() if isinstance(row, Entry)}
+
+
+def test_with_unknown_users_denied_unrestricted_users_are_bounded(world: World) -> None:
+    """Strangers are evicted first. An evicted user is read again, and never unrestricted."""
     world.restrict("jsmith", HOME)
-    held = table(preloaded(world))
-    unrestricted = Policy(revision=9, restrictions=(), known=False)
-    for name in ("jsmith", "stranger"):
-        held.put(name, unrestricted, ahead=True)
-    assert held.unknown == {"jsmith"}
-    assert held.policy("jsmith", 9) is None
-    assert held.policy("stranger", 9) == unrestricted
+    world.register("ann", "bob", "cid")
+    guard = preloaded(world, unknown_users="deny", capacity=2)
+
+    def check(name: str, reason: Reason, *, reads: bool) -> None:
+        world.store.loads.clear()
+        for _ in range(2 if reads else 1):
+            assert guard.check(name, OFFICE).reason is reason
+            assert guard.is_allowed(name, OFFICE) is (reason is Reason.UNRESTRICTED)
+        assert world.store.loads == [name] * reads
+
+    check("ann", Reason.UNRESTRICTED, reads=True)
+    check("stranger1", Reason.UNKNOWN_USER, reads=True)
+    assert extras(guard) == {"ann", "stranger1"}
+    check("stranger2", Reason.UNKNOWN_USER, reads=True)
+    assert extras(guard) == {"ann", "stranger2"}
+    check("bob", Reason.UNRESTRICTED, reads=True)
+    assert extras(guard) == {"ann", "bob"}
+    check("cid", Reason.UNRESTRICTED, reads=True)
+    assert extras(guard) == {"bob", "cid"}
+    check("cid", Reason.UNRESTRICTED, reads=False)
+    check("ann", Reason.UNRESTRICTED, reads=True)
+    assert extras(guard) == {"cid", "ann"}
+    assert guard._table.find("stranger1") is None
+    assert guard._table.find("bob") is None
+    for n in range(20):
+        assert guard.check(f"invented{n}", OFFICE).reason is Reason.UNKNOWN_USER
+        assert extras(guard) == {"cid", "ann"}
+    stats = guard.stats()
+    assert (stats.users, stats.preloaded, pending(guard)) == (3, 1, set())
+    check("jsmith", Reason.NOT_LISTED, reads=False)
+
+
+def test_with_unknown_users_denied_an_evicted_user_who_is_restricted_since(world: World) -> None:
+    """And who is not registered any more, after that."""
+    world.register("ann", "bob")
+    guard = preloaded(world, unknown_users="deny", capacity=1)
+    for name in ("ann", "bob"):
+        assert guard.is_allowed(name, OFFICE)
+    world.restrict("ann", HOME)
+    guard._lease.sync()
+    assert pending(guard) == {"ann"}
+    assert guard.check("ann", OFFICE).reason is Reason.NOT_LISTED
+    assert (guard.stats().users, guard.stats().preloaded) == (2, 1)
+    world.inner.remove_users(["ann", "bob"])
+    guard.sync()
+    assert guard.check("ann", HOME).reason is Reason.UNKNOWN_USER
+    assert guard.check("bob", HOME).reason is Reason.UNKNOWN_USER
+
+
+def test_with_unknown_users_denied_rows_read_ahead_are_dropped(memory: World) -> None:
+    memory.restrict("jsmith", HOME)
+    guard = preloaded(memory, unknown_users="deny")
+    memory.register("ann")
+    assert guard.is_allowed("ann", OFFICE)
+    memory.inner.remove_users(["ann"])
+    guard._lease.sync()
+    assert guard._table.find("ann") is None
+    assert guard.check("ann", OFFICE).reason is Reason.UNKNOWN_USER
 
 
 # ------------------------------------------------------------------------------------- outages
@@ -713,7 +952,7 @@ def test_back_off_after_failed_snapshots(memory: World, monkeypatch: pytest.Monk
 
 
 def test_failure_while_users_are_read_again(world: World) -> None:
-    """The others stay unknown, and the circuit breaker opens."""
+    """The others stay pending, and the circuit breaker opens."""
     guard = preloaded(world)
     world.touch("jsmith", "adoe")
     guard._lease.sync()
@@ -723,7 +962,7 @@ def test_failure_while_users_are_read_again(world: World) -> None:
     assert guard.stats().failures == 1
     preload(guard).read_again(float("inf"))
     assert len(world.store.loads) == 1
-    assert table(guard).unknown == {"jsmith", "adoe"}
+    assert pending(guard) == {"jsmith", "adoe"}
     world.store.down = None
     world.pass_time(1)
     world.store.policy = lambda policy: attrs.evolve(policy, restrictions=None)
@@ -734,9 +973,9 @@ def test_failure_while_users_are_read_again(world: World) -> None:
     world.store.policy = lambda policy: policy
     world.pass_time(1)
     preload(guard).read_again(time.monotonic() - 1)
-    assert table(guard).unknown == {"jsmith", "adoe"}
+    assert pending(guard) == {"jsmith", "adoe"}
     preload(guard).read_again(float("inf"))
-    assert table(guard).unknown == set()
+    assert pending(guard) == set()
     assert guard.stats().failures == 0
     assert guard.stats().loads == 4
 
@@ -744,56 +983,53 @@ def test_failure_while_users_are_read_again(world: World) -> None:
 # -------------------------------------------------------------------------------- odd stores
 
 
-class Packing:
-    """A snapshot of a store that packs its rows, as PostgreSQL's does."""
+class Packing(Held):
+    """A store that packs its snapshots itself, as PostgreSQL does; `change` changes their rows."""
 
-    def __init__(self, policies: Any, rows: list[tuple[str, bytes]]) -> None:
-        self._policies = policies
-        self._rows = rows
-        self.closed = False
+    def __init__(self, world: World, change: Callable[[list[tuple[str, bytes]]], object]) -> None:
+        super().__init__(world.inner)
+        self._change = change
+        self.closed = 0
+        world.store = self
 
-    def __iter__(self) -> Any:
-        raise AssertionError("packed() must be used")
-
-    def packed(self) -> Iterator[tuple[str, bytes]]:
-        return iter(self._rows)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def packs(world: World, change: Callable[[list[tuple[str, bytes]]], object]) -> list[Packing]:
-    """Make the store pack its snapshots, and change their rows."""
-    streams: list[Packing] = []
-    inner = world.inner
-
-    def load_all_policies() -> tuple[int, Packing]:
-        revision, policies = inner.load_all_policies()
+    def load_all_rows(self) -> tuple[int, Iterator[tuple[str, bytes]]]:
+        revision, policies = self.store.load_all_policies()
         rows = [(name, pack(policy)) for name, policy in policies]
-        change(rows)
-        streams.append(Packing(policies, rows))
-        return revision, streams[-1]
+        self._change(rows)
+        return revision, self._closing(rows)
 
-    world.store.load_all_policies = load_all_policies  # type: ignore[assignment,method-assign]
-    return streams
+    def _closing(self, rows: list[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+        try:
+            yield from rows
+        finally:
+            self.closed += 1
+
+
+UNRESTRICTED = b"\3\0\0\0\0"
 
 
 def test_packed_rows_of_a_store_are_used(world: World) -> None:
     """The snapshot is closed at its end."""
     world.restrict("jsmith", HOME)
-    streams = packs(world, lambda rows: None)
+    store = Packing(world, lambda rows: None)
     guard = preloaded(world)
-    assert [stream.closed for stream in streams] == [True]
+    assert (store.closed, store.streams) == (1, [])
     assert guard.stats().preloaded == 1
     assert not guard.is_allowed("jsmith", OFFICE)
     assert guard.check("jsmith", HOME).restriction_id == "r1"
 
 
-def test_damaged_row_is_read_from_the_store(world: World) -> None:
-    world.restrict("jsmith", HOME)
-    packs(world, lambda rows: rows.__setitem__(0, ("jsmith", b"\1\0\1")))
+@pytest.mark.parametrize("damaged", [b"", b"\1\0\1\0\0" + bytes(7), b"\x08\0\0\0\0"])
+def test_damaged_row_is_read_from_the_store(world: World, damaged: bytes) -> None:
+    """The other users of the snapshot are preloaded."""
+    for name in ("adoe", "jsmith"):
+        world.restrict(name, HOME)
+    Packing(world, lambda rows: rows.__setitem__(1, ("jsmith", damaged)))
     guard = preloaded(world)
-    assert not guard.is_allowed("jsmith", OFFICE)
+    for _ in range(2):
+        assert not guard.is_allowed("jsmith", OFFICE)
+        assert not guard.is_allowed("adoe", OFFICE)
+    assert guard.check("jsmith", HOME).restriction_id == "r2"
     assert world.store.loads == ["jsmith"]
 
 
@@ -802,48 +1038,28 @@ def test_snapshot_with_a_user_in_several_parts_is_rejected(
     memory: World, apart: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory.restrict("jsmith", HOME)
-    more = [(f"user{n}", b"\1") for n in range(apart)]
-    packs(memory, lambda rows: rows.extend([*more, rows[0]]))
+    more = [(f"user{n}", UNRESTRICTED) for n in range(apart)]
+    Packing(memory, lambda rows: rows.extend([*more, rows[0]]))
     guard = memory.guard(preload=True)
     guard.sync()
     assert guard.stats().preloaded is None
     assert "several parts" in told(caplog)[0].getMessage()
 
 
-def test_policy_that_cannot_be_packed_is_kept_as_it_is(
-    memory: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    """This snapshot also has no `close`."""
+def test_snapshot_that_cannot_be_closed(memory: World) -> None:
+    """A plain iterator is enough. Any id is found, even with a zero byte or a lone surrogate."""
     memory.restrict("jsmith", HOME)
     policy = memory.inner.load_policy("jsmith")
-    odd = attrs.evolve(policy, restrictions=(attrs.evolve(policy.restrictions[0], id="a\0b"),))
-    memory.store.load_all_policies = lambda: (  # type: ignore[method-assign]
-        policy.revision,
-        iter([("jsmith", odd)]),
-    )
-    guard = preloaded(memory)
-    memory.wrong_guess()
-    guard.sync()
-    decision = guard.check("jsmith", HOME)
-    assert (decision.restriction_id, decision.revision) == ("a\0b", guard.revision)
-    assert not guard.is_allowed("jsmith", OFFICE)
+    for odd in ("a\0b", "\ud800\0"):
+        changed = attrs.evolve(policy, restrictions=(attrs.evolve(policy.restrictions[0], id=odd),))
+        memory.store.load_all_policies = lambda given=changed: (  # type: ignore[method-assign,misc]
+            given.revision,
+            iter([("jsmith", given)]),
+        )
+        guard = preloaded(memory)
+        assert guard.check("jsmith", HOME).restriction_id == odd
+        assert not guard.is_allowed("jsmith", OFFICE)
     assert memory.store.loads == []
-    assert told(caplog) == []
-
-
-@pytest.mark.parametrize("restriction_id", ["r1", "a\0b"], ids=["packed", "as it is"])
-def test_put_and_get_a_policy(memory: World, restriction_id: str) -> None:
-    memory.restrict("jsmith", HOME)
-    policy = memory.inner.load_policy("jsmith")
-    (held,) = policy.restrictions
-    policy = attrs.evolve(policy, restrictions=(attrs.evolve(held, id=restriction_id),))
-    guard = preloaded(memory)
-    table(guard).put("jsmith", policy, ahead=False)
-    found = table(guard).policy("jsmith", 17)
-    assert found is not None
-    assert found.revision == 17
-    ((name, addresses, found_id),) = [(r.username, r.addresses, r.id) for r in found.restrictions]
-    assert (name, addresses, found_id) == ("jsmith", held.addresses, restriction_id)
 
 
 # ---------------------------------------------------------------------------------- refresher
@@ -855,7 +1071,7 @@ def test_refresher_reads_a_snapshot_and_changed_users(world: World) -> None:
         comes_true(lambda: guard.stats().preloaded == 1)
         comes_true(lambda: not streaming())
         revision = world.restrict("adoe", OFFICE)
-        comes_true(lambda: guard.revision == revision and not table(guard).unknown)
+        comes_true(lambda: guard.revision == revision and not pending(guard))
         assert not guard.is_allowed("adoe", HOME)
         assert set(world.store.loads) == {"adoe"}
         world.touch()
@@ -898,7 +1114,7 @@ def test_snapshot_ends_with_the_refresher(memory: World, how: str) -> None:
         guard = memory.guard(preload=True)
         guard.start()
         held.reached()
-        held_table = table(guard)
+        table = guard._table
         if how == "close":
             guard.close()
         else:
@@ -911,8 +1127,8 @@ def test_snapshot_ends_with_the_refresher(memory: World, how: str) -> None:
             del thread
         held.let_go()
         comes_true(lambda: not streaming())
-    assert not held_table.complete
-    assert held_table.snapshot is None
+    assert not table.rows.complete
+    assert table.snapshot is None
     assert list(memory.store.after_stream) == []
 
 
@@ -950,7 +1166,7 @@ def test_progress_is_logged_every_five_seconds(
     memory: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "ipguard.guard")
-    packs(memory, lambda rows: rows.extend((f"user{n}", b"\1") for n in range(4_500)))
+    Packing(memory, lambda rows: rows.extend((f"user{n}", UNRESTRICTED) for n in range(4_500)))
     now = [0.0]
 
     def monotonic() -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ipguard.guard import Guard
+from ipguard.guard._table import Rows
 from ipguard.model import Decision, Reason
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
@@ -37,7 +38,7 @@ def test_same_decision_as_check_without_a_read(world: World) -> None:
         for address in (HOME, OFFICE, "nonsense", 5):
             assert recall(guard, name, address) == guard.check(name, address)
     assert (len(world.store.loads), len(world.store.syncs)) == reads
-    assert "JSmith" in guard._table.rows
+    assert set(guard._table.rows) == {"jsmith", "temp", "stranger"}
 
 
 def test_none_if_a_sync_or_load_is_needed(world: World) -> None:
@@ -62,16 +63,20 @@ def test_store_at_revision_zero() -> None:
 
 
 @pytest.mark.parametrize("refuse", [False, True])
-def test_preloaded_user_is_indexed_by_its_spelling(world: World, refuse: bool) -> None:
+def test_preloaded_user_is_found_by_any_spelling(world: World, refuse: bool) -> None:
+    """Without an entry for it."""
     guard = world.guard(preload=True, outage_grace=10.0)
     guard.sync()
     assert guard.stats().preloaded == 2
+    before = dict(guard._table.rows)
     if refuse:
         world.pass_time(5)
-        assert guard._slow_path.recall("JSmith", HOME, None, refuse=True)
-    else:
-        assert recall(guard, "JSmith")
-    assert set(guard._table.rows) == {"jsmith", "JSmith"}
+    for spelling in ("jsmith", "JSmith", "\uff4asmith"):
+        decision = guard._slow_path.recall(spelling, HOME, None, refuse=refuse)
+        assert decision is not None
+        assert (decision.reason, decision.stale) == (Reason.LISTED, refuse)
+    assert guard._table.rows == before
+    assert world.store.loads == []
 
 
 @pytest.mark.parametrize("grace", [0.0, 10.0])
@@ -113,7 +118,7 @@ def test_change_between_deadline_and_look_up_is_seen(world: World) -> None:
     guard.check("jsmith", HOME)
     find = guard._table.rows
 
-    class Slow(dict[str, Any]):
+    class Slow(Rows):
         def get(self, *args: Any) -> Any:
             guard._table.rows = find
             world.lift_all("jsmith")

@@ -296,7 +296,7 @@ def test_thread_cannot_be_started(world: World, monkeypatch: pytest.MonkeyPatch)
         assert guard.check("jsmith", HOME)
         assert guard.sync() == 0
         assert guard.stats().woken_by == "callers"
-    guard.check("jsmith", HOME)
+    guard.check("adoe", HOME)
     assert guard.stats().woken_by == "refresher"
     guard.close()
 

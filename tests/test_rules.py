@@ -102,7 +102,8 @@ class TestDecide:
         """Without restrictions any address is allowed, otherwise only the listed, live ones."""
         decision = rules.decide(policy(*held, known=known), address, NOW, deny_unknown=deny_unknown)
         live = [r for r in held if r.expires_at is None or r.expires_at > NOW]
-        holding = [r.id for r in live if lets_in(r, address)]
+        holding = [r.id for r in live if r.expires_at is None and lets_in(r, address)]
+        holding += [r.id for r in live if r.expires_at is not None and lets_in(r, address)]
         if deny_unknown and not known:
             expected = (False, Reason.UNKNOWN_USER, None)
         elif not held:

@@ -23,7 +23,7 @@ COUNTS = {
     "requests_per_hour": (1, 10**9),
     "widest_ipv4": (0, 32),
     "widest_ipv6": (0, 128),
-    "restrictions_per_user": (1, 10**9),
+    "restrictions_per_user": (1, 65_535),
 }
 DURATIONS = ("number_lifetime", "request_lifetime", "resend_interval")
 NO_COUNTS: tuple[Any, ...] = (True, False, None, "5", 5.0, math.nan, [], timedelta(1))

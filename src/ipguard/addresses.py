@@ -34,6 +34,7 @@ _BLANKS: Final = " \t\n\r\v\f"
 _BITS: Final = {4: 32, 6: 128}
 _MAX: Final = {4: 2**32 - 1, 6: 2**128 - 1}
 _VERSIONS: Final = {4: 4, 16: 6}  # by the number of bytes
+_MAPPED: Final = bytes(10) + b"\xff\xff"
 _MAPPED_FIRST, _MAPPED_LAST = 0xFFFF << 32, (0xFFFF << 32) + 2**32 - 1
 _MULTICAST: Final = {4: (0xE0 << 24, (0xF0 << 24) - 1), 6: (0xFF << 120, 2**128 - 1)}
 # Plain integers: the members of the socket module's enum are slower to pass.
@@ -64,32 +65,40 @@ def _checked_pton(family: int, text: str) -> bytes:
     return inet_pton(family, text)
 
 
-# inet_pton, also for the guard's fast path: raises OSError or ValueError whenever login_address()
-# returns None. It does not convert IPv4-mapped addresses. The library is tested once: searching
-# each address for a leading zero would take as long as parsing it.
+# Test the library once: searching each address for a leading zero would take as long as parsing.
 strict_pton = inet_pton if sys.platform == "linux" and not _reads_leading_zeros() else _checked_pton
 
 
-def login_address(text: object) -> tuple[int, int] | None:
+def pack_address(text: object) -> bytes | None:
     """Read the client's address of a login; never raise, whatever the client sent.
 
     Args:
         text: The address as `str`, without blanks, zone, port or prefix.
 
     Returns:
-        The version, 4 or 6, and the address as an integer, IPv4-mapped as IPv4; None if the text is
-        not exactly one valid address.
+        The address in network byte order: 4 bytes for IPv4 and IPv4-mapped IPv6, else 16. None if
+        the text is not exactly one valid address.
     """
     if type(text) is not str or len(text) > _LONGEST_ADDRESS:
         exact = _plain(text, _LONGEST_ADDRESS)
-        return None if exact is None else login_address(exact)
+        return None if exact is None else pack_address(exact)
     try:
         if ":" not in text:
-            return 4, int.from_bytes(strict_pton(_AF_INET, text), "big")
-        value = int.from_bytes(strict_pton(_AF_INET6, text), "big")
+            return strict_pton(_AF_INET, text)
+        packed = strict_pton(_AF_INET6, text)
     except (OSError, ValueError):  # ValueError: a NUL or a surrogate inside
         return None
-    return (4, value & 0xFFFFFFFF) if value >> 32 == 0xFFFF else (6, value)
+    return packed[12:] if packed.startswith(_MAPPED) else packed
+
+
+def login_address(text: object) -> tuple[int, int] | None:
+    """Read the client's address of a login, as `pack_address` does.
+
+    Returns:
+        The version, 4 or 6, and the address as an integer; None if it is not valid.
+    """
+    packed = pack_address(text)
+    return None if packed is None else (_VERSIONS[len(packed)], int.from_bytes(packed, "big"))
 
 
 def _plain(text: object, longest: int) -> str | None:

@@ -79,6 +79,9 @@ def decide(
 ) -> Decision:
     """Decide whether a login is allowed; the decision has the policy's revision.
 
+    Of several restrictions that list the address, the decision names the oldest permanent one, else
+    the oldest temporary one. A guard decides the same from `ipguard.row`.
+
     Args:
         policy: The policy of the user.
         address: The client's address; None if the text is not an address.
@@ -94,7 +97,7 @@ def decide(
         allowed, reason = True, Reason.UNRESTRICTED
     else:
         # Expiry never lifts a restriction: if all have expired, no address is allowed.
-        for restriction in policy.restrictions:
+        for restriction in sorted(policy.restrictions, key=lambda r: r.expires_at is not None):
             if address in restriction.addresses and not restriction.expired(now):
                 allowed, reason, restriction_id = True, Reason.LISTED, restriction.id
                 break

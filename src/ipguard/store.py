@@ -20,11 +20,11 @@ managers, and usable in a child after `fork()` (or raise `StoreUnavailable` ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from types import MappingProxyType
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from ipguard.audit import log_change
 from ipguard.model import (
@@ -44,10 +44,12 @@ from ipguard.model import (
     UserOverview,
     check_accounts,
 )
+from ipguard.row import pack
 
 __all__ = [
     "NAMED_AT_MOST",
     "RestrictionStore",
+    "RowStore",
     "Snapshot",
     "Transaction",
     "check_accounts",
@@ -186,9 +188,6 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         The users are sorted by name, by code point. The iterator reads as it goes, so that a
         million users need not fit in memory twice. The caller exhausts or closes it, on the
         calling thread.
-
-        The iterator may have a method `packed()` that yields each user with the result of
-        `ipguard.packed.pack` instead of the policy; a guard that preloads uses it if it exists.
         """
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
@@ -355,6 +354,63 @@ def append_users(
         detail=detail,
         touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
     )
+
+
+class RowStore(Protocol):
+    """What a store may offer besides: policies as `ipguard.row.pack` writes them.
+
+    Guards keep such rows. A store that makes them from its columns saves the values in between.
+    """
+
+    def load_row(self, username: str) -> tuple[int, bytes]:
+        """Return the revision and the packed policy of a user, as of `load_policy`."""
+
+    def load_all_rows(self) -> tuple[int, Iterator[tuple[str, bytes]]]:
+        """Return the revision and the packed policies, as of `load_all_policies`."""
+
+
+def row_loader(store: RestrictionStore) -> Callable[[str], tuple[int, bytes]]:
+    """Return the `load_row` of a store; one that packs its policies if it has none."""
+    if _offers(store, "load_row", "load_policy"):
+        offered: Callable[[str], tuple[int, bytes]] = store.load_row  # type: ignore[attr-defined]
+        return offered
+
+    def load_row(username: str) -> tuple[int, bytes]:
+        policy = store.load_policy(username)
+        return policy.revision, pack(policy)
+
+    return load_row
+
+
+def rows_loader(store: RestrictionStore) -> Callable[[], tuple[int, Iterator[tuple[str, bytes]]]]:
+    """Return the `load_all_rows` of a store; one that packs its policies if it has none."""
+    if _offers(store, "load_all_rows", "load_all_policies"):
+        offered: Any = store.load_all_rows  # type: ignore[attr-defined]
+        return offered  # type: ignore[no-any-return]
+
+    def load_all_rows() -> tuple[int, Iterator[tuple[str, bytes]]]:
+        revision, policies = store.load_all_policies()
+        return revision, _packed(policies)
+
+    return load_all_rows
+
+
+def _packed(policies: Iterator[tuple[str, Policy]]) -> Iterator[tuple[str, bytes]]:
+    try:
+        for name, policy in policies:
+            yield name, pack(policy)
+    finally:
+        getattr(policies, "close", lambda: None)()
+
+
+def _offers(store: object, method: str, instead_of: str) -> bool:
+    """Return whether a store has a method that no subclass has bypassed by overriding another.
+
+    What is set on the store itself counts. Attributes that a wrapper looks up by `__getattr__` do
+    not: it may override the other.
+    """
+    namespaces = (getattr(store, "__dict__", {}), *(vars(kind) for kind in type(store).__mro__))
+    return method in next((it for it in namespaces if method in it or instead_of in it), ())
 
 
 class Closing:

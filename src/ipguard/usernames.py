@@ -37,7 +37,12 @@ def canonical_username(text: str) -> str:
             characters, has a blank at an end, or has a character of the categories Cc, Cf, Cs, Co
             or Cn (control, format, surrogate, private use, unassigned).
     """
-    if not issubclass(type(text), str):
+    if type(text) is str and 0 < len(text) <= _LONGEST and text.isascii() and text.isprintable():
+        # The usual case, for logins. Of the printable characters of ASCII, a blank is refused at
+        # either end.
+        if text[0] != " " != text[-1]:
+            return text.lower()
+    elif not issubclass(type(text), str):
         raise UsernameError(text, "it is not text")
     # Call no method of a subclass, and copy or normalise no unbounded text.
     plain = str.__getitem__(text, slice(_LONGEST + 1))

@@ -140,7 +140,7 @@ class AsyncGuard(_AsyncClosing):
 
     async def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
         """Decide whether a user may log in from an address, and say why; see `Guard.check`."""
-        decision = self._recall(username, address, at_least)
+        decision = self._parts.recall(username, address, at_least)
         if decision is None:
             decision = await self._ask(username, address, at_least)
         return self._parts.report(username, address, decision)
@@ -156,28 +156,19 @@ class AsyncGuard(_AsyncClosing):
         key = loop, username if type(username) is str else id(username)
         while (other := self._asking.get(key)) is not None:
             await asyncio.wait((other,), timeout=self._parts.patience)
-            decision = self._recall(username, address, at_least)
+            decision = self._parts.recall(username, address, at_least)
             if decision is not None:
                 return decision
             if not other.cancelled():
                 break  # the first call hangs, or its result was not remembered
         try:
-            asking = self._logins.begin(self._parts.judge, username, address, at_least)
-        except StoreUnavailable:  # no thread is free; `judge` raises nothing
-            refused = self._recall(username, address, at_least, refuse=True)
+            asking = self._logins.begin(self._parts.answer, username, address, at_least)
+        except StoreUnavailable:  # no thread is free; `answer` raises nothing
+            refused = self._parts.recall(username, address, at_least, refuse=True)
             return self._parts.denied(Reason.STORE_UNAVAILABLE) if refused is None else refused
         if self._asking.setdefault(key, asking) is asking:
             asking.add_done_callback(lambda _: self._asking.pop(key, None))
         return await asking
-
-    def _recall(
-        self, username: str, address: str, at_least: int | None, *, refuse: bool | None = None
-    ) -> Decision | None:
-        try:
-            return self._parts.recall(username, address, at_least, refuse=refuse)
-        except Exception:
-            _log.debug("the remembered row could not be used", exc_info=True)
-            return None
 
     async def explain(self, username: str, address: str) -> Explanation:
         """Explain to an operator how a check is decided and why; see `Guard.explain`."""

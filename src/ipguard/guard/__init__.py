@@ -95,8 +95,8 @@ class Internals:
     Attributes:
         fast_path: Answers from a remembered row, else returns None; None if all calls must be
             checked.
-        recall: Decides without I/O; see `SlowPath.recall`.
-        judge: Decides with I/O; raises nothing.
+        recall: Decides without I/O; see `SlowPath.recall`. Raises nothing.
+        answer: Decides with I/O. Raises nothing.
         report: Counts a decision, calls the observer, and returns what the caller gets.
         denied: Makes a denial that rests on no policy.
         patience: How long to wait for another call to the store, in seconds.
@@ -104,7 +104,7 @@ class Internals:
 
     fast_path: Callable[[str, str], bool | None] | None
     recall: Callable[..., Decision | None]
-    judge: Callable[[str, str, int | None], Decision]
+    answer: Callable[[str, str, int | None], Decision]
     report: Callable[[str, str, Decision], Decision]
     denied: Callable[[Reason], Decision]
     patience: float
@@ -123,7 +123,7 @@ class Guard(Closing, _fork.Forkable):
         outage_grace: For how many more seconds remembered users are still answered if the store
             does not answer; such decisions are `stale`. With it, a deleted restriction may keep
             allowing logins for that long during an outage.
-        capacity: How many users to remember. Each takes about 1 kB plus its restrictions.
+        capacity: How many users to remember. Each takes about 400 bytes with three restrictions.
         preload: Hold every restricted user in memory, at about 150 bytes plus the username each, so
             that no login waits for the store. The refresher reads them, or `sync` if it does not
             run; until then, users are read singly.
@@ -192,7 +192,6 @@ class Guard(Closing, _fork.Forkable):
             self._lease,
             self._loads,
             outage_grace=outage_grace,
-            deny_unknown=deny_unknown,
             monotonic=clock,
         )
         self._preload = Preload(store, self._table, self._lease, self._loads) if preload else None
@@ -200,7 +199,11 @@ class Guard(Closing, _fork.Forkable):
             weakref.ref(self), self._table, self._lease, self._preload, max_staleness=max_staleness
         )
         self._tally = Tally()
-        fast_path = self._fast_path(lambda username, address: self.check(username, address).allowed)
+        fast_path = self._fast_path(
+            lambda username, address: (
+                self._report(username, address, self._answer(username, address, None)).allowed
+            )
+        )
         if fast_path is not None:
             # Override the method on this instance, so that guards without an observer skip its
             # cost.
@@ -246,10 +249,23 @@ class Guard(Closing, _fork.Forkable):
         Returns:
             The decision. Client input never raises.
         """
-        return self._report(username, address, self._judge(username, address, at_least))
+        decision = self._recall(username, address, at_least, refuse=False)
+        if decision is None:
+            decision = self._answer(username, address, at_least)
+        return self._report(username, address, decision)
 
-    def _judge(self, username: str, address: str, at_least: int | None) -> Decision:
-        """Decide, and raise nothing."""
+    def _recall(
+        self, username: str, address: str, at_least: int | None, *, refuse: bool | None = None
+    ) -> Decision | None:
+        """Decide from memory as `SlowPath.recall` does, and raise nothing."""
+        try:
+            return self._slow_path.recall(username, address, at_least, refuse=refuse)
+        except Exception:
+            _log.debug("the remembered row could not be used", exc_info=True)
+            return None
+
+    def _answer(self, username: str, address: str, at_least: int | None) -> Decision:
+        """Decide, with I/O if necessary, and raise nothing."""
         try:
             self._revive()
             return self._slow_path.answer(username, address, at_least)
@@ -387,6 +403,7 @@ class Guard(Closing, _fork.Forkable):
         """Return the state of the guard, without I/O."""
         table, breaker, now = self._table, self._lease.breaker, self._monotonic()
         with table.lock:  # all figures are of one moment
+            users, preloaded = table.count()
             remaining = max(0.0, table.deadline - now)
             synced_at, error = table.synced_at, breaker.error
             return GuardStats(
@@ -396,8 +413,8 @@ class Guard(Closing, _fork.Forkable):
                 error=None if error is None else f"{type(error).__name__}: {error}",
                 failures=breaker.failures,
                 woken_by="refresher" if self._refresher.running else "callers",
-                users=len(table),
-                preloaded=len(table.preloaded) if table.preloaded.complete else None,
+                users=users,
+                preloaded=preloaded,
                 loads=self._loads.count,
                 evictions=table.evictions,
                 denials=self._tally.counts(),
@@ -431,8 +448,8 @@ class Guard(Closing, _fork.Forkable):
     def _internals(self) -> Internals:
         return Internals(
             fast_path=self._fast_path(lambda _username, _address: None),
-            recall=self._slow_path.recall,
-            judge=self._judge,
+            recall=self._recall,
+            answer=self._answer,
             report=self._report,
             denied=self._slow_path.denied,
             patience=self._lease.patience,

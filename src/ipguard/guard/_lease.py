@@ -31,11 +31,9 @@ def time_asleep() -> float:
     """Return how many seconds this machine has slept since it booted, if the system says so."""
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return 0.0
-    # A thread that is paused between the two clocks reads too little; the highest of three counts.
-    return max(
-        time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
-        for _ in range(3)
-    )
+    # In this order, a thread that is paused between the clocks reads too much, never too little.
+    awake = time.clock_gettime(time.CLOCK_MONOTONIC)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - awake
 
 
 class CircuitBreaker:
@@ -108,7 +106,7 @@ class Lease:
         self._table = table
         self._monotonic = monotonic
         self._asleep = asleep
-        self._slept = asleep()
+        self._slept = min(asleep(), asleep(), asleep())
         self._helper: threading.Thread | None = None
         self._renew_locks()
 
@@ -234,6 +232,9 @@ class Lease:
             How long the machine has slept since it booted, in seconds.
         """
         slept = self._asleep()
+        if slept - self._slept > _SLEEP_NOTICED:
+            # Unless the thread was paused between the clocks; the lowest of three counts.
+            slept = min(slept, self._asleep(), self._asleep())
         if slept - self._slept > _SLEEP_NOTICED:
             self._table.expire()
             self._slept = slept

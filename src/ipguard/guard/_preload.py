@@ -1,12 +1,12 @@
 """Preload the table: read a snapshot of all restricted users, then keep it current.
 
 A snapshot is swapped in only if it is of the revision that the table had when it was requested.
-From then on, syncs record who changes; at the end those users are marked unknown, and the others
+From then on, syncs record who changes; at the end those users are marked pending, and the others
 are as current as if each had been read singly. A snapshot of another revision is rejected: what
 changed between the two is unknown, and so is whether a backup was restored between them.
 `EVERYBODY` and `RESET` make it invalid while it is being read.
 
-Until the table is complete, and for users that are marked unknown, policies are read singly.
+Until the table is complete, and for pending users, policies are read singly.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 from ipguard._backoff import Backoff
 from ipguard._fork import acquire
 from ipguard.errors import StoreError
 from ipguard.guard._lease import Lease
 from ipguard.guard._slow_path import SingleFlight
-from ipguard.guard._table import PackedRow, Snapshot, Table, pack_row
-from ipguard.store import RestrictionStore
+from ipguard.guard._table import Rows, Snapshot, Table
+from ipguard.row import PENDING, Row
+from ipguard.store import RestrictionStore, rows_loader
 
 _log = logging.getLogger("ipguard.guard")
 
@@ -39,7 +40,7 @@ class Preload:
     def __init__(
         self, store: RestrictionStore, table: Table, lease: Lease, loads: SingleFlight
     ) -> None:
-        self._store = store
+        self._load_all = rows_loader(store)
         self._table = table
         self._lease = lease
         self._loads = loads
@@ -49,14 +50,14 @@ class Preload:
 
     def after_fork(self) -> None:
         """Forget the snapshot in progress, whose thread does not exist in a forked child."""
-        self._table.preloaded.snapshot = None
+        self._table.snapshot = None
         self._reading = threading.Lock()
         self._retry_at = 0.0
         self._stop = threading.Event()
 
     def tend(self, seconds: float) -> None:
-        """Read unknown users again for `seconds`, or start reading a snapshot on a thread."""
-        if self._table.preloaded.complete:
+        """Read pending users again for `seconds`, or start reading a snapshot on a thread."""
+        if self._table.rows.complete:
             self.read_again(time.monotonic() + seconds)
         elif (
             not self._reading.locked()
@@ -75,8 +76,10 @@ class Preload:
         self._stop.set()
 
     def read_again(self, until: float) -> None:
-        """Read the users that are marked unknown one by one, while time and store allow."""
-        for name in self._table.unknown():
+        """Read the pending users one by one, while time and store allow."""
+        with self._table.lock:
+            pending = tuple(self._table.pending)
+        for name in pending:
             if time.monotonic() >= until or not self._loads.read_again(name):
                 return
 
@@ -87,7 +90,7 @@ class Preload:
         """
         reading, held = self._reading, list[bool]()
         try:
-            if acquire(reading, 0, held) and not self._table.preloaded.complete:
+            if acquire(reading, 0, held) and not self._table.rows.complete:
                 self._fill(stop)
         finally:
             if True in held:
@@ -102,7 +105,7 @@ class Preload:
                     self._backoff.reset()
                     _log.info(
                         "preloaded %d restricted users in %.1f s",
-                        len(self._table.preloaded),
+                        self._table.count()[1],
                         time.monotonic() - began,
                     )
                     return
@@ -125,24 +128,26 @@ class Preload:
         """Read a snapshot and swap it in; return whether that succeeded."""
         snapshot, discarded = self._table.begin_snapshot()
         _empty(discarded)
-        revision, policies = self._store.load_all_policies()
+        revision, rows = self._load_all()
         try:
-            if revision == snapshot.revision and self._stream(snapshot, policies, stop):
+            if revision == snapshot.revision and self._stream(snapshot, rows, stop):
                 return self._table.swap_snapshot(snapshot)
         finally:
-            getattr(policies, "close", lambda: None)()
+            getattr(rows, "close", lambda: None)()
         _empty(snapshot.rows)
         return False
 
-    def _stream(self, snapshot: Snapshot, policies: Any, stop: threading.Event) -> bool:
+    def _stream(
+        self, snapshot: Snapshot, rows: Iterator[tuple[str, bytes]], stop: threading.Event
+    ) -> bool:
         """Read the rows of a snapshot, and return whether it was read to its end."""
-        rows, count = _packed_rows(policies), 0
+        count = 0
         log_at = time.monotonic() + _PROGRESS_INTERVAL
-        while not stop.is_set() and self._table.preloaded.snapshot is snapshot:
+        while not stop.is_set() and self._table.snapshot is snapshot:
             chunk = list(islice(rows, _CHUNK))
             if not chunk:
                 return True
-            snapshot.rows.update(chunk)
+            snapshot.rows.update((name, self._row(data)) for name, data in chunk)
             count += len(chunk)
             if len(snapshot.rows) != count:
                 raise StoreError("the store gave the policy of one user in several parts")
@@ -151,17 +156,14 @@ class Preload:
                 _log.info("preloading: %d restricted users so far", count)
         return False
 
-
-def _packed_rows(policies: Any) -> Iterator[tuple[str, PackedRow]]:
-    """Yield the rows of a snapshot, as packed by the store if it can."""
-    packed = getattr(policies, "packed", None)
-    if packed is not None:
-        rows: Iterator[tuple[str, PackedRow]] = packed()
-        return rows
-    return ((name, pack_row(policy)) for name, policy in policies)
+    def _row(self, data: bytes) -> Row:
+        try:
+            return Row.of(data, deny_unknown=self._table.deny_unknown)
+        except ValueError:  # damaged: each login of this user reads the store
+            return PENDING
 
 
-def _empty(rows: dict[str, PackedRow]) -> None:
+def _empty(rows: Rows) -> None:
     """Free many rows one by one: freeing them at once would stop every other thread."""
     while rows:
         rows.popitem()

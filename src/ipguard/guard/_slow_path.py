@@ -13,13 +13,13 @@ from typing import Final, Literal
 import attrs
 
 from ipguard import _fork
-from ipguard.addresses import AddressRange, login_address
+from ipguard.addresses import pack_address
 from ipguard.errors import UsernameError
 from ipguard.guard._lease import Lease
-from ipguard.guard._table import Position, Row, Table
-from ipguard.model import Decision, Policy, Reason
-from ipguard.rules import decide
-from ipguard.store import RestrictionStore
+from ipguard.guard._table import Position, Table
+from ipguard.model import Decision, Reason
+from ipguard.row import Row
+from ipguard.store import RestrictionStore, row_loader
 from ipguard.usernames import canonical_username
 
 _TRIES: Final = 2
@@ -36,7 +36,6 @@ class SlowPath:
         loads: SingleFlight,
         *,
         outage_grace: float,
-        deny_unknown: bool,
         monotonic: Callable[[], float],
     ) -> None:
         self._store = store
@@ -44,8 +43,21 @@ class SlowPath:
         self._lease = lease
         self._loads = loads
         self._outage_grace = outage_grace
-        self._deny_unknown = deny_unknown
         self._monotonic = monotonic
+
+    def _parse(
+        self, username: str, address: str
+    ) -> tuple[str, bytes] | Literal[Reason.BAD_USERNAME, Reason.BAD_ADDRESS]:
+        """Return the canonical username and the packed address; or why not."""
+        if type(username) is str and username in self._table.rows:
+            name = username
+        else:
+            try:
+                name = canonical_username(username)
+            except UsernameError:
+                return Reason.BAD_USERNAME
+        client = pack_address(address)
+        return Reason.BAD_ADDRESS if client is None else (name, client)
 
     def recall(
         self, username: str, address: str, at_least: int | None, *, refuse: bool | None = None
@@ -61,64 +73,72 @@ class SlowPath:
         Returns:
             The decision, or None if it takes a sync or a read, and those are not refused.
         """
-        parsed = _parse(username, address)
+        parsed = self._parse(username, address)
         if not isinstance(parsed, tuple):
             return self.denied(parsed)
-        name, spelling, client = parsed
+        name, client = parsed
         wanted = 0 if at_least is None else at_least
         until, revision = self._table.deadline, self._table.position.revision  # as in `answer`
-        row = self._table.find(name, spelling)
+        held = self._table.revision_of(name, revision)
+        row = self._table.find(name)
         if row is not None and revision >= wanted:
-            decision = self._decide(row, client, until, revision)
+            decision = self._decide(row, client, until, held)
             if decision is not None:
                 return decision
         if self._lease.breaker.is_open() if refuse is None else refuse:
-            return self._in_grace(name, spelling, client, wanted)
+            return self._in_grace(name, client, wanted)
         return None
 
     def answer(self, username: str, address: str, at_least: int | None) -> Decision:
         """Decide, with at most one sync and one read if something is missing."""
         if self._table.entered():  # a signal handler, while this thread is writing the table
             return self.recall(username, address, at_least, refuse=True)  # type: ignore[return-value]
-        parsed = _parse(username, address)
+        parsed = self._parse(username, address)
         if not isinstance(parsed, tuple):
             return self.denied(parsed)
-        name, spelling, client = parsed
+        name, client = parsed
         wanted = 0 if at_least is None else at_least
         for _ in range(_TRIES):
             if not self._lease.ensure(wanted):
-                return self._in_grace(name, spelling, client, wanted)
+                return self._in_grace(name, client, wanted)
             # In this order: a row that is found after the revision was read is current to it.
             until, revision = self._table.deadline, self._table.position.revision
             if revision < wanted:
                 break  # the guard has just adopted another history
-            row = self._table.find(name, spelling)
+            held = self._table.revision_of(name, revision)
+            row = self._table.find(name)
             if row is None:
-                loaded = self._loads.load(name, spelling, revision)
+                loaded = self._loads.load(name, revision)
                 if loaded is None:
                     break
-                row, until = loaded
-            decision = self._decide(row, client, until, revision)
+                row, until, held = loaded
+            decision = self._decide(row, client, until, held)
             if decision is not None:
+                if decision.allowed and not row.temporary:
+                    self._table.note(name, row, address)
                 return decision
         return self.denied(Reason.STORE_UNAVAILABLE)
 
-    def _decide(
-        self, row: Row, client: AddressRange, until: float, revision: int
-    ) -> Decision | None:
+    def _decide(self, row: Row, client: bytes, until: float, revision: int) -> Decision | None:
         """Decide by a row that was found after `until` was read; None if that is over by now."""
-        decision = decide(row.policy, client, self._store.now(), deny_unknown=self._deny_unknown)
-        if self._monotonic() < until:
-            return attrs.evolve(decision, revision=max(decision.revision, revision))
-        return None
+        reason, listed_by = row.decide(client, self._store.now() if row.temporary else None)
+        if self._monotonic() >= until:
+            return None
+        return Decision(
+            allowed=reason is Reason.LISTED or reason is Reason.UNRESTRICTED,
+            reason=reason,
+            revision=revision,
+            restriction_id=listed_by,
+        )
 
-    def _in_grace(self, name: str, spelling: str, client: AddressRange, wanted: int) -> Decision:
+    def _in_grace(self, name: str, client: bytes, wanted: int) -> Decision:
         """Decide from the table within `outage_grace` seconds after the deadline."""
-        until, revision = self._table.deadline, self._table.position.revision
-        row = self._table.find(name, spelling)
+        until, revision = self._table.deadline, self._table.position.revision  # as in `answer`
+        held = self._table.revision_of(name, revision)
+        row = self._table.find(name)
         if row is None or revision < wanted:
             return self.denied(Reason.STORE_UNAVAILABLE)
-        decision = self._decide(row, client, until + self._outage_grace, revision)
+        decision = self._decide(row, client, until + self._outage_grace, held)
         if decision is None:
             return self.denied(Reason.STORE_UNAVAILABLE)
         # Another thread may have renewed the lease by now: the decision is not stale then.
@@ -129,33 +149,17 @@ class SlowPath:
         return Decision(allowed=False, reason=reason, revision=self._table.position.revision)
 
 
-def _parse(
-    username: str, address: str
-) -> tuple[str, str, AddressRange] | Literal[Reason.BAD_USERNAME, Reason.BAD_ADDRESS]:
-    """Return the canonical username, the spelling to index, and the address; or why not."""
-    try:
-        name = canonical_username(username)
-    except UsernameError:
-        return Reason.BAD_USERNAME
-    found = login_address(address)
-    if found is None:
-        return Reason.BAD_ADDRESS
-    version, value = found
-    client = AddressRange(version=version, first=value, last=value)
-    # A subclass of str may hash and compare differently, so it must not be a key.
-    return name, username if type(username) is str else name, client
-
-
 class _Load:
     """One read in progress; `done` is locked until it ends."""
 
-    __slots__ = ("_began", "done", "leader", "position", "row", "slept", "started")
+    __slots__ = ("_began", "done", "leader", "position", "revision", "row", "slept", "started")
 
     def __init__(self, started: float, slept: float, position: Position) -> None:
         self.started = started
         self.slept = slept
         self.position = position
         self.row: Row | None = None
+        self.revision = 0
         self.leader = threading.get_ident()
         self.done = threading.Lock()
         self.done.acquire()
@@ -194,7 +198,7 @@ class SingleFlight:
         monotonic: Callable[[], float],
     ) -> None:
         self.count = 0
-        self._store = store
+        self._load_row = row_loader(store)
         self._table = table
         self._lease = lease
         self._max_staleness = max_staleness
@@ -205,18 +209,17 @@ class SingleFlight:
         """Forget the reads in progress, whose threads do not exist in a forked child."""
         self._in_flight: dict[str, _Load] = {}
 
-    def load(self, name: str, spelling: str, revision: int) -> tuple[Row, float] | None:
+    def load(self, name: str, revision: int) -> tuple[Row, float, int] | None:
         """Read a user's policy at `revision` or later.
 
         Args:
             name: The canonical username.
-            spelling: The username as the host spelt it.
             revision: The table's revision when the call began. A policy from before it may be
                 older than an answer that was already given.
 
         Returns:
-            The row and the moment from which it may not be used; or None if the store does not
-            answer, or not with that revision.
+            The row, the moment from which it may not be used, and its revision; or None if the
+            store does not answer, or not with that revision.
         """
         syncs = self._table.position.syncs
         for _ in range(_TRIES):
@@ -225,9 +228,10 @@ class SingleFlight:
             try:
                 with self._table.lock:
                     # Another thread's read may have ended since the caller looked.
-                    row = self._table.lookup(name, spelling)
-                    if row is not None and self._table.position.revision >= revision:
-                        return row, self._table.deadline
+                    row, held = self._table.find(name), self._table.position.revision
+                    if row is not None and held >= revision:
+                        held = self._table.revision_of(name, held)
+                        return row, self._table.deadline, held
                     load = self._in_flight.get(name)
                     if load is None or not load.joinable(now - self._max_staleness):
                         if self._lease.breaker.is_open():
@@ -237,7 +241,7 @@ class SingleFlight:
                         self._in_flight[name] = load
                         self.count += 1
                 if led:
-                    self._read(load, name, spelling)
+                    self._read(load, name)
                 else:
                     self._wait(load)
             finally:
@@ -248,11 +252,11 @@ class SingleFlight:
                 return None
             if (
                 load.position.history == self._table.position.history
-                and row.policy.revision >= revision
-                and load.position.covers(row.policy.revision, syncs)
+                and load.revision >= revision
+                and load.position.covers(load.revision, syncs)
                 and not self._lease.slept_since(load.slept)
             ):
-                return row, load.started + self._max_staleness
+                return row, load.started + self._max_staleness, load.revision
         return None
 
     def _wait(self, load: _Load) -> None:
@@ -263,10 +267,11 @@ class SingleFlight:
             if True in held:
                 load.done.release()
 
-    def _read(self, load: _Load, name: str, spelling: str) -> None:
+    def _read(self, load: _Load, name: str) -> None:
         try:
-            policy = self._policy(name)
-            load.row = self._table.remember(name, spelling, policy, load.position)
+            row, load.revision = self._row(name)
+            self._table.remember(name, row, load.revision, load.position)
+            load.row = row
         except Exception as exc:
             self._lease.breaker.record_failure(exc)
         finally:
@@ -274,25 +279,24 @@ class SingleFlight:
                 if self._in_flight.get(name) is load:
                     del self._in_flight[name]
 
-    def _policy(self, name: str) -> Policy:
-        policy = self._store.load_policy(name)
-        if not isinstance(policy.restrictions, tuple):
-            raise TypeError("restrictions must be a tuple: None would read as unrestricted")
+    def _row(self, name: str) -> tuple[Row, int]:
+        revision, data = self._load_row(name)
+        row = Row.of(data, deny_unknown=self._table.deny_unknown)
         self._lease.breaker.record_success()
-        return policy
+        return row, revision
 
     def read_again(self, name: str) -> bool:
-        """Read a preloaded user's policy, and return whether the store answered."""
+        """Read the policy of a pending user, and return whether the store answered."""
         began = self._table.position
         if self._lease.breaker.is_open():
             return False
         with self._table.lock:
             self.count += 1
         try:
-            policy = self._policy(name)
+            row, revision = self._row(name)
         except Exception as exc:
             self._lease.breaker.record_failure(exc)
             return False
-        # If the revision has moved, the user stays unknown and is read once more.
-        self._table.refresh(name, policy, began)
+        # If the revision has moved, the user stays pending and is read once more.
+        self._table.refresh(name, row, revision, began)
         return True

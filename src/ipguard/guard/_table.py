@@ -1,87 +1,68 @@
 """What a guard remembers, in one object: the rows, their position, the deadline, and the lock.
 
-Readers take no lock. They look a username up in `rows`, as the host spelt it, and compare the clock
-with a deadline that they read before. Every write is one operation of `Table`, which locks inside
-and does no I/O. Operations that drop rows do so before they move the position, and move the
-deadline last; each step is safe to interrupt, as a signal handler that raises does, and to repeat.
+Readers take no lock. They look a canonical username up in `rows`, and compare the clock with a
+deadline that they read before. Every write is one operation of `Table`, which locks inside and does
+no I/O. Operations that drop rows do so before they move the position, and move the deadline last;
+each step is safe to interrupt, as a signal handler that raises does, and to repeat.
 
-Dropping a row only removes it from `rows`. A reader that still holds it may add to it, but no later
-reader finds it.
+Dropping a row only removes it from `rows`. A reader that still holds it may write to its entry, but
+no later reader finds that.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple, final
 
-import attrs
 from cachetools import FIFOCache
 
 from ipguard import _fork
 from ipguard.errors import StoreUnavailable
-from ipguard.model import RESET, Changes, Policy, Reason, Touched
-from ipguard.packed import pack, unpack
-from ipguard.rules import lasting
+from ipguard.model import RESET, Changes, Touched
+from ipguard.row import OPEN, PENDING, Row
 
 _log = logging.getLogger("ipguard.guard")
 
 EXPIRED: Final = float("-inf")
-_SPELLINGS: Final = 8
-_ALL: Final = (0,)
-_NONE: Final[tuple[int, ...]] = ()
-_UNKNOWN: Final = b""
 _DIVERGED: Final = (
     "the store's history is not the one known up to revision %d (a restored backup, a failover "
     "that lost commits, or pruned changes): everything remembered is dropped, and revision %d "
     "taken over"
 )
 
-PackedRow = bytes | Policy
-"""A packed policy; or the policy itself if it cannot be packed."""
 
+@final
+class Entry:
+    """A row, and the address that was allowed last.
 
-def pack_row(policy: Policy) -> PackedRow:
-    """Return a policy as a preloaded table holds it."""
-    try:
-        return pack(policy)
-    except ValueError:
-        return policy
-
-
-class Row(set[str]):
-    """One user: the address texts allowed so far, and what decides about all others.
+    One address only: a client may own 2**64, and most users come from one.
 
     Attributes:
-        policy: The user's policy.
-        ipv4: Flat sorted bounds of the IPv4 addresses that are allowed at any time: an address is
-            allowed if `bisect_right` of them is odd.
-        ipv6: The same for IPv6.
-        otherwise: Why all other addresses are denied; None if that depends on the time.
-        spellings: The keys of `Table.rows` that lead here; the first is the canonical username.
+        row: What decides.
+        text: The text of the address that the row listed last, without the time; or None.
     """
 
-    __slots__ = ("ipv4", "ipv6", "otherwise", "policy", "spellings")
+    __slots__ = ("row", "text")
 
-    def __init__(self, name: str, policy: Policy, *, deny_unknown: bool) -> None:
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.text: str | None = None
+
+
+class Rows(dict[str, Entry | Row]):
+    """Rows by canonical username: entries, and rows of restricted users that were preloaded.
+
+    Attributes:
+        complete: Whether every restricted user has a row, so that a user without one is
+            unrestricted.
+    """
+
+    __slots__ = ("complete",)
+
+    def __init__(self) -> None:
         super().__init__()
-        self.policy = policy
-        self.spellings: tuple[str, ...] = (name,)
-        self.ipv4: tuple[int, ...]
-        self.ipv6: tuple[int, ...]
-        self.otherwise: Reason | None = Reason.NOT_LISTED
-        if deny_unknown and not policy.known:
-            self.ipv4 = self.ipv6 = _NONE
-            self.otherwise = Reason.UNKNOWN_USER
-        elif not policy.restrictions:
-            self.ipv4 = self.ipv6 = _ALL
-        else:
-            # Temporary restrictions are left out: they are decided by the store's clock each time.
-            addresses = lasting(policy.restrictions)
-            self.ipv4 = tuple(addresses.bounds(4))
-            self.ipv6 = tuple(addresses.bounds(6))
-            if any(r.expires_at is not None for r in policy.restrictions):
-                self.otherwise = None
+        self.complete = False
 
 
 class Position(NamedTuple):
@@ -127,126 +108,46 @@ class Snapshot:
 
     def __init__(self, revision: int) -> None:
         self.revision = revision
-        self.rows: dict[str, PackedRow] = {}
+        self.rows = Rows()
         self.changed: set[str] = set()
 
 
-class Preloaded:
-    """Every restricted user, in a few bytes each. `Table` locks each call.
+class Table:
+    """The rows, and everything that is written together with them.
 
-    A user without a row is unrestricted, so a row must never be dropped. A user whose policy has
-    changed is marked unknown until its policy was read again. Before the first snapshot is
-    complete, all users are unknown. In a guard that does not preload, none ever is.
+    At most `capacity` users are remembered, but for restricted users of a complete table, which are
+    all there. Users are evicted in the order in which they came, since hits do not pass here. Users
+    that are neither registered nor restricted are evicted first, so that invented usernames cannot
+    push out real ones.
+
+    In a complete table, a user without a row is unrestricted, so a row must never be dropped: it is
+    replaced by `PENDING` until the policy was read again.
 
     Attributes:
-        complete: Whether a snapshot was swapped in and is still valid.
-        unknown: The users whose policies must be read again.
+        rows: Replaced as a whole, or written under the lock.
+        position: Where the rows stand in the store's history; read with one attribute access.
+        deadline: The moment, on the guard's monotonic clock, from which no row may be used.
+        synced_at: When the read began that last moved the deadline; None before the first.
+        evictions: How many users were evicted.
+        pending: The users of a complete table whose policies must be read again.
         snapshot: The snapshot that is being read.
         discarded: The rows of a table that became invalid. The next reader of a snapshot empties
             it in small steps: freeing a million rows at once would stop every thread.
     """
 
-    def __init__(self, *, deny_unknown: bool) -> None:
-        self._deny_unknown = deny_unknown
-        self._rows: dict[str, PackedRow] = {}
-        self.complete = False
-        self.unknown: set[str] = set()
-        self.snapshot: Snapshot | None = None
-        self.discarded: dict[str, PackedRow] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def policy(self, name: str, revision: int) -> Policy | None:
-        """Return a user's policy at the table's revision, or None if it is unknown."""
-        if not self.complete:
-            return None
-        row = self._rows.get(name)
-        if row is None:
-            # A snapshot does not say whether an unrestricted user is registered.
-            unrestricted = Policy(revision=revision, restrictions=(), known=False)
-            return None if self._deny_unknown else unrestricted
-        if isinstance(row, Policy):
-            return attrs.evolve(row, revision=revision)
-        try:
-            return unpack(row, name, revision)
-        except ValueError:  # unknown, or a damaged row: read the store
-            return None
-
-    def put(self, name: str, policy: Policy, *, ahead: bool) -> None:
-        """Replace a user's row; mark the user unknown if the policy is ahead of the position."""
-        if ahead:
-            # Not strangers: there may be any number.
-            if policy.known or policy.restrictions or name in self._rows:
-                self.mark((name,))
-        elif self.complete:
-            if policy.restrictions:
-                self._rows[name] = pack_row(policy)
-            else:
-                self._rows.pop(name, None)
-            self.unknown.discard(name)
-
-    def mark(self, names: Collection[str]) -> None:
-        """Mark users unknown."""
-        if self.snapshot is not None:
-            self.snapshot.changed.update(names)
-        if self.complete:
-            self.unknown.update(names)
-            for name in names:
-                self._rows[name] = _UNKNOWN
-
-    def clear(self) -> None:
-        """Mark all users unknown, and abandon a snapshot that is being read."""
-        self.snapshot = None
-        self.complete = False
-        if self._rows:
-            self.discarded, self._rows = self._rows, {}
-        self.unknown.clear()
-
-    def swap(self, snapshot: Snapshot) -> bool:
-        """Replace all rows by a snapshot that was read to its end, if it is still valid."""
-        if self.snapshot is not snapshot:
-            return False
-        self.snapshot = None
-        for name in snapshot.changed:
-            snapshot.rows[name] = _UNKNOWN
-        self.unknown = snapshot.changed
-        self._rows = snapshot.rows
-        self.complete = True
-        return True
-
-
-class Table:
-    """The rows of at most `capacity` users, and everything that is written together with them.
-
-    Rows are evicted in the order in which they came, since hits do not pass here. Users that are
-    neither registered nor restricted are evicted first, so that invented usernames cannot push out
-    real ones.
-
-    Attributes:
-        rows: By spelling. Replaced never, written only under the lock.
-        position: Where the rows stand in the store's history; read with one attribute access.
-        deadline: The moment, on the guard's monotonic clock, from which no row may be used.
-        synced_at: When the read began that last moved the deadline; None before the first.
-        evictions: How many users were evicted.
-        preloaded: All restricted users, if the guard preloads. Evicting a row leaves it unchanged.
-    """
-
     def __init__(self, *, capacity: int, max_staleness: float, deny_unknown: bool) -> None:
-        self.rows: dict[str, Row] = {}
+        self.rows = Rows()
         self.position = Position()
         self.deadline = EXPIRED
         self.synced_at: float | None = None
         self.evictions = 0
-        self.preloaded = Preloaded(deny_unknown=deny_unknown)
+        self.snapshot: Snapshot | None = None
+        self.discarded = Rows()
+        self.deny_unknown = deny_unknown
         self._capacity = capacity
         self._max_staleness = max_staleness
-        self._deny_unknown = deny_unknown
         self._lock = _fork.ReentrantLock()
-        self._clear_rows()
-
-    def __len__(self) -> int:
-        return len(self._users) + len(self._strangers)
+        self._clear()
 
     @property
     def lock(self) -> _fork.ReentrantLock:
@@ -264,106 +165,126 @@ class Table:
 
     # ------------------------------------------------------------------------------------- rows
 
-    def find(self, name: str, spelling: str) -> Row | None:
-        """Return a user's row, from the preloaded users too, and index it by this spelling."""
-        row = self.rows.get(name)
-        settled = not self.preloaded.complete if row is None else spelling in row.spellings
-        if settled or self.entered():
-            return row
-        with self.lock:
-            return self.lookup(name, spelling)
+    def find(self, name: str) -> Row | None:
+        """Return a user's row, or None if the policy must be read."""
+        rows = self.rows
+        found = rows.get(name)
+        if found is None:
+            # In this order: rows that are no longer complete are emptied later.
+            return OPEN if rows.complete and not self.deny_unknown else None
+        row = found.row if type(found) is Entry else found
+        return None if row is PENDING else row
 
-    def lookup(self, name: str, spelling: str) -> Row | None:
-        """Do what `find` does, for a caller that holds the lock."""
-        row = self.rows.get(name)
-        if row is not None:
-            self._spell(row, spelling)
-            return row
-        policy = self.preloaded.policy(name, self.position.revision)
-        if policy is not None:
-            row = self._row(name, policy)
-            self._keep(row, spelling)
-        return row
+    def note(self, name: str, row: Row, address: str) -> None:
+        """Note an address that a user's row lists at any time, for the fast path."""
+        entry = self.rows.get(name)
+        # A subclass of str may compare as it likes.
+        if type(entry) is Entry and entry.row is row and type(address) is str:
+            entry.text = address
 
-    def remember(self, name: str, spelling: str, policy: Policy, began: Position) -> Row:
-        """Keep a policy that was read since the position `began`, and return the user's row.
+    def revision_of(self, name: str, revision: int) -> int:
+        """Return the revision that a user's row rests on, if the table was at `revision`."""
+        return max(revision, self._ahead.get(name, 0)) if self._ahead else revision
 
-        The row is not kept if a sync has moved the position past it (the stale fill), or
-        may be of a history that was lost. If it is ahead of `began`, the next sync drops it.
+    def remember(self, name: str, row: Row, revision: int, began: Position) -> None:
+        """Keep a row that was read at `revision`, since the table was at the position `began`.
+
+        It is not kept if a sync has moved the position past it (the stale fill), if a newer row was
+        read meanwhile, or if it may be of a history that was lost. If it is ahead of `began`, the
+        next sync drops it.
         """
-        row = self._row(name, policy)
-        ahead = policy.revision > began.revision
         with self.lock:
             position = self.position
-            if began.history == position.history and policy.revision >= position.revision:
-                self.preloaded.put(name, policy, ahead=ahead)
+            least = self.revision_of(name, position.revision)
+            if began.history == position.history and revision >= least:
                 self._drop(name)
-                kept = began.covers(policy.revision, position.syncs)
-                if ahead and (kept or name in self.preloaded.unknown):
-                    self._ahead.add(name)
+                kept = began.covers(revision, position.syncs)
+                if revision > began.revision:
+                    self._note_ahead(name, row, revision, kept=kept)
+                else:
+                    self._ahead.pop(name, None)
                 if kept:
-                    self._keep(row, spelling)
-        return row
+                    self._keep(name, row)
 
-    def refresh(self, name: str, policy: Policy, began: Position) -> None:
-        """Replace the row of a preloaded user, if the policy is of the table's own revision.
+    def refresh(self, name: str, row: Row, revision: int, began: Position) -> None:
+        """Replace a pending row, if the new one is of the table's own revision.
 
         Not if a login was answered ahead of it: its next answer must not be an older one.
         """
         with self.lock:
             now = self.position
             same = (now.revision, now.history) == (began.revision, began.history)
-            if same and policy.revision == now.revision and name not in self._ahead:
-                self.preloaded.put(name, policy, ahead=False)
+            if same and revision == now.revision and name not in self._ahead:
+                self._drop(name)
+                self._keep(name, row)
 
-    def _row(self, name: str, policy: Policy) -> Row:
-        return Row(name, policy, deny_unknown=self._deny_unknown)
+    def _note_ahead(self, name: str, row: Row, revision: int, *, kept: bool) -> None:
+        if kept or name in self.pending:
+            self._ahead[name] = revision
+        # The snapshot is older. There may be any number of invented usernames.
+        if self.snapshot is not None and (row.registered or row.restricted):
+            self.snapshot.changed.add(name)
 
-    def _keep(self, row: Row, spelling: str) -> None:
-        name, policy = row.spellings[0], row.policy
-        stranger = not policy.known and not policy.restrictions
-        try:
-            (self._strangers if stranger else self._users)[name] = None
+    def _keep(self, name: str, row: Row) -> None:
+        complete = self.rows.complete
+        self.pending.discard(name)
+        if complete and row.restricted:
             self.rows[name] = row
-            self._spell(row, spelling)
-            while len(self) > self._capacity:
+        elif complete and not self.deny_unknown and name not in self._ahead:
+            self.rows.pop(name, None)
+        else:
+            self._keep_bounded(name, row)
+
+    def _keep_bounded(self, name: str, row: Row) -> None:
+        known = row.registered or row.restricted
+        try:
+            (self._users if known else self._strangers)[name] = None
+            self.rows[name] = Entry(row)
+            while len(self._users) + len(self._strangers) > self._capacity:
                 oldest, _ = (self._strangers or self._users).popitem()
                 self._drop(oldest)
                 self.evictions += 1
         except BaseException:
-            self._clear_rows()  # a signal handler raised: cachetools may be inconsistent
+            self._clear()  # a signal handler raised: cachetools may be inconsistent
             raise
 
-    def _spell(self, row: Row, spelling: str) -> None:
-        held = self.rows.get(row.spellings[0]) is row
-        if held and spelling not in row.spellings and len(row.spellings) < _SPELLINGS:
-            row.spellings += (spelling,)
-            self.rows[spelling] = row
+    def _drop_changed(self, usernames: frozenset[str]) -> None:
+        if self.snapshot is not None:
+            self.snapshot.changed.update(usernames)
+        # A row that was read ahead of the position goes too. The store names what changed since the
+        # position; it cannot tell that the later revision is still in its history.
+        for name in (*usernames, *self._ahead):
+            self._drop(name)
+        self._ahead.clear()
 
     def _drop(self, name: str) -> None:
-        # The canonical spelling goes last: if this is interrupted, it leads to the others again.
-        row = self.rows.get(name)
-        if row is not None:  # not `if row`: a row without allowed texts is falsy
-            for spelling in reversed(row.spellings):
-                self.rows.pop(spelling, None)
-        try:
-            self._users.pop(name, None)
-            self._strangers.pop(name, None)
-        except BaseException:
-            self._clear_rows()  # as in `_keep`
-            raise
-        if name not in self.preloaded.unknown:  # else `refresh` needs to know, after an eviction
-            self._ahead.discard(name)
-
-    def _clear_rows(self) -> None:
-        self.rows.clear()
-        self._users: FIFOCache[str, None] = FIFOCache(self._capacity + 1)
-        self._strangers: FIFOCache[str, None] = FIFOCache(self._capacity + 1)
-        self._ahead: set[str] = set()
+        bounded = type(self.rows.get(name)) is Entry
+        if not self.rows.complete or (bounded and self.deny_unknown):
+            self.rows.pop(name, None)  # an absent user is loaded
+        else:
+            self.pending.add(name)
+            self.rows[name] = PENDING
+        if bounded:
+            try:
+                self._users.pop(name, None)
+                self._strangers.pop(name, None)
+            except BaseException:
+                self._clear()  # as in `_keep_bounded`
+                raise
+        if name not in self.pending:  # else `refresh` needs to know, after an eviction
+            self._ahead.pop(name, None)
 
     def _clear(self) -> None:
-        self.preloaded.clear()
-        self._clear_rows()
+        """Drop all rows, and abandon a snapshot that is being read."""
+        self.snapshot = None
+        if self.rows.complete:
+            self.rows.complete = False
+            self.discarded = self.rows
+        self.rows = Rows()
+        self.pending: set[str] = set()
+        self._ahead: dict[str, int] = {}
+        self._users: FIFOCache[str, None] = FIFOCache(self._capacity + 1)
+        self._strangers: FIFOCache[str, None] = FIFOCache(self._capacity + 1)
 
     # ------------------------------------------------------------------ the position and the lease
 
@@ -409,12 +330,7 @@ class Table:
             elif isinstance(usernames, Touched):
                 self._clear()
             else:
-                self.preloaded.mark(usernames)
-                # A row that was read ahead of the position goes too. The store names what changed
-                # since `cursor`; it cannot tell that the later revision is still in its history.
-                for name in (*usernames, *self._ahead):
-                    self._drop(name)
-                self._ahead.clear()
+                self._drop_changed(usernames)
             self.position = Position(head, token, self.position.history, known.syncs + 1)
             interrupted = slept()
             if interrupted:
@@ -431,29 +347,39 @@ class Table:
         with self.lock:
             self.deadline = EXPIRED
 
-    # -------------------------------------------------------------------------- preloaded users
+    # --------------------------------------------------------------------------- the complete table
 
-    def unknown(self) -> tuple[str, ...]:
-        """Return the preloaded users whose policies must be read again."""
-        with self.lock:
-            return tuple(self.preloaded.unknown)
+    def count(self) -> tuple[int, int | None]:
+        """Return how many users have a row, and how many of them were preloaded."""
+        rows = self.rows
+        loaded = len(self._users) + len(self._strangers)
+        return len(rows), len(rows) - loaded if rows.complete else None
 
-    def begin_snapshot(self) -> tuple[Snapshot, dict[str, PackedRow]]:
+    def begin_snapshot(self) -> tuple[Snapshot, Rows]:
         """Begin a snapshot, in which syncs record who changes; return it and discarded rows."""
         with self.lock:
-            discarded, self.preloaded.discarded = self.preloaded.discarded, {}
-            self.preloaded.snapshot = snapshot = Snapshot(self.position.revision)
+            discarded, self.discarded = self.discarded, Rows()
+            self.snapshot = snapshot = Snapshot(self.position.revision)
         return snapshot, discarded
 
     def swap_snapshot(self, snapshot: Snapshot) -> bool:
-        """Replace the preloaded users by a complete snapshot, if it is still valid."""
+        """Replace all rows by a snapshot that was read to its end, if it is still valid."""
         with self.lock:
-            return self.preloaded.swap(snapshot)
+            if self.snapshot is not snapshot:
+                return False
+            rows = snapshot.rows
+            for name in snapshot.changed:
+                rows[name] = PENDING
+            self._clear()
+            self.pending = snapshot.changed
+            rows.complete = True
+            self.rows = rows
+        return True
 
     def abandon_snapshot(self) -> None:
         """Forget the snapshot that is being read, if there is one."""
         with self.lock:
-            self.preloaded.snapshot = None
+            self.snapshot = None
 
     # ------------------------------------------------------------------------------------- fork
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from ipguard.addresses import AddressRange
 from ipguard.model import EVERYBODY, RESET, Policy
-from ipguard.store import NAMED_AT_MOST
+from ipguard.row import pack
+from ipguard.store import NAMED_AT_MOST, row_loader, rows_loader
 from ipguard.testing._case import A1, EVERY, Call, StoreCase
 
 
@@ -100,6 +103,33 @@ class GuardReadTests(StoreCase):
         policies.close()  # type: ignore[attr-defined]
         assert self.touch("alice") == 4
         assert self.store.load_policy("alice").revision == 4
+
+    def test_packed_policies(self) -> None:
+        """`load_row` and `load_all_rows`, if the store has them, pack the policies."""
+        later = self.clock() + timedelta(days=1)
+        self.put("alice", "bob", "carol")
+        self.add(
+            self.restriction("alice", "2001:db8::/32"),
+            self.restriction("alice", expires_at=later),
+            self.restriction("alice", "2001:db8::1", id="é"),
+            self.restriction("alice", "198.51.100.0/24"),
+            self.restriction("alice", "::1-::9", expires_at=later),
+            self.restriction("bob", expires_at=later),
+        )
+        self.store.remove_users(["bob"])
+        load, expected = row_loader(self.store), dict[str, bytes]()
+        for name in ("alice", "bob", "carol", "nobody"):
+            policy = self.store.load_policy(name)
+            assert load(name) == (policy.revision, pack(policy))
+            expected[name] = pack(policy)
+        revision, rows = rows_loader(self.store)()
+        found = dict(rows)
+        assert revision == 3
+        assert found == {name: expected[name] for name in ("alice", "bob")}
+        _, rows = rows_loader(self.store)()
+        next(rows)
+        rows.close()  # type: ignore[attr-defined]
+        assert self.touch("alice") == 4
 
     def test_all_policies_are_of_one_snapshot(self) -> None:
         """The iterator keeps its snapshot while others commit, and does not block them."""

@@ -50,7 +50,8 @@ class WorkflowSettings:
         widest_ipv4: The shortest IPv4 prefix whose number of addresses one restriction may hold;
             0 allows every IPv4 address.
         widest_ipv6: The same for IPv6.
-        restrictions_per_user: Restrictions of one user, expired ones included.
+        restrictions_per_user: Restrictions of one user, expired ones included; 65,535 at most, as a
+            guard holds no more.
         confirm_deletes: Whether a deletion needs a number: never (`False`), if it removes the
             user's last restriction (`"last"`, recommended), or always (`True`).
 
@@ -70,7 +71,7 @@ class WorkflowSettings:
     requests_per_hour: int = attrs.field(default=20, validator=_whole(1))
     widest_ipv4: int = attrs.field(default=16, validator=_whole(0, 32))
     widest_ipv6: int = attrs.field(default=32, validator=_whole(0, 128))
-    restrictions_per_user: int = attrs.field(default=1000, validator=_whole(1))
+    restrictions_per_user: int = attrs.field(default=1000, validator=_whole(1, 65_535))
     confirm_deletes: bool | Literal["last"] = attrs.field(default=False, validator=_check_deletes)
 
     def __attrs_post_init__(self) -> None:

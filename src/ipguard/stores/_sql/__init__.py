@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from functools import wraps
 from importlib.resources import files
 from itertools import groupby
-from typing import Any, Final, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 
 import attrs
 
@@ -34,6 +34,7 @@ from ipguard.model import (
     Touched,
     User,
 )
+from ipguard.row import pack_columns
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -383,20 +384,41 @@ def policy_of(username: str, rows: list[Row]) -> Policy:
 
     The rows are about another user if two processes share the connection.
     """
+    revision, removed = _heading(username, rows)
+    return Policy(
+        revision=revision,
+        restrictions=tuple([make_restriction(username, row[2:_RESTRICTION_ENDS]) for row in rows])
+        if rows[0][2] is not None
+        else (),
+        known=removed == 0,
+    )
+
+
+@reads_rows
+def packed_row_of(username: str, rows: list[Row]) -> tuple[int, bytes]:
+    """Return the revision and the packed policy from the rows of `POLICY`.
+
+    Raises:
+        StoreUnavailable: As for `policy_of`.
+    """
+    revision, removed = _heading(username, rows)
+    return revision, _packed(removed, rows if rows[0][2] is not None else [])
+
+
+def _packed(removed: int | None, rows: list[Row]) -> bytes:
+    # The id, the first and the last address, and the expiry.
+    return pack_columns(removed == 0, [(row[2], row[3], row[4], row[8]) for row in rows])
+
+
+def _heading(username: str, rows: list[Row]) -> tuple[int, int | None]:
     if not rows:
         raise errors.StoreUnavailable(UNFINISHED)
     if rows[0][_RESTRICTION_ENDS] != username:
         raise errors.StoreUnavailable(
             "the store's answer is about another user than the one asked for"
         )
-    revision, removed, restriction_id = rows[0][:3]
-    return Policy(
-        revision=revision,
-        restrictions=()
-        if restriction_id is None
-        else tuple([make_restriction(username, row[2:_RESTRICTION_ENDS]) for row in rows]),
-        known=removed == 0,
-    )
+    revision, removed = rows[0][:2]
+    return revision, removed
 
 
 ALL_POLICIES: Final = f"""
@@ -412,6 +434,21 @@ def policies_of(revision: int, rows: Iterable[Row]) -> Iterator[tuple[str, Polic
         held = list(group)
         restrictions = tuple(restriction_of(username, row[2:]) for row in held)
         yield username, Policy(revision=revision, restrictions=restrictions, known=held[0][1] == 0)
+
+
+def packed_rows_of(_: int, rows: Iterable[Row]) -> Iterator[tuple[str, bytes]]:
+    """Yield the packed policies from the rows of `ALL_POLICIES`."""
+    pack = reads_rows(_packed)
+    for username, group in groupby(rows, key=lambda row: row[0]):
+        held = list(group)
+        yield username, pack(held[0][1], held)
+
+
+def started(stream: Iterator[int | T]) -> tuple[int, Iterator[T]]:
+    """Start a stream, so that its snapshot is of this moment; return the revision, and the rest."""
+    revision = next(stream)
+    assert isinstance(revision, int)
+    return revision, cast("Iterator[T]", stream)
 
 
 def touching(db: Executor) -> int:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 import attrs
 from psycopg import sql
@@ -38,8 +38,10 @@ from ipguard.stores._sql import (
     check_open_schema,
     head,
     moment,
+    packed_row_of,
     policies_of,
     policy_of,
+    started,
     touching,
 )
 from ipguard.stores._sql import migrations as _migrations
@@ -329,23 +331,35 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
 
     def load_policy(self, username: str) -> Policy:
         """Load the policy of a user and the revision of the same snapshot."""
+        return self._load(username, policy_of)
 
-        def load(connection: Connection) -> Policy:
+    def load_row(self, username: str) -> tuple[int, bytes]:
+        """Load the packed policy of a user and the revision of the same snapshot."""
+        return self._load(username, packed_row_of)
+
+    def _load(self, username: str, decode: Callable[[str, list[Row]], T]) -> T:
+        def load(connection: Connection) -> T:
             rows = connection.rows(_POLICY, (username,) * 3, login=True)
             try:
-                policy = policy_of(username, rows)
+                loaded = decode(username, rows)
             except StoreUnavailable:
                 connection.spoilt = True
                 raise
             self._pool.refuse(connection, *rows[0][-2:])
-            return policy
+            return loaded
 
         return self._pool.read(load)
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision and the policies of all restricted users, from one snapshot."""
-        stream = PolicyStream(self._pool)
-        return stream.revision, stream
+        return started(_stream(self._pool, ALL_POLICIES, policies_of))
+
+    def load_all_rows(self) -> tuple[int, Iterator[tuple[str, bytes]]]:
+        """Return the revision and the packed policies of all restricted users, from one snapshot.
+
+        The server packs: it sends one row for each user.
+        """
+        return started(_stream(self._pool, _PACKED, lambda _, rows: rows))
 
     def changes_since(self, cursor: tuple[int, str] | None) -> Changes:
         """Return the store's position and the users whose policy changed since a revision."""
@@ -543,25 +557,40 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
 
 _FETCHED: Final = 5_000
 _RESTORE: Final = f"SELECT {RESTORE} FROM zz_restore_marker m WHERE m.id = 1"
-# Most rows have no expiry, and then take the fewest steps. `textsend` returns the connection's
-# encoding, which is UTF-8. The join's only condition is the name: with one more, a planner
-# without statistics expects so few users that it looks them up one by one.
+# Permanent restrictions come first, IPv4 before IPv6, as in the packed row. A row whose numbers do
+# not fit is left empty, which no guard takes for a row. `textsend` returns the encoding of the
+# connection, UTF-8. The join's only condition is the name: with one more, a planner without
+# statistics expects so few users that it looks them up one by one.
 _PACKED: Final = """
 SELECT q.username,
-    CASE WHEN u.removed = 0 THEN decode('01', 'hex') ELSE decode('00', 'hex') END || q.packed
+    CASE WHEN greatest(q.ipv4, q.permanent - q.ipv4) > 65535 THEN ''::bytea ELSE
+        set_byte(
+            decode('00', 'hex'), 0,
+            CASE WHEN u.removed = 0 THEN 1 ELSE 0 END
+            + CASE WHEN q.temporary IS NULL THEN 0 ELSE 4 END
+        )
+        || substring(int4send(q.ipv4) FROM 3) || substring(int4send(q.permanent - q.ipv4) FROM 3)
+        || coalesce(q.addresses || q.ids, ''::bytea)
+        || CASE WHEN q.temporary IS NULL THEN ''::bytea ELSE decode('00', 'hex') || q.temporary END
+    END
 FROM (
-    SELECT o.username, string_agg(o.packed, decode('00', 'hex')) || decode('00', 'hex') AS packed
+    SELECT o.username,
+        count(o.ipv4)::int AS ipv4, count(o.addresses)::int AS permanent,
+        string_agg(o.addresses, ''::bytea) AS addresses,
+        string_agg(o.ids, decode('00', 'hex')) AS ids,
+        string_agg(o.temporary, ''::bytea) AS temporary
     FROM (
         SELECT r.username,
-            CASE WHEN r.expires_at IS NULL THEN
-            CASE WHEN length(r.first_ip) = 4 THEN decode('00', 'hex') ELSE decode('01', 'hex') END
-            || r.first_ip || r.last_ip || textsend(r.id)
-            ELSE
-            CASE WHEN length(r.first_ip) = 4 THEN decode('02', 'hex') ELSE decode('03', 'hex') END
-            || r.first_ip || r.last_ip || int8send(r.expires_at) || textsend(r.id)
-            END AS packed
+            CASE WHEN r.expires_at IS NULL AND length(r.first_ip) = 4 THEN 1 END AS ipv4,
+            CASE WHEN r.expires_at IS NULL THEN r.first_ip || r.last_ip END AS addresses,
+            CASE WHEN r.expires_at IS NULL THEN textsend(r.id) END AS ids,
+            CASE WHEN r.expires_at IS NOT NULL THEN
+                substring(int4send(length(r.first_ip)) FROM 4) || r.first_ip || r.last_ip
+                || int8send(r.expires_at)
+                || substring(int4send(octet_length(r.id)) FROM 3) || textsend(r.id)
+            END AS temporary
         FROM restrictions r
-        ORDER BY r.username, r.created_at, r.id
+        ORDER BY r.username, length(r.first_ip), r.created_at, r.id
     ) o
     GROUP BY o.username
 ) q
@@ -569,49 +598,20 @@ LEFT JOIN users u ON u.username = q.username
 """
 
 
-class PolicyStream(Iterator[tuple[str, Policy]]):
-    """An iterator over users and their policies, which holds a connection until its end.
-
-    Attributes:
-        revision: The store's revision in the snapshot.
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self._packed = False
-        self._stream = self._start(pool)
-        # Start it now, so that the snapshot is of this moment.
-        self.revision: int = next(self._stream)
-
-    def _start(self, pool: Pool) -> Generator[Any, None, None]:
-        with pool.snapshot(patience=pool.options.bulk_timeout) as connection:
-            revision, _ = head(connection)
-            restore = connection.rows(_RESTORE)
-            yield revision
-            statement = _PACKED if self._packed else ALL_POLICIES
-            connection.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
-            rows = _fetch(connection)
-            yield from rows if self._packed else policies_of(revision, rows)
-        # Snapshots are not isolated from TRUNCATE and DROP: a restore would have made the tables
-        # look empty in this one.
-        if pool.read(lambda it: it.rows(_RESTORE)) != restore:
-            raise StoreUnavailable(f"{pool.options.place}: {UNFINISHED}")
-
-    def __next__(self) -> tuple[str, Policy]:
-        found: tuple[str, Policy] = next(self._stream)
-        return found
-
-    def packed(self) -> Iterator[tuple[str, bytes]]:
-        """Return an iterator over users and their packed policies instead; see `ipguard.packed`.
-
-        The server packs: it sends one row for each user, and a preloading guard creates no objects
-        from it before that user logs in.
-        """
-        self._packed = True
-        return self._stream
-
-    def close(self) -> None:
-        """Return the connection to the pool."""
-        self._stream.close()
+def _stream(
+    pool: Pool, statement: str, decode: Callable[[int, Iterator[Row]], Iterator[T]]
+) -> Iterator[int | T]:
+    """Yield the revision of a snapshot, then what a statement finds in it."""
+    with pool.snapshot(patience=pool.options.bulk_timeout) as connection:
+        revision, _ = head(connection)
+        restore = connection.rows(_RESTORE)
+        yield revision
+        connection.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
+        yield from decode(revision, _fetch(connection))
+    # Snapshots are not isolated from TRUNCATE and DROP: a restore would have made the tables
+    # look empty in this one.
+    if pool.read(lambda it: it.rows(_RESTORE)) != restore:
+        raise StoreUnavailable(f"{pool.options.place}: {UNFINISHED}")
 
 
 def _fetch(connection: Connection) -> Iterator[Row]:

@@ -64,9 +64,12 @@ from ipguard.stores._sql import (
     head,
     join_plain,
     marks,
+    packed_row_of,
+    packed_rows_of,
     policies_of,
     policy_of,
     schema_version,
+    started,
     touching,
 )
 from ipguard.stores._sql import migrations as _migrations
@@ -700,31 +703,37 @@ class SQLiteStore(SqlStore[Connection]):
 
     def load_policy(self, username: str) -> Policy:
         """Load the policy of a user and the revision of the same snapshot."""
+        return self._load(username, policy_of)
+
+    def load_row(self, username: str) -> tuple[int, bytes]:
+        """Load the packed policy of a user and the revision of the same snapshot."""
+        return self._load(username, packed_row_of)
+
+    def _load(self, username: str, decode: Callable[[str, list[Row]], T]) -> T:
         # Logins wait for this read, so it does without context managers.
         connection = self._pool.take(self._patience)
         try:
-            rows = connection.rows(_POLICY, (username,) * 3)
-            policy = policy_of(username, rows)
+            loaded = decode(username, connection.rows(_POLICY, (username,) * 3))
         except BaseException:
             self._pool.discard(connection)
             raise
         self._pool.give(connection)
-        return policy
+        return loaded
 
     def load_all_policies(self) -> tuple[int, Iterator[tuple[str, Policy]]]:
         """Return the revision and the policies of all restricted users, from one snapshot."""
-        stream = self._stream()
-        # Start it now, so that the snapshot is of this moment.
-        revision = next(stream)
-        assert isinstance(revision, int)
-        return revision, stream  # type: ignore[return-value]
+        return started(self._stream(policies_of))
 
-    def _stream(self) -> Iterator[int | tuple[str, Policy]]:
+    def load_all_rows(self) -> tuple[int, Iterator[tuple[str, bytes]]]:
+        """Load the packed policies of all restricted users, from one snapshot."""
+        return started(self._stream(packed_rows_of))
+
+    def _stream(self, decode: Callable[[int, Iterator[Row]], Iterator[T]]) -> Iterator[int | T]:
         with self._pool.connection(patience=self._patience) as db, db.snapshot():
             revision, _ = head(db)
             yield revision
             with closing(db.stream(ALL_POLICIES)) as rows:
-                for found in policies_of(revision, rows):
+                for found in decode(revision, rows):
                     if self._pool.recalled(db):
                         raise StoreUnavailable(
                             f"{self._path}: forking, replaced, or the store is closed"
