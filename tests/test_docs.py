@@ -8,8 +8,13 @@ from pathlib import Path
 import attrs
 import pytest
 
+import dev
 import ipguard
 from ipguard import AddressError, AddressRange, Reason, WorkflowSettings, errors, rules
+from tests.guard_mutants import MUTANTS
+from tests.guard_scenarios import SCENARIOS
+from tests.outages import BROKEN
+from tests.test_outage import PLANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/adr/*.md")])
@@ -161,3 +166,20 @@ def test_code_imports_submodules(page):
     code = re.sub(r"#.*", "", "".join(blocks))
     used = set(re.findall(r"\bipguard\.(?:mail|testing)\.", code))
     assert not used, "import the names from these modules"
+
+
+def test_the_page_of_the_tests_counts_right() -> None:
+    """The scenarios, mutants, switches and planted wrongs that it names exist."""
+    page = (ROOT / "docs" / "how-tested.md").read_text()
+    variants = dev.variants()
+    sound = [variant for variant in variants if not variant.switch]
+    counted = {
+        "configurations": len(sound),
+        "switches": len(variants) - len(sound),
+        "scenarios": len(SCENARIOS),
+        "mutants": len(MUTANTS),
+        "planted wrongs": len(PLANTS),
+        "broken guards": len(BROKEN),
+    }
+    for what, count in counted.items():
+        assert re.findall(rf"(\d+) {what}", page) == [str(count)], what

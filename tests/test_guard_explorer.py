@@ -157,6 +157,7 @@ def refute(mutant: Mutant) -> Outcome:
     return outcome._replace(schedules=count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
 def test_mutant_is_refuted(mutant: Mutant) -> None:
     """A guard that is broken in one way gives a wrong answer, or never answers."""
