@@ -8,7 +8,6 @@ import functools
 import gc
 import inspect
 import itertools
-import logging
 import os
 import random
 import subprocess
@@ -71,21 +70,6 @@ def at_rest(*executors: Executor) -> bool:
     return all(each._busy == 0 and not each._queue for each in executors)
 
 
-class Silent:
-    """A store that answers `now` and records and fails all other calls."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self.asked: list[str] = []
-
-    def now(self) -> Any:
-        return self._store.now()
-
-    def __getattr__(self, name: str) -> Any:
-        self.asked.append(name)
-        raise StoreUnavailable("down")
-
-
 # -- on the event loop ----------------------------------------------------------------------------
 
 
@@ -128,24 +112,6 @@ async def test_remembered_users_never_leave_the_event_loop(world: World) -> None
     assert (len(world.store.loads), len(world.store.syncs)) == (loads, syncs)
 
 
-def test_remembered_users_need_no_store_until_the_lease_is_over(memory: World) -> None:
-    memory.restrict("jsmith", HOME)
-    guard = guarded(memory)
-    asyncio.run(guard.is_allowed("jsmith", HOME))
-    silent = Silent(memory.inner)
-    memory.store.store = silent  # type: ignore[assignment]
-
-    async def main() -> None:
-        assert await guard.is_allowed("jsmith", HOME)
-        assert (await guard.check("jsmith", ELSEWHERE)).reason is Reason.NOT_LISTED
-        assert silent.asked == []
-        memory.pass_time(5)
-        assert (await guard.check("jsmith", HOME)).reason is Reason.STORE_UNAVAILABLE
-        assert silent.asked == ["changes_since"]
-
-    asyncio.run(main())
-
-
 @in_event_loop
 async def test_failing_clock_of_the_store_denies(memory: World) -> None:
     memory.restrict("jsmith", HOME, expires_in=60)
@@ -183,23 +149,6 @@ async def test_open_circuit_breaker_answers_on_the_event_loop(memory: World) -> 
     memory.pass_time(2)
     memory.store.down = None
     assert not (await guard.check("jsmith", HOME)).stale
-
-
-@in_event_loop
-async def test_user_dropped_between_look_up_and_answer(memory: World) -> None:
-    """The store's clock stands for a pause of the event loop."""
-    memory.restrict("temp", HOME, expires_in=1000)
-    guard = guarded(memory)
-
-    def pause() -> None:
-        memory.pass_time(5)
-        memory.lift_all("temp")
-        memory.restrict("temp", OFFICE)
-        guard.guard.sync()
-
-    assert await guard.is_allowed("temp", HOME)
-    memory.store.at_now.append(pause)
-    assert (await guard.check("temp", HOME)).reason is Reason.NOT_LISTED
 
 
 # -- on threads -----------------------------------------------------------------------------------
@@ -433,21 +382,6 @@ async def test_observer_is_called_once_on_the_event_loop(memory: World) -> None:
     assert await guard.is_allowed("jsmith", HOME)
     assert [each[2] for each in calls] == [*decisions, decisions[0]]
     assert {each[3] for each in calls} == {threading.get_ident()}
-
-
-def test_report_only(memory: World, caplog: pytest.LogCaptureFixture) -> None:
-    memory.restrict("jsmith", HOME)
-    guard = guarded(memory, report_only=True)
-
-    async def main() -> None:
-        for _ in range(2):
-            decision = await guard.check("jsmith", OFFICE)
-            assert (decision.allowed, decision.reason) == (True, Reason.NOT_LISTED)
-        assert await guard.is_allowed("jsmith", OFFICE)
-
-    with caplog.at_level(logging.WARNING, "ipguard.guard"):
-        asyncio.run(main())
-    assert sum("report only" in record.message for record in caplog.records) == 3
 
 
 @in_event_loop

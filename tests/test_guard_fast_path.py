@@ -35,12 +35,9 @@ def alone(guard: Guard) -> Any:
         ("2001:db9::1", Reason.NOT_LISTED),
         ("", Reason.BAD_ADDRESS),
         ("203.0.113.07", Reason.BAD_ADDRESS),
-        ("::ffff:203.0.113.07", Reason.BAD_ADDRESS),
         ("2001:db8::1%eth0", Reason.BAD_ADDRESS),
         (f"{HOME}/32", Reason.BAD_ADDRESS),
-        (f"{HOME}\0", Reason.BAD_ADDRESS),
         ("\ud800", Reason.BAD_ADDRESS),
-        ("\uff11.2.3.4", Reason.BAD_ADDRESS),
         ("1" * 100_000, Reason.BAD_ADDRESS),
     ],
 )
@@ -115,7 +112,6 @@ class Text(str):
         ("stranger", HOME),
         (Text("jsmith"), HOME),
         ("jsmith", Text(HOME)),
-        (Text("jsmith"), Text(HOME)),
         (None, HOME),
         ("jsmith", None),
         (b"jsmith", b"1.2.3.4"),
@@ -143,29 +139,6 @@ def test_no_decision_after_the_lease(world: World, address: str) -> None:
     assert alone(guard)("jsmith", address) == SLOW
     assert guard.stats().denials == {}
     assert guard._table.rows["jsmith"].text == HOME
-
-
-def test_denial_ends_with_the_comparison_of_the_clock(world: World) -> None:
-    """The restriction is lifted between the look-up and the comparison."""
-    world.restrict("jsmith", HOME)
-    acts: list[Any] = []
-
-    def monotonic() -> float:
-        if acts:
-            acts.pop()()
-        return world.clock.monotonic()
-
-    guard = world.guard(monotonic=monotonic)
-    guard.check("jsmith", HOME)
-
-    def lift() -> None:
-        world.pass_time(5)
-        world.lift_all("jsmith")
-        guard.sync()
-
-    acts.append(lift)
-    assert guard.is_allowed("jsmith", OFFICE)
-    assert guard.stats().denials == {}
 
 
 class Watching(Guard):

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from ipguard import _fork
-from ipguard.guard import Guard
 from ipguard.model import Reason
 from ipguard.stores import open_store
 from ipguard.testing import FakeClock
@@ -127,37 +126,6 @@ def test_child_of_a_process_whose_threads_hang(sqlite: World) -> None:
             loading.let_go()
             assert loads.result()
     assert answers == ["not_listed", "unrestricted", 2]
-
-
-def test_child_does_not_wait_for_a_load_of_its_parent(sqlite: World) -> None:
-    guard = sqlite.guard()
-    guard.sync()
-    with gate(sqlite.store.before_load) as loading:
-        hanging = Call(lambda: guard.check("adoe", OFFICE))
-        loading.reached()
-        assert in_child(lambda: guard.check("adoe", OFFICE).reason) == "unrestricted"
-        loading.let_go()
-        assert hanging.result()
-    assert sqlite.store.loads == ["adoe"]
-
-
-def test_child_replaces_the_lock_of_the_circuit_breaker(memory: World) -> None:
-    guard = memory.guard()
-    with guard._lease.breaker._lock:
-        assert in_child(lambda: guard.check("jsmith", HOME).reason) == "store_unavailable"
-
-
-def test_child_replaces_the_lock_of_the_tally(memory: World) -> None:
-    memory.restrict("jsmith", HOME)
-    guard = memory.guard()
-    guard.check("jsmith", OFFICE)
-
-    def child() -> int:
-        guard.check("jsmith", OFFICE)
-        return guard.stats().denials[Reason.NOT_LISTED]
-
-    with guard._tally._lock:
-        assert in_child(child) == 2
 
 
 def test_refresher_starts_with_the_childs_first_slow_check(sqlite: World) -> None:
@@ -332,11 +300,3 @@ def test_module_loads_without_fork(monkeypatch: Any) -> None:
     names: dict[str, Any] = {"__name__": "ipguard._without_fork"}
     exec(code, names)
     assert callable(names["register"])
-
-
-def test_guard_created_in_the_child(sqlite: World) -> None:
-    def child() -> str:
-        return Guard(sqlite.store, monotonic=sqlite.clock.monotonic).check("jsmith", HOME).reason
-
-    assert in_child(child) == "unrestricted"
-    assert sqlite.guard().check("jsmith", HOME)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipguard.aio import AsyncGuard
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
-from ipguard.guard._preload import Preload, _empty
+from ipguard.guard._preload import Preload
 from ipguard.guard._table import Entry, Rows, Table
 from ipguard.model import RESET, Reason
-from ipguard.row import OPEN, Row, pack
+from ipguard.row import Row, pack
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.guards import (
@@ -113,17 +110,6 @@ def test_capacity_does_not_bound_preloaded_users(world: World) -> None:
     assert world.store.loads == []
 
 
-def test_temporary_restriction_is_decided_by_the_stores_clock(world: World) -> None:
-    world.restrict("temp", HOME, expires_in=3)
-    guard = preloaded(world)
-    for passing, allowed in ((2.9, True), (0.1, False)):
-        world.pass_time(passing)
-        assert guard.is_allowed("temp", HOME) is allowed
-        assert guard.check("temp", HOME).allowed is allowed
-    assert not guard.is_allowed("temp", OFFICE)
-    assert world.store.loads == []
-
-
 def test_with_unknown_users_denied_unrestricted_users_are_read_singly(world: World) -> None:
     """A snapshot does not say whether they are registered."""
     world.restrict("jsmith", HOME)
@@ -141,32 +127,6 @@ def test_with_unknown_users_denied_unrestricted_users_are_read_singly(world: Wor
     world.register("stranger")
     guard.sync()
     assert guard.is_allowed("stranger", HOME)
-
-
-def test_explain_reads_the_store(world: World) -> None:
-    """Snapshots hold no labels and no authors."""
-    world.restrict("jsmith", HOME)
-    guard = preloaded(world)
-    assert guard.is_allowed("jsmith", HOME)
-    assert guard.explain("jsmith", HOME).restrictions[0].created_by == "admin"
-    assert world.store.loads == ["jsmith"]
-
-
-def test_first_async_check_stays_on_the_event_loop(memory: World) -> None:
-    memory.restrict("jsmith", HOME)
-    guard = AsyncGuard(memory.store, preload=True, monotonic=memory.clock.monotonic)
-
-    async def main() -> None:
-        await guard.sync()
-        guard._logins.run = None  # type: ignore[assignment,method-assign]
-        for _ in range(2):
-            assert await guard.is_allowed("jsmith", HOME)
-            assert not await guard.is_allowed("JSmith", OFFICE)
-            assert await guard.is_allowed("stranger", OFFICE)
-        await guard.close()
-
-    asyncio.run(main())
-    assert memory.store.loads == []
 
 
 # ------------------------------------------------------------------------------ until it is whole
@@ -227,33 +187,6 @@ def test_only_changed_users_are_read_again(world: World) -> None:
     assert not guard.is_allowed("new", HOME)
     assert not guard.is_allowed("mlee", ELSEWHERE)
     assert len(world.store.loads) == 3
-
-
-class WatchedTable(Table):
-    """A table that records what it finds when its position or deadline moves."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("position", "deadline") and "look" in self.__dict__:
-            self.__dict__["seen"].append((name, self.__dict__["look"]()))
-        super().__setattr__(name, value)
-
-
-@pytest.mark.parametrize("everybody", [False, True])
-def test_changed_user_is_pending_before_the_position_moves(world: World, everybody: bool) -> None:
-    """Neither the older row nor its absence is found with the new position."""
-    guard = preloaded(world)
-    watched: Any = guard._table
-    watched.__class__ = WatchedTable
-    watched.seen = []
-    watched.look = lambda: guard._table.find("jsmith")
-    assert watched.look() is OPEN
-    world.pass_time(1)
-    revision = world.restrict("jsmith")
-    if everybody:
-        world.touch()
-    guard._lease.sync()
-    assert watched.seen == [("position", None), ("deadline", None)]
-    assert revision
 
 
 def test_pending_user_is_denied_while_the_store_is_down(world: World) -> None:
@@ -325,59 +258,6 @@ def test_discarded_rows_are_freed_by_the_next_snapshot(world: World) -> None:
 # -------------------------------------------------------------------------------- interleavings
 
 
-def test_stale_fill(world: World) -> None:
-    """A policy read before a change arrives after the sync that named the user."""
-    guard = preloaded(world)
-    world.touch("jsmith")
-    guard._lease.sync()
-    with during(world.store.after_load, lambda: guard.is_allowed("jsmith", HOME)) as late:
-        world.restrict("jsmith", OFFICE)
-        guard._lease.sync()
-    late.result()  # it may answer its own call
-    assert pending(guard) == {"jsmith"}
-    assert not guard.is_allowed("jsmith", HOME)
-    assert guard.is_allowed("jsmith", OFFICE)
-
-
-@pytest.mark.parametrize("what", ["named", "everybody", "sync"])
-def test_user_read_again_during_a_change_stays_pending(world: World, what: str) -> None:
-    guard = preloaded(world)
-    world.touch("jsmith")
-    guard._lease.sync()
-    with during(world.store.after_load, lambda: preload(guard).read_again(float("inf"))) as reading:
-        if what == "sync":
-            world.wrong_guess()
-        else:
-            world.restrict("jsmith", OFFICE)
-        if what == "everybody":
-            world.touch()
-        guard._lease.sync()
-    reading.result()
-    assert guard._table.find("jsmith") is None
-    assert guard.is_allowed("jsmith", HOME) is (what == "sync")
-    guard.sync()
-    assert guard._table.find("jsmith") is not None
-    assert guard.is_allowed("jsmith", HOME) is (what == "sync")
-
-
-def test_change_during_a_snapshot_is_not_lost(world: World) -> None:
-    world.restrict("adoe", HOME)
-    guard = world.guard(preload=True)
-    for step, name in (
-        (world.store.before_stream, "early"),
-        (world.store.in_stream, "jsmith"),
-        (world.store.after_stream, "adoe"),
-    ):
-        with during(step, guard.sync) as streaming:
-            world.restrict(name, OFFICE)
-            guard._lease.sync()
-        streaming.result()
-        assert not guard.is_allowed(name, ELSEWHERE)
-        assert guard.is_allowed(name, OFFICE)
-        world.touch()
-        guard._lease.sync()
-
-
 def test_snapshot_from_before_the_first_sync_is_rejected(memory: World) -> None:
     """It may have the revision 0 of a new guard, but its age is unknown."""
     guard = memory.guard(preload=True)
@@ -433,78 +313,6 @@ def test_snapshot_ahead_of_the_guard_is_read_again(world: World) -> None:
     assert world.store.streams == [revision, revision]
     assert guard.stats().preloaded == 1
     assert world.store.loads == []
-    assert not guard.is_allowed("jsmith", OFFICE)
-
-
-def test_snapshot_is_compared_with_the_revision_at_its_request(world: World) -> None:
-    guard = world.guard(preload=True)
-
-    def change() -> None:
-        world.restrict("jsmith", HOME)
-        guard._lease.sync()
-
-    world.store.before_stream.append(change)
-    guard.sync()
-    assert len(world.store.streams) == 2
-    assert not guard.is_allowed("jsmith", OFFICE)
-
-
-def test_snapshot_of_a_lost_history_is_rejected(restorable: Restorable) -> None:
-    """A backup is restored while it is being read."""
-    world = restorable
-    world.restrict("jsmith", HOME)
-    restore = world.back_up()
-    world.lift_all("jsmith")
-    guard = world.guard(preload=True)
-    with during(world.store.in_stream, guard.sync) as streaming:
-        restore()
-        world.touch("adoe")
-        guard._lease.sync()
-    streaming.result()
-    assert len(world.store.streams) == 2
-    assert guard.stats().preloaded == 1
-    assert not guard.is_allowed("jsmith", OFFICE)
-    assert world.store.loads == []
-
-
-def test_lost_history_found_after_the_swap_invalidates_the_table(restorable: Restorable) -> None:
-    world = restorable
-    restore = world.back_up()
-    world.restrict("jsmith", HOME)
-    guard = world.guard(preload=True)
-    guard._lease.sync()
-    restore()
-    world.register("jsmith")
-    world.wrong_guess()
-    preload(guard).fill(threading.Event())
-    assert guard.stats().preloaded == 0
-    assert guard.is_allowed("jsmith", OFFICE)  # unrestricted in the restored store
-    world.restrict("jsmith", HOME)
-    guard._lease.sync()
-    assert guard.stats().preloaded is None
-    assert not guard.is_allowed("jsmith", OFFICE)
-
-
-def test_backup_restored_before_a_snapshot_ahead_is_read_again(restorable: Restorable) -> None:
-    world = restorable
-    guard = world.guard(preload=True)
-    world.restrict("jsmith", HOME)
-    guard._lease.sync()
-    restore = world.back_up()
-
-    def lift() -> None:
-        world.lift_all("jsmith")
-
-    def put_back() -> None:
-        restore()
-        world.touch("adoe")
-        world.touch("adoe")
-
-    world.store.before_stream.append(lift)
-    world.store.before_sync.append(put_back)
-    preload(guard).fill(threading.Event())
-    guard._lease.sync()
-    assert guard.stats().preloaded == 1
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
@@ -602,123 +410,7 @@ def test_nor_after_the_eviction_of_its_row(world: World) -> None:
     assert guard.check("jsmith", ELSEWHERE).revision == revision
 
 
-def test_user_opened_ahead_of_a_snapshot_is_unknown_in_it(memory: World) -> None:
-    """A login that was told of a deletion must not be followed by the older snapshot."""
-    memory.restrict("jsmith", HOME)
-    guard = memory.guard(preload=True)
-    with during(memory.store.in_stream, guard.sync) as reading:
-        with during(memory.store.before_load, lambda: guard.check("jsmith", ELSEWHERE)) as login:
-            guard._lease.sync()  # so that the login's row is not kept
-            revision = memory.lift_all("jsmith")
-        assert login.result().revision == revision
-    reading.result()
-    assert guard.check("jsmith", ELSEWHERE).revision == revision
-
-
 # ------------------------------------------------------------------------------------- readers
-
-
-class PausedRows(Rows):
-    """Rows that act while a reader has them, before or after its next look-up."""
-
-    before: ClassVar[deque[Callable[[], object]]]
-    after: ClassVar[deque[Callable[[], object]]]
-
-    def get(self, *args: Any) -> Any:
-        if self.before:
-            self.before.popleft()()
-        found = super().get(*args)
-        if self.after:
-            self.after.popleft()()
-        return found
-
-
-@pytest.fixture
-def paused(monkeypatch: pytest.MonkeyPatch) -> type[PausedRows]:
-    monkeypatch.setattr("ipguard.guard._table.Rows", PausedRows)
-    monkeypatch.setattr(PausedRows, "before", deque(), raising=False)
-    monkeypatch.setattr(PausedRows, "after", deque(), raising=False)
-    return PausedRows
-
-
-ASKING: dict[str, Callable[[Guard, str, str], object]] = {
-    "is_allowed": lambda guard, name, address: guard.is_allowed(name, address),
-    "check": lambda guard, name, address: guard.check(name, address),
-    "recall": lambda guard, name, address: guard._slow_path.recall(name, address, None),
-}
-
-
-@pytest.mark.parametrize("how", ASKING)
-@pytest.mark.parametrize("freed", ["emptied", "refilled"])
-def test_discarded_rows_do_not_look_like_an_unrestricted_user(
-    memory: World, paused: type[PausedRows], how: str, freed: str
-) -> None:
-    """The reader has them from before they were discarded, and looks after they were emptied."""
-    memory.restrict("jsmith", HOME)
-    guard = preloaded(memory)
-    held = guard._table.rows
-    assert isinstance(held, PausedRows)
-
-    def discard() -> None:
-        memory.touch()
-        guard._lease.sync()
-        if freed == "refilled":
-            guard.sync()
-        else:
-            _, discarded = guard._table.begin_snapshot()
-            _empty(discarded)
-        assert held == {}
-
-    paused.before.append(discard)
-    assert not ASKING[how](guard, "JSmith", OFFICE)
-    assert not paused.before
-    assert guard.is_allowed("jsmith", HOME)
-    assert guard.is_allowed("stranger", OFFICE)
-
-
-def test_absent_user_is_looked_up_before_completeness(
-    memory: World, paused: type[PausedRows]
-) -> None:
-    """Rows that were complete at the look-up may be discarded and emptied right after it."""
-    guard = preloaded(memory)
-
-    def discard() -> None:
-        memory.touch()
-        guard._lease.sync()
-
-    paused.after.append(discard)
-    assert guard._table.find("stranger") is None
-    assert guard._table.find("stranger") is None
-
-
-def test_a_decision_does_not_claim_the_revision_of_a_later_row(
-    memory: World, paused: type[PausedRows]
-) -> None:
-    """A sync and a read ahead of it replace the row that this check has found."""
-    memory.restrict("jsmith", HOME)
-    guard = memory.guard(outage_grace=10.0)
-    guard.check("jsmith", HOME)
-    path, home = guard._slow_path, bytes([203, 0, 113, 7])
-    asking: list[Callable[[], Any]] = [
-        lambda: path.recall("jsmith", HOME, None),
-        lambda: path.answer("jsmith", HOME, None),
-        lambda: path._in_grace("jsmith", home, 0),
-    ]
-    for ask in asking:
-        known = guard.revision
-
-        def replace() -> None:
-            memory.touch("jsmith")
-            guard._lease.sync()
-            memory.touch("jsmith")
-            later = guard.check("jsmith", HOME)
-            assert later.revision > guard.revision
-
-        paused.after.append(replace)
-        assert ask().revision == known
-        assert not paused.after
-        guard.sync()
-        guard.check("jsmith", HOME)
 
 
 WRITERS = {
@@ -826,34 +518,6 @@ def test_with_unknown_users_denied_unrestricted_users_are_bounded(world: World) 
     stats = guard.stats()
     assert (stats.users, stats.preloaded, pending(guard)) == (3, 1, set())
     check("jsmith", Reason.NOT_LISTED, reads=False)
-
-
-def test_with_unknown_users_denied_an_evicted_user_who_is_restricted_since(world: World) -> None:
-    """And who is not registered any more, after that."""
-    world.register("ann", "bob")
-    guard = preloaded(world, unknown_users="deny", capacity=1)
-    for name in ("ann", "bob"):
-        assert guard.is_allowed(name, OFFICE)
-    world.restrict("ann", HOME)
-    guard._lease.sync()
-    assert pending(guard) == {"ann"}
-    assert guard.check("ann", OFFICE).reason is Reason.NOT_LISTED
-    assert (guard.stats().users, guard.stats().preloaded) == (2, 1)
-    world.inner.remove_users(["ann", "bob"])
-    guard.sync()
-    assert guard.check("ann", HOME).reason is Reason.UNKNOWN_USER
-    assert guard.check("bob", HOME).reason is Reason.UNKNOWN_USER
-
-
-def test_with_unknown_users_denied_rows_read_ahead_are_dropped(memory: World) -> None:
-    memory.restrict("jsmith", HOME)
-    guard = preloaded(memory, unknown_users="deny")
-    memory.register("ann")
-    assert guard.is_allowed("ann", OFFICE)
-    memory.inner.remove_users(["ann"])
-    guard._lease.sync()
-    assert guard._table.find("ann") is None
-    assert guard.check("ann", OFFICE).reason is Reason.UNKNOWN_USER
 
 
 # ------------------------------------------------------------------------------------- outages
@@ -1044,22 +708,6 @@ def test_snapshot_with_a_user_in_several_parts_is_rejected(
     guard.sync()
     assert guard.stats().preloaded is None
     assert "several parts" in told(caplog)[0].getMessage()
-
-
-def test_snapshot_that_cannot_be_closed(memory: World) -> None:
-    """A plain iterator is enough. Any id is found, even with a zero byte or a lone surrogate."""
-    memory.restrict("jsmith", HOME)
-    policy = memory.inner.load_policy("jsmith")
-    for odd in ("a\0b", "\ud800\0"):
-        changed = attrs.evolve(policy, restrictions=(attrs.evolve(policy.restrictions[0], id=odd),))
-        memory.store.load_all_policies = lambda given=changed: (  # type: ignore[method-assign,misc]
-            given.revision,
-            iter([("jsmith", given)]),
-        )
-        guard = preloaded(memory)
-        assert guard.check("jsmith", HOME).restriction_id == odd
-        assert not guard.is_allowed("jsmith", OFFICE)
-    assert memory.store.loads == []
 
 
 # ---------------------------------------------------------------------------------- refresher

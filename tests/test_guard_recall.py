@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from ipguard.guard import Guard
-from ipguard.guard._table import Rows
 from ipguard.model import Decision, Reason
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
@@ -95,36 +94,3 @@ def test_open_circuit_breaker(world: World, grace: float) -> None:
     for other in (recall(guard, "adoe"), recall(guard, "jsmith", at_least=guard.revision + 1)):
         assert other is not None
         assert other.reason is Reason.STORE_UNAVAILABLE
-
-
-@pytest.mark.parametrize("renewed", [True, False])
-def test_deadline_is_taken_before_the_look_up(world: World, renewed: bool) -> None:
-    guard = world.guard()
-    guard.check("temp", HOME)
-
-    def pause() -> None:
-        world.pass_time(5)
-        if renewed:
-            world.lift_all("temp")
-            world.restrict("temp", OFFICE)
-            guard.sync()
-
-    world.store.at_now.append(pause)
-    assert recall(guard, "temp") is None
-
-
-def test_change_between_deadline_and_look_up_is_seen(world: World) -> None:
-    guard = world.guard()
-    guard.check("jsmith", HOME)
-    find = guard._table.rows
-
-    class Slow(Rows):
-        def get(self, *args: Any) -> Any:
-            guard._table.rows = find
-            world.lift_all("jsmith")
-            world.restrict("jsmith", OFFICE)
-            guard.sync()
-            return find.get(*args)
-
-    guard._table.rows = Slow()
-    assert recall(guard, "jsmith") is None

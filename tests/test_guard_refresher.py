@@ -81,14 +81,6 @@ def test_with_block_starts_and_closes(world: World) -> None:
         assert refreshers() == []
 
 
-def test_change_wakes_the_refresher(world: World) -> None:
-    with world.guard(max_staleness=3600) as guard:
-        assert guard.is_allowed("jsmith", HOME)
-        revision = world.restrict("jsmith", OFFICE)
-        comes_true(lambda: guard.revision == revision)
-        assert not guard.is_allowed("jsmith", HOME)
-
-
 def test_lease_is_renewed_without_wake_ups(world: World) -> None:
     world.store.wait = lambda revision, timeout: False  # type: ignore[method-assign]
     with world.guard(max_staleness=0.3):
@@ -312,12 +304,3 @@ def test_many_guards_on_one_store(world: World) -> None:
         assert not guard.is_allowed("jsmith", HOME)
         guard.close()
     assert refreshers() == []
-
-
-def test_closed_store_is_an_outage(world: World) -> None:
-    with world.guard(max_staleness=0.03) as guard:
-        guard.check("jsmith", HOME)
-        world.inner.close()
-        comes_true(lambda: guard.stats().failures >= 2)
-        world.pass_time(5)
-        assert not guard.is_allowed("jsmith", HOME)

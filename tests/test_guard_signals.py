@@ -19,7 +19,7 @@ from ipguard import Guard, Reason, StoreUnavailable
 from ipguard.aio._executor import Executor
 from ipguard.stores import open_store
 from ipguard.testing import Outbox
-from tests.guards import HOME, OFFICE
+from tests.guards import HOME, OFFICE, new_world
 from tests.postgres import Given, Server, fresh_schema
 
 BOSS = ipguard.Actor(username="boss", email="b@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
@@ -149,6 +149,44 @@ def test_handler_that_raises_in_the_guard(store: Any, rounds: Any) -> None:
 
     call()
     assert at_each_step(call, raise_late, sound, rounds(23, 1)) > 30
+
+
+@pytest.mark.parametrize("what", ["named", "everybody", "loads"])
+def test_interrupted_at_any_step(what: str) -> None:
+    """No change is lost that a sync was about to apply, or had applied in part."""
+    number, interrupted = 0, True
+    while interrupted:
+        number += 1
+        world = new_world()
+        world.register("jsmith", "adoe")
+        guard = world.guard(capacity=3)
+        for name in ("jsmith", "JSmith", "adoe"):
+            guard.is_allowed(name, HOME)
+        world.restrict("jsmith", OFFICE)
+        if what == "everybody":
+            world.touch()
+        with at_step(number, raise_late) as steps, suppress(Late):
+            if what == "loads":
+                world.pass_time(6)
+                for name in ("New", "Newer", "ADOE"):
+                    guard.check(name, HOME)
+            else:
+                guard.sync()
+        interrupted = steps[0] >= number
+        assert not guard._table.lock.locked()
+        world.pass_time(6)
+        guard.sync()
+        for _ in range(2):
+            assert not guard.is_allowed("jsmith", HOME)
+            assert not guard.is_allowed("JSmith", HOME)
+            assert guard.is_allowed("jsmith", OFFICE)
+            assert guard.is_allowed("adoe", HOME)
+            assert guard.is_allowed("new", HOME)
+        world.lift_all("jsmith")
+        guard.sync()
+        assert guard.is_allowed("JSmith", HOME)
+        assert guard.stats().users <= 3
+    assert number > 30
 
 
 @pytest.mark.parametrize("within", ["", WRITERS], ids=["anywhere", "writers"])
