@@ -124,7 +124,7 @@ class Guard(Closing, _fork.Forkable):
             does not answer; such decisions are `stale`. With it, a deleted restriction may keep
             allowing logins for that long during an outage.
         capacity: How many users to remember. Each takes about 400 bytes with three restrictions.
-        preload: Hold every restricted user in memory, at about 150 bytes plus the username each, so
+        preload: Hold every restricted user in memory, at about 180 bytes plus the username each, so
             that no login waits for the store. The refresher reads them, or `sync` if it does not
             run; until then, users are read singly.
         unknown_users: `"allow"`: an unregistered user without restrictions may log in from any
