@@ -11,6 +11,7 @@ from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.model import Action, Actor, User
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing._case import Call, happens
+from tests.test_guard_fork import in_child
 
 
 def _user(name: str) -> User:
@@ -19,7 +20,6 @@ def _user(name: str) -> User:
 
 class TestTurns:
     def test_a_writer_gives_up_after_its_timeout(self):
-        """A writer that waits too long gets StoreUnavailable."""
         store = MemoryStore(timeout=0.01)
         with store.transaction() as turn:
             with pytest.raises(StoreUnavailable, match=r"within 0\.01 s"):
@@ -41,7 +41,6 @@ class TestTurns:
             assert turn.failures("boss") == 1
 
     def test_closing_during_a_transaction_undoes_it(self):
-        """A transaction does not commit after its store was closed."""
         store = MemoryStore()
         with pytest.raises(StoreUnavailable), store.transaction() as turn:  # noqa: PT012
             turn.append(Action.UNLOCK, actor="boss")
@@ -49,7 +48,6 @@ class TestTurns:
         assert store._state.head == 0
 
     def test_closing_refuses_a_writer_that_waits(self):
-        """A writer that waits while the store is closed does not get the lock."""
         store = MemoryStore()
         waiting = threading.Event()
 
@@ -67,7 +65,6 @@ class TestTurns:
 
 class TestClock:
     def test_without_a_clock_it_is_the_hosts(self):
-        """Without `clock`, the store's time is the host's."""
         before = datetime.now(UTC)
         assert before <= MemoryStore().now() <= datetime.now(UTC)
 
@@ -89,25 +86,12 @@ class TestClock:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 class TestFork:
-    def _in_child(self, ask) -> bytes:
-        reader, writer = os.pipe()
-        if (child := os.fork()) == 0:
-            try:
-                os.write(writer, ask())
-            finally:
-                os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            answer = pipe.read()
-        os.waitpid(child, 0)
-        return answer
-
     def test_a_child_is_refused(self):
         """The copy in a forked child would diverge from its parent unnoticed."""
         store = MemoryStore()
         store.put_users([_user("alice")])
 
-        def ask() -> bytes:
+        def ask() -> int:
             refused = 0
             for call in (
                 lambda: store.load_policy("alice"),
@@ -125,25 +109,25 @@ class TestFork:
                 except StoreUnavailable:
                     refused += 1
             store.close()
-            return b"%d" % refused
+            return refused
 
-        assert self._in_child(ask) == b"9"
+        assert in_child(ask) == 9
         assert store.load_policy("alice").known
 
     def test_a_child_never_waits_for_a_lock_of_its_parent(self):
         """Locks held at the fork are never released in the child, which does not touch them."""
         store = MemoryStore()
 
-        def ask() -> bytes:
+        def ask() -> str:
             store.close()
             try:
                 store.wait(0, 60.0)
             except StoreUnavailable:
-                return b"refused"
-            return b"waited"
+                return "refused"
+            return "waited"
 
         with store._touched, store._writing:
-            assert self._in_child(ask) == b"refused"
+            assert in_child(ask) == "refused"
 
 
 class TestSize:

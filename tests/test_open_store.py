@@ -1,8 +1,5 @@
 """`open_store`: which store a URL opens, and the errors of other URLs."""
 
-import importlib
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ipguard.errors import SchemaVersionError, StoreConfigError
+from ipguard.errors import StoreConfigError
 from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
 from ipguard.stores.sqlite import SQLiteStore
@@ -55,10 +52,12 @@ def test_sqlite_with_an_absolute_path(tmp_path: Path) -> None:
 
 
 def test_sqlite_with_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three slashes: from the current directory."""
+    """Three slashes: from the current directory, even if that changes, as a daemon's does."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
-    open_store("sqlite:///in/a.db").close()
+    with open_store("sqlite:///in/a.db") as store:
+        monkeypatch.chdir("/")
+        assert store.put_users([]) == 0
     assert (tmp_path / "in" / "a.db").exists()
 
 
@@ -70,13 +69,6 @@ def test_a_path_is_percent_decoded(tmp_path: Path, name: str) -> None:
     assert [each.name for each in tmp_path.iterdir()] == [name]
 
 
-def test_sqlite_only_checks_when_told(tmp_path: Path) -> None:
-    """`migrate=False` reaches the store."""
-    (tmp_path / "a.db").touch()
-    with pytest.raises(SchemaVersionError):
-        open_store(f"sqlite:///{tmp_path}/a.db", migrate=False)
-
-
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -86,11 +78,8 @@ def test_sqlite_only_checks_when_told(tmp_path: Path) -> None:
         ("sqlite:///:memory:", "memory://"),
         ("sqlite:///a.db?mode=ro", "timeout"),
         ("sqlite:///a.db?timeout=soon", "seconds"),
-        ("sqlite:///a.db?timeout=", "seconds"),
         ("sqlite:///a.db?timeout=0", "seconds"),
-        ("sqlite:///a.db?timeout=-1", "seconds"),
         ("sqlite:///a.db?timeout=nan", "seconds"),
-        ("sqlite:///a.db?timeout=inf", "seconds"),
         ("sqlite:///a.db?timeout=1&timeout=2", "once"),
         ("sqlite:///a.db?timeout", "?name=value"),
         ("sqlite:///missing/a.db", "No such file"),
@@ -158,23 +147,3 @@ def test_an_entry_point_that_cannot_be_loaded(value: str, monkeypatch: pytest.Mo
     """A plug-in that fails to load is a configuration error, with the reason."""
     plugin(monkeypatch, "redis", value)
     assert "no_such" in refused(f"redis://:{SECRET}@host")
-
-
-def test_only_the_store_that_is_named_is_loaded() -> None:
-    """`import ipguard.stores` loads no driver, and `memory://` none either."""
-    script = (
-        "import sys; from ipguard.stores import open_store; open_store('memory://');"
-        "print([m for m in ('sqlite3', 'psycopg', 'ctypes', 'ipguard.stores.sqlite')"
-        " if m in sys.modules])"
-    )
-    # Measuring coverage in the child would load sqlite3 by itself.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env
-    )
-    assert done.stdout == "[]\n"
-
-
-def test_the_modules_name_their_stores() -> None:
-    """The classes that URLs open can be imported too."""
-    assert importlib.import_module("ipguard.stores.sqlite").SQLiteStore is SQLiteStore

@@ -280,13 +280,12 @@ def test_nothing_is_read_or_written_without_the_marker_on_sqlite(tmp_path: Path)
         fill(store)
         with closing(sqlite3.connect(path, isolation_level=None)) as restoring:
             restoring.execute("DELETE FROM head")
-        with pytest.raises(StoreUnavailable, match="restore marker"):
-            store.load_policy("jo")
-        with pytest.raises(StoreUnavailable, match="restore marker"):
-            store.load_all_policies()
-        with pytest.raises(StoreUnavailable, match="restore marker"):
-            store.changes_since(None)
-        with pytest.raises(StoreUnavailable, match="restore marker"):
-            store.wait(0, 0.0)
-        with pytest.raises(StoreUnavailable, match="restore marker"), store.transaction():
-            pass
+        for call in (
+            lambda: store.load_policy("jo"),
+            store.load_all_policies,
+            lambda: store.changes_since(None),
+            lambda: store.wait(0, 0.0),
+            lambda: store.transaction().__enter__(),
+        ):
+            with pytest.raises(StoreUnavailable, match="restore marker"):
+                call()

@@ -20,11 +20,11 @@ from ipguard.errors import (
     TooManyRestrictions,
     UnknownUser,
 )
-from ipguard.model import EVERYBODY, Action, Actor, Restriction
+from ipguard.model import EVERYBODY, Action, Actor, Restriction, User
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores._sql import Params, Row
-from ipguard.stores._sql.bulk import BulkRestrictions, BulkUsers
+from ipguard.stores._sql.bulk import BulkRestrictions, BulkUsers, FewUsers
 from ipguard.stores.postgres._connection import Batch
 from ipguard.testing import FakeClock
 from ipguard.testing._case import Call, StoreCase, raises, user
@@ -88,7 +88,6 @@ class Between(StoreCase):
         assert len(self.held("bob")) == 2
 
     def test_restrictions_that_use_up_the_limit(self) -> None:
-        """Restrictions added in between count for the limit per user."""
         self.put("alice", "bob")
         more = [self.restriction("bob") for _ in range(3)]
         self.between(lambda: self.add(self.restriction("bob")))
@@ -190,6 +189,24 @@ class Between(StoreCase):
         }
         assert len(self.store.overview(Actor.EVERY_ACCOUNT, search="last").items) == 1
 
+    def test_a_user_written_by_others(self) -> None:
+        """Users that are compared one by one are compared again under the lock."""
+        self.put("jo")
+        compare = FewUsers.compare
+
+        def compared(staged: FewUsers, db: Any) -> tuple[int, list[User], list[str]]:
+            found = compare(staged, db)
+            self.patch.setattr(FewUsers, "compare", compare)
+            Call(lambda: self.put("jo", "ann", full_name="Jo B")).result()
+            return found
+
+        self.patch.setattr(FewUsers, "compare", compared)
+        assert self.put("jo", "ann", "zoe", full_name="Jo B") == 3
+        assert [change.detail for change in self.store.history(Actor.EVERY_ACCOUNT, limit=2)] == [
+            {"added": "1", "updated": "0"},
+            {"added": "1", "updated": "1"},
+        ]
+
 
 class TestSQLite(Between):
     @pytest.fixture(autouse=True)
@@ -244,7 +261,6 @@ class TestPostgres(Between):
         assert len(self.store.overview(Actor.EVERY_ACCOUNT, limit=2 * MANY).items) == MANY + 2
 
     def test_a_sign_up_waits_for_at_most_the_timeout(self) -> None:
-        """After the timeout the sign-up raises, and the import continues."""
         self.put("alice")
         many = [user(f"u{number:03}") for number in range(MANY)]
         separator = "&" if "?" in self.url else "?"

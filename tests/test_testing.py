@@ -1,7 +1,6 @@
 """Tests of `ipguard.testing`: the clock, the outbox, and the suite for stores."""
 
 import functools
-import subprocess
 import sys
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
@@ -10,7 +9,6 @@ from typing import Any
 import attrs
 import pytest
 
-from ipguard import testing
 from ipguard.addresses import AddressRange
 from ipguard.errors import InvalidValue
 from ipguard.model import (
@@ -22,7 +20,6 @@ from ipguard.model import (
     RequestState,
     User,
 )
-from ipguard.notify import Notifier
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock, Message, Outbox, StoreConformance
 from ipguard.testing._case import StoreCase, together
@@ -59,7 +56,6 @@ def request(name: str) -> PendingRequest:
 
 class TestFakeClock:
     def test_time_passes_only_when_moved(self):
-        """The clock does not move by itself."""
         clock = FakeClock()
         before = clock(), clock.monotonic()
         assert (clock(), clock.monotonic()) == before
@@ -86,7 +82,6 @@ class TestFakeClock:
         assert clock() == NOW + timedelta(minutes=10, microseconds=1)
 
     def test_advance_refuses_to_go_back(self):
-        """A monotonic clock never goes back, so negative steps are refused."""
         clock = FakeClock()
         with pytest.raises(ValueError, match="negative"):
             clock.advance(timedelta(microseconds=-1))
@@ -103,13 +98,7 @@ class TestFakeClock:
         with pytest.raises(InvalidValue):
             clock.set(NOW.replace(tzinfo=None))
 
-    def test_monotonic_is_a_positive_float(self):
-        """The monotonic time is in seconds and does not start at 0."""
-        assert isinstance(FakeClock().monotonic(), float)
-        assert FakeClock().monotonic() > 0
-
     def test_is_thread_safe(self):
-        """Steps of many threads add up."""
         clock = FakeClock()
 
         def step() -> None:
@@ -119,19 +108,9 @@ class TestFakeClock:
         together([step] * 8)
         assert clock() == NOW + timedelta(seconds=4000)
 
-    def test_repr(self):
-        """The repr shows the time."""
-        assert repr(FakeClock()) == "<FakeClock 2030-01-01T12:00:00+00:00>"
-
 
 class TestOutbox:
-    def test_is_a_notifier(self):
-        """An outbox satisfies the `Notifier` protocol."""
-        outbox: Notifier = Outbox()
-        assert repr(outbox) == "<Outbox of 0>"
-
     def test_keeps_numbers_and_notices(self):
-        """Messages are kept in full, oldest first."""
         outbox = Outbox()
         outbox.number_issued(request("q1"), "12345-67890", ACTOR)
         outbox.change_applied(CHANGE, ACTOR, USER)
@@ -171,7 +150,6 @@ class TestOutbox:
         assert outbox.messages[0].user == user
 
     def test_number_for_returns_the_newest_number(self):
-        """The last number issued for a request counts."""
         outbox = Outbox()
         for name, number in (("q1", "1"), ("q2", "2"), ("q1", "3")):
             outbox.number_issued(request(name), number, ACTOR)
@@ -195,14 +173,12 @@ class TestOutbox:
         assert outbox.number_for("q1") == "12345-67890"
 
     def test_numbers_are_not_in_a_repr(self):
-        """The reprs of messages and of the outbox hide the number."""
         outbox = Outbox()
         outbox.number_issued(request("q1"), "12345-67890", ACTOR)
         for text in (repr(outbox), repr(outbox.messages), str(outbox.messages[0])):
             assert "12345" not in text
 
     def test_is_thread_safe(self):
-        """Messages of many threads are kept."""
         outbox = Outbox()
 
         def send(name: str) -> None:
@@ -215,16 +191,7 @@ class TestOutbox:
 
 
 class TestPackage:
-    def test_needs_no_pytest(self):
-        """The package can be imported without pytest."""
-        code = (
-            "import sys; sys.modules['pytest'] = None; import ipguard.testing as t; "
-            "t.StoreConformance; t.Outbox(); t.FakeClock()"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
     def test_every_conformance_test_has_a_docstring(self):
-        """Each conformance test states its promise in one sentence."""
         for name, test in suite().items():
             text = test.__doc__
             assert text, name
@@ -243,14 +210,8 @@ class TestPackage:
         assert len(suite()) > 60
 
     def test_pytest_rewrites_the_asserts(self):
-        """pytest explains failed asserts of the suite."""
         part = sys.modules["ipguard.testing._transactions"]
         assert type(part.__loader__).__name__ == "AssertionRewritingHook"
-
-    def test_exports(self):
-        """The public names are those of the contract."""
-        assert testing.__all__ == sorted(testing.__all__)
-        assert set(testing.__all__) == {"FakeClock", "Message", "Outbox", "StoreConformance"}
 
     def test_open_store_must_be_overridden(self):
         """A subclass without `open_store` fails at once."""
@@ -266,11 +227,6 @@ def suite() -> dict[str, Any]:
         for name in dir(StoreConformance)
         if name.startswith("test_")
     }
-
-
-class UnknownUsers(MemoryStore):
-    def load_policy(self, username: str) -> Any:
-        return attrs.evolve(super().load_policy(username), known=True)
 
 
 class LostChanges(MemoryStore):
@@ -291,26 +247,17 @@ class NoRollback(MemoryStore):
             raise error
 
 
-class EveryAccount(MemoryStore):
-    def overview(self, accounts: Any, **options: Any) -> Any:
-        return super().overview(Actor.EVERY_ACCOUNT, **options)
-
-
 class TestSuite:
     """The suite fails for a store that breaks a promise; docs/mutation.md has systematic tests."""
 
     @pytest.mark.parametrize(
         ("store", "name"),
         [
-            (UnknownUsers, "test_the_policy_of_a_user_without_restrictions"),
             (LostChanges, "test_changes_after_the_cursor_are_named"),
             (NoRollback, "test_an_exception_undoes_everything"),
-            (EveryAccount, "test_only_users_of_the_accounts_are_listed"),
         ],
     )
     def test_a_broken_promise_fails(self, store: type[MemoryStore], name: str):
-        """The test of the broken promise fails."""
-
         class Case(StoreConformance):
             def open_store(self, clock: FakeClock) -> MemoryStore:
                 return store(clock=clock)
