@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server: it counts round trips, loses answers, or goes silent."""
+"""A TCP proxy in front of a server: it counts round trips, cuts connections, or goes silent."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ class Proxy:
     Attributes:
         round_trips: How often a client had to wait: how often bytes of a client followed bytes of
             the server.
-        lose: Bytes whose answer is lost: the connection is cut as soon as the server answers them.
-            None: no answer is lost.
-        lost: How many connections were cut for that.
         cut_at: The round trip to interrupt, counted from when this is set; and
         cut_when: `before` the server gets it; `after` it has answered, but before the client gets
             the answer; or a number: when the server has got so many of its statements. Later
@@ -31,8 +28,6 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.round_trips = 0
         self.connections = 0
-        self.lose: bytes | None = None
-        self.lost = 0
         self.cut_at = 0
         self.cut_when: Literal["before", "after"] | int = "before"
         self.strike: Callable[[], object] = lambda: None
@@ -115,8 +110,6 @@ class Link:
                         self._strike()
                         break
                     continue
-                if proxy.lose is not None and proxy.lose in data:
-                    self.doomed = True
                 if not proxy.silent:
                     self.server.sendall(data)
         self._end()
@@ -126,7 +119,6 @@ class Link:
             while data := self.server.recv(65536):
                 self.answered = True
                 if self.doomed:
-                    self.proxy.lost += 1
                     self._strike()
                     break
                 if not self.proxy.silent:

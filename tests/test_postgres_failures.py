@@ -12,36 +12,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import ipguard
-from ipguard import Actor, Reason, RequestClosed, StoreUnavailable
-from ipguard.model import RESET, Action
+from ipguard import Actor, Reason, StoreUnavailable
+from ipguard.model import Action
 from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import Outbox
-from tests.conftest import rounds
+from ipguard.testing._case import together
 from tests.pooler import transaction_pooler
 from tests.postgres import Server, execute, fresh_schema, own_server, until
 from tests.proxy import Proxy
+from tests.test_postgres import BOSS, touch, user
 
 pytestmark = pytest.mark.slow
 
-BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 TIMEOUT = 0.5
 SLACK = 1.0  # a busy machine's; the deadline itself is TIMEOUT
 DIRECT = {"sslmode": "disable", "gssencmode": "disable"}
-
-
-def user(name: str) -> ipguard.User:
-    return ipguard.User(username=name, full_name="Some One", account_id="A1", email="s@example.com")
-
-
-def touch(store: PostgresStore, *names: str) -> int:
-    with store.transaction() as turn:
-        return turn.append(Action.IMPOSE, actor="boss", touches=frozenset(names)).revision
 
 
 def works(call: Callable[[], object]) -> bool:
@@ -93,7 +85,6 @@ def test_the_waits_of_a_transaction_share_the_timeout(store: PostgresStore) -> N
 
 
 def test_the_waits_of_a_page_share_the_timeout(store: PostgresStore) -> None:
-    """The statements of a read share the timeout, too."""
     with pytest.raises(StoreUnavailable, match="in time"), store._pool.snapshot() as session:
         ask_slowly(session)
     assert store.overview(Actor.EVERY_ACCOUNT).items
@@ -129,21 +120,6 @@ def test_killed_backends_are_not_noticed(server: Server, store: PostgresStore) -
         call()
 
 
-def test_a_backend_killed_in_a_transaction_undoes_it(server: Server, store: PostgresStore) -> None:
-    """The transaction is rolled back as a whole, and the next one works."""
-    before = store.changes_since(None)
-    with pytest.raises(StoreUnavailable), store.transaction() as turn:  # noqa: PT012
-        turn.set_failures("jo", 7)
-        assert turn.failures("jo") == 7
-        server.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state LIKE 'idle in%'"
-        )
-        turn.append(Action.IMPOSE, actor="boss")
-    assert store.changes_since(None) == before
-    with store.transaction() as turn:
-        assert turn.failures("jo") == 0
-
-
 def test_a_restarted_server_is_found_again(server: Server, store: PostgresStore) -> None:
     """Calls fail at once while it is down, and succeed within two seconds of its return."""
     store.load_policy("jo")
@@ -158,34 +134,29 @@ def test_a_restarted_server_is_found_again(server: Server, store: PostgresStore)
     assert time.monotonic() - began < 2.0 + SLACK
 
 
-def test_a_frozen_server_delays_no_call(server: Server, store: PostgresStore) -> None:
-    """While every process of the server is stopped, each call ends at its deadline."""
-    for call in calls(store):
-        call()
-    server.send(signal.SIGSTOP)
-    try:
-        for call in calls(store):
-            began = time.monotonic()
-            assert not works(call)
-            assert time.monotonic() - began < 2 * TIMEOUT + SLACK
-    finally:
-        server.send(signal.SIGCONT)
-    until(lambda: all(works(call) for call in calls(store)), "the store works again", 20)
-
-
-def test_a_silent_network_delays_no_call(server: Server) -> None:
-    """When packets vanish, calls end at their deadline, and the next one afterwards works."""
+@pytest.mark.parametrize("what", ["server", "network"])
+def test_a_silent_server_or_network_delays_no_call(server: Server, what: str) -> None:
+    """While its processes are stopped, or packets vanish, each call ends at its deadline."""
     with Proxy(server.port) as proxy:
         url = server.url(port=proxy.port, schema=fresh_schema(), **DIRECT)
         with PostgresStore(url, timeout=TIMEOUT) as store:
             store.put_users([user("jo")])
-            proxy.silent = True
             for call in calls(store):
-                began = time.monotonic()
-                assert not works(call)
-                assert time.monotonic() - began < 2 * TIMEOUT + SLACK
-            proxy.silent = False
-            assert all(works(call) for call in calls(store))
+                call()
+            proxy.silent = what == "network"
+            if what == "server":
+                server.send(signal.SIGSTOP)
+            try:
+                for call in calls(store):
+                    began = time.monotonic()
+                    assert not works(call)
+                    assert time.monotonic() - began < 2 * TIMEOUT + SLACK
+            finally:
+                proxy.silent = False
+                server.send(signal.SIGCONT)
+            if what == "network":  # the next call works
+                assert all(works(call) for call in calls(store))
+            until(lambda: all(works(call) for call in calls(store)), "the store works again", 20)
 
 
 def test_a_server_that_is_down_at_the_start(server: Server) -> None:
@@ -268,85 +239,6 @@ def test_a_client_that_vanished_releases_the_lock(server: Server) -> None:
         assert other.changes_since(None).head == 1
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_lost_acknowledgement_is_unavailable(server: Server, keep: bool) -> None:
-    """A confirm whose commit is not acknowledged may hold or not; trying again shows which."""
-    with Proxy(server.port) as proxy:
-        url = server.url(port=proxy.port, schema=fresh_schema(), listen="off", **DIRECT)
-        with PostgresStore(url, timeout=TIMEOUT) as store:
-            store.put_users([user("jo")])
-            outbox = Outbox()
-            flow = ipguard.Workflow(store, outbox, key=bytes(32))
-            request = flow.request(BOSS, "jo", "203.0.113.7")
-            number = outbox.number_for(request.id)
-            proxy.lose = b"COMMIT\0" if keep else b"INSERT INTO"
-            if not keep:
-                proxy.silent = True
-            with pytest.raises(StoreUnavailable):
-                flow.confirm(BOSS, request.id, number)
-            assert proxy.lost == int(keep)
-            proxy.lose, proxy.silent = None, False
-            if keep:
-                with pytest.raises(RequestClosed, match="confirmed"):
-                    flow.confirm(BOSS, request.id, number)
-            else:
-                flow.confirm(BOSS, request.id, number)
-            assert len(store.load_policy("jo").restrictions) == 1
-
-
-@pytest.mark.parametrize("sent", [True, False])
-def test_a_confirm_cut_off_at_each_step(server: Server, sent: bool) -> None:
-    """At whatever step the connection breaks, a confirm holds completely or not at all."""
-    schema = fresh_schema()
-    outbox, outcomes = Outbox(), []
-    with (
-        PostgresStore(server.url(schema=schema), listen="off") as sound,
-        Proxy(server.port) as proxy,
-        PostgresStore(
-            server.url(port=proxy.port, schema=schema, listen="off", **DIRECT), timeout=5.0
-        ) as store,
-    ):
-        settings = ipguard.WorkflowSettings(requests_per_hour=10**6)
-        flows = [
-            ipguard.Workflow(s, outbox, key=bytes(32), settings=settings) for s in (sound, store)
-        ]
-        sound.put_users([user("jo")])
-        for n in range(rounds(1, 15)):
-            for step in range(1, 9):  # begin, each question, the commit; then one that is not cut
-                store.load_policy("jo")  # a connection is there
-                request = flows[0].request(BOSS, "jo", f"10.{n}.{step}.1")
-                number = outbox.number_for(request.id)
-                before = sound.load_policy("jo")
-                proxy.cut_when, proxy.cut_at = "after" if sent else "before", step
-                try:
-                    flows[1].confirm(BOSS, request.id, number)
-                    acknowledged = True
-                except StoreUnavailable:
-                    acknowledged = False
-                proxy.cut_at = 0
-                until(lambda: works(lambda: touch(sound)), "the turn is free")
-                after = sound.load_policy("jo")
-                held = len(after.restrictions) - len(before.restrictions)
-                confirmed = sound_state(sound, request.id) == "confirmed"
-                assert confirmed == bool(held)
-                assert confirmed or not acknowledged
-                outcomes.append((step, acknowledged, confirmed))
-    # The first step is tried again on a new connection; the seventh is the commit.
-    assert {(step, *rest) for step, *rest in outcomes} == {
-        (1, True, True),
-        *((step, False, False) for step in range(2, 7)),
-        (7, False, sent),
-        (8, True, True),
-    }
-
-
-def sound_state(store: PostgresStore, request_id: str) -> str:
-    with store.transaction() as turn:
-        stored = turn.request(request_id)
-        assert stored is not None
-        return str(stored.request.state)
-
-
 def test_a_commit_is_durable(server: Server, store: PostgresStore) -> None:
     """An acknowledged commit survives kill -9, even if the role's default is weaker."""
     server.execute("ALTER ROLE postgres SET synchronous_commit = off")
@@ -420,56 +312,10 @@ def test_a_standby_behind_an_open_connection_is_noticed(
         store.changes_since(None)
 
 
-def test_a_promoted_standby_that_lagged(
-    server: Server, store: PostgresStore, standby: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A failover that lost commits is a RESET: guards drop the lost state."""
-    schema = store._options.schema
-    until(lambda: _replayed(server, standby), "the standby has caught up")
-    # From here on it gets nothing.
-    standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
-    standby.execute("SELECT pg_reload_conf()")
-    until(lambda: not standby.execute("SELECT 1 FROM pg_stat_wal_receiver"), "it is cut off")
-    with Proxy(server.port) as door:
-        url = server.url(port=door.port, schema=schema, listen="off", **DIRECT)
-        with (
-            PostgresStore(url, timeout=TIMEOUT) as moving,
-            ipguard.Guard(moving, max_staleness=1.0) as guard,
-        ):
-            flow = ipguard.Workflow(moving, Outbox(), key=bytes(32))
-            lost = flow.impose(BOSS, "jo", "203.0.113.7", reason="lost in the failover")
-            assert guard.check("jo", "203.0.113.7", at_least=lost.revision)
-            cursor = moving.changes_since(None)[:2]
-            standby_url = standby.url(schema=schema)
-            standby.execute("SELECT pg_promote()")
-            until(lambda: standby.execute("SELECT pg_is_in_recovery()") == [(False,)], "promotion")
-            with PostgresStore(standby_url, timeout=TIMEOUT) as promoted:
-                if promoted.changes_since(None).head >= lost.revision:
-                    pytest.fail("the standby had the commit: nothing was lost")
-                # As many other changes as were lost: the numbers alone would fit.
-                ipguard.Workflow(promoted, Outbox(), key=bytes(32)).impose(
-                    BOSS, "jo", "203.0.113.8", reason="after the failover"
-                )
-                assert promoted.changes_since(None).head == cursor[0]
-            door._server = standby.port
-            door.cut()
-            until(
-                lambda: (
-                    not guard.is_allowed("jo", "203.0.113.7")
-                    and guard.is_allowed("jo", "203.0.113.8")
-                ),
-                "the guard follows",
-                20,
-            )
-            assert moving.changes_since(cursor).usernames is RESET
-            until(lambda: "the store's history is not the one known" in caplog.text, "it is told")
-
-
 # ------------------------------------------------------------------------------- the pooler
 
 
 def test_through_a_transaction_pooler(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """Everything works behind pgbouncer in transaction mode, with many threads."""
     caplog.set_level(logging.INFO, "ipguard")
     schema = fresh_schema()
     with transaction_pooler(server) as port:
@@ -494,31 +340,22 @@ def everything_works(store: PostgresStore) -> None:
     store.put_users([user(f"u{n}") for n in range(150)])
     outbox = Outbox()
     flow = ipguard.Workflow(store, outbox, key=bytes(32))
-    errors: list[Any] = []
 
     def work(number: int) -> None:
-        try:
-            name = f"u{number}"
-            for address in ("203.0.113.7", "203.0.113.8"):
-                request = flow.request(BOSS, name, address)
-                flow.confirm(BOSS, request.id, outbox.number_for(request.id))
-            flow.impose_many(BOSS, [(f"u{100 + number}", "203.0.113.7")], reason="import")
-            assert len(store.load_policy(name).restrictions) == 2
-            assert len(flow.overview(BOSS, search=name).items) > 0
-            assert len(dict(store.load_all_policies()[1])) > 0
-            assert flow.history(BOSS, username=name).items
-            with pytest.raises(ZeroDivisionError), store.transaction():
-                raise ZeroDivisionError
-            store.remove_users([name])
-        except BaseException as error:
-            errors.append(error)
+        name = f"u{number}"
+        for address in ("203.0.113.7", "203.0.113.8"):
+            request = flow.request(BOSS, name, address)
+            flow.confirm(BOSS, request.id, outbox.number_for(request.id))
+        flow.impose_many(BOSS, [(f"u{100 + number}", "203.0.113.7")], reason="import")
+        assert len(store.load_policy(name).restrictions) == 2
+        assert len(flow.overview(BOSS, search=name).items) > 0
+        assert len(dict(store.load_all_policies()[1])) > 0
+        assert flow.history(BOSS, username=name).items
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            raise ZeroDivisionError
+        store.remove_users([name])
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors
+    together(partial(work, n) for n in range(8))
     with ipguard.Guard(store) as guard:
         assert guard.is_allowed("u0", "203.0.113.7")
         assert not guard.is_allowed("u0", "203.0.113.9")

@@ -265,48 +265,6 @@ def test_parts_of_names_that_an_older_library_wrote(
         assert found("jones") == ["eve"]
 
 
-@pytest.mark.usefixtures("two_are_many")
-@settings(max_examples=rounds(25, 1_000))
-@given(
-    rows=st.lists(
-        st.tuples(st.none() | st.sampled_from(NAMES[:3]), st.none() | st.sampled_from(ACCOUNTS)),
-        max_size=20,
-    ),
-    asked=st.lists(
-        st.tuples(
-            accounts,
-            st.none() | st.sampled_from([*NAMES[:3], "nobody", "\ud800"]),
-            st.none() | st.integers(-1, 22),
-            st.integers(1, 5),
-        ),
-        min_size=5,
-        max_size=25,
-    ),
-)
-def test_history_equals_that_of_the_memory_store(
-    rows: list[tuple[str | None, str | None]],
-    asked: list[tuple[Any, str | None, int | None, int]],
-    tmp_path_factory: pytest.TempPathFactory,
-    postgres: Server | Given,
-) -> None:
-    """Every page of the audit log is the same, for few accounts and for many."""
-    folder = tmp_path_factory.mktemp("trail")
-    with (
-        MemoryStore(clock=FakeClock(START)) as memory,
-        open_store(f"sqlite:///{folder}/a.db", clock=FakeClock(START)) as sqlite,
-        open_store(postgres.url(schema=fresh_schema()), clock=FakeClock(START)) as server,
-    ):
-        for store in (memory, sqlite, server):
-            with store.transaction() as turn:
-                for username, account in rows:
-                    turn.append(Action.IMPOSE, actor=None, username=username, account_id=account)
-        for whose, username, before, limit in asked:
-            wanted = {"username": username, "before": before, "limit": limit}
-            expected = memory.history(whose, **wanted)  # type: ignore[arg-type]
-            for store in (sqlite, server):
-                assert store.history(whose, **wanted) == expected  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("after", ["\ud800", "jo\ud900x", "b\udfff", "jo\0\ud800", "\0"])
 def test_a_page_may_begin_after_a_text_that_no_store_holds(after: str) -> None:
     """The text that replaces it can be stored and has the same usernames after it."""
