@@ -28,7 +28,6 @@ ALICE = Actor(
 )
 ADAM = Actor(username="adam", email="adam@firm.example", manages=frozenset({"U1"}))
 CAROL = Actor(username="carol", email="carol@other.example", manages=frozenset({"U2"}))
-BOTH = Actor(username="both", email="both@firm.example", manages=frozenset({"U1", "U2"}))
 
 JSMITH = User(
     username="jsmith", full_name="John Smith", account_id="U1", email="jsmith@firm.example"

@@ -1,11 +1,6 @@
 """Real mail servers on a loopback port, for tests and demonstrations.
 
 `MailServer` runs aiosmtpd and keeps the mails. `BadServer` sends raw bytes that break the protocol.
-
-    with MailServer("starttls", login=("user", "secret")) as server:
-        notifier = EmailNotifier(server.url, sender="no-reply@example.com", tls=server.client_tls)
-        ...
-        (mail,) = server.wait_for(1)
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 import copy
 import ipaddress
 import pickle
-import random
 import re
 import socket
 import sys
@@ -58,21 +57,14 @@ ACCEPTED = [
     ("203.0.113.7", 4, "203.0.113.7", "203.0.113.7", "203.0.113.7"),
     ("203.0.113.0/29", 4, "203.0.113.0", "203.0.113.7", "203.0.113.0/29"),
     ("203.0.113.5-203.0.113.9", 4, "203.0.113.5", "203.0.113.9", "203.0.113.5-203.0.113.9"),
-    ("203.0.113.7/32", 4, "203.0.113.7", "203.0.113.7", "203.0.113.7"),
     ("203.0.113.7-203.0.113.7", 4, "203.0.113.7", "203.0.113.7", "203.0.113.7"),
     ("203.0.113.0-203.0.113.7", 4, "203.0.113.0", "203.0.113.7", "203.0.113.0/29"),
-    ("203.0.113.4-203.0.113.11", 4, "203.0.113.4", "203.0.113.11", "203.0.113.4-203.0.113.11"),
     ("0.0.0.0/0", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
-    ("0.0.0.0-255.255.255.255", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
     ("0.0.0.0/31", 4, "0.0.0.0", "0.0.0.1", "0.0.0.0/31"),
     ("0.0.0.1", 4, "0.0.0.1", "0.0.0.1", "0.0.0.1"),
     ("255.255.255.254", 4, "255.255.255.254", "255.255.255.254", "255.255.255.254"),
-    ("255.255.255.254/31", 4, "255.255.255.254", "255.255.255.255", "255.255.255.254/31"),
-    ("10.0.0.0/8", 4, "10.0.0.0", "10.255.255.255", "10.0.0.0/8"),
-    ("2001:db8::7", 6, "2001:db8::7", "2001:db8::7", "2001:db8::7"),
     ("2001:DB8:0::0/32", 6, "2001:db8::", "2001:db8:ffff:" + "ffff:" * 4 + "ffff", "2001:db8::/32"),
     ("2001:db8::5-2001:db8::9", 6, "2001:db8::5", "2001:db8::9", "2001:db8::5-2001:db8::9"),
-    ("2001:db8::/128", 6, "2001:db8::", "2001:db8::", "2001:db8::"),
     ("::/0", 6, "::", "ffff:" * 7 + "ffff", "::/0"),
     ("::-::1", 6, "::", "::1", "::/127"),
     ("::1", 6, "::1", "::1", "::1"),
@@ -84,15 +76,12 @@ ACCEPTED = [
     ("64:ff9b::1.2.3.4", 6, "64:ff9b::102:304", "64:ff9b::102:304", "64:ff9b::102:304"),
     ("::ffff:1.2.3.4", 4, "1.2.3.4", "1.2.3.4", "1.2.3.4"),
     ("::FFFF:102:304", 4, "1.2.3.4", "1.2.3.4", "1.2.3.4"),
-    ("::ffff:1.2.3.4/128", 4, "1.2.3.4", "1.2.3.4", "1.2.3.4"),
     ("::ffff:1.2.3.0/120", 4, "1.2.3.0", "1.2.3.255", "1.2.3.0/24"),
-    ("::ffff:0.0.0.0/96", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
     ("::ffff:1.2.3.4-::ffff:1.2.3.9", 4, "1.2.3.4", "1.2.3.9", "1.2.3.4-1.2.3.9"),
     ("::ffff:0:0-::ffff:ffff:ffff", 4, "0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
     # Ranges that cover the whole mapped block, or none of it, are IPv6.
     ("::fffe:0:0/95", 6, "::fffe:0:0", "::ffff:ffff:ffff", "::fffe:0:0/95"),
     ("::5-::1:0:0:0", 6, "::5", "::1:0:0:0", "::5-::1:0:0:0"),
-    ("::5-::fffe:ffff:ffff", 6, "::5", "::fffe:ffff:ffff", "::5-::fffe:ffff:ffff"),
     ("::1:0:0:0-::1:0:0:6", 6, "::1:0:0:0", "::1:0:0:6", "::1:0:0:0-::1:0:0:6"),
     # Ranges that hold multicast addresses and others.
     ("223.255.255.255-224.0.0.9", 4, "223.255.255.255", "224.0.0.9", "223.255.255.255-224.0.0.9"),
@@ -101,15 +90,8 @@ ACCEPTED = [
     ("240.0.0.0", 4, "240.0.0.0", "240.0.0.0", "240.0.0.0"),
     ("fe00::/7", 6, "fe00::", "ffff:" * 7 + "ffff", "fe00::/7"),
     ("feff:ffff::1", 6, "feff:ffff::1", "feff:ffff::1", "feff:ffff::1"),
-    # The longest of each kind: 45, 49 and 91 characters.
+    # The longest address and the longest range: 45 and 91 characters.
     (LONGEST_ADDRESS, 6, LONGEST_ADDRESS, LONGEST_ADDRESS, "2001:db8:2001:db8:2001:db8:cb64:716b"),
-    (
-        LONGEST_ADDRESS + "/128",
-        6,
-        LONGEST_ADDRESS,
-        LONGEST_ADDRESS,
-        "2001:db8:2001:db8:2001:db8:cb64:716b",
-    ),
     (
         LONGEST_ADDRESS + "-" + LONGEST_ADDRESS.replace("107", "108"),
         6,
@@ -128,6 +110,7 @@ def test_accepted(text, version, first, last, canonical):
     assert str(found) == canonical
     assert parse(canonical) == found
     assert found.size == number(last) - number(first) + 1
+    assert found.packed == tuple(ipaddress.ip_address(end).packed for end in (first, last))
 
 
 WHERE = "no login comes from there"
@@ -152,75 +135,51 @@ REFUSED = [
     # text, start of the reason, hint: each class of bad input that other parsers accept.
     # Octal, hexadecimal, short: CVE-2021-29921. No hint: the meaning is ambiguous.
     ("010.8.8.8", LATER, None),
-    ("10.8.8.010", LATER, None),
     ("10.0.0.00/8", LATER, None),
-    ("1.2.3.4-01.2.3.9", LATER, None),
     ("::ffff:01.2.3.4", LATER, None),
-    ("::ffff:1.2.3.04", LATER, None),
     ("127.1", NUMBERS, None),
-    ("1.2.3", NUMBERS, None),
     ("1.2.3.4.5", NUMBERS, None),
     ("1.2.3.256", NUMBERS, None),
     ("2130706433", NUMBERS, None),
-    ("192.168/16", NUMBERS, None),
     ("0x7f.1", NEITHER, None),
     # Only `parse_typed` ignores blanks, and only at the ends.
     ("1.2.3.4\n", BLANK, "1.2.3.4"),
-    (" 1.2.3.4", BLANK, "1.2.3.4"),
     ("\t2001:db8::/32\v\f\r", BLANK, "2001:db8::/32"),
     ("1.2.3.4 - 1.2.3.9", BLANK, "1.2.3.4-1.2.3.9"),
-    ("10.0.0.0 /8", BLANK, "10.0.0.0/8"),
     ("1.2.3.4 foo", BLANK, None),
-    ("1.2.3. 4", BLANK, None),
     ("", NEITHER, None),
-    (" ", BLANK, None),
     # Digits of other scripts, and characters that C strings cannot hold.
     ("\uff11.2.3.4", CHARACTERS, None),
     ("10.0.0.0/\u0668", CHARACTERS, None),
-    ("1.2.3.4\0", CHARACTERS, None),
     ("1.2.3.4\0.5", CHARACTERS, None),
-    ("::1\0", CHARACTERS, None),
-    ("1.2.3.4\x7f", CHARACTERS, None),
     ("\ud800", CHARACTERS, None),
     ("1.2.3.4\u00a0", CHARACTERS, None),
     ("1.2.3.4\u20131.2.3.9", CHARACTERS, "1.2.3.4-1.2.3.9"),
-    ("1.2.3.+4", NEITHER, None),
     ("1.2.3.1_0", NEITHER, None),
     # Zones.
     ("fe80::1%eth0", ZONE, "fe80::1"),
-    ("fe80::1%", ZONE, "fe80::1"),
     ("::ffff:1.2.3.4%x", ZONE, "1.2.3.4"),
     ("fe80::%eth0/64", ZONE, "fe80::/64"),
     ("fe80::1%a-fe80::9%b", ZONE, "fe80::1-fe80::9"),
-    ("1.2.3.4%eth0", ZONE, "1.2.3.4"),
     ("%", ZONE, None),
     # Prefix lengths that `int()` would read.
     ("10.0.0.0/+8", PREFIX4, None),
     ("10.0.0.0/08", PREFIX4, None),
-    ("10.0.0.0/1_0", PREFIX4, None),
     ("10.0.0.0/", PREFIX4, None),
     ("10.0.0.0/33", PREFIX4, None),
-    ("10.0.0.0/1000", PREFIX4, None),
     ("10.0.0.0/8/8", PREFIX4, None),
-    ("10.0.0.0/8-10.0.0.9", PREFIX4, None),
     ("::/129", PREFIX6, None),
-    ("::/00", PREFIX6, None),
     ("/8", NEITHER, None),
-    ("x/8", NEITHER, None),
     # Netmasks and hostmasks. All zeros is /0 to some and /32 to others.
     ("127.0.0.1/0.0.0.255", MASK, "127.0.0.0/24"),
-    ("10.0.0.0/255.0.0.0", MASK, "10.0.0.0/8"),
     ("192.0.2.65/255.255.254.0", MASK, "192.0.2.0/23"),
     ("10.0.0.0/0.0.0.0", MASK, None),
     ("10.0.0.0/255.0.255.0", MASK, None),
     ("2001:db8::/ffff:ffff::", MASK, None),
-    ("::/255.0.0.0", MASK, None),
     # Host bits.
     ("10.1.0.0/0", HOSTS, "0.0.0.0/0"),
-    ("10.1.2.3/8", HOSTS, "10.0.0.0/8"),
     ("2001:db8::1/32", HOSTS, "2001:db8::/32"),
     ("::ffff:1.2.3.4/120", HOSTS, "1.2.3.0/24"),
-    ("::ffff:1.2.3.4/96", HOSTS, "0.0.0.0/0"),
     ("224.0.0.1/4", HOSTS, None),
     # IPv4-mapped networks with a prefix length of IPv4, and ranges that mean two things.
     ("::ffff:1.2.3.0/24", "the prefix length of an IPv4-mapped network", "1.2.3.0/24"),
@@ -229,59 +188,42 @@ REFUSED = [
     ("1.2.3.4-::ffff:1.2.3.9", VERSIONS, "1.2.3.4-1.2.3.9"),
     ("1.2.3.4-2001:db8::1", VERSIONS, None),
     ("::1-::ffff:1.2.3.4", MAPPED_END, None),
-    ("::ffff:0:1-::1:0:0:0", MAPPED_END, None),
     ("::5-::ffff:ffff:fffe", MAPPED_END, None),
     # Ranges.
     ("1.2.3.9-1.2.3.4", "it runs backwards", "1.2.3.4-1.2.3.9"),
     ("239.0.0.1-224.0.0.1", "it runs backwards", None),
     ("2001:DB8::9-2001:db8::0", "it runs backwards", "2001:db8::-2001:db8::9"),
     ("1.2.3.4-9", "the end of a range is a whole address", "1.2.3.4-1.2.3.9"),
-    ("1.2.3.4-255", "the end of a range is a whole address", "1.2.3.4-1.2.3.255"),
     ("1.2.3.4-3", "the end of a range is a whole address", None),
     ("1.2.3.4-256", "the end of a range is a whole address", None),
     ("::1-9", "the end of a range is a whole address", None),
     ("1.2.3.4-3.9", NUMBERS, None),
-    ("1.2.3-1.2.3.4-1.2.3.5", NUMBERS, None),
     ("1.2.3.4-", NEITHER, None),
-    ("-1.2.3.4", NEITHER, None),
-    ("1.2.3.4-1.2.3.5-1.2.3.6", NEITHER, None),
     ("1.2.3.0-1.2.3.128/25", NEITHER, None),
     # Ports, brackets, wildcards, names.
     ("1.2.3.4:443", PORT, "1.2.3.4"),
     ("[::1]:443", PORT, "::1"),
-    ("[::1]", PORT, "::1"),
     ("[2001:db8::]:x", NEITHER, None),
     ("[x]:443", PORT, None),
-    ("[", NEITHER, None),
     ("1.2.3.*", "wildcards are not accepted", "1.2.3.0/24"),
-    ("1.2.*.*", "wildcards are not accepted", "1.2.0.0/16"),
     ("10.*", "wildcards are not accepted", "10.0.0.0/8"),
     ("1.2.3.4.*", NEITHER, None),
     ("*", NEITHER, None),
     ("1.2.3.*-1.2.4.*", "wildcards are not accepted", None),
-    ("1.2.3.4-1.2.3.*", "wildcards are not accepted", None),
     ("1.2.3.*/24", "wildcards are not accepted", None),
-    ("[::]/64", PORT, None),
     ("example.com", NEITHER, None),
     ("1.2.3.4,1.2.3.5", "it holds 2 addresses; enter them one at a time", None),
-    (":::", NEITHER, None),
     ("1:2:3:4:5:6:7:8:9", NEITHER, None),
-    ("1.2.3.4::", NEITHER, None),
     # Addresses that no login comes from.
     ("224.0.0.0", MULTICAST, None),
-    ("224.0.0.0/4", MULTICAST, None),
     ("239.255.255.255", MULTICAST, None),
     ("::ffff:224.0.0.1", MULTICAST, None),
     ("ff00::/8", MULTICAST, None),
     ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", MULTICAST, None),
     ("0.0.0.0", UNSPECIFIED, None),
-    ("0.0.0.0-0.0.0.0", UNSPECIFIED, None),
     ("::ffff:0.0.0.0", UNSPECIFIED, None),
     ("::", UNSPECIFIED, None),
-    ("0:0:0:0:0:0:0:0/128", UNSPECIFIED, None),
     ("255.255.255.255", BROADCAST, None),
-    ("255.255.255.255-255.255.255.255", BROADCAST, None),
-    ("::ffff:255.255.255.255", BROADCAST, None),
 ]
 
 
@@ -307,13 +249,6 @@ def test_refused_as_a_login_too(text):
     assert text not in AddressSet([parse("0.0.0.0/0"), parse("::/0")])
 
 
-@pytest.mark.parametrize("text", [text for text, reason, _ in REFUSED if reason in UNFIT])
-def test_unfit_restrictions_are_valid_client_addresses(text):
-    """Unspecified, multicast and broadcast addresses can be parsed as a client's address."""
-    if "/" not in text and "-" not in text:
-        assert parse_address(text).size == 1
-
-
 @pytest.mark.parametrize(
     "thing",
     [0, 1, True, 3232235777, b"1.2.3.4", bytearray(b"::1"), None, 1.5, ["1.2.3.4"], object(), str],
@@ -334,8 +269,6 @@ def test_only_text_is_an_address(thing):
     "text", ["1" * 92, "1" * 10**6, ":" * 10**6, "1.2.3.4-" * 10**5, "٣" * 10**6, " " * 10**6]
 )
 def test_over_long_text_is_not_parsed(text, monkeypatch):
-    """Over-long text is refused by its length alone."""
-
     def reached(*args, **kwargs):
         raise AssertionError("over-long text was parsed")
 
@@ -369,22 +302,16 @@ def test_one_address_has_45_characters(text, monkeypatch):
 
     monkeypatch.setattr(addresses, "IPAddress", bounded(netaddr.IPAddress))
     monkeypatch.setattr(addresses, "strict_pton", bounded(socket.inet_pton))
+    assert refusal("1" * 91).reason.startswith(NUMBERS)  # 92 characters are not looked at
     for whole in (text, f"{text}/8"[:91], f"::1-{text}"[:91], f"{text}-::1"[:91]):
         assert isinstance(attempt(parse, whole), AddressError)
         assert isinstance(attempt(parse_address, whole), AddressError)
     assert login_address(text) is None
 
 
-def test_over_long_by_one():
-    """91 characters are parsed, 92 are not."""
-    assert refusal("1" * 91).reason.startswith(NUMBERS)
-    assert refusal("1" * 92).reason.startswith("it is longer")
-    assert login_address(LONGEST_ADDRESS) == (6, number(LONGEST_ADDRESS))
-
-
 @pytest.mark.parametrize(
     "text",
-    ["1.2.3.4", " 1.2.3.4", "1.2.3.4\n", "\t\n\r\v\f 1.2.3.4 \f\v\r\n\t", " " * 170 + "1.2.3.4"],
+    ["1.2.3.4", " 1.2.3.4", "1.2.3.4\n", "\t\n\r\v\f 1.2.3.4 \f\v\r\n\t", " " * 175 + "1.2.3.4"],
 )
 def test_typed_text_may_have_blanks_at_the_ends(text):
     """Only ASCII blanks are ignored."""
@@ -396,7 +323,6 @@ def test_typed_text_may_have_blanks_at_the_ends(text):
     ["\u00a01.2.3.4", "1.2.3.4\u2003", "1.2.3.4\x1f", "\x1c1.2.3.4", "1.2.3.4\0", "1. 2.3.4"],
 )
 def test_other_typed_characters_are_refused(text):
-    """Other blanks, separators and control characters are refused at the ends too."""
     with pytest.raises(AddressError):
         parse_typed(text)
 
@@ -406,7 +332,6 @@ def test_other_typed_characters_are_refused(text):
     [
         ("203.0.113.7 203.0.113.8", 2),
         ("203.0.113.7\n203.0.113.8\n203.0.113.9", 3),
-        ("203.0.113.7, 2001:db8::/64", 2),
         ("203.0.113.7;203.0.113.0/29", 2),
         ("203.0.113.5-203.0.113.9\t198.51.100.1", 2),
         (" ".join(f"203.0.113.{n}" for n in range(12)), 12),  # longer than any one address
@@ -431,16 +356,9 @@ def test_other_text_is_not_several_addresses(text):
     assert "one at a time" not in raised.value.reason
 
 
-@pytest.mark.parametrize(
-    ("text", "read"),
-    [(" " * 176 + "1.2.3.4", "longer"), (" " * 175 + "1.2.3.4", None), (" " * 183, "longer")],
-)
-def test_typed_text_is_bounded(text, read):
-    """Blanks count towards the maximum length."""
-    if read is None:
-        assert parse_typed(text) == parse("1.2.3.4")
-    else:
-        with pytest.raises(AddressError, match=read):
+def test_blanks_count_towards_the_length_of_typed_text():
+    for text in (" " * 176 + "1.2.3.4", " " * 183):
+        with pytest.raises(AddressError, match="longer"):
             parse_typed(text)
 
 
@@ -472,7 +390,6 @@ class Hostile(str):
 
 
 def test_methods_of_a_str_subclass_are_not_called():
-    """The content of a `str` subclass counts, not its own methods."""
     assert login_address(Hostile("9.9.9.9")) == (4, number("9.9.9.9"))
     assert parse(Hostile("9.9.9.0/24")) == parse("9.9.9.0/24")
     assert parse_address(Hostile("::1")) == parse("::1")
@@ -503,7 +420,6 @@ class Impostor:
 
 @pytest.mark.parametrize("claimed", [str, AddressRange, RuntimeError("called")])
 def test_a_false_class_is_not_an_address(claimed):
-    """The type counts, not `__class__`."""
     assert login_address(Impostor(claimed)) is None
     assert Impostor(claimed) not in parse("0.0.0.0/0")
     assert Impostor(claimed) not in AddressSet([parse("0.0.0.0/0")])
@@ -558,6 +474,8 @@ ANY_TEXT = st.one_of(
 @example("1.2.3.4\0")
 @example("\ud800")
 @example("::ffff:1.2.3.4")
+@example("224.0.0.1")
+@example("0.0.0.0")
 def test_both_readers_accept_the_same_addresses(text):
     """login_address, parse_address, AddressRange.parse and netaddr agree."""
     expected = by_netaddr(text)
@@ -592,7 +510,6 @@ def test_parsing_raises_only_address_errors(text):
     ("text", "reason", "hint"),
     [
         ("1.2.3.0/24", "it is a network or a range, not one address", None),
-        ("1.2.3.4/32", "it is a network or a range, not one address", None),
         ("1.2.3.4-1.2.3.9", "it is a network or a range, not one address", None),
         ("1.2.3.4:443", PORT, "1.2.3.4"),
         ("fe80::1%eth0", ZONE, "fe80::1"),
@@ -625,12 +542,9 @@ def lenient_inet_pton(family, text):
     "text",
     [
         "010.8.8.8",
-        "1.2.3.04",
         "fe80::1%lo0",
-        "fe80::1%1",
         "::ffff:01.2.3.4",
         "::ffff:1.2.3.4%x",
-        "::1.2.3.00",
     ],
 )
 def test_strict_on_a_lenient_platform(text, monkeypatch):
@@ -648,7 +562,6 @@ def test_strict_on_a_lenient_platform(text, monkeypatch):
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_a_c_library_that_is_lenient_in_one_family(family, monkeypatch):
-    """A lenient C library is detected in either family."""
     assert not addresses._reads_leading_zeros()
 
     def half_lenient(asked, text):
@@ -687,28 +600,20 @@ SPLIT = "it holds a part of ::ffff:0:0/96, whose addresses are IPv4"
     ("version", "first", "last", "reason"),
     [
         (5, 0, 0, BAD_VERSION),
-        (0, 0, 0, BAD_VERSION),
         (True, 0, 0, BAD_VERSION),
         (4.0, 0, 0, BAD_VERSION),
-        ("4", 0, 0, BAD_VERSION),
         (None, 0, 0, BAD_VERSION),
-        ([], 0, 0, BAD_VERSION),
         (4, 0, True, BAD_INTEGER),
-        (4, False, 1, BAD_INTEGER),
         (4, 0.0, 1, BAD_INTEGER),
-        (4, 0, 1.0, BAD_INTEGER),
         (4, "0", "1", BAD_INTEGER),
-        (4, None, None, BAD_INTEGER),
         (4, -1, 0, BAD_ORDER),
         (4, 1, 0, BAD_ORDER),
         (4, 0, 2**32, BAD_ORDER),
         (6, 0, 2**128, BAD_ORDER),
         (6, MAPPED, MAPPED, SPLIT),
         (6, MAPPED, MAPPED + 2**32 - 1, SPLIT),
-        (6, MAPPED + 5, MAPPED + 9, SPLIT),
         (6, MAPPED - 1, MAPPED, SPLIT),
         (6, 0, MAPPED + 2**32 - 2, SPLIT),
-        (6, MAPPED + 1, MAPPED + 2**32, SPLIT),
         (6, MAPPED + 2**32 - 1, MAPPED + 2**32, SPLIT),
     ],
 )
@@ -724,7 +629,6 @@ def test_invalid_ranges(version, first, last, reason):
 @pytest.mark.parametrize(
     ("version", "first", "last"),
     [
-        (4, 0, 0),
         (4, 2**32 - 1, 2**32 - 1),
         (4, 0, 2**32 - 1),
         (6, 0, 2**128 - 1),
@@ -732,7 +636,6 @@ def test_invalid_ranges(version, first, last, reason):
         (6, MAPPED + 2**32, MAPPED + 2**32),
         (6, MAPPED - 1, MAPPED + 2**32 - 1),
         (6, MAPPED, MAPPED + 2**32),
-        (6, 0xFF << 120, 2**128 - 1),
     ],
 )
 def test_the_edges_of_ranges(version, first, last):
@@ -753,10 +656,7 @@ BAD_LENGTH = "packed ends are 4 or 16 bytes long"
     ("first", "last", "reason"),
     [
         (b"", b"", BAD_LENGTH),
-        (b"\1", b"\1", BAD_LENGTH),
-        (b"\1\2\3", b"\1\2\3", BAD_LENGTH),
         (b"\1\2\3\4\5", b"\1\2\3\4\5", BAD_LENGTH),
-        (b"\1" * 6, b"\1" * 6, BAD_LENGTH),
         (b"\0" * 17, b"\0" * 17, BAD_LENGTH),
         (b"\1\2\3\4", b"\1\2\3\3", BAD_ORDER),
         (b"\1\2\3\4", b"\1" * 16, BAD_PAIR),
@@ -765,9 +665,7 @@ BAD_LENGTH = "packed ends are 4 or 16 bytes long"
         ("1234", "1234", BAD_PAIR),
         (b"1234", "1234", BAD_PAIR),
         ("1234", b"1234", BAD_PAIR),
-        (None, None, BAD_PAIR),
         (bytearray(4), bytearray(4), BAD_PAIR),
-        (0, 1, BAD_PAIR),
     ],
 )
 def test_corrupt_packed_bytes(first, last, reason):
@@ -777,15 +675,6 @@ def test_corrupt_packed_bytes(first, last, reason):
     assert caught.value.reason == reason
     if reason in (BAD_PAIR, BAD_LENGTH):
         assert caught.value.text == shorten(first)
-
-
-def test_packed_is_network_byte_order():
-    """The packed ends are the bytes that protocols use."""
-    assert parse("1.2.3.0/24").packed == (b"\1\2\3\0", b"\1\2\3\xff")
-    assert parse("2001:db8::/32").packed == (
-        socket.inet_pton(socket.AF_INET6, "2001:db8::"),
-        socket.inet_pton(socket.AF_INET6, "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff"),
-    )
 
 
 def test_a_range_is_a_value():
@@ -807,35 +696,9 @@ def test_a_range_is_a_value():
         iter(one)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize(
-    ("text", "canonical"),
-    [
-        # RFC 5952: leading zeros (4.1), as short as can be (4.2.1), not one group (4.2.2),
-        # the longest run, the first of equal ones (4.2.3), lower case (4.3).
-        ("2001:0db8::0001", "2001:db8::1"),
-        ("2001:db8:0:0:0:0:2:1", "2001:db8::2:1"),
-        ("2001:db8:0:1:1:1:1:1", "2001:db8:0:1:1:1:1:1"),
-        ("2001:0:0:1:0:0:0:1", "2001:0:0:1::1"),
-        ("2001:db8:0:0:1:0:0:1", "2001:db8::1:0:0:1"),
-        ("2001:DB8::ABCD", "2001:db8::abcd"),
-        ("1:0:0:0:0:0:0:0", "1::"),
-        ("0:0:1:0:0:0:0:0", "0:0:1::"),
-        ("0:0:0:0:1:0:0:0", "::1:0:0:0"),
-        ("10:0:0:10:100:0:0:0", "10:0:0:10:100::"),
-        ("0:1:0:1:0:1:0:1", "0:1:0:1:0:1:0:1"),
-        ("1:0:0:2:3:4:5:6", "1::2:3:4:5:6"),
-        ("1:2:3:4:5:6:0:0", "1:2:3:4:5:6::"),
-        ("0:0:3:4:5:6:7:8", "::3:4:5:6:7:8"),
-    ],
-)
-def test_ipv6_text_follows_rfc_5952(text, canonical):
-    """IPv6 has one recommended text."""
-    assert str(parse(text)) == canonical
-
-
 @given(st.ip_addresses(), st.data())
 def test_text_agrees_with_the_standard_library(address, data):
-    """Addresses and networks have the same text as in `ipaddress`."""
+    """Addresses and networks have the same text as in `ipaddress`, which follows RFC 5952."""
     if address.version == 6:
         mask = data.draw(st.lists(st.sampled_from([0, 0xFFFF, 0xF0]), min_size=8, max_size=8))
         sparse = int.from_bytes(b"".join(group.to_bytes(2, "big") for group in mask), "big")
@@ -856,6 +719,8 @@ def test_text_agrees_with_the_standard_library(address, data):
         last=int(network.broadcast_address),
     )
     assert str(made) == network.compressed
+    again = attempt(parse, network.compressed)
+    assert again == made or (isinstance(again, AddressError) and again.reason.endswith(WHERE))
 
 
 RANGES = st.builds(
@@ -883,86 +748,6 @@ def test_ranges_survive_text_and_packing(one, other):
     assert (other in AddressSet([one])) == within
 
 
-# ---- agreement with the standard library ---------------------------------------------------------
-
-Ends = (
-    tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]
-    | tuple[ipaddress.IPv6Address, ipaddress.IPv6Address]
-)
-EDGES = {
-    4: [0, 2**32 - 1, 0xE0000000 - 1, 0xF0000000, 10 << 24],
-    6: [0, 2**128 - 1, MAPPED - 1, MAPPED + 2**32, 0x20010DB8 << 96, (0xFF << 120) - 1],
-}
-
-
-def written_addresses(
-    dice: random.Random,
-) -> tuple[str, Ends, ipaddress.IPv4Network | ipaddress.IPv6Network | None]:
-    """The text of a restriction, and its ends and network for the standard library."""
-    version = dice.choice((4, 6))
-    bits = 32 if version == 4 else 128
-    make = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
-    start = dice.choice([*EDGES[version], dice.getrandbits(bits), dice.getrandbits(bits)])
-    mapped = "::ffff:" if version == 4 and dice.random() < 0.2 else ""
-    if dice.random() < 0.5:
-        prefix = dice.randint(0, bits)
-        hosts = (1 << bits - prefix) - 1
-        network = ipaddress.ip_network(f"{make(start & ~hosts)}/{prefix}")
-        ends = make(start & ~hosts), make(start | hosts)
-        shown = f"{mapped}{ends[0]}/{prefix + (96 if mapped else 0)}"
-        return shown, ends, network  # type: ignore[return-value]
-    width = dice.choice((0, 1, dice.getrandbits(8), dice.getrandbits(bits)))
-    end = min(start + width, 2**bits - 1)
-    if version == 6 and end >> 32 == 0xFFFF:
-        end = MAPPED - 1
-    ends = make(start), make(end)
-    shown = f"{mapped}{ends[0]}-{mapped}{ends[1]}" if end > start else f"{mapped}{ends[0]}"
-    return shown, ends, None  # type: ignore[return-value]
-
-
-def nearby(dice: random.Random, ends: Ends) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address at an end of a range, next to it, within it or anywhere."""
-    first, last, top = int(ends[0]), int(ends[1]), 2 ** ends[0].max_prefixlen - 1
-    value = dice.choice(
-        (first - 1, first, last, last + 1, dice.randint(first, last), dice.randint(0, top))
-    )
-    return type(ends[0])(min(max(value, 0), top))
-
-
-@given(st.integers(0, 2**64))
-def test_agrees_with_the_standard_library(seed):
-    """Membership in ranges and sets is the same as by `ipaddress`."""
-    dice = random.Random(seed)
-    ranges, held = [], []
-    for text, ends, network in (written_addresses(dice) for _ in range(12)):
-        found = attempt(parse, text)
-        if isinstance(found, AddressRange):
-            ranges.append(found)
-            held.append((ends, network))
-        else:
-            assert found.reason.endswith(WHERE)
-            single = ends[0] == ends[1] and int(ends[0]) in (0, 2**32 - 1)
-            assert single or (ends[0].is_multicast and ends[1].is_multicast)
-    united = AddressSet(dice.sample(ranges, len(ranges)))
-    everywhere = (ipaddress.IPv4Address(0), ipaddress.IPv4Address(2**32 - 1))
-    for _ in range(10):
-        address = nearby(dice, dice.choice([ends for ends, _ in held] or [everywhere]))
-        text = address.exploded.upper() if dice.random() < 0.2 else str(address)
-        if address.version == 4 and dice.random() < 0.3:
-            text = f"::ffff:{address}"
-        plain = getattr(address, "ipv4_mapped", None) or address
-        expected = [
-            plain.version == ends[0].version
-            and ends[0] <= plain <= ends[1]  # type: ignore[operator]
-            and (network is None or plain in network)
-            for ends, network in held
-        ]
-        assert [text in r for r in ranges] == expected
-        assert (text in united) == any(expected)
-        assert login_address(text) == (plain.version, int(plain))
-        assert bisect_right(united.bounds(plain.version), int(plain)) % 2 == any(expected)
-
-
 # ---- sets ---------------------------------------------------------------------------------------
 
 
@@ -970,15 +755,12 @@ def test_agrees_with_the_standard_library(seed):
     ("texts", "merged"),
     [
         ([], []),
-        (["1.2.3.4"], ["1.2.3.4"]),
-        (["1.2.3.4", "1.2.3.4"], ["1.2.3.4"]),
         (["1.2.3.5", "1.2.3.4"], ["1.2.3.4/31"]),
         (["1.2.3.4", "1.2.3.6"], ["1.2.3.4", "1.2.3.6"]),
         (["1.2.3.0/24", "1.2.3.7"], ["1.2.3.0/24"]),
         (["1.2.3.1-1.2.3.9", "1.2.3.5-1.2.3.20"], ["1.2.3.1-1.2.3.20"]),
         (["1.2.3.0/25", "1.2.3.128/25"], ["1.2.3.0/24"]),
         (["::1", "0.0.0.2", "0.0.0.1", "::2"], ["0.0.0.1-0.0.0.2", "::1-::2"]),
-        (["255.255.255.0/24", "::/127"], ["255.255.255.0/24", "::/127"]),
         (["::/0", "::ffff:1.2.3.4"], ["1.2.3.4", "::/0"]),
         (["::fffe:0:0/95", "::fffd:ffff:ffff"], ["::fffd:ffff:ffff-::ffff:ffff:ffff"]),
         (["::fffe:ffff:ffff", "::1:0:0:0"], ["::fffe:ffff:ffff", "::1:0:0:0"]),
@@ -1009,31 +791,17 @@ def test_a_set_is_a_value():
         united._ranges = ()  # type: ignore[misc]
 
 
-def test_the_bounds_of_a_set():
-    """The bounds of each version are sorted; the upper ones are exclusive."""
-    united = AddressSet([parse("0.0.0.5-0.0.0.9"), parse("0.0.0.2"), parse("::7")])
-    assert united.bounds(4) == (2, 3, 5, 10)
-    assert united.bounds(6) == (7, 8)
-    assert AddressSet().bounds(4) == AddressSet().bounds(6) == ()
-    assert AddressSet([parse("::/0")]).bounds(6) == (0, 2**128)
-
-
 @pytest.mark.parametrize(
     ("item", "inside"),
     [
         ("1.2.3.4", True),
         ("::ffff:1.2.3.4", True),
         ("::1.2.3.4", False),
-        ("1.2.3.10", False),
-        ("1.2.3.3", False),
         ("1.2.3.0/30", False),
         (" 1.2.3.4", False),
         ("2001:db8::1", True),
-        ("2001:db9::", False),
         (AddressRange.parse("1.2.3.4-1.2.3.9"), True),
         (AddressRange.parse("1.2.3.4-1.2.3.10"), False),
-        (AddressRange.parse("1.2.3.3-1.2.3.4"), False),
-        (AddressRange.parse("1.2.3.9-1.2.3.20"), False),
         (AddressRange.parse("1.2.3.4-1.2.3.20"), False),
         (AddressRange.parse("1.2.3.20"), True),
         (AddressRange.parse("::102:304"), False),
@@ -1048,13 +816,20 @@ def test_inside_a_set(item, inside):
 
 @given(st.lists(RANGES, max_size=8), RANGES)
 def test_a_set_holds_what_its_ranges_hold(ranges, probe):
-    """A set holds exactly the addresses of its ranges, in sorted, separate runs."""
+    """Ranges and their set hold the addresses between the ends, in sorted, separate runs."""
     united = AddressSet(ranges)
     edges = [(r.version, end) for r in (*ranges, probe) for end in (r.first, r.last)]
     for version, edge in edges:
+        make = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
         for value in (edge - 1, edge, edge + 1):
-            held = any(r.version == version and r.first <= value <= r.last for r in ranges)
-            assert bisect_right(united.bounds(version), value) % 2 == held
+            held = [r.version == version and r.first <= value <= r.last for r in ranges]
+            assert bisect_right(united.bounds(version), value) % 2 == any(held)
+            if value in range(2 ** make(0).max_prefixlen) and value >> 32 != 0xFFFF:
+                text = str(make(value))
+                assert [text in r for r in ranges] == held
+                assert (text in united) == any(held)
+                if version == 4:
+                    assert (f"::ffff:{text}" in united) == any(held)
     for version in (4, 6):
         bounds = united.bounds(version)
         assert list(bounds) == sorted(set(bounds))

@@ -64,14 +64,12 @@ def test_text_must_not_break_or_reorder_lines():
             assert refused, ascii(character)
         else:
             assert not refused, ascii(character)
-    for text in ("\n", "\x7f", "\u202e", "\ud800"):
-        for whole in (f"a{text}", f"{text}a", f"a{text}a"):
-            assert refusal("check_text", whole, 10) == "must not hold control characters"
+    for whole in ("a\n", "\u202ea", "a\ud800a"):
+        assert refusal("check_text", whole, 10) == "must not hold control characters"
 
 
 @pytest.mark.parametrize("text", ["", " ", "\u3000 \u00a0"])
 def test_required_text_is_not_blank(text):
-    """Optional text may be blank."""
     assert check_text("reason", text, 10) == text
     assert refusal("check_text", text, 10, required=True) == "must not be empty"
     assert check_text("reason", " x ", 10, required=True) == " x "
@@ -79,12 +77,10 @@ def test_required_text_is_not_blank(text):
 
 @pytest.mark.parametrize("value", [None, 1, b"x", ["x"]])
 def test_other_types_are_not_text(value):
-    """Nothing is converted to text."""
     assert refusal("check_text", value, 10) == f"must be text, not {type(value).__name__}"
 
 
 def test_a_time_is_returned_in_utc():
-    """A time in any zone becomes the same moment in UTC."""
     given = datetime(2030, 1, 1, 17, 30, 0, 1, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     moment = check_time("expires_at", given)
     assert moment == given == NOW.replace(microsecond=1)
@@ -105,8 +101,6 @@ def test_a_time_is_returned_in_utc():
             datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))),
             "is outside the range of times in UTC",
         ),
-        (None, "must be a datetime, not NoneType"),
-        (1.5, "must be a datetime, not float"),
         ("2030-01-01T12:00:00Z", "must be a datetime, not str"),
         (date(2030, 1, 1), "must be a datetime, not date"),
     ],
@@ -168,7 +162,6 @@ def test_other_values_are_not_times(value, reason):
     ],
 )
 def test_numbers_durations_and_switches(check, options, accepted, refused, reason):
-    """Accepted values are returned; the others are refused with a reason."""
     for value in accepted:
         assert getattr(_checks, check)("setting", value, **options) == value
     for value in refused:
@@ -176,6 +169,5 @@ def test_numbers_durations_and_switches(check, options, accepted, refused, reaso
 
 
 def test_callables():
-    """Functions and other callable objects are accepted."""
     _checks.check_callable("setting", print)
     assert refusal("check_callable", None) == "must be callable"

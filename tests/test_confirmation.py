@@ -46,32 +46,25 @@ class TestText:
         ("number", "shown"),
         [
             ("", ""),
-            ("1", "1"),
-            ("12345", "12345"),
             ("123456", "12345-6"),
             ("4920177340", "49201-77340"),
             ("00000000000", "00000-00000-0"),
         ],
     )
     def test_format_number(self, number, shown):
-        """The digits are shown in groups of five."""
         assert format_number(number) == shown
 
     @given(numbers)
     def test_a_formatted_number_can_be_parsed(self, number):
-        """Parsing removes the groups."""
         assert parse_number(format_number(number), len(number)) == number
 
     @pytest.mark.parametrize(
         "text",
         [
             "49201-77340",
-            "4920177340",
             " 49201 77340 ",
             "\t4 9 2 0 1\u00a077340\r\n",
-            "--49201--77340--",
             "49201\u201077340",  # a hyphen proper
-            "49201\u201177340",  # a non-breaking hyphen
             "49201\u201377340",  # an en dash
             "49201 \u2014 77340",  # an em dash
             "\u300049201\u2028\uff0d77340",  # blanks and the hyphen of an ideographic keyboard
@@ -79,7 +72,6 @@ class TestText:
             "49201\u30fc77340",  # the long-vowel mark, from the hyphen key of a Japanese keyboard
             "\ufeff49201-\u206077340\u200b",  # byte order mark, word joiner, zero-width space
             "\u202a49201\u00ad77340\u202c",  # embedding marks, soft hyphen
-            "\u2066\u200f49201-77340\u2069",  # isolates, right-to-left mark
             "4\ufe0f920177340\u034f",  # variation selector, grapheme joiner
             "\u316449201\u280077340",  # Hangul filler, blank Braille pattern
         ],
@@ -93,13 +85,11 @@ class TestText:
         [
             "\uff14\uff19\uff12\uff10\uff11-\uff17\uff17\uff13\uff14\uff10",  # full width
             "\u0664\u0669\u0662\u0660\u0661\u0667\u0667\u0663\u0664\u0660",  # Arabic-Indic
-            "\u06f4\u06f9\u06f2\u06f0\u06f1\u06f7\u06f7\u06f3\u06f4\u06f0",  # Persian
             "\u096a\u096f\u0968\u0966\u0967 \u096d\u096d\u0969\u096a\u0966",  # Devanagari
             "\U0001d7d2920177340",  # a bold digit, which NFKC turns into ASCII
         ],
     )
     def test_digits_of_any_script_are_accepted(self, text):
-        """Keyboards of other scripts type other digits."""
         assert parse_number(text, 10) == "4920177340"
 
     @pytest.mark.parametrize(
@@ -107,13 +97,9 @@ class TestText:
         [
             ("", "must have 10 digits, not 0"),
             ("49201", "must have 10 digits, not 5"),
-            ("492017734", "must have 10 digits, not 9"),
             ("49201773400", "must have 10 digits, not 11"),
-            ("4920177340" * 2, "must have 10 digits, not 20"),
             ("49201_77340", "must have 10 digits only; '_' is not a digit"),
-            ("49201.77340", "must have 10 digits only; '.' is not a digit"),
             ("4920l77340", "must have 10 digits only; 'l' is not a digit"),
-            ("+4920177340", "must have 10 digits only; '+' is not a digit"),
             ("4920177340\x00", r"must have 10 digits only; '\x00' is not a digit"),
             ("\ud800", r"must have 10 digits only; '\ud800' is not a digit"),
             ("492017734\u4e00", r"must have 10 digits only; '\u4e00' is not a digit"),
@@ -126,7 +112,6 @@ class TestText:
         assert (raised.value.digits, raised.value.reason) == (10, reason)
 
     def test_long_text_is_not_parsed(self):
-        """At most 256 characters are parsed."""
         assert parse_number(" " * 255 + "1", 1) == "1"
         for text in (" " * 256 + "1", "1" * 1_000_000):
             with pytest.raises(NumberFormatError, match="far longer"):
@@ -147,18 +132,14 @@ class TestKeyring:
         ("keys", "reason"),
         [
             ([], "there must be at least one key"),
-            ((), "there must be at least one key"),
             (b"x" * 31, "must have at least 32 bytes"),
-            (b"", "must have at least 32 bytes"),
             ([OLD, b"x" * 31], "must have at least 32 bytes"),
             (["x" * 32], "must be bytes, not str"),
             ("x" * 32, "must be bytes, not str"),
             ([OLD, None], "must be bytes, not NoneType"),
-            ([OLD, 32], "must be bytes, not int"),
         ],
     )
     def test_invalid_keys(self, keys, reason):
-        """An empty list, a short key, or another type is refused at construction."""
         with pytest.raises(InvalidValue) as raised:
             Keyring(keys)
         assert (raised.value.name, raised.value.reason) == ("key", reason)
@@ -200,7 +181,6 @@ class TestKeyring:
 
     @pytest.mark.parametrize("other", [b"", b"x", "text", None, 1])
     def test_other_values_are_not_in_the_ring(self, other):
-        """Any object can be tested for membership."""
         assert other not in Keyring(OLD)
 
     def test_a_key_id_is_a_digest_of_the_key(self):
@@ -210,7 +190,6 @@ class TestKeyring:
         assert len(expected) == 8
 
     def test_the_repr_has_no_key(self):
-        """The `repr` shows neither a key nor a key id."""
         ring = Keyring([NEW, OLD])
         assert repr(ring) == str(ring) == "<Keyring of 2>"
 
@@ -228,7 +207,6 @@ class TestDigest:
 
     @given(numbers, subjects, st.data())
     def test_differs_when_a_field_changes(self, number, subject, data):
-        """A change of any field voids the number."""
         at = data.draw(st.integers(0, len(subject) - 1))
         changed = list(subject)
         changed[at] = data.draw(st.text(max_size=12))
@@ -277,7 +255,6 @@ class TestMatches:
         assert len(ring.digest(ring.minting, "1", ["\udcff"])) == 32
 
     def test_compares_in_constant_time(self, monkeypatch):
-        """The comparison is `hmac.compare_digest`."""
         compared = []
 
         def compare_digest(left: bytes, right: bytes) -> bool:

@@ -71,7 +71,9 @@ def is_mapped(text: str) -> bool:
 
 
 def unmapped(text: str) -> str:
-    """The IPv4 network that an IPv4-mapped one stands for."""
+    """The IPv4 network that an IPv4-mapped one stands for; others unchanged."""
+    if not is_mapped(text):
+        return text
     network = ipaddress.ip_network(text)
     value = int(network.network_address) & 0xFFFFFFFF
     return str(ipaddress.IPv4Network((value, network.prefixlen - 96)))
@@ -141,8 +143,7 @@ def stricter(text: str, error: AddressError) -> str:
     if head != network.network_address:
         assert error.reason in ("it has host bits set", MAPPED_PREFIX)
         return "host bits"
-    if network.version == 6 and is_mapped(str(network)):
-        network = standard_network(unmapped(str(network)))
+    network = standard_network(unmapped(str(network)))
     if network.is_multicast:
         assert error.reason.startswith("it is multicast")
         return "multicast"
@@ -170,10 +171,8 @@ def test_networks_that_all_agree_on():
                 refused.append((kind, row))
             continue
         assert row["valid"], row
-        canonical = row["canonical"]
-        if is_mapped(canonical):
-            mapped += 1
-            canonical = unmapped(canonical)
+        canonical = unmapped(row["canonical"])
+        mapped += is_mapped(row["canonical"])
         single = "/32" if found.version == 4 else "/128"
         assert str(found) == canonical.removesuffix(single), row
         network = standard_network(canonical)
@@ -190,9 +189,7 @@ def test_hints_for_host_bits():
         if row["valid"] and row.get("host_bits_set") and not row.get("disputed"):
             error = attempt(AddressRange.parse, row["input"])
             assert isinstance(error, AddressError)
-            canonical = row["canonical"]
-            if is_mapped(canonical):
-                canonical = unmapped(canonical)
+            canonical = unmapped(row["canonical"])
             if error.hint is not None:
                 hinted += 1
                 assert error.hint == canonical.removesuffix("/32"), row

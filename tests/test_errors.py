@@ -42,12 +42,6 @@ DUPLICATE = "username addresses found label expires_at differs"
 # Each error, the names of its attributes, their values, and its message.
 CASES: list[tuple[IPGuardError, str, tuple[object, ...], str]] = [
     (
-        AddressError("1.2.3.4\n", "it ends in a blank"),
-        "text reason hint",
-        (r"'1.2.3.4\n'", "it ends in a blank", None),
-        r"'1.2.3.4\n' is not accepted: it ends in a blank",
-    ),
-    (
         AddressError("10.0.0.1/8", "host bits are set", "10.0.0.0/8"),
         "text reason hint",
         ("'10.0.0.1/8'", "host bits are set", "10.0.0.0/8"),
@@ -197,20 +191,12 @@ def test_an_error_keeps_its_data_across_processes(error, names, values, text):
         assert each.args == error.args
 
 
-@pytest.mark.parametrize(
-    ("kind", "base"),
-    [
-        (AddressError, ValueError),
-        (UsernameError, ValueError),
-        (InvalidValue, ValueError),
-        (StoreUnavailable, StoreError),
-        (StoreConfigError, StoreError),
-        (SchemaVersionError, StoreError),
-    ],
-)
-def test_errors_have_the_bases_that_callers_expect(kind, base):
+def test_errors_have_the_bases_that_callers_expect():
     """Invalid input is a ValueError too, and every failure of a store a StoreError."""
-    assert issubclass(kind, base)
+    for kind in (AddressError, UsernameError, InvalidValue):
+        assert issubclass(kind, ValueError)
+    for failure in (StoreUnavailable, StoreConfigError, SchemaVersionError):
+        assert issubclass(failure, StoreError)
     assert not issubclass(AddressTooBroad, ValueError)
 
 
@@ -218,16 +204,12 @@ def test_errors_have_the_bases_that_callers_expect(kind, base):
     ("value", "text"),
     [
         ("jsmith", "'jsmith'"),
-        ("", "''"),
         ("a\nb\x00", r"'a\nb\x00'"),
         ("ü\u202e", r"'\xfc\u202e'"),
         ("\ud800", r"'\ud800'"),
-        ("x" * 60, "'" + "x" * 60 + "'"),
         ("x" * 61, "'" + "x" * 60 + "'…"),
-        ("x" * 1_000_000, "'" + "x" * 60 + "'…"),
         (None, "NoneType object"),
         (b"secret", "bytes object"),
-        (17, "int object"),
     ],
 )
 def test_shorten(value, text):

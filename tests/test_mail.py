@@ -79,10 +79,6 @@ def connected(server: MailServer) -> Connection:
     return Connection(server.host, server.port, helo=None, timeout=9, deadline=9, tls=None)
 
 
-def bad_url(server: BadServer, scheme="smtp") -> str:
-    return f"{scheme}://{server.host}:{server.port}"
-
-
 class Page(HTMLParser):
     """What a mail client shows of the HTML part."""
 
@@ -134,13 +130,17 @@ def delivery_error(send) -> DeliveryError:
     return caught.value
 
 
+def refusal(mailer: EmailNotifier) -> DeliveryError:
+    """Return the error of a mail with a number."""
+    return delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+
+
 # ------------------------------------------------------------------ the mail with the number
 
 
 @pytest.mark.parametrize("security", ["plain", "starttls", "tls"])
 @pytest.mark.parametrize("login", [None, ("bank", "p:a/s@s %41?#")])
 def test_number_arrives(security, login):
-    """The mail arrives over each kind of connection, with and without a login."""
     with MailServer(security, login=login) as server:
         notifier(server).number_issued(REQUEST, NUMBER, ALICE)
         (mail,) = server.wait_for(1)
@@ -254,7 +254,6 @@ def test_mails_contain_no_links():
 
 
 def test_other_dots_and_slashes_are_kept():
-    """Dots and slashes that form no link are left alone."""
     message = number_message(attrs.evolve(REQUEST, label="Dr. K, 3.5/7 a/b"), NUMBER, ALICE, "x")
     assert dict(message.facts)["Label"] == "Dr. K, 3.5/7 a/b"
 
@@ -265,7 +264,6 @@ HOSTILE = [
     "x\r\nBcc: thief@example.com",
     "x\nBcc: thief@example.com\n\nanother body",
     "=?utf-8?q?a=0d=0aBcc:_thief@example.com?=",
-    "=?utf-8?b?YQ0KQmNjOiB0aGllZkBleGFtcGxlLmNvbQ==?=",
     "<b>bold</b> & \"quoted\" 'text' </td></table>",
     "Zürich 東京 🏢 e\u0301",
     "\u202eevil\u2066 \u0085 \u2028 \x00 \x1b[31m",
@@ -278,7 +276,6 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_untrusted_text_is_one_fact(text):
-    """Untrusted text, even if it bypassed the model, is one fact of the body."""
     request = attrs.evolve(REQUEST, label=text, reason=text, username="jsmith")
     with MailServer() as server:
         notifier(server).number_issued(request, NUMBER, ALICE)
@@ -298,7 +295,6 @@ def test_untrusted_text_is_one_fact(text):
 
 @given(st.text(max_size=700))
 def test_any_text_is_one_printable_line(text):
-    """Any text becomes one printable line, the same in both parts."""
     change = attrs.evolve(
         CHANGE, actor=text or "x", username=text or None, detail={"": text, "label": text}
     )
@@ -344,15 +340,12 @@ def test_non_ascii_local_part_needs_smtputf8():
     ("mailbox", "sent_to"),
     [
         ("rita@bücher.example", "rita@xn--bcher-kva.example"),
-        ("rita@BÜCHER.example", "rita@xn--bcher-kva.example"),
         ("rita@bu\u0308cher.example", "rita@xn--bcher-kva.example"),  # decomposed
-        ("rita@пример.example", "rita@xn--e1afmkfd.example"),
         ("rita@mail.例え。jp", "rita@mail.xn--r8jz45g.jp"),  # the full stop of an input method
         ("rita@xn--bcher-kva.example", "rita@xn--bcher-kva.example"),
     ],
 )
 def test_non_ascii_domain_needs_no_smtputf8(mailbox, sent_to):
-    """A non-ASCII domain is sent in its ASCII form."""
     actor = attrs.evolve(ALICE, email=mailbox)
     with MailServer(utf8=False) as server:
         mailer = notifier(server)
@@ -367,7 +360,6 @@ def test_non_ascii_domain_needs_no_smtputf8(mailbox, sent_to):
     "mailbox",
     [
         "rita@straße.example",  # IDNA 2003 would write to strasse.example
-        "rita@βόλος.example",
         "rita@a\u200db.example",
         "rita@ü..example",
         f"rita@{'ü' * 64}.example",
@@ -483,7 +475,6 @@ def test_both_notices_are_tried(refused):
     ],
 )
 def test_notice_says_what_was_done(action, detail, subject, opening):
-    """Each kind of change has its own subject and text."""
     change = attrs.evolve(CHANGE, action=action, detail=decode(detail))
     (message,) = notices(change, ALICE, None, "the bank")
     assert message.subject == subject
@@ -495,7 +486,6 @@ def test_notice_says_what_was_done(action, detail, subject, opening):
     [
         ("addresses=203.0.113.7 unrestricted=true", True, False),
         ("addresses=203.0.113.7 restricted_to_nothing=true", False, True),
-        ("addresses=203.0.113.7 unrestricted=false", False, False),
         ('addresses=203.0.113.7 label="unrestricted=true"', False, False),
         (r'label="a\" unrestricted=true \"" reason=x', False, False),
     ],
@@ -507,25 +497,6 @@ def test_notice_warns_of_open_and_shut_out_users(detail, any_address, no_address
     for part in (" ".join(message.text().split()), Page(message.html()).shown):
         assert ("can now log in from any address" in part) is any_address
         assert ("cannot log in from any address" in part) is no_address
-
-
-def test_notice_of_a_bulk_change():
-    """The actor's notice has the number of restrictions, a user's notice the username."""
-    change = attrs.evolve(
-        CHANGE,
-        action=Action.IMPOSE_MANY,
-        username=None,
-        detail={"restrictions": "12", "reason": "moved"},
-    )
-    (message,) = notices(change, ALICE, None, "the bank")
-    assert dict(message.facts)["Restrictions"] == "12"
-    assert "User" not in dict(message.facts)
-    (message,) = notices(
-        change, attrs.evolve(ALICE, email="jsmith@example.net"), JSMITH, "the bank"
-    )
-    assert message.to == "jsmith@example.net"
-    assert dict(message.facts)["User"] == "jsmith"
-    assert dict(message.facts)["Done by"] == "alice"
 
 
 def test_notice_formats_the_detail():
@@ -590,6 +561,7 @@ def test_number_from_the_mail_confirms():
         flow.impose_many(ALICE, [("jsmith", "192.0.2.1"), ("jsmith", "192.0.2.2")], reason="r")
         to_actor, to_user = (text_facts(mail.part("plain")) for mail in server.wait_for(11)[9:])
         assert (to_actor["Restrictions"], to_user["User"]) == ("2", "jsmith")
+        assert "User" not in to_actor
         flow.unlock(ALICE, "jsmith", reason="asked for it")
         assert server.wait_for(13)[12].message["Subject"].startswith("Confirmation numbers are")
         assert flow.notices_failed == 0
@@ -598,20 +570,11 @@ def test_number_from_the_mail_confirms():
 # ------------------------------------------------------------------ failures
 
 
-def test_refused_recipient_is_an_error():
-    """A refused recipient is a DeliveryError with its cause."""
-    with MailServer(refuse={"alice@example.com"}) as server:
-        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
-    expected = "the recipient was refused: 550 5.1.1 <alice@example.com>: no such mailbox"
-    assert error.reason == expected
-    assert error.request_id == "r1"
-    assert isinstance(error.__cause__, smtplib.SMTPRecipientsRefused)
-
-
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [
         ({"MAIL": "553 5.1.8 sender not known"}, "the mail was refused: 553 5.1.8 sender"),
+        ({"RCPT": "550 5.1.1 no such mailbox"}, "the recipient was refused: 550 5.1.1 no such"),
         ({"RCPT": "421 4.3.2 closing"}, "the recipient was refused: 421 4.3.2 closing"),
         (
             {"DATA": "554 5.7.1 not\twanted " + "x" * 300},
@@ -625,69 +588,56 @@ def test_refused_recipient_is_an_error():
 def test_server_that_refuses_or_hangs_up(trouble, reason):
     """A refusal or a lost connection before the end is a DeliveryError."""
     with MailServer(trouble=trouble) as server:
-        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
+        error = refusal(notifier(server))
         assert server.mails == ()
     assert error.reason.startswith(reason)
     assert len(error.reason) < 300
+    assert error.request_id == "r1"
     assert isinstance(error.__cause__, OSError)
 
 
 @pytest.mark.parametrize("trouble", [{"QUIT": "drop"}, {"QUIT": "hang"}, {"QUIT": "500 what?"}])
 def test_failures_after_acceptance_are_ignored(trouble):
-    """Once the server has accepted the mail, failures of QUIT are ignored."""
     with MailServer(trouble=trouble) as server:
         notifier(server, timeout=0.2, deadline=AGES).number_issued(REQUEST, NUMBER, ALICE)
         assert len(server.mails) == 1
 
 
 def test_wrong_login_is_an_error():
-    """A wrong password, or a server without login, is a DeliveryError."""
     with MailServer("tls", login=("bank", "right")) as server:
-        url = server.url.replace("right", "wr0ng")
-        mailer = notifier(server, url=url)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        error = refusal(notifier(server, url=server.url.replace("right", "wr0ng")))
         assert error.reason.startswith("the login was refused: 535 ")
-    with MailServer() as server:
-        url = f"smtp://bank:wr0ng@127.0.0.1:{server.port}"
-        mailer = notifier(server, url=url)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-        assert error.reason == "No suitable authentication method found."
 
 
-def test_starttls_is_required():
-    """If the server has no STARTTLS, nothing is sent unencrypted instead."""
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("smtp://bank:wr0ng@", "No suitable authentication method found."),
+        ("smtp+starttls://", "STARTTLS extension not supported by server."),
+        ("smtps://", "no encrypted connection: "),
+    ],
+)
+def test_server_without_login_or_tls_gets_no_mail(url, reason):
+    """If the server lacks what the URL asks for, nothing is sent without it instead."""
     with MailServer() as server:
-        mailer = notifier(server, url=f"smtp+starttls://127.0.0.1:{server.port}")
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-        assert error.reason == "STARTTLS extension not supported by server."
+        error = refusal(notifier(server, url=f"{url}127.0.0.1:{server.port}"))
         assert server.mails == ()
+    assert error.reason.startswith(reason)
 
 
 @pytest.mark.parametrize("security", ["starttls", "tls"])
 def test_unknown_certificate_is_refused(security):
-    """A server with an untrusted certificate gets no mail and no password."""
     with MailServer(security, login=("bank", "s3cret")) as server:
-        mailer = notifier(server, tls=None)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        error = refusal(notifier(server, tls=None))
         assert server.mails == ()
     assert error.reason.startswith("the server's certificate was not accepted: ")
     assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
 
 
-def test_server_without_tls_is_an_error():
-    """TLS with a server that has none is a DeliveryError."""
-    with MailServer() as server:
-        mailer = notifier(server, url=f"smtps://127.0.0.1:{server.port}")
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
-    assert error.reason.startswith("no encrypted connection: ")
-
-
 def test_closed_port():
-    """A closed port is a DeliveryError that says so."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-    mailer = EmailNotifier(f"smtp://127.0.0.1:{port}", sender=SENDER)
-    error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    error = refusal(EmailNotifier(f"smtp://127.0.0.1:{port}", sender=SENDER))
     assert error.reason == "the server cannot be reached: Connection refused"
 
 
@@ -697,17 +647,14 @@ def test_unknown_host_name(monkeypatch):
     def unknown(*_args, **_settings):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    mailer = EmailNotifier("smtp://a..b", sender=SENDER)
-    error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    error = refusal(EmailNotifier("smtp://a..b", sender=SENDER))
     assert isinstance(error.__cause__, UnicodeError)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    mailer = EmailNotifier("smtp://mail.bank.example", sender=SENDER)
-    error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+    error = refusal(EmailNotifier("smtp://mail.bank.example", sender=SENDER))
     assert error.reason == "the server cannot be reached: Name or service not known"
 
 
 def test_every_address_of_a_host_is_tried(monkeypatch):
-    """If a host's first address does not answer, the next one is tried."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         closed = listening.getsockname()
     with MailServer() as server:
@@ -732,7 +679,6 @@ LATE = "the server did not answer in time"
     [
         ("silent", "smtp", {"timeout": 0.2}, LATE),
         ("silent", "smtp", {"deadline": 0.2}, LATE),
-        ("silent", "smtps", {"timeout": 0.2}, LATE),
         ("silent", "smtps", {"deadline": 0.2}, LATE),
         ("stall", "smtp+starttls", {"timeout": 0.5}, LATE),
         ("stall", "smtp+starttls", {"deadline": 0.5}, LATE),
@@ -745,8 +691,8 @@ def test_bad_server_is_given_up(behaviour, scheme, bounds, reason):
     """Servers that do not answer, or not properly, cannot hold a mail up."""
     settings: Any = {"timeout": AGES, "deadline": AGES, **bounds}
     with BadServer(behaviour) as server:
-        mailer = EmailNotifier(bad_url(server, scheme), sender=SENDER, **settings)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        url = f"{scheme}://{server.host}:{server.port}"
+        error = refusal(EmailNotifier(url, sender=SENDER, **settings))
     assert reason in error.reason
 
 
@@ -756,13 +702,11 @@ def test_server_that_hangs_in_the_middle_is_given_up(command, bound):
     """Either limit ends a mail to a server that stops answering."""
     bounds: Any = {"timeout": AGES, "deadline": AGES, bound: 0.5}
     with MailServer(trouble={command: "hang"}) as server:
-        mailer = notifier(server, **bounds)
-        error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        error = refusal(notifier(server, **bounds))
     assert error.reason == LATE
 
 
 def test_deadline_covers_all_addresses(monkeypatch):
-    """All addresses of a host share one deadline."""
     clock = iter([0.0, 1.0, 7.0, 8.0])
     tried = []
     monkeypatch.setattr("ipguard.mail._smtp.monotonic", lambda: next(clock))
@@ -788,9 +732,7 @@ def test_reply_in_time_is_used(monkeypatch):
         "ipguard.mail._smtp.monotonic", lambda: real() + (1e6 if late.is_set() else 0)
     )
     with MailServer() as server:
-        connection = Connection(
-            server.host, server.port, helo=None, timeout=9, deadline=9, tls=None
-        )
+        connection = connected(server)
         getreply = smtplib.SMTP.getreply
 
         def answered(self):
@@ -807,11 +749,8 @@ def test_reply_in_time_is_used(monkeypatch):
 
 
 def test_closed_connection_is_an_error():
-    """Using a closed connection raises smtplib's own error."""
     with MailServer() as server:
-        connection = Connection(
-            server.host, server.port, helo=None, timeout=9, deadline=9, tls=None
-        )
+        connection = connected(server)
         connection.close()
         with pytest.raises(smtplib.SMTPServerDisconnected):
             connection.noop()
@@ -841,9 +780,8 @@ def everything_about(error: BaseException | None) -> str:
     ],
 )
 def test_password_that_the_server_repeats_is_not_shown(reply):
-    """A reply that repeats the password is not shown."""
     with MailServer("tls", login=("bank", PASSWORD), trouble={"AUTH": reply}) as server:
-        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
+        error = refusal(notifier(server))
     text = everything_about(error)
     assert PASSWORD not in text
     assert reply[4:] not in text
@@ -853,9 +791,8 @@ def test_password_that_the_server_repeats_is_not_shown(reply):
 
 @pytest.mark.parametrize("number", [NUMBER, NUMBER.replace("-", "")])
 def test_number_that_the_server_repeats_is_not_shown(number):
-    """A reply that repeats the number is not shown."""
     with MailServer(trouble={"DATA": f"554 5.6.0 looks like spam: {number}"}) as server:
-        error = delivery_error(lambda: notifier(server).number_issued(REQUEST, NUMBER, ALICE))
+        error = refusal(notifier(server))
     assert number not in everything_about(error)
 
 
@@ -868,7 +805,7 @@ def test_nothing_secret_is_logged(caplog, capfd):
         mailer.number_issued(REQUEST, NUMBER, ALICE)
         mailer.change_applied(CHANGE, ALICE, JSMITH)
         server.trouble["DATA"] = "554 no"
-        delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, ALICE))
+        refusal(mailer)
         ours = [record for record in caplog.records if record.name.startswith("ipguard")]
         message_id = server.mails[0].message["Message-ID"]
     assert ours[0].getMessage() == f"{message_id} was accepted by 127.0.0.1:{server.port}"
@@ -912,18 +849,14 @@ def test_url_and_default_ports(url, shown):
         "smtp://",
         "smtps://u:s3cret@",
         "smtps://u:s3cret@mail.example:0",
-        "smtps://u:s3cret@mail.example:port",
         "smtps://u:s3cret/x@mail.example",
         "smtps://u:s3cret@[mail.example",
         "smtps://u:s3cret@mail.example/path",
         "smtps://u:s3cret@mail.example?tls=no",
         "smtps://u@mail.example",
-        "smtps://:s3cret@mail.example",
         "smtps://u:@mail.example",
-        "smtps://u:s3cret%00@mail.example",
         "smtps://u:s3cret%0d%0aRSET@mail.example",
         "smtps://u:s3cret%ff@mail.example",
-        "smtps://u:s3cret@mail.example\n",
         "smtps://u:s3cret @mail.example",
         "smtps://u:s3cret@mäil.example",
         "smtp://u:s3cret@mail.example",
@@ -947,33 +880,24 @@ def test_bad_url_is_refused_without_repeating_it(url):
     [
         ("sender", ""),
         ("sender", "nobody"),
-        ("sender", "a@b@c"),
         ("sender", "a@b>"),
         ("sender", "Bank <a@b"),
-        ("sender", "<a@b>"),
         ("sender", "Bank\r\nBcc: x <a@b>"),
         ("sender", "=?utf-8?q?a=0aBcc:x?= <a@b>"),
         ("sender", "jürgen@exämple.de"),
         ("sender", None),
         ("timeout", 0),
-        ("timeout", -1.0),
-        ("timeout", float("nan")),
-        ("timeout", "10"),
         ("timeout", True),
-        ("deadline", float("inf")),
         ("deadline", None),
         ("product", ""),
         ("product", "a\nb"),
-        ("product", "x" * 101),
         ("helo", ""),
-        ("helo", "a b"),
         ("helo", "a\r\nRSET"),
         ("helo", "bänk"),
         ("tls", ssl.create_default_context()),
     ],
 )
 def test_invalid_settings(name, value):
-    """Each setting is checked at construction."""
     with pytest.raises(InvalidValue) as caught:
         EmailNotifier("smtp://127.0.0.1", **{"sender": SENDER, name: value})
     assert caught.value.name == name
@@ -1020,7 +944,6 @@ def test_client_names_itself_over_ipv6():
 
 
 def test_console_prints_the_number(capsys):
-    """The mail is printed as text, with the number."""
     ConsoleNotifier().number_issued(REQUEST, NUMBER, ALICE)
     out = capsys.readouterr().out
     assert out.startswith("To: alice@example.com\nSubject: Confirmation number to add")
@@ -1028,7 +951,6 @@ def test_console_prints_the_number(capsys):
 
 
 def test_console_prints_every_notice():
-    """Each notice is printed to the given stream."""
     stream = io.StringIO()
     ConsoleNotifier(stream, product="Example Trading").change_applied(CHANGE, ALICE, JSMITH)
     assert re.findall("^To: (.*)$", stream.getvalue(), re.MULTILINE) == [

@@ -103,7 +103,6 @@ each_value = pytest.mark.parametrize("value", VALUES, ids=[type(v).__name__ for 
 
 class TestValues:
     def test_every_value_has_a_case(self):
-        """The list above is complete."""
         defined = {
             kind
             for kind in map(vars(model).get, model.__all__)
@@ -130,7 +129,6 @@ class TestValues:
             type(value)(*attrs.asdict(value, recurse=False).values())
 
     def test_enums_are_the_same_objects_after_pickling(self):
-        """Members of the enums can be compared with `is`."""
         for each in (Actor.EVERY_ACCOUNT, EVERYBODY, RESET, *Reason, *RequestState, *RequestKind):
             assert pickle.loads(pickle.dumps(each)) is each
 
@@ -164,22 +162,6 @@ class TestValues:
         assert "U1" not in repr(ACTOR)
         assert "boss" in repr(ACTOR)
 
-    def test_defaults(self):
-        """Optional fields can be left out."""
-        assert USER.email == "j@example.com"
-        assert User(username="a", full_name="", account_id="U1").email is None
-        assert Actor(username="a", email="a@b", manages=()).address is None
-        assert RESTRICTION.expires_at is None
-        assert (REQUEST.restriction_id, REQUEST.restriction_expires_at) == (None, None)
-        assert REQUEST.reason == ""
-        assert (STORED.resends, STORED.sent_at) == (0, None)
-        assert StoredUser(user=USER).removed is False
-        assert (DECISION.stale, CHANGE.account_id) == (False, None)
-        refused = Decision(allowed=False, reason=Reason.BAD_ADDRESS, revision=0)
-        assert refused.restriction_id is None
-        assert UserOverview(user=USER, restrictions=(), pending=(), summary="").removed is False
-        assert Page(items=()).next is None
-
 
 class TestDecision:
     def test_is_true_only_when_allowed(self):
@@ -189,25 +171,11 @@ class TestDecision:
             assert bool(attrs.evolve(DECISION, reason=reason, allowed=False)) is False
 
 
-class TestPage:
-    def test_is_its_items(self):
-        """A page iterates over its items and has their number."""
-        page = Page(items=("a", "b"), next="b")
-        assert list(page) == ["a", "b"]
-        assert len(page) == 2
-        assert not Page(items=())
-
-
 class TestExpired:
     @pytest.mark.parametrize(("seconds", "expired"), [(-1, False), (0, True), (1, True)])
     def test_expires_at_its_time(self, seconds, expired):
-        """A restriction has expired from that time on."""
         temporary = attrs.evolve(RESTRICTION, expires_at=NOW)
         assert temporary.expired(NOW + timedelta(seconds=seconds)) is expired
-
-    def test_a_permanent_restriction_never_expires(self):
-        """A restriction whose expiry is None stays in force."""
-        assert RESTRICTION.expired(datetime.max.replace(tzinfo=UTC)) is False
 
 
 def user(**fields) -> User:
@@ -216,7 +184,6 @@ def user(**fields) -> User:
 
 class TestUser:
     def test_the_username_is_canonical(self):
-        """Another spelling is the same user."""
         assert user(username="\uff2aSmith").username == "jsmith"
         with pytest.raises(UsernameError):
             user(username=" jsmith")
@@ -254,18 +221,14 @@ class TestUser:
         [
             "",
             "a@b@example.com",
-            "a:b@example.com",
             "=?utf-8?q?a=0a?=@example.com",
             "a\u00a0b@example.com",
-            " ",
             "a",
             "@",
-            "a@",
             "@b",
             *(f"a{c}b@example.com" for c in ' ,;<>()[]\\"'),
             *(f"a@exam{c}ple.com" for c in ' ,;<>()[]\\"'),
             "a@b\nBcc: c@d",
-            "a@b\r",
             "a\x00@b",
             "a\u202e@b",
             "x" * 243 + "@example.com",
@@ -296,7 +259,6 @@ def actor(**fields) -> Actor:
 
 class TestActor:
     def test_the_username_is_canonical(self):
-        """An actor is the same under any spelling."""
         assert actor(username="BOSS").username == "boss"
         with pytest.raises(UsernameError):
             actor(username="")
@@ -305,7 +267,6 @@ class TestActor:
         "given", [{"U1", "U2"}, ["U1", "U2", "U1"], ("U2", "U1"), {"U1": 1, "U2": 2}]
     )
     def test_manages_becomes_a_frozenset(self, given):
-        """Any collection of account ids is accepted."""
         assert actor(manages=given).manages == frozenset({"U1", "U2"})
         assert type(actor(manages=iter(given)).manages) is frozenset
 
@@ -331,15 +292,11 @@ class TestActor:
         assert actor(manages=["every account"]).manages != Actor.EVERY_ACCOUNT
         assert "EVERY_ACCOUNT" not in {field.name for field in attrs.fields(Actor)}
 
-    def test_an_actor_may_manage_no_account(self):
-        """An empty set grants no access."""
-        assert "U1" not in actor(manages=()).manages
-        assert None not in actor(manages=["U1"]).manages
-
     @pytest.mark.parametrize(
         ("given", "held"),
         [
             (None, None),
+            ("", None),  # servers on a Unix socket pass an empty text
             ("192.0.2.1", "192.0.2.1"),
             ("::ffff:192.0.2.1", "192.0.2.1"),
             ("2001:DB8:0:0::1", "2001:db8::1"),
@@ -350,15 +307,10 @@ class TestActor:
         """The lock-out check and the audit log use one spelling."""
         assert actor(address=given).address == held
 
-    def test_an_empty_address_is_none(self):
-        """Servers on a Unix socket pass an empty text."""
-        assert actor(address="").address is None
-
     @pytest.mark.parametrize(
         "given", [" ", "192.0.2.1 ", "192.0.2.0/24", "fe80::1%eth0", "testclient", "unix:", 7, 0]
     )
     def test_the_address_is_one_address(self, given):
-        """Anything else is refused."""
         with pytest.raises(AddressError):
             actor(address=given)
 

@@ -39,17 +39,12 @@ def assert_canonical(form: str) -> None:
     [
         ("jsmith", "jsmith"),
         ("JSmith", "jsmith"),
-        ("JSMITH", "jsmith"),
         ("j smith", "j smith"),
         ("j.smith+x@Example.com", "j.smith+x@example.com"),
-        ("!~", "!~"),
-        ("x", "x"),
-        ("0", "0"),
         ("\uff2a\uff33mith", "jsmith"),  # full-width letters
         ("\u212aim", "kim"),  # the Kelvin sign
         ("\u017fmith", "smith"),  # the long s
         ("stra\u00dfe", "strasse"),
-        ("STRASSE", "strasse"),
         ("\ufb01n", "fin"),  # a ligature
         ("J\u00f6rg", "j\u00f6rg"),
         ("Jo\u0308rg", "j\u00f6rg"),  # composed and decomposed
@@ -61,8 +56,6 @@ def assert_canonical(form: str) -> None:
         ("\u01f0", "\u01f0"),  # folded apart, and composed again
         ("J\u030c", "\u01f0"),
         ("j\u00a0smith", "j smith"),  # a no-break space inside
-        ("\u3164\u3164", "\u1160\u1160"),
-        ("\u5c71\u7530", "\u5c71\u7530"),
     ],
 )
 def test_spellings_of_one_name(text, canonical):
@@ -75,7 +68,6 @@ def test_spellings_of_one_name(text, canonical):
     ("one", "other"), [("jsmith", "jsm\u0131th"), ("jsmith", "jsmi\u1e6fh"), ("a", "\u0430")]
 )
 def test_names_that_look_alike(one, other):
-    """Names that merely look alike are different users."""
     assert canonical_username(one) != canonical_username(other)
 
 
@@ -87,30 +79,21 @@ BLANK, INVISIBLE = "it has a blank at an end", "it has a character that is invis
     ("text", "reason"),
     [
         ("", EMPTY),
-        (" ", BLANK),
         (" jsmith", BLANK),
-        ("jsmith ", BLANK),
         ("jsmith\n", BLANK),
-        ("\tjsmith", BLANK),
         ("\x1fjsmith", BLANK),
-        ("\u00a0jsmith", BLANK),
         ("jsmith\u3000", BLANK),
         ("jsmith\u2028", BLANK),
         ("\u00a8x", BLANK),  # a spacing mark, which NFKC turns into a blank and a mark
         ("x\u200b", INVISIBLE),
         ("j\nsmith", INVISIBLE),
-        ("j\tsmith", INVISIBLE),
         ("j\0smith", INVISIBLE),
-        ("\0", INVISIBLE),
         ("jsmith\x7f", INVISIBLE),
         ("j\x85\u00f6", INVISIBLE),
         ("j\u00adsmith", INVISIBLE),  # a soft hyphen
         ("\u202ejsmith", INVISIBLE),  # written from right to left
-        ("\ufeffjsmith", INVISIBLE),
-        ("\ud800", INVISIBLE),
         ("j\udcffsmith", INVISIBLE),
         ("\ue000", INVISIBLE),
-        ("\U0010ffff", INVISIBLE),
         ("\u0378", INVISIBLE),
         ("x" * 257, LONG),
         ("x" * 256 + " ", LONG),
@@ -137,7 +120,6 @@ def test_the_longest_names(text):
 
 @pytest.mark.parametrize("thing", [None, 0, True, b"jsmith", ["jsmith"], object(), str])
 def test_only_text_is_a_username(thing):
-    """Anything but text is refused with the error of a username."""
     error = attempt(thing)
     assert isinstance(error, UsernameError)
     assert error.reason == "it is not text"
@@ -168,7 +150,6 @@ class Hostile(str):
 
 
 def test_methods_of_a_str_subclass_are_not_called():
-    """The content of a `str` subclass counts, not its own methods."""
     assert canonical_username(Hostile("JSmith")) == "jsmith"
     assert canonical_username(Hostile("J\u00d6rg")) == "j\u00f6rg"
     assert type(canonical_username(Hostile("jsmith"))) is str
@@ -260,7 +241,6 @@ def test_the_canonical_form_is_a_fixed_point(text):
 
 @given(TEXT)
 def test_equal_spellings_have_one_form(text):
-    """Spellings that are equal after normalisation or folding have one canonical form."""
     found = attempt(text)
     if isinstance(found, str):
         for spelling in (
@@ -275,7 +255,6 @@ def test_equal_spellings_have_one_form(text):
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=256))
 def test_ascii_names_are_lower_case(text):
-    """The canonical form of an ASCII name is its lower case."""
     found = attempt(text)
     assert found == text.lower() or text != text.strip()
     assert attempt(text.upper()) == found or isinstance(found, UsernameError)

@@ -97,35 +97,17 @@ def test_white_space_around_addresses_is_ignored(desk: Desk) -> None:
 
 
 def test_the_username_is_taken_in_any_spelling(desk: Desk) -> None:
-    """`JSmith` is the user `jsmith`, in full-width letters too."""
     assert desk.ask(username="JSmith").username == "jsmith"
     assert desk.ask(HOME, username="ｊｓｍｉｔｈ").username == "jsmith"  # noqa: RUF001
-
-
-def test_a_temporary_restriction_expires_and_still_restricts(desk: Desk) -> None:
-    """After `expires_at` no address is allowed."""
-    request = desk.ask(expires_at=desk.later(hours=1))
-    applied = desk.confirm(request)
-    assert applied.restriction is not None
-    assert applied.restriction.expires_at == desk.later(hours=1)
-    guard = ipguard.Guard(desk.store, monotonic=desk.clock.monotonic)
-    desk.wait(minutes=59, seconds=59)
-    assert guard.is_allowed("jsmith", OFFICE)
-    desk.wait(seconds=1)
-    assert not guard.is_allowed("jsmith", OFFICE)
-    assert not guard.is_allowed("jsmith", HOME)
 
 
 @pytest.mark.parametrize(
     ("widest", "good", "bad"),
     [
         ({}, "10.1.0.0/16", "10.0.0.0/15"),
-        ({}, "10.0.0.5-10.1.0.4", "10.0.0.5-10.1.0.5"),
         ({}, "2001:db8::/32", "2001:db8::/31"),
         ({"widest_ipv4": 24}, "10.0.0.0/24", "10.0.0.0/23"),
         ({"widest_ipv6": 64}, "2001:db8::/64", "2001:db8::/63"),
-        ({"widest_ipv4": 1}, "0.0.0.0/1", "0.0.0.0/0"),
-        ({"widest_ipv4": 32}, OFFICE, "203.0.113.6-203.0.113.7"),
     ],
 )
 def test_the_widest_is_counted_in_addresses(
@@ -136,13 +118,6 @@ def test_the_widest_is_counted_in_addresses(
     with desk.unchanged(), pytest.raises(ipguard.AddressTooBroad):
         desk.ask(bad)
     assert str(desk.ask(good).addresses) == good
-
-
-def test_all_addresses_need_a_setting_of_0(desk: Desk) -> None:
-    """`/0` is accepted only if the setting is 0."""
-    desk.use(widest_ipv4=0, widest_ipv6=0)
-    assert str(desk.ask("0.0.0.0/0").addresses) == "0.0.0.0/0"
-    assert str(desk.ask("::/0").addresses) == "::/0"
 
 
 def test_the_width_is_checked_again_on_confirming(desk: Desk) -> None:
@@ -160,10 +135,7 @@ def test_the_width_is_checked_again_on_confirming(desk: Desk) -> None:
     ("held", "asked"),
     [
         ("203.0.113.7", "::ffff:203.0.113.7"),
-        ("203.0.113.7", "203.0.113.7/32"),
-        ("203.0.113.7", "203.0.113.7-203.0.113.7"),
         ("203.0.113.0/29", "203.0.113.0-203.0.113.7"),
-        ("203.0.113.0/29", "::ffff:203.0.113.0/125"),
         ("2001:db8::1", "2001:DB8:0:0:0:0:0:1"),
     ],
 )
@@ -179,7 +151,6 @@ def test_duplicates_in_any_notation(desk: Desk, held: str, asked: str) -> None:
 
 
 def test_parts_and_other_users_are_not_duplicates(desk: Desk) -> None:
-    """Only exactly the same addresses of the same user are a duplicate."""
     desk.add("203.0.113.0/29")
     desk.ask("203.0.113.0/30")
     desk.ask("203.0.113.0/28")
@@ -188,7 +159,6 @@ def test_parts_and_other_users_are_not_duplicates(desk: Desk) -> None:
 
 @pytest.mark.parametrize("end", ["cancelled", "locked", "expired"])
 def test_a_closed_request_is_not_a_duplicate(desk: Desk, end: str) -> None:
-    """A request that is not pending does not prevent another."""
     request = desk.ask()
     if end == "cancelled":
         desk.flow.cancel(ALICE, request.id)
@@ -220,7 +190,6 @@ def test_duplicates_are_checked_again_on_confirming(desk: Desk) -> None:
 
 
 def test_an_expired_restriction_is_replaced_on_confirming(desk: Desk) -> None:
-    """An expired restriction is replaced when the new one is confirmed."""
     old = desk.add(expires_at=desk.later(hours=1))
     desk.wait(hours=1)
     request = desk.ask(label="again")
@@ -232,19 +201,10 @@ def test_an_expired_restriction_is_replaced_on_confirming(desk: Desk) -> None:
     assert desk.rows()[0].detail["replaces"] == old.id
 
 
-def test_an_unexpired_restriction_is_a_duplicate(desk: Desk) -> None:
-    """A restriction is a duplicate until the microsecond in which it expires."""
-    desk.add(expires_at=desk.later(hours=1))
-    desk.clock.advance(timedelta(hours=1) - timedelta(microseconds=1))
-    with pytest.raises(DuplicateRestriction):
-        desk.ask()
-
-
 # -- how many ----------------------------------------------------------------------------------
 
 
 def test_restrictions_per_user_counts_expired_ones(desk: Desk) -> None:
-    """Expired restrictions count; a replacement adds none."""
     desk.use(restrictions_per_user=3)
     waiting = desk.ask("203.0.113.9")
     for n in range(3):
@@ -285,7 +245,6 @@ def test_requests_per_hour_and_exactly_how_long_to_wait(desk: Desk) -> None:
 
 
 def test_requests_are_counted_per_actor_in_any_state(desk: Desk) -> None:
-    """Cancelled requests and deletions count; other actors are not affected."""
     desk.use(requests_per_hour=2, confirm_deletes=True)
     restriction = desk.add(HOME)
     desk.flow.cancel(ALICE, desk.ask().id)
@@ -324,7 +283,6 @@ def test_the_right_number_adds_the_restriction(desk: Desk) -> None:
 
 
 def test_confirming_notifies_the_requester_and_the_user(desk: Desk) -> None:
-    """The requester and the user each get a notice with the applied change."""
     request = desk.ask()
     desk.confirm(request)
     mail = desk.outbox.messages[-1]
@@ -400,7 +358,6 @@ def test_a_request_lives_as_long_as_the_settings_say(desk: Desk) -> None:
 
 
 def test_a_number_never_outlives_its_request(desk: Desk) -> None:
-    """A number sent late expires with its request."""
     request = desk.ask()
     desk.wait(hours=23, minutes=55)
     again = desk.flow.resend(ALICE, request.id)
@@ -408,7 +365,6 @@ def test_a_number_never_outlives_its_request(desk: Desk) -> None:
 
 
 def test_an_expiry_that_has_passed_is_refused_on_confirming(desk: Desk) -> None:
-    """A restriction that has expired before its confirmation is not added."""
     request = desk.ask(expires_at=desk.later(minutes=5))
     desk.wait(minutes=5)
     with desk.unchanged(), pytest.raises(ipguard.InvalidValue):

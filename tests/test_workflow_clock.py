@@ -36,7 +36,6 @@ def set_right(desk: Desk) -> None:
 
 
 def test_requests_from_the_future_are_not_counted(desk: Desk) -> None:
-    """Requests stored by a clock that was ahead are not counted."""
     desk.use(requests_per_hour=2)
     a_day_ahead(desk)
     desk.ask("203.0.113.1")

@@ -44,7 +44,6 @@ def test_labels(desk: Desk, label: Any) -> None:
 
 @pytest.mark.parametrize("label", ["", "x" * 100, "Büro 東京", "<b>", "%s {0} $(x)", "' OR 1=1 --"])
 def test_valid_labels(desk: Desk, label: str) -> None:
-    """A label is stored unchanged."""
     applied = desk.confirm(desk.ask(label=label))
     assert applied.restriction is not None
     assert applied.restriction.label == label
@@ -69,12 +68,8 @@ def test_reasons_for_deleting(desk: Desk, reason: Any) -> None:
     [
         datetime(2040, 1, 1),  # noqa: DTZ001 - naive is the point
         NOW,
-        NOW - timedelta(microseconds=1),
         datetime.min.replace(tzinfo=UTC),
-        "2040-01-01T00:00:00Z",
         2_000_000_000,
-        timedelta(hours=1),
-        True,
         (NOW + timedelta(days=1)).date(),
     ],
     ids=repr,
@@ -91,7 +86,6 @@ def test_times(desk: Desk, moment: Any) -> None:
 
 
 def test_the_farthest_time(desk: Desk) -> None:
-    """The last possible time can be stored."""
     last = datetime.max.replace(tzinfo=UTC)
     applied = desk.confirm(desk.ask(expires_at=last))
     assert applied.restriction is not None
@@ -100,29 +94,10 @@ def test_the_farthest_time(desk: Desk) -> None:
 
 @pytest.mark.parametrize(
     "addresses",
-    [
-        "",
-        " ",
-        "nonsense",
-        "203.0.113.007",
-        "203.0.113.7/8",
-        "203.0.113.9-203.0.113.5",
-        "0.0.0.0",
-        "255.255.255.255",
-        "224.0.0.1",
-        "ff02::1",
-        "::",
-        "fe80::1%eth0",
-        "203.0.113.7\0",
-        "203.0.113.7,198.51.100.1",
-        "1" * 10**6,
-        "\ud800",
-        *NO_TEXT,
-    ],
+    ["", "nonsense", "203.0.113.7/8", "0.0.0.0", "1" * 10**6, "\ud800", *NO_TEXT],
     ids=lambda value: repr(value)[:20],
 )
 def test_addresses(desk: Desk, addresses: Any) -> None:
-    """Invalid addresses are refused."""
     for call in (
         lambda: desk.ask(addresses),
         lambda: desk.flow.impose(BOSS, "jsmith", addresses, reason="x"),
@@ -132,7 +107,6 @@ def test_addresses(desk: Desk, addresses: Any) -> None:
 
 
 def test_a_constructed_range_is_checked(desk: Desk) -> None:
-    """A constructed range is checked like its text."""
     for first in (0, 2**32 - 1, 0xE0 << 24):
         made = ipguard.AddressRange(version=4, first=first, last=first)
         with desk.unchanged(), pytest.raises(AddressError):
@@ -157,7 +131,6 @@ def test_usernames(desk: Desk, username: Any) -> None:
 
 @pytest.mark.parametrize("username", ["", "jsmith ", "a\0", 5, b"x"], ids=repr)
 def test_usernames_in_the_history(desk: Desk, username: Any) -> None:
-    """The history refuses such names too."""
     with pytest.raises(UsernameError):
         desk.flow.history(BOSS, username=username)
 
@@ -168,7 +141,6 @@ def test_usernames_in_the_history(desk: Desk, username: Any) -> None:
     ids=lambda value: repr(value)[:20],
 )
 def test_ids(desk: Desk, made_up: Any) -> None:
-    """An invented id of any kind does not exist."""
     request, restriction = desk.ask(), desk.add(HOME)
     assert made_up not in (request.id, restriction.id)
     for call, error in (
@@ -204,14 +176,3 @@ def test_text_with_overridden_equality(desk: Desk) -> None:
         with desk.unchanged(), pytest.raises(error):
             call()
     assert desk.held() == [str(restriction.addresses)]
-
-
-def test_an_error_inside_a_transaction_undoes_everything(desk: Desk) -> None:
-    """If an error occurs after the first writes, all are undone."""
-    request = desk.ask()
-    broken = desk.workflow()
-    broken._keys = None  # type: ignore[assignment]
-    with desk.unchanged(), pytest.raises((AttributeError, TypeError)):
-        broken.request(ALICE, "mary", OFFICE)
-    with desk.unchanged(), pytest.raises((AttributeError, TypeError)):
-        broken.confirm(ALICE, request.id, desk.number(request))

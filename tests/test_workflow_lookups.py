@@ -37,7 +37,6 @@ def test_a_restriction_is_found_by_its_id(desk: Desk) -> None:
 
 
 def test_removed_users_exist_only_for_actors_of_every_account(desk: Desk) -> None:
-    """An administrator of the account finds neither the removed user nor its restriction."""
     restriction = desk.add()
     desk.store.remove_users(["jsmith"])
     assert desk.flow.restriction(BOSS, restriction.id) == restriction
@@ -110,7 +109,6 @@ def test_look_ups_do_not_wait_for_a_writer(desk: Desk) -> None:
 
 
 def test_a_snapshot_writes_nothing(desk: Desk) -> None:
-    """A snapshot has no usable writing methods."""
     with desk.unchanged(), desk.store.snapshot() as snapshot:
         assert snapshot.now == desk.clock()
         with pytest.raises((AttributeError, RuntimeError)):
@@ -134,7 +132,6 @@ def test_a_store_without_snapshots_is_read_in_a_transaction(desk: Desk) -> None:
 
 
 def test_the_workflow_for_asyncio_has_every_method() -> None:
-    """What the workflow offers can be awaited."""
     public = {name for name in vars(ipguard.Workflow) if not name.startswith("_")}
     assert public <= set(dir(AsyncWorkflow))
 
@@ -146,6 +143,5 @@ def test_the_workflow_for_asyncio_has_every_method() -> None:
 def test_the_settings_say_which_deletions_need_a_number(
     setting: Any, last: bool, needs: bool
 ) -> None:
-    """The page shows what `delete` will do."""
     settings = ipguard.WorkflowSettings(confirm_deletes=setting)
     assert settings.deletion_needs_number(last=last) is needs

@@ -46,7 +46,6 @@ def _fail_to_resend(desk: Desk, request_id: str) -> None:
 
 
 def test_resending_waits_for_the_interval(desk: Desk) -> None:
-    """A resend that is too early is refused with the exact time to wait."""
     request = desk.ask()
     for _ in range(2):
         desk.wait(seconds=10)
@@ -61,7 +60,6 @@ def test_resending_waits_for_the_interval(desk: Desk) -> None:
 
 
 def test_resends_are_limited_for_each_request(desk: Desk) -> None:
-    """After five resends the request gets no more numbers."""
     request = desk.ask()
     for _ in range(5):
         desk.wait(seconds=30)
@@ -110,7 +108,6 @@ def test_the_first_mail_fails(desk: Desk) -> None:
 
 
 def test_the_first_mail_fails_without_resends(desk: Desk) -> None:
-    """A failed mail does not count: its replacement is the first mail."""
     desk.use(resends_per_request=0)
     request = desk.flow.resend(ALICE, _fail_to_request(desk))
     desk.wait(minutes=1)
@@ -120,7 +117,6 @@ def test_the_first_mail_fails_without_resends(desk: Desk) -> None:
 
 
 def test_failed_mails_do_not_count_as_resends(desk: Desk) -> None:
-    """Failed mails do not use up resends."""
     request_id = _fail_to_request(desk)
     for _ in range(6):
         for _ in range(3):
@@ -216,7 +212,6 @@ class Meddling(Outbox):
 
 
 def test_a_concurrent_resend_counts(desk: Desk) -> None:
-    """A resend that succeeded while another mail failed stays counted."""
     desk.use(resend_interval=timedelta(), resends_per_request=1)
     meddler = Meddling()
     slow = Workflow(desk.store, meddler, key=KEY, settings=desk.flow.settings)
@@ -292,7 +287,6 @@ def test_a_commit_whose_outcome_is_lost(desk: Desk) -> None:
 
 
 def test_a_store_that_is_down_changes_nothing(desk: Desk) -> None:
-    """Every call raises StoreUnavailable, and no mail is sent."""
     request, restriction = desk.ask(), desk.add(HOME)
     store: Any = Flaky(desk.store)
     store.down = True
@@ -339,14 +333,12 @@ def test_a_notice_that_cannot_be_sent_never_raises(
 
 
 def test_a_user_without_an_address_gets_no_notice(desk: Desk) -> None:
-    """Only the requester gets a notice."""
     desk.confirm(desk.ask(username="mary"))
     assert desk.outbox.messages[-1].to == ("alice@firm.example",)
     assert desk.flow.notices_failed == 0
 
 
 def test_requests_send_no_notices(desk: Desk) -> None:
-    """Only changes of restrictions send notices."""
     request = desk.ask()
     desk.guess(request, times=1)
     desk.flow.cancel(ALICE, request.id)

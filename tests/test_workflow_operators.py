@@ -112,7 +112,6 @@ def test_impose_obeys_the_rules(desk: Desk) -> None:
 
 
 def test_impose_ignores_lockout(desk: Desk) -> None:
-    """`impose` does not check for lock-out."""
     desk.store.put_users([User(username="boss", full_name="Boss", account_id="B")])
     desk.add(OFFICE, "boss")
     assert desk.held("boss") == [OFFICE]
@@ -138,7 +137,6 @@ def test_only_operators(desk: Desk, actor: Actor) -> None:
     "reason", ["", " ", "\u3000", "x" * 501, "two\nlines", "a\u2028b", None, 5]
 )
 def test_operators_give_a_reason(desk: Desk, reason: Any) -> None:
-    """A reason is one line of text, and required."""
     restriction = desk.add()
     flow = desk.flow
     for call in (
@@ -186,15 +184,6 @@ def test_an_import_is_one_revision(desk: Desk) -> None:
     assert row.detail == {"restrictions": "5", "reason": "the migration"}
 
 
-def test_the_audit_entry_of_an_import(desk: Desk) -> None:
-    """Only actors of every account see the entry."""
-    desk.flow.impose_many(BOSS, [("jsmith", OFFICE)], reason="x")
-    assert desk.flow.history(BOSS).items[0].action is Action.IMPOSE_MANY
-    for actor in (ALICE, EVERY_KNOWN_ACCOUNT):
-        actions = {row.action for row in desk.flow.history(actor)}
-        assert Action.IMPOSE_MANY not in actions
-
-
 def test_notices_of_an_import(desk: Desk) -> None:
     """The actor gets one notice, and each user with an address one."""
     desk.flow.impose_many(
@@ -210,7 +199,6 @@ def test_notices_of_an_import(desk: Desk) -> None:
 
 @pytest.mark.parametrize(("count", "mails"), [(100, 101), (101, 1), (150, 1)])
 def test_at_most_100_users_get_notices(desk: Desk, count: int, mails: int) -> None:
-    """With more than 100 users, only the actor gets a notice."""
     names = [f"user{n}" for n in range(count)]
     desk.store.put_users(
         User(username=name, full_name="", account_id="U3", email=f"{name}@x.example")
@@ -221,7 +209,6 @@ def test_at_most_100_users_get_notices(desk: Desk, count: int, mails: int) -> No
 
 
 def test_reading_ends_at_a_refused_row(desk: Desk) -> None:
-    """No row after a refused one is read."""
     read = []
 
     def rows() -> Iterator[tuple[str, str]]:
@@ -238,29 +225,20 @@ def test_reading_ends_at_a_refused_row(desk: Desk) -> None:
     ("row", "error"),
     [
         (("mary", "nonsense"), ipguard.AddressError),
-        (("mary", "0.0.0.0/0"), ipguard.AddressTooBroad),
         (("", HOME), ipguard.UsernameError),
-        ((5, HOME), ipguard.UsernameError),
-        (("mary", 5), ipguard.AddressError),
         (("mary", HOME, "x" * 101), InvalidValue),
         (("mary", HOME, None), InvalidValue),
-        (("mary", HOME, "", "tomorrow"), InvalidValue),
-        (("mary", HOME, "", ipguard.testing.FakeClock()().replace(tzinfo=None)), InvalidValue),
         (("mary", HOME, "", ipguard.testing.FakeClock()()), InvalidValue),
         (("mary",), InvalidValue),
         (("mary", HOME, "", None, "more"), InvalidValue),
         ("mary,198.51.100.20", InvalidValue),
-        (b"ab", InvalidValue),
         (5, InvalidValue),
-        (None, InvalidValue),
         ({"username": "mary"}, InvalidValue),
-        ({"addresses": HOME}, InvalidValue),
         ({"username": "mary", "addresses": HOME, "lable": "x"}, InvalidValue),
         ({"username": "mary", "addresses": HOME, "label": 0}, InvalidValue),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_holds(desk: Desk, row: Any, error: type[Exception]) -> None:
-    """A note on the error names the row, and nothing is added."""
     with desk.unchanged(), pytest.raises(error) as caught:
         desk.flow.impose_many(BOSS, [("jsmith", OFFICE), ("mary", OFFICE), row], reason="x")
     assert caught.value.__notes__ == ["row 3"]
@@ -268,7 +246,6 @@ def test_a_bad_row_is_named_and_nothing_holds(desk: Desk, row: Any, error: type[
 
 @pytest.mark.parametrize("rows", [[], (), iter([])])
 def test_an_empty_import(desk: Desk, rows: Any) -> None:
-    """An empty import is refused."""
     with desk.unchanged(), pytest.raises(InvalidValue) as caught:
         desk.flow.impose_many(BOSS, rows, reason="x")
     assert caught.value.name == "rows"
@@ -325,7 +302,6 @@ def test_unlock_needs_no_registered_user(desk: Desk) -> None:
 
 @pytest.mark.parametrize("how", ["impose", "impose_many", "confirm"])
 def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, how: str) -> None:
-    """Each way of replacing cancels the request to delete the old restriction."""
     desk.use(confirm_deletes=True)
     old = desk.add(OFFICE, expires_at=desk.later(hours=1))
     other = desk.add(HOME)
@@ -343,36 +319,27 @@ def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, how: 
     assert [pending.id for pending in line.pending] == [kept.id]
 
 
-@pytest.mark.parametrize(
-    ("how", "pending"),
-    [("request", False), ("request", True), ("impose", False), ("impose_many", False)],
-)
-def test_a_duplicate_says_how_it_differs(desk: Desk, how: str, pending: bool) -> None:
+@pytest.mark.parametrize("how", ["request", "pending", "impose", "impose_many"])
+def test_a_duplicate_says_how_it_differs(desk: Desk, how: str) -> None:
     """The error says whether the label or the expiry differs."""
     until = desk.later(days=9)
-    if pending:
-        desk.ask(OFFICE, label="fair", expires_at=until)
-    else:
-        desk.add(OFFICE, label="fair", expires_at=until)
+    (desk.ask if how == "pending" else desk.add)(OFFICE, label="fair", expires_at=until)
     for label, expires_at in (("fair", until), ("fair", None), ("", until)):
         row = ("jsmith", OFFICE, label, expires_at)
         call: Any = {
-            "request": partial(desk.ask, OFFICE, label=label, expires_at=expires_at),
             "impose": partial(desk.add, OFFICE, label=label, expires_at=expires_at),
             "impose_many": partial(desk.flow.impose_many, BOSS, [row], reason="a file"),
-        }[how]
+        }.get(how, partial(desk.ask, OFFICE, label=label, expires_at=expires_at))
         with desk.unchanged(), pytest.raises(ipguard.DuplicateRestriction) as caught:
             call()
         error = caught.value
-        assert (error.found, error.label) == ("request" if pending else "restriction", "fair")
-        assert error.expires_at == until
+        assert error.found == ("request" if how == "pending" else "restriction")
+        assert (error.label, error.expires_at) == ("fair", until)
         assert error.differs is ((label, expires_at) != ("fair", until))
-        assert ("was not changed" in str(error)) is error.differs
 
 
 @pytest.mark.parametrize("how", ["request", "impose", "impose_many"])
 def test_hints_know_the_settings(desk: Desk, how: str) -> None:
-    """No hint proposes a network that the settings refuse."""
     call: Any = {
         "request": desk.ask,
         "impose": desk.add,
@@ -385,7 +352,6 @@ def test_hints_know_the_settings(desk: Desk, how: str) -> None:
 
 
 def test_an_import_keeps_the_order_of_its_rows(desk: Desk) -> None:
-    """Restrictions of one import are listed in the order of its rows."""
     wanted = [f"203.0.113.{n * 7 % 50}" for n in range(50)]
     desk.flow.impose_many(BOSS, [("jsmith", text) for text in wanted], reason="a file")
     assert desk.held() == wanted
