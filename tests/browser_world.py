@@ -113,9 +113,27 @@ def authenticate(request: Any) -> Actor | None:
 
 
 @contextlib.contextmanager
-def asgi(world: World) -> Iterator[str]:
-    """Serve the page in a Starlette application by uvicorn; yield its URL."""
+def serving(app: Any, **settings: Any) -> Iterator[str]:
+    """Serve an ASGI application by uvicorn; yield its URL."""
     import uvicorn
+
+    config = uvicorn.Config(
+        app, lifespan="off", log_level="error", timeout_graceful_shutdown=5, **settings
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def asgi(world: World) -> Iterator[str]:
+    """Serve the page in a Starlette application; yield its URL."""
     from starlette.applications import Starlette
     from starlette.routing import Mount
 
@@ -123,18 +141,8 @@ def asgi(world: World) -> Iterator[str]:
 
     page = asgi_app(world.flow, world.guard, authenticate=authenticate, brand=BRAND)
     host = Starlette(routes=[Mount(PREFIX, page)])
-    config = uvicorn.Config(
-        host, lifespan="off", log_level="error", proxy_headers=False, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}{PREFIX}/"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serving(host, proxy_headers=False) as base:
+        yield f"{base}{PREFIX}/"
 
 
 @contextlib.contextmanager

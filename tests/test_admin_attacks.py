@@ -9,23 +9,14 @@ import pytest
 
 from ipguard import Actor, IPGuardError, StoreUnavailable, User, Workflow
 from ipguard.admin import asgi_app
-from ipguard.admin._http import BODY_LIMIT
-from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, KEY, OFFICE
+from ipguard.admin._http import BODY_LIMIT, POLICY
+from ipguard.admin._site import ROUTES
+from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, OFFICE
 from tests.pages import FORM, Browser, Office, query
 from tests.pages import each_office as each_office  # noqa: PLC0414 - a fixture
 from tests.pages import office as office  # noqa: PLC0414 - a fixture
 
-POSTS = (
-    "/search",
-    "/add",
-    "/understood",
-    "/confirm",
-    "/resend",
-    "/cancel",
-    "/delete",
-    "/check",
-    "/history",
-)
+POSTS = [path for path, views in ROUTES.items() if "POST" in views]
 
 
 def valid_fields(office: Office) -> dict[str, dict[str, str]]:
@@ -55,74 +46,36 @@ def csrf_token(browser: Browser) -> str:
 # -- cross-site request forgery
 
 
-def assert_refused(office: Office, browser: Browser, fields: dict[str, str]) -> None:
-    """Submit every form with these additional fields: each is refused and changes nothing."""
-    forms = valid_fields(office)
-    assert set(forms) == set(POSTS)
-    with office.unchanged():
-        for path, own in forms.items():
-            browser.post(path, {**own, **fields})
-            assert browser.answer.status_code == 403, path
-            assert "not one that you opened here" in browser.text
-            assert "set-cookie" not in browser.answer.headers
-
-
-@pytest.mark.parametrize("text", [None, "", "x", "A" * 59, "é", "A" * 10_000, "=", "\x00", "..."])
-def test_a_missing_or_invalid_token(office: Office, text: str | None):
-    """A form without a CSRF token, or with a made-up one, does nothing."""
-    assert_refused(office, office.browser(ALICE), {} if text is None else {"token": text})
-
-
-def test_the_token_of_another_actor(office: Office):
-    """An attacker's token does not work in a victim's browser, not even with a planted cookie."""
-    attacker, victim = office.browser(CAROL), office.browser(ALICE)
-    token = csrf_token(attacker)
-    assert_refused(office, victim, {"token": token})
-    victim.cookies = dict(attacker.cookies)
-    victim.post("/cancel", {"token": token})
-    assert victim.answer.status_code == 403
-
-
-def test_the_token_of_another_browser(office: Office):
-    """A token of the same actor in another browser, or without its cookie, is refused."""
-    alice = office.browser(ALICE)
-    assert_refused(office, alice, {"token": csrf_token(office.browser(ALICE))})
-    token = csrf_token(alice)
-    alice.cookies = {}
-    alice.post("/cancel", {"token": token})
-    assert alice.answer.status_code == 403
-
-
-def test_a_token_under_another_key(office: Office):
-    """A page with other keys makes other tokens."""
-    other = Workflow(office.store, office.outbox, key=b"x" * 32)
-    stranger = office.stranger(ALICE, other)
-    alice = office.browser(ALICE)
-    stranger.cookies = dict(alice.cookies)
-    assert_refused(office, alice, {"token": csrf_token(stranger)})
-
-
-def test_other_signed_values_are_not_tokens(office: Office):
-    """A signature is valid for its purpose only."""
+def test_a_token_that_is_not_of_this_form(office: Office):
+    """A form without a CSRF token, with a made-up one, or with a value for another purpose."""
     alice = office.browser(ALICE)
     alice.press("Search", search="smith")
-    signed = query(alice.address)["search"]
+    made_up = [None, "", "x", "A" * 59, "é", "A" * 10_000, "\x00", query(alice.address)["search"]]
     alice.open("/add")
     alice.press("Submit", addresses="x")
-    for text in (signed, query(alice.address)["again"]):
-        alice.post("/cancel", {"token": text})
-        assert alice.answer.status_code == 403
+    made_up.append(query(alice.address)["again"])
+    stranger = office.stranger(ALICE, Workflow(office.store, office.outbox, key=b"x" * 32))
+    stranger.cookies = dict(alice.cookies)
+    others = (office.browser(CAROL), office.browser(ALICE), stranger)
+    forms = valid_fields(office)
+    assert set(forms) == set(POSTS)
+    for text in [*made_up, *(csrf_token(other) for other in others)]:
+        with office.unchanged():
+            for path, own in forms.items():
+                alice.post(path, own if text is None else {**own, "token": text})
+                assert alice.answer.status_code == 403, path
+                assert "not one that you opened here" in alice.text
+                assert "set-cookie" not in alice.answer.headers
 
 
-def test_key_rotation(office: Office):
-    """A form of one server works on another that has a newer key too."""
-    newer = Workflow(office.store, office.outbox, key=(b"n" * 32, KEY))
-    alice = office.browser(ALICE, "/add")
-    form = alice.page.form("Submit")
-    other = office.stranger(ALICE, newer)
-    other.cookies = alice.cookies
-    other.post("/add", {**form.fields, "user": "jsmith", "addresses": OFFICE})
-    assert "Confirmation Number" in other.page.labels
+@pytest.mark.parametrize("planted", [True, False])
+def test_a_token_with_other_cookies(office: Office, planted: bool):
+    """An attacker's token does not work with a planted cookie, nor any without its cookie."""
+    attacker, victim = office.browser(CAROL), office.browser(ALICE)
+    token = csrf_token(attacker if planted else victim)
+    victim.cookies = dict(attacker.cookies) if planted else {}
+    victim.post("/cancel", {"token": token})
+    assert victim.answer.status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -164,7 +117,6 @@ def test_a_get_changes_nothing(office: Office):
 
 
 def test_without_an_actor(each_office: Office):
-    """A visitor who is not signed in sees and changes nothing."""
     office = each_office
     stranger = office.browser(lambda _: None)
     forms = valid_fields(office)
@@ -250,19 +202,6 @@ def test_an_id_under_the_wrong_user(office: Office):
             assert alice.answer.status_code == 404, path
 
 
-def test_the_number_of_another_actor(office: Office):
-    """Only the requester can use a number or have a new one sent."""
-    request = office.ask()
-    where = f"/confirm?user=jsmith&request={request.id}"
-    adam, alice = office.browser(ADAM, where), office.browser(ALICE, where)
-    token = adam.page.form("Cancel").fields["token"]
-    fields = {**alice.page.form("Submit").fields, "token": token, "number": office.number(request)}
-    with office.unchanged():
-        for path in ("/confirm", "/resend"):
-            adam.post(path, fields)
-            assert adam.answer.status_code == 404
-
-
 def test_rights_are_checked_each_time(office: Office):
     """An actor who lost an account cannot continue with an open form."""
     request = office.ask()
@@ -310,20 +249,10 @@ def test_scripts_in_names_and_labels(office: Office):
 
 
 def test_the_brand_is_escaped(office: Office):
-    """The host's brand is text, not HTML."""
     app = asgi_app(office.flow, office.guard, authenticate=lambda _: ALICE, brand="<b>A&B")
     text = Browser(app).send("GET", "/").text
     assert "&lt;b&gt;A&amp;B" in text
     assert "<b>" not in text
-
-
-@pytest.mark.parametrize("label", ["a\r\nBcc: x@evil.example", "a\nb", "a\x85b", "a\u2028b"])
-def test_header_injection_in_a_label(office: Office, label: str):
-    """A label that would break a line of a mail or a header is refused."""
-    alice = office.browser(ALICE, "/add")
-    with office.unchanged():
-        alice.press("Submit", user="jsmith", addresses=OFFICE, label=label)
-    assert "control characters" in alice.page.part("label-problem")
 
 
 @pytest.mark.parametrize("text", ["a\r\nSet-Cookie: x=1", "a\r\nLocation: //evil.example"])
@@ -349,7 +278,6 @@ def test_header_injection_in_a_response(each_office: Office, text: str):
 
 @pytest.mark.parametrize("where", ["//evil.example", "https://evil.example/", "\\\\evil.example"])
 def test_redirects_stay_on_this_host(each_office: Office, where: str):
-    """No path and no search leads to another host."""
     alice = each_office.browser(ALICE)
     token = csrf_token(alice)
     for path in (f"/{quote(where)}", f"/{quote(where)}/cancel"):
@@ -398,33 +326,6 @@ def test_messages_expire(office: Office, monkeypatch):
 # -- replays
 
 
-def test_a_replayed_form(office: Office):
-    """A form that is submitted again reports who closed the request, and changes nothing."""
-    request = office.ask()
-    alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
-    fields = {**alice.page.form("Submit").fields, "number": office.number(request)}
-    alice.post("/confirm", fields)
-    assert alice.answer.status_code == 200
-    with office.unchanged():
-        for path in ("/confirm", "/cancel", "/resend"):
-            alice.post(path, fields)
-            assert alice.answer.status_code == 409
-            assert "You confirmed 203.0.113.7 on 1 Jan 2030, 12:00 UTC." in alice.page.part("over")
-        alice.open(f"/confirm?user=jsmith&request={request.id}")
-        assert "You confirmed" in alice.page.part("over")
-
-
-def test_an_expired_request(office: Office):
-    """The page says that the request expired, and the number has no effect."""
-    request = office.ask()
-    alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
-    number = office.number(request)
-    office.wait(hours=25)
-    with office.unchanged():
-        alice.press("Submit", number=number)
-        assert "nobody confirmed it in time" in alice.page.part("over")
-
-
 def test_the_end_of_a_request_is_not_made_up(office: Office):
     """One wrong number is not a lock, and a restriction that was lifted is not an expiry."""
     office.use(confirm_deletes=True)
@@ -435,20 +336,13 @@ def test_the_end_of_a_request_is_not_made_up(office: Office):
     office.flow.lift(BOSS, restriction.id, reason="a ticket")
     alice = office.browser(ALICE, f"/confirm?user=jsmith&request={lifted.id}")
     assert "or what it was about has changed" in alice.page.part("over")
-    office.wait(hours=25)
     alice.open(f"/confirm?user=jsmith&request={late.id}")
+    number = office.number(late)
+    office.wait(hours=25)
+    with office.unchanged():
+        alice.press("Submit", number=number)
     assert "locked" not in alice.page.part("over")
     assert "nobody confirmed it in time" in alice.page.part("over")
-
-
-@pytest.mark.parametrize("user", ["", "%00", "+jsmith", "nobody", "zed"])
-def test_unknown_users(office: Office, user: str):
-    """Every page about an unknown user is 404."""
-    alice = office.browser(ALICE)
-    for path in ("/user?", "/check?", "/confirm?request=1&", "/delete?restriction=1&"):
-        alice.open(f"{path}user={user}")
-        assert alice.answer.status_code == 404, path
-        assert "Not found" in alice.text
 
 
 def test_malformed_bodies(each_office: Office):
@@ -533,7 +427,6 @@ def test_a_defect_shows_no_details(office: Office, monkeypatch, caplog):
 
 
 def test_an_unknown_error_of_the_library(office: Office, monkeypatch):
-    """An error that the page does not know is shown with its own message."""
     monkeypatch.setattr(office.flow, "cancel", raising(IPGuardError("that is new")))
     request = office.ask()
     alice = office.browser(ALICE)
@@ -584,18 +477,8 @@ def test_security_headers(each_office: Office):
     for path, status in (("/", 200), ("/nothing", 404), ("/user?user=%ff", 400)):
         answer = alice.send("GET", path)
         assert answer.status_code == status
-        policy = answer.headers["content-security-policy"]
-        for part in (
-            "default-src 'none'",
-            "script-src 'self'",
-            "style-src 'self'",
-            "form-action 'self'",
-            "frame-ancestors 'none'",
-            "base-uri 'none'",
-        ):
-            assert part in policy.split("; ")
-        assert "unsafe" not in policy
         for name, value in {
+            "content-security-policy": POLICY,  # as the guide quotes it
             "cache-control": "no-store",
             "x-frame-options": "DENY",
             "x-content-type-options": "nosniff",

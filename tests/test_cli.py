@@ -24,7 +24,6 @@ from ipguard.cli._output import clean
 from ipguard.testing import Outbox
 from tests.cli import PROGRAM, Shell, schemas, validator
 from tests.conftest import rounds
-from tests.postgres import fresh_schema
 from tests.test_docs import ROOT, table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
@@ -56,7 +55,6 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 
 def test_the_exit_codes_are_documented():
-    """The manual's tables of exit codes and errors agree with the code."""
     listed = {row[1]: int(row[0]) for row in table("docs/cli.md", "exit code")}
     assert listed == {code.name.lower(): code.value for code in _output.Exit}
     errors = {
@@ -100,7 +98,6 @@ def test_the_installed_script(shell: Shell):
     ("args", "code", "words"),
     [
         (["nonsense"], 2, "No such command"),
-        (["list", "--nonsense"], 2, "nonsense"),
         (["list", "--limit", "0"], 2, "limit"),
         (["check", "jsmith"], 2, "USERNAME and ADDRESS"),
         (["check", "jsmith", "1.2.3.4", "--unknown-users", "maybe"], 2, "allow"),
@@ -110,7 +107,6 @@ def test_the_installed_script(shell: Shell):
         (["list", "--store", "memory://"], 7, "would end"),
         (["list", "--store", "nowhere://x"], 7, "no store has the scheme"),
         (["list", "--store", "sqlite:///gone/gone.db"], 7, "ipguard init"),
-        (["list", "--store", "sqlite:////dev/null"], 7, "is not a file"),
         (["users", "import", "gone.csv"], 9, "No such file"),
     ],
 )
@@ -125,14 +121,12 @@ def test_passwords_in_urls_are_recognised():
     """Anywhere in the URL; a user, a port and a password file are not passwords."""
     for url in (
         "postgresql://u:hunter2@db/x",
-        "postgresql://u@db/x?password=hunter2",
         "postgresql://u@db/x?sslmode=require&pass%77ord=hunter2",
         "postgresql://u@db/x?listen=postgresql%3A%2F%2Fu%3Ahunter2%40db2%2Fx",
         "postgresql://u@db/x?sslpassword=hunter2",
         "host=db user=u password=hunter2",
         "mine://u:hunter2@[broken/x",
         "postgresql://u:hunter2#x@db/x",
-        "postgresql://u:hunter2/x@db/x",
         "postgresql://u:x?hunter2@db/x",
         "u:hunter2@db/x",
     ):
@@ -142,9 +136,7 @@ def test_passwords_in_urls_are_recognised():
         "postgresql://db:5432/x?sslmode=require&passfile=/etc/pgpass",
         "sqlite:////var/lib/a@b:c.db",
         "sqlite:///ipguard.db?timeout=2",
-        "smtp://127.0.0.1:25",
         "postgresql://u@db/x?listen=postgresql%3A%2F%2Fu%40db2%2Fx",
-        "postgresql://db:5432/x?listen=postgresql://u@db2/x",
         "postgresql://u@db:5432/x?application_name=a@b",
     ):
         assert not _secrets.holds_password(url), url
@@ -180,31 +172,19 @@ def test_a_broken_pipe_is_quiet(shell: Shell):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_control_characters_are_escaped(
-    shell: Shell, tmp_path: Path, kind: str, request: pytest.FixtureRequest
-):
+def test_control_characters_are_escaped(tmp_path: Path):
     """A store may hold text that ipguard itself would refuse; all users are listed."""
-    url, server, schema = f"sqlite:///{tmp_path}/users.db", None, ""
-    if kind == "postgres":
-        server = request.getfixturevalue("postgres")
-        schema = fresh_schema()
-        url = server.url(schema=schema)
-    it = Shell(tmp_path, IPGUARD_URL=url, IPGUARD_MAIL="console")
-    ipguard.open_store(url, migrate=True).close()
+    it = Shell(tmp_path, IPGUARD_MAIL="console")
     it.register(ann="U1", bob="U1", cyd="U1")
     it.impose("ann", "1.2.3.4")
     hostile, shown = "\x1b[2Jgone\x07\t\u202eevil\n\u2066x", r"\x1b[2Jgone\x07\t\u202eevil\n\u2066x"
     for statement in (
-        f"UPDATE {{}}restrictions SET label = '{hostile}'",
-        "UPDATE {}users SET full_name = 'N\x1b[2J\u202e' WHERE username = 'ann'",
-        "UPDATE {}users SET username = 'b\x07b', email = 'a\rb' WHERE username = 'bob'",
+        f"UPDATE restrictions SET label = '{hostile}'",
+        "UPDATE users SET full_name = 'N\x1b[2J\u202e' WHERE username = 'ann'",
+        "UPDATE users SET username = 'b\x07b', email = 'a\rb' WHERE username = 'bob'",
     ):
-        if server is not None:
-            server.execute(statement.format(f"{schema}."))
-        else:
-            with closing(sqlite3.connect(tmp_path / "users.db")) as db, db:
-                db.execute(statement.format(""))
+        with closing(sqlite3.connect(tmp_path / "ipguard.db")) as db, db:
+            db.execute(statement)
     rows = [line.split("\t") for line in it.good("users", "list", "--all").splitlines()[1:]]
     assert rows == [
         ["ann", r"N\x1b[2J\u202e", "U1", "ann@firm.example"],
@@ -277,7 +257,6 @@ _COMMANDS = st.sampled_from(
 @settings(max_examples=rounds(150, 5_000))
 @given(_COMMANDS, st.lists(_WORDS, max_size=6))
 def test_arguments_never_cause_a_defect(shell: Shell, command: str, words: list[str]):
-    """Any arguments end with a documented exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.StringIO("12345-67890\n"))
         done = shell(*command.split(), *words)
@@ -285,7 +264,6 @@ def test_arguments_never_cause_a_defect(shell: Shell, command: str, words: list[
 
 
 def test_completion(shell: Shell):
-    """Shells complete commands."""
     asked = {"_IPGUARD_COMPLETE": "complete_bash", "COMP_WORDS": "ipguard un", "COMP_CWORD": "1"}
     assert shell.good(env=asked).split() == ["unlock"]
     source = shell.good(env={"_IPGUARD_COMPLETE": "source_bash"})
@@ -339,14 +317,10 @@ def test_the_tutorial(tmp_path: Path):
         assert bash(line.replace(" --send-test you@example.com", "")).returncode == code, line
 
 
-def test_the_json_in_the_manual_is_valid():
-    """The example of an error matches its schema."""
+def test_the_manual_has_every_variable_and_option(shell: Shell):
+    """The table of variables agrees with the code, the help names both, and its JSON is valid."""
     (example,) = _blocks("json", "cli.md")
     validator("error").validate(json.loads(example))
-
-
-def test_the_manual_has_every_variable_and_option(shell: Shell):
-    """The table of variables agrees with the code, and the help names both."""
     read = set()
     for path in (ROOT / "src" / "ipguard" / "cli").glob("*.py"):
         read |= set(re.findall(r'"(IPGUARD_[A-Z_]+)"', path.read_text()))
@@ -508,8 +482,6 @@ def test_history(shell: Shell):
     ("args", "words"),
     [
         (["list", "jsmiht"], "no user found for 'jsmiht'"),
-        (["list", "10.9.9.9"], "no user found for '10.9.9.9'"),
-        (["list", "--after", "zzz"], "no user found after 'zzz'"),
         (["list", "jsmith", "--after", "zzz"], "no user found for 'jsmith' after 'zzz'"),
         (["list", "--removed"], "no removed user with restrictions found\n"),
         (["list", "--removed", "mlee"], "no removed user with restrictions found for 'mlee'"),
@@ -517,7 +489,6 @@ def test_history(shell: Shell):
         (["history", "--user", "jsmiht"], "no user 'jsmiht' is registered"),
         (["history", "--user", "mlee"], "no entries about 'mlee'\n"),
         (["history", "--user", "jsmith", "--before", "1"], "about 'jsmith' before revision 1"),
-        (["history", "--before", "1"], "no entries before revision 1"),
     ],
 )
 def test_an_empty_result_is_noted(shell: Shell, args: list[str], words: str):

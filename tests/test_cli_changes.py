@@ -121,7 +121,10 @@ def test_the_two_phases_in_a_pipe(shell: Shell, mail: MailServer):
 
 
 def test_cancel_and_resend(shell: Shell, mail: MailServer):
-    """Any administrator of the account can cancel; a closed request stays closed."""
+    """A closed request stays closed; neither command needs an e-mail address.
+
+    `cancel` mails nothing, and `resend` mails to the address of the first number.
+    """
     before = len(mail.mails)
     asked = shell.json("request", "jsmith", "203.0.113.7", *RITA)
     _number(mail, before)
@@ -130,8 +133,14 @@ def test_cancel_and_resend(shell: Shell, mail: MailServer):
     assert 0 < soon["details"]["retry_after"] <= 30
     stranger = ("--as", "carol", "--account", "U2")
     assert "no request" in shell.bad(4, "cancel", asked["id"], *stranger)
-    assert shell.json("cancel", asked["id"], *RITA)["state"] == "cancelled"
+    settings = shell.write("settings.toml", "resend_interval = 0\n")
+    shell.env |= {"IPGUARD_EMAIL": "", "IPGUARD_SETTINGS": str(settings)}
+    nameless = [each for each in RITA if "mail" not in each and "@" not in each]
+    assert shell.json("resend", asked["id"], *nameless)["state"] == "pending"
+    _number(mail, before + 1)
+    assert shell.json("cancel", asked["id"], *nameless)["state"] == "cancelled"
     assert "closed: cancelled" in shell.bad(5, "resend", asked["id"], *RITA)
+    assert "your e-mail address" in shell.bad(7, "request", "jsmith", "203.0.113.7", *nameless)
     second = shell.json("request", "jsmith", "203.0.113.7", *RITA)
     assert "is cancelled" in shell.good("cancel", second["id"], *RITA)
 
@@ -216,20 +225,6 @@ def test_unlock_of_an_unknown_name(shell: Shell):
     assert "no user 'rita'" in shell.bad(4, "unlock", "rita", "--reason", "x")
 
 
-def test_cancel_and_resend_need_no_email_address(shell: Shell, mail: MailServer):
-    """`cancel` mails nothing, and `resend` mails to the address of the first number."""
-    before = len(mail.mails)
-    asked = shell.json("request", "jsmith", "203.0.113.7", *RITA)
-    _number(mail, before)
-    settings = shell.write("settings.toml", "resend_interval = 0\n")
-    shell.env |= {"IPGUARD_EMAIL": "", "IPGUARD_SETTINGS": str(settings)}
-    nameless = [each for each in RITA if "mail" not in each and "@" not in each]
-    assert shell.json("resend", asked["id"], *nameless)["state"] == "pending"
-    _number(mail, before + 1)
-    assert shell.json("cancel", asked["id"], *nameless)["state"] == "cancelled"
-    assert "your e-mail address" in shell.bad(7, "request", "jsmith", "203.0.113.7", *nameless)
-
-
 def test_a_failed_notice_is_reported(shell: Shell):
     """The change holds, and the command succeeds."""
     with BadServer("drop") as bad:
@@ -247,20 +242,16 @@ def test_a_failed_notice_is_reported(shell: Shell):
         ([], {"IPGUARD_MAIL": ""}, 7, "has no mail server"),
         ([], {"IPGUARD_MAIL": "ftp://x"}, 7, "smtp://"),
         ([], {"IPGUARD_MAIL_FROM": ""}, 7, "no sender"),
-        ([], {"IPGUARD_MAIL_FROM": "x"}, 7, "sender"),
         ([], {"IPGUARD_EMAIL": ""}, 7, "IPGUARD_EMAIL"),
         ([], {"IPGUARD_EMAIL": "x"}, 3, "e-mail"),
         ([], {"IPGUARD_KEY_FILE": "gone"}, 7, "gone: No such file"),
         ([], {"IPGUARD_KEY_FILE": "", "IPGUARD_KEY": ""}, 7, "no key"),
-        ([], {"IPGUARD_KEY_FILE": "", "IPGUARD_KEY": "short"}, 7, "32 bytes"),
         (["--as", "rita"], {}, 2, "accounts that it manages"),
         (["--account", "U1", "--every-account"], {}, 2, "exclude each other"),
-        (["--account", "U2"], {}, 4, "no user"),
         (["--from", "nowhere"], {}, 3, "nowhere"),
         (["--expires", "tomorrow"], {}, 2, "with its zone"),
         (["--expires", "2027-01-01T00:00"], {}, 2, "with its zone"),
         (["--expires", "2020-01-01T00:00Z", "--allow-lockout"], {}, 3, "in the future"),
-        (["--expires", "1h", "--account", "U2"], {}, 4, "no user"),
         (["--settings", "gone.toml"], {}, 7, "No such file"),
         (["--settings", "settings.toml"], {}, 7, "nonsense"),
     ],
@@ -303,14 +294,6 @@ def test_delete_at_once_and_a_lockout(shell: Shell):
     assert "no restriction" in shell.bad(4, *delete)
 
 
-def test_mail_to_the_console(shell: Shell):
-    """`--mail console` prints mails to standard error; the result stays as it is."""
-    done = shell("request", "jsmith", "203.0.113.7", *RITA, "--mail", "console")
-    assert done.code == 0
-    assert re.search(r"^    \d{5}-\d{5}$", done.err, re.MULTILINE)
-    assert "is pending" in done.out
-
-
 def test_a_user_id_without_a_name(monkeypatch: pytest.MonkeyPatch):
     """The audit log then has the number."""
     monkeypatch.setattr(os, "getuid", lambda: 54_321)
@@ -339,7 +322,5 @@ def test_the_actor_in_the_environment(shell: Shell):
     request = ("request", "jsmith", "203.0.113.7")
     assert "no user" in shell.bad(4, *request, "--account", "U2", env=rita)
     assert shell.json(*request, env=rita)["requested_by"] == "rita"
-    assert (
-        shell.json("request", "jsmith", "203.0.113.8", "--as", "adam", env=rita)["requested_by"]
-        == "adam"
-    )
+    other = shell.json("request", "jsmith", "203.0.113.8", "--as", "adam", env=rita)
+    assert other["requested_by"] == "adam"

@@ -116,7 +116,6 @@ def test_watch_notes_an_unknown_user_and_another_history(shell: Shell):
 
 
 def test_watch_survives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: Path):
-    """`watch` reports an outage once, continues afterwards, and notes another history."""
     path, away = tmp_path / "ipguard.db", tmp_path / "away.db"
     with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(away)) as copy:
         live.backup(copy)
@@ -297,7 +296,6 @@ def test_doctor_through_a_pooler(own_postgres: Server, tmp_path: Path):
 
 
 def test_a_password_in_the_environment_is_never_shown(postgres: Server | Given, tmp_path: Path):
-    """IPGUARD_URL and IPGUARD_MAIL may hold passwords; no output repeats them."""
     url = postgres.url(schema=fresh_schema()).replace("postgres@", "postgres:hunter2@")
     shell = Shell(tmp_path, IPGUARD_URL=url, IPGUARD_MAIL="smtp://u:hunter2@127.0.0.1:1")
     shell.env["IPGUARD_MAIL_FROM"] = "no-reply@bank.example"

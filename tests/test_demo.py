@@ -1,6 +1,7 @@
 """The demo succeeds, and fails if the library is broken."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,7 @@ def test_keep_leaves_the_database():
                 "203.0.113.0/29"
             ]
     finally:
-        for file in sorted(path.parent.iterdir()):
-            file.unlink()
-        path.parent.rmdir()
+        shutil.rmtree(path.parent)
 
 
 @pytest.mark.slow
@@ -75,11 +74,6 @@ def test_keep_leaves_the_database():
             id="a guard that allows everything",
         ),
         pytest.param(
-            "import ipguard\ncheck = ipguard.Guard.check\n"
-            "ipguard.Guard.check = lambda guard, name, text: check(guard, name, text.strip())",
-            id="a guard that ignores a space",
-        ),
-        pytest.param(
             "from ipguard.confirmation import Keyring\nKeyring.matches = lambda *_: True",
             id="any number confirms",
         ),
@@ -87,11 +81,6 @@ def test_keep_leaves_the_database():
             "import demo_parts\nfrom ipguard.mail import EmailNotifier\n"
             "demo_parts._PATIENCE = 0.2\nEmailNotifier.change_applied = lambda *_: None",
             id="no notice is mailed",
-        ),
-        pytest.param(
-            "import demo_parts, ipguard.confirmation as c\n"
-            "mint = c.mint\nc.mint = lambda digits: mint(digits)[:-1] + 'x'",
-            id="an invalid number",
         ),
         pytest.param(
             "import logging, ipguard.mail as m\nsend = m.EmailNotifier.change_applied\n"

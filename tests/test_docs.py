@@ -21,7 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/ad
 
 
 def table(page: str, first: str) -> list[tuple[str, ...]]:
-    """Return the rows of the table with this first heading, without backticks."""
+    """Return the rows of the table with these first headings, without backticks."""
     lines = (ROOT / page).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
     rows = []
@@ -32,24 +32,12 @@ def table(page: str, first: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def transitions(text: str) -> dict[tuple[str, str], str]:
-    """Parse a diagram with lines such as `pending --confirm--> confirmed`."""
-    found = re.findall(r"^ *(\w+) --(\w+)-+> (\w+)", text, re.MULTILINE)
-    return {(before, step): after for before, step, after in found}
-
-
-TRANSITIONS = {(str(b), str(step)): str(a) for (b, step), a in rules.STEPS.items()}
-
-
-def test_diagram_of_states():
-    """The diagram in the docstring of `rules` has exactly the transitions of the code."""
-    assert transitions(rules.__doc__ or "") == TRANSITIONS
-
-
-def test_table_of_states():
-    """The table in docs/settings.md has exactly the transitions of the code."""
-    rows = table("docs/settings.md", "from")
-    assert {(before, step): after for before, step, after in rows} == TRANSITIONS
+def test_diagram_and_table_of_states():
+    """The docstring of `rules` and docs/settings.md have exactly the transitions of the code."""
+    held = {(str(before), str(step)): str(after) for (before, step), after in rules.STEPS.items()}
+    drawn = re.findall(r"^ *(\w+) --(\w+)-+> (\w+)", rules.__doc__ or "", re.MULTILINE)
+    for rows in (drawn, table("docs/settings.md", "from")):
+        assert {(before, step): after for before, step, after in rows} == held
 
 
 def test_rooms_and_layers():
@@ -82,13 +70,11 @@ def written(value: object) -> str:
 
 
 def test_table_of_settings():
-    """docs/settings.md lists every setting with its default."""
     defaults = {field.name: written(field.default) for field in attrs.fields(WorkflowSettings)}
     assert {row[0]: row[1] for row in table("docs/settings.md", "setting")} == defaults
 
 
 def test_table_of_errors():
-    """docs/settings.md lists every error once."""
     every = {
         name
         for name, error in vars(errors).items()
@@ -105,30 +91,21 @@ def test_table_of_reasons():
     assert listed == {reason.name: "yes" if reason in allowing else "no" for reason in Reason}
 
 
-def texts(columns: int) -> list[tuple[str, ...]]:
-    lines = (ROOT / "docs/restrictions.md").read_text().splitlines()
-    head = {2: "| text | canonical |", 3: "| text | reason | hint |"}[columns]
-    start = lines.index(head) + 2
-    end = lines.index("", start)
-    return [tuple(c.strip().strip("`") for c in x.strip("|").split("|")) for x in lines[start:end]]
-
-
-@pytest.mark.parametrize(("text", "canonical"), texts(2))
+@pytest.mark.parametrize(("text", "canonical"), table("docs/restrictions.md", "text | canonical"))
 def test_accepted_addresses(text, canonical):
-    """docs/restrictions.md: each accepted text has the given canonical form."""
     assert str(AddressRange.parse(text)) == canonical
 
 
-@pytest.mark.parametrize(("text", "reason", "hint"), texts(3))
+@pytest.mark.parametrize(
+    ("text", "reason", "hint"), table("docs/restrictions.md", "text | reason | hint")
+)
 def test_refused_addresses(text, reason, hint):
-    """docs/restrictions.md: each refused text has the given reason and hint."""
     with pytest.raises(AddressError) as refused:
         AddressRange.parse(text)
     assert (refused.value.reason, refused.value.hint) == (reason, hint or None)
 
 
 def test_files_of_the_promises():
-    """The test files that README.md names exist."""
     named = [
         pattern
         for row in table("README.md", "promise")
@@ -140,7 +117,6 @@ def test_files_of_the_promises():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
-    """Relative links point to files and headings that exist."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):

