@@ -288,6 +288,20 @@ def test_user_changed_during_a_snapshot_is_pending_in_it(memory: World) -> None:
     assert guard.stats().preloaded == 0
 
 
+def test_snapshot_made_invalid_at_its_end_is_read_again(memory: World) -> None:
+    guard = memory.guard(preload=True)
+
+    def change() -> None:
+        memory.restrict("jsmith", HOME)
+        memory.touch()
+        guard._lease.sync()
+
+    memory.store.after_stream.append(change)
+    guard.sync()
+    assert len(memory.store.streams) == 2
+    assert not guard.is_allowed("jsmith", OFFICE)
+
+
 def test_snapshot_older_than_the_guard_is_rejected(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
