@@ -1,19 +1,17 @@
 """A real browser on the administration page: fixtures, and a walk that reports what goes wrong.
 
-A test with a `walk` runs in up to four ways: with and without JavaScript, wide and narrow, on ASGI
-and WSGI. Tests marked `everywhere`, and all tests with `dev.py test --long`, run in all four ways;
-other tests run in two ways that have nothing in common. In the short run there is one way only.
+A test with a `walk` runs in four ways: with and without JavaScript, wide and narrow, on ASGI and
+WSGI. In the short run there is one way only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pytest
 
@@ -38,8 +36,6 @@ SWITCHES = (
 WIDTHS = {"wide": (1280, 900), "narrow": (390, 844)}
 _PATIENCE = 20_000  # milliseconds
 
-T = TypeVar("T", bound=Callable[..., object])
-
 
 class Way(NamedTuple):
     """A combination of host, JavaScript and window size."""
@@ -51,9 +47,6 @@ class Way(NamedTuple):
     def __str__(self) -> str:
         return f"{self.host}-{'js' if self.scripts else 'nojs'}-{self.width}"
 
-    def opposite(self) -> Way:
-        return next(w for w in WAYS if not any(a == b for a, b in zip(w, self, strict=True)))
-
 
 WAYS = (
     Way("asgi", True, "wide"),
@@ -63,23 +56,13 @@ WAYS = (
 )
 
 
-def everywhere(test: T) -> T:
-    """Mark a test that runs in all four ways."""
-    test.everywhere = True  # type: ignore[attr-defined]
-    return test
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the ways in which a test with a `walk` runs."""
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "way" not in metafunc.fixturenames or "way" in given:
         return
-    ways: tuple[Way, ...] = WAYS
-    if not (getattr(metafunc.function, "everywhere", False) or os.environ.get("IPGUARD_LONG")):
-        way = WAYS[zlib.crc32(metafunc.function.__name__.encode()) % len(WAYS)]
-        ways = (way, way.opposite())
-    rest = [pytest.param(way, marks=pytest.mark.slow) for way in ways[1:]]
-    metafunc.parametrize("way", [ways[0], *rest], ids=str)
+    rest = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:]]
+    metafunc.parametrize("way", [WAYS[0], *rest], ids=str)
 
 
 # ------------------------------------------------------------------ the browser
@@ -118,30 +101,16 @@ def world(tmp_path: Path, mails: MailServer) -> Iterator[World]:
         yield it
 
 
-class Windows(dict[tuple[bool, str, int], "Page"]):
-    """Browser windows by kind, opened once because opening takes long; numbered by person."""
-
-    def __init__(self, chromium: Browser) -> None:
-        super().__init__()
-        self._chromium = chromium
-
-    def get_one(self, way: Way, number: int = 1) -> Page:
-        key = way.scripts, way.width, number
-        if key not in self:
-            self[key] = window(self._chromium, way)
-        return self[key]
-
-
 @pytest.fixture(scope="module")
-def windows(chromium: Browser) -> Windows:
-    """The browser windows of a file's tests."""
-    return Windows(chromium)
+def windows(chromium: Browser) -> Callable[[Way], Page]:
+    """The browser windows of a file's tests, opened once because opening takes long."""
+    return functools.cache(functools.partial(window, chromium))
 
 
 @pytest.fixture
-def walk(windows: Windows, world: World, way: Way) -> Iterator[Walk]:
+def walk(windows: Callable[[Way], Page], world: World, way: Way) -> Iterator[Walk]:
     """Alice's browser at the page."""
-    with HOSTS[way.host](world) as world.page_url, walking(windows.get_one(way), world, way) as it:
+    with HOSTS[way.host](world) as world.page_url, walking(windows(way), world, way) as it:
         yield it
 
 

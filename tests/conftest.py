@@ -46,7 +46,7 @@ SLOWEST = (
     "test_races.py",
     "test_cli.py",
     "test_browser_axe.py",
-    "test_browser_confirming.py",
+    "test_browser_asking.py",
     "test_serve.py",
     "test_postgres_failures.py",
     "test_cli_watch.py",

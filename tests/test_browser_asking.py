@@ -1,14 +1,13 @@
-"""The form for a restriction in a real browser: proposals, the meaning of a text, errors."""
+"""The forms in a real browser: proposals, the meaning of a text, and what is sent again."""
 
-from datetime import timedelta
+import threading
 
 import pytest
 
+from tests.browser import WAYS
 from tests.flows import ADAM, OFFICE
 
 pytestmark = pytest.mark.slow
-
-TWO_DAYS = timedelta(days=2)
 
 
 def test_use_my_current_address(walk):
@@ -56,30 +55,50 @@ def test_what_was_understood(walk, world):
     assert world.pending() == ["203.0.113.5-203.0.113.9"]
 
 
-def test_errors_stand_beside_their_fields(walk, world):
-    """Each error is shown at its field, and the values stay."""
-    walk.open("add")
-    typed = {"IP Address": "203.0.113.3/29", "Label (optional)": "my “office”"}
-    for label, text in typed.items():
-        walk.fill(label, text)
-    walk.fill("Expires (UTC, optional)", "2029-12-31T10:00")
+def test_reload_after_a_wrong_number(walk, world):
+    """Reload, Back and Forward do not repeat a wrong number."""
+    world.ask(OFFICE)
+    number = world.next_number()
+    wrong = ("1" if number[0] == "0" else "0") + number[1:]
+    walk.open()
+    walk.follow(f"Confirm {OFFICE} for John Smith")
+    walk.fill("Confirmation Number", wrong)
     walk.press("Submit")
-    assert walk.page.title().startswith("Error: ")
-    walk.sees("There is a problem", "Choose a trader")
-    walk.sees("Did you mean 203.0.113.0/29?", within=walk.page.locator("#addresses-problem"))
-    for label, text in typed.items():
-        assert walk.field(label).input_value() == text
-    assert walk.field("Expires (UTC, optional)").input_value() == "2029-12-31T10:00"
-    assert walk.field("IP Address").get_attribute("aria-invalid") == "true"
-    assert "addresses-problem" in (walk.field("IP Address").get_attribute("aria-describedby") or "")
-    walk.page.locator("#problems a[href='#addresses']").click()
-    assert walk.page.evaluate("document.activeElement.id") == "addresses"
+    for step in (walk.page.reload, walk.page.reload, walk.page.go_back, walk.page.go_forward):
+        step()
+        walk.sees("4 attempts left")
+    walk.sees("This is not the number")
+    walk.fill("Confirmation Number", number)
+    walk.press("Submit")
+    assert world.held() == [OFFICE]
 
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.scripts], ids=str)
+def test_stopped_and_sent_again(walk, world, monkeypatch):
+    """A form whose submission was stopped can be submitted again; there is one request."""
+    go_on = threading.Event()
+    issued = world.notifier.number_issued
+
+    def slow(*given):
+        go_on.wait(30)
+        issued(*given)
+
+    monkeypatch.setattr(world.notifier, "number_issued", slow)
+    walk.open("add")
     walk.field("Trader").select_option("jsmith")
-    walk.fill("IP Address", "203.0.113.0/29")
-    walk.submit_addresses()
-    walk.sees("The time", within=walk.page.locator("#expires_at-problem"))
-    walk.misses("Choose a trader")
-    assert walk.field("Trader").input_value() == "jsmith"
-    assert walk.field("Label (optional)").input_value() == "my “office”"
-    assert world.pending() == []
+    walk.fill("IP Address", OFFICE)
+    button = walk.page.get_by_role("button", name="Submit", exact=True)
+    walk.page.evaluate(
+        "addEventListener('submit', () => setTimeout(() => window.stop(), 500), {once: true})"
+    )
+    with walk.page.expect_event("requestfailed"):
+        button.click(no_wait_after=True)
+    go_on.set()
+    again = walk.page.evaluate("performance.now() + 1000")  # clicks within a second count as one
+    walk.page.wait_for_function("again => performance.now() > again", arg=again)
+    walk.go(button)
+    assert walk.heading == "Confirm the restriction"
+    assert world.pending() == [OFFICE]
+    walk.fill("Confirmation Number", world.next_number())
+    walk.press("Submit")
+    assert world.held() == [OFFICE]

@@ -1,4 +1,4 @@
-"""Line breaks, searches and the drop-down, in a real browser."""
+"""Line breaks in a real browser."""
 
 import pytest
 
@@ -7,9 +7,6 @@ from tests.flows import OFFICE
 
 pytestmark = pytest.mark.slow
 
-# ------------------------------------------------------------------ line breaks
-
-NARROW = pytest.mark.parametrize("way", [Way("asgi", True, "narrow")], ids=str)
 _LINES = """all => all.map(one => {
   const range = document.createRange();
   range.selectNodeContents(one);
@@ -18,7 +15,7 @@ _LINES = """all => all.map(one => {
 })"""
 
 
-@NARROW
+@pytest.mark.parametrize("way", [Way("asgi", True, "narrow")], ids=str)
 def test_addresses_are_not_broken(walk, world):
     """An address stays on one line, however long its label is."""
     world.add("203.0.113.128/25", "jsmith")
@@ -44,24 +41,3 @@ def test_names_are_not_broken_in_the_history(walk, world):
 
 def assert_unbroken(found, *addresses):
     assert found.evaluate_all(_LINES) == [[1, address] for address in addresses]
-
-
-# ------------------------------------------------------------------ searches
-
-
-def test_searches_in_two_tabs(walk, world):
-    """A search in another tab affects neither this tab's next page nor its Back button."""
-    world.crowd(120)
-    walk.open()
-    walk.fill("Search", "trader")
-    walk.press("Search")
-    other = walk.page.context.new_page()
-    other.goto(walk.world.page_url)
-    other.get_by_label("Search", exact=True).fill("smith")
-    other.get_by_role("button", name="Search", exact=True).click()
-    other.get_by_text("Traders found for “smith”").wait_for()
-    other.close()
-    walk.follow("Next page")
-    walk.sees("Traders found for “trader”", "trader00051")
-    walk.page.go_back()
-    walk.sees("Traders found for “trader”", "trader00001")

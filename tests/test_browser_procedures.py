@@ -4,10 +4,7 @@ import re
 
 import pytest
 
-from tests.browser import everywhere
 
-
-@everywhere
 def test_add_a_restriction(walk, world):
     """The link, the drop-down, the address, Submit and the number: the restriction holds."""
     walk.open()
@@ -38,7 +35,6 @@ def test_add_a_restriction(walk, world):
 
 
 @pytest.mark.slow
-@everywhere
 def test_delete_a_restriction(walk, world):
     """The Delete link of an address ends its restriction."""
     world.add("203.0.113.7")
@@ -61,7 +57,6 @@ def test_delete_a_restriction(walk, world):
 
 
 @pytest.mark.slow
-@everywhere
 def test_confirm_or_cancel_a_pending_request(walk, world):
     """The column Pending Requests has Confirm and Cancel for each address, and they work."""
     world.ask("203.0.113.7")
