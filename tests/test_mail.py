@@ -854,6 +854,7 @@ def test_url_and_default_ports(url, shown):
         "smtps://u:s3cret@mail.example/path",
         "smtps://u:s3cret@mail.example?tls=no",
         "smtps://u@mail.example",
+        "smtps://:s3cret@mail.example",
         "smtps://u:@mail.example",
         "smtps://u:s3cret%0d%0aRSET@mail.example",
         "smtps://u:s3cret%ff@mail.example",
