@@ -18,6 +18,7 @@ from hypothesis import settings
 
 from ipguard.addresses import AddressRange
 from ipguard.guard import Guard
+from ipguard.guard._table import Entry
 from ipguard.model import (
     EVERYBODY,
     Action,
@@ -321,6 +322,13 @@ def restorable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Resto
 def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Return the guard's log records above INFO."""
     return [r for r in caplog.records if r.name == "ipguard.guard" and r.levelno > logging.INFO]
+
+
+def text_of(guard: Guard, name: str = "jsmith") -> str | None:
+    """Return the address that is remembered with a user."""
+    entry = guard._table.rows[name]
+    assert type(entry) is Entry
+    return entry.text
 
 
 def reasons(*decisions: Decision) -> list[str]:

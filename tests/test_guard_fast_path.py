@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ipguard.guard import Guard
 from ipguard.guard._fast_path import Tally
 from ipguard.model import Decision, Reason
-from tests.guards import ELSEWHERE, HOME, OFFICE, Call, World, new_world
+from tests.guards import ELSEWHERE, HOME, OFFICE, Call, World, new_world, text_of
 
 SLOW = "slow"
 
@@ -51,7 +51,7 @@ def test_denial_of_a_remembered_user_is_counted(world: World, address: str, reas
     assert alone(guard)("jsmith", address) is False
     assert guard.is_allowed("jsmith", address) is False
     assert guard.stats().denials[reason] == 3 + (reason is Reason.NOT_LISTED)
-    assert guard._table.rows["jsmith"].text is None
+    assert text_of(guard) is None
 
 
 def test_last_allowed_text_is_remembered(world: World) -> None:
@@ -64,9 +64,9 @@ def test_last_allowed_text_is_remembered(world: World) -> None:
     for text in texts:
         for _ in range(2):
             assert alone(guard)("jsmith", text) is True
-            assert guard._table.rows["jsmith"].text == text
+            assert text_of(guard) == text
     assert alone(guard)("jsmith", ELSEWHERE) is False
-    assert guard._table.rows["jsmith"].text == texts[-1]
+    assert text_of(guard) == texts[-1]
     assert guard.stats().denials == {Reason.NOT_LISTED: 2}
 
 
@@ -138,7 +138,7 @@ def test_no_decision_after_the_lease(world: World, address: str) -> None:
     world.pass_time(5)
     assert alone(guard)("jsmith", address) == SLOW
     assert guard.stats().denials == {}
-    assert guard._table.rows["jsmith"].text == HOME
+    assert text_of(guard) == HOME
 
 
 class Watching(Guard):

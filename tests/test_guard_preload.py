@@ -23,7 +23,7 @@ from ipguard.guard import Guard
 from ipguard.guard._preload import Preload
 from ipguard.guard._table import Entry, Rows, Table
 from ipguard.model import RESET, Reason
-from ipguard.row import Row, pack
+from ipguard.row import pack
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock
 from tests.guards import (
@@ -106,7 +106,7 @@ def test_capacity_does_not_bound_preloaded_users(world: World) -> None:
             assert guard.is_allowed(name, OFFICE) is (name == "stranger")
     stats = guard.stats()
     assert (stats.users, stats.preloaded, stats.evictions) == (3, 3, 0)
-    assert {type(row) for row in guard._table.rows.values()} == {Row}
+    assert {type(row) for row in guard._table.rows.values()} == {bytes}
     assert world.store.loads == []
 
 

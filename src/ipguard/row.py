@@ -42,14 +42,9 @@ _FEW: Final = 8
 
 
 class Row(bytes):
-    """What decides about one user. Make one with `Row.of`.
-
-    Attributes:
-        text: No address is remembered with the row itself.
-    """
+    """What decides about one user. Make one with `Row.of`."""
 
     __slots__ = ()
-    text: Final = None
 
     @staticmethod
     def of(data: bytes, *, deny_unknown: bool = False) -> Row:

@@ -35,9 +35,8 @@ from typing import Final
 from ipguard import _fork
 from ipguard.addresses import pack_address
 from ipguard.errors import UsernameError
-from ipguard.guard._table import Entry, Table
+from ipguard.guard._table import Entry, Found, Table, row_of
 from ipguard.model import Reason
-from ipguard.row import Row
 from ipguard.usernames import canonical_username
 
 _log = logging.getLogger("ipguard.guard")
@@ -86,6 +85,8 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
     monotonic: Callable[[], float],
     tally: Tally,
     otherwise: Callable[[str, str], bool | None],
+    *,
+    preload: bool,
 ) -> Callable[[str, str], bool | None]:
     """Create the function that answers `is_allowed` for one guard.
 
@@ -94,6 +95,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
         monotonic: The guard's clock.
         tally: The counter of denials.
         otherwise: Called with the same arguments if the row cannot decide alone.
+        preload: Whether most users are preloaded, so that no address is remembered with them.
 
     Returns:
         The function. It raises only what `otherwise` raises.
@@ -101,7 +103,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
     pack, find, deny = pack_address, table.find, tally.add
     listed, unrestricted, bad_address = Reason.LISTED, Reason.UNRESTRICTED, Reason.BAD_ADDRESS
 
-    def decide(found: Entry | Row | None, username: str, address: str, until: float) -> bool | None:
+    def decide(found: Found | None, username: str, address: str, until: float) -> bool | None:
         try:
             if found is None:
                 found = find(canonical_username(username))
@@ -110,7 +112,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
                 deny(bad_address)
                 return False
             if found is not None:
-                row = found.row if type(found) is Entry else found
+                row = row_of(found)
                 reason = listed if row.lists(packed) else row.otherwise
                 if reason is not None and monotonic() < until:
                     if reason is not listed and reason is not unrestricted:
@@ -131,7 +133,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
         until = table.deadline  # before the look-up, or a row dropped in between could answer
         try:
             found = table.rows[username]
-            if found.text == address and monotonic() < until:
+            if found.text == address and monotonic() < until:  # type: ignore[union-attr]
                 return True
         except KeyError:
             return decide(None, username, address, until)
@@ -140,4 +142,10 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
             return otherwise(username, address)
         return decide(found, username, address, until)
 
-    return is_allowed
+    def is_allowed_preloaded(username: str, address: str) -> bool | None:
+        if type(username) is not str or type(address) is not str:
+            return otherwise(username, address)
+        until = table.deadline
+        return decide(table.rows.get(username), username, address, until)
+
+    return is_allowed_preloaded if preload else is_allowed

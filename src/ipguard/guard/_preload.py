@@ -23,7 +23,7 @@ from ipguard._fork import acquire
 from ipguard.errors import StoreError
 from ipguard.guard._lease import Lease
 from ipguard.guard._slow_path import SingleFlight
-from ipguard.guard._table import Rows, Snapshot, Table
+from ipguard.guard._table import Rows, Snapshot, Table, compact
 from ipguard.row import PENDING, Row
 from ipguard.store import RestrictionStore, rows_loader
 
@@ -156,9 +156,9 @@ class Preload:
                 _log.info("preloading: %d restricted users so far", count)
         return False
 
-    def _row(self, data: bytes) -> Row:
+    def _row(self, data: bytes) -> Row | bytes:
         try:
-            return Row.of(data, deny_unknown=self._table.deny_unknown)
+            return compact(Row.of(data, deny_unknown=self._table.deny_unknown))
         except ValueError:  # damaged: each login of this user reads the store
             return PENDING
 

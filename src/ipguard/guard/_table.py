@@ -20,7 +20,7 @@ from cachetools import FIFOCache
 from ipguard import _fork
 from ipguard.errors import StoreUnavailable
 from ipguard.model import RESET, Changes, Touched
-from ipguard.row import OPEN, PENDING, Row
+from ipguard.row import OPEN, PENDING, UNKNOWN, Row
 
 _log = logging.getLogger("ipguard.guard")
 
@@ -50,8 +50,27 @@ class Entry:
         self.text: str | None = None
 
 
-class Rows(dict[str, Entry | Row]):
-    """Rows by canonical username: entries, and rows of restricted users that were preloaded.
+Found = Entry | Row | bytes
+"""What a table holds of a user.
+
+Preloaded rows are exact `bytes`: the garbage collector would track each object of a class of ours.
+"""
+
+
+def row_of(found: Found) -> Row:
+    """Return the row of what a table holds."""
+    if type(found) is Entry:
+        return found.row
+    return Row(found) if type(found) is bytes else found  # type: ignore[return-value]
+
+
+def compact(row: Row) -> Row | bytes:
+    """Return a row as a table holds it if it was preloaded."""
+    return bytes(row) if type(row) is Row and row is not PENDING and row is not UNKNOWN else row
+
+
+class Rows(dict[str, Found]):
+    """Entries and preloaded rows by canonical username.
 
     Attributes:
         complete: Whether every restricted user has a row, so that a user without one is
@@ -172,8 +191,7 @@ class Table:
         if found is None:
             # In this order: rows that are no longer complete are emptied later.
             return OPEN if rows.complete and not self.deny_unknown else None
-        row = found.row if type(found) is Entry else found
-        return None if row is PENDING else row
+        return None if found is PENDING else row_of(found)
 
     def note(self, name: str, row: Row, address: str) -> None:
         """Note an address that a user's row lists at any time, for the fast path."""
@@ -229,7 +247,7 @@ class Table:
         complete = self.rows.complete
         self.pending.discard(name)
         if complete and row.restricted:
-            self.rows[name] = row
+            self.rows[name] = compact(row)
         elif complete and not self.deny_unknown and name not in self._ahead:
             self.rows.pop(name, None)
         else:
