@@ -216,7 +216,7 @@ def test_the_review_of_a_range(office: Office):
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses=" 203.0.113.5-203.0.113.9 ", label="desk <3>")
     assert alice.page.part("understood") == "203.0.113.5-203.0.113.9: 5 addresses"
-    alice.press("Submit", addresses="203.0.113.0/24")  # the review applies to what it showed
+    alice.press("Submit", addresses="203.0.113.0/24")  # the review was of another range
     assert alice.page.part("understood") == "203.0.113.0/24: 256 addresses"
     alice.press("Change it", addresses="203.0.113.5-203.0.113.9")
     assert alice.page.value("addresses") == "203.0.113.5-203.0.113.9"

@@ -1,4 +1,4 @@
-"""The forms in a real browser: proposals, the meaning of a text, and what is sent again."""
+"""The forms in a real browser: proposals, the meaning of a text, and a form that is sent again."""
 
 import threading
 
