@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.bulk import measure
-from tests.cli import Shell, validator
+from benchmarks.bulk import measure, place, write_restrictions, write_users
+from tests.cli import PROGRAM, Shell, validator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 
@@ -346,3 +349,43 @@ def test_an_import_of_many_rows(kind: str, rounds: Any, record_property: Any):
         assert 0 < figures[f"{name}_peak_mb"] <= 300
     if rounds(0, 1):
         print(json.dumps(figures))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_an_import_that_is_killed_leaves_nothing(kind: str, rounds: Any):
+    """Whenever an import is killed, either all its rows hold or none."""
+    count = rounds(5_000, 50_000)
+    with place(kind) as (shell, folder):
+        shell.env |= {"IPGUARD_MAIL": "console"}
+        assert shell("users", "import", write_users(folder / "u.csv", count)).code == 0
+        rows = write_restrictions(folder / "r.csv", count).read_bytes()
+
+        def start() -> subprocess.Popen[bytes]:
+            # With a small pipe, a write returns only when nearly all of it has been read.
+            return subprocess.Popen(
+                [*PROGRAM, "import", "-", "--reason", "x"],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                bufsize=0, pipesize=4096, env=shell.env, cwd=folder,
+            )  # fmt: skip
+
+        with start() as process:
+            assert process.stdin is not None
+            process.stdin.write(rows[: len(rows) // 2])
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert _state(shell) == (1, {})
+        for moment in range(rounds(3, 30)):
+            with start() as process:
+                assert process.stdin is not None
+                process.stdin.write(rows)
+                process.stdin.close()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.05 * moment)
+                process.kill()
+            revision, held = _state(shell)
+            assert (revision, len(held)) in ((1, 0), (2, count))
+            if revision == 2:
+                return
+        assert shell("import", folder / "r.csv", "--reason", "x").code == 0
+        assert len(_state(shell)[1]) == count
