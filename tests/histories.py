@@ -114,7 +114,8 @@ class Policy:
     """What a user's restrictions mean."""
 
     def __init__(self, listed: Sequence[Listed] = (), *, known: bool = True) -> None:
-        self.listed = tuple(listed)
+        # Of several that list an address, the oldest permanent one is named, else the oldest.
+        self.listed = tuple(sorted(listed, key=lambda each: each.expires < FOREVER))
         self.known = known
         self.temporary = any(each.expires < FOREVER for each in listed)
 

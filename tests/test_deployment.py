@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import ipguard
-from ipguard import Reason
+from ipguard import Actor, Reason
 from ipguard.stores._sql import SCHEMA_VERSION
 from ipguard.stores.postgres import PostgresStore
 from ipguard.testing import FakeClock, Outbox
@@ -26,15 +26,20 @@ from tests.postgres import Given, Server, fresh_schema, until
 from tests.proxy import Proxy
 from tests.test_aio import cancel_at_random_points
 from tests.test_guard_fork import in_child
-from tests.test_postgres import BOSS, user
 
 # The tests start many processes, and the machine may be busy.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(300, 3_600))]
 
+BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 HOME, ELSEWHERE = "203.0.113.7", "198.51.100.9"
 
 
+def user(name: str) -> ipguard.User:
+    return ipguard.User(username=name, full_name="Some One", account_id="A1")
+
+
 def test_a_flood_of_unknown_users() -> None:
+    """Invented usernames neither exceed the memory bound nor evict real users."""
     clock = FakeClock()
     store = ipguard.open_store("memory://", clock=clock)
     real = [f"user{n}" for n in range(rounds(500, 10_000))]
@@ -79,6 +84,7 @@ def clients_of(port: int) -> set[str]:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_closes_inherited_sockets(own_postgres: Server) -> None:
+    """A forked child closes sockets that were idle, in use or being opened."""
     with Proxy(own_postgres.port) as proxy:
         url = own_postgres.url(
             port=proxy.port, schema=fresh_schema(), sslmode="disable", gssencmode="disable"
@@ -117,6 +123,7 @@ def _try(call: Callable[[], object]) -> None:
 
 
 def test_cancelled_calls_leak_no_connection(postgres: Server | Given) -> None:
+    """Calls that are cancelled at random points leak no connection, here or on the server."""
     name = fresh_schema()
     ask = (
         "SELECT count(*), count(*) FILTER (WHERE state = 'idle') FROM pg_stat_activity"

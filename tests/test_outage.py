@@ -16,9 +16,12 @@ import pytest
 
 from tests.conftest import rounds
 from tests.histories import (
+    BOOL,
     LISTED,
+    NO_RESTRICTION,
     NOT_LISTED,
     NOTHING,
+    RAISED,
     REASONS,
     STORE_UNAVAILABLE,
     STRANGER,
@@ -156,24 +159,61 @@ class Plant:
 
     # ----------------------------------------------------------------------------- each wrong
 
-    def allow_after_a_deletion(self) -> Answer:
-        def changes(answer: Answer) -> bool:
-            """Return whether the next revision is of the same history and changes the user."""
-            _, hi = self.first.spans[answer.revision][-1]
-            return (
-                hi < self.record.answers[-1].began - 2 * self.lease
-                and answer.revision + 1 in self.first.policies[answer.user][0]
-            )
+    def changes(self, answer: Answer) -> bool:
+        """Return whether the next revision is of the same history and changes the user."""
+        _, hi = self.first.spans[answer.revision][-1]
+        return (
+            hi < self.record.answers[-1].began - 2 * self.lease
+            and answer.revision + 1 in self.first.policies[answer.user][0]
+        )
 
-        return self.late(self.find(LISTED, changes))
+    def allow_after_a_deletion(self) -> Answer:
+        return self.late(self.find(LISTED, self.changes))
+
+    def denial_after_an_addition(self) -> Answer:
+        return self.late(self.find(NOT_LISTED, self.changes))
+
+    def user_goes_back(self) -> Answer:
+        seen: dict[int, list[int]] = {}
+        for each in self.answers:
+            if each.wanted == NOTHING and each.reason in (LISTED, NOT_LISTED, UNRESTRICTED):
+                before = [r for r in seen.setdefault(each.user, []) if r < each.revision]
+                known = each.user != STRANGER and each.revision in seen[each.user]
+                if known and before and self.fresh(before[-1], each):
+                    return self.of(each._replace(position=0), self.first, before[-1])
+                seen[each.user].append(each.revision)
+        raise AssertionError("no user was answered at two revisions")
+
+    def fresh(self, revision: int, answer: Answer) -> bool:
+        """Return whether a state was still young enough for an answer."""
+        return self.first.spans[revision][-1][1] >= answer.began - self.lease
 
     def guard_goes_back(self) -> Answer:
         def at_its_position(answer: Answer) -> bool:
-            young = self.first.spans[answer.revision - 1][-1][1] >= answer.began - self.lease
-            return answer.position == answer.revision and young
+            position = answer.position
+            return position == answer.revision and self.fresh(position - 1, answer)
 
         answer = self.find(NOT_LISTED, at_its_position)
         return self.of(answer, self.first, answer.revision - 1)
+
+    def demand_unmet(self) -> Answer:
+        answer = self.find(LISTED)
+        return answer._replace(wanted=answer.revision + 1)
+
+    def allow_from_elsewhere(self) -> Answer:
+        answer = self.find(NOT_LISTED)
+        policy = self.first.policy(answer.user, answer.revision)
+        return answer._replace(allowed=True, reason=LISTED, restriction=policy.listed[0].id)
+
+    def allow_without_its_restriction(self) -> Answer:
+        return self.find(LISTED)._replace(restriction=b"f" * 16)
+
+    def denial_with_a_restriction(self) -> Answer:
+        return self.find(NOT_LISTED)._replace(restriction=b"f" * 16)
+
+    def denial_of_a_listed_address(self) -> Answer:
+        answer = self.find(LISTED)
+        return answer._replace(allowed=False, reason=NOT_LISTED, restriction=NO_RESTRICTION)
 
     def revision_that_never_was(self) -> Answer:
         return self.find(LISTED)._replace(revision=2**31 - 1)
@@ -187,6 +227,28 @@ class Plant:
     def lost_state_after_the_failover(self) -> Answer:
         lost = self.find(LISTED, lambda a: a.revision > self.last.shared)
         return self.late(lost._replace(revision=self.first.head))
+
+    def unrestricted_though_restricted(self) -> Answer:
+        answer = self.find(NOT_LISTED)
+        return answer._replace(allowed=True, reason=UNRESTRICTED)
+
+    def unavailable_and_allowed(self) -> Answer:
+        return self.find(STORE_UNAVAILABLE)._replace(allowed=True)
+
+    def exception(self) -> Answer:
+        return self.find(LISTED)._replace(reason=RAISED)
+
+    def plain_allow_from_elsewhere(self) -> Answer:
+        return self.find(NOT_LISTED, self.long_since)._replace(allowed=True, reason=BOOL)
+
+    def long_since(self, answer: Answer) -> bool:
+        """Return whether the user's policy was the same for longer than the lease."""
+        during = self.ledger.during(answer.user, answer.began - self.lease, answer.ended)
+        return len(list(during)) == 1
+
+    def plain_allow_before_the_first_sync(self) -> Answer:
+        answer = self.find(BOOL, lambda a: a.allowed)
+        return answer._replace(revision=0)
 
     def answer_of_a_dead_store(self) -> Answer:
         since, until = self.ledger.absences[0]
@@ -207,10 +269,22 @@ class Plant:
 
 PLANTS: list[tuple[Callable[[Plant], Answer], str]] = [
     (Plant.allow_after_a_deletion, "stale"),
+    (Plant.denial_after_an_addition, "stale"),
+    (Plant.user_goes_back, "back"),
     (Plant.guard_goes_back, "back"),
+    (Plant.demand_unmet, "at_least"),
+    (Plant.allow_from_elsewhere, "disagrees"),
+    (Plant.allow_without_its_restriction, "disagrees"),
+    (Plant.denial_with_a_restriction, "disagrees"),
+    (Plant.denial_of_a_listed_address, "disagrees"),
     (Plant.revision_that_never_was, "unknown"),
     (Plant.revision_before_its_commit, "stale"),
     (Plant.lost_state_after_the_failover, "stale"),
+    (Plant.unrestricted_though_restricted, "disagrees"),
+    (Plant.unavailable_and_allowed, "groundless"),
+    (Plant.exception, "groundless"),
+    (Plant.plain_allow_from_elsewhere, "stale"),
+    (Plant.plain_allow_before_the_first_sync, "groundless"),
     (Plant.answer_of_a_dead_store, "stale"),
     (Plant.allow_after_its_expiry, "disagrees"),
 ]
