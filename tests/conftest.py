@@ -43,7 +43,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SLOWEST = (
     "test_outage.py",
     "test_stores.py",
+    "test_guard_explorer.py",
     "test_races.py",
+    "test_row_stores.py",
+    "test_guard_signals.py",
     "test_cli.py",
     "test_browser_axe.py",
     "test_browser_asking.py",

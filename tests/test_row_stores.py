@@ -266,7 +266,7 @@ def test_sqlite_packs_the_same_bytes(tmp_path: Path) -> None:
     """For one user, and for all."""
     paths = iter(range(10**9))
 
-    @settings(max_examples=rounds(25, 1_000))
+    @settings(max_examples=rounds(10, 1_000))
     @given(restrictions=MANY, users=USERS)
     def check(restrictions: list[Restriction], users: dict[str, str]) -> None:
         with SQLiteStore(tmp_path / f"{next(paths)}.db") as store:
@@ -278,7 +278,7 @@ def test_sqlite_packs_the_same_bytes(tmp_path: Path) -> None:
 def test_postgresql_packs_the_same_bytes(postgres: Server | Given) -> None:
     """For one user, and for all, whom the server packs."""
 
-    @settings(max_examples=rounds(20, 500))
+    @settings(max_examples=rounds(8, 500))
     @given(restrictions=MANY, users=USERS)
     def check(restrictions: list[Restriction], users: dict[str, str]) -> None:
         with postgres_store(postgres) as store:
