@@ -128,6 +128,15 @@ def test_unknown_user_or_odd_type_is_left_to_the_slow_path(
     assert guard.is_allowed(name, address) is guard.check(name, address).allowed
 
 
+def test_odd_type_about_a_preloaded_user_is_left_to_the_slow_path(world: World) -> None:
+    world.restrict("jsmith", HOME)
+    guard = world.guard(preload=True)
+    guard.sync()
+    assert alone(guard)("jsmith", HOME) is True
+    assert alone(guard)(Text("jsmith"), HOME) == SLOW
+    assert alone(guard)("jsmith", Text(HOME)) == SLOW
+
+
 @pytest.mark.parametrize("address", [HOME, OFFICE, ELSEWHERE])
 def test_no_decision_after_the_lease(world: World, address: str) -> None:
     world.restrict("jsmith", HOME)

@@ -66,7 +66,8 @@ class GuardSettings(TypedDict, total=False):
 
 class _AsyncClosing(ABC):
     @abstractmethod
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Let all threads end."""
 
     async def aclose(self) -> None:
         """Call `close`, under the name that `contextlib.aclosing` uses."""
