@@ -43,8 +43,7 @@ def mutant(
     return Mutant(what, scenario, function, replacements)
 
 
-_BOTH = "until, revision = self._table.deadline, self._table.position.revision"
-_FOUND = "row = self._table.find(name)\n"
+_LOOKED = "return until, revision, held, table.find(name)"
 
 MUTANTS = (
     # 1. The reader.
@@ -89,21 +88,20 @@ MUTANTS = (
     mutant(
         "recall: the deadline is read after the look-up",
         of.CheckAndSync,
-        SlowPath.recall,
-        (_BOTH, "revision = self._table.position.revision"),
-        (_FOUND, _FOUND + "        until = self._table.deadline\n"),
+        SlowPath._look,
+        (_LOOKED, "row = table.find(name); return table.deadline, revision, held, row"),
     ),
     mutant(
         "recall: the revision is read after the look-up",
         of.ReadYourWrites,
-        SlowPath.recall,
-        (_FOUND, _FOUND + "        held = self._table.position.revision\n"),
+        SlowPath._look,
+        (_LOOKED, "row = table.find(name); return until, revision, table.position.revision, row"),
     ),
     mutant(
         "grace: the deadline is read after the look-up",
         of.GraceAndRecovery,
-        SlowPath._in_grace,
-        (_FOUND, _FOUND + "        until = self._table.deadline\n"),
+        SlowPath._look,
+        (_LOOKED, "row = table.find(name); return table.deadline, revision, held, row"),
     ),
     # 2. The sync.
     mutant(

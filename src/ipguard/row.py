@@ -23,6 +23,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from struct import Struct, error
 from typing import Final
 
 from ipguard.addresses import AddressRange, AddressSet
@@ -36,7 +37,8 @@ Column = tuple[str, bytes, bytes, int | None]
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _REGISTERED, _OPEN, _TEMPORARY, _UNKNOWN, _PENDING = 1, 2, 4, 8, 16
-_HEADER: Final = 5
+_HEADER: Final = Struct(">BHH")
+_START: Final = _HEADER.size
 _FEW: Final = 8
 """Up to how many restrictions of a kind are compared one by one: sorting them would not pay."""
 
@@ -58,12 +60,12 @@ class Row(bytes):
             ValueError: The bytes are not from `pack`.
         """
         size = len(data)
-        if size < _HEADER or data[0] > _REGISTERED | _OPEN | _TEMPORARY:
+        if size < _START or data[0] > _REGISTERED | _OPEN | _TEMPORARY:
             raise ValueError("packed by something else")
-        if deny_unknown and not data[0] & _REGISTERED:
+        flags, ipv4, ipv6 = _HEADER.unpack_from(data)
+        if deny_unknown and not flags & _REGISTERED:
             return UNKNOWN
-        ipv4, ipv6 = data[1] << 8 | data[2], data[3] << 8 | data[4]
-        if size < _HEADER + 8 * ipv4 + 32 * ipv6:
+        if size < _START + 8 * ipv4 + 32 * ipv6:
             raise ValueError("packed by something else")
         return Row(data) if ipv4 <= _FEW and ipv6 <= _FEW else _LongRow(data)
 
@@ -90,13 +92,13 @@ class Row(bytes):
         """
         # Written out: a login waits for this. Up to `_FEW`, the low byte is the whole number.
         if len(address) == 4:
-            at, end = _HEADER, _HEADER + 8 * self[2]
+            at, end = _START, _START + 8 * self[2]
             while at < end:
                 if self[at : at + 4] <= address <= self[at + 4 : at + 8]:
                     return True
                 at += 8
         else:
-            at = _HEADER + 8 * self[2]
+            at = _START + 8 * self[2]
             end = at + 32 * self[4]
             while at < end:
                 if self[at : at + 16] <= address <= self[at + 16 : at + 32]:
@@ -141,19 +143,25 @@ class Row(bytes):
 
     def _listed_by(self, address: bytes) -> str:
         """Return the id of the oldest permanent restriction that lists an address; one does."""
-        ipv4, ipv6 = self[1] << 8 | self[2], self[3] << 8 | self[4]
+        ipv4, ids = self._ids()
         size = len(address)
-        at, index = (_HEADER, 0) if size == 4 else (_HEADER + 8 * ipv4, ipv4)
+        at, index = (_START, 0) if size == 4 else (_START + 8 * ipv4, ipv4)
         while not self[at : at + size] <= address <= self[at + size : at + 2 * size]:
             at += 2 * size
             index += 1
-        return _decoded(self[_HEADER + 8 * ipv4 + 32 * ipv6 :].split(b"\0", index + 1)[index])
+        return _decoded(ids[index])
+
+    def _ids(self) -> tuple[int, list[bytes]]:
+        """Return the number of permanent IPv4 restrictions, and the ids of all permanent ones.
+
+        The temporary restrictions follow as they are, if there are any.
+        """
+        _, ipv4, ipv6 = _HEADER.unpack_from(self)
+        return ipv4, self[_START + 8 * ipv4 + 32 * ipv6 :].split(b"\0", max(1, ipv4 + ipv6))
 
     def _listed_until_later(self, address: bytes, now: int) -> str | None:
         """Return the id of the oldest temporary restriction that lists an address, or None."""
-        ipv4, ipv6 = self[1] << 8 | self[2], self[3] << 8 | self[4]
-        ids = self[_HEADER + 8 * ipv4 + 32 * ipv6 :]
-        data, at = ids.split(b"\0", max(1, ipv4 + ipv6))[-1], 0
+        data, at = self._ids()[1][-1], 0
         while at < len(data):
             size = data[at]
             middle = at + 1 + size
@@ -174,10 +182,10 @@ class _LongRow(Row):
     """The row of a user with many restrictions, which keeps sorted bounds beside the bytes."""
 
     def __init__(self, data: bytes) -> None:  # noqa: ARG002 - the bytes are set already
-        ipv4, ipv6 = self[1] << 8 | self[2], self[3] << 8 | self[4]
-        middle = _HEADER + 8 * ipv4
+        _, ipv4, ipv6 = _HEADER.unpack_from(self)
+        middle = _START + 8 * ipv4
         self._bounds = {
-            4: self._sorted(_HEADER, middle, 4),
+            4: self._sorted(_START, middle, 4),
             16: self._sorted(middle, middle + 32 * ipv6, 16),
         }
 
@@ -245,8 +253,8 @@ def pack_columns(registered: bool, columns: Iterable[Column]) -> bytes:  # noqa:
     if not (permanent or tail):
         flags |= _OPEN
     try:
-        header = bytes((flags, *divmod(len(ids[4]), 256), *divmod(len(ids[16]), 256)))
-    except ValueError:
+        header = _HEADER.pack(flags, len(ids[4]), len(ids[16]))
+    except error:
         raise ValueError("more than 65,535 restrictions of one kind") from None
     names = "\0".join(permanent).encode("utf-8", "surrogatepass")
     if names.count(b"\0") >= max(1, len(permanent)):  # within an id
@@ -276,9 +284,9 @@ def pack(policy: Policy) -> bytes:
     )
 
 
-OPEN: Final = Row(bytes((_OPEN, 0, 0, 0, 0)))
+OPEN: Final = Row(_HEADER.pack(_OPEN, 0, 0))
 """The row of a user without restrictions."""
-UNKNOWN: Final = Row(bytes((_UNKNOWN, 0, 0, 0, 0)))
+UNKNOWN: Final = Row(_HEADER.pack(_UNKNOWN, 0, 0))
 """The row of a user who is refused because nobody registered them."""
-PENDING: Final = Row(bytes((_PENDING, 0, 0, 0, 0)))
+PENDING: Final = Row(_HEADER.pack(_PENDING, 0, 0))
 """The row of a user whose policy must be read again."""

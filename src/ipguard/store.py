@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final, Protocol, Self
+from typing import Final, Protocol, Self, cast
 
 from ipguard.audit import log_change
 from ipguard.model import (
@@ -372,8 +372,7 @@ class RowStore(Protocol):
 def row_loader(store: RestrictionStore) -> Callable[[str], tuple[int, bytes]]:
     """Return the `load_row` of a store; one that packs its policies if it has none."""
     if _offers(store, "load_row", "load_policy"):
-        offered: Callable[[str], tuple[int, bytes]] = store.load_row  # type: ignore[attr-defined]
-        return offered
+        return cast("RowStore", store).load_row
 
     def load_row(username: str) -> tuple[int, bytes]:
         policy = store.load_policy(username)
@@ -385,8 +384,7 @@ def row_loader(store: RestrictionStore) -> Callable[[str], tuple[int, bytes]]:
 def rows_loader(store: RestrictionStore) -> Callable[[], tuple[int, Iterator[tuple[str, bytes]]]]:
     """Return the `load_all_rows` of a store; one that packs its policies if it has none."""
     if _offers(store, "load_all_rows", "load_all_policies"):
-        offered: Any = store.load_all_rows  # type: ignore[attr-defined]
-        return offered  # type: ignore[no-any-return]
+        return cast("RowStore", store).load_all_rows
 
     def load_all_rows() -> tuple[int, Iterator[tuple[str, bytes]]]:
         revision, policies = store.load_all_policies()

@@ -133,6 +133,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
         until = table.deadline  # before the look-up, or a row dropped in between could answer
         try:
             found = table.rows[username]
+            # Without `preload`, all are entries.
             if found.text == address and monotonic() < until:  # type: ignore[union-attr]
                 return True
         except KeyError:

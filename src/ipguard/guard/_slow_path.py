@@ -78,9 +78,7 @@ class SlowPath:
             return self.denied(parsed)
         name, client = parsed
         wanted = 0 if at_least is None else at_least
-        until, revision = self._table.deadline, self._table.position.revision  # as in `answer`
-        held = self._table.revision_of(name, revision)
-        row = self._table.find(name)
+        until, revision, held, row = self._look(name)
         if row is not None and revision >= wanted:
             decision = self._decide(row, client, until, held)
             if decision is not None:
@@ -101,12 +99,9 @@ class SlowPath:
         for _ in range(_TRIES):
             if not self._lease.ensure(wanted):
                 return self._in_grace(name, client, wanted)
-            # In this order: a row that is found after the revision was read is current to it.
-            until, revision = self._table.deadline, self._table.position.revision
+            until, revision, held, row = self._look(name)
             if revision < wanted:
                 break  # the guard has just adopted another history
-            held = self._table.revision_of(name, revision)
-            row = self._table.find(name)
             if row is None:
                 loaded = self._loads.load(name, revision)
                 if loaded is None:
@@ -118,6 +113,18 @@ class SlowPath:
                     self._table.note(name, row, address)
                 return decision
         return self.denied(Reason.STORE_UNAVAILABLE)
+
+    def _look(self, name: str) -> tuple[float, int, int, Row | None]:
+        """Look a user up.
+
+        Returns:
+            The deadline, the table's revision, the revision that the row rests on, and the row. It
+            is found last, and so it is current to the others.
+        """
+        table = self._table
+        until, revision = table.deadline, table.position.revision
+        held = table.revision_of(name, revision)
+        return until, revision, held, table.find(name)
 
     def _decide(self, row: Row, client: bytes, until: float, revision: int) -> Decision | None:
         """Decide by a row that was found after `until` was read; None if that is over by now."""
@@ -133,9 +140,7 @@ class SlowPath:
 
     def _in_grace(self, name: str, client: bytes, wanted: int) -> Decision:
         """Decide from the table within `outage_grace` seconds after the deadline."""
-        until, revision = self._table.deadline, self._table.position.revision  # as in `answer`
-        held = self._table.revision_of(name, revision)
-        row = self._table.find(name)
+        until, revision, held, row = self._look(name)
         if row is None or revision < wanted:
             return self.denied(Reason.STORE_UNAVAILABLE)
         decision = self._decide(row, client, until + self._outage_grace, held)

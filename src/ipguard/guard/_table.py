@@ -20,7 +20,7 @@ from cachetools import FIFOCache
 from ipguard import _fork
 from ipguard.errors import StoreUnavailable
 from ipguard.model import RESET, Changes, Touched
-from ipguard.row import OPEN, PENDING, UNKNOWN, Row
+from ipguard.row import OPEN, PENDING, Row
 
 _log = logging.getLogger("ipguard.guard")
 
@@ -61,12 +61,12 @@ def row_of(found: Found) -> Row:
     """Return the row of what a table holds."""
     if type(found) is Entry:
         return found.row
-    return Row(found) if type(found) is bytes else found  # type: ignore[return-value]
+    return found if isinstance(found, Row) else Row(found)
 
 
 def compact(row: Row) -> Row | bytes:
-    """Return a row as a table holds it if it was preloaded."""
-    return bytes(row) if type(row) is Row and row is not PENDING and row is not UNKNOWN else row
+    """Return a row as a table holds it if it was preloaded; a long one keeps its bounds."""
+    return bytes(row) if type(row) is Row else row
 
 
 class Rows(dict[str, Found]):

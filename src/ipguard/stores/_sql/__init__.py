@@ -43,7 +43,6 @@ Params = Sequence[object]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-_VERSIONS: Final = {(4, 4): 4, (16, 16): 6}
 _SHOWN: Final = 256
 _EVERYBODY: Final = "*"  # not JSON, so it differs from every list of usernames
 BIGGEST: Final = 2**63 - 1
@@ -152,17 +151,11 @@ def marks(names: str) -> str:
 
 def make_restriction(username: str, row: Row) -> Restriction:
     """Return a restriction from the columns of `RESTRICTION`, for a caller with `@reads_rows`."""
-    # Fast path of each login that misses the cache. Other lengths of addresses raise a KeyError;
-    # `AddressRange` checks the rest.
     restriction_id, first, last, label, created_at, created_by, expires_at = row
     return Restriction(
         id=restriction_id,
         username=username,
-        addresses=AddressRange(
-            version=_VERSIONS[len(first), len(last)],
-            first=int.from_bytes(first, "big"),
-            last=int.from_bytes(last, "big"),
-        ),
+        addresses=AddressRange.from_packed(first, last),
         label=label,
         created_at=moment(created_at),
         created_by=created_by,
