@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import threading
 import time
 import weakref
@@ -41,6 +40,7 @@ from tests.guards import (
 from tests.guards import memory as memory  # noqa: PLC0414
 from tests.guards import restorable as restorable  # noqa: PLC0414
 from tests.guards import world as world  # noqa: PLC0414
+from tests.tracing import traced
 from tests.twins import STEPS, compare
 
 
@@ -447,14 +447,8 @@ def at_each_instruction(functions: set[str], act: Callable[[], object]) -> Itera
             act()
         return trace
 
-    before = sys.gettrace()
-    # Python 3.12 reports opcodes only if a frame asked for them before settrace().
-    sys._getframe().f_trace_opcodes = True
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         yield
-    finally:
-        sys.settrace(before)
 
 
 @pytest.mark.parametrize("deny", [False, True])

@@ -21,6 +21,7 @@ from ipguard.stores import open_store
 from ipguard.testing import Outbox
 from tests.guards import HOME, OFFICE, new_world
 from tests.postgres import Given, Server, fresh_schema
+from tests.tracing import traced
 
 BOSS = ipguard.Actor(username="boss", email="b@example.com", manages=ipguard.Actor.EVERY_ACCOUNT)
 WRITERS = "^(_?write(_bulk)?|_locked|begun|end|transaction)$"
@@ -63,14 +64,10 @@ def at_step(number: int, act: Callable[[], object], within: str = "") -> Iterato
             last.pop(frame, None)
         return trace
 
-    before = sys.gettrace()
-    # Python 3.12 reports opcodes only if a frame asked for them before settrace().
-    sys._getframe().f_trace_opcodes = True
-    sys.settrace(trace)
     try:
-        yield steps
+        with traced(trace):
+            yield steps
     finally:
-        sys.settrace(before)
         last.clear()
 
 

@@ -1,7 +1,6 @@
 """Tests of the project's metadata and pins."""
 
 import re
-import sys
 import tomllib
 from collections.abc import Callable
 from importlib import metadata, resources
@@ -10,6 +9,7 @@ from types import FrameType
 
 import ipguard
 from ipguard.testing import Outbox
+from tests.tracing import profiled
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -41,12 +41,8 @@ def files_run(call: Callable[[], object]) -> set[str]:
         if event == "call" and frame.f_code.co_filename.startswith(source):
             found.add(frame.f_code.co_filename.removeprefix(source))
 
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
+    with profiled(profile):
         call()
-    finally:
-        sys.setprofile(before)
     return {name for name in found if not name.startswith("/testing/")}
 
 
