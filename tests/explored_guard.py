@@ -69,10 +69,10 @@ def shared(name: str) -> Any:
     return property(get, put)
 
 
-class Rows(_table.Rows):
+class Rows(dict[str, Any]):
     """Rows whose look-ups and writes are steps, once they are in a table."""
 
-    __slots__ = ("_complete", "table")
+    __slots__ = ("table",)
 
     def __init__(self) -> None:
         self.table: Table | None = None
@@ -87,19 +87,6 @@ class Rows(_table.Rows):
     def _write(self, what: str, *names: object) -> None:
         if self.table is not None:
             step(what, writes=tuple(("row", name) for name in names))
-
-    @property  # type: ignore[override]
-    def complete(self) -> bool:
-        table = self.table
-        if table is not None and not table.written_by_this_thread():
-            step("reads complete", reads=(("complete",),))
-        return self._complete
-
-    @complete.setter
-    def complete(self, value: bool) -> None:
-        if self.table is not None:
-            step("writes complete", writes=(("complete",),))
-        self._complete = value
 
     def __getitem__(self, name: str) -> Any:
         self._look(name, clock=True)
@@ -154,6 +141,7 @@ class Ahead(dict[str, int]):
 class Table(_table.Table):
     """A table whose fields announce their accesses."""
 
+    complete = shared("complete")
     deadline = shared("deadline")
     position = shared("position")
     snapshot = shared("snapshot")

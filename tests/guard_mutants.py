@@ -43,7 +43,7 @@ def mutant(
     return Mutant(what, scenario, function, replacements)
 
 
-_LOOKED = "return until, revision, held, table.find(name)"
+_LOOKED = "return until, revision, held, self.find(name)"
 
 MUTANTS = (
     # 1. The reader.
@@ -52,31 +52,43 @@ MUTANTS = (
         of.LoginAndSync,
         _fast_path.bind,
         ("        until = table.deadline  # before the look-up, or a row dropped", "        #"),
-        ("found = table.rows[username]", "found = table.rows[username]; until = table.deadline"),
-        ("decide(None, username, address, until)", "decide(None, username, address, 0.0)"),
+        (
+            "entry: Entry = table.rows[username]",
+            "entry = table.rows[username]; until = table.deadline",
+        ),
+        ("(None, username, address, until)", "(None, username, address, 0.0)"),
     ),
     mutant(
         "fast path: the clock is compared with a newer deadline",
         of.LoginAndSync,
         _fast_path.bind,
         (
-            "found.text == address and monotonic() < until",
-            "found.text == address and monotonic() < table.deadline",
+            "entry.text == address and monotonic() < until",
+            "entry.text == address and monotonic() < table.deadline",
         ),
     ),
     mutant(
         "fast path: the clock is not read",
         of.LoginAndSync,
         _fast_path.bind,
-        ("found.text == address and monotonic() < until", "found.text == address"),
+        ("entry.text == address and monotonic() < until", "entry.text == address"),
+    ),
+    mutant(
+        "first sight of a listed address: the clock is not read",
+        of.FirstListed,
+        _fast_path.bind,
+        (
+            "answer = True if monotonic() < until else None\n            if answer:",
+            "answer = True\n            if answer:",
+        ),
     ),
     mutant(
         "first sight of an address: the clock is compared with a newer deadline",
         of.FirstSight,
         _fast_path.bind,
         (
-            "reason is not None and monotonic() < until",
-            "reason is not None and monotonic() < table.deadline",
+            "reason is None or monotonic() >= until",
+            "reason is None or monotonic() >= table.deadline",
         ),
     ),
     mutant(
@@ -88,20 +100,20 @@ MUTANTS = (
     mutant(
         "recall: the deadline is read after the look-up",
         of.CheckAndSync,
-        SlowPath._look,
-        (_LOOKED, "row = table.find(name); return table.deadline, revision, held, row"),
+        Table.look,
+        (_LOOKED, "row = self.find(name); return self.deadline, revision, held, row"),
     ),
     mutant(
         "recall: the revision is read after the look-up",
         of.ReadYourWrites,
-        SlowPath._look,
-        (_LOOKED, "row = table.find(name); return until, revision, table.position.revision, row"),
+        Table.look,
+        (_LOOKED, "row = self.find(name); return until, revision, self.position.revision, row"),
     ),
     mutant(
         "grace: the deadline is read after the look-up",
         of.GraceAndRecovery,
-        SlowPath._look,
-        (_LOOKED, "row = table.find(name); return table.deadline, revision, held, row"),
+        Table.look,
+        (_LOOKED, "row = self.find(name); return self.deadline, revision, held, row"),
     ),
     # 2. The sync.
     mutant(
@@ -247,7 +259,7 @@ MUTANTS = (
         (
             "            self._drop(name)",
             (
-                "            if getattr(self.rows.get(name), 'row', OPEN).restricted:\n"
+                "            if is_restricted(getattr(self.rows.get(name), 'row', OPEN)):\n"
                 "                self._drop(name)"
             ),
         ),
@@ -257,7 +269,7 @@ MUTANTS = (
         "slow path: an allow by a temporary restriction is noted",
         of.Temporary,
         SlowPath.answer,
-        ("decision.allowed and not row.temporary", "decision.allowed"),
+        ("decision.allowed and not row[0] & TEMPORARY", "decision.allowed"),
     ),
     mutant(
         "slow path: an address is noted with another row",
@@ -269,7 +281,7 @@ MUTANTS = (
         "fast path: an address is noted with another row",
         of.FirstSight,
         _fast_path.bind,
-        ("found.text = address", "table.rows[username].text = address"),
+        ("entry.text = address", "table.rows[username].text = address"),
     ),
     # 6. Another history.
     mutant(
@@ -322,20 +334,14 @@ MUTANTS = (
         "look-up: complete is read before the row",
         of.Preloaded,
         Table.find,
-        ("found = rows.get(name)", "complete = rows.complete; found = rows.get(name)"),
-        ("OPEN if rows.complete and", "OPEN if complete and"),
-    ),
-    mutant(
-        "clear: a discarded table stays complete",
-        of.Preloaded,
-        Table._clear,
-        ("self.rows.complete = False", "pass"),
+        ("found = rows.get(name)", "complete = self.complete; found = rows.get(name)"),
+        ("OPEN if rows is self.complete and", "OPEN if rows is complete and"),
     ),
     mutant(
         "drop: a row of a complete table is deleted",
         of.PreloadedChange,
         Table._drop,
-        ("if not self.rows.complete or (bounded and self.deny_unknown):", "if True:"),
+        ("if self.complete is None or (bounded and self.deny_unknown):", "if True:"),
     ),
     mutant(
         "pending: a policy of an older revision is kept",

@@ -55,6 +55,24 @@ class FirstSight(LoginAndSync):
         return [("login", lambda: self.ask("jsmith", ELSEWHERE)), ("sync", self.sync)]
 
 
+class FirstListed(LoginAndSync):
+    """The same from a listed address that was not seen before, which is replaced by another."""
+
+    def prepare(self) -> None:
+        self.restrict("jsmith", HOME)
+
+    def warm(self) -> None:
+        self.guarded.sync()
+        assert not self.guarded.is_allowed("jsmith", OFFICE)
+
+    def close(self) -> None:
+        def replace() -> None:
+            self.lift_all("jsmith")
+            self.restrict("jsmith", OFFICE)
+
+        self.commit(replace)
+
+
 class CheckAndSync(LoginAndSync):
     """The same for `check`."""
 
@@ -635,6 +653,7 @@ class Helper(Open):
 SCENARIOS: dict[type[Explored], tuple[int, int]] = {
     LoginAndSync: (3, 4),
     FirstSight: (2, 4),
+    FirstListed: (2, 4),
     CheckAndSync: (3, 4),
     TwoSyncs: (2, 4),
     OverlappingSyncs: (3, 4),

@@ -9,7 +9,7 @@ import pytest
 from ipguard.guard import Guard
 from ipguard.guard._table import Position, Table
 from ipguard.model import RESET
-from ipguard.row import OPEN, Row, pack_columns
+from ipguard.row import OPEN, pack_columns
 from tests.guards import HOME, OFFICE, World, new_world
 
 
@@ -123,7 +123,7 @@ def test_row_of_a_stranger_is_replaced_by_one_of_a_user() -> None:
     table = Table(capacity=10, max_staleness=5.0, deny_unknown=False)
     table.remember("a", OPEN, 1, Position(0))
     assert (list(table.rows), table._ahead, len(table._strangers)) == (["a"], {"a": 1}, 1)
-    known = Row.of(pack_columns(True, []))
+    known = pack_columns(True, [])
     table.remember("a", known, 2, Position(2))
     assert (list(table.rows), len(table._users), len(table._strangers)) == (["a"], 1, 0)
     assert table.find("a") is known

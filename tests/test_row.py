@@ -17,7 +17,20 @@ from hypothesis import strategies as st
 from ipguard import rules
 from ipguard.addresses import AddressRange, pack_address
 from ipguard.model import Policy, Reason, Restriction
-from ipguard.row import OPEN, PENDING, UNKNOWN, Row, pack, pack_columns
+from ipguard.row import (
+    OPEN,
+    PENDING,
+    TEMPORARY,
+    UNKNOWN,
+    checked,
+    decide,
+    is_registered,
+    is_restricted,
+    lists,
+    otherwise,
+    pack,
+    pack_columns,
+)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -82,8 +95,8 @@ def test_the_size_of_three_restrictions() -> None:
 )
 @pytest.mark.parametrize("expires_at", [None, NOW + SECOND])
 def test_any_id_is_restored(restriction_id: str, expires_at: datetime | None) -> None:
-    row = Row.of(pack(policy(restriction(id=restriction_id, expires_at=expires_at))))
-    assert row.decide(bytes([203, 0, 113, 7]), NOW) == (Reason.LISTED, restriction_id)
+    row = checked(pack(policy(restriction(id=restriction_id, expires_at=expires_at))))
+    assert decide(row, bytes([203, 0, 113, 7]), NOW) == (Reason.LISTED, restriction_id)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +110,8 @@ def test_ends_of_other_lengths_are_refused(first: bytes, last: bytes) -> None:
 @pytest.mark.parametrize("size", [4, 16])
 def test_number_of_restrictions_is_bounded(size: int) -> None:
     column = ("", bytes(size), bytes(size), None)
-    row = Row.of(pack_columns(True, [column] * 65_535))
-    assert row.decide(bytes(size), None) == (Reason.LISTED, "")
+    row = checked(pack_columns(True, [column] * 65_535))
+    assert decide(row, bytes(size), None) == (Reason.LISTED, "")
     with pytest.raises(ValueError, match="65,535"):
         pack_columns(True, [column] * 65_536)
 
@@ -118,15 +131,15 @@ GOOD = pack(policy(restriction(), restriction("2001:db8::/32", expires_at=NOW)))
 )
 def test_damaged_bytes_are_refused(damaged: bytes) -> None:
     with pytest.raises(ValueError, match="something else"):
-        Row.of(damaged)
+        checked(damaged)
 
 
 def test_truncated_bytes_allow_no_other_address() -> None:
     """Whatever is lost at the end, an address that was not listed is not allowed."""
     for end in range(len(GOOD)):
         try:
-            row = Row.of(GOOD[:end])
-            reasons = {row.decide(address, NOW)[0] for address in (b"1234", b"1" * 16)}
+            row = checked(GOOD[:end])
+            reasons = {decide(row, address, NOW)[0] for address in (b"1234", b"1" * 16)}
         except (ValueError, IndexError):
             continue
         assert reasons == {Reason.NOT_LISTED}
@@ -135,35 +148,39 @@ def test_truncated_bytes_allow_no_other_address() -> None:
 # ------------------------------------------------------------------------------- the properties
 
 
+def properties(row: bytes) -> tuple[bool, bool, bool]:
+    return is_registered(row), is_restricted(row), bool(row[0] & TEMPORARY)
+
+
 def test_properties_of_a_row() -> None:
-    stranger = Row.of(pack(policy(known=False)))
-    assert (stranger.registered, stranger.restricted, stranger.temporary) == (False, False, False)
-    assert stranger.decide(b"1234", None) == (Reason.UNRESTRICTED, None)
-    user = Row.of(pack(policy()), deny_unknown=True)
-    assert (user.registered, user.restricted, user.temporary) == (True, False, False)
-    listed = Row.of(pack(policy(restriction(), known=False)))
-    assert (listed.registered, listed.restricted, listed.temporary) == (False, True, False)
-    expiring = Row.of(pack(policy(restriction(expires_at=NOW))))
-    assert (expiring.registered, expiring.restricted, expiring.temporary) == (True, True, True)
-    assert expiring.otherwise is None
+    stranger = checked(pack(policy(known=False)))
+    assert properties(stranger) == (False, False, False)
+    assert decide(stranger, b"1234", None) == (Reason.UNRESTRICTED, None)
+    user = checked(pack(policy()), deny_unknown=True)
+    assert properties(user) == (True, False, False)
+    listed = checked(pack(policy(restriction(), known=False)))
+    assert properties(listed) == (False, True, False)
+    expiring = checked(pack(policy(restriction(expires_at=NOW))))
+    assert properties(expiring) == (True, True, True)
+    assert otherwise(expiring) is None
     with pytest.raises(ValueError, match="the time decides"):
-        expiring.decide(b"1234", None)
+        decide(expiring, b"1234", None)
 
 
 @pytest.mark.parametrize("restrictions", [[], [restriction()], [restriction(expires_at=NOW)]])
 def test_unknown_user_is_denied_if_that_is_wanted(restrictions: list[Restriction]) -> None:
-    row = Row.of(pack(policy(*restrictions, known=False)), deny_unknown=True)
+    row = checked(pack(policy(*restrictions, known=False)), deny_unknown=True)
     assert row is UNKNOWN
-    assert not row.restricted
-    assert row.decide(bytes([203, 0, 113, 7]), NOW) == (Reason.UNKNOWN_USER, None)
+    assert not is_restricted(row)
+    assert decide(row, bytes([203, 0, 113, 7]), NOW) == (Reason.UNKNOWN_USER, None)
 
 
 def test_constants() -> None:
     assert pack(policy(known=False)) == OPEN
-    assert OPEN.otherwise is Reason.UNRESTRICTED
-    assert PENDING.otherwise is None
-    assert not PENDING.lists(b"1234")
-    assert UNKNOWN.otherwise is Reason.UNKNOWN_USER
+    assert otherwise(OPEN) is Reason.UNRESTRICTED
+    assert otherwise(PENDING) is None
+    assert not lists(PENDING, b"1234")
+    assert otherwise(UNKNOWN) is Reason.UNKNOWN_USER
 
 
 # -------------------------------------------------------- the same decisions as from other sources
@@ -173,10 +190,10 @@ def same(held: list[Restriction], address: AddressRange, *, known: bool, deny: b
     """Compare the decision from bytes with the one from objects."""
     whole = policy(*held, known=known)
     expected = rules.decide(whole, address, NOW, deny_unknown=deny)
-    row = Row.of(pack(whole), deny_unknown=deny)
-    assert row.decide(packed(address), NOW) == (expected.reason, expected.restriction_id)
-    quick = Reason.LISTED if row.lists(packed(address)) else row.otherwise
-    assert quick is expected.reason or (quick is None and row.temporary)
+    row = checked(pack(whole), deny_unknown=deny)
+    assert decide(row, packed(address), NOW) == (expected.reason, expected.restriction_id)
+    quick = Reason.LISTED if lists(row, packed(address)) else otherwise(row)
+    assert quick is expected.reason or (quick is None and row[0] & TEMPORARY)
 
 
 def small_ranges() -> list[AddressRange]:
@@ -196,16 +213,16 @@ def test_all_lists_of_two_small_ranges(rounds: Any) -> None:
     expiries = (None, NOW, NOW + SECOND)
     one = [restriction(r, id="one", expires_at=e) for r in ranges for e in expiries]
     two = [restriction(r, id="two", expires_at=e) for r in ranges for e in expiries]
-    lists: Iterator[tuple[Restriction, ...]] = itertools.chain(
+    chosen: Iterator[tuple[Restriction, ...]] = itertools.chain(
         [()], ((r,) for r in one), itertools.product(one, two)
     )
     compared = 0
-    for held in itertools.islice(lists, 0, None, rounds(31, 1)):
+    for held in itertools.islice(chosen, 0, None, rounds(31, 1)):
         whole = policy(*held)
-        row = Row.of(pack(whole))
+        row = checked(pack(whole))
         for address in singles:
             expected = rules.decide(whole, address, NOW)
-            found = row.decide(packed(address), NOW)
+            found = decide(row, packed(address), NOW)
             assert found == (expected.reason, expected.restriction_id), (held, address)
             compared += 1
     assert compared > 16 * len(one) * len(two) // rounds(31, 1)
@@ -255,7 +272,7 @@ def test_random_networks_against_the_standard_library(rounds: Any) -> None:
             (f"n{number}", net.network_address.packed, net.broadcast_address.packed, None)
             for number, net in enumerate(networks)
         ]
-        row = Row.of(pack_columns(True, columns))
+        row = checked(pack_columns(True, columns))
         for _ in range(100):
             address = _near(drawn, drawn.choice(networks))
             holding = [
@@ -268,8 +285,8 @@ def test_random_networks_against_the_standard_library(rounds: Any) -> None:
                 continue  # it is an IPv4 address to ipguard
             assert sent == address.packed
             expected = (Reason.LISTED, holding[0]) if holding else (Reason.NOT_LISTED, None)
-            assert row.decide(address.packed, None) == expected
-            assert row.lists(address.packed) is bool(holding)
+            assert decide(row, address.packed, None) == expected
+            assert lists(row, address.packed) is bool(holding)
             compared += 1
     assert compared > rounds(400, 100_000) * 90
 

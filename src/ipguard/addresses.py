@@ -88,7 +88,7 @@ def pack_address(text: object) -> bytes | None:
         packed = strict_pton(_AF_INET6, text)
     except (OSError, ValueError):  # ValueError: a NUL or a surrogate inside
         return None
-    return packed[12:] if packed.startswith(_MAPPED) else packed
+    return packed if packed[0] or not packed.startswith(_MAPPED) else packed[12:]
 
 
 def login_address(text: object) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from struct import Struct, error
-from typing import Final
+from typing import Final, final
 
 from ipguard.addresses import AddressRange, AddressSet
 from ipguard.model import Policy, Reason
@@ -34,151 +34,147 @@ __all__ = ["Column", "pack", "pack_columns"]
 Column = tuple[str, bytes, bytes, int | None]
 """A restriction's id, first and last address, and expiry in microseconds since 1970 or None."""
 
+# Looking a member up in its enumeration takes longer than comparing an address.
+_LISTED, _NOT_LISTED = Reason.LISTED, Reason.NOT_LISTED
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-_REGISTERED, _OPEN, _TEMPORARY, _UNKNOWN, _PENDING = 1, 2, 4, 8, 16
+_REGISTERED, _OPEN, _UNKNOWN, _PENDING = 1, 2, 8, 16
+TEMPORARY: Final = 4
+"""The flag, in the first byte, of temporary restrictions: the decision may need the time."""
 _HEADER: Final = Struct(">BHH")
 _START: Final = _HEADER.size
 _FEW: Final = 8
 """Up to how many restrictions of a kind are compared one by one: sorting them would not pay."""
 
 
-class Row(bytes):
-    """What decides about one user. Make one with `Row.of`."""
+def checked(data: bytes, *, deny_unknown: bool = False) -> bytes:
+    """Return the row of packed bytes.
 
-    __slots__ = ()
+    Args:
+        data: From `pack`.
+        deny_unknown: Whether to refuse users who are not registered.
 
-    @staticmethod
-    def of(data: bytes, *, deny_unknown: bool = False) -> Row:
-        """Return the row of packed bytes.
+    Returns:
+        The same bytes, `UNKNOWN`, or a `LongRow`.
 
-        Args:
-            data: From `pack`.
-            deny_unknown: Whether to refuse users who are not registered.
-
-        Raises:
-            ValueError: The bytes are not from `pack`.
-        """
-        size = len(data)
-        if size < _START or data[0] > _REGISTERED | _OPEN | _TEMPORARY:
-            raise ValueError("packed by something else")
-        flags, ipv4, ipv6 = _HEADER.unpack_from(data)
-        if deny_unknown and not flags & _REGISTERED:
-            return UNKNOWN
-        if size < _START + 8 * ipv4 + 32 * ipv6:
-            raise ValueError("packed by something else")
-        return Row(data) if ipv4 <= _FEW and ipv6 <= _FEW else _LongRow(data)
-
-    @property
-    def registered(self) -> bool:
-        """Whether the user is registered."""
-        return bool(self[0] & _REGISTERED)
-
-    @property
-    def restricted(self) -> bool:
-        """Whether the user has restrictions."""
-        return not self[0] & (_OPEN | _UNKNOWN)
-
-    @property
-    def temporary(self) -> bool:
-        """Whether the user has temporary restrictions, so that the decision may need the time."""
-        return bool(self[0] & _TEMPORARY)
-
-    def lists(self, address: bytes) -> bool:
-        """Return whether a permanent restriction lists an address.
-
-        Args:
-            address: The 4 or 16 bytes of `pack_address`.
-        """
-        # Written out: a login waits for this. Up to `_FEW`, the low byte is the whole number.
-        if len(address) == 4:
-            at, end = _START, _START + 8 * self[2]
-            while at < end:
-                if self[at : at + 4] <= address <= self[at + 4 : at + 8]:
-                    return True
-                at += 8
-        else:
-            at = _START + 8 * self[2]
-            end = at + 32 * self[4]
-            while at < end:
-                if self[at : at + 16] <= address <= self[at + 16 : at + 32]:
-                    return True
-                at += 32
-        return False
-
-    @property
-    def otherwise(self) -> Reason | None:
-        """Why an address is allowed or denied that no permanent restriction lists.
-
-        None if that depends on the time, or if the row must be read again.
-        """
-        flags = self[0]
-        if flags <= _REGISTERED:
-            return Reason.NOT_LISTED
-        if flags & _OPEN:
-            return Reason.UNRESTRICTED
-        return Reason.UNKNOWN_USER if flags & _UNKNOWN else None
-
-    def decide(self, address: bytes, now: datetime | None) -> tuple[Reason, str | None]:
-        """Decide, and find the restriction that lists the address.
-
-        Permanent restrictions come before temporary ones, older before newer ones.
-
-        Args:
-            address: As for `lists`.
-            now: The store's time. None only if the row is not `temporary`.
-
-        Returns:
-            The reason, and the id of the restriction or None.
-        """
-        if self.lists(address):
-            return Reason.LISTED, self._listed_by(address)
-        reason = self.otherwise
-        if reason is not None:
-            return reason, None
-        if now is None:
-            raise ValueError("the time decides")
-        listed = self._listed_until_later(address, (now - _EPOCH) // _MICROSECOND)
-        return (Reason.NOT_LISTED if listed is None else Reason.LISTED), listed
-
-    def _listed_by(self, address: bytes) -> str:
-        """Return the id of the oldest permanent restriction that lists an address; one does."""
-        ipv4, ids = self._ids()
-        size = len(address)
-        at, index = (_START, 0) if size == 4 else (_START + 8 * ipv4, ipv4)
-        while not self[at : at + size] <= address <= self[at + size : at + 2 * size]:
-            at += 2 * size
-            index += 1
-        return _decoded(ids[index])
-
-    def _ids(self) -> tuple[int, list[bytes]]:
-        """Return the number of permanent IPv4 restrictions, and the ids of all permanent ones.
-
-        The temporary restrictions follow as they are, if there are any.
-        """
-        _, ipv4, ipv6 = _HEADER.unpack_from(self)
-        return ipv4, self[_START + 8 * ipv4 + 32 * ipv6 :].split(b"\0", max(1, ipv4 + ipv6))
-
-    def _listed_until_later(self, address: bytes, now: int) -> str | None:
-        """Return the id of the oldest temporary restriction that lists an address, or None."""
-        data, at = self._ids()[1][-1], 0
-        while at < len(data):
-            size = data[at]
-            middle = at + 1 + size
-            expiry = middle + size
-            start = expiry + 10
-            end = start + int.from_bytes(data[expiry + 8 : start], "big")
-            if (
-                len(address) == size
-                and data[at + 1 : middle] <= address <= data[middle:expiry]
-                and int.from_bytes(data[expiry : expiry + 8], "big", signed=True) > now
-            ):
-                return _decoded(data[start:end])
-            at = end
-        return None
+    Raises:
+        ValueError: The bytes are not from `pack`.
+    """
+    if len(data) < _START or data[0] > _REGISTERED | _OPEN | TEMPORARY:
+        raise ValueError("packed by something else")
+    flags, ipv4, ipv6 = _HEADER.unpack_from(data)
+    if deny_unknown and not flags & _REGISTERED:
+        return UNKNOWN
+    if len(data) < _START + 8 * ipv4 + 32 * ipv6:
+        raise ValueError("packed by something else")
+    return data if ipv4 <= _FEW and ipv6 <= _FEW else LongRow(data)
 
 
-class _LongRow(Row):
+def is_registered(row: bytes) -> bool:
+    """Return whether the user is registered."""
+    return bool(row[0] & _REGISTERED)
+
+
+def is_restricted(row: bytes) -> bool:
+    """Return whether the user has restrictions."""
+    return not row[0] & (_OPEN | _UNKNOWN)
+
+
+def lists(row: bytes, address: bytes) -> bool:
+    """Return whether a permanent restriction lists an address.
+
+    Args:
+        row: From `checked`.
+        address: The 4 or 16 bytes of `pack_address`.
+    """
+    if type(row) is LongRow:
+        return row.lists(address)
+    # Written out: a login waits for this. Up to `_FEW`, the low byte is the whole number.
+    if len(address) == 4:
+        at, end = _START, _START + 8 * row[2]
+        while at < end:
+            if row[at : at + 4] <= address <= row[at + 4 : at + 8]:
+                return True
+            at += 8
+    else:
+        at = _START + 8 * row[2]
+        end = at + 32 * row[4]
+        while at < end:
+            if row[at : at + 16] <= address <= row[at + 16 : at + 32]:
+                return True
+            at += 32
+    return False
+
+
+def otherwise(row: bytes) -> Reason | None:
+    """Return why an address is allowed or denied that no permanent restriction lists.
+
+    None if that depends on the time, or if the row must be read again.
+    """
+    flags = row[0]
+    if flags <= _REGISTERED:
+        return _NOT_LISTED
+    if flags & _OPEN:
+        return Reason.UNRESTRICTED
+    return Reason.UNKNOWN_USER if flags & _UNKNOWN else None
+
+
+def decide(row: bytes, address: bytes, now: datetime | None) -> tuple[Reason, str | None]:
+    """Decide, and find the restriction that lists the address.
+
+    Permanent restrictions come before temporary ones, older before newer ones.
+
+    Args:
+        row: From `checked`.
+        address: As for `lists`.
+        now: The store's time. None only if the row is not `TEMPORARY`.
+
+    Returns:
+        The reason, and the id of the restriction or None.
+    """
+    _, ipv4, ipv6 = _HEADER.unpack_from(row)
+    middle = _START + 8 * ipv4
+    names = middle + 32 * ipv6
+    size = len(address)
+    at, end, index = (_START, middle, 0) if size == 4 else (middle, names, ipv4)
+    if type(row) is LongRow and not row.lists(address):
+        at = end
+    while at < end:
+        if row[at : at + size] <= address <= row[at + size : at + 2 * size]:
+            return _LISTED, _decoded(row[names:].split(b"\0", index + 1)[index])
+        at += 2 * size
+        index += 1
+    reason = otherwise(row)
+    if reason is not None:
+        return reason, None
+    if now is None:
+        raise ValueError("the time decides")
+    temporary = row[names:].split(b"\0", max(1, ipv4 + ipv6))[-1]
+    listed = _listed_until_later(temporary, address, (now - _EPOCH) // _MICROSECOND)
+    return (_NOT_LISTED if listed is None else _LISTED), listed
+
+
+def _listed_until_later(data: bytes, address: bytes, now: int) -> str | None:
+    """Return the id of the oldest temporary restriction that lists an address, or None."""
+    at = 0
+    while at < len(data):
+        size = data[at]
+        middle = at + 1 + size
+        expiry = middle + size
+        start = expiry + 10
+        end = start + int.from_bytes(data[expiry + 8 : start], "big")
+        if (
+            len(address) == size
+            and data[at + 1 : middle] <= address <= data[middle:expiry]
+            and int.from_bytes(data[expiry : expiry + 8], "big", signed=True) > now
+        ):
+            return _decoded(data[start:end])
+        at = end
+    return None
+
+
+@final
+class LongRow(bytes):
     """The row of a user with many restrictions, which keeps sorted bounds beside the bytes."""
 
     def __init__(self, data: bytes) -> None:  # noqa: ARG002 - the bytes are set already
@@ -247,7 +243,7 @@ def pack_columns(registered: bool, columns: Iterable[Column]) -> bytes:  # noqa:
     flags = _REGISTERED if registered else 0
     tail = temporary[4] + temporary[16]
     if tail:
-        flags |= _TEMPORARY
+        flags |= TEMPORARY
         tail.insert(0, b"\0")
     permanent = ids[4] + ids[16]
     if not (permanent or tail):
@@ -284,9 +280,9 @@ def pack(policy: Policy) -> bytes:
     )
 
 
-OPEN: Final = Row(_HEADER.pack(_OPEN, 0, 0))
+OPEN: Final = _HEADER.pack(_OPEN, 0, 0)
 """The row of a user without restrictions."""
-UNKNOWN: Final = Row(_HEADER.pack(_UNKNOWN, 0, 0))
+UNKNOWN: Final = _HEADER.pack(_UNKNOWN, 0, 0)
 """The row of a user who is refused because nobody registered them."""
-PENDING: Final = Row(_HEADER.pack(_PENDING, 0, 0))
+PENDING: Final = _HEADER.pack(_PENDING, 0, 0)
 """The row of a user whose policy must be read again."""

@@ -35,8 +35,9 @@ from typing import Final
 from ipguard import _fork
 from ipguard.addresses import pack_address
 from ipguard.errors import UsernameError
-from ipguard.guard._table import Entry, Found, Table, row_of
+from ipguard.guard._table import Entry, Table
 from ipguard.model import Reason
+from ipguard.row import lists, otherwise
 from ipguard.usernames import canonical_username
 
 _log = logging.getLogger("ipguard.guard")
@@ -84,7 +85,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
     table: Table,
     monotonic: Callable[[], float],
     tally: Tally,
-    otherwise: Callable[[str, str], bool | None],
+    slow_path: Callable[[str, str], bool | None],
     *,
     preload: bool,
 ) -> Callable[[str, str], bool | None]:
@@ -94,59 +95,74 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
         table: The guard's table.
         monotonic: The guard's clock.
         tally: The counter of denials.
-        otherwise: Called with the same arguments if the row cannot decide alone.
+        slow_path: Called with the same arguments if the row cannot decide alone.
         preload: Whether most users are preloaded, so that no address is remembered with them.
 
     Returns:
-        The function. It raises only what `otherwise` raises.
+        The function. It raises only what `slow_path` raises.
     """
     pack, find, deny = pack_address, table.find, tally.add
-    listed, unrestricted, bad_address = Reason.LISTED, Reason.UNRESTRICTED, Reason.BAD_ADDRESS
+    unrestricted, bad_address = Reason.UNRESTRICTED, Reason.BAD_ADDRESS
 
-    def decide(found: Found | None, username: str, address: str, until: float) -> bool | None:
+    def unlisted(row: bytes | None, packed: bytes | None, until: float) -> bool | None:
+        if packed is None:
+            deny(bad_address)
+            return False
+        reason = None if row is None else otherwise(row)
+        if reason is None or monotonic() >= until:
+            return None
+        if reason is unrestricted:
+            return True
+        deny(reason)
+        return False
+
+    def without_entry(row: bytes | None, username: str, address: str, until: float) -> bool | None:
         try:
-            if found is None:
-                found = find(canonical_username(username))
+            if row is None:
+                row = find(canonical_username(username))
             packed = pack(address)
-            if packed is None:
-                deny(bad_address)
-                return False
-            if found is not None:
-                row = row_of(found)
-                reason = listed if row.lists(packed) else row.otherwise
-                if reason is not None and monotonic() < until:
-                    if reason is not listed and reason is not unrestricted:
-                        deny(reason)
-                        return False
-                    if type(found) is Entry:
-                        found.text = address
-                    return True
+            if row is None or packed is None or not lists(row, packed):
+                answer = unlisted(row, packed, until)
+            else:
+                answer = True if monotonic() < until else None
+            if answer is not None:
+                return answer
         except UsernameError:
             pass
         except Exception:
             _log.debug("the fast path gave up", exc_info=True)
-        return otherwise(username, address)
+        return slow_path(username, address)
 
     def is_allowed(username: str, address: str) -> bool | None:
         if type(username) is not str or type(address) is not str:
-            return otherwise(username, address)
+            return slow_path(username, address)
         until = table.deadline  # before the look-up, or a row dropped in between could answer
         try:
-            found = table.rows[username]
             # Without `preload`, all are entries.
-            if found.text == address and monotonic() < until:  # type: ignore[union-attr]
+            entry: Entry = table.rows[username]  # type: ignore[assignment]
+            if entry.text == address and monotonic() < until:
                 return True
+            row, packed = entry.row, pack(address)
+            if packed is None or not lists(row, packed):
+                answer = unlisted(row, packed, until)
+            else:
+                answer = True if monotonic() < until else None
+            if answer:
+                entry.text = address
+            if answer is not None:
+                return answer
         except KeyError:
-            return decide(None, username, address, until)
+            return without_entry(None, username, address, until)
         except Exception:
             _log.debug("the fast path gave up", exc_info=True)
-            return otherwise(username, address)
-        return decide(found, username, address, until)
+        return slow_path(username, address)
 
     def is_allowed_preloaded(username: str, address: str) -> bool | None:
         if type(username) is not str or type(address) is not str:
-            return otherwise(username, address)
+            return slow_path(username, address)
         until = table.deadline
-        return decide(table.rows.get(username), username, address, until)
+        found = table.rows.get(username)
+        row = found.row if type(found) is Entry else found
+        return without_entry(row, username, address, until)
 
     return is_allowed_preloaded if preload else is_allowed

@@ -23,8 +23,8 @@ from ipguard._fork import acquire
 from ipguard.errors import StoreError
 from ipguard.guard._lease import Lease
 from ipguard.guard._slow_path import SingleFlight
-from ipguard.guard._table import Rows, Snapshot, Table, compact
-from ipguard.row import PENDING, Row
+from ipguard.guard._table import Rows, Snapshot, Table
+from ipguard.row import PENDING, checked
 from ipguard.store import RestrictionStore, rows_loader
 
 _log = logging.getLogger("ipguard.guard")
@@ -57,7 +57,7 @@ class Preload:
 
     def tend(self, seconds: float) -> None:
         """Read pending users again for `seconds`, or start reading a snapshot on a thread."""
-        if self._table.rows.complete:
+        if self._table.complete is not None:
             self.read_again(time.monotonic() + seconds)
         elif (
             not self._reading.locked()
@@ -90,7 +90,7 @@ class Preload:
         """
         reading, held = self._reading, list[bool]()
         try:
-            if acquire(reading, 0, held) and not self._table.rows.complete:
+            if acquire(reading, 0, held) and self._table.complete is None:
                 self._fill(stop)
         finally:
             if True in held:
@@ -156,9 +156,9 @@ class Preload:
                 _log.info("preloading: %d restricted users so far", count)
         return False
 
-    def _row(self, data: bytes) -> Row | bytes:
+    def _row(self, data: bytes) -> bytes:
         try:
-            return compact(Row.of(data, deny_unknown=self._table.deny_unknown))
+            return checked(data, deny_unknown=self._table.deny_unknown)
         except ValueError:  # damaged: each login of this user reads the store
             return PENDING
 

@@ -18,11 +18,12 @@ from ipguard.errors import UsernameError
 from ipguard.guard._lease import Lease
 from ipguard.guard._table import Position, Table
 from ipguard.model import Decision, Reason
-from ipguard.row import Row
+from ipguard.row import TEMPORARY, checked, decide
 from ipguard.store import RestrictionStore, row_loader
 from ipguard.usernames import canonical_username
 
 _TRIES: Final = 2
+_UNRESTRICTED: Final = Reason.UNRESTRICTED  # a look-up in the enumeration takes longer
 
 
 class SlowPath:
@@ -78,7 +79,7 @@ class SlowPath:
             return self.denied(parsed)
         name, client = parsed
         wanted = 0 if at_least is None else at_least
-        until, revision, held, row = self._look(name)
+        until, revision, held, row = self._table.look(name)
         if row is not None and revision >= wanted:
             decision = self._decide(row, client, until, held)
             if decision is not None:
@@ -99,7 +100,7 @@ class SlowPath:
         for _ in range(_TRIES):
             if not self._lease.ensure(wanted):
                 return self._in_grace(name, client, wanted)
-            until, revision, held, row = self._look(name)
+            until, revision, held, row = self._table.look(name)
             if revision < wanted:
                 break  # the guard has just adopted another history
             if row is None:
@@ -109,30 +110,18 @@ class SlowPath:
                 row, until, held = loaded
             decision = self._decide(row, client, until, held)
             if decision is not None:
-                if decision.allowed and not row.temporary:
+                if decision.allowed and not row[0] & TEMPORARY:
                     self._table.note(name, row, address)
                 return decision
         return self.denied(Reason.STORE_UNAVAILABLE)
 
-    def _look(self, name: str) -> tuple[float, int, int, Row | None]:
-        """Look a user up.
-
-        Returns:
-            The deadline, the table's revision, the revision that the row rests on, and the row. It
-            is found last, and so it is current to the others.
-        """
-        table = self._table
-        until, revision = table.deadline, table.position.revision
-        held = table.revision_of(name, revision)
-        return until, revision, held, table.find(name)
-
-    def _decide(self, row: Row, client: bytes, until: float, revision: int) -> Decision | None:
+    def _decide(self, row: bytes, client: bytes, until: float, revision: int) -> Decision | None:
         """Decide by a row that was found after `until` was read; None if that is over by now."""
-        reason, listed_by = row.decide(client, self._store.now() if row.temporary else None)
+        reason, listed_by = decide(row, client, self._store.now() if row[0] & TEMPORARY else None)
         if self._monotonic() >= until:
             return None
         return Decision(
-            allowed=reason is Reason.LISTED or reason is Reason.UNRESTRICTED,
+            allowed=listed_by is not None or reason is _UNRESTRICTED,
             reason=reason,
             revision=revision,
             restriction_id=listed_by,
@@ -140,7 +129,7 @@ class SlowPath:
 
     def _in_grace(self, name: str, client: bytes, wanted: int) -> Decision:
         """Decide from the table within `outage_grace` seconds after the deadline."""
-        until, revision, held, row = self._look(name)
+        until, revision, held, row = self._table.look(name)
         if row is None or revision < wanted:
             return self.denied(Reason.STORE_UNAVAILABLE)
         decision = self._decide(row, client, until + self._outage_grace, held)
@@ -163,7 +152,7 @@ class _Load:
         self.started = started
         self.slept = slept
         self.position = position
-        self.row: Row | None = None
+        self.row: bytes | None = None
         self.revision = 0
         self.leader = threading.get_ident()
         self.done = threading.Lock()
@@ -214,7 +203,7 @@ class SingleFlight:
         """Forget the reads in progress, whose threads do not exist in a forked child."""
         self._in_flight: dict[str, _Load] = {}
 
-    def load(self, name: str, revision: int) -> tuple[Row, float, int] | None:
+    def load(self, name: str, revision: int) -> tuple[bytes, float, int] | None:
         """Read a user's policy at `revision` or later.
 
         Args:
@@ -284,9 +273,9 @@ class SingleFlight:
                 if self._in_flight.get(name) is load:
                     del self._in_flight[name]
 
-    def _row(self, name: str) -> tuple[Row, int]:
+    def _row(self, name: str) -> tuple[bytes, int]:
         revision, data = self._load_row(name)
-        row = Row.of(data, deny_unknown=self._table.deny_unknown)
+        row = checked(data, deny_unknown=self._table.deny_unknown)
         self._lease.breaker.record_success()
         return row, revision
 

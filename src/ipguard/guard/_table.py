@@ -20,7 +20,7 @@ from cachetools import FIFOCache
 from ipguard import _fork
 from ipguard.errors import StoreUnavailable
 from ipguard.model import RESET, Changes, Touched
-from ipguard.row import OPEN, PENDING, Row
+from ipguard.row import OPEN, PENDING, is_registered, is_restricted
 
 _log = logging.getLogger("ipguard.guard")
 
@@ -45,43 +45,23 @@ class Entry:
 
     __slots__ = ("row", "text")
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: bytes) -> None:
         self.row = row
         self.text: str | None = None
 
 
-Found = Entry | Row | bytes
+Found = Entry | bytes
 """What a table holds of a user.
 
-Preloaded rows are exact `bytes`: the garbage collector would track each object of a class of ours.
+Preloaded rows stand there alone: the garbage collector would track each object of a class of ours.
 """
 
-
-def row_of(found: Found) -> Row:
-    """Return the row of what a table holds."""
-    if type(found) is Entry:
-        return found.row
-    return found if isinstance(found, Row) else Row(found)
+Rows = dict[str, Found]
+"""What a table holds, by canonical username."""
 
 
-def compact(row: Row) -> Row | bytes:
-    """Return a row as a table holds it if it was preloaded; a long one keeps its bounds."""
-    return bytes(row) if type(row) is Row else row
-
-
-class Rows(dict[str, Found]):
-    """Entries and preloaded rows by canonical username.
-
-    Attributes:
-        complete: Whether every restricted user has a row, so that a user without one is
-            unrestricted.
-    """
-
-    __slots__ = ("complete",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.complete = False
+def _known(row: bytes) -> bool:
+    return is_registered(row) or is_restricted(row)
 
 
 class Position(NamedTuple):
@@ -143,7 +123,9 @@ class Table:
     replaced by `PENDING` until the policy was read again.
 
     Attributes:
-        rows: Replaced as a whole, or written under the lock.
+        rows: By canonical username. Replaced as a whole, or written under the lock.
+        complete: The same dict if every restricted user has a row, so that a user without one is
+            unrestricted; else None.
         position: Where the rows stand in the store's history; read with one attribute access.
         deadline: The moment, on the guard's monotonic clock, from which no row may be used.
         synced_at: When the read began that last moved the deadline; None before the first.
@@ -156,6 +138,7 @@ class Table:
 
     def __init__(self, *, capacity: int, max_staleness: float, deny_unknown: bool) -> None:
         self.rows = Rows()
+        self.complete: Rows | None = None
         self.position = Position()
         self.deadline = EXPIRED
         self.synced_at: float | None = None
@@ -184,16 +167,29 @@ class Table:
 
     # ------------------------------------------------------------------------------------- rows
 
-    def find(self, name: str) -> Row | None:
+    def find(self, name: str) -> bytes | None:
         """Return a user's row, or None if the policy must be read."""
         rows = self.rows
         found = rows.get(name)
+        if type(found) is Entry:
+            return found.row
         if found is None:
             # In this order: rows that are no longer complete are emptied later.
-            return OPEN if rows.complete and not self.deny_unknown else None
-        return None if found is PENDING else row_of(found)
+            return OPEN if rows is self.complete and not self.deny_unknown else None
+        return None if found is PENDING else found
 
-    def note(self, name: str, row: Row, address: str) -> None:
+    def look(self, name: str) -> tuple[float, int, int, bytes | None]:
+        """Look a user up.
+
+        Returns:
+            The deadline, the table's revision, the revision that the row rests on, and the row. It
+            is found last, and so it is current to the others.
+        """
+        until, revision = self.deadline, self.position.revision
+        held = self.revision_of(name, revision) if self._ahead else revision
+        return until, revision, held, self.find(name)
+
+    def note(self, name: str, row: bytes, address: str) -> None:
         """Note an address that a user's row lists at any time, for the fast path."""
         entry = self.rows.get(name)
         # A subclass of str may compare as it likes.
@@ -202,9 +198,9 @@ class Table:
 
     def revision_of(self, name: str, revision: int) -> int:
         """Return the revision that a user's row rests on, if the table was at `revision`."""
-        return max(revision, self._ahead.get(name, 0)) if self._ahead else revision
+        return max(revision, self._ahead.get(name, 0))
 
-    def remember(self, name: str, row: Row, revision: int, began: Position) -> None:
+    def remember(self, name: str, row: bytes, revision: int, began: Position) -> None:
         """Keep a row that was read at `revision`, since the table was at the position `began`.
 
         It is not kept if a sync has moved the position past it (the stale fill), if a newer row was
@@ -224,7 +220,7 @@ class Table:
                 if kept:
                     self._keep(name, row)
 
-    def refresh(self, name: str, row: Row, revision: int, began: Position) -> None:
+    def refresh(self, name: str, row: bytes, revision: int, began: Position) -> None:
         """Replace a pending row, if the new one is of the table's own revision.
 
         Not if a login was answered ahead of it: its next answer must not be an older one.
@@ -236,27 +232,26 @@ class Table:
                 self._drop(name)
                 self._keep(name, row)
 
-    def _note_ahead(self, name: str, row: Row, revision: int, *, kept: bool) -> None:
+    def _note_ahead(self, name: str, row: bytes, revision: int, *, kept: bool) -> None:
         if kept or name in self.pending:
             self._ahead[name] = revision
         # The snapshot is older. There may be any number of invented usernames.
-        if self.snapshot is not None and (row.registered or row.restricted):
+        if self.snapshot is not None and _known(row):
             self.snapshot.changed.add(name)
 
-    def _keep(self, name: str, row: Row) -> None:
-        complete = self.rows.complete
+    def _keep(self, name: str, row: bytes) -> None:
+        complete = self.complete is not None
         self.pending.discard(name)
-        if complete and row.restricted:
-            self.rows[name] = compact(row)
+        if complete and is_restricted(row):
+            self.rows[name] = row
         elif complete and not self.deny_unknown and name not in self._ahead:
             self.rows.pop(name, None)
         else:
             self._keep_bounded(name, row)
 
-    def _keep_bounded(self, name: str, row: Row) -> None:
-        known = row.registered or row.restricted
+    def _keep_bounded(self, name: str, row: bytes) -> None:
         try:
-            (self._users if known else self._strangers)[name] = None
+            (self._users if _known(row) else self._strangers)[name] = None
             self.rows[name] = Entry(row)
             while len(self._users) + len(self._strangers) > self._capacity:
                 oldest, _ = (self._strangers or self._users).popitem()
@@ -277,7 +272,7 @@ class Table:
 
     def _drop(self, name: str) -> None:
         bounded = type(self.rows.get(name)) is Entry
-        if not self.rows.complete or (bounded and self.deny_unknown):
+        if self.complete is None or (bounded and self.deny_unknown):
             self.rows.pop(name, None)  # an absent user is loaded
         else:
             self.pending.add(name)
@@ -295,9 +290,8 @@ class Table:
     def _clear(self) -> None:
         """Drop all rows, and abandon a snapshot that is being read."""
         self.snapshot = None
-        if self.rows.complete:
-            self.rows.complete = False
-            self.discarded = self.rows
+        if self.complete is not None:
+            self.discarded, self.complete = self.complete, None
         self.rows = Rows()
         self.pending: set[str] = set()
         self._ahead: dict[str, int] = {}
@@ -371,7 +365,7 @@ class Table:
         """Return how many users have a row, and how many of them were preloaded."""
         rows = self.rows
         loaded = len(self._users) + len(self._strangers)
-        return len(rows), len(rows) - loaded if rows.complete else None
+        return len(rows), None if self.complete is None else len(rows) - loaded
 
     def begin_snapshot(self) -> tuple[Snapshot, Rows]:
         """Begin a snapshot, in which syncs record who changes; return it and discarded rows."""
@@ -390,8 +384,7 @@ class Table:
                 rows[name] = PENDING
             self._clear()
             self.pending = snapshot.changed
-            rows.complete = True
-            self.rows = rows
+            self.rows = self.complete = rows
         return True
 
     def abandon_snapshot(self) -> None:
