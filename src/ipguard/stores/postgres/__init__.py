@@ -557,40 +557,45 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
 
 _FETCHED: Final = 5_000
 _RESTORE: Final = f"SELECT {RESTORE} FROM zz_restore_marker m WHERE m.id = 1"
-# Permanent restrictions come first, IPv4 before IPv6, as in the packed row. A row whose numbers do
-# not fit is left empty, which no guard takes for a row. `textsend` returns the encoding of the
-# connection, UTF-8. The join's only condition is the name: with one more, a planner without
-# statistics expects so few users that it looks them up one by one.
+# Restrictions are read in the order of the primary key, so that a planner with statistics sorts
+# nothing. A row whose numbers do not fit is left empty, which no guard takes for a row. `textsend`
+# returns the encoding of the connection, UTF-8. The join's only condition is the name: with one
+# more, a planner without statistics expects so few users that it looks them up one by one.
 _PACKED: Final = """
 SELECT q.username,
-    CASE WHEN greatest(q.ipv4, q.permanent - q.ipv4) > 65535 THEN ''::bytea ELSE
+    CASE WHEN greatest(length(q.ends4) / 8, length(q.ends6) / 32) > 65535 THEN ''::bytea ELSE
         set_byte(
             decode('00', 'hex'), 0,
             CASE WHEN u.removed = 0 THEN 1 ELSE 0 END
-            + CASE WHEN q.temporary IS NULL THEN 0 ELSE 4 END
+            + CASE WHEN coalesce(q.temporary4, q.temporary6) IS NULL THEN 0 ELSE 4 END
         )
-        || substring(int4send(q.ipv4) FROM 3) || substring(int4send(q.permanent - q.ipv4) FROM 3)
-        || coalesce(q.addresses || q.ids, ''::bytea)
-        || CASE WHEN q.temporary IS NULL THEN ''::bytea ELSE decode('00', 'hex') || q.temporary END
+        || substring(int4send(coalesce(length(q.ends4) / 8, 0)) FROM 3)
+        || substring(int4send(coalesce(length(q.ends6) / 32, 0)) FROM 3)
+        || coalesce(q.ends4, ''::bytea) || coalesce(q.ends6, ''::bytea)
+        || coalesce(q.ids4 || decode('00', 'hex') || q.ids6, q.ids4, q.ids6, ''::bytea)
+        || CASE WHEN coalesce(q.temporary4, q.temporary6) IS NULL THEN ''::bytea ELSE
+            decode('00', 'hex')
+            || coalesce(q.temporary4, ''::bytea) || coalesce(q.temporary6, ''::bytea)
+        END
     END
 FROM (
     SELECT o.username,
-        count(o.ipv4)::int AS ipv4, count(o.addresses)::int AS permanent,
-        string_agg(o.addresses, ''::bytea) AS addresses,
-        string_agg(o.ids, decode('00', 'hex')) AS ids,
-        string_agg(o.temporary, ''::bytea) AS temporary
+        string_agg(o.ends, ''::bytea) FILTER (WHERE o.permanent AND o.size = 4) AS ends4,
+        string_agg(o.ends, ''::bytea) FILTER (WHERE o.permanent AND o.size = 16) AS ends6,
+        string_agg(o.id, decode('00', 'hex')) FILTER (WHERE o.permanent AND o.size = 4) AS ids4,
+        string_agg(o.id, decode('00', 'hex')) FILTER (WHERE o.permanent AND o.size = 16) AS ids6,
+        string_agg(o.temporary, ''::bytea) FILTER (WHERE o.size = 4) AS temporary4,
+        string_agg(o.temporary, ''::bytea) FILTER (WHERE o.size = 16) AS temporary6
     FROM (
-        SELECT r.username,
-            CASE WHEN r.expires_at IS NULL AND length(r.first_ip) = 4 THEN 1 END AS ipv4,
-            CASE WHEN r.expires_at IS NULL THEN r.first_ip || r.last_ip END AS addresses,
-            CASE WHEN r.expires_at IS NULL THEN textsend(r.id) END AS ids,
+        SELECT r.username, length(r.first_ip) AS size, r.first_ip || r.last_ip AS ends,
+            textsend(r.id) AS id, r.expires_at IS NULL AS permanent,
             CASE WHEN r.expires_at IS NOT NULL THEN
                 substring(int4send(length(r.first_ip)) FROM 4) || r.first_ip || r.last_ip
                 || int8send(r.expires_at)
                 || substring(int4send(octet_length(r.id)) FROM 3) || textsend(r.id)
             END AS temporary
         FROM restrictions r
-        ORDER BY r.username, length(r.first_ip), r.created_at, r.id
+        ORDER BY r.username, r.created_at, r.id
     ) o
     GROUP BY o.username
 ) q
