@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipguard.errors import StoreUnavailable
-from ipguard.guard import Guard
+from ipguard.guard import Guard, _table
 from ipguard.guard._preload import Preload
 from ipguard.guard._table import Entry, Rows, Table
 from ipguard.model import RESET, Reason
@@ -427,20 +427,12 @@ def test_nor_after_the_eviction_of_its_row(world: World) -> None:
 # ------------------------------------------------------------------------------------- readers
 
 
-WRITERS = {
-    *("remember", "refresh", "apply", "begin_snapshot", "swap_snapshot", "abandon_snapshot"),
-    *("_keep", "_keep_bounded", "_drop", "_drop_changed", "_clear", "_empty"),
-}
-"""The functions that write rows."""
-
-
 @contextmanager
-def at_each_instruction(functions: set[str], act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` before each instruction of some functions of the guard, as if on a thread."""
+def at_each_instruction(act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` before each instruction of the table, as if on a thread."""
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        code = frame.f_code
-        if code.co_name not in functions or "guard" not in code.co_filename:
+        if frame.f_code.co_filename != _table.__file__:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -469,7 +461,7 @@ def test_no_step_shows_a_restricted_user_as_unrestricted(memory: World, deny: bo
             found = Table.find(reader, "jsmith")
             seen.append(found is None or (is_restricted(found) and not lists(found, office)))
 
-    with at_each_instruction(WRITERS, look):
+    with at_each_instruction(look):
         for _ in range(2):
             guard.sync()
             memory.touch("jsmith", "mlee")
