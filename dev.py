@@ -57,6 +57,7 @@ CORE = (
     "errors",
     "addresses",
     "usernames",
+    "client_address",
     "model",
     "confirmation",
     "audit",
@@ -66,7 +67,7 @@ CORE = (
     "guard",
     "aio",
 )
-MUTATED = ("addresses", "usernames", "confirmation", "rules", "row", "guard")
+MUTATED = ("addresses", "usernames", "client_address", "confirmation", "rules", "row", "guard")
 
 
 class StepError(Exception):

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from ipguard import ClientAddress
 from ipguard.addresses import AddressRange, AddressSet, login_address, parse_address
 from ipguard.errors import AddressError
 
 Row = dict[str, Any]
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "corpora"
-NAMES = ("parse_address", "parse_network", "match")
+NAMES = ("parse_address", "parse_network", "match", "client_ip")
 
 
 def folder() -> Path:
@@ -271,6 +272,38 @@ def test_disputed_matches():
     assert disputed
     for row in disputed:
         assert isinstance(attempt(AddressRange.parse, row["network"]), AddressError), row
+
+
+# ---- behind proxies -----------------------------------------------------------------------------
+
+
+def test_headers_behind_trusted_proxies():
+    """The header that the rows read gives the same client, by a count and by ranges.
+
+    Other strategies trust private addresses or the leftmost entry, which ipguard does not offer.
+    """
+    held, corrected = 0, []
+    for row in rows("client_ip"):
+        if row["strategy"] == "rightmost_trusted_count":
+            how = {"hops": row["trusted_count"]}
+        elif row["strategy"] == "rightmost_trusted_range":
+            # The row without ranges has those of Cloudflare.
+            written = row.get("trusted_ranges", ["2400:cb00::/32"])
+            read = {text: attempt(AddressRange.parse, text) for text in written}
+            if errors := [each for each in read.values() if isinstance(each, AddressError)]:
+                with pytest.raises(AddressError, match="host bits"):
+                    ClientAddress(header=row["header"], proxies=written)
+                corrected += [error.hint for error in errors]
+            hints = [r.hint if isinstance(r, AddressError) else str(r) for r in read.values()]
+            how = {"proxies": hints}
+        else:
+            assert row["strategy"].startswith(("rightmost_non_private", "leftmost_non_private"))
+            continue
+        client = ClientAddress(header=row["header"], unix_socket=True, **how)
+        assert client.of(None, row["headers"].get(row["header"], [])) == row["want"], row
+        held += 1
+    assert held == 14
+    assert corrected == ["4.4.4.0/28", "64:ff9b::bc00:0/112"]
 
 
 # ---- the corpora are really read -----------------------------------------------------------------

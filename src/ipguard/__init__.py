@@ -15,6 +15,7 @@ import logging
 
 from ipguard import errors
 from ipguard.addresses import AddressRange, AddressSet
+from ipguard.client_address import ClientAddress
 from ipguard.errors import *  # noqa: F403 - all of them are public
 from ipguard.guard import Guard, GuardStats
 from ipguard.model import (
@@ -47,6 +48,7 @@ __all__ = [
     "AddressSet",
     "Applied",
     "Change",
+    "ClientAddress",
     "Decision",
     "Explanation",
     "Guard",
