@@ -30,6 +30,7 @@ from ipguard import guard as guard_room
 from ipguard.addresses import parse_address
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import (
+    _denials,
     _fast_path,
     _lease,
     _preload,
@@ -244,9 +245,9 @@ class Complaints:
 
     exception = debug = _fail
 
-    def _ignore(self, message: str, *args: object) -> None: ...
+    def _ignore(self, *args: object) -> None: ...
 
-    info = warning = error = _ignore
+    info = warning = error = isEnabledFor = _ignore  # noqa: N815 - as in logging
 
 
 @contextmanager
@@ -266,7 +267,7 @@ def instrumented(*mutations: Callable[[pytest.MonkeyPatch], None]) -> Iterator[N
         for module in (_slow_path, _lease, _preload):
             patch.setattr(module, "threading", locks)
             patch.setattr(module, "time", clock)
-        for room in (guard_room, _fast_path, _table, _lease, _preload):
+        for room in (guard_room, _denials, _fast_path, _table, _lease, _preload):
             patch.setattr(room, "_log", Complaints())
         # A schedule takes a millisecond; pytest would keep each record of the audit log.
         patch.setattr(logging.getLogger("ipguard.audit"), "disabled", True)

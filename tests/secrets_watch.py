@@ -58,6 +58,9 @@ class Watch(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.read += 1
         line = self.format(record)
+        line += "".join(
+            f" {vars(record)[key]}" for key in vars(record) if key.startswith("ipguard_")
+        )
         if self.holds_a_number(line):
             self.found.append(line)
 

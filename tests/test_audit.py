@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 from contextlib import closing
@@ -107,6 +108,34 @@ def test_an_entry_of_a_newer_version_is_shown_as_it_is(
         'unlock account=U1 by="x',
         "unlock_v2 account=U1 by=x",
     ]
+
+
+def test_a_logged_change_has_fields(caplog: pytest.LogCaptureFixture) -> None:
+    """They are plain values, which a formatter can write as JSON."""
+    change = Change(
+        revision=7,
+        at=datetime(2030, 1, 31, 18, tzinfo=UTC),
+        actor="rjones",
+        actor_address="192.0.2.1",
+        action="confirm",
+        username="jsmith",
+        detail={"label": "the office"},
+        account_id="U1",
+    )
+    with caplog.at_level(logging.INFO, "ipguard.audit"):
+        log_change(change)
+    (record,) = caplog.records
+    found = {name: value for name, value in vars(record).items() if name.startswith("ipguard_")}
+    assert json.loads(json.dumps(found)) == {
+        "ipguard_revision": 7,
+        "ipguard_at": "2030-01-31T18:00:00+00:00",
+        "ipguard_action": "confirm",
+        "ipguard_actor": "rjones",
+        "ipguard_address": "192.0.2.1",
+        "ipguard_username": "jsmith",
+        "ipguard_account": "U1",
+        "ipguard_detail": {"label": "the office"},
+    }
 
 
 def test_a_change_is_hashable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -210,25 +211,34 @@ def test_child_drops_a_table_that_was_being_written(store: Any) -> None:
     def child() -> list[object]:
         # From memory, then from the store, which it must not reach with the parent's lock.
         answers: list[object] = [
-            guard.check("jsmith", address).reason for address in (OFFICE, HOME)
+            guard.check("jsmith", address).reason for address in (HOME, OFFICE)
         ]
         guard._lease.try_sync()
         return [*answers, guard.stats().users, guard.check("jsmith", OFFICE).reason]
 
-    assert in_child(child, fork_in_c) == ["not_listed", "listed", 0, "not_listed"]
+    assert in_child(child, fork_in_c) == ["listed", "not_listed", 0, "not_listed"]
     leave.set()
     thread.join()
     assert guard.check("jsmith", HOME)
 
 
-def test_child_replaces_locks_that_threads_of_the_parent_hold(store: Any) -> None:
+def test_child_replaces_locks_that_threads_of_the_parent_hold(
+    store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ipguard.guard")
     guard = Guard(store)
     guard.check("jsmith", OFFICE)
     executor = Executor(1, 1)
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with guard._tally._lock, guard._lease.breaker._lock, executor._lock, store.transaction():
+        with (
+            guard._tally._lock,
+            guard._denial_log._lock,
+            guard._lease.breaker._lock,
+            executor._lock,
+            store.transaction(),
+        ):
             inside.set()
             leave.wait()
 

@@ -66,19 +66,21 @@ def decode(text: str) -> dict[str, str]:
 def log_change(change: Change) -> None:
     """Write one line for a committed change to the logger `ipguard.audit`.
 
+    The record has the values as `ipguard_action`, `ipguard_actor` and so on, and `ipguard_detail`.
     The workflow does this for its changes, a store for `put_users` and `remove_users`.
     """
-    entry = detail(
-        revision=change.revision,
-        at=change.at,
-        action=change.action,
-        actor=change.actor,
-        address=change.actor_address,
-        username=change.username,
-        account=change.account_id,
-    )
-    text = " ".join(filter(None, (encode(entry), encode(change.detail))))
-    _log.info("%s", text)
+    entry = {
+        "revision": change.revision,
+        "at": change.at.isoformat(),
+        "action": change.action,
+        "actor": change.actor,
+        "address": change.actor_address,
+        "username": change.username,
+        "account": change.account_id,
+    }
+    text = " ".join(filter(None, (encode(detail(**entry)), encode(change.detail))))
+    fields = {**entry, "detail": dict(change.detail)}
+    _log.info("%s", text, extra={f"ipguard_{name}": value for name, value in fields.items()})
 
 
 def _text(value: object) -> str:

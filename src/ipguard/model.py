@@ -29,6 +29,7 @@ __all__ = [
     "Changes",
     "Decision",
     "Explanation",
+    "Outcome",
     "Page",
     "PendingRequest",
     "Policy",
@@ -333,6 +334,20 @@ class Reason(StrEnum):
     STORE_UNAVAILABLE = "store_unavailable"
 
 
+class Outcome(StrEnum):
+    """What a host does with a decision.
+
+    Attributes:
+        ALLOW: Let the user in.
+        REFUSE: Do not let the user in, and end sessions that are open.
+        RETRY: The store does not answer: neither let the user in nor sign it out. Answer 503.
+    """
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
+    RETRY = "retry"
+
+
 @attrs.frozen(kw_only=True)
 class Decision:
     """The answer to one login attempt; falsy when the login is not allowed.
@@ -354,6 +369,14 @@ class Decision:
 
     def __bool__(self) -> bool:
         return self.allowed
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the host does with this decision."""
+        if self.allowed:
+            return Outcome.ALLOW
+        unknown = self.reason is Reason.STORE_UNAVAILABLE
+        return Outcome.RETRY if unknown else Outcome.REFUSE
 
 
 @attrs.frozen(kw_only=True)

@@ -34,6 +34,7 @@ from ipguard.errors import (
     UsernameError,
     shorten,
 )
+from ipguard.guard._denials import DenialLog
 from ipguard.guard._fast_path import Tally, bind
 from ipguard.guard._lease import Lease, time_asleep
 from ipguard.guard._preload import Preload
@@ -199,6 +200,7 @@ class Guard(Closing, _fork.Forkable):
             weakref.ref(self), self._table, self._lease, self._preload, max_staleness=max_staleness
         )
         self._tally = Tally()
+        self._denial_log = DenialLog(self._table, clock, report_only=report_only)
         fast_path = self._fast_path(
             lambda username, address: (
                 self._report(username, address, self._answer(username, address, None)).allowed
@@ -234,7 +236,7 @@ class Guard(Closing, _fork.Forkable):
         if overridden or self._report_only or self._observer is not None:
             return None
         preload = self._preload is not None
-        return bind(self._table, self._monotonic, self._tally, otherwise, preload=preload)
+        return bind(self._table, self._monotonic, self._deny, otherwise, preload=preload)
 
     def check(self, username: str, address: str, at_least: int | None = None) -> Decision:
         """Decide whether a user may log in from an address, now, and say why.
@@ -279,17 +281,8 @@ class Guard(Closing, _fork.Forkable):
     def _report(self, username: str, address: str, decision: Decision) -> Decision:
         """Count a decision, log it, call the observer, and return what the caller gets."""
         if not decision.allowed:
-            self._tally.add(decision.reason)
+            self._deny(username, address, decision.reason, decision.revision)
         if self._report_only:
-            if not decision.allowed:
-                # The username and the address may be any objects, whose methods may raise.
-                with contextlib.suppress(Exception):
-                    _log.warning(
-                        "report only: %s would not be allowed from %s: %s",
-                        shorten(username),
-                        shorten(address),
-                        decision.reason,
-                    )
             decision = attrs.evolve(decision, allowed=True)
         if self._observer is not None:
             try:
@@ -297,6 +290,13 @@ class Guard(Closing, _fork.Forkable):
             except Exception:
                 _log.exception("the observer failed")
         return decision
+
+    def _deny(
+        self, username: str, address: str, reason: Reason, revision: int | None = None
+    ) -> None:
+        """Count and log a denial."""
+        self._tally.add(reason)
+        self._denial_log.write(username, address, reason, revision)
 
     def explain(self, username: str, address: str) -> Explanation:
         """Explain to an operator how a check is decided and why. Always reads the store.
@@ -469,6 +469,7 @@ class Guard(Closing, _fork.Forkable):
         self._lease.after_fork()
         self._loads.after_fork()
         self._tally.renew_lock()
+        self._denial_log.renew_lock()
         self._refresher.after_fork()
         if self._preload is not None:
             self._preload.after_fork()

@@ -19,7 +19,7 @@ read the old one is bound by the old one.
 
 A call writes the address text into the entry that it found. The entry's row never changes, and it
 lists every such text. An entry that was dropped is not found by later calls. A denial is counted by
-`Tally`.
+`Tally`, and logged.
 
 Only exact `str` objects come this far. A subclass may hash and compare as it likes, so that it
 could find another user's row. The test takes a third of a dict look-up.
@@ -84,7 +84,7 @@ class Tally:
 def bind(  # noqa: C901 - inlined, because each further call costs half a look-up
     table: Table,
     monotonic: Callable[[], float],
-    tally: Tally,
+    deny: Callable[[str, str, Reason], None],
     slow_path: Callable[[str, str], bool | None],
     *,
     preload: bool,
@@ -94,26 +94,28 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
     Args:
         table: The guard's table.
         monotonic: The guard's clock.
-        tally: The counter of denials.
+        deny: Called with the same arguments and the reason for each denial.
         slow_path: Called with the same arguments if the row cannot decide alone.
         preload: Whether most users are preloaded, so that no address is remembered with them.
 
     Returns:
         The function. It raises only what `slow_path` raises.
     """
-    pack, find, deny = pack_address, table.find, tally.add
+    pack, find = pack_address, table.find
     unrestricted, bad_address = Reason.UNRESTRICTED, Reason.BAD_ADDRESS
 
-    def unlisted(row: bytes | None, packed: bytes | None, until: float) -> bool | None:
+    def unlisted(
+        row: bytes | None, packed: bytes | None, until: float, username: str, address: str
+    ) -> bool | None:
         if packed is None:
-            deny(bad_address)
+            deny(username, address, bad_address)
             return False
         reason = None if row is None else otherwise(row)
         if reason is None or monotonic() >= until:
             return None
         if reason is unrestricted:
             return True
-        deny(reason)
+        deny(username, address, reason)
         return False
 
     def without_entry(row: bytes | None, username: str, address: str, until: float) -> bool | None:
@@ -122,7 +124,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
                 row = find(canonical_username(username))
             packed = pack(address)
             if row is None or packed is None or not lists(row, packed):
-                answer = unlisted(row, packed, until)
+                answer = unlisted(row, packed, until, username, address)
             else:
                 answer = True if monotonic() < until else None
             if answer is not None:
@@ -144,7 +146,7 @@ def bind(  # noqa: C901 - inlined, because each further call costs half a look-u
                 return True
             row, packed = entry.row, pack(address)
             if packed is None or not lists(row, packed):
-                answer = unlisted(row, packed, until)
+                answer = unlisted(row, packed, until, username, address)
             else:
                 answer = True if monotonic() < until else None
             if answer:
