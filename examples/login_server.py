@@ -140,7 +140,7 @@ def create_app(guard: ipguard.Guard, accounts: Iterable[Account]) -> FastAPI:
         came = door.look(attempt.username, attempt.password, address)
 
         # Before the password's outcome is used, so that an outage does not reveal it.
-        if came.decision.reason is ipguard.Reason.STORE_UNAVAILABLE:
+        if came.decision.outcome is ipguard.Outcome.RETRY:
             return JSONResponse({"detail": LATER}, 503, {"Retry-After": "5"})
         if came.let_in is None:
             return JSONResponse({"detail": REFUSED}, 401)

@@ -27,7 +27,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
-from ipguard import Actor, Guard, Reason, Workflow
+from ipguard import Actor, Guard, Outcome, Workflow
 from ipguard.admin import asgi_app
 
 PAGE = "/ip-restrictions"  # where ipguard's page is mounted
@@ -180,7 +180,7 @@ class Site:
         )
         self.note(username, address, came)
         typed = {"username": username, "place": place, "other": other}
-        if came.decision.reason is Reason.STORE_UNAVAILABLE:
+        if came.decision.outcome is Outcome.RETRY:
             return self.form(request, status=503, error=LATER, **typed)
         if came.let_in is None:
             return self.form(request, status=401, error=REFUSED, **typed)

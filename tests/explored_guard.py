@@ -30,6 +30,7 @@ from ipguard import guard as guard_room
 from ipguard.addresses import parse_address
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import (
+    _backlog,
     _denials,
     _fast_path,
     _lease,
@@ -198,6 +199,20 @@ class Entry(_table.Entry):  # type: ignore[misc]
         self._text = value
 
 
+class Backlog(_backlog.Backlog):
+    """A backlog whose accesses are steps, if anybody follows."""
+
+    def add(self, usernames: Any, revision: int) -> None:
+        if self.readers:
+            step("adds to the backlog", writes=(("backlog",),))
+        super().add(usernames, revision)
+
+    def first(self) -> Any:
+        if self.readers:
+            step("reads the backlog", reads=(("backlog",),))
+        return super().first()
+
+
 class Load(_slow_path._Load):
     """A read in progress that announces the accesses to its result."""
 
@@ -264,10 +279,10 @@ def instrumented(*mutations: Callable[[pytest.MonkeyPatch], None]) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         for mutation in mutations:
             mutation(patch)
-        for module in (_slow_path, _lease, _preload):
+        for module in (_slow_path, _lease, _preload, _refresher):
             patch.setattr(module, "threading", locks)
             patch.setattr(module, "time", clock)
-        for room in (guard_room, _denials, _fast_path, _table, _lease, _preload):
+        for room in (guard_room, _denials, _fast_path, _table, _lease, _preload, _refresher):
             patch.setattr(room, "_log", Complaints())
         # A schedule takes a millisecond; pytest would keep each record of the audit log.
         patch.setattr(logging.getLogger("ipguard.audit"), "disabled", True)
@@ -278,6 +293,7 @@ def instrumented(*mutations: Callable[[pytest.MonkeyPatch], None]) -> Iterator[N
             patch.setattr(room, "Rows", Rows)
         for room in (_table, _fast_path):
             patch.setattr(room, "Entry", Entry)
+        patch.setattr(_table, "Backlog", Backlog)
         patch.setattr(_slow_path, "_Load", Load)
         patch.setattr(_lease, "CircuitBreaker", CircuitBreaker)
         yield
@@ -483,7 +499,7 @@ class Explored(Restorable, Scenario):
         guard = self.guarded
         self.store.down = None
         locks = [guard._table._lock, guard._lease._turn, guard._lease._helper_lock]
-        locks += [guard._lease.breaker._lock]
+        locks += [guard._lease.breaker._lock, guard._followers._turn]
         locks += [] if guard._preload is None else [guard._preload._reading]
         assert not any(lock.locked() for lock in locks), "a lock was left locked"  # type: ignore[attr-defined]
         assert not guard._loads._in_flight, "a read is in flight for ever"

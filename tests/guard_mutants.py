@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ipguard import guard as guard_room
-from ipguard.guard import _fast_path, _lease, _preload, _slow_path, _table
+from ipguard.guard import _fast_path, _lease, _preload, _refresher, _slow_path, _table
 from tests import guard_scenarios as of
 from tests.explored_guard import Explored, mutate
 
@@ -16,6 +16,7 @@ Guard = guard_room.Guard
 Table, Position = _table.Table, _table.Position
 SlowPath, SingleFlight = _slow_path.SlowPath, _slow_path.SingleFlight
 Lease = _lease.Lease
+Followers = _refresher.Followers
 
 
 class Mutant(NamedTuple):
@@ -398,6 +399,19 @@ MUTANTS = (
         of.Outage,
         SlowPath._in_grace,
         ("stale=self._monotonic() >= until", "stale=False"),
+    ),
+    # 11. Followers.
+    mutant(
+        "follower: told while the sync has not ended",
+        of.Followed,
+        Followers._deliver_first,
+        ("with self._table.lock:  # the sync", "if True:  # the sync"),
+    ),
+    mutant(
+        "follower: a change that comes as the last call ends is left",
+        of.Followed,
+        Followers.deliver,
+        ("while self._table.backlog.first() is not None:", "for _ in range(2):"),
     ),
     # 12. The start.
     mutant(

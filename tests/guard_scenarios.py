@@ -648,6 +648,35 @@ class Helper(Open):
         self.check()
 
 
+class Followed(Open):
+    """Two threads sync and call a follower, which checks the user that it is told of."""
+
+    def warm(self) -> None:
+        super().warm()
+        self.told: list[int] = []
+        self.guarded.follow(self.tell)
+
+    def threads(self) -> Threads:
+        return [("one", self.change), ("two", self.change)]
+
+    def change(self) -> None:
+        self.close()
+        self.try_sync()
+
+    def tell(self, usernames: object, revision: int) -> None:
+        self.told.append(revision)
+        if usernames != frozenset({"jsmith"}):
+            explorer.fail(f"the follower is told of {usernames}")
+        if self.guarded.revision < revision or self.check().revision < revision:
+            explorer.fail("the follower is told too early")
+
+    def finish(self) -> None:
+        assert self.guarded._table.backlog.first() is None, "a change was not told"
+        super().finish()
+        assert self.told == sorted(self.told), f"told out of order: {self.told}"
+        assert self.told[-1] == self.guarded.revision
+
+
 #: Each with the most forced switches in the short run (fewer where that takes many schedules), and
 #: in the long run.
 SCENARIOS: dict[type[Explored], tuple[int, int]] = {
@@ -691,4 +720,5 @@ SCENARIOS: dict[type[Explored], tuple[int, int]] = {
     Unknown: (1, 3),
     PreloadedUnknown: (3, 4),
     Helper: (1, 2),
+    Followed: (2, 3),
 }

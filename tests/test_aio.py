@@ -17,12 +17,14 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ipguard import (
+    EVERYBODY,
     Applied,
     Decision,
     Guard,
@@ -370,6 +372,88 @@ async def test_explain_and_sync_raise_as_a_guard(memory: World) -> None:
         await guard.sync()
 
 
+@in_event_loop
+async def test_healthy(memory: World) -> None:
+    guard = guarded(memory, threads=1, waiting=0)
+    assert await guard.healthy()
+    memory.pass_time(5)
+    assert await guard.healthy()
+    with gate(memory.store.before_load) as held:
+        explaining = await started(guard.explain("jsmith", HOME))
+        held.reached()
+        assert await guard.healthy()  # no thread is free: the lease runs
+        memory.pass_time(5)
+        assert not await guard.healthy()
+        held.let_go()
+        await explaining
+    memory.store.down = StoreUnavailable("down")
+    assert not await guard.healthy(timeout=0.1)
+
+
+# -- followers ------------------------------------------------------------------------------------
+
+
+@in_event_loop
+async def test_follow(world: World) -> None:
+    """From the call on; each change is one item, and the answer is the new one."""
+    world.register("jsmith")
+    async with guarded(world, max_staleness=3600) as guard:
+        assert await guard.is_allowed("jsmith", HOME)
+        changes = guard.follow()
+        revision = world.restrict("jsmith", OFFICE)
+        assert await anext(changes) == (frozenset({"jsmith"}), revision)
+        assert not await guard.is_allowed("jsmith", HOME)
+        latest = world.touch()
+        async for usernames, revision in changes:
+            assert (usernames, revision) == (EVERYBODY, latest)
+            break
+
+
+@in_event_loop
+async def test_follower_that_is_not_used_any_more(memory: World) -> None:
+    """It is removed whether it was closed, cancelled, or never started."""
+    guard = guarded(memory)
+    callbacks = guard.guard._followers._callbacks
+    closed, waiting, unused = guard.follow(), guard.follow(), guard.follow()
+    assert len(callbacks) == 3
+    task = await started(anext(waiting))
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await closed.aclose()
+    del closed, waiting, unused, task
+    await asyncio.sleep(0)  # the loop lets go of the task
+    assert not callbacks
+
+
+@in_event_loop
+async def test_follower_that_does_not_read(memory: World) -> None:
+    """The memory that it takes is bounded."""
+    guard = guarded(memory)
+    await guard.sync()
+    changes = guard.follow()
+    for _ in range(30):
+        memory.touch(*(f"u{n}" for n in range(50)))
+        await guard.sync()
+    await asyncio.sleep(0)
+    assert await anext(changes) == (EVERYBODY, 21)
+    assert (await anext(changes))[1] == 22
+
+
+def test_follower_of_a_closed_loop_is_removed(memory: World) -> None:
+    guard = guarded(memory)
+
+    async def follow() -> Any:
+        return guard.follow()
+
+    changes = asyncio.run(follow())
+    guard.guard.sync()
+    memory.restrict("jsmith", HOME)
+    guard.guard.sync()
+    assert not guard.guard._followers._callbacks
+    del changes
+
+
 # -- observer, report_only, start and close -------------------------------------------------------
 
 
@@ -607,7 +691,7 @@ def test_every_public_method_can_be_awaited() -> None:
         assert inspect.signature(awaited).parameters == inspect.signature(method).parameters
         assert awaited.__doc__
     for name, _ in inspect.getmembers(Guard, inspect.isfunction):
-        if not (name.startswith("_") or "fork" in name or name == "stats"):
+        if not (name.startswith("_") or "fork" in name or name in ("follow", "stats")):
             assert inspect.iscoroutinefunction(getattr(AsyncGuard, name))
 
 

@@ -19,6 +19,7 @@ from ipguard.client_address import ClientAddress
 from ipguard.errors import *  # noqa: F403 - all of them are public
 from ipguard.guard import Guard, GuardStats
 from ipguard.model import (
+    EVERYBODY,
     Action,
     Actor,
     Applied,
@@ -43,6 +44,7 @@ from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow, WorkflowSettings
 
 __all__ = [
+    "EVERYBODY",
     "Action",
     "Actor",
     "AddressRange",

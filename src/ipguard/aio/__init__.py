@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import (
     Any,
     Concatenate,
@@ -30,13 +31,12 @@ from typing import (
     Unpack,
     cast,
 )
-from weakref import WeakValueDictionary
 
 from ipguard._checks import check_seconds
 from ipguard.aio._executor import Executor
 from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.guard import Guard, GuardStats, Observer, internals
-from ipguard.model import Decision, Explanation, Reason
+from ipguard.model import Decision, Explanation, Reason, Touched
 from ipguard.notify import Notifier
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow, WorkflowSettings
@@ -128,8 +128,8 @@ class AsyncGuard(_AsyncClosing):
         self._parts = internals(store)
         # By event loop and user: the first call about that user that is in progress. The references
         # are weak, because a loop that was closed runs no callback to remove its calls.
-        self._asking: WeakValueDictionary[tuple[int, str | int], asyncio.Future[Decision]]
-        self._asking = WeakValueDictionary()
+        self._asking: weakref.WeakValueDictionary[tuple[int, str | int], asyncio.Future[Decision]]
+        self._asking = weakref.WeakValueDictionary()
 
     async def is_allowed(self, username: str, address: str) -> bool:
         """Return whether a user may log in from an address, now; see `Guard.is_allowed`."""
@@ -193,6 +193,50 @@ class AsyncGuard(_AsyncClosing):
                 return await self._others.run(self.guard.wait_for, revision, timeout)
         except (StoreUnavailable, TimeoutError):
             return self.guard.revision >= revision
+
+    async def healthy(self, timeout: float = 1.0) -> bool:  # noqa: ASYNC109 - as Guard's
+        """Return whether an answer is possible now; see `Guard.healthy`.
+
+        If too many calls wait for a thread, return whether the lease runs.
+        """
+        check_seconds("timeout", timeout)
+        try:
+            async with asyncio.timeout(max(0.0, timeout) + _GRACE):
+                return await self._others.run(self.guard.healthy, timeout)
+        except (StoreUnavailable, TimeoutError):
+            return self.guard.stats().ready
+
+    def follow(self) -> AsyncGenerator[tuple[frozenset[str] | Touched, int]]:
+        """Iterate over what syncs drop: `async for usernames, revision in guard.follow()`.
+
+        See `Guard.follow`, whose callback gets the same. It follows from this call on, until the
+        iterator is closed or no longer used.
+
+        Raises:
+            RuntimeError: No event loop is running.
+        """
+        loop, changed, backlog = asyncio.get_running_loop(), asyncio.Event(), self._parts.backlog()
+
+        def add(usernames: frozenset[str] | Touched, revision: int) -> None:
+            backlog.add(usernames, revision)
+            changed.set()
+
+        def tell(usernames: frozenset[str] | Touched, revision: int) -> None:
+            try:
+                loop.call_soon_threadsafe(add, usernames, revision)
+            except RuntimeError:  # the loop was closed
+                end()
+
+        async def iterate() -> AsyncGenerator[tuple[frozenset[str] | Touched, int]]:
+            while await changed.wait():
+                while (item := backlog.first()) is not None:
+                    backlog.remove(item)
+                    yield item
+                changed.clear()
+
+        end, iterator = self.guard.follow(tell), iterate()
+        weakref.finalize(iterator, end).atexit = False
+        return iterator
 
     @property
     def revision(self) -> int:

@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, Self
 
 import attrs
@@ -34,11 +35,12 @@ from ipguard.errors import (
     UsernameError,
     shorten,
 )
+from ipguard.guard._backlog import Backlog, Callback
 from ipguard.guard._denials import DenialLog
 from ipguard.guard._fast_path import Tally, bind
 from ipguard.guard._lease import Lease, time_asleep
 from ipguard.guard._preload import Preload
-from ipguard.guard._refresher import Refresher
+from ipguard.guard._refresher import Followers, Refresher
 from ipguard.guard._slow_path import SingleFlight, SlowPath
 from ipguard.guard._table import Table
 from ipguard.model import Decision, Explanation, Reason
@@ -101,6 +103,7 @@ class Internals:
         report: Counts a decision, calls the observer, and returns what the caller gets.
         denied: Makes a denial that rests on no policy.
         patience: How long to wait for another call to the store, in seconds.
+        backlog: Makes a queue of bounded size for a follower.
     """
 
     fast_path: Callable[[str, str], bool | None] | None
@@ -109,6 +112,7 @@ class Internals:
     report: Callable[[str, str, Decision], Decision]
     denied: Callable[[Reason], Decision]
     patience: float
+    backlog: Callable[[], Backlog]
 
 
 class Guard(Closing, _fork.Forkable):
@@ -171,6 +175,7 @@ class Guard(Closing, _fork.Forkable):
         self._store = store
         self._deny_unknown = deny_unknown
         self._report_only = report_only
+        self._outage_grace = outage_grace
         self._observer = observer
         self._monotonic = clock
         self._table = Table(
@@ -196,8 +201,14 @@ class Guard(Closing, _fork.Forkable):
             monotonic=clock,
         )
         self._preload = Preload(store, self._table, self._lease, self._loads) if preload else None
+        self._followers = Followers(self._table)
         self._refresher = Refresher(
-            weakref.ref(self), self._table, self._lease, self._preload, max_staleness=max_staleness
+            weakref.ref(self),
+            self._table,
+            self._lease,
+            self._preload,
+            weakref.ref(self._followers),
+            max_staleness=max_staleness,
         )
         self._tally = Tally()
         self._denial_log = DenialLog(self._table, clock, report_only=report_only)
@@ -351,7 +362,8 @@ class Guard(Closing, _fork.Forkable):
     def sync(self) -> int:
         """Read what has changed, now. Calling it is optional: checks do when the lease is over.
 
-        With `preload` and without a refresher, it also reads the preloaded users that are missing.
+        Without a refresher, it also reads the preloaded users that are missing, and calls the
+        callbacks of `follow`.
 
         Returns:
             The guard's revision.
@@ -361,9 +373,11 @@ class Guard(Closing, _fork.Forkable):
         """
         self._revive()
         self._lease.sync()
-        if self._preload is not None and not self._refresher.running:
-            self._preload.fill(threading.Event())
-            self._preload.read_again(math.inf)
+        if not self._refresher.running:
+            if self._preload is not None:
+                self._preload.fill(threading.Event())
+                self._preload.read_again(math.inf)
+            self._followers.deliver(math.inf)
         return self.revision
 
     def wait_for(self, revision: int, timeout: float) -> bool:
@@ -394,6 +408,51 @@ class Guard(Closing, _fork.Forkable):
                 threading.Event().wait(min(left, 0.01))
             woken = self._lease.wait(min(left, 0.1))
         return self.revision >= revision
+
+    def healthy(self, timeout: float = 1.0) -> bool:
+        """Return whether an answer is possible now, for readiness probes.
+
+        It renews a lease that is over, and in a forked child it starts the refresher again if it
+        ran in the parent. `GuardStats.ready` does neither.
+
+        Args:
+            timeout: The maximum time to wait for the store, in seconds, even if it hangs.
+
+        Returns:
+            Whether the lease runs; or `outage_grace` does, in which remembered users are answered.
+
+        Raises:
+            InvalidValue: The timeout is not a number of seconds.
+        """
+        check_seconds("timeout", timeout)
+        self._revive()
+        if not (self._lease.is_running() or self._lease.breaker.is_open()):
+            self._lease.sync_within(timeout)
+        return self._monotonic() < self._table.deadline + self._outage_grace
+
+    def follow(self, callback: Callback) -> Callable[[], None]:
+        """Call a function after each sync that dropped users, to check open sessions again.
+
+        The refresher calls it on its thread, in the order of the syncs; a guard without a
+        refresher calls it in `sync`, and never in a check. A check of such a user, by the callback
+        or later, rests on the new state. Nothing is told of what changed before the first sync,
+        or while the process did not run.
+
+        Args:
+            callback: Called as `callback(usernames, revision)`, with the canonical usernames of
+                those whose policy may have changed, as a frozenset or as `ipguard.EVERYBODY`, and
+                the guard's revision. It is called at least once for each change. Its exceptions are
+                logged. While it runs, the refresher waits: a change may be seen later, at the
+                latest when the lease ends. If more than 1,000 usernames are waiting, they become
+                one `EVERYBODY`.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            InvalidValue: The callback cannot be called.
+        """
+        return self._followers.add(callback)
 
     @property
     def revision(self) -> int:
@@ -454,6 +513,7 @@ class Guard(Closing, _fork.Forkable):
             report=self._report,
             denied=self._slow_path.denied,
             patience=self._lease.patience,
+            backlog=partial(Backlog, None),
         )
 
     def _before_fork(self) -> None:
@@ -470,6 +530,7 @@ class Guard(Closing, _fork.Forkable):
         self._loads.after_fork()
         self._tally.renew_lock()
         self._denial_log.renew_lock()
+        self._followers.after_fork()
         self._refresher.after_fork()
         if self._preload is not None:
             self._preload.after_fork()

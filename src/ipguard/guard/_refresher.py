@@ -1,19 +1,93 @@
-"""The refresher: a thread that renews the lease before it ends, and when the store has a change."""
+"""The refresher: a thread that renews the lease before it ends, and when the store has a change.
+
+It also calls the callbacks of `Guard.follow`, after the deadline has moved and outside of all locks
+but one of their own.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Final
 
-from ipguard._fork import ReentrantLock
+from ipguard._checks import check_callable
+from ipguard._fork import ReentrantLock, acquire
+from ipguard.guard._backlog import Callback, Dropped
 from ipguard.guard._lease import Lease
 from ipguard.guard._preload import Preload
 from ipguard.guard._table import Table
 
+_log = logging.getLogger("ipguard.guard")
+
 _INTERVAL: Final = 1.0
 _SLICE: Final = 0.1  # the longest single wait, and so the delay with which the thread stops
+
+
+class Followers:
+    """The callbacks of one guard."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._callbacks: dict[object, Callback] = {}
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Replace the lock, which a thread of the parent may hold in a forked child."""
+        self._turn = threading.Lock()
+
+    def add(self, callback: Callback) -> Callable[[], None]:
+        """Add a callback, and return a function that removes it."""
+        check_callable("callback", callback)
+        key, backlog = object(), self._table.backlog
+        self._callbacks[key] = callback
+        backlog.readers.add(key)
+
+        def end() -> None:
+            # Without a lock: a finalizer may run on a thread that holds any lock.
+            backlog.readers.discard(key)
+            self._callbacks.pop(key, None)
+
+        return end
+
+    def deliver(self, seconds: float) -> None:
+        """Call the callbacks for the backlog; after `seconds`, leave the rest to the next call."""
+        until = time.monotonic() + seconds
+        while self._table.backlog.first() is not None:
+            turn, held = self._turn, list[bool]()
+            try:
+                if not acquire(turn, 0, held):
+                    return  # another thread is in this loop, or a callback has called the guard
+                self._deliver_first()
+            finally:
+                if True in held:
+                    turn.release()
+            if time.monotonic() >= until:
+                return
+
+    def _deliver_first(self) -> None:
+        backlog = self._table.backlog
+        with self._table.lock:  # the sync that added it has dropped these users and ended
+            item = backlog.first()
+        if item is None:
+            return
+        try:
+            for key, callback in self._callbacks.copy().items():
+                if key in self._callbacks:  # else it was removed by another
+                    _call(callback, item)
+        finally:
+            # Not before: a child that is forked during a call delivers it again.
+            with self._table.lock:
+                backlog.remove(item)
+
+
+def _call(callback: Callback, item: Dropped) -> None:
+    try:
+        callback(*item)
+    except Exception:
+        _log.exception("a callback of follow failed")
 
 
 class Refresher:
@@ -33,6 +107,7 @@ class Refresher:
         table: Table,
         lease: Lease,
         preload: Preload | None,
+        followers: weakref.ref[Followers],
         *,
         max_staleness: float,
     ) -> None:
@@ -40,6 +115,7 @@ class Refresher:
         self._table = table
         self._lease = lease
         self._preload = preload
+        self._followers = followers
         self._interval = min(_INTERVAL, max_staleness / 3)
         self._slice = min(_SLICE, self._interval)
         self.wanted = False
@@ -102,5 +178,12 @@ class Refresher:
                     stop.wait(self._slice)
             if self._preload is not None:
                 self._preload.tend(self._slice)
+            self._deliver()
         if self._preload is not None:
             self._preload.stop()
+
+    def _deliver(self) -> None:
+        # Not in `_run`: a callback that refers to the owner must not keep it alive there.
+        followers = self._followers()
+        if followers is not None:
+            followers.deliver(self._slice)

@@ -19,7 +19,8 @@ from cachetools import FIFOCache
 
 from ipguard import _fork
 from ipguard.errors import StoreUnavailable
-from ipguard.model import RESET, Changes, Touched
+from ipguard.guard._backlog import Backlog
+from ipguard.model import EVERYBODY, RESET, Changes, Touched
 from ipguard.row import OPEN, PENDING, is_registered, is_restricted
 
 _log = logging.getLogger("ipguard.guard")
@@ -134,6 +135,7 @@ class Table:
         snapshot: The snapshot that is being read.
         discarded: The rows of a table that became invalid. The next reader of a snapshot empties
             it in small steps: freeing a million rows at once would stop every thread.
+        backlog: The users that syncs dropped, for followers; written under the lock.
     """
 
     def __init__(self, *, capacity: int, max_staleness: float, deny_unknown: bool) -> None:
@@ -145,6 +147,7 @@ class Table:
         self.evictions = 0
         self.snapshot: Snapshot | None = None
         self.discarded = Rows()
+        self.backlog = Backlog()
         self.deny_unknown = deny_unknown
         self._capacity = capacity
         self._max_staleness = max_staleness
@@ -343,6 +346,9 @@ class Table:
                 self._clear()
             else:
                 self._drop_changed(usernames)
+            # A forked child that has dropped everything has lost what changed since the fork.
+            forgot = known.token is None and known.history > 0
+            self.backlog.add(EVERYBODY if forgot else usernames, head)
             self.position = Position(head, token, self.position.history, known.syncs + 1)
             interrupted = slept()
             if interrupted:
