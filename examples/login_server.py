@@ -107,6 +107,11 @@ UNREADABLE = "Please send a username and a password, as text."
 LATER = "Nobody can be logged in at the moment. Please try again in a few seconds."
 
 
+# Behind a proxy, name it here: ClientAddress(proxies=["10.0.0.5"]). Do not read X-Forwarded-For
+# yourself: the client chooses its leftmost entry.
+CLIENT = ipguard.ClientAddress(proxies=[])
+
+
 def create_app(guard: ipguard.Guard, accounts: Iterable[Account]) -> FastAPI:
     """Make the login server's application.
 
@@ -133,11 +138,7 @@ def create_app(guard: ipguard.Guard, accounts: Iterable[Account]) -> FastAPI:
     # FastAPI runs a plain function on a thread.
     @app.post("/login")
     def login(attempt: Login, request: Request) -> Response:
-        # The peer of the connection. Behind a proxy let uvicorn replace it, only for that proxy:
-        #     uvicorn ... --proxy-headers --forwarded-allow-ips=10.0.0.5
-        # Do not read X-Forwarded-For here: the client chooses its leftmost entry.
-        address = request.client.host if request.client else ""
-        came = door.look(attempt.username, attempt.password, address)
+        came = door.look(attempt.username, attempt.password, CLIENT.asgi(request.scope))
 
         # Before the password's outcome is used, so that an outage does not reveal it.
         if came.decision.outcome is ipguard.Outcome.RETRY:

@@ -16,7 +16,7 @@ from typing import Any
 
 import django
 from django.conf import settings
-from page_sample import ADMINISTRATOR, PASSWORD, actor_for, open_sample
+from page_sample import ADMINISTRATOR, CLIENT, PASSWORD, actor_for, open_sample
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import run_simple
 from werkzeug.utils import redirect
@@ -73,7 +73,7 @@ def authenticate(asked: Request) -> Any:
     user = auth.get_user(request)
     if not user.is_authenticated:
         return redirect("/login", 303)
-    return actor_for(user.get_username(), asked.remote_addr)
+    return actor_for(user.get_username(), CLIENT.wsgi(request.META))
 
 
 def create_app(flow: ipguard.Workflow, guard: ipguard.Guard) -> Any:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from page_sample import ADMINISTRATOR, PASSWORD, actor_for, open_sample
+from page_sample import ADMINISTRATOR, CLIENT, PASSWORD, actor_for, open_sample
 
 import ipguard
 from ipguard.admin import asgi_app
@@ -32,7 +32,7 @@ def create_app(flow: ipguard.Workflow, guard: ipguard.Guard) -> FastAPI:
         username = sessions.get(request.cookies.get("session", ""))
         if username is None:
             return RedirectResponse("/login", 303)
-        return actor_for(username, request.client.host if request.client else None)
+        return actor_for(username, CLIENT.asgi(request.scope))
 
     page = asgi_app(flow, guard, authenticate=authenticate, brand="Example Bank")
     app.mount("/ip-restrictions", page)

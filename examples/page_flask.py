@@ -11,7 +11,7 @@ import secrets
 from typing import Any
 
 from flask import Flask, redirect, request, session
-from page_sample import ADMINISTRATOR, PASSWORD, actor_for, open_sample
+from page_sample import ADMINISTRATOR, CLIENT, PASSWORD, actor_for, open_sample
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import run_simple
 from werkzeug.wrappers import Request
@@ -33,7 +33,9 @@ def create_app(flow: ipguard.Workflow, guard: ipguard.Guard) -> Flask:
         # The page runs outside Flask, so open its session for this request.
         with app.request_context(asked.environ):
             username = session.get("username")
-        return redirect("/login") if username is None else actor_for(username, asked.remote_addr)
+        if username is None:
+            return redirect("/login")
+        return actor_for(username, CLIENT.wsgi(asked.environ))
 
     page = wsgi_app(flow, guard, authenticate=authenticate, brand="Example Bank")
     app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {"/ip-restrictions": page})  # type: ignore[method-assign]

@@ -24,22 +24,20 @@ def open_sample() -> tuple[ipguard.Workflow, ipguard.Guard]:
     return flow, ipguard.Guard(store)
 
 
-def actor_for(username: str, peer: str | None) -> ipguard.Actor:
+# Behind a proxy, name it here: ClientAddress(proxies=["10.0.0.5"]).
+CLIENT = ipguard.ClientAddress(proxies=[])
+
+
+def actor_for(username: str, address: str | None) -> ipguard.Actor:
     """Return the actor of a request from the host's records.
 
     Args:
         username: The username of the session.
-        peer: The peer of the connection as the framework spells it. On a Unix socket (None, "",
-            "unix:", "<local>", "localhost") and in a test client ("testclient") it is not an
-            address.
+        address: The client's address as `CLIENT` found it, or the peer of the connection.
     """
-    try:
-        address = None if peer is None else str(ipguard.AddressRange.parse(peer))
-    except ipguard.AddressError:
-        address = None
     return ipguard.Actor(
         username=username,
         email=f"{username}@example.com",
         manages=frozenset({"U1234567"}),
-        address=address,
+        address=CLIENT.of(address, ()),  # "" for a name, such as "testclient"
     )

@@ -11,7 +11,7 @@ import binascii
 import hmac
 
 import uvicorn
-from page_sample import ADMINISTRATOR, PASSWORD, actor_for, open_sample
+from page_sample import ADMINISTRATOR, CLIENT, PASSWORD, actor_for, open_sample
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -36,7 +36,7 @@ async def authenticate(request: Request) -> ipguard.Actor | Response:
     right = hmac.compare_digest(password.encode(), PASSWORD.encode())
     if name != ADMINISTRATOR or not right:
         return PlainTextResponse("Sign in.", 401, {"WWW-Authenticate": "Basic"})
-    return actor_for(name, request.client.host if request.client else None)
+    return actor_for(name, CLIENT.asgi(request.scope))
 
 
 def create_app(flow: ipguard.Workflow, guard: ipguard.Guard) -> Starlette:

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs
 from demo_parts import Mailbox
 from fastapi import FastAPI
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from login_server import LATER, PASSWORD, REFUSED, Account, Attempt, Door, create_app
+from login_server import CLIENT, LATER, PASSWORD, REFUSED, Account, Attempt, Door, create_app
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -161,7 +161,7 @@ class Site:
             status=status,
             error=error,
             places=PLACES,
-            peer=peer(request),
+            peer=CLIENT.asgi(request.scope),
             sample=PASSWORD,
             typed={"username": "", "password": False, "place": "", "other": "", **typed},
         )
@@ -173,7 +173,7 @@ class Site:
         username, place = form.get("username", ""), form.get("place", "")
         other = form.get("other", "").strip()
         # A real login server uses the address of the connection, never a typed one.
-        address = other or (place if place in PLACES else peer(request))
+        address = other or (place if place in PLACES else CLIENT.asgi(request.scope))
         # On a thread: hashing and, on a miss, the store take time.
         came = await run_in_threadpool(
             self.door.look, username[:256], form.get("password", "")[:1024], address
@@ -228,10 +228,6 @@ class Site:
         self.log.append(
             Logged(datetime.now(UTC), username[:40], address[:45], came.let_in is not None, why)
         )
-
-
-def peer(request: Request) -> str:
-    return request.client.host if request.client else ""
 
 
 async def read_form(request: Request) -> dict[str, str] | None:

@@ -749,6 +749,7 @@ def test_the_page_proposes_what_its_settings_accept(
     office.use(widest_ipv4=widest_ipv4, widest_ipv6=widest_ipv6)
     actor = Actor(username="alice", email="a@x.example", manages={"U1"}, address=here)
     alice = office.browser(actor, "/add")
+    assert alice.page.part("addresses-here") == f"The address that we see you at is {here}."
     proposed = {str(alice.page.one("[data-mine]")["data-mine"])}
     if ".0/29" in alice.page.part("addresses-hint"):
         proposed |= {"203.0.113.0/29", "203.0.113.5-203.0.113.9"}

@@ -5,19 +5,21 @@ import threading
 import pytest
 
 from tests.browser import WAYS
+from tests.browser_world import ACTORS
 from tests.flows import ADAM, OFFICE
 
 pytestmark = pytest.mark.slow
 
 
 def test_use_my_current_address(walk):
-    """The button fills in the actor's address; for IPv6 its /64."""
+    """The form shows the actor's address, and the button fills it in; for IPv6 its /64."""
     for who, proposed, meaning in (
         ("alice", OFFICE, f"{OFFICE}: 1 address"),
         ("iris", "2001:db8:7:1::/64", "2^64 addresses"),
     ):
         walk.become(who)
         walk.open("add")
+        walk.sees(f"The address that we see you at is {ACTORS[who].address}.")
         walk.field("Trader").select_option("jsmith")
         mine = walk.page.get_by_role("button", name="Use my current address")
         if walk.way.scripts:
@@ -31,6 +33,7 @@ def test_use_my_current_address(walk):
         walk.sees("Confirm the restriction", meaning)
     walk.become(ADAM.username)  # an actor without an address
     walk.open("add")
+    walk.sees("We cannot see your address.")
     walk.misses("Use my current address")
 
 

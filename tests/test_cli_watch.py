@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sqlite3
 import subprocess
 from contextlib import closing
@@ -17,6 +18,7 @@ from ipguard.cli import doctor
 from ipguard.model import Action
 from ipguard.stores.postgres import grants
 from tests.cli import PROGRAM, Shell, Terminal, validator
+from tests.logins import ROOT
 from tests.pooler import transaction_pooler
 from tests.postgres import Given, Server, fresh_schema
 from tests.smtp_server import BadServer, MailServer
@@ -194,6 +196,111 @@ def test_doctor_advises(shell: Shell):
     assert failed == ["store", "key", "settings", "mail"]
     assert "ipguard init" in done.out
     assert not (shell.folder / "gone.db").exists()
+
+
+PEER = ["--proxy", "10.0.0.0/28", "--peer", "10.0.0.5"]
+IGNORED = "X-Forwarded-For: ignored - if the peer is a proxy of yours, use"
+UNKNOWN = (
+    "fail  client: unknown, and refused by every guard"
+    " - each proxy has to add its peer's address to X-Forwarded-For"
+)
+HOST_BITS = (
+    "fail  client: '10.0.0.5/28' is not accepted: it has host bits set (did you mean 10.0.0.0/28?)"
+)
+
+
+@pytest.mark.parametrize(
+    ("args", "pasted", "code", "lines"),
+    [
+        (
+            PEER,
+            "Host: x\nx-forwarded-for:203.0.113.5\nX-Forwarded-For: 192.0.2.7:80,10.0.0.6",
+            0,
+            [
+                "ok    peer: 10.0.0.5 is a trusted proxy, in 10.0.0.0/28",
+                "ok    X-Forwarded-For: 10.0.0.6 is a trusted proxy, in 10.0.0.0/28",
+                "ok    X-Forwarded-For: 192.0.2.7:80 is the client, as it is not a trusted proxy",
+                "ok    client: 192.0.2.7",
+            ],
+        ),
+        (
+            ["--hops", "1", "--unix-socket", "--header", "forwarded"],
+            "Forwarded: for=192.0.2.7",
+            0,
+            [
+                "ok    peer: unix: is a trusted Unix socket",
+                "ok    forwarded: 192.0.2.7 is the client, by the count",
+                "ok    client: 192.0.2.7",
+            ],
+        ),
+        (
+            ["--proxy", "10.0.0.5", "--peer", "192.0.2.7"],
+            "X-Forwarded-For: 203.0.113.5",
+            0,
+            [
+                "ok    peer: 192.0.2.7 is the client, as it is not a trusted proxy",
+                f"warn  {IGNORED} --proxy",
+                "ok    client: 192.0.2.7",
+            ],
+        ),
+        (
+            ["--hops", "1"],
+            "X-Forwarded-For: 203.0.113.5",
+            11,
+            [
+                "fail  peer: unix: is an untrusted Unix socket",
+                f"warn  {IGNORED} --unix-socket",
+                UNKNOWN,
+            ],
+        ),
+        (
+            ["--unix-socket"],
+            "X-Forwarded-For: \x1b[2J",
+            11,
+            [
+                "ok    peer: unix: is a trusted Unix socket",
+                "fail  X-Forwarded-For: \\x1b[2J is not an address",
+                UNKNOWN,
+            ],
+        ),
+        (
+            PEER,
+            "",
+            11,
+            [
+                "ok    peer: 10.0.0.5 is a trusted proxy, in 10.0.0.0/28",
+                "warn  X-Forwarded-For: not among the headers - --header names another one",
+                UNKNOWN,
+            ],
+        ),
+        (
+            ["--proxy", "10.0.0.5/28"],
+            "",
+            11,
+            [
+                HOST_BITS,
+            ],
+        ),
+    ],
+)
+def test_doctor_explains_headers(
+    shell: Shell, args: list[str], pasted: str, code: int, lines: list[str]
+):
+    """Each step from the peer to the client is a line, and no store is needed."""
+    nowhere = {"IPGUARD_URL": f"sqlite:///{shell.folder}/gone.db"}
+    done = shell("doctor", *args, "--headers", pasted, env=nowhere)
+    assert (done.code, done.out.splitlines(), done.err) == (code, lines, "")
+    assert shell("doctor", *args, "--headers", "-", stdin=pasted).out == done.out
+    report = shell.json("doctor", *args, "--headers", pasted, code=code)
+    assert len(report["findings"]) == len(lines)
+
+
+def test_doctor_explains_the_headers_of_the_manual(shell: Shell):
+    """The command of docs/behind-a-proxy.md prints what the page shows."""
+    page = (ROOT / "docs" / "behind-a-proxy.md").read_text().partition("## Check it")[2]
+    (command,) = re.findall(r"^ipguard (.+)$", page, re.MULTILINE)
+    (shown,) = re.findall(r"```text\n(.+?)```", page, re.DOTALL)
+    assert shell.good(*shlex.split(command)) == shown
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_wsgi():
             [
                 (PROXY, PROXY, True, "a trusted proxy"),
                 (OUTER, OUTER, True, "a trusted proxy"),
-                (f"{CLIENT}:80", CLIENT, False, "the client: not a trusted proxy"),
+                (f"{CLIENT}:80", CLIENT, False, "the client, as it is not a trusted proxy"),
             ],
         ),
         (
@@ -303,7 +303,7 @@ def test_wsgi():
             None,
             [f"{CLIENT}, {OUTER}"],
             [
-                ("unix:", "", True, "a Unix socket, trusted"),
+                ("unix:", "", True, "a trusted Unix socket"),
                 (OUTER, OUTER, True, "proxy 2 of 2"),
                 (CLIENT, CLIENT, False, "the client, by the count"),
             ],
@@ -312,7 +312,7 @@ def test_wsgi():
             behind(),
             "",
             [CLIENT],
-            [("unix:", "", False, "a Unix socket, not trusted: unix_socket is off")],
+            [("unix:", "", False, "an untrusted Unix socket")],
         ),
         (behind(), b"x", [CLIENT], [("bytes", "", False, "not an address")]),
         (

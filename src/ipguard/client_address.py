@@ -161,8 +161,8 @@ class ClientAddress:
             return Hop(type(text).__name__, "", trusted=False, reason="not an address")
         counted = self.hops is not None and place < self.hops
         if text == _UNIX and (counted or self.proxies is not None):
-            why = "trusted" if self.unix_socket else "not trusted: unix_socket is off"
-            return Hop(text, "", trusted=self.unix_socket, reason=f"a Unix socket, {why}")
+            why = "a trusted Unix socket" if self.unix_socket else "an untrusted Unix socket"
+            return Hop(text, "", trusted=self.unix_socket, reason=why)
         address = _address(text)
         if not address:
             return Hop(text, "", trusted=False, reason="not an address")
@@ -170,7 +170,7 @@ class ClientAddress:
             why = f"proxy {place + 1} of {self.hops}" if counted else "the client, by the count"
             return Hop(text, address, trusted=counted, reason=why)
         trusted = address in self.proxies
-        why = "a trusted proxy" if trusted else "the client: not a trusted proxy"
+        why = "a trusted proxy" if trusted else "the client, as it is not a trusted proxy"
         return Hop(text, address, trusted=trusted, reason=why)
 
 

@@ -1,4 +1,7 @@
-"""`doctor`: check the store, the key, the settings and the mail server, and advise what to do."""
+"""`doctor`: check the store, the key, the settings and the mail server, and advise what to do.
+
+With the headers of a request, it explains which address is the client's instead.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from typer import Option
 from ipguard.cli._context import KEY, MAIL, SETTINGS, Context, command
 from ipguard.cli._output import Exit, Problem
 from ipguard.cli._secrets import read_keys
-from ipguard.errors import IPGuardError, StoreError, StoreUnavailable
+from ipguard.client_address import ClientAddress
+from ipguard.errors import IPGuardError, StoreError, StoreUnavailable, shorten
 from ipguard.rules import all_expired
 from ipguard.store import RestrictionStore
 
@@ -60,20 +64,54 @@ def doctor(
     send_test: Annotated[
         str | None, Option("--send-test", metavar="ADDRESS", help="Mail a test to it.")
     ] = None,
+    headers: Annotated[
+        str,
+        Option("--headers", metavar="LINES", help="A request's headers to explain; - is stdin."),
+    ] = "",
+    header: Annotated[
+        str, Option("--header", metavar="NAME", help="The one that the proxies write.")
+    ] = "X-Forwarded-For",
+    peer: Annotated[
+        str,
+        Option(
+            "--peer", metavar="ADDRESS", help="The connection's peer.  [default: a Unix socket]"
+        ),
+    ] = "",
+    proxy: Annotated[
+        list[str] | None, Option("--proxy", metavar="ADDRESS", help="A trusted proxy or network.")
+    ] = None,
+    hops: Annotated[int | None, Option("--hops", help="The number of proxies.")] = None,
+    unix_socket: Annotated[
+        bool, Option("--unix-socket", help="Trust the peer of a Unix socket.")
+    ] = False,
 ) -> int:
-    """Check the store, key, settings and mail server.
+    """Check the store, key, settings and mail server; or explain the headers of a proxy.
 
     Nothing is changed; the exit code is 11 if a check fails.
 
     Example: ipguard doctor --send-test you@example.com
+
+    Example: ipguard doctor --proxy 10.0.0.5 --peer 10.0.0.5 --headers "X-Forwarded-For: 192.0.2.1"
     """
-    found: list[Finding] = []
-    for finding in chain(
+    checks = [
         _guarded("store", lambda: _store(context)),
         _guarded("key", lambda: _key(context)),
         _guarded("settings", lambda: _settings(context)),
         _guarded("mail", lambda: _mail(context, send_test)),
-    ):
+    ]
+    if headers or peer or proxy or hops is not None or unix_socket:
+        proxies = proxy or ([] if unix_socket and hops is None else None)
+        text = sys.stdin.buffer.read().decode("latin-1") if headers == "-" else headers
+
+        def explain() -> Findings:
+            client = ClientAddress(
+                header=header, proxies=proxies, hops=hops, unix_socket=unix_socket
+            )
+            return _client(client, peer, text.splitlines())
+
+        checks = [_guarded("client", explain)]
+    found: list[Finding] = []
+    for finding in chain(*checks):
         found.append(finding)
         todo = f" - {finding.todo}" if finding.todo else ""
         text = f"{finding.state:<4}  {finding.check}: {finding.found}{todo}"
@@ -92,6 +130,32 @@ def _guarded(check: str, examine: Callable[[], Findings]) -> Findings:
         yield Finding(check, "fail", exc.message, exc.hint)
     except IPGuardError as exc:
         yield Finding(check, "fail", str(exc), _ADVICE.get(type(exc).__name__, ""))
+
+
+def _client(client: ClientAddress, peer: str, lines: list[str]) -> Findings:
+    """Explain each step from the peer to the client's address."""
+    name = client.header
+    pairs = (line.partition(":") for line in lines)
+    values = [value for found, _, value in pairs if found.strip().lower() == name.lower()]
+    steps = client.explain(peer, values)
+    for place, hop in enumerate(steps):
+        known = hop.trusted or hop.address
+        found = f"{shorten(hop.text)[1:-1]} is {hop.reason}"
+        networks = [str(run) for run in client.proxies or () if hop.address in run]
+        if networks and networks != [hop.address]:
+            found += f", in {networks[0]}"
+        yield Finding(name if place else "peer", "ok" if known else "fail", found)
+    if not values:
+        yield Finding(name, "warn", "not among the headers", "--header names another one")
+    elif not steps[0].trusted:
+        option = "--proxy" if steps[0].address else "--unix-socket"
+        yield Finding(name, "warn", "ignored", f"if the peer is a proxy of yours, use {option}")
+    address = client.of(peer, values)
+    if address:
+        yield Finding("client", "ok", address)
+    else:
+        todo = f"each proxy has to add its peer's address to {name}"
+        yield Finding("client", "fail", "unknown, and refused by every guard", todo)
 
 
 def _permissions(check: str, path: Path) -> Finding:
