@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pwd
 import re
 import shlex
 import sqlite3
@@ -100,6 +101,8 @@ def test_the_installed_script(shell: Shell):
         (["nonsense"], 2, "No such command"),
         (["list", "--limit", "0"], 2, "limit"),
         (["check", "jsmith"], 2, "USERNAME and ADDRESS"),
+        (["check", "jsmith", "1.2.3.4", "--pam"], 2, "or --pam"),
+        (["check", "--pam"], 2, "needs PAM_USER"),
         (["check", "jsmith", "1.2.3.4", "--unknown-users", "maybe"], 2, "allow"),
         (["list", "x" * 300], 3, "more than 256"),
         (["history", "--user", "a\nb"], 3, "is not a username"),
@@ -532,6 +535,30 @@ def test_check_answers_with_its_exit_code(shell: Shell):
     assert (strict.code, strict.out) == (1, "not allowed: unknown_user\n")
     gone = shell.bad(6, "check", "x", "192.0.2.1", "--store", "postgresql://127.0.0.1:1/x")
     assert "the store" in gone
+
+
+def test_check_for_pam(shell: Shell):
+    """The environment that pam_exec sets; what is missing or no address refuses the login."""
+    for env, answer in (
+        ({"PAM_USER": "jsmith", "PAM_RHOST": "203.0.113.2"}, "allowed: listed"),
+        ({"PAM_USER": "jsmith", "PAM_RHOST": "203.0.113.9"}, "not allowed: not_listed"),
+        ({"PAM_USER": "jsmith", "PAM_RHOST": "client.example.com"}, "not allowed: bad_address"),
+        ({"PAM_USER": "jsmith"}, "not allowed: bad_address"),
+        ({"PAM_USER": "", "PAM_RHOST": "203.0.113.2"}, "not allowed: bad_username"),
+    ):
+        done = shell("check", "--pam", env=env)
+        assert done.out.startswith(answer)
+        assert done.code == (0 if answer.startswith("allowed") else 1)
+
+
+def test_check_for_pam_takes_the_name_of_the_systems_record(shell: Shell, monkeypatch):
+    """A directory service may accept other spellings of a user's name."""
+    record = pwd.getpwuid(os.getuid())
+    entry = pwd.struct_passwd(("jsmith", *record[1:]))
+    monkeypatch.setattr(pwd, "getpwnam", {"EXAMPLE\\jsmith": entry}.__getitem__)
+    for typed in ("jsmith", "EXAMPLE\\jsmith"):
+        found = shell.json("check", "--pam", env={"PAM_USER": typed, "PAM_RHOST": "203.0.113.2"})
+        assert found["username"] == "jsmith"
 
 
 def test_explain_shows_why(shell: Shell):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections import Counter
+from contextlib import suppress
 from enum import StrEnum
 from operator import attrgetter
 from typing import Annotated, Final
@@ -44,6 +47,9 @@ def check(
         Option("--file", metavar="FILE", help="A login log to check; - is standard input."),
     ] = None,
     kind: FormatOption = None,
+    pam: Annotated[
+        bool, Option("--pam", help="Take the login from PAM_USER and PAM_RHOST, for pam_exec.")
+    ] = False,
     unknown_users: UnknownOption = UnknownUsers.ALLOW,
 ) -> int:
     """Check whether a user may log in from an address.
@@ -54,8 +60,11 @@ def check(
 
     Example: ipguard check jsmith 203.0.113.5
     """
-    if (file is None) == (username is None) or (address is None) != (username is None):
-        raise Problem(Exit.USAGE, "give USERNAME and ADDRESS, or --file FILE")
+    sources = (username is not None, file is not None, pam)
+    if sources.count(True) != 1 or (address is None) != (username is None):
+        raise Problem(Exit.USAGE, "give USERNAME and ADDRESS, or --file FILE, or --pam")
+    if pam:
+        username, address = _pam_login()
     with context.store() as store:
         guard = Guard(store, unknown_users=unknown_users.value)
         if file is not None:
@@ -88,6 +97,17 @@ def explain(
         names = ("id", "addresses", "label", "expires_at", "created_at", "created_by")
         context.out.table(names, map(attrgetter(*names), found.restrictions))
     return Exit.OK if found.decision else Exit.NOT_ALLOWED
+
+
+def _pam_login() -> tuple[str, str]:
+    """Return the user and the address of the login that pam_exec(8) was called for."""
+    if "PAM_USER" not in os.environ:
+        raise Problem(Exit.USAGE, "--pam needs PAM_USER and PAM_RHOST", "pam_exec sets them")
+    name = os.environ["PAM_USER"]
+    with suppress(KeyError):
+        # The text that was typed may be another spelling of the name of the system's record.
+        name = pwd.getpwnam(name).pw_name
+    return name, os.environ.get("PAM_RHOST", "")
 
 
 def _decide(guard: Guard, username: str, address: str) -> Decision:
