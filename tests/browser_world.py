@@ -44,6 +44,7 @@ class World(Desk):
     Attributes:
         quiet: A workflow on the same store that sends no mails, to prepare tests.
         page_url: The URL of the page while it is served.
+        options: The page's other arguments.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class World(Desk):
         self.use(**settings)
         self.guard = Guard(self.store, monotonic=self.clock.monotonic)
         self.page_url = ""
+        self.options: dict[str, Any] = {"brand": BRAND}
 
     def workflow(self, store: RestrictionStore | None = None, **settings: Any) -> Workflow:
         """Return another workflow on the same data, which sends real mails."""
@@ -139,7 +141,7 @@ def asgi(world: World) -> Iterator[str]:
 
     from ipguard.admin import asgi_app
 
-    page = asgi_app(world.flow, world.guard, authenticate=authenticate, brand=BRAND)
+    page = asgi_app(world.flow, world.guard, authenticate=authenticate, **world.options)
     host = Starlette(routes=[Mount(PREFIX, page)])
     with serving(host, proxy_headers=False) as base:
         yield f"{base}{PREFIX}/"
@@ -158,7 +160,7 @@ def wsgi(world: World) -> Iterator[str]:
         def log_request(self, *_: object) -> None:
             pass
 
-    page = wsgi_app(world.flow, world.guard, authenticate=authenticate, brand=BRAND)
+    page = wsgi_app(world.flow, world.guard, authenticate=authenticate, **world.options)
     host = DispatcherMiddleware(NotFound(), {PREFIX: page})
     server = make_server("127.0.0.1", 0, host, threaded=True, request_handler=Quiet)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)

@@ -38,6 +38,13 @@ def violations(page: Page, tags: tuple[str, ...] = TAGS) -> list[str]:
     ]
 
 
+@pytest.fixture
+def world(world: World) -> World:
+    """A host whose page links to the rest of its site."""
+    world.options |= {"home_url": "/", "sign_out_url": "/sign-out"}
+    return world
+
+
 def adding(walk: Walk, world: World) -> Iterator[str]:
     world.add("203.0.113.0/29", label="office")
     world.add("2001:db8::/48", expires_at=world.clock().replace(year=2031))
@@ -126,7 +133,7 @@ def looking(walk: Walk, world: World) -> Iterator[str]:
 
 
 def going_wrong(walk: Walk, world: World) -> Iterator[str]:
-    walk.expected |= {401, 404, 500, 503}
+    walk.expected |= {401, 403, 404, 500, 503}
     walk.open("nothing-here")
     yield "404"
     with pytest.MonkeyPatch.context() as patched:
@@ -141,6 +148,13 @@ def going_wrong(walk: Walk, world: World) -> Iterator[str]:
     world.store.remove_users(f"trader{number:05}" for number in range(1, 121))
     walk.open()
     yield "removed users"
+    world.store.put_users([ipguard.User(username="iris", full_name="Iris", account_id="U1")])
+    world.add(HOME, "iris")
+    world.guard.sync()
+    walk.become("iris")
+    walk.open()
+    assert walk.heading == "Access refused"
+    yield "403"
     walk.become("nobody")
     walk.open()
     yield "401"

@@ -64,17 +64,25 @@ def asgi_app(
     *,
     authenticate: Callable[[Any], Any],
     brand: str = "Account Administration",
+    check_actor: bool = True,
+    home_url: str | None = None,
+    sign_out_url: str | None = None,
 ) -> ASGIApp:
     """Make the page for an ASGI server or framework.
 
     Args:
         flow: The workflow.
-        guard: The guard; "Check an address" asks it.
+        guard: The guard, for `check_actor` and "Check an address".
         authenticate: Called as `authenticate(request)` with Starlette's request: a coroutine
             function, or a plain function, which runs on a thread. It returns the signed-in `Actor`;
             or None, which is answered with 401; or a response of the host's own, such as a
             redirect. Its exceptions propagate to the host.
         brand: The text at the top of each page, up to 100 characters.
+        check_actor: Ask the guard about the actor's own username and address on each request. A
+            refused actor gets a 403 page, and 503 while the store does not answer. An actor without
+            an address is refused if it has restrictions.
+        home_url: What the brand links to.
+        sign_out_url: What the link "Sign out" leads to; without it there is none.
 
     Returns:
         The application. It calls the workflow and the guard on threads.
@@ -83,7 +91,9 @@ def asgi_app(
         InvalidValue: An argument is invalid.
         ModuleNotFoundError: The extra `admin` is not installed.
     """
-    app: ASGIApp = _load("_asgi").make_app(_Site(flow, guard, brand, authenticate))
+    options = {"brand": brand, "home_url": home_url, "sign_out_url": sign_out_url}
+    site = _Site(flow, guard, authenticate, check_actor=check_actor, **options)
+    app: ASGIApp = _load("_asgi").make_app(site)
     return app
 
 
@@ -93,11 +103,16 @@ def wsgi_app(
     *,
     authenticate: Callable[[Any], Any],
     brand: str = "Account Administration",
+    check_actor: bool = True,
+    home_url: str | None = None,
+    sign_out_url: str | None = None,
 ) -> WSGIApplication:
     """Make the page for a WSGI server or framework.
 
     The arguments and errors are those of `asgi_app`, except that `authenticate`, a plain function,
     gets Werkzeug's request. Werkzeug's HTTP exceptions, such as those of `abort`, are responses.
     """
-    app: WSGIApplication = _load("_wsgi").make_app(_Site(flow, guard, brand, authenticate))
+    options = {"brand": brand, "home_url": home_url, "sign_out_url": sign_out_url}
+    site = _Site(flow, guard, authenticate, check_actor=check_actor, **options)
+    app: WSGIApplication = _load("_wsgi").make_app(site)
     return app

@@ -88,7 +88,10 @@ class Draft:
 class Services:
     flow: Workflow
     guard: Guard
+    check_actor: bool
     brand: str
+    home_url: str | None
+    sign_out_url: str | None
     signer: Signer
     templates: Environment
 
@@ -98,10 +101,13 @@ class Services:
             "actor": actor,
             "base": request.base,
             "brand": self.brand,
+            "home_url": self.home_url,
+            "sign_out_url": self.sign_out_url,
             "link": functools.partial(_http.build_link, request.base),
             "note": None,
             "now": None,
             "problems": {},
+            "refused": False,
         }
         return self.templates.get_template(template).render(shared | values)
 

@@ -45,6 +45,10 @@ class NotFound(PageError):
         super().__init__(404, text, "Not found")
 
 
+class ActorRefused(PageError):
+    """The guard does not let the actor in, so no page is open to it."""
+
+
 @attrs.frozen(kw_only=True)
 class Request:
     """A request in the form that both adapters produce.

@@ -9,7 +9,7 @@ from typing import Final
 
 from ipguard import audit, errors
 from ipguard.addresses import AddressRange
-from ipguard.model import Action, Change, Explanation, PendingRequest, Reason
+from ipguard.model import Action, Actor, Change, Decision, Explanation, PendingRequest, Reason
 from ipguard.rules import all_expired, shifted
 
 _EXACT_BELOW: Final = 10**12  # larger counts are shown as powers of two
@@ -107,6 +107,21 @@ def explain_decision(found: Explanation) -> str:
         Reason.UNKNOWN_USER: f"{name} is not registered, and such users are not let in.",
         Reason.STORE_UNAVAILABLE: "The store does not answer now.",
     }[reason]
+
+
+def explain_refusal(actor: Actor, decision: Decision) -> str:
+    """Return why an actor may not use the page, for the actor to read."""
+    if decision.reason is Reason.UNKNOWN_USER:
+        return f"{actor.username} is not registered as a user who may sign in."
+    if actor.address is None:
+        return (
+            "Your account may be used from certain IP addresses only, and this server does not "
+            "know the address that you come from."
+        )
+    return (
+        "Your account may be used from certain IP addresses only, and the address that this "
+        f"server sees is not one of them: {actor.address}."
+    )
 
 
 _ACTIONS: Final[Mapping[tuple[str, str], str]] = {

@@ -10,18 +10,25 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ipguard import errors, rules
-from ipguard._checks import check_callable, check_text
+from ipguard._checks import check_callable, check_switch, check_text
 from ipguard.admin import _add, _changes, _http, _listing, _messages
 from ipguard.admin._context import Context, Services, Signer
-from ipguard.admin._http import SAFE_HEADERS, NotFound, PageError, Request, Response
+from ipguard.admin._http import (
+    SAFE_HEADERS,
+    ActorRefused,
+    NotFound,
+    PageError,
+    Request,
+    Response,
+)
 from ipguard.guard import Guard
-from ipguard.model import Actor
+from ipguard.model import Actor, Outcome, Reason
 from ipguard.workflow import Workflow
 
 _log = logging.getLogger("ipguard.admin")
@@ -47,6 +54,7 @@ _HERE: Final = Path(__file__).resolve().parent
 _STATIC: Final = "/static/"
 _TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _YEAR: Final = 31_536_000  # seconds
+_URL_LIMIT: Final = 500
 
 
 def find_page(path_below: str, path: str, prefix: str) -> str:
@@ -75,7 +83,15 @@ class Site:
     """The page, independent of a framework; the adapters call `authenticate`. Thread-safe."""
 
     def __init__(
-        self, flow: Workflow, guard: Guard, brand: str, authenticate: Callable[[Any], Any]
+        self,
+        flow: Workflow,
+        guard: Guard,
+        authenticate: Callable[[Any], Any],
+        *,
+        brand: str,
+        check_actor: bool,
+        home_url: str | None,
+        sign_out_url: str | None,
     ) -> None:
         check_callable("authenticate", authenticate)
         if not isinstance(flow, Workflow):
@@ -89,6 +105,9 @@ class Site:
         self.services = Services(
             flow=flow,
             guard=guard,
+            check_actor=check_switch("check_actor", check_actor),
+            home_url=_check_url("home_url", home_url),
+            sign_out_url=_check_url("sign_out_url", sign_out_url),
             brand=check_text("brand", brand, 100, required=True),
             # The workflow's keys are not part of its public interface.
             signer=Signer(flow._derived_keys(PURPOSE)),  # noqa: SLF001
@@ -114,9 +133,22 @@ class Site:
     def respond(self, request: Request, actor: Actor) -> Response:
         """Respond to an actor. Every exception becomes an error page."""
         try:
+            if self.services.check_actor:
+                self._check_actor(actor)
             return self._dispatch(request, actor)
         except Exception as error:
             return self._show_error(request, actor, _to_page_error(request, error))
+
+    def _check_actor(self, actor: Actor) -> None:
+        """Raise PageError unless the guard lets the actor in from its address."""
+        # Without an address, ask for one that no client has: it is not restricted if that is let
+        # in, except by a network that contains it.
+        decision = self.services.guard.check(actor.username, actor.address or "::")
+        if decision.outcome is Outcome.RETRY:
+            raise _unavailable("It cannot be checked at the moment whether you may open this page.")
+        restricted = actor.address is None and decision.reason is Reason.LISTED
+        if restricted or decision.outcome is Outcome.REFUSE:
+            raise ActorRefused(403, _messages.explain_refusal(actor, decision), "Access refused")
 
     def _dispatch(self, request: Request, actor: Actor) -> Response:
         views = ROUTES.get(request.path)
@@ -140,7 +172,8 @@ class Site:
 
     def _show_error(self, request: Request, actor: Actor | None, error: PageError) -> Response:
         # Without the time: the store, whose time it is, may be unavailable.
-        html = self.services.render("error.html", request, actor, error=error)
+        refused = isinstance(error, ActorRefused)
+        html = self.services.render("error.html", request, actor, error=error, refused=refused)
         return _http.respond(error.status, html, error.headers)
 
 
@@ -152,10 +185,10 @@ def _to_page_error(request: Request, error: Exception) -> PageError:
         return NotFound()
     if isinstance(error, errors.StoreError):
         _log.error("the store is unavailable: %s", type(error).__name__)
-        text = "The restrictions cannot be read or changed at the moment. Try again shortly."
+        again = ""
         if request.method == "POST":
-            text += " Look at the list before you repeat a change: it may have been made."
-        return PageError(503, text, "Not available now", (("Retry-After", "5"),))
+            again = "Look at the list before you repeat a change: it may have been made."
+        return _unavailable("The restrictions cannot be read or changed at the moment.", again)
     if isinstance(error, errors.IPGuardError):
         return PageError(409, str(error))
     # Do not log the exception's message: it may contain what the actor typed.
@@ -166,6 +199,21 @@ def _to_page_error(request: Request, error: Exception) -> PageError:
         "before you try again."
     )
     return PageError(500, text, "Something went wrong")
+
+
+def _unavailable(why: str, again: str = "") -> PageError:
+    text = f"{why} Try again shortly. {again}".strip()
+    return PageError(503, text, "Not available now", (("Retry-After", "5"),))
+
+
+def _check_url(name: str, url: object) -> str | None:
+    """Check the URL of a link, which must lead to a web page; None is no link."""
+    if url is None:
+        return None
+    text = check_text(name, url, _URL_LIMIT, required=True)
+    if urlsplit(text).scheme not in ("", "http", "https"):
+        raise errors.InvalidValue(name, "must be a path or an http(s) URL")
+    return text
 
 
 @functools.cache
