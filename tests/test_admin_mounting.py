@@ -1,4 +1,4 @@
-"""The page in its hosts: under a prefix, in four frameworks, with the host's own sign-in."""
+"""The page in its hosts: under a prefix, with the host's own sign-in."""
 
 import asyncio
 import base64
@@ -40,7 +40,7 @@ from tests.test_docs import table
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 MOUNT = "/ip-restrictions"
-HOSTS = {"starlette": "asgi", "fastapi": "asgi", "flask": "wsgi", "django": "wsgi"}
+HOSTS = {"starlette": "asgi", "django": "wsgi"}
 
 
 # -- the examples

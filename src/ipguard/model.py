@@ -335,7 +335,7 @@ class Reason(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What a host does with a decision.
+    """What a host does with a decision; only `ALLOW` is true.
 
     Attributes:
         ALLOW: Let the user in.
@@ -346,6 +346,9 @@ class Outcome(StrEnum):
     ALLOW = "allow"
     REFUSE = "refuse"
     RETRY = "retry"
+
+    def __bool__(self) -> bool:
+        return self is Outcome.ALLOW
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,177 @@
+"""The kit for FastAPI: the login, a check on each request, and the page.
+
+The whole glue of a host, whose dependencies `username` and `actor` are::
+
+    ips = IPGuard(guard, workflow, client)
+    app = FastAPI(dependencies=[Depends(ips.each_request(username))])
+    app.include_router(ips.router(actor), prefix="/ip-restrictions")
+
+    decision = await check(username)  # in the login, with `check: Annotated[Check, Depends(ips)]`
+
+The event loop is not blocked: the guard is an `AsyncGuard`, and the page runs on threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import attrs
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import WebSocketException
+from fastapi.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ipguard._checks import check_callable
+from ipguard.admin import asgi_app
+from ipguard.aio import AsyncGuard, AsyncWorkflow
+from ipguard.client_address import ClientAddress
+from ipguard.guard import Guard
+from ipguard.model import Actor, Decision, Outcome
+from ipguard.workflow import Workflow
+
+__all__ = ["Check", "IPGuard"]
+
+Check = Callable[[str], Awaitable[Decision]]
+"""What the dependency `IPGuard` gives: `await check(username)` is the guard's decision about a
+user, from where the current request comes."""
+
+_ACTOR = "ipguard.actor"  # in the scope
+
+
+class IPGuard:
+    """The guard of a FastAPI application; as a dependency, it gives a `Check`.
+
+    Args:
+        guard: The guard; from a `Guard`, an `AsyncGuard` is made.
+        workflow: The workflow behind the page.
+        client: Where each request comes from.
+    """
+
+    def __init__(
+        self,
+        guard: Guard | AsyncGuard,
+        workflow: Workflow | AsyncWorkflow,
+        client: ClientAddress,
+    ) -> None:
+        self._guard = guard if isinstance(guard, AsyncGuard) else AsyncGuard(guard)
+        self._workflow = workflow.flow if isinstance(workflow, AsyncWorkflow) else workflow
+        self._client = client
+
+    async def __call__(self, connection: HTTPConnection) -> Check:
+        """Return the `Check` of a request or a WebSocket."""
+        return partial(self.check, connection)
+
+    async def check(self, connection: HTTPConnection, username: str) -> Decision:
+        """Decide whether a user may be logged in from where a request comes.
+
+        Args:
+            connection: The request, or a WebSocket.
+            username: The username of the user's record, after the password was checked.
+
+        Returns:
+            The decision. If its outcome is `REFUSE`, answer as to a wrong password; if it is
+            `RETRY`, answer 503.
+        """
+        return await self._guard.check(username, self._client.asgi(connection.scope))
+
+    def each_request(
+        self,
+        user: Callable[..., Any],
+        *,
+        end_session: Callable[[HTTPConnection], object] = lambda each: each.session.clear(),
+    ) -> Callable[..., Any]:
+        """Return a dependency that checks the signed-in user of each request again.
+
+        If the user may no longer be logged in from this address, it ends the session and raises
+        HTTPException 401; while the store does not answer, it raises 503 and leaves the session as
+        it is. It closes a WebSocket with the codes 1008 and 1013.
+
+        Args:
+            user: A dependency of yours. It gives the username of the signed-in user, as the user's
+                record has it, or None.
+            end_session: Called with the request, or WebSocket, to end the session. Without it, the
+                session of Starlette's `SessionMiddleware` is cleared.
+
+        Raises:
+            InvalidValue: `user` or `end_session` cannot be called.
+        """
+        check_callable("user", user)
+        check_callable("end_session", end_session)
+        signed_in = Depends(user)
+
+        async def check_session(
+            connection: HTTPConnection, username: str | None = signed_in
+        ) -> None:
+            if username is None:
+                return
+            outcome = (await self.check(connection, username)).outcome
+            if outcome is Outcome.ALLOW:
+                return
+            retry = outcome is Outcome.RETRY
+            if not retry:
+                end_session(connection)
+            if connection.scope["type"] == "websocket":
+                raise WebSocketException(1013 if retry else 1008)
+            if retry:
+                raise HTTPException(
+                    503, "Please try again in a few seconds.", headers={"Retry-After": "5"}
+                )
+            raise HTTPException(401, "Please sign in.")
+
+        return check_session
+
+    def router(self, actor: Callable[..., Any], **settings: Any) -> APIRouter:
+        """Return the page as a router, to include with a `prefix` of your choice.
+
+        Its lifespan is `lifespan`.
+
+        Args:
+            actor: A dependency of yours. It gives the signed-in administrator as an `Actor`, to
+                which the kit adds the client's address unless it has one; or None, which is
+                answered with 401; or a response, such as a redirect to your sign-in.
+            settings: The other arguments of `ipguard.admin.asgi_app`, such as `brand`.
+
+        Raises:
+            InvalidValue: An argument is invalid.
+        """
+        check_callable("actor", actor)
+        page = asgi_app(self._workflow, self._guard.guard, authenticate=_find_actor, **settings)
+        router = APIRouter(lifespan=self.lifespan, include_in_schema=False)
+        signed_in = Depends(actor)
+
+        @router.api_route("/{path:path}", methods=["GET", "HEAD", "POST"], name="ipguard")
+        async def respond(request: Request, path: str, found: Any = signed_in) -> Response:
+            if isinstance(found, Actor) and found.address is None:
+                found = attrs.evolve(found, address=self._client.asgi(request.scope))
+            mount = request.scope["path"].removesuffix(path).rstrip("/")
+            return _Page(page, {"root_path": mount, _ACTOR: found})
+
+        return router
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Start and stop the guard's refresher with the application.
+
+        `router` does this; without the page, pass it to `FastAPI(lifespan=...)`.
+        """
+        async with self._guard:
+            yield
+
+
+async def _find_actor(request: Request) -> Any:
+    return request.scope[_ACTOR]
+
+
+class _Page(Response):
+    """A response that the page's application sends."""
+
+    def __init__(self, page: ASGIApp, scope: dict[str, Any]) -> None:
+        super().__init__()
+        self._page = page
+        self._scope = scope
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._page({**scope, **self._scope}, receive, send)
