@@ -109,6 +109,24 @@ def test_what_drops_nobody_is_not_told(world: World, preload: bool) -> None:
         assert told.after(1) == [(JSMITH, revision)]
 
 
+@pytest.mark.parametrize("preload", [False, True])
+def test_change_before_the_first_sync_is_not_missed(world: World, preload: bool) -> None:
+    """The guard syncs when it is followed; if it cannot, its first sync tells everybody."""
+    guard = world.guard(preload=preload)
+    told = Told()
+    guard.follow(told)
+    revision = world.restrict("jsmith", OFFICE)
+    guard.sync()
+    assert told.calls == [(JSMITH, revision)]
+    late = world.guard(preload=preload)
+    world.store.down = StoreUnavailable("down")
+    late.follow(told)
+    world.store.down = None
+    revision = world.restrict("jsmith", OFFICE)
+    late.sync()
+    assert told.calls[1:] == [(EVERYBODY, revision)]
+
+
 def test_everybody(world: World) -> None:
     with world.guard(max_staleness=3600) as guard:
         told = followed(guard)

@@ -209,8 +209,9 @@ class AsyncGuard(_AsyncClosing):
     def follow(self) -> AsyncGenerator[tuple[frozenset[str] | Touched, int]]:
         """Iterate over what syncs drop: `async for usernames, revision in guard.follow()`.
 
-        See `Guard.follow`, whose callback gets the same. It follows from this call on, until the
-        iterator is closed or no longer used.
+        See `Guard.follow`, whose callback gets the same; but this call does no I/O, so if the guard
+        has not synced yet, its first sync is `EVERYBODY`. It ends when the iterator is closed or no
+        longer used.
 
         Raises:
             RuntimeError: No event loop is running.
@@ -234,7 +235,7 @@ class AsyncGuard(_AsyncClosing):
                     yield item
                 changed.clear()
 
-        end, iterator = self.guard.follow(tell), iterate()
+        end, iterator = self._parts.add_follower(tell), iterate()
         weakref.finalize(iterator, end).atexit = False
         return iterator
 

@@ -104,6 +104,7 @@ class Internals:
         denied: Makes a denial that rests on no policy.
         patience: How long to wait for another call to the store, in seconds.
         backlog: Makes a queue of bounded size for a follower.
+        add_follower: Does what `Guard.follow` does, without I/O.
     """
 
     fast_path: Callable[[str, str], bool | None] | None
@@ -113,6 +114,7 @@ class Internals:
     denied: Callable[[Reason], Decision]
     patience: float
     backlog: Callable[[], Backlog]
+    add_follower: Callable[[Callback], Callable[[], None]]
 
 
 class Guard(Closing, _fork.Forkable):
@@ -435,8 +437,9 @@ class Guard(Closing, _fork.Forkable):
 
         The refresher calls it on its thread, in the order of the syncs; a guard without a
         refresher calls it in `sync`, and never in a check. A check of such a user, by the callback
-        or later, rests on the new state. Nothing is told of what changed before the first sync,
-        or while the process did not run.
+        or later, rests on the new state. No change after this call is left out: if the guard has
+        not synced yet, this call does so, and if the store does not answer, the first sync is
+        `EVERYBODY`.
 
         Args:
             callback: Called as `callback(usernames, revision)`, with the canonical usernames of
@@ -452,6 +455,9 @@ class Guard(Closing, _fork.Forkable):
         Raises:
             InvalidValue: The callback cannot be called.
         """
+        check_callable("callback", callback)
+        if self._table.position.token is None:
+            self._lease.ensure(0)
         return self._followers.add(callback)
 
     @property
@@ -514,6 +520,7 @@ class Guard(Closing, _fork.Forkable):
             denied=self._slow_path.denied,
             patience=self._lease.patience,
             backlog=partial(Backlog, None),
+            add_follower=self._followers.add,
         )
 
     def _before_fork(self) -> None:

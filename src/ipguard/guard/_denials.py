@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from ipguard import _fork
 from ipguard.addresses import parse_address
@@ -56,17 +56,17 @@ class DenialLog:
             dropped = self._admit()
             if dropped is None:
                 return
-            text = self._text
+            text, shown = self._text, [shorten(username), shorten(address), str(reason)]
             if dropped:
-                text += f" ({dropped} denials before this one were not logged)"
+                text += " (%s denials before this one were not logged)"
+                shown.append(str(dropped))
             extra = {
-                "ipguard_username": _canonical(username),
-                "ipguard_address": _parsed(address),
+                "ipguard_username": _shown(canonical_username, username),
+                "ipguard_address": _shown(parse_address, address),
                 "ipguard_reason": reason,
                 "ipguard_revision": self._table.position.revision if revision is None else revision,
                 "ipguard_dropped": dropped,
             }
-            shown = shorten(username), shorten(address), reason
             _log.log(self._level, text, *shown, extra=extra)
 
     def _admit(self) -> int | None:
@@ -84,16 +84,9 @@ class DenialLog:
             return dropped
 
 
-def _canonical(username: object) -> str:
-    """Return the canonical username, as the audit log has it; quoted text if there is none."""
+def _shown(parse: Callable[[Any], object], text: object) -> str:
+    """Return a username or an address as the audit log has it; quoted text if it is malformed."""
     try:
-        return canonical_username(username)  # type: ignore[arg-type]
-    except UsernameError:
-        return shorten(username)
-
-
-def _parsed(address: object) -> str:
-    try:
-        return str(parse_address(address))  # type: ignore[arg-type]
-    except AddressError:
-        return shorten(address)
+        return str(parse(text))
+    except (AddressError, UsernameError):
+        return shorten(text)

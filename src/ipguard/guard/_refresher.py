@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-from ipguard._checks import check_callable
 from ipguard._fork import ReentrantLock, acquire
 from ipguard.guard._backlog import Callback, Dropped
 from ipguard.guard._lease import Lease
@@ -40,7 +39,6 @@ class Followers:
 
     def add(self, callback: Callback) -> Callable[[], None]:
         """Add a callback, and return a function that removes it."""
-        check_callable("callback", callback)
         key, backlog = object(), self._table.backlog
         self._callbacks[key] = callback
         backlog.readers.add(key)

@@ -346,9 +346,8 @@ class Table:
                 self._clear()
             else:
                 self._drop_changed(usernames)
-            # A forked child that has dropped everything has lost what changed since the fork.
-            forgot = known.token is None and known.history > 0
-            self.backlog.add(EVERYBODY if forgot else usernames, head)
+            # A first sync names no users; some may have changed since the followers were added.
+            self.backlog.add(EVERYBODY if known.token is None else usernames, head)
             self.position = Position(head, token, self.position.history, known.syncs + 1)
             interrupted = slept()
             if interrupted:
