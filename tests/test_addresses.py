@@ -20,6 +20,7 @@ from ipguard import addresses
 from ipguard.addresses import (
     AddressRange,
     AddressSet,
+    canonical_address,
     login_address,
     parse_address,
     parse_typed,
@@ -842,3 +843,26 @@ def test_a_set_holds_what_its_ranges_hold(ranges, probe):
     if any(probe in r for r in ranges):
         assert probe in united
     assert (probe in united) == any(probe in r for r in united)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("::FFFF:203.0.113.7", "203.0.113.7"),
+        ("2001:DB8:0:0::7", "2001:db8::7"),
+        ("255.255.255.254", "255.255.255.254"),
+        ("203.0.113.0/24", ""),
+        ("203.0.113.7 ", ""),
+        ("fe80::1%eth0", ""),
+        ("0.0.0.0", ""),
+        ("::", ""),
+        ("255.255.255.255", ""),
+        ("224.0.0.1", ""),
+        ("ff02::1", ""),
+        ("", ""),
+    ],
+)
+def test_an_address_that_a_login_can_come_from(text, canonical):
+    """Malformed text and addresses that no client has give empty text."""
+    assert canonical_address(text) == canonical

@@ -101,6 +101,12 @@ def login_address(text: object) -> tuple[int, int] | None:
     return None if packed is None else (_VERSIONS[len(packed)], int.from_bytes(packed, "big"))
 
 
+def canonical_address(text: str) -> str:
+    """Return the canonical text of an address that a login can come from, else empty text."""
+    found = login_address(text)
+    return "" if found is None or _unfit(*found, found[1]) else _written(*found)
+
+
 def _plain(text: object, longest: int) -> str | None:
     """Return an exact `str` of bounded length, without calling a subclass's own methods."""
     if not issubclass(type(text), str) or str.__len__(cast("str", text)) > longest:

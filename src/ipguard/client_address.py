@@ -15,7 +15,7 @@ from typing import Any, Final
 import attrs
 
 from ipguard._checks import check_switch, check_whole
-from ipguard.addresses import AddressRange, AddressSet, login_address
+from ipguard.addresses import AddressRange, AddressSet, canonical_address
 from ipguard.errors import AddressError, InvalidValue
 
 __all__ = ["ClientAddress", "Hop"]
@@ -140,13 +140,11 @@ class ClientAddress:
 
     def _search(self, peer: str | None, values: Iterable[str]) -> Iterator[Hop]:
         values = [values] if isinstance(values, str) else list(values)
-        start = 1
+        entries, start = _entries(values), 1
         if self.header.lower() == "forwarded":
-            entries: Iterator[str] = map(_forwarded_for, _entries(values, quoted=True))
-        else:
-            entries = _entries(values, quoted=False)
-            if self.header.lower() != "x-forwarded-for":
-                entries, start = islice(entries, 1), max(1, self.hops or 0)
+            entries = map(_forwarded_for, entries)
+        elif self.header.lower() != "x-forwarded-for":  # one value: what the last proxy wrote
+            entries, start = islice(entries, 1), self.hops or 1
         hop = self._judge(_UNIX if peer is None or peer == "" else peer, 0)
         yield hop
         for place, text in enumerate(entries, start):
@@ -179,19 +177,14 @@ def _address(text: str) -> str:
     found = _NODE.fullmatch(text)
     if found is None:
         return ""
-    node = next(filter(None, found.groups()))
-    try:
-        # No client has the unspecified, the broadcast or a multicast address: `parse` refuses them.
-        return str(AddressRange.parse(node)) if login_address(node) else ""
-    except AddressError:
-        return ""
+    return canonical_address(next(filter(None, found.groups())))
 
 
-def _entries(values: list[str], *, quoted: bool) -> Iterator[str]:
+def _entries(values: list[str]) -> Iterator[str]:
     """Yield a header's entries from right to left, as far as `_LONGEST` characters reach."""
     left = _LONGEST
     for value in reversed(values):
-        entries = _split(value[-left:], ",", quoted=quoted)
+        entries = _split(value[-left:], ",")
         if len(value) > left:
             entries.pop()  # its beginning was cut off
         for entry in entries:
@@ -201,14 +194,13 @@ def _entries(values: list[str], *, quoted: bool) -> Iterator[str]:
             return
 
 
-def _split(text: str, separator: str, *, quoted: bool) -> list[str]:
+def _split(text: str, separator: str) -> list[str]:
     """Split outside of quoted strings, the rightmost part first.
 
     Quotes are paired from the right: a client that sends a single quote on the left must not hide
-    the entries of the proxies in a quoted string.
+    the entries of the proxies in a quoted string. X-Forwarded-For has no quoted strings; there an
+    entry with a quote is not an address, and ends the search.
     """
-    if not quoted:
-        return text.split(separator)[::-1]
     parts, end, inside = [], len(text), False
     for mark in reversed(list(_MARK.finditer(text))):
         if mark[1] is not None:
@@ -221,7 +213,7 @@ def _split(text: str, separator: str, *, quoted: bool) -> list[str]:
 
 def _forwarded_for(entry: str) -> str:
     """Return the `for` of an element of Forwarded; empty text if there is none, or several."""
-    pairs = (part.strip(" \t").partition("=") for part in _split(entry, ";", quoted=True))
+    pairs = (part.strip(" \t").partition("=") for part in _split(entry, ";"))
     found = [value for name, _, value in pairs if name.lower() == "for"]
     if len(found) != 1:
         return ""

@@ -140,7 +140,7 @@ def _client(client: ClientAddress, peer: str, lines: list[str]) -> Findings:
     steps = client.explain(peer, values)
     for place, hop in enumerate(steps):
         known = hop.trusted or hop.address
-        found = f"{shorten(hop.text)[1:-1]} is {hop.reason}"
+        found = f"{shorten(hop.text)[1:-1] or 'an empty entry'} is {hop.reason}"
         networks = [str(run) for run in client.proxies or () if hop.address in run]
         if networks and networks != [hop.address]:
             found += f", in {networks[0]}"
