@@ -121,8 +121,8 @@ class Guard(Closing, _fork.Forkable):
     """Decides whether users may log in, from memory if possible.
 
     No decision rests on a state of the store older than `max_staleness`, whatever fails.
-    Thread-safe, and survives `fork()`. Reads nothing and starts no thread before the first check or
-    `start()`.
+    Thread-safe, and survives `fork()`. Reads nothing and starts no thread before the first check,
+    `start()` or `follow`.
 
     Args:
         store: The store to read policies from.
