@@ -17,7 +17,7 @@ from ipguard.aio import AsyncGuard, AsyncWorkflow
 from ipguard.contrib.fastapi import Check, IPGuard
 from tests.flows import ALICE, HOME, OFFICE
 from tests.guards import Gate
-from tests.hosts import CLIENT, PROXY, Bench, come_from
+from tests.hosts import CLIENT, PROXY, Bench, come_from, serving, walk
 from tests.hosts import bench as bench  # noqa: PLC0414 - a fixture
 from tests.pages import Browser, query
 
@@ -304,3 +304,16 @@ def test_the_host_may_answer_for_the_page(bench: Bench) -> None:
     app = make_app(bench, lambda: RedirectResponse("/sign-in", 303))
     assert browse(app).send("GET", "/ip-restrictions/").headers["location"] == "/sign-in"
     assert browse(make_app(bench, refuse)).send("GET", "/ip-restrictions/").status_code == 418
+
+
+# -- real servers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+@pytest.mark.parametrize("transport", ["TCP", "a Unix socket"])
+def test_the_example_behind_nginx(transport: str, store: str, chromium: Any) -> None:
+    """Forked workers, a real proxy, a real browser, and a database that goes away."""
+    with serving("fastapi_app", f"uvicorn over {transport}", store, "--workers", "2") as site:
+        walk(chromium, site)

@@ -13,7 +13,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from ipguard import Actor, InvalidValue, Outcome
 from ipguard.contrib.flask import IPGuard
 from tests.flows import ALICE, HOME, OFFICE
-from tests.hosts import CLIENT, Bench, come_from
+from tests.hosts import CLIENT, Bench, come_from, serving, walk
 from tests.hosts import bench as bench  # noqa: PLC0414 - a fixture
 from tests.pages import Browser, query
 
@@ -324,3 +324,24 @@ def test_the_host_may_answer_for_the_page(bench: Bench) -> None:
 def test_only_allow_is_true() -> None:
     """`if ips.allow_login(...)` refuses what the guard refuses."""
     assert [outcome for outcome in Outcome if outcome] == [Outcome.ALLOW]
+
+
+# -- real servers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+@pytest.mark.parametrize("transport", ["TCP", "a Unix socket"])
+def test_the_example_behind_nginx(transport: str, store: str, chromium: Any) -> None:
+    """Forked workers, a real proxy, a real browser, and a database that goes away."""
+    with serving(
+        "flask_app",
+        f"gunicorn over {transport}",
+        store,
+        "--workers",
+        "3",
+        "--preload",
+        "--no-control-socket",
+    ) as site:
+        walk(chromium, site)
