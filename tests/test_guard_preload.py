@@ -367,6 +367,23 @@ def test_user_restricted_ahead_of_a_snapshot_is_pending_in_it(memory: World) -> 
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
+def test_stranger_with_a_row_in_the_snapshot_is_pending_in_it(memory: World) -> None:
+    """It was restricted in the snapshot, and has been removed since."""
+    guard = memory.guard(preload=True, unknown_users="deny")
+
+    def ahead() -> None:
+        memory.lift_all("jsmith")
+        memory.inner.remove_users(["jsmith"])
+        assert not guard.is_allowed("jsmith", HOME)
+
+    memory.restrict("jsmith", HOME)
+    memory.store.in_stream.append(ahead)
+    guard._lease.sync()
+    preload(guard).fill(threading.Event())
+    assert pending(guard) == {"jsmith"}
+    assert not guard.is_allowed("jsmith", HOME)
+
+
 def test_row_read_ahead_is_pending_once_it_is_evicted(memory: World) -> None:
     """Neither the older row nor its absence is found again."""
     for name in ("adoe", "jsmith"):

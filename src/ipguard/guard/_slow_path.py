@@ -264,7 +264,10 @@ class SingleFlight:
     def _read(self, load: _Load, name: str) -> None:
         try:
             row, load.revision = self._row(name)
-            self._table.remember(name, row, load.revision, load.position)
+            with self._table.lock:
+                # Else a younger read has begun, and a newer answer may have been given by now.
+                if self._in_flight.get(name) is load:
+                    self._table.remember(name, row, load.revision, load.position)
             load.row = row
         except Exception as exc:
             self._lease.breaker.record_failure(exc)
