@@ -362,7 +362,7 @@ MUTANTS = (
         "pending: a policy of an older revision is kept",
         of.PendingRead,
         Table.refresh,
-        ("if same and revision == now.revision and name not in self._ahead:", "if True:"),
+        ("if same and revision == now.revision and wanted:", "if True:"),
     ),
     # 9. Fork.
     mutant(

@@ -413,6 +413,14 @@ def test_policy_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
     assert guard._table.find("jsmith") is None
 
 
+def test_user_read_again_is_not_kept_if_the_table_was_emptied(world: World) -> None:
+    guard = preloaded(world)
+    world.touch()
+    guard._lease.sync()
+    assert guard._loads.read_again("jsmith")
+    assert guard._table.rows == {}
+
+
 def test_user_read_again_is_no_older_than_a_login(world: World) -> None:
     """A read that the refresher began before a login's must not replace what the login was told."""
     world.restrict("jsmith", HOME)

@@ -226,12 +226,14 @@ class Table:
     def refresh(self, name: str, row: bytes, revision: int, began: Position) -> None:
         """Replace a pending row, if the new one is of the table's own revision.
 
-        Not if a login was answered ahead of it: its next answer must not be an older one.
+        Not if a login was answered ahead of it: its next answer must not be an older one. Of users
+        who are not pending, that may be forgotten.
         """
         with self.lock:
             now = self.position
             same = (now.revision, now.history) == (began.revision, began.history)
-            if same and revision == now.revision and name not in self._ahead:
+            wanted = name in self.pending and name not in self._ahead
+            if same and revision == now.revision and wanted:
                 self._drop(name)
                 self._keep(name, row)
 
