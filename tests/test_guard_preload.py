@@ -421,6 +421,28 @@ def test_user_read_again_is_not_kept_if_the_table_was_emptied(world: World) -> N
     assert guard._table.rows == {}
 
 
+def test_user_read_again_is_not_kept_after_a_swap(memory: World) -> None:
+    """The swap forgets that a login was answered ahead of the position."""
+    memory.restrict("jsmith", HOME)
+    guard = preloaded(memory)
+    memory.touch()
+    guard._lease.sync()
+    answered: list[int] = []
+
+    def ahead() -> None:
+        memory.restrict("jsmith", OFFICE)
+        answered.append(guard.check("jsmith", OFFICE).revision)
+
+    def swap() -> None:
+        memory.store.in_stream.append(ahead)
+        preload(guard).fill(threading.Event())
+
+    memory.store.after_load.append(swap)
+    assert guard._loads.read_again("jsmith")
+    assert pending(guard) == {"jsmith"}
+    assert guard.check("jsmith", OFFICE).revision == answered[0]
+
+
 def test_user_read_again_is_no_older_than_a_login(world: World) -> None:
     """A read that the refresher began before a login's must not replace what the login was told."""
     world.restrict("jsmith", HOME)

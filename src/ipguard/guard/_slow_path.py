@@ -284,7 +284,7 @@ class SingleFlight:
 
     def read_again(self, name: str) -> bool:
         """Read the policy of a pending user, and return whether the store answered."""
-        began = self._table.position
+        began, rows = self._table.position, self._table.rows
         if self._lease.breaker.is_open():
             return False
         with self._table.lock:
@@ -295,5 +295,5 @@ class SingleFlight:
             self._lease.breaker.record_failure(exc)
             return False
         # If the revision has moved, the user stays pending and is read once more.
-        self._table.refresh(name, row, revision, began)
+        self._table.refresh(name, row, revision, began, rows)
         return True

@@ -223,15 +223,17 @@ class Table:
                 if kept:
                     self._keep(name, row)
 
-    def refresh(self, name: str, row: bytes, revision: int, began: Position) -> None:
+    def refresh(self, name: str, row: bytes, revision: int, began: Position, rows: Rows) -> None:
         """Replace a pending row, if the new one is of the table's own revision.
 
         Not if a login was answered ahead of it: its next answer must not be an older one. Of users
-        who are not pending, that may be forgotten.
+        who are not pending that may be forgotten, and it is forgotten if other rows than `rows`,
+        those when the read began, were swapped in.
         """
         with self.lock:
             now = self.position
             same = (now.revision, now.history) == (began.revision, began.history)
+            same = same and self.rows is rows
             wanted = name in self.pending and name not in self._ahead
             if same and revision == now.revision and wanted:
                 self._drop(name)
