@@ -9,17 +9,17 @@
  * What is asserted depends on the configuration:
  *
  * configuration staleness     -DMAX_STALENESS=2
- * configuration order         -DORDER -DMAX_STALENESS=1
+ * configuration order         -DORDER -DMONOTONIC -DMAX_STALENESS=1
  * configuration preload       -DPRELOAD -DMAX_STALENESS=1
  * configuration preload_order -DPRELOAD -DORDER -DMONOTONIC -DMAX_STALENESS=1
  *
  * staleness: an answer rests on a policy that was the store's less than MAX_STALENESS ticks ago.
  * order: an answer rests on no older state of the store than its call may expect: the one that the last
- *     sync before the call has applied, and, with `at_least`, the one at the call.
+ *     sync before the call has applied, and, with `at_least`, the one at the call. As long as no backup is
+ *     restored, it rests on no older policy than any answer that was given before the call.
  * preload: as staleness, for a guard that preloads: one thread logs in and syncs, the other is its refresher,
  *     which syncs, reads snapshots, and reads unknown users again.
- * preload_order: as order, for such a guard; and no answer rests on an older policy than the one before it, as long
- *     as no backup is restored.
+ * preload_order: as order, for such a guard.
  *
  * The switches. Each breaks the guard in one way, and Spin must find an error in the configuration named.
  *
@@ -35,6 +35,7 @@
  * switch OLDER_READ_EXTENDS    staleness       2  A read whose head is below the revision extends the lease.
  * switch SYNC_JOINS            order           2  A sync waits for a read that began before it, and makes none.
  * switch STALE_FILL            staleness       3  A policy is remembered whatever the revision is by then.
+ * switch OVERTAKEN_KEPT        order           3  A row is remembered after a younger load of the same user began.
  * switch AHEAD_REMEMBERED      staleness       3  A policy read ahead is remembered after a sync was applied.
  * switch AHEAD_KEPT            staleness       3  A sync keeps a row that was read ahead of the position.
  * switch OTHER_HISTORY_KEPT    staleness       3  A policy of a history that was lost is remembered.
@@ -45,20 +46,26 @@
  * switch JOINER_TAKES_AHEAD    order           3  A call takes a policy read ahead before a sync that it follows.
  * switch REVISION_AFTER_ROW    order           3  The slow path reads the revision after it found the row.
  * switch AT_LEAST_IGNORED      order           3  The slow path does not compare the revision with `at_least`.
+ * switch UNRESTRICTED_KEPT     staleness       4  A sync keeps the row of an unrestricted user that the store names.
  * switch NO_TOKEN              staleness       6  The store finds a revision again without comparing tokens.
  * switch RESET_KEEPS_ROW       staleness       6  A RESET moves the position and keeps the row.
+ * switch STANDBY_ANSWERS       staleness       7  A store that does not know the last changes renews the lease.
  * switch OTHER_SNAPSHOT        preload         8  A snapshot of another revision than the table's is swapped in.
  * switch CHANGED_NOT_MARKED    preload         8  A user who changes while the snapshot is read is not marked.
  * switch ABSENT_TOO_EARLY      preload         8  A user without a row is unrestricted before the table is complete.
  * switch RESET_KEEPS_SNAPSHOT  preload         8  A RESET does not end the snapshot that is being read.
- * switch RESET_KEEPS_TABLE     preload         8  A RESET leaves the preloaded table complete.
+ * switch RESET_KEEPS_TABLE     preload         8  A RESET drops the rows of a preloaded table, which stays complete.
+ * switch EVERYBODY_KEPT        preload         8  A change of everybody drops no rows.
  * switch DROPPED_NOT_MARKED    preload         8  A sync drops the preloaded row of a user instead of marking it.
+ * switch AHEAD_NOT_MARKED      preload_order   8  A user gets the row of a snapshot, although it was read ahead of it.
  * switch REFRESH_AFTER_SYNC    preload         8  A user is read again, and put in the table that has moved on.
- * switch REFRESH_AHEAD         preload         8  A policy read ahead replaces the row of a user that is unknown.
+ * switch REFRESH_AHEAD         preload         8  A user read again gets a row that was read ahead, and is not noted.
+ * switch REFRESH_OTHER         preload_order   8  A user read again gets a row in a table that was emptied.
  * switch REFRESH_OLDER         preload_order   8  A user read again gets an older row than a login was answered by.
- * switch AHEAD_PUT             preload         8  A policy that a login read ahead replaces the preloaded row.
  * switch OUTAGE_EXTENDS        staleness      10  A sync that fails renews the lease.
  * switch OUTAGE_ANSWERS        staleness      10  A login during an outage is answered by the row.
+ * switch SLEEP_UNNOTICED       staleness      11  The machine sleeps, its clock stands still, and the lease goes on.
+ * switch LATE_FIRST_READ       staleness      12  A first read, which names nobody, is applied after another sync.
  *
  * Three things make the search small enough to be complete, and leave no behaviour out:
  * - A moment is kept as the number of ticks until it, 0 if it is past, and a tick counts all of them down. So
@@ -79,18 +86,19 @@
 #define EXPIRED 0
 #define NONE 255
 #define CURRENT 255
-#define ABSENT 254
-#define UNKNOWN 253
+#define PENDING 254
+#define OPEN 253
+#define EVERYBODY 2
 
 typedef Position { byte revision; byte token }
 
 /* ------------------------------------------------------------------------------------ the store */
 
-/* The history: for each revision up to `head` its token, whether it names the user, and the user's policy as
- * of then. A policy is a number that is used once, so that each change makes another. */
+/* The history: for each revision up to `head` its token, whether it names the user (or EVERYBODY), and the user's
+ * policy as of then. A policy is a number that is used once, so that each change makes another. */
 byte head = 1;
 byte token[EVENTS + 2];
-bool named[EVENTS + 2];
+byte named[EVENTS + 2];
 byte policy[EVENTS + 2];
 
 /* For the assertions. `era` counts the changes and restores. */
@@ -133,7 +141,10 @@ proctype Store() {
   :: atomic { /* a change, of this user or of another */
        era < EVENTS -> era++;
        if
-       :: named[head + 1] = true; policy[head + 1] = era + 1
+       :: named[head + 1] = 1; policy[head + 1] = era + 1
+#ifdef PRELOAD
+       :: named[head + 1] = EVERYBODY; policy[head + 1] = era + 1
+#endif
        :: policy[head + 1] = policy[head]
        fi;
        d_step {
@@ -155,7 +166,7 @@ proctype Store() {
        d_step {
          replace(policy[head], policy[to]);
          do
-         :: head > to -> token[head] = 0; policy[head] = 0; named[head] = false; head--
+         :: head > to -> token[head] = 0; policy[head] = 0; named[head] = 0; head--
          :: else -> break
          od;
          to = 0
@@ -168,8 +179,16 @@ proctype Store() {
 /* ------------------------------------------------------------------------------------ the table */
 
 bool lock = false;
-byte row = NONE;        /* the policy that is remembered */
-bool ahead = false;     /* whether it was read ahead of the position */
+byte row = NONE;        /* the user's row: a policy, PENDING, or NONE */
+byte ahead = 0;         /* the revision of a row that was read ahead of the position */
+#ifdef PRELOAD
+bool complete = false;  /* whether NONE is unrestricted */
+bool snapshot = false;  /* whether one is being read that is still valid */
+bool changed = false;   /* whether the user is in Snapshot.changed */
+bool stranger = false;  /* and in Snapshot.strangers */
+#else
+#define complete false
+#endif
 Position position;
 byte deadline = EXPIRED;
 
@@ -180,6 +199,7 @@ typedef Load {
   Position position;    /* the table's when the load began */
   bool synced;          /* a sync was applied since */
   bool diverged;        /* the history has changed since */
+  bool late;            /* the thread that waits has seen a sync since */
   bool done;
   byte row;             /* what was read */
   byte revision         /* and its revision */
@@ -196,6 +216,38 @@ inline count_down(moment) {
   :: counting(moment) -> moment--
   :: else
   fi
+}
+
+/* Even policies are unrestricted, and of a user who is not registered; odd ones are restricted. */
+#define unrestricted(version) (version == 0 || version == 2)
+
+#ifndef ABSENT_TOO_EARLY
+#define find (row == PENDING -> NONE : (row == NONE && complete -> OPEN : row))
+#else
+#define find (row == PENDING -> NONE : (row == NONE -> OPEN : row))
+#endif
+
+inline drop() {
+#ifndef DROPPED_NOT_MARKED
+  row = (complete -> PENDING : NONE);
+#else
+  row = NONE;
+#endif
+  ahead = (row == PENDING -> ahead : 0)
+}
+
+inline keep(version) { row = (complete && unrestricted(version) && ahead == 0 -> NONE : version) }
+
+inline clear() {
+#ifdef PRELOAD
+#ifndef RESET_KEEPS_SNAPSHOT
+  snapshot = false; changed = false; stranger = false;
+#endif
+#ifndef RESET_KEEPS_TABLE
+  complete = false;
+#endif
+#endif
+  row = NONE; ahead = 0
 }
 
 #ifdef ORDER
@@ -223,6 +275,10 @@ end:
 #endif
        i = 0
      }
+#ifdef SLEEP_UNNOTICED
+  :: d_step { waiting -> for (i : 0 .. EVENTS + 1) { count_down(fresh[i]) } i = 0 }
+#endif
+  :: d_step { !lock && (complete -> unrestricted(row) : row != NONE) -> drop() } /* an eviction */
   od
 }
 
@@ -235,61 +291,22 @@ end:
 inline answer(version) {
 #ifdef PRELOAD
   if
-  :: version == ABSENT -> assert(true_of(0) || true_of(2))
+  :: version == OPEN -> assert(true_of(0) || true_of(2))
   :: else -> assert(true_of(version))
-#ifdef MONOTONIC
-     ; if
-     :: !restored && born[version] > answered -> answered = born[version]
-     :: else
-     fi
-#endif
-  fi
+  fi;
 #else
-  assert(true_of(version))
+  assert(true_of(version));
+#endif
+#ifdef MONOTONIC
+  if /* before a restore, no policy but 2 is unrestricted */
+  :: !restored && born[(version == OPEN -> 2 : version)] > answered -> answered = born[(version == OPEN -> 2 : version)]
+  :: else
+  fi
 #endif
 }
 
 #ifdef SYNC_JOINS
 byte reads = 0; /* syncs in progress */
-#endif
-
-#ifdef PRELOAD
-/* A complete table: ABSENT stands for an unrestricted user. Even policies are unrestricted, odd ones are not. */
-bool complete = false;
-byte preloaded = ABSENT;        /* the user's row; UNKNOWN: it must be read again */
-bool snapshot = false;          /* whether one is being read that is still valid */
-bool changed = false;           /* whether a sync has named the user since it began */
-
-#ifndef ABSENT_TOO_EARLY
-#define usable (complete && preloaded != UNKNOWN)
-#else
-#define usable (preloaded != UNKNOWN)
-#endif
-#define packed(version) (version % 2 == 0 -> ABSENT : version)
-
-inline mark() {
-#ifndef CHANGED_NOT_MARKED
-  changed = snapshot;
-#endif
-  preloaded = (complete -> UNKNOWN : preloaded)
-}
-
-inline clear() {
-#ifndef RESET_KEEPS_SNAPSHOT
-  snapshot = false; changed = false;
-#endif
-#ifndef RESET_KEEPS_TABLE
-  complete = false;
-  preloaded = ABSENT;
-#endif
-  row = NONE; ahead = false
-}
-
-inline drop() { row = NONE; ahead = ahead && preloaded == UNKNOWN }
-#else
-inline mark() { skip }
-inline drop() { row = NONE; ahead = false }
-inline clear() { drop() }
 #endif
 
 /* ------------------------------------------------------------------------------------ the lease */
@@ -343,6 +360,12 @@ inline sync() {
      d_step { /* store.changes_since(cursor): one snapshot */
        changes.revision = head;
        changes.token = token[head];
+#ifdef STANDBY_ANSWERS
+       if
+       :: cursor.token != NONE -> changes.revision = cursor.revision; changes.token = cursor.token
+       :: else
+       fi;
+#endif
 #ifdef ORDER
        read_in = era;
 #endif
@@ -354,7 +377,7 @@ inline sync() {
 #endif
           ) -> reset = true
        :: else ->
-          for (other : cursor.revision + 1 .. head) { touched = touched || named[other] }
+          for (other : cursor.revision + 1 .. changes.revision) { touched = touched | named[other] }
           other = 0
        fi;
        cursor.revision = 0
@@ -364,7 +387,7 @@ inline sync() {
      reads--;
 #endif
      d_step {
-       changes.revision = 0; changes.token = 0; touched = false; reset = false; expires[me] = 0; read_in = 0;
+       changes.revision = 0; changes.token = 0; touched = 0; reset = false; expires[me] = 0; read_in = 0;
        again = older && !enough; older = false; enough = false
      };
      if
@@ -386,18 +409,27 @@ inline drop_changed() {
   :: else
   fi;
   if
-#ifndef NOT_DROPPED
-  :: !older && touched ->
-#ifdef DROPPED_NOT_MARKED
-     changed = snapshot; preloaded = ABSENT;
+#ifdef EVERYBODY_KEPT
+  :: !older && touched >= EVERYBODY
 #else
-     mark();
+  :: !older && touched >= EVERYBODY -> clear()
 #endif
-     drop(); ahead = false
+  :: !older && !reset && touched < EVERYBODY -> /* Table._drop_changed */
+#if defined(PRELOAD) && !defined(CHANGED_NOT_MARKED)
+     changed = changed || (snapshot && touched > 0);
+#endif
+     if
+#ifdef UNRESTRICTED_KEPT
+     :: touched > 0 && !unrestricted(row) -> drop()
+#elif !defined(NOT_DROPPED)
+     :: touched > 0 -> drop()
 #endif
 #ifndef AHEAD_KEPT
-  :: !older && ahead && !reset -> drop(); ahead = false /* the store cannot name a revision that it has lost */
+     :: ahead > 0 -> drop() /* the store cannot name a revision that it has lost */
 #endif
+     :: else
+     fi;
+     ahead = 0
   :: else
   fi
 }
@@ -408,7 +440,11 @@ inline apply() {
     !lock -> lock = true;
 #ifndef REVISION_GOES_BACK
     /* Another sync has moved the position: this read has nothing to add, or must be made again. */
+#ifdef LATE_FIRST_READ
+    older = cursor.token != NONE && position.token != cursor.token && position.token != changes.token;
+#else
     older = position.token != cursor.token && position.token != changes.token;
+#endif
 #endif
     enough = changes.revision < position.revision && !reset;
 #if !defined(DEADLINE_BEFORE_DROP) && !defined(POSITION_BEFORE_DROP)
@@ -444,7 +480,7 @@ inline apply() {
 
 /* The first step is in Thread: it takes the deadline. */
 inline fast_path() {
-  found = row;
+  found = find;
 #ifdef FRESH_DEADLINE
   until[me] = deadline;
 #endif
@@ -460,42 +496,41 @@ inline fast_path() {
 /* -------------------------------------------------------------------------------- the slow path */
 
 /* Table.remember, under the lock */
+#ifndef AHEAD_REMEMBERED
+#define covered (load[me].revision <= load[me].position.revision || !load[me].synced) /* Position.covers */
+#else
+#define covered true
+#endif
+
 inline remember() {
   d_step {
     !lock;
     if
-#if defined(STALE_FILL)
-    :: !load[me].diverged ->
-#elif defined(OTHER_HISTORY_KEPT)
-    :: load[me].revision >= position.revision ->
+#ifndef OTHER_HISTORY_KEPT
+    :: (!load[me].diverged
 #else
-    :: !load[me].diverged && load[me].revision >= position.revision ->
+    :: (true
 #endif
-#ifdef PRELOAD
-       if /* Table.remember, with a complete table */
-#ifndef AHEAD_PUT
-       :: load[me].revision > load[me].position.revision -> mark()
-       :: load[me].revision <= load[me].position.revision && complete -> preloaded = packed(load[me].row)
-#else
-       :: complete -> preloaded = packed(load[me].row)
+#ifndef STALE_FILL
+        && load[me].revision >= position.revision
 #endif
-       :: else
-       fi;
+#ifndef OVERTAKEN_KEPT
+        && in_flight == me /* SingleFlight._read: no other read of this user has begun since */
 #endif
+       ) ->
        drop();
        if
-#ifndef AHEAD_REMEMBERED
-       :: load[me].revision <= load[me].position.revision || !load[me].synced -> /* Position.covers */
-#else
-       :: true ->
+       :: load[me].revision > load[me].position.revision -> /* Table._note_ahead */
+#if defined(PRELOAD) && !defined(AHEAD_NOT_MARKED)
+          changed = changed || (snapshot && !unrestricted(load[me].row));
+          stranger = stranger || (snapshot && unrestricted(load[me].row));
 #endif
-          ahead = load[me].revision > load[me].position.revision;
-          row = load[me].row
-#ifdef PRELOAD
-       :: else -> ahead = ahead || (load[me].revision > load[me].position.revision && preloaded == UNKNOWN)
-#else
+          ahead = (covered || row == PENDING -> load[me].revision : ahead)
+       :: else -> ahead = 0
+       fi;
+       if
+       :: covered -> keep(load[me].row)
        :: else
-#endif
        fi
     :: else
     fi
@@ -514,11 +549,12 @@ inline begin_load() {
      load[me].position.revision = load[in_flight].position.revision;
      load[me].synced = load[in_flight].synced;
      load[me].diverged = load[in_flight].diverged;
-     late = load[in_flight].synced /* Position.covers will compare with the number of syncs by now */
   :: else ->
      load[me].leader = me;
      load[me].expires = MAX_STALENESS;
      load[me].position.revision = position.revision;
+     for (other : 0 .. THREADS - 1) { load[other].late = load[other].late && load[other].leader != NONE }
+     other = 0;
      in_flight = me
   fi
 }
@@ -537,7 +573,7 @@ inline end_load() {
      && load[me].revision >= revision
 #endif
 #ifndef JOINER_TAKES_AHEAD
-     && (load[me].revision <= load[me].position.revision || !late)
+     && (load[me].revision <= load[me].position.revision || !load[me].late)
 #endif
      && load[me].expires > 0) -> answer(load[me].row)
   :: else
@@ -547,10 +583,11 @@ inline end_load() {
   load[me].position.revision = 0;
   load[me].synced = false;
   load[me].diverged = false;
+  load[me].late = false;
   load[me].done = false;
   load[me].row = 0;
   load[me].revision = 0;
-  late = false; revision = 0; since = 0
+  revision = 0; since = 0
 }
 
 inline read_policy() {
@@ -579,7 +616,7 @@ inline read_policy() {
 /* SlowPath.answer, after the lease was ensured */
 inline slow_path() {
 #ifdef REVISION_AFTER_ROW
-  seen = row;
+  seen = find;
 #endif
   atomic {
     if
@@ -587,11 +624,12 @@ inline slow_path() {
 #ifndef AT_LEAST_IGNORED
        && position.revision >= wanted
 #endif
-       ) -> until[me] = deadline; revision = position.revision; wanted = 0
+       ) -> until[me] = deadline; revision = position.revision; wanted = 0;
+       load[me].late = in_flight != NONE && load[in_flight].synced /* what Position.covers will compare */
     :: else ->
 #ifdef OUTAGE_ANSWERS
        if
-       :: row != NONE -> answer(row)
+       :: find != NONE -> answer(find)
        :: else
        fi;
 #endif
@@ -600,20 +638,13 @@ inline slow_path() {
   };
   atomic { /* Table.find; if there is no row, SingleFlight.load, which looks again under the lock */
 #ifndef REVISION_AFTER_ROW
-    seen = row;
+    seen = find;
 #endif
     if
-    :: seen != NONE -> found = seen
-#ifdef PRELOAD
-    :: !lock && row == NONE && usable -> row = preloaded; found = row
-    :: !lock && row == NONE && usable && position.revision >= revision ->
-       row = preloaded; found = row; until[me] = deadline
-    :: !lock && row == NONE && !usable -> found = NONE; until[me] = 0; begin_load()
-    :: !lock && row != NONE && position.revision < revision -> found = NONE; until[me] = 0; begin_load()
-#else
-    :: !lock && (row == NONE || position.revision < revision) -> found = NONE; until[me] = 0; begin_load()
-#endif
-    :: !lock && row != NONE && position.revision >= revision -> found = row; until[me] = deadline
+    :: seen != NONE -> found = seen; load[me].late = false
+    :: !lock && find != NONE && position.revision >= revision ->
+       found = find; until[me] = deadline; load[me].late = false
+    :: !lock && (find == NONE || position.revision < revision) -> found = NONE; until[me] = 0; begin_load()
     fi;
     seen = 0
   };
@@ -647,8 +678,8 @@ inline slow_path() {
 #ifdef PRELOAD
 /* Preload._read: begin_snapshot, load_all_policies, swap_snapshot */
 inline fill() {
-  d_step { !lock; snapshot = true; changed = false; revision = position.revision };
-  d_step { seen = packed(policy[head]); again = head != revision };
+  d_step { !lock; snapshot = true; revision = position.revision };
+  d_step { seen = (unrestricted(policy[head]) -> NONE : policy[head]); again = head != revision };
 #ifdef OTHER_SNAPSHOT
   again = false;
 #endif
@@ -656,11 +687,11 @@ inline fill() {
     !lock;
     if
     :: !again && snapshot ->
-       preloaded = (changed -> UNKNOWN : seen);
-       complete = true
+       seen = (changed || (stranger && seen != NONE) -> PENDING : seen);
+       clear(); row = seen; complete = true
     :: else
     fi;
-    snapshot = false; changed = false; seen = 0; again = false; revision = 0
+    snapshot = false; changed = false; stranger = false; seen = 0; again = false; revision = 0
   }
 }
 
@@ -671,18 +702,21 @@ inline read_again() {
   d_step {
     !lock;
     if
-#if defined(REFRESH_AFTER_SYNC)
-    :: complete && !ahead ->
-#elif defined(REFRESH_AHEAD)
-    :: complete && !ahead && !load[me].diverged && load[me].position.revision == position.revision ->
-#elif defined(REFRESH_OLDER)
-    :: complete && !load[me].diverged && load[me].position.revision == position.revision &&
-       load[me].revision == position.revision ->
-#else
-    :: complete && !ahead && !load[me].diverged && load[me].position.revision == position.revision &&
-       load[me].revision == position.revision ->
+    :: (true
+#ifndef REFRESH_OTHER
+        && row == PENDING
 #endif
-       preloaded = packed(load[me].row)
+#ifndef REFRESH_OLDER
+        && ahead == 0
+#endif
+#ifndef REFRESH_AFTER_SYNC
+        && !load[me].diverged && load[me].position.revision == position.revision
+#ifndef REFRESH_AHEAD
+        && load[me].revision == position.revision
+#endif
+#endif
+       ) ->
+       drop(); keep(load[me].row)
     :: else
     fi;
     load[me].leader = NONE;
@@ -702,13 +736,13 @@ inline read_again() {
 
 proctype Thread(byte me) {
   Position cursor, changes;
-  byte since, read_in, wanted, found, seen, revision, other;
-  bool slow, touched, reset, older, enough, again, late;
+  byte since, read_in, touched, wanted, found, seen, revision, other;
+  bool slow, reset, older, enough, again;
 end:
   do
 #ifdef PRELOAD
   :: !logs_in && !complete -> fill()
-  :: !logs_in && complete && preloaded == UNKNOWN -> read_again()
+  :: !logs_in && complete && row == PENDING -> read_again()
 #endif
   :: d_step {
        logs_in && deadline > 0 -> until[me] = deadline;
@@ -751,7 +785,7 @@ end:
 init {
   atomic {
     token[1] = 1;
-    named[1] = true;
+    named[1] = 1;
     policy[1] = 1;
 #ifdef ORDER
     gone[1] = CURRENT;

@@ -189,7 +189,16 @@ MUTANTS = (
         "load: a row below the position is remembered (the stale fill)",
         of.ColdLogin,
         Table.remember,
-        (" and revision >= least", ""),
+        (" and revision >= position.revision", ""),
+    ),
+    mutant(
+        "load: a row is remembered after a younger read of the same user",
+        of.OvertakenRead,
+        SingleFlight._read,
+        (
+            "if self._in_flight.get(name) is load:\n                    self",
+            "if True:\n                    self",
+        ),
     ),
     mutant(
         "load: a row of a lost history is remembered",
@@ -329,7 +338,13 @@ MUTANTS = (
         "load: a row that is ahead of the snapshot is not recorded",
         of.PreloadingAhead,
         Table._note_ahead,
-        ("self.snapshot.changed.add(name)", "pass"),
+        ("(self.snapshot.changed if _known(row) else self.snapshot.strangers).add(name)", "pass"),
+    ),
+    mutant(
+        "swap: strangers who were read ahead are not looked up",
+        of.PreloadingStranger,
+        Table.swap_snapshot,
+        ("rows.keys() & snapshot.strangers", "set()"),
     ),
     mutant(
         "look-up: complete is read before the row",
@@ -348,7 +363,7 @@ MUTANTS = (
         "pending: a policy of an older revision is kept",
         of.PendingRead,
         Table.refresh,
-        ("if same and revision == now.revision and name not in self._ahead:", "if True:"),
+        ("if same and revision == now.revision and wanted:", "if True:"),
     ),
     # 9. Fork.
     mutant(

@@ -171,6 +171,24 @@ class LongRead(TwoLogins):
         self.check()
 
 
+class OvertakenRead(TwoLogins):
+    """The same, but the lease is renewed, and the younger row is evicted."""
+
+    settings: ClassVar[dict[str, Any]] = {"capacity": 1}
+    names_older_revisions = True  # as in `PreloadingAhead`
+
+    def prepare(self) -> None:
+        self.register("jsmith", "adoe")
+
+    def second(self) -> None:
+        self.tick(6)
+        self.try_sync()
+        self.commit(lambda: self.restrict("jsmith", OFFICE))
+        self.check()
+        self.guarded.check("adoe", HOME)
+        self.check()
+
+
 class LostCommit(Explored):
     """A failover loses the commit that lifted the restriction."""
 
@@ -342,6 +360,22 @@ class PreloadingAhead(Preloading):
         self.commit(lambda: self.restrict("jsmith", OFFICE))
         self.check()
         self.check()
+
+
+class PreloadingStranger(PreloadingAhead):
+    """A user who is read ahead has lost its restriction, and is not registered any more."""
+
+    def prepare(self) -> None:
+        self.restrict("jsmith", OFFICE)
+
+    def sync(self) -> None:
+        self.commit(self.remove)
+        self.check()
+        self.check()
+
+    def remove(self) -> None:
+        self.lift_all("jsmith")
+        self.inner.remove_users(["jsmith"])
 
 
 class PreloadingEverybody(Preloading):
@@ -691,6 +725,7 @@ SCENARIOS: dict[type[Explored], tuple[int, int]] = {
     TwoLogins: (2, 3),
     Waiters: (1, 2),
     LongRead: (1, 3),
+    OvertakenRead: (2, 2),
     LostCommit: (2, 3),
     ReplacedCommit: (1, 3),
     ReplacedAtLeast: (2, 3),
@@ -701,6 +736,7 @@ SCENARIOS: dict[type[Explored], tuple[int, int]] = {
     Everybody: (3, 4),
     Preloading: (2, 3),
     PreloadingAhead: (2, 3),
+    PreloadingStranger: (2, 3),
     PreloadingEverybody: (2, 3),
     PreloadingLost: (2, 3),
     Preloaded: (3, 4),

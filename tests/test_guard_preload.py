@@ -367,6 +367,23 @@ def test_user_restricted_ahead_of_a_snapshot_is_pending_in_it(memory: World) -> 
     assert not guard.is_allowed("jsmith", OFFICE)
 
 
+def test_stranger_with_a_row_in_the_snapshot_is_pending_in_it(memory: World) -> None:
+    """It was restricted in the snapshot, and has been removed since."""
+    guard = memory.guard(preload=True, unknown_users="deny")
+
+    def ahead() -> None:
+        memory.lift_all("jsmith")
+        memory.inner.remove_users(["jsmith"])
+        assert not guard.is_allowed("jsmith", HOME)
+
+    memory.restrict("jsmith", HOME)
+    memory.store.in_stream.append(ahead)
+    guard._lease.sync()
+    preload(guard).fill(threading.Event())
+    assert pending(guard) == {"jsmith"}
+    assert not guard.is_allowed("jsmith", HOME)
+
+
 def test_row_read_ahead_is_pending_once_it_is_evicted(memory: World) -> None:
     """Neither the older row nor its absence is found again."""
     for name in ("adoe", "jsmith"):
@@ -394,6 +411,36 @@ def test_policy_read_again_ahead_of_the_guard_is_not_kept(world: World) -> None:
     preload(guard).read_again(float("inf"))
     assert pending(guard) == {"jsmith"}
     assert guard._table.find("jsmith") is None
+
+
+def test_user_read_again_is_not_kept_if_the_table_was_emptied(world: World) -> None:
+    guard = preloaded(world)
+    world.touch()
+    guard._lease.sync()
+    assert guard._loads.read_again("jsmith")
+    assert guard._table.rows == {}
+
+
+def test_user_read_again_is_not_kept_after_a_swap(memory: World) -> None:
+    """The swap forgets that a login was answered ahead of the position."""
+    memory.restrict("jsmith", HOME)
+    guard = preloaded(memory)
+    memory.touch()
+    guard._lease.sync()
+    answered: list[int] = []
+
+    def ahead() -> None:
+        memory.restrict("jsmith", OFFICE)
+        answered.append(guard.check("jsmith", OFFICE).revision)
+
+    def swap() -> None:
+        memory.store.in_stream.append(ahead)
+        preload(guard).fill(threading.Event())
+
+    memory.store.after_load.append(swap)
+    assert guard._loads.read_again("jsmith")
+    assert pending(guard) == {"jsmith"}
+    assert guard.check("jsmith", OFFICE).revision == answered[0]
 
 
 def test_user_read_again_is_no_older_than_a_login(world: World) -> None:

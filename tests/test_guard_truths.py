@@ -352,6 +352,25 @@ def test_load_that_hangs_is_not_joined_after_max_staleness(world: World) -> None
     assert guard.is_allowed("jsmith", HOME)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_row_of_a_hung_load_is_not_kept_after_a_younger_one(world: World, kept: bool) -> None:
+    """The younger answer was newer; its row is not there any more, or was never kept."""
+    guard = world.guard(capacity=1)
+    world.register("jsmith", "adoe")
+    guard.sync()
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as hung:
+        world.pass_time(5)
+        guard.sync()
+        with during(world.store.before_load, lambda: guard.check("jsmith", HOME)) as younger:
+            if not kept:
+                guard.sync()
+            revision = world.restrict("jsmith", OFFICE)
+        assert younger.result().revision == revision
+        guard.check("adoe", HOME)
+    hung.result()
+    assert guard.check("jsmith", HOME).revision == revision
+
+
 def test_end_of_a_hung_load_leaves_the_next_one_in_flight(world: World) -> None:
     guard = world.guard()
     guard.sync()

@@ -36,3 +36,15 @@ def test_the_page_explains_every_switch_and_names_code_that_exists():
         for owner, name in re.findall(r"`([A-Z]\w+|_\w+)\.(\w+)`", where):
             assert owner.startswith("_") or re.search(rf"^class {owner}\b", code, re.MULTILINE)
             assert re.search(rf"def {name}\b", code), name
+
+
+def test_the_page_says_of_each_truth_what_checks_it():
+    page = (ROOT / "docs" / "proof.md").read_text()
+    rows = re.findall(r"^\| (\d+) [^|]*\| (.*) \|$", page, re.MULTILINE)
+    assert [int(truth) for truth, _ in rows] == list(range(1, 14))
+    for truth, how in rows:
+        named = re.findall(r"`([A-Z_]+)`", how)
+        assert named == [v.switch for v in dev.variants() if v.truth == truth]
+        files = re.findall(r"`(tests/\w+\.py)`", how)
+        assert named or files
+        assert all((ROOT / file).exists() for file in files)

@@ -264,7 +264,10 @@ class SingleFlight:
     def _read(self, load: _Load, name: str) -> None:
         try:
             row, load.revision = self._row(name)
-            self._table.remember(name, row, load.revision, load.position)
+            with self._table.lock:
+                # Else a younger read has begun, and a newer answer may have been given by now.
+                if self._in_flight.get(name) is load:
+                    self._table.remember(name, row, load.revision, load.position)
             load.row = row
         except Exception as exc:
             self._lease.breaker.record_failure(exc)
@@ -281,7 +284,7 @@ class SingleFlight:
 
     def read_again(self, name: str) -> bool:
         """Read the policy of a pending user, and return whether the store answered."""
-        began = self._table.position
+        began, rows = self._table.position, self._table.rows
         if self._lease.breaker.is_open():
             return False
         with self._table.lock:
@@ -292,5 +295,5 @@ class SingleFlight:
             self._lease.breaker.record_failure(exc)
             return False
         # If the revision has moved, the user stays pending and is read once more.
-        self._table.refresh(name, row, revision, began)
+        self._table.refresh(name, row, revision, began, rows)
         return True

@@ -101,15 +101,19 @@ class Snapshot:
     Attributes:
         revision: The table's revision when the read began; the snapshot must have the same.
         rows: The rows read so far; they belong to the thread that reads.
-        changed: The users that syncs have named since the read began.
+        changed: The users that syncs have named since the read began, or that logins have read
+            ahead of the position.
+        strangers: Those read ahead who were neither registered nor restricted. They may be any
+            number; only those that have a row in the snapshot are read again.
     """
 
-    __slots__ = ("changed", "revision", "rows")
+    __slots__ = ("changed", "revision", "rows", "strangers")
 
     def __init__(self, revision: int) -> None:
         self.revision = revision
         self.rows = Rows()
         self.changed: set[str] = set()
+        self.strangers: set[str] = set()
 
 
 class Table:
@@ -206,14 +210,13 @@ class Table:
     def remember(self, name: str, row: bytes, revision: int, began: Position) -> None:
         """Keep a row that was read at `revision`, since the table was at the position `began`.
 
-        It is not kept if a sync has moved the position past it (the stale fill), if a newer row was
-        read meanwhile, or if it may be of a history that was lost. If it is ahead of `began`, the
-        next sync drops it.
+        It is not kept if a sync has moved the position past it (the stale fill), or if it may be of
+        a history that was lost. If it is ahead of `began`, the next sync drops it. The reads of one
+        user must come in the order in which they began.
         """
         with self.lock:
             position = self.position
-            least = self.revision_of(name, position.revision)
-            if began.history == position.history and revision >= least:
+            if began.history == position.history and revision >= position.revision:
                 self._drop(name)
                 kept = began.covers(revision, position.syncs)
                 if revision > began.revision:
@@ -223,24 +226,27 @@ class Table:
                 if kept:
                     self._keep(name, row)
 
-    def refresh(self, name: str, row: bytes, revision: int, began: Position) -> None:
+    def refresh(self, name: str, row: bytes, revision: int, began: Position, rows: Rows) -> None:
         """Replace a pending row, if the new one is of the table's own revision.
 
-        Not if a login was answered ahead of it: its next answer must not be an older one.
+        Not if a login was answered ahead of it: its next answer must not be an older one. Of users
+        who are not pending that may be forgotten, and it is forgotten if other rows than `rows`,
+        those when the read began, were swapped in.
         """
         with self.lock:
             now = self.position
             same = (now.revision, now.history) == (began.revision, began.history)
-            if same and revision == now.revision and name not in self._ahead:
+            same = same and self.rows is rows
+            wanted = name in self.pending and name not in self._ahead
+            if same and revision == now.revision and wanted:
                 self._drop(name)
                 self._keep(name, row)
 
     def _note_ahead(self, name: str, row: bytes, revision: int, *, kept: bool) -> None:
         if kept or name in self.pending:
             self._ahead[name] = revision
-        # The snapshot is older. There may be any number of invented usernames.
-        if self.snapshot is not None and _known(row):
-            self.snapshot.changed.add(name)
+        if self.snapshot is not None:  # it is older
+            (self.snapshot.changed if _known(row) else self.snapshot.strangers).add(name)
 
     def _keep(self, name: str, row: bytes) -> None:
         complete = self.complete is not None
@@ -385,6 +391,7 @@ class Table:
             if self.snapshot is not snapshot:
                 return False
             rows = snapshot.rows
+            snapshot.changed |= rows.keys() & snapshot.strangers
             for name in snapshot.changed:
                 rows[name] = PENDING
             self._clear()
