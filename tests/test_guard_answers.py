@@ -22,7 +22,7 @@ from ipguard.addresses import parse_address
 from ipguard.errors import AddressError, InvalidValue, StoreUnavailable
 from ipguard.guard import Guard
 from ipguard.guard._lease import time_asleep
-from ipguard.model import Decision, Policy, Reason
+from ipguard.model import Decision, Outcome, Policy, Reason
 from ipguard.stores.memory import MemoryStore
 from tests.guards import (
     ELSEWHERE,
@@ -884,8 +884,16 @@ def test_stats_of_a_new_guard(world: World) -> None:
         users=0,
         preloaded=None,
         loads=0,
+        store_errors=0,
         evictions=0,
         denials={},
+        decisions={
+            (Outcome.REFUSE, Reason.NOT_LISTED): 0,
+            (Outcome.REFUSE, Reason.BAD_ADDRESS): 0,
+            (Outcome.REFUSE, Reason.BAD_USERNAME): 0,
+            (Outcome.REFUSE, Reason.UNKNOWN_USER): 0,
+            (Outcome.RETRY, Reason.STORE_UNAVAILABLE): 0,
+        },
         ready=False,
     )
 
@@ -912,6 +920,12 @@ def test_stats(world: World) -> None:
         loads=3,
         evictions=1,
         denials={Reason.NOT_LISTED: 1, Reason.BAD_ADDRESS: 2, Reason.BAD_USERNAME: 1},
+        decisions={
+            **new.decisions,
+            (Outcome.REFUSE, Reason.NOT_LISTED): 1,
+            (Outcome.REFUSE, Reason.BAD_ADDRESS): 2,
+            (Outcome.REFUSE, Reason.BAD_USERNAME): 1,
+        },
         ready=True,
     )
     world.pass_time(5)

@@ -21,6 +21,8 @@ HEAVY = {
     "fastapi",
     "flask",
     "http.client",
+    "opentelemetry",
+    "prometheus_client",
     "psycopg",
     "psycopg_pool",
     "requests",

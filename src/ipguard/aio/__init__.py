@@ -248,6 +248,10 @@ class AsyncGuard(_AsyncClosing):
         """Return the state of the guard, without I/O, so there is nothing to await."""
         return self.guard.stats()
 
+    def count_allows(self) -> None:
+        """Count allowed logins too, from now on; see `Guard.count_allows`."""
+        self.guard.count_allows()
+
     async def start(self) -> None:
         """Start the refresher, a daemon thread that renews the lease."""
         self.guard.start()

@@ -21,7 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import attrs
 
@@ -43,7 +43,7 @@ from ipguard.guard._preload import Preload
 from ipguard.guard._refresher import Followers, Refresher
 from ipguard.guard._slow_path import SingleFlight, SlowPath
 from ipguard.guard._table import Table
-from ipguard.model import Decision, Explanation, Reason
+from ipguard.model import Decision, Explanation, Outcome, Reason
 from ipguard.rules import decide, summarise
 from ipguard.store import Closing, RestrictionStore
 from ipguard.usernames import canonical_username
@@ -52,12 +52,14 @@ __all__ = ["Guard", "GuardStats"]
 
 _log = logging.getLogger("ipguard.guard")
 
+_ALLOWING: Final = (Reason.UNRESTRICTED, Reason.LISTED)
+
 Observer = Callable[[object, object, Decision], object]
 
 
 @attrs.frozen(kw_only=True)
 class GuardStats:
-    """The state of a guard. Denials and everything off the fast path are counted, hits are not.
+    """The state of a guard. Allowed logins are counted only on request: `Guard.count_allows`.
 
     Attributes:
         revision: The store's revision that all remembered users are current to.
@@ -72,8 +74,11 @@ class GuardStats:
         preloaded: With `preload`: how many restricted users are held, including those that are
             being read again; None until the snapshot is complete.
         loads: How many policies were read from the store.
+        store_errors: How many calls to the store have failed.
         evictions: How many users were evicted to make room.
-        denials: How many logins were denied, by reason.
+        denials: How many logins were denied, by reason; with `report_only`, would have been.
+        decisions: How many logins were decided, by outcome and reason. The reasons that allow are
+            missing unless allowed logins are counted.
         ready: Whether it can answer from memory.
     """
 
@@ -86,12 +91,14 @@ class GuardStats:
     users: int
     preloaded: int | None
     loads: int
+    store_errors: int
     evictions: int
     denials: Mapping[Reason, int]
+    decisions: Mapping[tuple[Outcome, Reason], int]
     ready: bool
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Internals:
     """The parts of a guard that `ipguard.aio` runs on an event loop. Not public.
 
@@ -214,16 +221,29 @@ class Guard(Closing, _fork.Forkable):
         )
         self._tally = Tally()
         self._denial_log = DenialLog(self._table, clock, report_only=report_only)
+        self._counts_allows = False
         fast_path = self._fast_path(
             lambda username, address: (
                 self._report(username, address, self._answer(username, address, None)).allowed
             )
         )
-        if fast_path is not None:
+        if fast_path is None:
+            self._counts_allows = True
+        else:
             # Override the method on this instance, so that guards without an observer skip its
             # cost.
             fast_path.__doc__ = Guard.is_allowed.__doc__
             self.__dict__["is_allowed"] = fast_path
+        self._parts = Internals(
+            fast_path=self._fast_path(lambda _username, _address: None),
+            recall=self._recall,
+            answer=self._answer,
+            report=self._report,
+            denied=self._slow_path.denied,
+            patience=self._lease.patience,
+            backlog=partial(Backlog, None),
+            add_follower=self._followers.add,
+        )
         _fork.register(self)
 
     def is_allowed(self, username: str, address: str) -> bool:
@@ -295,6 +315,8 @@ class Guard(Closing, _fork.Forkable):
         """Count a decision, log it, call the observer, and return what the caller gets."""
         if not decision.allowed:
             self._deny(username, address, decision.reason, decision.revision)
+        elif self._counts_allows:
+            self._tally.add(decision.reason)
         if self._report_only:
             decision = attrs.evolve(decision, allowed=True)
         if self._observer is not None:
@@ -472,6 +494,7 @@ class Guard(Closing, _fork.Forkable):
             users, preloaded = table.count()
             remaining = max(0.0, table.deadline - now)
             synced_at, error = table.synced_at, breaker.error
+            counts = self._tally.counts()
             return GuardStats(
                 revision=self.revision,
                 lease_remaining=remaining,
@@ -482,10 +505,33 @@ class Guard(Closing, _fork.Forkable):
                 users=users,
                 preloaded=preloaded,
                 loads=self._loads.count,
+                store_errors=breaker.errors,
                 evictions=table.evictions,
-                denials=self._tally.counts(),
+                denials={each: count for each, count in counts.items() if each not in _ALLOWING},
+                decisions={
+                    (self._outcome(reason), reason): counts[reason]
+                    for reason in Reason
+                    if self._counts_allows or reason not in _ALLOWING
+                },
                 ready=remaining > 0,
             )
+
+    def _outcome(self, reason: Reason) -> Outcome:
+        """Return what hosts do with this guard's decisions for a reason."""
+        allowed = self._report_only or reason in _ALLOWING
+        return Decision(allowed=allowed, reason=reason, revision=0).outcome
+
+    def count_allows(self) -> None:
+        """Count allowed logins too, from now on; see `GuardStats.decisions`.
+
+        The fast path does not count what it allows. So `is_allowed` then takes as long as `check`,
+        some microseconds. Functions that were taken from the guard before
+        (`allowed = guard.is_allowed`) go on without counting. A guard with an observer or
+        `report_only` counts in any case.
+        """
+        self._counts_allows = True
+        self.__dict__.pop("is_allowed", None)
+        self._parts.fast_path = None
 
     def start(self) -> None:
         """Start the refresher, a daemon thread that renews the lease. May be called repeatedly."""
@@ -511,18 +557,6 @@ class Guard(Closing, _fork.Forkable):
         self.start()
         return self
 
-    def _internals(self) -> Internals:
-        return Internals(
-            fast_path=self._fast_path(lambda _username, _address: None),
-            recall=self._recall,
-            answer=self._answer,
-            report=self._report,
-            denied=self._slow_path.denied,
-            patience=self._lease.patience,
-            backlog=partial(Backlog, None),
-            add_follower=self._followers.add,
-        )
-
     def _before_fork(self) -> None:
         # No thread may be in the middle of writing what the child inherits.
         self._table.lock.acquire()
@@ -545,4 +579,4 @@ class Guard(Closing, _fork.Forkable):
 
 def internals(guard: Guard) -> Internals:
     """Return the parts of a guard that `ipguard.aio` runs on an event loop."""
-    return guard._internals()  # noqa: SLF001 - the one opening for another room
+    return guard._parts  # noqa: SLF001 - the one opening for another room

@@ -46,9 +46,9 @@ _UNCOUNTED: Final = 1_000
 
 
 class Tally:
-    """Counts each denial by reason, and takes a lock only once in a thousand.
+    """Counts decisions by reason, and takes a lock only once in a thousand.
 
-    A denial appends to a list, which is atomic. Now and then, under a lock, the current length is
+    A decision appends to a list, which is atomic. Now and then, under a lock, the current length is
     taken off the front of the list and added to the count.
     """
 
@@ -62,14 +62,14 @@ class Tally:
         self._lock = _fork.ReentrantLock()
 
     def add(self, reason: Reason) -> None:
-        """Count one denial."""
+        """Count one decision."""
         uncounted = self._uncounted[reason]
         uncounted.append(None)
         if len(uncounted) >= _UNCOUNTED:
             self.counts()
 
-    def counts(self) -> dict[Reason, int]:
-        """Return how many denials there have been, by reason."""
+    def counts(self) -> Counter[Reason]:
+        """Return how many decisions there have been, by reason."""
         _fork.check()
         nested = self._lock.owned()  # a signal handler, in the middle of the loop below
         with self._lock:
@@ -78,7 +78,7 @@ class Tally:
                 if count and not nested:
                     self._counts[reason] += count
                     del uncounted[:count]
-            return dict(self._counts)
+            return self._counts.copy()
 
 
 def bind(  # noqa: C901 - inlined, because each further call costs half a look-up

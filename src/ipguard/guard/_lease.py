@@ -40,6 +40,11 @@ class CircuitBreaker:
     """Opens for a while after each failure of the store, and closes after a success.
 
     It logs when the store stops or resumes answering, not each failure.
+
+    Attributes:
+        error: The last failure; None after a success.
+        failures: How many calls have failed in a row.
+        errors: How many calls have failed.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
@@ -49,6 +54,7 @@ class CircuitBreaker:
         self._retry_at = EXPIRED
         self.error: Exception | None = None
         self.failures = 0
+        self.errors = 0
         self.renew_lock()
 
     def renew_lock(self) -> None:
@@ -64,6 +70,7 @@ class CircuitBreaker:
         with self._lock:
             before, self.error = self.error, error
             self.failures += 1
+            self.errors += 1
             if not self.is_open():  # else this call began before the breaker opened
                 self._pause = self._backoff.next()
             self._retry_at = self._monotonic() + self._pause
