@@ -75,7 +75,7 @@ flow = ipguard.Workflow(store, ipguard.mail.ConsoleNotifier(), key=KEY)
 ips = IPGuard(ipguard.Guard(store), flow, ipguard.ClientAddress(**PROXY))
 app = FastAPI(dependencies=[Depends(ips.each_request(current_user))], openapi_url=None)
 app.add_middleware(SessionMiddleware, secret_key=SECRET_KEY)
-app.include_router(ips.router(actor), prefix="/ip-restrictions")
+app.include_router(ips.router(actor, home_url="/"), prefix="/ip-restrictions")
 app.add_exception_handler(401, lambda *_: RedirectResponse("/login", 303))
 
 

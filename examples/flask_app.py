@@ -65,7 +65,7 @@ store.put_users(ipguard.User(**user) for user in USERS.values())
 flow = ipguard.Workflow(store, ipguard.mail.ConsoleNotifier(), key=KEY)
 guard, client = ipguard.Guard(store), ipguard.ClientAddress(**PROXY)
 ips = IPGuard(app, guard=guard, workflow=flow, client=client, user=username, actor=actor)
-app.register_blueprint(ips.blueprint(), url_prefix="/ip-restrictions")
+app.register_blueprint(ips.blueprint(home_url="/"), url_prefix="/ip-restrictions")
 
 
 @app.get("/")

@@ -101,7 +101,7 @@ class Site:
         url: The URL of nginx.
         output: What the server prints, mails included.
         begin_outage: Makes the database unavailable.
-        end_outage: Makes it available again, with what it held.
+        end_outage: Makes it available again, with its data.
     """
 
     url: str
@@ -272,7 +272,7 @@ def walk(chromium: Chromium, site: Site) -> None:
     assert REFUSED in refused[1]
     assert Person(chromium, site, "jsmith", **FORGED).sign_in() == refused
 
-    # Without an answer of the store, nobody is let in, and nobody is signed out.
+    # While the store is unavailable, logins fail and open sessions stay.
     site.begin_outage()
 
     def is_out() -> bool:

@@ -121,6 +121,18 @@ def test_end_session(bench: Bench) -> None:
     assert (browser.send("GET", "/").status_code, sessions) == (401, {})
 
 
+def test_a_host_without_sessions(bench: Bench) -> None:
+    """Such as one with bearer tokens: each request is refused."""
+    ips = IPGuard(bench.guard, bench.flow, CLIENT)
+    app = FastAPI(dependencies=[Depends(ips.each_request(lambda: "jsmith"))])
+    app.add_api_route("/", lambda: "served")
+    assert browse(app).send("GET", "/").json() == "served"
+    bench.restrict("jsmith")
+    for _ in range(2):
+        assert browse(app).send("GET", "/").status_code == 401
+    assert browse(app, OFFICE).send("GET", "/").json() == "served"
+
+
 def test_websockets(bench: Bench) -> None:
     """One that is refused is closed before it is accepted."""
 
@@ -217,7 +229,7 @@ def test_arguments_that_cannot_be_called(bench: Bench) -> None:
     ips = IPGuard(bench.guard, bench.flow, CLIENT)
     for make in (
         lambda: ips.each_request("jsmith"),
-        lambda: ips.each_request(username, end_session=None),
+        lambda: ips.each_request(username, end_session="jsmith"),
         lambda: ips.router(ALICE),
     ):
         with pytest.raises(InvalidValue):

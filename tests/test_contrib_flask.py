@@ -145,6 +145,19 @@ def test_init_app_and_end_session(bench: Bench) -> None:
     assert (browser.send("GET", "/").status_code, sessions) == (401, {})
 
 
+def test_a_host_without_sessions(bench: Bench) -> None:
+    """Such as one with bearer tokens: each request is refused."""
+    app = flask.Flask("host")
+    parts: dict[str, Any] = {"guard": bench.guard, "workflow": bench.flow, "client": CLIENT}
+    IPGuard(app, user=lambda: "jsmith", actor=alice, **parts)
+    app.add_url_rule("/", view_func=lambda: "served")
+    assert browse(app).send("GET", "/").text == "served"
+    bench.restrict("jsmith")
+    for _ in range(2):
+        assert browse(app).send("GET", "/").status_code == 401
+    assert browse(app, OFFICE).send("GET", "/").text == "served"
+
+
 @pytest.mark.parametrize("name", ["user", "actor", "end_session"])
 def test_arguments_that_cannot_be_called(bench: Bench, name: str) -> None:
     parts: dict[str, Any] = {"user": alice, "actor": alice, "end_session": alice, name: "jsmith"}

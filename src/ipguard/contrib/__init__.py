@@ -1,1 +1,1 @@
-"""Kits for web frameworks. Import the one you need; each imports its framework, `ipguard` none."""
+"""Kits for frameworks. Import the one that you need; it imports its framework."""

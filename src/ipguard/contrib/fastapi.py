@@ -81,7 +81,7 @@ class IPGuard:
         self,
         user: Callable[..., Any],
         *,
-        end_session: Callable[[HTTPConnection], object] = lambda each: each.session.clear(),
+        end_session: Callable[[HTTPConnection], object] | None = None,
     ) -> Callable[..., Any]:
         """Return a dependency that checks the signed-in user of each request again.
 
@@ -93,13 +93,14 @@ class IPGuard:
             user: A dependency of yours. It gives the username of the signed-in user, as the user's
                 record has it, or None.
             end_session: Called with the request, or WebSocket, to end the session. Without it, the
-                session of Starlette's `SessionMiddleware` is cleared.
+                session of Starlette's `SessionMiddleware` is cleared, if there is one.
 
         Raises:
             InvalidValue: `user` or `end_session` cannot be called.
         """
         check_callable("user", user)
-        check_callable("end_session", end_session)
+        end = _end_session if end_session is None else end_session
+        check_callable("end_session", end)
         signed_in = Depends(user)
 
         async def check_session(
@@ -112,7 +113,7 @@ class IPGuard:
                 return
             retry = outcome is Outcome.RETRY
             if not retry:
-                end_session(connection)
+                end(connection)
             if connection.scope["type"] == "websocket":
                 raise WebSocketException(1013 if retry else 1008)
             if retry:
@@ -159,6 +160,10 @@ class IPGuard:
         """
         async with self._guard:
             yield
+
+
+def _end_session(connection: HTTPConnection) -> None:
+    connection.scope.get("session", {}).clear()
 
 
 async def _find_actor(request: Request) -> Any:

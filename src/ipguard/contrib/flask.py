@@ -54,8 +54,8 @@ class IPGuard:
             administrator as an `Actor`, to which the kit adds the client's address unless it has
             one; or None, which is answered with 401; or a response, such as a redirect to your
             sign-in.
-        end_session: Called without arguments to end the session, if clearing Flask's `session` and
-            Flask-Login's `logout_user` do not.
+        end_session: Called without arguments to end the session, in place of clearing Flask's
+            `session` and calling Flask-Login's `logout_user`.
 
     Raises:
         InvalidValue: `user`, `actor` or `end_session` cannot be called.
@@ -161,7 +161,8 @@ class IPGuard:
 
 
 def _end_session() -> None:
-    session.clear()
+    if not current_app.session_interface.is_null_session(session):
+        session.clear()
     if hasattr(current_app, "login_manager"):
         import_module("flask_login").logout_user()  # also removes the cookie that remembers
 
