@@ -31,6 +31,7 @@ from ipguard.errors import (
     UnknownRequest,
     UnknownRestriction,
     UnknownUser,
+    UsernameCollision,
     UsernameError,
     WrongNumber,
     shorten,
@@ -58,6 +59,12 @@ CASES: list[tuple[IPGuardError, str, tuple[object, ...], str]] = [
         "name reason",
         ("label", "is too long"),
         "label: is too long",
+    ),
+    (
+        UsernameCollision("jo", ("Jo", "JO"), ("U1", "U2")),
+        "username spellings accounts removed refused",
+        ("jo", ("Jo", "JO"), ("U1", "U2"), False, ()),
+        "'JO' (account 'U2') is the username of another user, 'Jo' (account 'U1')",
     ),
     (
         NumberFormatError(10, "must have 10 digits, not 5"),

@@ -33,6 +33,7 @@ from ipguard.model import (
     Touched,
     User,
     UserOverview,
+    UserSync,
 )
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
@@ -93,6 +94,7 @@ VALUES: list[object] = [
     ),
     CHANGE,
     Applied(revision=1, restriction=RESTRICTION, unrestricted=False),
+    UserSync(revision=1, added=1),
     UserOverview(user=USER, restrictions=(), pending=(REQUEST,), summary=""),
     Page(items=(1, 2), next="b"),
     Changes(1, "token", frozenset({"jsmith"})),
@@ -219,7 +221,7 @@ class TestUser:
     @pytest.mark.parametrize(
         "email",
         [
-            "",
+            " ",
             "a@b@example.com",
             "=?utf-8?q?a=0a?=@example.com",
             "a\u00a0b@example.com",
@@ -249,6 +251,7 @@ class TestUser:
     def test_only_actors_need_an_email(self):
         """Numbers need a recipient, notices do not."""
         assert user(email=None).email is None
+        assert user(email="").email is None
         with pytest.raises(InvalidValue):
             Actor(username="a", email=None, manages=())
 

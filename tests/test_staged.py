@@ -20,7 +20,8 @@ from ipguard.errors import (
     TooManyRestrictions,
     UnknownUser,
 )
-from ipguard.model import EVERYBODY, Action, Actor, Restriction, User
+from ipguard.model import EVERYBODY, Action, Actor, Restriction
+from ipguard.rules import UserPlan
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores._sql import Params, Row
@@ -171,7 +172,7 @@ class Between(StoreCase):
         self.store.put_users(many[:50])
         compare = BulkUsers.compare
 
-        def compared(staged: BulkUsers, db: Any) -> tuple[int, int]:
+        def compared(staged: BulkUsers, db: Any) -> tuple[int, bool]:
             found = compare(staged, db)
             self.patch.setattr(BulkUsers, "compare", compare)
             Call(lambda: self.store.put_users(many[50:52])).result()
@@ -192,15 +193,15 @@ class Between(StoreCase):
     def test_a_user_written_by_others(self) -> None:
         """Users that are compared one by one are compared again under the lock."""
         self.put("jo")
-        compare = FewUsers.compare
+        plan = FewUsers.plan
 
-        def compared(staged: FewUsers, db: Any) -> tuple[int, list[User], list[str]]:
-            found = compare(staged, db)
-            self.patch.setattr(FewUsers, "compare", compare)
+        def planned(staged: FewUsers, db: Any) -> tuple[int, UserPlan]:
+            found = plan(staged, db)
+            self.patch.setattr(FewUsers, "plan", plan)
             Call(lambda: self.put("jo", "ann", full_name="Jo B")).result()
             return found
 
-        self.patch.setattr(FewUsers, "compare", compared)
+        self.patch.setattr(FewUsers, "plan", planned)
         assert self.put("jo", "ann", "zoe", full_name="Jo B") == 3
         assert [change.detail for change in self.store.history(Actor.EVERY_ACCOUNT, limit=2)] == [
             {"added": "1", "updated": "0"},

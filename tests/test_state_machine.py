@@ -297,9 +297,10 @@ class Machine(RuleBasedStateMachine):
             [User(username=SPELLINGS[name], full_name=name, account_id=account)]
         )
         if model.accounts.get(name) != account or name in model.removed:
+            back = name in model.removed or name not in model.accounts
             model.accounts[name] = account
             model.removed.discard(name)
-            model.append("put_users", None, name)
+            model.append("put_users" if back else "move_user", None, name)
         assert revision == len(model.log)
 
     @rule(name=st.sampled_from(NAMES), back=st.sampled_from([True, True, False]))

@@ -36,6 +36,7 @@ from ipguard.model import (
     Restriction,
     User,
     UserOverview,
+    UserSync,
 )
 from ipguard.notify import Notifier
 from ipguard.store import RestrictionStore, Transaction
@@ -69,6 +70,7 @@ __all__ = [
     "Transaction",
     "User",
     "UserOverview",
+    "UserSync",
     "Workflow",
     "WorkflowSettings",
     "canonical_username",

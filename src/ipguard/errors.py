@@ -7,7 +7,7 @@ parse the message, and survives `pickle`, so that it can cross process boundarie
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import attrs
 
@@ -33,6 +33,7 @@ __all__ = [
     "UnknownRequest",
     "UnknownRestriction",
     "UnknownUser",
+    "UsernameCollision",
     "UsernameError",
     "WrongNumber",
 ]
@@ -199,6 +200,38 @@ class UnknownUser(IPGuardError):
 
     def __str__(self) -> str:
         return f"no user {shorten(self.username)}"
+
+
+_LISTED = 5
+
+
+@attrs.define(slots=False, repr=False)
+class UsernameCollision(IPGuardError):
+    """Two users would have one canonical username; the second one was refused.
+
+    Attributes:
+        username: The canonical username.
+        spellings: How it is spelled: by the user who has it, and by the one who was refused.
+        accounts: Their accounts, in the same order.
+        removed: Whether the first one was removed. Its restrictions are still in force: once they
+            are deleted, the username is free.
+        refused: Raised by `put_users`: each record that was refused, with its error.
+    """
+
+    username: str
+    spellings: tuple[str, str]
+    accounts: tuple[str, str]
+    removed: bool = False
+    refused: tuple[tuple[Any, IPGuardError], ...] = ()
+
+    def __str__(self) -> str:
+        if len(self.refused) > 1:
+            shown = "; ".join(str(error) for _, error in self.refused[:_LISTED])
+            more = "; …" if len(self.refused) > _LISTED else ""
+            return f"{len(self.refused)} users were refused: {shown}{more}"
+        (first, second), (one, other) = map(shorten, self.spellings), map(shorten, self.accounts)
+        state = "a removed user whose restrictions are in force" if self.removed else "another user"
+        return f"{second} (account {other}) is the username of {state}, {first} (account {one})"
 
 
 @attrs.define(slots=False, repr=False)

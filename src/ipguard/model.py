@@ -15,7 +15,7 @@ import attrs
 
 from ipguard._checks import check_text
 from ipguard.addresses import AddressRange, parse_address
-from ipguard.errors import InvalidValue
+from ipguard.errors import InvalidValue, IPGuardError, shorten
 from ipguard.usernames import canonical_username
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Touched",
     "User",
     "UserOverview",
+    "UserSync",
 ]
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ LABEL_LIMIT: Final = 100
 REASON_LIMIT: Final = 500
 _NAME_LIMIT: Final = 256
 _VIA_LIMIT: Final = 400
+_UID_LIMIT: Final = 128
 _EMAIL_LIMIT: Final = 254  # RFC 5321 4.5.3.1.3, less the angle brackets
 _NOT_IN_EMAIL: Final = frozenset(',;:<>()[]\\"')
 
@@ -61,6 +63,17 @@ def _full_name(value: object) -> str:
 
 def _account_id(value: object) -> str:
     return check_text("account_id", value, _NAME_LIMIT, required=True)
+
+
+def _spelling(value: str) -> str:
+    canonical_username(value)
+    # Call no method of a subclass: it may return anything.
+    return value if type(value) is str else str.__getitem__(value, slice(None))
+
+
+def _uid(value: object) -> str | None:
+    text = "" if value is None else check_text("uid", value, _UID_LIMIT)
+    return text or None
 
 
 def _email(value: object) -> str:
@@ -74,6 +87,10 @@ def _email(value: object) -> str:
     return text
 
 
+def _user_email(value: object) -> str | None:
+    return None if value is None or value == "" else _email(value)
+
+
 def _via(value: object) -> str:
     return check_text("via", value, _VIA_LIMIT)
 
@@ -84,19 +101,75 @@ def _optional_address(value: str | None) -> str | None:
 
 @attrs.frozen(kw_only=True)
 class User:
-    """A user who logs in.
+    """A user who logs in: `User(username, full_name, account_id, email=None, uid=None)`.
 
     Attributes:
         username: The canonical username; `JSmith` becomes `jsmith`.
+        spelling: The username as the host spells it, for people to read.
         full_name: The name for people, up to 256 characters.
         account_id: The user's account; compared exactly.
-        email: The address for notices, or None.
+        email: The address for notices, or None; an empty text becomes None.
+        uid: The host's immutable key of the user (a primary key, a UUID), up to 128 characters; or
+            None. It identifies the user after a rename. An empty text becomes None.
     """
 
-    username: str = attrs.field(converter=canonical_username)
+    spelling: str = attrs.field(alias="username", converter=_spelling)
+    username: str = attrs.field(init=False)
     full_name: str = attrs.field(converter=_full_name)
     account_id: str = attrs.field(converter=_account_id)
-    email: str | None = attrs.field(default=None, converter=attrs.converters.optional(_email))
+    email: str | None = attrs.field(default=None, converter=_user_email)
+    uid: str | None = attrs.field(default=None, converter=_uid)
+
+    @username.default
+    def _canonical(self) -> str:
+        return canonical_username(self.spelling)
+
+    @classmethod
+    def of(cls, record: User | Mapping[str, Any]) -> User:
+        """Return a record of `sync_users` as a user.
+
+        Raises:
+            InvalidValue: It is neither a User nor a mapping with the fields of one, or a field is
+                invalid.
+            UsernameError: The username has no canonical form.
+        """
+        if isinstance(record, User):
+            return record
+        if not isinstance(record, Mapping):
+            raise InvalidValue("record", "must be a User or a mapping")
+        for name in record:
+            if name not in _USER_FIELDS:
+                raise InvalidValue("record", f"has an unknown field {shorten(name)}")
+        for name in _USER_FIELDS[:3]:
+            if name not in record:
+                raise InvalidValue(name, "is missing")
+        return cls(**record)
+
+
+_USER_FIELDS: Final = ("username", "full_name", "account_id", "email", "uid")
+
+
+@attrs.frozen(kw_only=True)
+class UserSync:
+    """The result of `sync_users`; all but the first and the last are numbers of users.
+
+    Attributes:
+        revision: The store's revision afterwards.
+        added: Registered, again or for the first time.
+        changed: Changed in another way than the following.
+        renamed: Renamed, with their restrictions.
+        moved: Moved to another account.
+        removed: Removed, because no record is about them.
+        refused: Each record that was refused, as it was given, with the error.
+    """
+
+    revision: int
+    added: int = 0
+    changed: int = 0
+    renamed: int = 0
+    moved: int = 0
+    removed: int = 0
+    refused: tuple[tuple[User | Mapping[str, Any], IPGuardError], ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -419,6 +492,8 @@ class Action(StrEnum):
     UNLOCK = "unlock"
     PUT_USERS = "put_users"
     REMOVE_USERS = "remove_users"
+    RENAME_USER = "rename_user"
+    MOVE_USER = "move_user"
     WRONG_NUMBER = "wrong_number"
     DELIVERY_FAILED = "delivery_failed"
 

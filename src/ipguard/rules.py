@@ -15,13 +15,15 @@ Any other step raises `RequestClosed` and changes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, NamedTuple
 from unicodedata import normalize
+
+import attrs
 
 from ipguard import errors
 from ipguard.addresses import AddressRange, AddressSet, parse_address, parse_typed
@@ -43,6 +45,10 @@ __all__ = [
     "Remainder",
     "Search",
     "Step",
+    "UserHeld",
+    "UserPlan",
+    "UserRecord",
+    "UserStep",
     "after",
     "all_expired",
     "check_lockout",
@@ -53,11 +59,13 @@ __all__ = [
     "judge_additions",
     "lasting",
     "number_expired",
+    "plan_users",
     "read_addresses",
     "search_terms",
     "shifted",
     "state_at",
     "summarise",
+    "two_users",
     "wait_left",
     "without",
 ]
@@ -406,3 +414,214 @@ def is_visible(accounts: Accounts, account_id: str, *, removed: bool, restricted
     if removed:
         return accounts is Actor.EVERY_ACCOUNT and restricted
     return account_id in accounts
+
+
+def two_users(one: User, other: User) -> bool:
+    """Return whether two records with one canonical username are about two users."""
+    if one.uid is not None and other.uid is not None:
+        return one.uid != other.uid
+    return one.spelling != other.spelling and one.account_id != other.account_id
+
+
+class UserRecord(NamedTuple):
+    """A user as the host has it now.
+
+    Attributes:
+        seq: Its place among the records.
+        user: The user.
+        renames: The canonical username of the stored user that it is about, if neither its uid nor
+            its username says so.
+    """
+
+    seq: int
+    user: User
+    renames: str | None = None
+
+
+class UserHeld(NamedTuple):
+    """What a store has under a username.
+
+    Attributes:
+        user: The user, removed or not, or None.
+        removed: Whether the user was removed.
+        restricted: Whether there are restrictions, expired ones included.
+        kept: Whether a record that cannot be read may be about the user.
+    """
+
+    user: User | None
+    removed: bool = False
+    restricted: bool = False
+    kept: bool = False
+
+
+class UserStep(NamedTuple):
+    """A change of one user.
+
+    Attributes:
+        user: The user as it will be stored.
+        before: The user as it is stored, perhaps under another username; None for a new user.
+        back: Whether `before` was removed.
+        free: Whether the username must have no restrictions of its own when this is applied.
+    """
+
+    user: User
+    before: User | None
+    back: bool
+    free: bool
+
+    @property
+    def old(self) -> str | None:
+        """The username that the user had, if it is another one."""
+        if self.before is None or self.before.username == self.user.username:
+            return None
+        return self.before.username
+
+    @property
+    def added(self) -> bool:
+        """Whether the user is registered, for the first time or again."""
+        return self.before is None or self.back
+
+    @property
+    def moved(self) -> bool:
+        """Whether a registered user is of another account now."""
+        before = self.before
+        return before is not None and not self.back and before.account_id != self.user.account_id
+
+    @property
+    def changed(self) -> bool:
+        """Whether something else has changed."""
+        return not (self.added or self.moved or self.old)
+
+    @property
+    def entry(self) -> tuple[str, str, str, str] | None:
+        """What `ipguard.store.user_entries` takes, for a user that was renamed or moved."""
+        if self.before is None or not (self.old or self.moved):
+            return None
+        account = self.user.account_id
+        was = self.before.account_id if self.moved else account
+        return self.before.username, self.user.username, was, account
+
+
+class UserPlan(NamedTuple):
+    """What becomes of records: the steps, the users to remove, and each refused record's `seq`."""
+
+    steps: list[UserStep]
+    removed: list[User]
+    refused: list[tuple[int, errors.UsernameCollision]]
+
+
+class _Claim(NamedTuple):
+    """The user that gets a username; `old` is the stored username, if that is another one."""
+
+    seq: int
+    user: User
+    old: str | None
+
+
+def plan_users(
+    records: Iterable[UserRecord], held: Mapping[str, UserHeld], *, remove_missing: bool = False
+) -> UserPlan:
+    """Decide what records change, all at once: a rename to a username that is given up succeeds.
+
+    A record is about the stored user with its uid, else about the one with its username. Of several
+    records about one user, the last counts. A username belongs to its stored user, else to the
+    first record, and other users are refused. Restrictions follow their user. A removed user keeps
+    its username as long as there are restrictions.
+
+    Args:
+        records: The records, in order.
+        held: What the store has under their usernames, and the users with their uids. With
+            `remove_missing`, users in `held` that no record is about are removed.
+        remove_missing: Whether to remove users.
+    """
+    return _Planner(records, held).plan(remove_missing=remove_missing)
+
+
+class _Planner:
+    """The steps of `plan_users`."""
+
+    def __init__(self, records: Iterable[UserRecord], held: Mapping[str, UserHeld]) -> None:
+        self._held = held
+        self._refused: list[tuple[int, errors.UsernameCollision]] = []
+        self._owners = {n: there.user for n, there in held.items() if there.user is not None}
+        by_uid = {owner.uid: n for n, owner in self._owners.items() if owner.uid is not None}
+        given = list(records)
+        last = {record.user.uid: record.seq for record in given}
+        self._groups: dict[str, list[_Claim]] = {}
+        for seq, user, renames in given:
+            if user.uid is None or last[user.uid] == seq:
+                old = renames or (None if user.uid is None else by_uid.get(user.uid))
+                claim = _Claim(seq, user, None if old == user.username else old)
+                self._groups.setdefault(user.username, []).append(claim)
+        # The usernames that a record gives up, if it is not refused.
+        claims = (claim for group in self._groups.values() for claim in group)
+        self._left = {claim.old for claim in claims if claim.old is not None}
+        self._staying: dict[str, User] = {}  # the owners of all others, unless they are free
+        self._claims: dict[str, _Claim] = {}
+
+    def plan(self, *, remove_missing: bool) -> UserPlan:
+        removed = list(self._stay(remove_missing=remove_missing))
+        gone = {user.username for user in removed}
+        for name, group in self._groups.items():
+            for claim in group:
+                self._judge(claim, name, removed=name in gone)
+        self._refuse_followers()
+        self._refused.sort(key=lambda each: each[0])
+        return UserPlan(list(self._steps()), removed, self._refused)
+
+    def _stay(self, *, remove_missing: bool) -> Iterator[User]:
+        """Find the users that keep their usernames; yield those to remove."""
+        for name in self._owners.keys() - self._left:
+            owner, there, group = self._owners[name], self._held[name], self._groups.get(name, ())
+            found = any(not two_users(owner, claim.user) for claim in group)
+            missing = remove_missing and not (found or there.removed or there.kept)
+            if missing:
+                yield owner
+            if there.restricted or not (missing or there.removed):
+                self._staying[name] = owner
+
+    def _judge(self, claim: _Claim, name: str, *, removed: bool) -> None:
+        """Give a username to a claim, or refuse it."""
+        there, user = self._held.get(name, UserHeld(None)), claim.user
+        had, owner = self._claims.get(name), self._staying.get(name)
+        rival = owner if had is None else had.user
+        if rival is not None and two_users(rival, user):
+            self._refuse(claim, rival, removed=had is None and (there.removed or removed))
+        elif owner is not None and claim.old is not None:
+            self._refuse(claim, owner, removed=there.removed or removed)
+        elif name in self._left and user.uid is None and not two_users(self._owners[name], user):
+            # By another record, this user has another username.
+            self._refuse(claim, self._owners[name])
+        elif claim.old is not None and there.user is None and there.restricted:
+            self._refuse(claim, None, removed=True)
+        else:
+            if rival is not None and user.uid is None:
+                user = attrs.evolve(user, uid=rival.uid)
+            old = claim.old if had is None else claim.old or had.old
+            self._claims[name] = _Claim(claim.seq, user, old)
+
+    def _refuse_followers(self) -> None:
+        """Refuse the claims to usernames whose users cannot leave because they were refused."""
+        stuck = list(self._left - {claim.old for claim in self._claims.values()})
+        while stuck:
+            name = stuck.pop()
+            claim = self._claims.pop(name, None)
+            if claim is not None:
+                self._refuse(claim, self._owners[name], removed=self._held[name].removed)
+                stuck += [] if claim.old is None else [claim.old]
+
+    def _steps(self) -> Iterator[UserStep]:
+        for name, claim in self._claims.items():
+            user = claim.user
+            before = self._staying.get(name) if claim.old is None else self._owners[claim.old]
+            back = before is not None and self._held[before.username].removed
+            if back or before != user:
+                taken = claim.old is not None or (before is None and name in self._owners)
+                yield UserStep(user, before, back, taken and name not in self._left)
+
+    def _refuse(self, claim: _Claim, owner: User | None, *, removed: bool = False) -> None:
+        name, user = claim.user.username, claim.user
+        spellings = (name if owner is None else owner.spelling, user.spelling)
+        accounts = ("" if owner is None else owner.account_id, user.account_id)
+        error = errors.UsernameCollision(name, spellings, accounts, removed)
+        self._refused.append((claim.seq, error))

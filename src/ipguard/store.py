@@ -23,9 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from itertools import chain
 from types import MappingProxyType
-from typing import Final, Protocol, Self, cast
+from typing import Any, Final, NamedTuple, Protocol, Self, cast
 
+import attrs
+
+from ipguard import errors
 from ipguard.audit import log_change
 from ipguard.model import (
     EVERYBODY,
@@ -42,9 +46,12 @@ from ipguard.model import (
     Touched,
     User,
     UserOverview,
+    UserSync,
     check_accounts,
 )
 from ipguard.row import pack
+from ipguard.rules import Step, UserPlan, UserRecord, after
+from ipguard.usernames import canonical_username
 
 __all__ = [
     "NAMED_AT_MOST",
@@ -52,8 +59,13 @@ __all__ = [
     "RowStore",
     "Snapshot",
     "Transaction",
+    "Unread",
+    "UserTransaction",
+    "carry_out",
     "check_accounts",
     "log_change",
+    "read_records",
+    "refuse_all",
 ]
 
 NAMED_AT_MOST = 100
@@ -248,16 +260,63 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users, as one change; a call that changes nothing appends nothing.
 
-        Any iterable is read to the end before the writer's lock is acquired. If a username occurs
-        more than once, the last user counts. A removed user is registered again, and inherits the
-        restrictions that stayed in force.
+        Any iterable is read to the end before the writer's lock is acquired. `rules.plan_users`
+        decides: which records are about one user, and which users are renamed or moved to another
+        account. A removed user is registered again, and inherits the restrictions that stayed in
+        force. A record without a uid leaves the stored one as it is.
 
-        The change is a `PUT_USERS` without an actor; its detail has the counts `added` (registered
-        again included) and `updated`. It touches the users added: a new name, account or e-mail
-        affects no login. A change of exactly one user names the user and the account.
+        Each user that is renamed or moved gets an entry of its own, as from `user_entries`. What
+        else has changed is a `PUT_USERS` without an actor; its detail has the counts `added`
+        (registered again included) and `updated`. It touches the users added: a new name, account
+        or e-mail affects no login. A change of exactly one user names the user and the account.
 
         Returns:
             The store's revision afterwards.
+
+        Raises:
+            UsernameCollision: A username would go to two users; `refused` has all such records.
+                Nothing is changed.
+        """
+
+    def sync_users(
+        self, records: Iterable[User | Mapping[str, Any]], *, remove_missing: bool = False
+    ) -> UserSync:
+        """Make the users as the host has them: `put_users` for a job that runs every night.
+
+        A record that is refused is reported and stops no other. A call that changes nothing appends
+        nothing.
+
+        Args:
+            records: Users, or mappings with the fields of one; any iterable.
+            remove_missing: Whether to remove the registered users that no record is about, as
+                `remove_users` does. A record that cannot be read still keeps the users with its
+                username or uid.
+
+        Returns:
+            What has changed, and each record that was refused, as it was given.
+
+        Raises:
+            InvalidValue: `remove_missing` without any record that can be read.
+        """
+
+    def rename_user(self, old: str, new: str) -> int:
+        """Rename a user, as one change; the restrictions follow.
+
+        The pending requests of the user are cancelled: their mail named the old username. The entry
+        is a `RENAME_USER` that touches both usernames.
+
+        Args:
+            old: The present username, in any spelling.
+            new: The new one, as the host spells it. If only the spelling differs, the change is a
+                `PUT_USERS`.
+
+        Returns:
+            The store's revision afterwards.
+
+        Raises:
+            UnknownUser: `old` is not registered.
+            UsernameCollision: `new` belongs to another user, or to a removed one with restrictions.
+            UsernameError: A username has no canonical form.
         """
 
     def remove_users(self, usernames: Iterable[str]) -> int:
@@ -334,26 +393,148 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
 def append_users(
     tx: Transaction,
     action: Action,
-    detail: Mapping[str, str],
-    *,
+    counts: Mapping[str, int],
     users: Sequence[Sequence[str]],
     touched: Iterable[str],
-) -> Change:
-    """Append the entry of `put_users` or `remove_users`, for authors of stores.
+) -> list[Change]:
+    """Append the entry of `put_users` or `remove_users` if there are users, for authors of stores.
 
     Of the users concerned, with their accounts, two are enough, and of the users touched one more
     than `NAMED_AT_MOST`.
     """
+    if not users:
+        return []
     username, account_id = users[0] if len(users) == 1 else (None, None)
     names = frozenset(touched)
-    return tx.append(
+    change = tx.append(
         action,
         actor=None,
         username=username,
         account_id=account_id,
-        detail=detail,
+        detail={name: str(count) for name, count in counts.items()},
         touches=names if len(names) <= NAMED_AT_MOST else EVERYBODY,
     )
+    return [change]
+
+
+def user_entries(users: Iterable[tuple[str, str, str, str]]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of users that were renamed or moved, for authors of stores.
+
+    Args:
+        users: For each user the username and the account, both before and after the change: old
+            username, new username, old account, new account.
+
+    Yields:
+        The arguments of `Transaction.append`.
+    """
+    for old, new, account, other in users:
+        entry: dict[str, Any] = {"actor": None, "username": new}
+        if old != new:
+            yield entry | {
+                "action": Action.RENAME_USER,
+                "account_id": account,
+                "detail": {"old": old, "new": new},
+                "touches": frozenset({old, new}),
+            }
+        if account != other:
+            yield entry | {
+                "action": Action.MOVE_USER,
+                "account_id": other,
+                "detail": {"old": account, "new": other},
+            }
+
+
+class UserTransaction(Transaction, Protocol):
+    """A write transaction that `carry_out` can use."""
+
+    def save_users(self, users: Sequence[StoredUser]) -> None:
+        """Add users, or replace those with their usernames."""
+
+
+def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
+    """Carry out a plan for users, and append its entries, for authors of stores.
+
+    Returns:
+        The entries.
+    """
+    steps, removed = plan.steps, plan.removed
+    renamed = [(step.old, step.user.username) for step in steps if step.old is not None]
+    given_up = [StoredUser(user=user, removed=True) for user in removed]
+    for old, _ in renamed:
+        there = tx.user(old)
+        assert there is not None
+        given_up.append(StoredUser(user=attrs.evolve(there.user, uid=None), removed=True))
+    tx.save_users(given_up)
+    for name in dict.fromkeys((*(user.username for user in removed), *chain(*renamed))):
+        for request in tx.pending_requests(name):
+            stored = tx.request(request.id)
+            closed = attrs.evolve(request, state=after(request.state, Step.CANCEL))
+            if stored is not None:
+                tx.save_request(attrs.evolve(stored, request=closed))
+    restrictions = []
+    for old, new in renamed:
+        for restriction in tx.restrictions(old):
+            tx.remove_restriction(restriction.id)
+            restrictions.append(attrs.evolve(restriction, username=new))
+    for restriction in restrictions:
+        tx.add_restriction(restriction)
+    tx.save_users([StoredUser(user=step.user) for step in steps])
+    gone = [(user.username, user.account_id) for user in removed]
+    added = [(step.user.username, step.user.account_id) for step in steps if step.added]
+    updated = [(step.user.username, step.user.account_id) for step in steps if step.changed]
+    moved = user_entries(each for step in steps if (each := step.entry) is not None)
+    counts = {"added": len(added), "updated": len(updated)}
+    # Of these, only added users are touched: policies contain neither names nor accounts.
+    touched = (name for name, _ in added)
+    return [
+        *append_users(
+            tx, Action.REMOVE_USERS, {"removed": len(gone)}, gone, (name for name, _ in gone)
+        ),
+        *(tx.append(**entry) for entry in moved),
+        *append_users(tx, Action.PUT_USERS, counts, [*added, *updated], touched),
+    ]
+
+
+class Unread(NamedTuple):
+    """A record of `sync_users` that cannot be read: its place, what was given, and the error."""
+
+    seq: int
+    given: Any
+    error: errors.IPGuardError
+
+    @property
+    def keys(self) -> tuple[str | None, str | None]:
+        """The canonical username and the uid that can be read, for users that stay registered."""
+        fields = self.given if isinstance(self.given, Mapping) else {}
+        uid = fields.get("uid")
+        try:
+            name = canonical_username(fields.get("username", ""))
+        except errors.UsernameError:
+            name = None
+        return name, uid if isinstance(uid, str) else None
+
+
+def read_records(
+    records: Iterable[User | Mapping[str, Any]], unread: list[Unread]
+) -> Iterator[tuple[UserRecord, Any]]:
+    """Yield the records of `sync_users`, each with what was given, for authors of stores.
+
+    Args:
+        records: The records.
+        unread: Gets the records that cannot be read.
+    """
+    for seq, given in enumerate(records):
+        try:
+            yield UserRecord(seq, User.of(given)), given
+        except (errors.InvalidValue, errors.UsernameError) as exc:
+            unread.append(Unread(seq, given, exc))
+
+
+def refuse_all(refused: Iterable[tuple[User, errors.UsernameCollision]]) -> None:
+    """Raise the error of `put_users` if records were refused, for authors of stores."""
+    found = tuple(refused)
+    if found:
+        raise attrs.evolve(found[0][1], refused=found)
 
 
 class RowStore(Protocol):

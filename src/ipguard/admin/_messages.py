@@ -139,6 +139,8 @@ _ACTIONS: Final[Mapping[tuple[str, str], str]] = {
     (Action.UNLOCK, ""): "allowed new attempts after too many wrong numbers",
     (Action.PUT_USERS, ""): "registered or changed users",
     (Action.REMOVE_USERS, ""): "removed users",
+    (Action.RENAME_USER, ""): "renamed {old} to {new}, with the restrictions",
+    (Action.MOVE_USER, ""): "moved the user from account {old} to account {new}",
     (Action.WRONG_NUMBER, ""): "gave a wrong number for {addresses}",
     (Action.DELIVERY_FAILED, ""): "could not be sent the number for {addresses}",
 }

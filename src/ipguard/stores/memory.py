@@ -15,14 +15,23 @@ import os
 import secrets
 import threading
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import attrs
 
-from ipguard import audit, errors, rules
+from ipguard import errors, rules
 from ipguard._checks import check_time, check_whole
 from ipguard._fork import ReentrantLock, acquire
 from ipguard.audit import log_change
@@ -43,11 +52,20 @@ from ipguard.model import (
     Touched,
     User,
     UserOverview,
+    UserSync,
     check_accounts,
 )
-from ipguard.rules import Step
-from ipguard.store import Closing, Snapshot, Transaction, append_users
-from ipguard.usernames import canonical_usernames
+from ipguard.rules import UserHeld, UserPlan, UserRecord, plan_users
+from ipguard.store import (
+    Closing,
+    Snapshot,
+    Transaction,
+    Unread,
+    carry_out,
+    read_records,
+    refuse_all,
+)
+from ipguard.usernames import canonical_username, canonical_usernames
 
 __all__ = ["MemoryStore"]
 
@@ -69,6 +87,7 @@ class State:
     touching: int = 0  # the last revision that touched a policy
     users: dict[str, StoredUser] = attrs.field(factory=dict)
     restrictions: dict[str, tuple[Restriction, ...]] = attrs.field(factory=dict)
+    uids: dict[str, str] = attrs.field(factory=dict)  # uid -> username
     owners: dict[str, str] = attrs.field(factory=dict)  # restriction id -> username
     requests: dict[str, StoredRequest] = attrs.field(factory=dict)
     failures: dict[str, int] = attrs.field(factory=dict)
@@ -222,42 +241,45 @@ class WriteTransaction:
             self.state.touching = change.revision
         return change
 
-    def put_users(self, users: dict[str, User]) -> None:
-        """Add or update users, and append one entry."""
-        added, updated = [], []
-        for username, user in users.items():
-            stored = self.user(username)
-            if stored is None or stored.removed:
-                added.append(user)
-            elif stored.user != user:
-                updated.append(user)
-        for user in (*added, *updated):
-            self._table("users")[user.username] = StoredUser(user=user)
-        # Only added users are touched: policies contain neither names nor accounts.
-        counts = audit.detail(added=len(added), updated=len(updated))
-        self._append_users(Action.PUT_USERS, counts, [*added, *updated], touched=added)
+    def _held(self, username: str, kept: Container[tuple[str | None, str | None]]) -> UserHeld:
+        stored, restricted = self.user(username), username in self.state.restrictions
+        if stored is None:
+            return UserHeld(None, restricted=restricted)
+        user = stored.user
+        spared = (username, None) in kept or (None, user.uid) in kept
+        return UserHeld(user, stored.removed, restricted, kept=spared)
 
-    def remove_users(self, usernames: set[str]) -> None:
-        """Remove the registered users among `usernames`, and append one entry."""
-        removed = []
-        for username in sorted(usernames):
-            stored = self.user(username)
-            if stored is None or stored.removed:
-                continue
-            removed.append(stored.user)
-            self._table("users")[username] = StoredUser(user=stored.user, removed=True)
-            for request in self.pending_requests(username):
-                closed = attrs.evolve(request, state=rules.after(request.state, Step.CANCEL))
-                self.save_request(attrs.evolve(self.state.requests[request.id], request=closed))
-        counts = audit.detail(removed=len(removed))
-        self._append_users(Action.REMOVE_USERS, counts, removed, touched=removed)
+    def plan(
+        self,
+        records: Collection[UserRecord],
+        *,
+        kept: Container[tuple[str | None, str | None]] = (),
+        remove_missing: bool = False,
+    ) -> UserPlan:
+        """Plan what the records change.
 
-    def _append_users(
-        self, action: Action, counts: Mapping[str, str], users: list[User], *, touched: list[User]
-    ) -> None:
-        if users:
-            both = [(user.username, user.account_id) for user in users]
-            append_users(self, action, counts, users=both, touched=(u.username for u in touched))
+        With `remove_missing`, users with a username or a uid in `kept` stay: each is
+        `(username, None)` or `(None, uid)`.
+        """
+        names = {record.user.username for record in records}
+        if remove_missing:
+            names.update(self.state.users)
+        names.update(record.renames for record in records if record.renames is not None)
+        uids = self.state.uids
+        names.update(uids[r.user.uid] for r in records if r.user.uid in uids)
+        held = {name: self._held(name, kept) for name in names}
+        return plan_users(records, held, remove_missing=remove_missing)
+
+    def save_users(self, users: Sequence[StoredUser]) -> None:
+        table, uids = self._table("users"), self._table("uids")
+        for stored in users:
+            name, uid = stored.user.username, stored.user.uid
+            before = table.get(name)
+            if before is not None and before.user.uid is not None:
+                del uids[before.user.uid]
+            table[name] = stored
+            if uid is not None:
+                uids[uid] = name
 
 
 class MemoryStore(Closing):
@@ -334,16 +356,57 @@ class MemoryStore(Closing):
 
     def put_users(self, users: Iterable[User]) -> int:
         """Add or update users in one change, if any of them differs; return the revision."""
-        by_name = {user.username: user for user in users}
+        given = list(users)
         with self._write() as tx:
-            tx.put_users(by_name)
+            plan = tx.plan([UserRecord(seq, user) for seq, user in enumerate(given)])
+            refuse_all((given[seq], error) for seq, error in plan.refused)
+            carry_out(tx, plan)
+        return _log(tx)
+
+    def sync_users(
+        self, records: Iterable[User | Mapping[str, Any]], *, remove_missing: bool = False
+    ) -> UserSync:
+        """Make the users as the host has them; return what has changed."""
+        unread: list[Unread] = []
+        read = list(read_records(records, unread))
+        if remove_missing and not read:
+            raise errors.InvalidValue("records", "holds no user, and all would be removed")
+        kept = {key for each in unread for key in ((each.keys[0], None), (None, each.keys[1]))}
+        with self._write() as tx:
+            plan = tx.plan([r for r, _ in read], kept=kept, remove_missing=remove_missing)
+            carry_out(tx, plan)
+        givens = {record.seq: given for record, given in read}
+        unread += (Unread(seq, givens[seq], error) for seq, error in plan.refused)
+        return UserSync(
+            revision=_log(tx),
+            added=sum(step.added for step in plan.steps),
+            changed=sum(step.changed for step in plan.steps),
+            renamed=sum(step.old is not None for step in plan.steps),
+            moved=sum(step.moved for step in plan.steps),
+            removed=len(plan.removed),
+            refused=tuple((given, error) for _, given, error in sorted(unread, key=itemgetter(0))),
+        )
+
+    def rename_user(self, old: str, new: str) -> int:
+        """Rename a user, with the restrictions; return the revision."""
+        name = canonical_username(old)
+        with self._write() as tx:
+            stored = tx.user(name)
+            if stored is None or stored.removed:
+                raise errors.UnknownUser(name)
+            record = UserRecord(0, attrs.evolve(stored.user, username=new), name)
+            plan = tx.plan([record])
+            refuse_all((record.user, error) for _, error in plan.refused)
+            carry_out(tx, plan)
         return _log(tx)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
         """Remove users in one change; return the revision."""
         names = set(canonical_usernames(usernames))
         with self._write() as tx:
-            tx.remove_users(names)
+            found = (tx.user(name) for name in sorted(names))
+            removed = [stored.user for stored in found if stored and not stored.removed]
+            carry_out(tx, UserPlan([], removed, []))
         return _log(tx)
 
     def overview(

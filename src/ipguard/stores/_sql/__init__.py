@@ -231,7 +231,7 @@ def request_row(stored: StoredRequest) -> Row:
     return _row(REQUEST, fields | {"first_ip": first, "last_ip": last})
 
 
-USER: Final = "username, full_name, account_id, email"
+USER: Final = "username, spelling, full_name, account_id, email, uid"
 """The columns for `user_of`."""
 
 
@@ -242,14 +242,19 @@ def user_of(row: Row) -> User:
     Values of another program that ipguard would have refused must not break a whole page:
     such characters are escaped, and an invalid e-mail address is left out.
     """
-    username, full_name, account_id, email = row
-    try:
-        return User(username=username, full_name=full_name, account_id=account_id, email=email)
-    except (errors.InvalidValue, errors.UsernameError):
-        username, full_name, account_id = map(_escaped, (username, full_name, account_id))
+    username, spelling, full_name, account_id, email, uid = row
+    given = {"full_name": full_name, "account_id": account_id, "email": email, "uid": uid}
+    # Another program, or an older version of ipguard, leaves the spelling out.
+    for name in (spelling, username):
+        with suppress(errors.InvalidValue, errors.UsernameError):
+            user = User(username=name, **given)
+            if user.username == username:
+                return user
+    username, full_name, account_id = map(_escaped, (username, full_name, account_id))
     user = User(username=username, full_name=full_name, account_id=account_id)
-    with suppress(errors.InvalidValue):
-        user = attrs.evolve(user, email=email)
+    for name in ("email", "uid"):
+        with suppress(errors.InvalidValue):
+            user = attrs.evolve(user, **{name: given[name]})
     return user
 
 
@@ -259,7 +264,14 @@ def _escaped(text: str) -> str:
 
 
 def user_row(user: User) -> Row:
-    return user.username, user.full_name, user.account_id, user.email
+    return (
+        user.username,
+        user.spelling,
+        user.full_name,
+        user.account_id,
+        user.email,
+        user.uid,
+    )
 
 
 CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, account_id"
@@ -295,7 +307,7 @@ def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
     return frozenset(names)
 
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """The schema of this library: the number of the last migration."""
 
 

@@ -6,18 +6,44 @@ lock, only users whose policies have changed since then are checked again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from typing import Final
 
 import attrs
 
-from ipguard import audit, rules
+from ipguard import rules
 from ipguard.addresses import AddressRange
-from ipguard.errors import DuplicateRestriction, StoreUnavailable, TooManyRestrictions, UnknownUser
-from ipguard.model import EVERYBODY, Action, Change, PendingRequest, Restriction, Touched, User
-from ipguard.store import NAMED_AT_MOST, Transaction, append_users
+from ipguard.errors import (
+    DuplicateRestriction,
+    InvalidValue,
+    StoreUnavailable,
+    TooManyRestrictions,
+    UnknownUser,
+)
+from ipguard.model import (
+    EVERYBODY,
+    Action,
+    Change,
+    PendingRequest,
+    Restriction,
+    StoredUser,
+    Touched,
+    User,
+    UserSync,
+)
+from ipguard.rules import UserHeld, UserPlan, UserRecord, plan_users
+from ipguard.store import (
+    NAMED_AT_MOST,
+    Transaction,
+    Unread,
+    append_users,
+    refuse_all,
+    user_entries,
+)
 from ipguard.stores._sql import (
     PENDING,
     RESTRICTION,
@@ -35,6 +61,7 @@ from ipguard.stores._sql import (
     restriction_of,
     restriction_row,
     touched_of,
+    user_of,
     user_row,
 )
 
@@ -220,26 +247,79 @@ def _only(db: Executor, usernames: Iterable[str]) -> tuple[str, Params]:
 
 _CHUNK: Final = 1_000
 _FEW: Final = 100
+_TRIES: Final = 3
 
-_DIFFERS: Final = """
-u.username IS NULL OR u.removed = 1 OR u.full_name <> s.full_name OR u.account_id <> s.account_id
-OR COALESCE(u.email, '') <> COALESCE(s.email, '')
+_RESTRICTED: Final = (
+    "CASE WHEN EXISTS (SELECT 1 FROM restrictions r WHERE r.username = %s) THEN 1 ELSE 0 END"
+)
+_HELD_USERS: Final = f"""
+SELECT h.revision, j.value, {columns(USER, "u")}, u.removed, {_RESTRICTED % "j.value"}
+FROM head h LEFT JOIN %s ON 1 = 1 LEFT JOIN users u ON u.username = j.value WHERE h.id = 1
+UNION ALL
+SELECT h.revision, u.username, {columns(USER, "u")}, u.removed, {_RESTRICTED % "u.username"}
+FROM head h JOIN %s ON 1 = 1 JOIN users u ON u.uid = j.value WHERE h.id = 1
 """
-_FIND_CHANGED: Final = f"""
-INSERT INTO changed_users ({USER}, added, present)
-SELECT {columns(USER, "s")}, CASE WHEN u.username IS NULL OR u.removed = 1 THEN 1 ELSE 0 END,
-    CASE WHEN u.username IS NULL THEN 0 ELSE 1 END
-FROM staged_users s LEFT JOIN users u ON u.username = s.username
-WHERE {_DIFFERS} ORDER BY s.username
+_LINKED_BY_UID: Final = """
+FROM staged_users s JOIN users u ON u.uid = s.uid AND u.username <> s.username
+JOIN staged_users t ON t.username = u.username
 """
-_APPLIED: Final = """
-ON CONFLICT (username) DO UPDATE SET full_name = excluded.full_name,
-    account_id = excluded.account_id, email = excluded.email, removed = 0
+_FIND_LINKED: Final = f"""
+INSERT INTO linked_names (username)
+SELECT s.username FROM staged_users s JOIN staged_users t ON t.uid = s.uid
+WHERE t.username <> s.username
+UNION SELECT s.username {_LINKED_BY_UID} UNION SELECT u.username {_LINKED_BY_UID}
+"""
+_FIND_CHANGED: Final = """
+INSERT INTO changed_names (username)
+SELECT s.username FROM staged_users s LEFT JOIN users u ON u.username = s.username
+WHERE u.username IS NULL OR u.removed = 1 OR COALESCE(u.spelling, u.username) <> s.spelling
+    OR u.full_name <> s.full_name OR u.account_id <> s.account_id
+    OR COALESCE(u.email, '') <> COALESCE(s.email, '') OR COALESCE(u.uid, '') <> s.uid
+UNION SELECT username FROM linked_names
+"""
+_JUDGED: Final = ", ".join(
+    (
+        "linked, seq, given, restricted, kept, removed, other_removed",
+        *(f"{kind}_{name}" for kind in "suo" for name in USER.split(", ")),
+    )
+)
+_SORT_CHANGED: Final = f"""
+INSERT INTO sorted_users (place, {_JUDGED})
+SELECT row_number() OVER (ORDER BY s.username, s.seq),
+    CASE WHEN l.username IS NULL THEN 0 ELSE 1 END, s.seq, s.given,
+    {_RESTRICTED % "s.username"},
+    CASE WHEN EXISTS (SELECT 1 FROM kept_users k WHERE k.username = u.username OR k.uid = u.uid)
+        THEN 1 ELSE 0 END,
+    u.removed, o.removed, {columns(USER, "s")}, {columns(USER, "u")}, {columns(USER, "o")}
+FROM changed_names c JOIN staged_users s ON s.username = c.username
+LEFT JOIN linked_names l ON l.username = s.username
+LEFT JOIN users u ON u.username = s.username
+LEFT JOIN users o ON o.uid = s.uid AND o.username <> s.username
+"""
+_FIND_MISSING: Final = """
+INSERT INTO missing_users (username, account_id)
+SELECT u.username, u.account_id FROM users u WHERE u.removed = 0
+    AND NOT EXISTS (SELECT 1 FROM staged_users s WHERE s.username = u.username)
+    AND NOT EXISTS (SELECT 1 FROM staged_users s WHERE s.uid = u.uid)
+    AND NOT EXISTS (SELECT 1 FROM kept_users k WHERE k.username = u.username)
+    AND NOT EXISTS (SELECT 1 FROM kept_users k WHERE k.uid = u.uid)
+"""
+_STEP: Final = f"{USER}, old, was, added, changed, free, terms"
+_APPLIED: Final = f"""
+ON CONFLICT (username) DO UPDATE SET
+    {", ".join(f"{name} = excluded.{name}" for name in USER.split(", ")[1:])}, removed = %s
 """
 _APPLY_USERS: Final = f"""
-INSERT INTO users ({USER}, removed) SELECT {USER}, 0 FROM changed_users WHERE true {_APPLIED}
+INSERT INTO users ({USER}, removed) SELECT {USER}, 0 FROM changed_users WHERE true {_APPLIED % 0}
 """
-_APPLY_USER: Final = f"INSERT INTO users ({USER}, removed) VALUES ({marks(USER)}, 0) {_APPLIED}"
+_APPLY_USER: Final = (
+    f"INSERT INTO users ({USER}, removed) VALUES ({marks(USER)}, ?)" + _APPLIED % "excluded.removed"
+)
+_RENAMED: Final = """
+SELECT username FROM changed_users WHERE old IS NOT NULL
+UNION SELECT old FROM changed_users WHERE old IS NOT NULL
+"""
+_MOVED: Final = f"username, {RESTRICTION}"
 _TERM: Final = "username, term, account_id"
 _ADD_TERM: Final = f"INSERT INTO search_terms ({_TERM}) VALUES ({marks(_TERM)})"
 # Older libraries leave the account out of some of a user's terms, and write fewer of them.
@@ -249,7 +329,8 @@ SELECT username, full_name, account_id FROM users WHERE username IN (
 )
 """
 _USERS_CHANGED: Final = """
-SELECT 1 FROM changes WHERE revision > ? AND action IN ('put_users', 'remove_users') LIMIT 1
+SELECT 1 FROM changes WHERE revision > ?
+AND action IN ('put_users', 'remove_users', 'rename_user', 'move_user') LIMIT 1
 """
 
 
@@ -263,122 +344,226 @@ def _write_terms(db: Executor, users: Iterable[Row]) -> None:
             db.run(_ADD_TERM, (username, term, account_id))
 
 
+def save_users(db: Executor, users: Sequence[StoredUser]) -> None:
+    """Add a few users, or replace those with their usernames."""
+    if users:
+        rows = [user_row(stored.user) for stored in users]
+        _write_terms(db, [(row[0], row[2], row[3]) for row in rows])
+        for row, stored in zip(rows, users, strict=True):
+            db.run(_APPLY_USER, (*row, int(stored.removed)))
+
+
 class FewUsers:
     """A few users to add or update, as after a login or a sign-up.
 
     One read compares them with the stored ones. If none differs, no write transaction is begun.
     """
 
-    def __init__(self, users: Iterable[User]) -> None:
-        self._users = {user.username: user for user in users}
+    def __init__(self, records: Sequence[UserRecord]) -> None:
+        self._records = records
 
-    def compare(self, db: Executor) -> tuple[int, list[User], list[str]]:
-        """Return the store's revision, the users that differ, and the names of those to add."""
+    def plan(self, db: Executor) -> tuple[int, UserPlan]:
+        """Return the store's revision, and what the users change."""
+        records = self._records
+        names = {record.user.username for record in records}
+        names.update(record.renames for record in records if record.renames is not None)
+        uids = {record.user.uid for record in records if record.user.uid is not None}
         rows = db.rows(
-            f"SELECT h.revision, u.removed, {columns(USER, 'u')} FROM head h"
-            f" LEFT JOIN users u ON {db.among('u.username')} WHERE h.id = 1",
-            (db.texts(self._users),),
+            _HELD_USERS % (db.each(), db.each()), (db.texts(sorted(names)), db.texts(sorted(uids)))
         )
-        stored = {row[2]: row[1:] for row in rows}
-        users = self._users.items()
-        changed = [user for name, user in users if stored.get(name) != (0, *user_row(user))]
-        names = [user.username for user in changed]
-        added = [name for name in names if name not in stored or stored[name][0]]
-        return rows[0][0], changed, added
+        held: dict[str, UserHeld] = {}
+        for _, name, *user, removed, restricted in rows:
+            if name is not None and name not in held:
+                found = None if removed is None else user_of(tuple(user))
+                held[name] = UserHeld(found, removed == 1, restricted == 1)
+        return rows[0][0], plan_users(records, held)
 
-    def apply(self, tx: Transaction, db: Executor) -> Change | None:
-        """Write the differences under the lock; return the audit entry, if there is one."""
-        _, changed, added = self.compare(db)
-        if not changed:
-            return None
-        _write_terms(db, [user_row(user)[:3] for user in changed])
-        for user in changed:
-            db.run(_APPLY_USER, user_row(user))
-        return append_users(
-            tx,
-            Action.PUT_USERS,
-            audit.detail(added=len(added), updated=len(changed) - len(added)),
-            users=[(user.username, user.account_id) for user in changed],
-            touched=added,
-        )
+    def refuse(self, plan: UserPlan) -> None:
+        """Raise the error of `put_users` if a plan refuses records."""
+        users = {record.seq: record.user for record in self._records}
+        refuse_all((users[seq], error) for seq, error in plan.refused)
 
 
 class BulkUsers:
-    """Any number of users to add or update, staged on one connection.
+    """Any number of users to add, update or remove, staged on one connection.
 
     They are compared before the lock is acquired, and again under the lock only if users were added
-    or removed since then.
+    or removed since then. `ipguard.rules.plan_users` judges the records of each username by
+    themselves, and those all at once that other records can free a username for.
     """
 
-    def __init__(self, db: Executor, users: Iterable[User]) -> None:
+    def __init__(
+        self,
+        db: Executor,
+        records: Iterable[tuple[UserRecord, object]],
+        unread: Sequence[Unread] = (),
+        *,
+        sync: bool = False,
+        remove_missing: bool = False,
+    ) -> None:
         self._seen: tuple[int, str] = (-1, "")
         self._written = False
+        self._unread, self._sync, self._remove_missing = unread, sync, remove_missing
+        self._removed: list[User] = []
+        self._refused: list[Unread] = []
+        texts = {name: f"{name} TEXT" for name in USER.split(", ")}
+        user = ", ".join(texts.values())
+        db.run(f"CREATE TEMPORARY TABLE staged_users (seq INTEGER PRIMARY KEY, {user}, given TEXT)")
+        db.run("CREATE TEMPORARY TABLE kept_users (username TEXT, uid TEXT)")
+        db.run("CREATE TEMPORARY TABLE linked_names (username TEXT PRIMARY KEY)")
+        db.run("CREATE TEMPORARY TABLE changed_names (username TEXT PRIMARY KEY)")
+        numbers = "linked INTEGER, seq INTEGER, given TEXT, restricted INTEGER, kept INTEGER"
+        three = ", ".join(f"{kind}_{text}" for kind in "suo" for text in texts.values())
         db.run(
-            "CREATE TEMPORARY TABLE staged_users (seq INTEGER PRIMARY KEY, username TEXT,"
-            " full_name TEXT, account_id TEXT, email TEXT)"
+            f"CREATE TEMPORARY TABLE sorted_users (place INTEGER PRIMARY KEY, {numbers},"
+            f" removed INTEGER, other_removed INTEGER, {three})"
         )
+        flags = "added INTEGER, changed INTEGER, free INTEGER, terms INTEGER"
         db.run(
-            "CREATE TEMPORARY TABLE changed_users (username TEXT PRIMARY KEY, full_name TEXT,"
-            " account_id TEXT, email TEXT, added INTEGER, present INTEGER)"
+            f"CREATE TEMPORARY TABLE changed_users ({user}, old TEXT, was TEXT, {flags},"
+            " PRIMARY KEY (username))"
         )
+        db.run("CREATE TEMPORARY TABLE missing_users (username TEXT PRIMARY KEY, account_id TEXT)")
         db.run("CREATE TEMPORARY TABLE changed_terms (username TEXT, term TEXT, account_id TEXT)")
-        rows = ((seq, *user_row(user)) for seq, user in enumerate(users))
-        db.insert_many("staged_users", f"seq, {USER}", rows)
-        _keep_last(db, "staged_users")
+        rows = (
+            (
+                record.seq,
+                *user_row(record.user),
+                json.dumps(dict(given)) if isinstance(given, Mapping) else None,
+            )
+            for record, given in records
+        )
+        db.insert_many("staged_users", f"seq, {USER}, given", rows)
+        db.insert_many("kept_users", "username, uid", (each.keys for each in unread))
+        db.run("CREATE INDEX staged_users_by_name ON staged_users (username, seq)")
+        db.run("CREATE INDEX staged_users_by_uid ON staged_users (uid)")
+        if remove_missing and not db.rows("SELECT 1 FROM staged_users LIMIT 1"):
+            raise InvalidValue("records", "holds no user, and all would be removed")
 
-    def compare(self, db: Executor) -> tuple[int, int]:
-        """Find the users that differ, in one snapshot; return the revision and their number."""
+    def compare(self, db: Executor) -> tuple[int, bool]:
+        """Find what the records change; return the revision, and whether anything changes.
+
+        Raises:
+            UsernameCollision: Records are refused, and it is not `sync_users`.
+        """
+        for _ in range(_TRIES):
+            self._compare(db)
+            if not self._users_changed(db):
+                break
+        if self._refused and not self._sync:
+            refuse_all((each.given, each.error) for each in self._refused)  # type: ignore[misc]
+        found = db.rows("SELECT 1 FROM changed_users LIMIT 1")
+        found += db.rows("SELECT 1 FROM missing_users LIMIT 1")
+        return self._seen[0], bool(found)
+
+    def _compare(self, db: Executor) -> None:
         self._seen = head(db)
-        db.run("DELETE FROM changed_users")
-        db.run("DELETE FROM changed_terms")
+        self._removed, self._refused = [], []
+        for table in ("linked_names", "changed_names", "sorted_users", "changed_users"):
+            db.run(f"DELETE FROM {table}")
+        for table in ("changed_terms", "missing_users"):
+            db.run(f"DELETE FROM {table}")
+        db.run(_FIND_LINKED)
         db.run(_FIND_CHANGED)
-        db.insert_many("changed_terms", _TERM, self._changed_terms(db))
-        ((count,),) = db.rows("SELECT count(*) FROM changed_users")
-        return self._seen[0], count
+        db.run(_SORT_CHANGED)
+        db.insert_many("changed_users", _STEP, self._steps(db))
+        db.insert_many("changed_terms", _TERM, self._terms(db))
+        removed = ((user.username, user.account_id) for user in self._removed)
+        db.insert_many("missing_users", "username, account_id", removed)
+        if self._remove_missing:
+            db.run(_FIND_MISSING)
+        self._refused.sort(key=itemgetter(0))
+
+    def _steps(self, db: Executor) -> Iterator[Row]:
+        """Yield the rows of `changed_users`."""
+        together: list[Row] = []
+        for _, group in groupby(_pages(db, "sorted_users", "place", _JUDGED, 0), itemgetter(8)):
+            rows = list(group)
+            if rows[0][1]:
+                together += rows
+            else:
+                yield from self._judge(rows)
+        yield from self._judge(together)
+
+    def _judge(self, rows: Iterable[Row]) -> Iterator[Row]:
+        size = len(USER.split(", "))
+        held: dict[str, UserHeld] = {}
+        records: dict[int, tuple[UserRecord, str | None]] = {}
+        for _, _, seq, given, restricted, kept, removed, other_removed, *fields in rows:
+            user, there, other = (tuple(fields[n * size : n * size + size]) for n in range(3))
+            record = UserRecord(seq, user_of(user))
+            records[seq] = record, given
+            found = None if there[0] is None else user_of(there)
+            held[user[0]] = UserHeld(found, removed == 1, restricted == 1, kept == 1)
+            if other[0] is not None:
+                held.setdefault(other[0], UserHeld(user_of(other), other_removed == 1))
+        plan = plan_users(
+            (record for record, _ in records.values()), held, remove_missing=self._remove_missing
+        )
+        self._removed += plan.removed
+        for seq, error in plan.refused:
+            record, given = records[seq]
+            self._refused.append(Unread(seq, json.loads(given) if given else record.user, error))
+        for step in plan.steps:
+            before = step.before
+            known = before is not None and user_row(before)[2:4] == user_row(step.user)[2:4]
+            yield (
+                *user_row(step.user),
+                step.old,
+                before.account_id if before is not None and step.moved else None,
+                int(step.added),
+                int(step.changed),
+                int(step.free),
+                int(not known or step.old is not None),
+            )
 
     @staticmethod
-    def _changed_terms(db: Executor) -> Iterator[Row]:
-        last: str | None = ""
-        while last is not None:
-            rows = db.rows(
-                "SELECT username, full_name, account_id FROM changed_users"
-                " WHERE username > ? ORDER BY username LIMIT ?",
-                (last, _CHUNK),
-            )
-            for username, full_name, account_id in rows:
+    def _terms(db: Executor) -> Iterator[Row]:
+        named = "full_name, account_id, terms"
+        for username, full_name, account_id, terms in _pages(
+            db, "changed_users", "username", named, ""
+        ):
+            if terms:
                 for term in sorted(rules.search_terms(username, full_name, account_id)):
                     yield username, term, account_id
-            last = rows[-1][0] if rows else None
 
     def write_ahead(self, db: Executor) -> None:
-        """Write the differences before the writer's lock is acquired, under the users' lock."""
+        """Write the users before the writer's lock is acquired, under the users' lock."""
         if self._users_changed(db):
             self.compare(db)
         self._write(db)
         self._written = True
 
-    def apply(self, tx: Transaction, db: Executor) -> Change | None:
-        """Write the differences under the lock; return the audit entry, if there is one."""
-        if self._users_changed(db):
-            # By a server with an older version of ipguard, which does not take the users' lock.
+    def apply(self, tx: Transaction, db: Executor) -> list[Change]:
+        """Write the differences under the lock; return the audit entries."""
+        if self._users_changed(db) or self._taken(db):
+            # By a server with an older version of ipguard, which does not take the users' lock; or
+            # a username that was to pass to another user has got a restriction.
             if self._written:
                 raise StoreUnavailable("other users were written at the same time; try again")
             self.compare(db)
         if not self._written:
             self._write(db)
-        ((count, added),) = db.rows("SELECT count(*), count(nullif(added, 0)) FROM changed_users")
-        if not count:
-            return None
-        # Only added users are touched: policies contain neither names nor accounts.
-        touched = db.rows(
-            "SELECT username FROM changed_users WHERE added = 1 LIMIT ?", (NAMED_AT_MOST + 1,)
+        self._cancel_requests(db)
+        self._move_restrictions(db)
+        return self._append(tx, db)
+
+    def result(self, db: Executor) -> UserSync:
+        """Return what is changed, and the records that are refused; without the revision."""
+        ((added, changed, renamed, moved),) = db.rows(
+            "SELECT COALESCE(sum(added), 0), COALESCE(sum(changed), 0), count(old), count(was)"
+            " FROM changed_users"
         )
-        return append_users(
-            tx,
-            Action.PUT_USERS,
-            audit.detail(added=added, updated=count - added),
-            users=db.rows("SELECT username, account_id FROM changed_users LIMIT 2"),
-            touched=(name for (name,) in touched),
+        ((removed,),) = db.rows("SELECT count(*) FROM missing_users")
+        refused = sorted((*self._unread, *self._refused), key=itemgetter(0))
+        return UserSync(
+            revision=self._seen[0],
+            added=int(added),
+            changed=int(changed),
+            renamed=renamed,
+            moved=moved,
+            removed=removed,
+            refused=tuple((each.given, each.error) for each in refused),
         )
 
     def _users_changed(self, db: Executor) -> bool:
@@ -386,21 +571,106 @@ class BulkUsers:
         changed = db.rows(_USERS_CHANGED, (self._seen[0],))
         return bool(changed) or not _exists(db, self._seen)
 
-    def _write(self, db: Executor) -> None:
+    @staticmethod
+    def _taken(db: Executor) -> bool:
+        return bool(
+            db.rows(
+                "SELECT 1 FROM changed_users c JOIN restrictions r ON r.username = c.username"
+                " WHERE c.free = 1 LIMIT 1"
+            )
+        )
+
+    @staticmethod
+    def _write(db: Executor) -> None:
+        missing = "SELECT username FROM missing_users"
+        db.run(f"UPDATE users SET removed = 1 WHERE username IN ({missing})")
+        old = "SELECT old FROM changed_users WHERE old IS NOT NULL"
+        db.run(f"UPDATE users SET removed = 1, uid = NULL WHERE username IN ({old})")
         db.run(
             "DELETE FROM search_terms"
-            " WHERE username IN (SELECT username FROM changed_users WHERE present = 1)"
+            " WHERE username IN (SELECT username FROM changed_users WHERE terms = 1)"
         )
         db.run(f"INSERT INTO search_terms ({_TERM}) SELECT {_TERM} FROM changed_terms")
         db.run(_APPLY_USERS)
         _write_terms(db, ())
 
+    @staticmethod
+    def _cancel_requests(db: Executor) -> None:
+        db.run(
+            "UPDATE requests SET state = 'cancelled' WHERE state = 'pending'"
+            f" AND username IN ({_RENAMED} UNION SELECT username FROM missing_users)"
+        )
 
-def few_users(users: Iterable[User]) -> tuple[FewUsers | None, Iterable[User]]:
-    """Return users as `FewUsers` if they are few, else an iterator over all of them."""
-    source = iter(users)
+    @staticmethod
+    def _move_restrictions(db: Executor) -> None:
+        if not db.rows("SELECT 1 FROM changed_users WHERE old IS NOT NULL LIMIT 1"):
+            return
+        db.run(f"CREATE TEMPORARY TABLE moved_restrictions {_TABLE}")
+        db.run(
+            f"INSERT INTO moved_restrictions ({_MOVED})"
+            f" SELECT c.username, {columns(RESTRICTION, 'r')}"
+            " FROM changed_users c JOIN restrictions r ON r.username = c.old"
+        )
+        db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM moved_restrictions)")
+        db.run(f"INSERT INTO restrictions ({_MOVED}) SELECT {_MOVED} FROM moved_restrictions")
+
+    def _append(self, tx: Transaction, db: Executor) -> list[Change]:
+        sync = self.result(db)
+        removed = db.rows(
+            "SELECT username, account_id FROM missing_users ORDER BY username LIMIT ?",
+            (NAMED_AT_MOST + 1,),
+        )
+        moved = db.rows(
+            "SELECT COALESCE(old, username), username, COALESCE(was, account_id), account_id"
+            " FROM changed_users WHERE old IS NOT NULL OR was IS NOT NULL ORDER BY username"
+        )
+        put, added = (
+            db.rows(
+                f"SELECT username, account_id FROM changed_users WHERE {condition} = 1"
+                " ORDER BY username LIMIT ?",
+                (most,),
+            )
+            for condition, most in (("added + changed", 2), ("added", NAMED_AT_MOST + 1))
+        )
+        return [
+            *append_users(
+                tx, Action.REMOVE_USERS, {"removed": sync.removed}, removed, _names(removed)
+            ),
+            *(tx.append(**entry) for entry in user_entries(moved)),
+            *append_users(
+                tx,
+                Action.PUT_USERS,
+                {"added": sync.added, "updated": sync.changed},
+                put,
+                _names(added),
+            ),
+        ]
+
+
+def _names(rows: Iterable[Row]) -> Iterator[str]:
+    return (row[0] for row in rows)
+
+
+def _pages(db: Executor, table: str, key: str, names: str, first: object) -> Iterator[Row]:
+    """Yield the key and these columns of each row of a table after a key, in the key's order."""
+    while True:
+        rows = db.rows(
+            f"SELECT {key}, {names} FROM {table} WHERE {key} > ? ORDER BY {key} LIMIT ?",
+            (first, _CHUNK),
+        )
+        yield from rows
+        if len(rows) < _CHUNK:
+            return
+        first = rows[-1][0]
+
+
+def few_records(
+    records: Iterable[tuple[UserRecord, object]],
+) -> tuple[list[tuple[UserRecord, object]] | None, Iterable[tuple[UserRecord, object]]]:
+    """Return records in a list if they are few, else an iterator over all of them."""
+    source = iter(records)
     first = list(islice(source, _FEW + 1))
-    return (FewUsers(first), ()) if len(first) <= _FEW else (None, chain(first, source))
+    return (first, ()) if len(first) <= _FEW else (None, chain(first, source))
 
 
 def stage_names(db: Executor, usernames: Iterable[str]) -> None:
@@ -419,7 +689,7 @@ def _keep_last(db: Executor, table: str) -> None:
     )
 
 
-def remove_named(tx: Transaction, db: Executor) -> Change | None:
+def remove_named(tx: Transaction, db: Executor) -> list[Change]:
     """Remove the users whose names are staged; return the audit entry, if there is one."""
     db.run(
         "DELETE FROM staged_names WHERE username NOT IN"
@@ -431,17 +701,12 @@ def remove_named(tx: Transaction, db: Executor) -> Change | None:
         (NAMED_AT_MOST + 1,),
     )
     if not concerned:
-        return None
+        return []
     ((count,),) = db.rows("SELECT count(*) FROM staged_names")
     db.run(
         "UPDATE requests SET state = 'cancelled' WHERE state = 'pending'"
         " AND username IN (SELECT username FROM staged_names)"
     )
     db.run("UPDATE users SET removed = 1 WHERE username IN (SELECT username FROM staged_names)")
-    return append_users(
-        tx,
-        Action.REMOVE_USERS,
-        audit.detail(removed=count),
-        users=concerned,
-        touched=(row[0] for row in concerned),
-    )
+    names = _names(concerned)
+    return append_users(tx, Action.REMOVE_USERS, {"removed": count}, concerned, names)

@@ -7,15 +7,17 @@ import re
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
+import attrs
+
 from ipguard import rules
 from ipguard._checks import check_whole
 from ipguard.audit import log_change
-from ipguard.errors import StoreError, StoreUnavailable, shorten
+from ipguard.errors import StoreError, StoreUnavailable, UnknownUser, shorten
 from ipguard.model import (
     Accounts,
     Action,
@@ -28,10 +30,11 @@ from ipguard.model import (
     Touched,
     User,
     UserOverview,
+    UserSync,
     check_accounts,
 )
-from ipguard.rules import Search
-from ipguard.store import Closing, Snapshot, Transaction
+from ipguard.rules import Search, UserRecord
+from ipguard.store import Closing, Snapshot, Transaction, Unread, carry_out, read_records
 from ipguard.stores._sql import (
     BIGGEST,
     CHANGE,
@@ -58,11 +61,13 @@ from ipguard.stores._sql import (
 from ipguard.stores._sql.bulk import (
     BulkRestrictions,
     BulkUsers,
-    few_users,
+    FewUsers,
+    few_records,
     remove_named,
+    save_users,
     stage_names,
 )
-from ipguard.usernames import canonical_usernames
+from ipguard.usernames import canonical_username, canonical_usernames
 
 _INSERT_CHANGE: Final = (
     f"INSERT INTO changes ({CHANGE}, token, touched) VALUES ({marks(CHANGE)}, ?, ?)"
@@ -103,7 +108,7 @@ class SqlSnapshot:
 
     def user(self, username: str) -> StoredUser | None:
         for row in self._find(f"SELECT {USER}, removed FROM users WHERE username = ?", username):
-            return StoredUser(user=user_of(row[:4]), removed=row[4] != 0)
+            return StoredUser(user=user_of(row[:-1]), removed=row[-1] != 0)
         return None
 
     def restriction(self, restriction_id: str) -> Restriction | None:
@@ -171,6 +176,9 @@ class WriteTransaction(SqlSnapshot):
 
     def save_request(self, stored: StoredRequest) -> None:
         self.db.run(_SAVE_REQUEST, request_row(stored))
+
+    def save_users(self, users: Sequence[StoredUser]) -> None:
+        save_users(self.db, users)
 
     def set_failures(self, actor: str, count: int) -> None:
         self.db.run(
@@ -272,13 +280,14 @@ def _lines(
         (texts, micros(now)),
     ):
         pending.setdefault(row[1], []).append(pending_of(row))
-    for name, full_name, account_id, email, removed in users:
+    for *of_user, removed in users:
+        name, account_id = of_user[0], of_user[3]
         held = restrictions.get(name, [])
         if rules.is_visible(accounts, account_id, removed=removed != 0, restricted=bool(held)):
             yield (
                 name,
                 UserOverview(
-                    user=user_of((name, full_name, account_id, email)),
+                    user=user_of(tuple(of_user)),
                     restrictions=tuple(held),
                     pending=tuple(pending.get(name, ())),
                     summary=rules.summarise(held, now),
@@ -528,29 +537,73 @@ class SqlStore(Closing, Generic[C]):
                 yield tx
 
     def put_users(self, users: Iterable[User]) -> int:
+        return self._put((UserRecord(seq, user), user) for seq, user in enumerate(users)).revision
+
+    def sync_users(
+        self, records: Iterable[User | Mapping[str, Any]], *, remove_missing: bool = False
+    ) -> UserSync:
+        unread: list[Unread] = []
+        read = read_records(records, unread)
+        return self._put(read, unread, sync=True, remove_missing=remove_missing)
+
+    def _put(
+        self,
+        records: Iterable[tuple[UserRecord, object]],
+        unread: Sequence[Unread] = (),
+        *,
+        sync: bool = False,
+        remove_missing: bool = False,
+    ) -> UserSync:
         self._refuse_nested()
-        few, many = few_users(users)
-        if few is not None:
-            deadline = time.monotonic() + self.timeout
-            revision, changed, _ = self._read(few.compare, deadline)
-            if not changed:
-                return revision
-            with self._write(users=True, deadline=deadline) as tx:
-                change = few.apply(tx, tx.db)
-            return _log(tx, change)
+        few, many = few_records(records)
+        if few is not None and not sync:
+            return self._put_few([record for record, _ in few])
         with self._bulk() as connection:
             with self._step(connection):
-                staged = BulkUsers(connection, many)
+                staged = BulkUsers(
+                    connection,
+                    many if few is None else few,
+                    unread,
+                    sync=sync,
+                    remove_missing=remove_missing,
+                )
             with self._step(connection):
-                revision, differ = staged.compare(connection)
-            if not differ:
-                return revision
+                _, differ = staged.compare(connection)
+                if not differ:
+                    return staged.result(connection)
             with self._lock_users(connection):
                 if self._WRITES_AHEAD:
                     staged.write_ahead(connection)
                 with self._write_bulk(connection) as tx:
-                    change = staged.apply(tx, tx.db)
-        return _log(tx, change)
+                    changes = staged.apply(tx, tx.db)
+                    found = staged.result(tx.db)
+        return attrs.evolve(found, revision=_log(tx, changes))
+
+    def _put_few(self, records: Sequence[UserRecord]) -> UserSync:
+        few = FewUsers(records)
+        deadline = time.monotonic() + self.timeout
+        revision, plan = self._read(few.plan, deadline)
+        few.refuse(plan)
+        if not plan.steps:
+            return UserSync(revision=revision)
+        with self._write(users=True, deadline=deadline) as tx:
+            _, plan = few.plan(tx.db)
+            few.refuse(plan)
+            changes = carry_out(tx, plan)
+        return UserSync(revision=_log(tx, changes))
+
+    def rename_user(self, old: str, new: str) -> int:
+        self._refuse_nested()
+        name = canonical_username(old)
+        with self._write(users=True) as tx:
+            stored = tx.user(name)
+            if stored is None or stored.removed:
+                raise UnknownUser(name)
+            few = FewUsers([UserRecord(0, attrs.evolve(stored.user, username=new), name)])
+            _, plan = few.plan(tx.db)
+            few.refuse(plan)
+            changes = carry_out(tx, plan)
+        return _log(tx, changes)
 
     def remove_users(self, usernames: Iterable[str]) -> int:
         self._refuse_nested()
@@ -558,8 +611,8 @@ class SqlStore(Closing, Generic[C]):
             with self._step(connection):
                 stage_names(connection, canonical_usernames(usernames))
             with self._lock_users(connection), self._write_bulk(connection) as tx:
-                change = remove_named(tx, tx.db)
-        return _log(tx, change)
+                changes = remove_named(tx, tx.db)
+        return _log(tx, changes)
 
     def prune(self, before: datetime) -> int:
         """Delete the audit entries before a time, for the owner of the database.
@@ -627,8 +680,8 @@ class SqlStore(Closing, Generic[C]):
         return Page(items=items, next=items[-1].revision if len(rows) > size else None)
 
 
-def _log(tx: WriteTransaction, change: Change | None) -> int:
-    """Log a change that was committed; return the revision."""
-    if change is not None:
+def _log(tx: WriteTransaction, changes: Iterable[Change]) -> int:
+    """Log changes that were committed; return the revision."""
+    for change in changes:
         log_change(change)
     return tx.revision
