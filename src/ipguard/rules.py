@@ -529,7 +529,7 @@ def plan_users(
     its username as long as there are restrictions.
 
     Args:
-        records: The records, in order.
+        records: The records.
         held: What the store has under their usernames, and the users with their uids. With
             `remove_missing`, users in `held` that no record is about are removed.
         remove_missing: Whether to remove users.
@@ -545,7 +545,7 @@ class _Planner:
         self._refused: list[tuple[int, errors.UsernameCollision]] = []
         self._owners = {n: there.user for n, there in held.items() if there.user is not None}
         by_uid = {owner.uid: n for n, owner in self._owners.items() if owner.uid is not None}
-        given = list(records)
+        given = sorted(records, key=lambda record: record.seq)
         last = {record.user.uid: record.seq for record in given}
         self._groups: dict[str, list[_Claim]] = {}
         for seq, user, renames in given:
@@ -589,13 +589,10 @@ class _Planner:
             self._refuse(claim, rival, removed=had is None and (there.removed or removed))
         elif owner is not None and claim.old is not None:
             self._refuse(claim, owner, removed=there.removed or removed)
-        elif name in self._left and user.uid is None and not two_users(self._owners[name], user):
-            # By another record, this user has another username.
-            self._refuse(claim, self._owners[name])
         elif claim.old is not None and there.user is None and there.restricted:
             self._refuse(claim, None, removed=True)
         else:
-            if rival is not None and user.uid is None:
+            if rival is not None and user.uid is None and rival.uid is not None:
                 user = attrs.evolve(user, uid=rival.uid)
             old = claim.old if had is None else claim.old or had.old
             self._claims[name] = _Claim(claim.seq, user, old)

@@ -476,14 +476,16 @@ class BulkUsers:
 
     def _steps(self, db: Executor) -> Iterator[Row]:
         """Yield the rows of `changed_users`."""
-        together: list[Row] = []
+        linked: list[Row] = []
+        others: list[Row] = []
         for _, group in groupby(_pages(db, "sorted_users", "place", _JUDGED, 0), itemgetter(8)):
             rows = list(group)
-            if rows[0][1]:
-                together += rows
-            else:
-                yield from self._judge(rows)
-        yield from self._judge(together)
+            (linked if rows[0][1] else others).extend(rows)
+            if len(others) >= _CHUNK:
+                yield from self._judge(others)
+                others.clear()
+        yield from self._judge(linked)
+        yield from self._judge(others)
 
     def _judge(self, rows: Iterable[Row]) -> Iterator[Row]:
         size = len(USER.split(", "))
@@ -534,8 +536,8 @@ class BulkUsers:
         self._write(db)
         self._written = True
 
-    def apply(self, tx: Transaction, db: Executor) -> list[Change]:
-        """Write the differences under the lock; return the audit entries."""
+    def apply(self, tx: Transaction, db: Executor) -> UserSync:
+        """Write the differences under the lock; return them, without the revision."""
         if self._users_changed(db) or self._taken(db):
             # By a server with an older version of ipguard, which does not take the users' lock; or
             # a username that was to pass to another user has got a restriction.
@@ -546,7 +548,9 @@ class BulkUsers:
             self._write(db)
         self._cancel_requests(db)
         self._move_restrictions(db)
-        return self._append(tx, db)
+        found = self.result(db)
+        self._append(tx, db, found)
+        return found
 
     def result(self, db: Executor) -> UserSync:
         """Return what is changed, and the records that are refused; without the revision."""
@@ -614,16 +618,26 @@ class BulkUsers:
         db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM moved_restrictions)")
         db.run(f"INSERT INTO restrictions ({_MOVED}) SELECT {_MOVED} FROM moved_restrictions")
 
-    def _append(self, tx: Transaction, db: Executor) -> list[Change]:
-        sync = self.result(db)
+    @staticmethod
+    def _append(tx: Transaction, db: Executor, found: UserSync) -> None:
         removed = db.rows(
             "SELECT username, account_id FROM missing_users ORDER BY username LIMIT ?",
             (NAMED_AT_MOST + 1,),
         )
-        moved = db.rows(
-            "SELECT COALESCE(old, username), username, COALESCE(was, account_id), account_id"
-            " FROM changed_users WHERE old IS NOT NULL OR was IS NOT NULL ORDER BY username"
-        )
+        counts = {"removed": found.removed}
+        append_users(tx, Action.REMOVE_USERS, counts, removed, _names(removed))
+        if found.renamed or found.moved:
+            moved = (
+                (old or name, name, was or account, account)
+                for name, old, was, account in _pages(
+                    db, "changed_users", "username", "old, was, account_id", ""
+                )
+                if old is not None or was is not None
+            )
+            for number, entry in enumerate(user_entries(moved), start=1):
+                tx.append(**entry)
+                if number % _CHUNK == 0:
+                    head(db)  # so that no more writes wait for the commit
         put, added = (
             db.rows(
                 f"SELECT username, account_id FROM changed_users WHERE {condition} = 1"
@@ -632,19 +646,8 @@ class BulkUsers:
             )
             for condition, most in (("added + changed", 2), ("added", NAMED_AT_MOST + 1))
         )
-        return [
-            *append_users(
-                tx, Action.REMOVE_USERS, {"removed": sync.removed}, removed, _names(removed)
-            ),
-            *(tx.append(**entry) for entry in user_entries(moved)),
-            *append_users(
-                tx,
-                Action.PUT_USERS,
-                {"added": sync.added, "updated": sync.changed},
-                put,
-                _names(added),
-            ),
-        ]
+        counts = {"added": found.added, "updated": found.changed}
+        append_users(tx, Action.PUT_USERS, counts, put, _names(added))
 
 
 def _names(rows: Iterable[Row]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
@@ -575,9 +575,25 @@ class SqlStore(Closing, Generic[C]):
                 if self._WRITES_AHEAD:
                     staged.write_ahead(connection)
                 with self._write_bulk(connection) as tx:
-                    changes = staged.apply(tx, tx.db)
-                    found = staged.result(tx.db)
-        return attrs.evolve(found, revision=_log(tx, changes))
+                    before = tx.revision
+                    found = staged.apply(tx, tx.db)
+        self._log_since(before, tx.revision)
+        return attrs.evolve(found, revision=tx.revision)
+
+    def _log_since(self, before: int, last: int) -> None:
+        """Log the committed changes after a revision, of which there may be many."""
+        # They hold already, so an error must not say otherwise.
+        with suppress(StoreError):
+            for first in range(before + 1, last + 1, _FEW):
+                for row in self._read(
+                    lambda db, first=first: db.rows(  # type: ignore[misc]
+                        f"SELECT {CHANGE} FROM changes WHERE revision >= ? AND revision < ?"
+                        " ORDER BY revision",
+                        (first, min(first + _FEW, last + 1)),
+                    ),
+                    time.monotonic() + self.timeout,
+                ):
+                    log_change(change_of(row))
 
     def _put_few(self, records: Sequence[UserRecord]) -> UserSync:
         few = FewUsers(records)
