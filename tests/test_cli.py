@@ -439,6 +439,66 @@ def test_users_import_is_all_or_nothing(tmp_path: Path):
         assert words in shell.bad(9, "users", "import", "-", stdin=text)
 
 
+SYNCED = """username,full_name,account_id,uid
+JSmith,John Smith,U1,7
+mlee,Mei Lee,U1,8
+"""
+
+
+def test_users_import_syncs(tmp_path: Path):
+    """Good rows are registered, bad ones are reported with their lines, and renames are found."""
+    shell = Shell(tmp_path)
+    ipguard.open_store(shell.env["IPGUARD_URL"]).close()
+    made = shell.json("users", "import", "-", "--sync", stdin=SYNCED)
+    assert made["users"] == {
+        "added": 2, "changed": 0, "renamed": 0, "moved": 0, "removed": 0, "refused": 0,
+    }  # fmt: skip
+    again = shell.json("users", "import", "-", "--sync", "--remove-missing", stdin=SYNCED)
+    assert (again["changed"], again["revision"]) == (False, made["revision"])
+    night = shell.write(
+        "night.csv",
+        "username,full_name,account_id,uid\nJane.Miller,Jane Miller,U2,7\n"
+        "MLEE,Max Lee,U9,9\nzed,,U1,10\nmlee,Mei Lee,,8\n",
+    )
+    done = shell("users", "import", night, "--sync", "--remove-missing", "--json")
+    assert done.code == 9
+    report = json.loads(done.out)
+    assert report["users"] == {
+        "added": 0, "changed": 0, "renamed": 1, "moved": 1, "removed": 0, "refused": 3,
+    }  # fmt: skip
+    assert [row["line"] for row in done.error["rows"]] == [3, 4, 5]
+    assert "'MLEE' (account 'U9')" in done.error["rows"][0]["reason"]
+    assert shell.good("users", "list").splitlines()[1:] == [
+        "Jane.Miller\tJane Miller\tU2\t",
+        "mlee\tMei Lee\tU1\t",
+    ]
+    assert shell.json("users", "list", "--limit", "1")["next"] == "Jane.Miller"
+    assert "mlee" in shell.good("users", "list", "--after", "Jane.Miller")
+    text = shell("users", "import", night, "--sync").out
+    assert text == "4 rows: nothing to change, revision 3\n"
+    refused = shell.error(9, "users", "import", "-", stdin=SYNCED + "MLEE,Max Lee,U9,9\n")
+    assert [row["line"] for row in refused["rows"]] == [4]
+    assert shell.json("users", "rename", "jane.miller", "jsmith") == {"revision": 4}
+    assert shell.error(4, "users", "rename", "jane.miller", "x")["type"] == "UnknownUser"
+    assert shell.error(3, "users", "rename", "jsmith", "mlee")["type"] == "UsernameCollision"
+
+
+def test_users_import_removes_those_that_are_missing(tmp_path: Path):
+    """A file with a row that could be about any user removes nobody."""
+    shell = Shell(tmp_path)
+    ipguard.open_store(shell.env["IPGUARD_URL"]).close()
+    shell.json("users", "import", "-", stdin=SYNCED)
+    header, first, _ = SYNCED.splitlines()
+    cut = f"{header}\n{first}\nmlee,Mei\n"
+    failed = shell.error(9, "users", "import", "-", "--sync", "--remove-missing", stdin=cut)
+    assert "nothing was changed" in failed["message"]
+    assert shell.bad(2, "users", "import", "-", "--remove-missing", stdin=cut)
+    found = shell.json(
+        "users", "import", "-", "--sync", "--remove-missing", stdin=f"{header}\n{first}\n"
+    )
+    assert found["users"]["removed"] == 1
+
+
 def test_list(shell: Shell):
     """In a terminal it writes a table; in a pipe, lines that are never cut."""
     head, *rows = shell.good("list").splitlines()

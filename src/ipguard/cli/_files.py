@@ -36,6 +36,7 @@ FileArgument = Annotated[str, Argument(help="A CSV or JSON Lines file; - is stan
 _LINE_LIMIT: Final = 2**20
 
 Row = dict[str, str]
+UNCHANGED: Final = "nothing was changed"
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +49,7 @@ class Columns:
         optional: Columns that may be missing or empty.
         ignored: Other columns that are accepted, because an export has them.
         lenient: Ignore any other column, and accept empty values in required ones.
+        partial: Accept empty values in required columns.
     """
 
     what: str
@@ -55,6 +57,7 @@ class Columns:
     optional: Sequence[str] = ()
     ignored: Sequence[str] = ()
     lenient: bool = False
+    partial: bool = False
 
     def used(self, name: str) -> bool:
         return name in self.required or name in self.optional
@@ -124,10 +127,10 @@ class Spool:
 class BadRows(Problem):
     """The error that lists the bad rows of a file; `outcome` says what was done with the rest."""
 
-    def __init__(self, path: str, outcome: str = "nothing was changed") -> None:
+    def __init__(self, path: str, outcome: str = UNCHANGED) -> None:
         super().__init__(Exit.FILE, "", kind="BadRows")
         self._path = path
-        self._outcome = outcome
+        self.outcome = outcome
         self._spool: Spool | None = None
         self.count = 0
 
@@ -141,7 +144,7 @@ class BadRows(Problem):
     def raise_if_any(self) -> None:
         if self._spool is not None:
             rows = "row" if self.count == 1 else "rows"
-            self.message = f"{self._path}: {self.count:,} bad {rows}; {self._outcome}"
+            self.message = f"{self._path}: {self.count:,} bad {rows}; {self.outcome}"
             self.rows = self._read(self._spool)
             raise self
 
@@ -174,7 +177,7 @@ def rows(
             reject(line, row)
             continue
         missing = [name for name in columns.required if name not in row]
-        if missing and not columns.lenient:
+        if missing and not (columns.lenient or columns.partial):
             reject(line, f"{missing[0]}: is missing")
         else:
             yield line, row
