@@ -53,7 +53,7 @@ def hashed(password: str, salt: bytes = secrets.token_bytes(16)) -> bytes:
 
 
 def current_user(request: Request) -> str | None:
-    return request.session.get("username")
+    return name if (name := request.session.get("username")) in USERS else None
 
 
 def signed_in(name: Annotated[str | None, Depends(current_user)]) -> str:

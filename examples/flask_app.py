@@ -51,7 +51,7 @@ USERS = {
 
 
 def username() -> str | None:
-    return session.get("username")
+    return name if (name := session.get("username")) in USERS else None
 
 
 def actor() -> Any:
