@@ -815,6 +815,31 @@ def test_nothing_secret_is_logged(caplog, capfd):
         assert base64.b64encode(secret.encode()).decode() not in out
 
 
+class Refusal(Exception):
+    """An error of a host's own mail system."""
+
+
+def test_a_mail_system_of_the_host():
+    """A function gets the mail; its errors are delivery errors, and hide the number."""
+    sent: list[Any] = []
+    mailer = EmailNotifier(sent.append, sender="Desk <desk@bank.example>")
+    assert repr(mailer) == "<EmailNotifier by the host>"
+    mailer.number_issued(REQUEST, NUMBER, ALICE)
+    (mail,) = sent
+    assert (mail["From"], mail["To"]) == ("Desk <desk@bank.example>", ALICE.email)
+    assert NUMBER in mail.get_body(("plain",)).get_content()
+
+    def refuse(mail: Any) -> None:
+        raise Refusal("no room" if mail["To"] == ALICE.email else NUMBER)
+
+    mailer = EmailNotifier(refuse, sender="desk@bank.example")
+    assert "no room" in str(refusal(mailer))
+    other = attrs.evolve(ALICE, email="other@bank.example")
+    error = delivery_error(lambda: mailer.number_issued(REQUEST, NUMBER, other))
+    assert "contains a secret" in str(error)
+    assert NUMBER not in everything_about(error)
+
+
 def test_repr_of_a_message_hides_the_number():
     """Tracebacks may contain the repr."""
     assert NUMBER not in repr(number_message(REQUEST, NUMBER, ALICE, "the bank"))

@@ -12,7 +12,7 @@ import re
 import ssl
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -53,7 +53,9 @@ class EmailNotifier:
         url: The server: `smtp://host:port` (no encryption, port 25), `smtp+starttls://` (encrypted
             with STARTTLS, or not sent; port 587) or `smtps://` (port 465). With `user:password@`,
             both percent-encoded, it logs in; over plain `smtp://` only to a loopback address. The
-            server's certificate is verified.
+            server's certificate is verified. Or a function that sends an
+            `email.message.EmailMessage`, for hosts that send mail in a way of their own; if it
+            raises, the mail was not sent. `timeout`, `deadline`, `tls` and `helo` are then unused.
         sender: The address that the mails come from, `no-reply@example.com` or
             `Example Trading <no-reply@example.com>`.
         timeout: The longest time of one socket operation, in seconds.
@@ -72,7 +74,7 @@ class EmailNotifier:
 
     def __init__(
         self,
-        url: str,
+        url: str | Callable[[EmailMessage], object],
         *,
         sender: str,
         timeout: float = 10.0,
@@ -81,20 +83,23 @@ class EmailNotifier:
         tls: ssl.SSLContext | None = None,
         helo: str | None = None,
     ) -> None:
-        self._server = _server(url)
+        self._transport = url if callable(url) else None
+        self._server = _Server("host", "", 0, None) if callable(url) else _server(url)
         self._sender, self._from = _sender(sender)
         self._timeout = check_seconds("timeout", timeout, above=0)
         self._deadline = check_seconds("deadline", deadline, above=0)
         self._product = check_text("product", product, 100, required=True)
         if self._server.scheme == "smtp" and tls is not None:
             raise InvalidValue("tls", "smtp:// does not use TLS; use smtp+starttls:// or smtps://")
-        encrypted = self._server.scheme != "smtp"
+        encrypted = self._server.scheme in ("smtps", "smtp+starttls")
         self._tls = (tls or ssl.create_default_context()) if encrypted else None
         if helo is not None and not re.fullmatch(r"[A-Za-z0-9.:\[\]-]{1,255}", helo):
             raise InvalidValue("helo", "must be a host name or an address in brackets")
         self._helo = helo
 
     def __repr__(self) -> str:
+        if self._transport is not None:
+            return "<EmailNotifier by the host>"
         return f"<EmailNotifier {self._server.scheme}://{self._server.host}:{self._server.port}>"
 
     def number_issued(self, request: PendingRequest, number: str, actor: Actor) -> None:
@@ -132,13 +137,19 @@ class EmailNotifier:
         # Returned, not raised: an error raised inside `except` keeps the other one as its context.
         try:
             self._send(message)
-        except (OSError, ValueError) as exc:  # smtplib's and ssl's own errors are OSErrors
+        except Exception as exc:
+            # smtplib's and ssl's own errors are OSErrors; a transport of the host has others.
+            if self._transport is None and not isinstance(exc, (OSError, ValueError)):
+                raise
             return failure_of(exc, (*self._server.secrets(), *secrets))
         return None
 
     def _send(self, message: Message) -> None:
         to, server = _deliverable(message.to), self._server
         mail = self._mail(message, to)
+        if self._transport is not None:
+            self._transport(mail)
+            return
         connection = Connection(
             server.host,
             server.port,
