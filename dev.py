@@ -12,7 +12,8 @@
     python3 dev.py lint | types | layers    run ruff, mypy or import-linter
     python3 dev.py docs                     build the documentation into docs/_build/html
     python3 dev.py build                    build the wheel and run the core's tests on it
-    python3 dev.py pythons                  the same on every Python found on this machine
+    python3 dev.py pythons                  the same on every Python found on this machine, and the
+                                            kit for Django with the current Django
     python3 dev.py screenshots              recreate the pictures in docs/screenshots/
     python3 dev.py mutate [MODULE ...]      run mutation tests; see docs/mutation.md
     python3 dev.py model [NAME ...]         check the lease's model with Spin; see docs/proof.md
@@ -270,8 +271,27 @@ def build() -> None:
 def pythons() -> None:
     """Check the wheel on every Python found, on the oldest with the lowest dependencies."""
     built = wheel()
-    for number, (_, python) in enumerate(sorted(all_pythons().items())):
+    found = sorted(all_pythons().items())
+    for number, (_, python) in enumerate(found):
         check_wheel(built, python, lowest=number == 0)
+    version, newest = found[-1]
+    if version >= (3, 12):
+        check_django(built, newest)
+
+
+def check_django(built: Path, python: Path) -> None:
+    """Run the tests of the kit with the current Django.
+
+    The pin is the oldest one that is maintained, which is the last one for Python 3.11.
+    """
+    with fresh_venv(python) as folder:
+        inside, pins = folder / "venv" / "bin" / "python", folder / "pins.txt"
+        kept = [pin for pin in CONSTRAINTS.read_text().splitlines() if "Django==" not in pin]
+        pins.write_text("\n".join(kept))
+        needs = [need for need in group("test") if need != "django"]
+        pip(inside, "install", "-qq", "-c", pins, built, "django>=6.1", *needs)
+        quick = ("-q", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider")
+        run(inside, "-m", "pytest", *quick, "tests/test_contrib_django.py")
 
 
 def all_pythons() -> dict[tuple[int, int], Path]:

@@ -1,0 +1,847 @@
+"""The kit for Django, in the sample bank of examples/site_django."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urljoin
+
+import django
+import pytest
+import trustme
+from django.core import checks, mail
+from django.core.management import CommandError, call_command
+from django.test import AsyncClient, Client, override_settings
+from django.urls import reverse
+
+import ipguard
+from ipguard import Actor
+from ipguard.contrib import django as contrib
+from tests.logins import ROOT
+from tests.pages import Page
+from tests.postgres import free_port, own_server, until
+from tests.smtp_server import MailServer
+from tests.test_behind_a_proxy import insecure, nginx, process, section
+
+SITE = ROOT / "examples" / "site_django"
+PASSWORD = "correct horse"
+OFFICE, HOME, CAFE = "203.0.113.5", "203.0.113.77", "198.51.100.7"
+DESK = Actor(username="desk", email="desk@bank.example", manages=Actor.EVERY_ACCOUNT)
+NUMBER = re.compile(r"^ {4}([\d-]{11})$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set Django up with the sample bank; this can be done once in a process."""
+    sys.path.insert(0, str(SITE))
+    os.environ["BANK_DATA"] = str(tmp_path_factory.mktemp("bank"))
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.bank_settings"
+    django.setup()
+    from django.test.utils import setup_test_environment, teardown_test_environment
+
+    setup_test_environment()
+    call_command("migrate", run_syncdb=True, verbosity=0)
+    yield
+    teardown_test_environment()
+    sys.path.remove(str(SITE))
+
+
+class Bank:
+    """The project with a store of its own, and its customers rjones (staff), jsmith and mlee."""
+
+    def __init__(self, folder: Path) -> None:
+        from bank.models import Customer
+
+        self.path = folder / "ipguard.db"
+        self.users = Customer.objects
+        key = folder / "ipguard.key"
+        key.write_text("k" * 64)
+        self.settings = {
+            "URL": f"sqlite:///{self.path}",
+            "KEY_FILE": key,
+            "PROXIES": [],
+            "ACTOR": "bank.models.ipguard_actor",
+        }
+
+    @contextlib.contextmanager
+    def configured(self, **more: Any) -> Iterator[None]:
+        """Use settings of ipguard; those that are None are left out."""
+        given = {name: value for name, value in (self.settings | more).items() if value is not None}
+        with override_settings(IPGUARD=given):
+            yield
+
+    def add(self, name: str, **more: Any) -> Any:
+        return self.users.create_user(
+            name, f"{name}@bank.example", PASSWORD, **{"account_id": "U1", **more}
+        )
+
+    def restrict(self, username: str, addresses: str = OFFICE) -> None:
+        """Impose a restriction, and wait until the guard has seen it."""
+        kit = contrib.kit()
+        applied = kit.workflow.impose(DESK, username, addresses, reason="a test")
+        assert kit.guard.wait_for(applied.revision, timeout=30)
+
+    def registered(self) -> dict[str, str | None]:
+        """Return the uids of the registered users by their spelling."""
+        return {
+            each.user.spelling: each.user.uid
+            for each in contrib.kit().workflow.overview(DESK)
+            if not each.removed
+        }
+
+    @contextlib.contextmanager
+    def outage(self) -> Iterator[None]:
+        """Take the store away."""
+        away = self.path.with_suffix(".away")
+        self.path.rename(away)
+        try:
+            yield
+        finally:
+            away.rename(self.path)
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Iterator[Bank]:
+    bank = Bank(tmp_path)
+    with bank.configured():
+        bank.users.all().delete()
+        bank.add("rjones", is_staff=True)
+        bank.add("jsmith")
+        bank.add("mlee")
+        mail.outbox.clear()
+        yield bank
+
+
+def log_in(
+    username: str = "jsmith", password: str = PASSWORD, address: str = OFFICE, **more: Any
+) -> tuple[Client, Any]:
+    """Log in with Django's own form; return the client and its answer."""
+    client = Client(REMOTE_ADDR=address, **more)
+    form = {"username": username, "password": password}
+    return client, client.post(reverse("login"), form)
+
+
+def is_signed_in(client: Client) -> bool:
+    """Return whether the home page shows a signed-in user, not the sign-in."""
+    answer = client.get(reverse("home"))
+    assert answer.status_code in (200, 302), answer
+    return bool(answer.status_code == 200)
+
+
+def words(answer: Any) -> tuple[int, str, dict[str, str]]:
+    """Return what a client sees, without the random token and its cookie."""
+    text = re.sub(r'value="\w{64}"', "", answer.content.decode())
+    return answer.status_code, text, dict(answer.headers)
+
+
+# -- the login
+
+
+def test_a_login(bank: Bank) -> None:
+    """An unrestricted user logs in from anywhere, a restricted one from its addresses."""
+    client, answer = log_in(address=CAFE)
+    assert answer.status_code == 302
+    assert is_signed_in(client)
+    bank.restrict("jsmith")
+    assert not is_signed_in(client)
+    client, answer = log_in(address=OFFICE)
+    assert answer.status_code == 302
+    assert is_signed_in(client)
+
+
+def test_a_refusal_reads_like_a_wrong_password(bank: Bank) -> None:
+    bank.restrict("jsmith")
+    _, refused = log_in(address=CAFE)
+    _, wrong = log_in(password="wrong", address=OFFICE)
+    _, both = log_in(password="wrong", address=CAFE)
+    assert "Please enter a correct username and password" in wrong.content.decode()
+    assert words(refused) == words(wrong) == words(both)
+
+
+@pytest.mark.parametrize("typed", ["JSmith", "nobody"])
+def test_a_typed_name_without_a_record(bank: Bank, typed: str) -> None:
+    _, answer = log_in(typed)
+    assert answer.status_code == 200
+
+
+def test_a_refusal_is_not_a_failed_login(bank: Bank) -> None:
+    """The signal `user_login_failed` tells of wrong passwords alone, under asyncio too."""
+    from django.contrib.auth import aauthenticate, authenticate
+    from django.contrib.auth.signals import user_login_failed
+
+    failed: list[Any] = []
+
+    def count(credentials: dict[str, str], **_: Any) -> None:
+        failed.append(credentials["password"])
+
+    bank.restrict("jsmith")
+    user_login_failed.connect(count)
+    try:
+        for address, password, expected in (
+            (CAFE, PASSWORD, 0),
+            (CAFE, "wrong", 1),
+            (OFFICE, "wrong", 1),
+            (CAFE, PASSWORD, 0),
+        ):
+            request = Client(REMOTE_ADDR=address).get(reverse("login")).wsgi_request
+            given = {"username": "jsmith", "password": password}
+            assert authenticate(request, **given) is None
+            assert len(failed) == expected
+            assert asyncio.run(aauthenticate(request, **given)) is None
+            assert len(failed) == 2 * expected
+            failed.clear()
+    finally:
+        user_login_failed.disconnect(count)
+
+
+def test_axes_locks_nobody_out_who_was_refused(bank: Bank) -> None:
+    """With django-axes, wrong passwords count and refusals do not."""
+    from django.conf import settings
+
+    bank.restrict("jsmith")
+    backends = ["axes.backends.AxesStandaloneBackend", *settings.AUTHENTICATION_BACKENDS]
+    with override_settings(AXES_ENABLED=True, AUTHENTICATION_BACKENDS=backends):
+        assert problems() == []
+        for _ in range(5):
+            assert log_in(address=CAFE)[1].status_code == 200
+        assert log_in(address=OFFICE)[1].status_code == 302
+        for _ in range(3):
+            log_in(password="wrong", address=OFFICE)
+        assert log_in(address=OFFICE)[1].status_code == 429
+    call_command("axes_reset", verbosity=0)
+
+
+def test_without_a_request(bank: Bank) -> None:
+    """`Client.login` of Django's tests, which sends no request."""
+    assert Client().login(username="jsmith", password=PASSWORD)
+    bank.restrict("jsmith")
+    assert not Client().login(username="jsmith", password=PASSWORD)
+
+
+class Anonymous:
+    """A backend without usernames, that knows one user."""
+
+    def authenticate(self, request: Any, *, badge: str) -> Any:
+        from bank.models import Customer
+
+        if badge == "withdrawn":
+            from django.core.exceptions import PermissionDenied
+
+            raise PermissionDenied
+        return Customer.objects.get(username="jsmith") if badge == "1" else None
+
+    def get_user(self, user_id: Any) -> None:
+        return None
+
+
+def test_every_backend_behind_it_is_guarded(bank: Bank) -> None:
+    from django.contrib.auth import authenticate
+
+    bank.restrict("jsmith")
+    paths = [
+        "ipguard.contrib.django.GuardBackend",
+        f"{__name__}.Anonymous",
+        "django.contrib.auth.backends.ModelBackend",
+    ]
+    with override_settings(AUTHENTICATION_BACKENDS=paths):
+        for address, badge, allowed in (
+            (OFFICE, "1", True),
+            (CAFE, "1", False),
+            (OFFICE, "2", False),
+            (OFFICE, "withdrawn", False),
+        ):
+            request = Client(REMOTE_ADDR=address).get(reverse("login")).wsgi_request
+            assert (authenticate(request, badge=badge) is not None) is allowed
+        client, _ = log_in()
+        assert is_signed_in(client)
+
+
+# -- each request
+
+
+def test_a_confirmed_restriction_ends_a_session(bank: Bank) -> None:
+    """What an administrator confirms on the page holds at the next request of another user."""
+    trader, _ = log_in(address=CAFE)
+    other, _ = log_in("mlee", address=CAFE)
+    staff, _ = log_in("rjones", address=HOME)
+    assert is_signed_in(trader)
+    add(staff, "jsmith", OFFICE)
+    assert not is_signed_in(trader)
+    assert is_signed_in(other)
+    assert is_signed_in(staff)
+    (numbered, *notices) = mail.outbox
+    assert numbered.to == ["rjones@bank.example"]
+    assert numbered.from_email == "no-reply@bank.example"
+    assert HOME in numbered.body
+    assert numbered.alternatives[0].content.startswith("<!DOCTYPE html>")
+    assert sorted(each.to[0] for each in notices) == ["jsmith@bank.example", "rjones@bank.example"]
+
+
+def add(client: Client, username: str, addresses: str) -> None:
+    """Restrict a user on the page: ask, and confirm the number in the mail."""
+    place = submit(
+        client, reverse("ipguard:page", args=["add"]), user=username, addresses=addresses
+    )
+    (number,) = NUMBER.findall(mail.outbox[-1].body)
+    assert submit(client, place, number=number).endswith(f"/user?user={username}")
+
+
+def submit(client: Client, place: str, **fields: str) -> str:
+    """Fill in the form of a page and send it; return the page that the answer leads to."""
+    form = Page(client.get(place).content.decode()).form("Submit")
+    answer = client.post(urljoin(place, form.action), form.fields | fields)
+    assert answer.status_code == 303, answer.content
+    return str(urljoin(place, answer["Location"]))
+
+
+def test_an_outage_signs_nobody_out(bank: Bank) -> None:
+    """While the store is away, each answer is 503, whatever the password; then all is as before."""
+    with bank.configured(GUARD={"max_staleness": 0.2}):
+        bank.restrict("jsmith")
+        client, _ = log_in()
+        assert is_signed_in(client)
+        with bank.outage():
+            until(lambda: client.get("/").status_code == 503, "the lease is over")
+            answers = [client.get("/"), client.get(reverse("ipguard:page"))]
+            answers += [log_in(password=each)[1] for each in (PASSWORD, "wrong")]
+            answers += [log_in("nobody")[1]]
+            for answer in answers:
+                assert answer.status_code == 503
+                assert answer["Retry-After"] == "5"
+            assert len({answer.content for answer in answers}) == 1
+            assert Client().get("/accounts/login/").status_code == 200
+        until(lambda: client.get("/").status_code != 503, "the store is back")
+        assert is_signed_in(client)
+
+
+def test_forged_headers(bank: Bank) -> None:
+    """Only what the trusted proxy wrote counts."""
+    bank.restrict("jsmith")
+    proxy = "192.0.2.1"
+    with bank.configured(PROXIES=[proxy]):
+        for peer, header, allowed in (
+            (proxy, OFFICE, True),
+            (proxy, f"{CAFE}, {OFFICE}", True),
+            (proxy, f"{OFFICE}, {CAFE}", False),
+            (proxy, "", False),
+            (proxy, f"{OFFICE}, {proxy}x", False),
+            (CAFE, OFFICE, False),
+            (CAFE, f"{OFFICE}, {proxy}", False),
+        ):
+            more = {"HTTP_X_FORWARDED_FOR": header, "HTTP_X_REAL_IP": OFFICE}
+            client, answer = log_in(address=peer, **more)
+            assert (answer.status_code == 302) is allowed, (peer, header)
+            assert is_signed_in(client) is allowed
+    with bank.configured(PROXIES=[], UNIX_SOCKET=True):
+        for header, allowed in ((OFFICE, True), (f"{OFFICE}, {CAFE}", False)):
+            client, answer = log_in(address="", HTTP_X_FORWARDED_FOR=header)
+            assert (answer.status_code == 302) is allowed
+
+
+def test_under_asgi(bank: Bank) -> None:
+    """The login, a request, the page and the end of a session on an event loop."""
+
+    async def walk() -> None:
+        client = AsyncClient()  # at 127.0.0.1
+        form = {"username": "rjones", "password": PASSWORD}
+        answer = await client.post(reverse("login"), form)
+        assert answer.status_code == 302
+        answer = await client.get(reverse("ipguard:page"))
+        assert answer.status_code == 200
+        assert "jsmith" in answer.content.decode()
+        fields = Page(answer.content.decode()).form("Search").fields | {"search": "mlee"}
+        answer = await client.post(reverse("ipguard:page", args=["search"]), fields)
+        assert answer.status_code == 303
+        await asyncio.to_thread(bank.restrict, "rjones")
+        answer = await client.get(reverse("home"))
+        assert answer.status_code == 302
+        answer = await client.post(reverse("login"), form)
+        assert "Please enter a correct username" in answer.content.decode()
+
+    asyncio.run(walk())
+
+
+# -- the page
+
+
+def test_the_page_for_others(bank: Bank) -> None:
+    """Visitors are sent to the project's sign-in, and customers are refused."""
+    page = reverse("ipguard:page")
+    assert page == "/ip-restrictions/"
+    visitor = Client().get(page + "history?user=jsmith")
+    assert visitor.status_code == 302
+    assert visitor["Location"] == ("/accounts/login/?next=/ip-restrictions/history%3Fuser%3Djsmith")
+    sent = Client().post(page + "confirm", {"number": "1"})
+    assert sent["Location"] == "/accounts/login/?next=/ip-restrictions/"
+    assert Client().get("/ip-restrictions")["Location"] == page
+    trader, _ = log_in()
+    assert trader.get(page).status_code == 403
+    staff, _ = log_in("rjones")
+    assert staff.get(page).status_code == 200
+    assert staff.get(page + "nothing/here").status_code == 404
+    assert staff.put(page).status_code == 405
+    assert staff.head(page).content == b""
+
+
+def test_the_page_extends_the_session(bank: Bank) -> None:
+    """The project's middleware sees the page's requests, also those of files."""
+    staff, _ = log_in("rjones")
+    with override_settings(SESSION_SAVE_EVERY_REQUEST=True):
+        answer = staff.get(reverse("ipguard:page"))
+        assert "sessionid" in answer.cookies
+        assert answer["Content-Security-Policy"].startswith("default-src 'none'")
+        sheet = re.search(r'href="\./(static/[^"]+[.]css)"', answer.content.decode())
+        assert sheet
+        answer = staff.get(reverse("ipguard:page", args=[sheet[1]]))
+        assert answer["Content-Type"] == "text/css; charset=utf-8"
+        assert answer["Cache-Control"] == "private, max-age=31536000, immutable"
+
+
+def test_cookies_of_the_page(bank: Bank) -> None:
+    """They keep their attributes, and are `Secure` over TLS."""
+    staff, _ = log_in("rjones")
+    cookie = staff.get(reverse("ipguard:page")).cookies["ipguard-form"]
+    assert (cookie["path"], cookie["httponly"], cookie["samesite"]) == ("/", True, "Lax")
+    cookie = staff.get(reverse("ipguard:page"), secure=True).cookies["__Host-ipguard-form"]
+    assert cookie["secure"]
+
+
+def test_a_rotated_secret_key(bank: Bank) -> None:
+    """With the old key in SECRET_KEY_FALLBACKS sessions go on, on the page too."""
+    from django.conf import settings
+
+    trader, _ = log_in()
+    staff, _ = log_in("rjones")
+    new = {"SECRET_KEY": "n" * 60, "SECRET_KEY_FALLBACKS": [settings.SECRET_KEY]}
+    with override_settings(**new):
+        assert staff.get(reverse("ipguard:page")).status_code == 200
+        assert is_signed_in(trader)
+    with override_settings(SECRET_KEY=new["SECRET_KEY"]):  # the sessions have moved on
+        assert staff.get(reverse("ipguard:page")).status_code == 200
+        assert is_signed_in(trader)
+    with override_settings(SECRET_KEY="another" * 10):
+        assert not is_signed_in(trader)
+
+
+# -- users
+
+
+def test_users_are_kept_in_step(bank: Bank) -> None:
+    """Users that are created, renamed and deleted are so in ipguard, with their restrictions."""
+    user = bank.users.get(username="jsmith")
+    assert bank.registered()["jsmith"] == str(user.pk)
+    bank.restrict("jsmith")
+    user.username = "John.Smith"
+    user.save()
+    assert sorted(bank.registered()) == ["John.Smith", "mlee", "rjones"]
+    assert log_in("John.Smith", address=CAFE)[1].status_code == 200
+    assert log_in("John.Smith")[1].status_code == 302
+    user.delete()
+    assert sorted(bank.registered()) == ["mlee", "rjones"]
+    bank.add("John.Smith")
+    assert log_in("John.Smith", address=CAFE)[1].status_code == 200
+
+
+def test_a_rename_without_a_signal(bank: Bank) -> None:
+    """A login registers the user as it is now, so that `update` opens no user."""
+    bank.restrict("jsmith")
+    bank.users.filter(username="jsmith").update(username="john.smith")
+    assert log_in("john.smith", address=CAFE)[1].status_code == 200
+    assert log_in("john.smith", address=OFFICE)[1].status_code == 302
+    assert "john.smith" in bank.registered()
+
+
+def test_a_rolled_back_change(bank: Bank) -> None:
+    from django.db import transaction
+
+    with contextlib.suppress(ZeroDivisionError), transaction.atomic():
+        bank.add("never")
+        bank.users.get(username="mlee").delete()
+        1 / 0  # noqa: B018
+    assert sorted(bank.registered()) == ["jsmith", "mlee", "rjones"]
+
+
+def test_a_store_that_is_down_breaks_no_save(bank: Bank, caplog: pytest.LogCaptureFixture) -> None:
+    with bank.configured(GUARD={"max_staleness": 0.2}):
+        assert contrib.kit().guard.healthy()
+        with bank.outage():
+            user = bank.users.get(username="jsmith")
+            user.username = "john.smith"
+            user.save()
+        assert "on_commit" in caplog.text
+        call_command("ipguard_sync", stdout=io.StringIO())
+        assert "john.smith" in bank.registered()
+
+
+def test_a_username_of_another_user(bank: Bank, caplog: pytest.LogCaptureFixture) -> None:
+    """Users that differ in capitals alone: the second one is not registered."""
+    bank.add("JSmith", account_id="U2")
+    assert "JSmith" not in bank.registered()
+    assert "was not registered" in caplog.text
+
+
+def test_users_that_are_not_described(bank: Bank) -> None:
+    """They are not registered; restrictions on their names hold."""
+    bank.restrict("jsmith")
+    with bank.configured(USER=lambda user: None):
+        bank.add("robot")
+        bank.users.get(username="mlee").delete()
+        assert sorted(bank.registered()) == ["jsmith", "mlee", "rjones"]
+        assert log_in(address=CAFE)[1].status_code == 200
+        assert log_in("robot", address=CAFE)[1].status_code == 302
+
+
+def describe(user: Any) -> ipguard.User:
+    """Describe a user, as a setting `USER` of a project."""
+    if user.username == "mlee":
+        raise LookupError("no account")
+    return ipguard.User(
+        username=f"bank-{user.username}", full_name="", account_id="U7", uid=f"c{user.pk}"
+    )
+
+
+def test_a_function_that_fails_breaks_no_change(
+    bank: Bank, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = bank.users.get(username="mlee")
+    with bank.configured(USER=describe):
+        user.save()
+        user.delete()
+    assert caplog.text.count("LookupError: no account") == 2
+    assert "mlee" in bank.registered()
+
+
+def test_the_command_for_all_users(bank: Bank) -> None:
+    out, errors = io.StringIO(), io.StringIO()
+    bank.users.filter(username="jsmith").update(username="john.smith")
+    bank.users.filter(username="mlee")._raw_delete("default")
+    call_command("ipguard_sync", "--remove-missing", stdout=out)
+    assert out.getvalue().strip() == (
+        "0 added, 0 changed, 1 renamed, 0 moved, 1 removed, 0 refused"
+    )
+    bank.add("mlee")
+    with bank.configured(USER=f"{__name__}.describe"):
+        with pytest.raises(CommandError):
+            call_command("ipguard_sync", "--remove-missing", stdout=out, stderr=errors)
+        assert sorted(bank.registered()) == ["bank-john.smith", "bank-rjones", "mlee"]
+    assert "USER failed: mlee: LookupError" in errors.getvalue()
+    assert "refused: mlee:" in errors.getvalue()
+
+
+# -- settings, checks and commands
+
+
+def problems() -> list[str]:
+    return [str(each.id) for each in checks.run_checks(tags=["security"]) if "ipguard" in each.id]
+
+
+def test_checks(bank: Bank, tmp_path: Path) -> None:
+    """They find missing and invalid settings, and those in the wrong order."""
+    from django.conf import settings
+
+    assert problems() == []
+    (tmp_path / "short").write_text("short")
+    values: list[dict[str, Any]] = [
+        {"URL": None},
+        {"PROXIES": None},
+        {"HOPS": 1},
+        {"PROXIES": ["10.0.0.1/8"]},
+        {"ACTOR": "bank.models.nothing"},
+        {"USER": 7},
+        {"WORKFLOW": {"number_digits": 1}},
+        {"MAIL": "smtp://user:pass@mail.example.com"},
+        {"KEY_FILE": tmp_path / "short"},
+        {"PROXY": []},
+    ]
+    for wrong in values:
+        with bank.configured(**wrong):
+            assert problems() == ["ipguard.E001"], wrong
+    with bank.configured(KEY_FILE=tmp_path / "none"):
+        assert problems() == ["ipguard.W001"]
+    with override_settings(IPGUARD=None):
+        assert problems() == ["ipguard.E001"]
+    middleware, backends = settings.MIDDLEWARE, settings.AUTHENTICATION_BACKENDS
+    others = [each for each in middleware if "Guard" not in each]
+    for paths in (middleware[::-1], middleware[:4], others):
+        with override_settings(MIDDLEWARE=paths):
+            assert problems() == ["ipguard.E002"]
+    for paths in (backends[:1], backends[::-1], backends[1:]):
+        with override_settings(AUTHENTICATION_BACKENDS=paths):
+            assert problems() == ["ipguard.E003"]
+
+
+def test_notifiers(bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
+    from ipguard.testing import Outbox
+
+    box = Outbox()
+    for given in ("console", box, f"{__name__}.BOX", "smtp://127.0.0.1:1"):
+        more = {"MAIL": given, "PRODUCT": "Example Bank", "HOPS": 0, "PROXIES": None}
+        with bank.configured(**more), contextlib.suppress(ipguard.DeliveryError):
+            actor = Actor(username="a", email="a@bank.example", manages={"U1"})
+            contrib.kit().workflow.request(actor, "jsmith", "10.0.0.1")
+        bank.users.all().delete()
+        bank.add("jsmith")
+    assert "Example Bank" in capsys.readouterr().out
+    assert len(box.messages) == 1
+    assert len(BOX.messages) == 1
+
+
+BOX = SimpleNamespace(messages=[], change_applied=lambda *_: None)
+BOX.number_issued = lambda *given: BOX.messages.append(given)
+
+
+def test_the_command_line(bank: Bank, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """`manage.py ipguard` works on the project's store, with options of its own."""
+    for name in ("URL", "KEY_FILE", "MAIL_FROM"):
+        monkeypatch.setenv(f"IPGUARD_{name}", "of another project")
+    call_command("ipguard", "list")
+    assert "jsmith" in capfd.readouterr().out
+    from django.core.management import execute_from_command_line
+
+    execute_from_command_line(["manage.py", "ipguard", "--version"])
+    assert ipguard.__version__ in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        execute_from_command_line(["manage.py", "ipguard", "nothing"])
+    execute_from_command_line(["manage.py", "help", "ipguard"])
+    assert "manage.py ipguard list" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_without_django() -> None:
+    script = "import sys; sys.modules['django'] = None; import ipguard.contrib.django"
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode
+    assert "ipguard.contrib.django needs Django: pip install django" in found.stderr
+
+
+# -- real servers behind a real proxy, in a real browser
+
+SERVERS = {
+    "gunicorn": (
+        "gunicorn --no-control-socket --workers 3 --preload --forwarded-allow-ips 127.0.0.5 "
+        "django.core.wsgi:get_wsgi_application()"
+    ),
+    "uvicorn": (
+        "uvicorn --workers 2 --no-proxy-headers --log-level warning "
+        "--factory django.core.asgi:get_asgi_application"
+    ),
+}
+USERS = """
+from bank.models import Customer
+for name in ("rjones", "jsmith"):
+    Customer.objects.create_user(
+        name, f"{name}@bank.example", "correct horse", account_id="U1", is_staff=name == "rjones"
+    )
+"""
+
+
+class Served:
+    """The sample bank under a server behind nginx. The browser comes from 127.0.0.1."""
+
+    def __init__(
+        self, server: str, transport: str, folder: Path, mails: MailServer, **given: Any
+    ) -> None:
+        self.server, self.transport, self.folder, self.mails = server, transport, folder, mails
+        self.web, self.port = free_port(), free_port()
+        self.base = f"https://127.0.0.1:{self.web}"
+        trust = {"UNIX_SOCKET": True} if transport == "unix" else {"PROXIES": ["127.0.0.5"]}
+        (folder / "ipguard.key").write_text("k" * 64)
+        self.env = {
+            "BANK_DATA": str(folder),
+            "BANK_SECRET_KEY": "s" * 60,
+            "BANK_IPGUARD": json.dumps({**given, "MAIL": mails.url, **trust}),
+            "BANK_ORIGIN": self.base,
+            "DJANGO_SETTINGS_MODULE": "tests.bank_served",
+            "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
+        }
+
+    def manage(self, *args: str) -> None:
+        command = [sys.executable, str(SITE / "manage.py"), *args]
+        subprocess.run(command, env=os.environ | self.env, check=True, capture_output=True)
+
+    def nginx(self) -> list[str]:
+        """Return the command of nginx with the configuration of docs/behind-a-proxy.md."""
+        (block,) = section("nginx", "nginx")
+        upstream = f"127.0.0.1:{self.port}"
+        if self.transport == "unix":
+            upstream = f"unix:{self.folder}/app.sock"
+        # The client has the address that a proxy on this host would have, too.
+        bind = "proxy_bind 127.0.0.5; " if self.transport == "tcp" else ""
+        for old, new in {
+            "10.0.0.9:8000;  # or, on the same host: server unix:/run/login/app.sock": upstream,
+            "proxy_pass": f"{bind}proxy_pass",
+            "listen 443": f"listen 127.0.0.1:{self.web}",
+            "/etc/ssl": str(self.folder),
+        }.items():
+            assert old in block
+            block = block.replace(old, new)
+        certificate = trustme.CA().issue_cert("bank.example")
+        certificate.private_key_and_cert_chain_pem.write_to_path(self.folder / "bank.pem")
+        return nginx(block, self.folder)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        self.manage("migrate", "--run-syncdb")
+        self.manage("shell", "-c", USERS)
+        tool, *options = SERVERS[self.server].split()
+        bind = {
+            ("gunicorn", "tcp"): f"--bind 127.0.0.1:{self.port}",
+            ("gunicorn", "unix"): f"--bind unix:{self.folder}/app.sock",
+            ("uvicorn", "tcp"): f"--port {self.port}",
+            ("uvicorn", "unix"): f"--uds {self.folder}/app.sock",
+        }[self.server, self.transport]
+        command = [sys.executable, "-m", tool, *bind.split(), *options]
+        with process(command, **self.env):
+            until(self.listens, "the server listens")
+            with process(self.nginx()):
+                until(self.answers, "it answers through the proxy")
+                yield
+
+    def listens(self) -> bool:
+        unix = self.transport == "unix"
+        where: Any = f"{self.folder}/app.sock" if unix else ("127.0.0.1", self.port)
+        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as probe:
+            return probe.connect_ex(where) == 0
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", self.web, timeout=30, context=insecure()
+            )
+            with contextlib.closing(connection):
+                connection.request("GET", "/accounts/login/")
+                return connection.getresponse().status == 200
+        return False
+
+    def number(self) -> str:
+        """Return the number in the newest mail that has one."""
+        texts = [each.part("plain") for each in self.mails.mails]
+        return str([found for text in texts for found in NUMBER.findall(text)][-1])
+
+
+class Visitor:
+    """One person's browser window."""
+
+    def __init__(self, chromium: Any, served: Served, **headers: str) -> None:
+        context = chromium.new_context(ignore_https_errors=True, extra_http_headers=headers)
+        self.page, self.served = context.new_page(), served
+
+    def open(self, path: str = "/") -> int:
+        """Open a page and return the status."""
+        answer = self.page.goto(self.served.base + path)
+        return int(answer.status)
+
+    def sign_in(self, username: str, password: str = PASSWORD) -> str:
+        """Sign in with the form; return the text of the page after it."""
+        self.open("/accounts/login/")
+        self.page.get_by_label("Username").fill(username)
+        self.page.get_by_label("Password").fill(password)
+        self.page.get_by_role("button", name="Sign in").click()
+        return self.text
+
+    @property
+    def text(self) -> str:
+        return str(self.page.locator("body").inner_text())
+
+    def is_signed_in(self) -> bool:
+        """Open the home page, and return whether it is not the sign-in."""
+        assert self.open() == 200
+        return "Signed in as" in self.text
+
+    def restrict(self, username: str, addresses: str) -> None:
+        """Restrict a user on ipguard's page, from the home page on."""
+        self.open()
+        self.page.get_by_role("link", name="IP restrictions").click()
+        self.page.get_by_role("link", name="Add IP Address Restriction").first.click()
+        self.page.get_by_label("Trader").select_option(username)
+        self.page.get_by_label("IP Address", exact=True).fill(addresses)
+        self.page.get_by_role("button", name="Submit").click()
+        self.page.get_by_label("Confirmation Number").fill(self.served.number())
+        self.page.get_by_role("button", name="Submit").click()
+        assert addresses in self.text
+
+
+@pytest.fixture
+def taken_away(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
+    """A store: its URL, and how it goes away and comes back."""
+    if request.param == "sqlite":
+        path = tmp_path / "store.db"
+        away = tmp_path / "away.db"
+        yield f"sqlite:///{path}", lambda: path.rename(away), lambda: away.rename(path)
+        return
+    with own_server(fsync=False) as server:
+        yield server.url(tcp=True), server.stop, server.start
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("server", "transport", "taken_away"),
+    [
+        ("gunicorn", "tcp", "sqlite"),
+        ("gunicorn", "tcp", "postgres"),
+        ("gunicorn", "unix", "sqlite"),
+        ("gunicorn", "unix", "postgres"),
+        ("uvicorn", "tcp", "postgres"),
+        ("uvicorn", "unix", "sqlite"),
+    ],
+    indirect=["taken_away"],
+)
+def test_served(
+    server: str, transport: str, taken_away: Any, chromium: Any, mails: MailServer
+) -> None:
+    """A login, a restriction that is confirmed, refusals, forged headers and an outage."""
+    url, go_away, come_back = taken_away
+    folder = Path(tempfile.mkdtemp(prefix="bank-"))  # short: the path of a socket is limited
+    given = {"URL": url, "GUARD": {"max_staleness": 1.0}}
+    served = Served(server, transport, folder, mails, **given)
+    try:
+        with served.running():
+            staff, trader = Visitor(chromium, served), Visitor(chromium, served)
+            assert "Signed in as rjones" in staff.sign_in("rjones")
+            assert "Signed in as jsmith" in trader.sign_in("jsmith")
+            assert trader.open("/ip-restrictions/") == 403
+            staff.restrict("jsmith", OFFICE)
+            assert not trader.is_signed_in()
+            refused = trader.sign_in("jsmith")
+            assert "Please enter a correct username and password" in refused
+            assert trader.sign_in("jsmith", "wrong") == refused
+            for value in (OFFICE, f"{OFFICE}, 127.0.0.5", f"{OFFICE}:443", f"{OFFICE}, unix:"):
+                forger = Visitor(chromium, served, **{"X-Forwarded-For": value})
+                assert forger.sign_in("jsmith") == refused
+            staff.restrict("jsmith", "127.0.0.1")
+            until(lambda: "Signed in as" in trader.sign_in("jsmith"), "each worker has seen it")
+            go_away()
+            try:
+                until(lambda: trader.open() == 503, "the lease is over")
+                assert staff.open("/ip-restrictions/") == 503
+                new = Visitor(chromium, served)
+                texts = {new.sign_in("jsmith", each) for each in (PASSWORD, "wrong")}
+                assert texts == {"Please try again in a few seconds."}
+            finally:
+                come_back()
+            until(lambda: trader.open() == staff.open() == 200, "the store is back")
+            for _ in range(10):  # each worker
+                until(lambda: trader.open() == 200, "the store is back")
+                assert "Signed in as jsmith" in trader.text
+                until(lambda: staff.open() == 200, "the store is back")
+                assert "Signed in as rjones" in staff.text
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
