@@ -241,3 +241,14 @@ def test_errors_of_long_text_stay_short(text):
         assert len(str(error)) < 700
         assert text not in pickle.dumps(error).decode("latin-1")
     assert len(str(UnknownUser(text))) < 700
+
+
+def test_a_collision_lists_every_refused_record():
+    """The message names the first few; the attribute has all."""
+    each = UsernameCollision("jo", ("Jo", "JO"), ("U1", "U2"))
+    several = UsernameCollision("jo", ("Jo", "JO"), ("U1", "U2"), refused=((1, each),) * 7)
+    assert str(several).startswith(f"7 users were refused: {each}; ")
+    assert str(several).endswith("; …")
+    assert "…" not in str(UsernameCollision("jo", ("", ""), ("", ""), refused=((1, each),) * 2))
+    gone = UsernameCollision("jo", ("Jo", "JO"), ("U1", "U2"), removed=True)
+    assert "a removed user whose restrictions are in force" in str(gone)

@@ -248,6 +248,32 @@ class TestUser:
                 make()
             assert raised.value.name == "email"
 
+    def test_the_spelling_is_kept(self):
+        """`username` is canonical, and follows when a copy gets another spelling."""
+        each = user(username="JSmith")
+        assert (each.username, each.spelling) == ("jsmith", "JSmith")
+        assert attrs.evolve(each, full_name="New").spelling == "JSmith"
+        other = attrs.evolve(each, username="ＭＬｅｅ")  # noqa: RUF001
+        assert (other.username, other.spelling) == ("mlee", "ＭＬｅｅ")  # noqa: RUF001
+        assert type(user(username=type("Name", (str,), {})("Jo")).spelling) is str
+
+    def test_a_uid_is_a_short_text(self):
+        assert user(uid="x" * 128).uid == "x" * 128
+        assert user(uid="").uid is None
+        for uid in (7, "x" * 129, "a\nb", "\ud800"):
+            with pytest.raises(InvalidValue) as raised:
+                user(uid=uid)
+            assert raised.value.name == "uid"
+
+    def test_records_of_a_sync(self):
+        """A mapping has the fields of a user, and no others."""
+        fields = {"username": "Jo", "full_name": "", "account_id": "U1"}
+        assert User.of(fields) == User(**fields)
+        assert User.of(user()) == user()
+        for record in (7, "jo", {**fields, "id": "1"}, {"username": "jo", "full_name": ""}):
+            with pytest.raises(InvalidValue):
+                User.of(record)
+
     def test_only_actors_need_an_email(self):
         """Numbers need a recipient, notices do not."""
         assert user(email=None).email is None

@@ -530,3 +530,71 @@ def test_visibility(restricted: bool) -> None:
     ):
         shown = rules.is_visible(accounts, "U1", removed=removed, restricted=restricted)
         assert shown is visible
+
+
+class TestPlanUsers:
+    """Who a user is; tests/test_users.py and the conformance suite have the rest."""
+
+    @staticmethod
+    def user(name: str, uid: str | None = None, account: str = "U1") -> User:
+        return User(username=name, full_name="", account_id=account, uid=uid)
+
+    def plan(self, held: dict[str, rules.UserHeld], *users: User) -> rules.UserPlan:
+        records = [rules.UserRecord(seq, user) for seq, user in enumerate(users)]
+        return rules.plan_users(records, held)
+
+    @pytest.mark.parametrize(
+        ("one", "other", "two"),
+        [
+            (("jo", "1"), ("JO", "1", "U2"), False),
+            (("jo", "1"), ("jo", "2"), True),
+            (("jo", None), ("JO", "2"), False),
+            (("jo", None), ("jo", None, "U2"), False),
+            (("jo", "1"), ("JO", None, "U2"), True),
+        ],
+    )
+    def test_two_users(self, one: Any, other: Any, two: bool) -> None:
+        assert rules.two_users(self.user(*one), self.user(*other)) is two
+        assert rules.two_users(self.user(*other), self.user(*one)) is two
+
+    def test_renames_that_depend_on_a_refused_one_are_refused(self) -> None:
+        """Nobody gets a username that its user could not leave, along the whole chain."""
+        held = {
+            name: rules.UserHeld(self.user(name, uid), restricted=True)
+            for name, uid in (("a", "1"), ("b", "2"), ("c", "3"))
+        }
+        moved = [self.user("b", "1"), self.user("c", "2"), self.user("a", "4")]
+        plan = self.plan(held, *moved)
+        assert (plan.steps, [seq for seq, _ in plan.refused]) == ([], [0, 1, 2])
+        plan = self.plan(held, *moved, self.user("d", "3"))
+        assert [(step.old, step.user.username) for step in plan.steps] == [
+            (None, "a"), ("a", "b"), ("b", "c"), ("c", "d"),
+        ]  # fmt: skip
+        assert plan.refused == []
+
+    def test_restrictions_of_a_username_that_was_never_registered(self) -> None:
+        """They are inherited by a new user, but not by one that has others."""
+        held = {
+            "a": rules.UserHeld(self.user("a", "1"), restricted=True),
+            "b": rules.UserHeld(None, restricted=True),
+        }
+        ((seq, error),) = self.plan(held, self.user("b", "1")).refused
+        assert (seq, error.spellings, error.accounts, error.removed) == (
+            0, ("b", "b"), ("", "U1"), True,
+        )  # fmt: skip
+        (step,) = self.plan(held, self.user("b", "2")).steps
+        assert (step.added, step.free) == (True, False)
+
+    def test_records_about_one_user(self) -> None:
+        """The last one counts, and its uid may come from an earlier one."""
+        plan = self.plan({}, self.user("a", "1"), self.user("b", "1"), self.user("B"))
+        assert [step.user for step in plan.steps] == [self.user("B", "1")]
+        assert plan.refused == []
+        held = {
+            "a": rules.UserHeld(self.user("a", "1"), restricted=True),
+            "b": rules.UserHeld(None),
+        }
+        (step,) = self.plan(held, self.user("b", "1"), self.user("B")).steps
+        assert (step.old, step.user) == ("a", self.user("B", "1"))
+        (step,) = self.plan(held, self.user("B"), self.user("b", "1")).steps
+        assert (step.old, step.user) == ("a", self.user("b", "1"))

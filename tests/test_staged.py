@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Event
@@ -189,6 +189,29 @@ class Between(StoreCase):
             "updated": "0",
         }
         assert len(self.store.overview(Actor.EVERY_ACCOUNT, search="last").items) == 1
+
+    def test_a_username_that_others_restrict(self) -> None:
+        """A restriction made in between stays with its user; a new one was to get the username."""
+        self.store.put_users([user("jo", uid="1"), user("ann", uid="2")])
+        compare = BulkUsers.compare
+
+        def compared(staged: BulkUsers, db: Any) -> tuple[int, bool]:
+            found = compare(staged, db)
+            self.patch.setattr(BulkUsers, "compare", compare)
+            Call(lambda: self.add(self.restriction("jo"))).result()
+            return found
+
+        self.patch.setattr(BulkUsers, "compare", compared)
+        records = [user("jo", uid="3"), user("ann", uid="2")]
+        with suppress(StoreUnavailable):  # PostgreSQL has written the users already
+            self.store.sync_users(records, remove_missing=True)
+        found = self.store.sync_users(records, remove_missing=True)
+        assert [record for record, _ in found.refused] == records[:1]
+        with self.store.transaction() as turn:
+            stored = turn.user("jo")
+        assert stored is not None
+        assert (stored.user.uid, stored.removed) == ("1", True)
+        assert len(self.held("jo")) == 1
 
     def test_a_user_written_by_others(self) -> None:
         """Users that are compared one by one are compared again under the lock."""

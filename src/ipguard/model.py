@@ -302,6 +302,8 @@ class PendingRequest:
         restriction_id: The restriction to delete; None for `add`.
         restriction_expires_at: When the restriction to add would expire, or None.
         reason: The reason that the requester gave; may be empty.
+        spelling: The username as the host spells it, for the mail; the canonical one in a request
+            that was read from the store. Equality ignores it.
     """
 
     id: str
@@ -318,6 +320,11 @@ class PendingRequest:
     restriction_id: str | None = None
     restriction_expires_at: datetime | None = None
     reason: str = ""
+    spelling: str = attrs.field(eq=False)
+
+    @spelling.default
+    def _canonical(self) -> str:
+        return self.username
 
 
 @attrs.frozen(kw_only=True)

@@ -503,7 +503,10 @@ class UserStep(NamedTuple):
 
 
 class UserPlan(NamedTuple):
-    """What becomes of records: the steps, the users to remove, and each refused record's `seq`."""
+    """What becomes of records: the steps by username, the users to remove, and the refused ones.
+
+    The latter are each the record's `seq` and its error, in order.
+    """
 
     steps: list[UserStep]
     removed: list[User]
@@ -608,7 +611,8 @@ class _Planner:
                 stuck += [] if claim.old is None else [claim.old]
 
     def _steps(self) -> Iterator[UserStep]:
-        for name, claim in self._claims.items():
+        for name in sorted(self._claims):
+            claim = self._claims[name]
             user = claim.user
             before = self._staying.get(name) if claim.old is None else self._owners[claim.old]
             back = before is not None and self._held[before.username].removed

@@ -37,7 +37,7 @@ def show(context: Context) -> Response:
         return _show_form(context, values, parsed)
     user, addresses, expires_at = parsed
     if values.get("asked"):
-        what = f"add {addresses} for {user.full_name or user.username}"
+        what = f"add {addresses} for {user.full_name or user.spelling}"
         return show_lockout_warning(context, "add", what, user=user.username)
     return context.page(
         "review.html", values=values, user=user, addresses=addresses, expires_at=expires_at

@@ -159,7 +159,7 @@ class Form(Generic[T]):
         if subject is None:
             return self.show_over(context, username, subject_id)
         if draft.values.get("asked") and not draft.step:
-            what = f"{self.describe(subject)} for {line.user.full_name or line.user.username}"
+            what = f"{self.describe(subject)} for {line.user.full_name or line.user.spelling}"
             about = {"user": username, self.field: subject_id}
             return show_lockout_warning(context, self.name, what, **about)
         changes = []
@@ -342,7 +342,7 @@ def show_applied(context: Context, user: User, applied: Applied) -> Response:
     assert applied.restriction is not None
     line = context.find_user(user.username)
     added = any(held.id == applied.restriction.id for held in line.restrictions)
-    name = user.full_name or user.username
+    name = user.full_name or user.spelling
     text = f"{applied.restriction.addresses} {'now holds' if added else 'was deleted'}. "
     if applied.unrestricted:
         text += f"{name} has no restrictions now and can log in from any address."

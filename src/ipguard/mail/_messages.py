@@ -82,7 +82,7 @@ def number_message(request: PendingRequest, number: str, actor: Actor, product: 
         number=number,
         facts=(
             ("Change", "add these addresses" if adding else "delete these addresses"),
-            ("User", _line(request.username)),
+            ("User", _line(request.spelling)),
             ("Addresses", _addresses(request.addresses)),
             ("Label", _words(request.label)),
             ("Reason", _words(request.reason)),
@@ -129,7 +129,7 @@ def notices(change: Change, actor: Actor, user: User | None, product: str) -> tu
             subject=subject,
             opening=opening,
             facts=(
-                ("User", _line(change.username or (user.username if user is not None else ""))),
+                ("User", _line((change.username or "") if user is None else user.spelling)),
                 ("Name", "" if user is None else _words(user.full_name)),
                 ("Addresses", _known_addresses(details.get("addresses", ""))),
                 ("Label", _words(details.get("label", ""))),

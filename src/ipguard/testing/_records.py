@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import attrs
 
 from ipguard.addresses import AddressRange
-from ipguard.errors import StoreError, UsernameError
-from ipguard.model import EVERYBODY, Action, Change, RequestKind, RequestState, StoredUser, User
+from ipguard.errors import (
+    InvalidValue,
+    StoreError,
+    UnknownUser,
+    UsernameCollision,
+    UsernameError,
+)
+from ipguard.model import (
+    EVERYBODY,
+    Action,
+    Change,
+    RequestKind,
+    RequestState,
+    Restriction,
+    StoredRequest,
+    StoredUser,
+    User,
+    UserSync,
+)
 from ipguard.store import NAMED_AT_MOST
 from ipguard.testing._case import (
     EVERY,
@@ -215,7 +232,8 @@ class UserTests(StoreCase):
         """Users are kept with all their fields and are known afterwards."""
         users = [
             User(username="alice", full_name="Alice Ångström", account_id="A 1"),
-            User(username="o'brien", full_name="", account_id="a1", email="o@example.com"),
+            User(username="O'Brien", full_name="", account_id="a1", email="o@example.com"),
+            User(username="ＦＵＬＬ", full_name="", account_id="a1", uid="漢" * 128),  # noqa: RUF001
             User(username="漢" * 256, full_name="\U0001f3e2" * 256, account_id="Ω" * 256),
         ]
         assert self.store.put_users(iter(users)) == 1
@@ -386,6 +404,259 @@ class UserTests(StoreCase):
         assert self.add_staged(source(first, lambda: self.add_staged([inner]), last)) == 2
         assert revisions[4:] == [1]
         assert self.held("carol") == (inner, first, last)
+
+    def _renamed(self, before: tuple[int, str], kept: Restriction, asked: StoredRequest) -> None:
+        """Check that alice is now Bea, after a change that began at `before`."""
+        stored = self._user("bea")
+        assert stored is not None
+        assert (stored.user.spelling, stored.removed) == ("Bea", False)
+        assert self.held("alice") == ()
+        assert self.held("bea") == (attrs.evolve(kept, username="bea"),)
+        assert not self.store.load_policy("alice").known
+        assert self.store.changes_since(before).usernames == frozenset({"alice", "bea"})
+        change = self.last_change()
+        assert (change.action, change.actor) == (Action.RENAME_USER, None)
+        assert self._last() == ("bea", "A1", {"old": "alice", "new": "bea"})
+        with self.store.transaction() as tx:
+            request = tx.request(asked.request.id)
+            assert request is not None
+            assert request.request.state is RequestState.CANCELLED
+            found = tx.restriction(kept.id)
+            assert found is not None
+            assert found.username == "bea"
+        (line,) = self.store.overview(EVERY, search="bea")
+        assert (line.user, line.removed) == (stored.user, False)
+        assert self.store.overview(EVERY, search="alice").items == ()
+
+    def test_a_uid_with_another_username_renames_the_user(self) -> None:
+        """Restrictions follow, pending requests are cancelled, and both usernames are touched."""
+        self.store.put_users([user("alice", uid="7"), user("carol")])
+        kept, asked = self.restriction(), self.request()
+        self.add(kept)
+        self.save(asked)
+        before = self.cursor()
+        for _ in range(2):
+            assert self.store.put_users([user("Bea", uid="7")]) == before[0] + 1
+        self._renamed(before, kept, asked)
+        # The old username is free again.
+        self.store.put_users([user("alice", uid="8")])
+        assert self.held("alice") == ()
+        assert self.store.sync_users([user("dora", uid="7")]).renamed == 1
+        assert [each.id for each in self.held("dora")] == [kept.id]
+        with raises(UsernameCollision):
+            self.store.put_users([user("dora", uid="8")])
+        # A removed user who comes back under another username still has the restrictions.
+        self.store.remove_users(["dora"])
+        found = self.store.sync_users([user("emma", uid="7")])
+        assert (found.added, found.renamed) == (1, 1)
+        assert [each.id for each in self.held("emma")] == [kept.id]
+
+    def _synced(self, records: Iterable[User]) -> int:
+        return self.store.sync_users(records).revision
+
+    def test_rename_user(self) -> None:
+        """A user without a uid can be renamed too, and spelled differently."""
+        self.put("alice", "carol")
+        kept, asked = self.restriction(), self.request()
+        self.add(kept)
+        self.save(asked)
+        before = self.cursor()
+        assert self.store.rename_user("ALICE", "Bea") == before[0] + 1
+        self._renamed(before, kept, asked)
+        assert self.store.rename_user("bea", "Bea") == before[0] + 1
+        assert self.store.rename_user("bea", "BEA") == before[0] + 2
+        assert self._last() == ("bea", "A1", {"added": "0", "updated": "1"})
+        stored = self._user("bea")
+        assert stored is not None
+        assert stored.user.spelling == "BEA"
+        self.store.remove_users(["carol"])
+        for old in ("alice", "carol", "nobody"):
+            with raises(UnknownUser):
+                self.store.rename_user(old, "dora")
+        with raises(UsernameError):
+            self.store.rename_user("bea", " ")
+        self.put("dora")
+        with raises(UsernameCollision) as raised:
+            self.store.rename_user("dora", "Bea")
+        error = raised.exception
+        assert (error.username, error.spellings, error.accounts) == (
+            "bea", ("BEA", "Bea"), ("A1", "A1"),
+        )  # fmt: skip
+        # A removed user keeps the username as long as there are restrictions.
+        self.store.remove_users(["bea"])
+        with raises(UsernameCollision) as raised:
+            self.store.rename_user("dora", "bea")
+        assert raised.exception.removed
+        with self.store.transaction() as tx:
+            tx.remove_restriction(kept.id)
+            self.append(tx, frozenset({"bea"}))
+        self.store.rename_user("dora", "bea")
+        assert self.store.load_policy("bea").known
+        assert self.store.load_policy("bea").restrictions == ()
+
+    def test_usernames_that_pass_from_one_to_another(self) -> None:
+        """Users may swap usernames and take those given up in one call; all keep their own."""
+        for put in (self.store.put_users, self._synced):
+            names = ("alice", "bob", "carol")
+            users = [user(name, uid=uid) for name, uid in zip(names, "123", strict=True)]
+            if put == self._synced:
+                self.store.remove_users([*names, "dora"])
+            restrictions = [self.restriction(name) for name in names]
+            put(users)
+            self.add(*restrictions)
+            for moved in (("bob", "alice", "carol"), ("carol", "bob", "alice")):
+                put([user(name, uid=uid) for name, uid in zip(moved, "123", strict=True)])
+                for name, kept in zip(moved, restrictions, strict=True):
+                    assert [each.id for each in self.held(name)] == [kept.id]
+            put([user("dora", uid="1"), user("carol", uid="2"), user("bob", uid="4")])
+            found = {name: [each.id for each in self.held(name)] for name in ("dora", "carol")}
+            assert found == {"dora": [restrictions[0].id], "carol": [restrictions[1].id]}
+            assert self.held("bob") == ()
+            with self.store.transaction() as tx:
+                for each in restrictions:
+                    tx.remove_restriction(each.id)
+                self.append(tx, frozenset(names))
+
+    def test_two_users_with_one_canonical_username_are_refused(self) -> None:
+        """In one call and across calls, and with all of the call; a spelling alone changes one."""
+        first, second = user("JSmith", account_id="A1"), user("jsmith", account_id="B2")
+        with raises(UsernameCollision) as raised:
+            self.store.put_users([user("carol"), first, second])
+        assert [record for record, _ in raised.exception.refused] == [second]
+        assert not self.store.load_policy("carol").known
+        self.store.put_users([first])
+        kept = self.restriction("jsmith")
+        self.add(kept)
+        before = self.cursor()
+        rival = user("jsmith", account_id="B2", uid="2")
+        for _ in range(2):
+            with raises(UsernameCollision) as raised:
+                self.store.put_users([user("carol"), second, user("dora"), rival])
+        error = raised.exception
+        assert (error.username, error.spellings, error.accounts) == (
+            "jsmith", ("JSmith", "jsmith"), ("A1", "B2"),
+        )  # fmt: skip
+        assert [record for record, _ in error.refused] == [second, rival]
+        assert self.cursor() == before
+        assert self._user("jsmith") == StoredUser(user=first)
+        # The same spelling, or the same account: one user, who also gets a uid.
+        self.store.put_users([user("jsmith", account_id="A1", uid="1")])
+        self.store.put_users([user("jsmith", account_id="A1")])
+        stored = self._user("jsmith")
+        assert stored is not None
+        assert (stored.user.uid, stored.user.spelling) == ("1", "jsmith")
+        with raises(UsernameCollision):
+            self.store.put_users([rival])
+        # Removed: the restrictions keep the username.
+        self.store.remove_users(["jsmith"])
+        with raises(UsernameCollision) as raised:
+            self.store.put_users([rival])
+        assert raised.exception.removed
+        with self.store.transaction() as tx:
+            tx.remove_restriction(kept.id)
+            self.append(tx, frozenset({"jsmith"}))
+        self.store.put_users([rival])
+        assert self._user("jsmith") == StoredUser(user=rival)
+
+    def test_a_user_who_moves(self) -> None:
+        """Another account is recorded with both, and shown to the new one; nobody is touched."""
+        self.put("alice")
+        before = self.cursor()
+        assert self.put("alice", account_id="B2") == 2
+        change = self.last_change()
+        assert (change.action, change.actor) == (Action.MOVE_USER, None)
+        assert self._last() == ("alice", "B2", {"old": "A1", "new": "B2"})
+        assert self.store.changes_since(before).usernames == frozenset()
+        self.store.put_users([user("alice", account_id="B2", uid="1")])
+        assert self.store.put_users([user("bea", account_id="C3", uid="1")]) == 5
+        changes = self.store.history(EVERY, limit=2).items
+        assert [(each.action, each.account_id) for each in changes] == [
+            (Action.MOVE_USER, "C3"), (Action.RENAME_USER, "B2"),
+        ]  # fmt: skip
+
+    def test_sync_users(self) -> None:
+        """It counts what it does and what it refuses; the same records again append nothing."""
+        self.store.put_users([user("alice", uid="1"), user("bob", uid="2"), user("carol", uid="3")])
+        kept = self.restriction("carol")
+        self.add(kept)
+        changed = {"username": "bob", "full_name": "New", "account_id": "A1", "uid": "2"}
+        records: list[Any] = [
+            user("Bea", uid="1"),
+            changed,
+            {"username": "x", "full_name": "x"},
+            user("dora", uid="4"),
+            user("DORA", uid="5", account_id="B2"),
+            {**changed, "username": "BOB", "uid": "6"},
+            7,
+        ]
+        found = self.store.sync_users(iter(records), remove_missing=True)
+        assert attrs.evolve(found, refused=()) == UserSync(
+            revision=self.cursor()[0], added=1, changed=1, renamed=1, removed=1
+        )
+        assert [record for record, _ in found.refused] == [*records[2:3], *records[4:]]
+        assert [type(error).__name__ for _, error in found.refused] == [
+            "InvalidValue", "UsernameCollision", "UsernameCollision", "InvalidValue",
+        ]  # fmt: skip
+        assert [change.action for change in self.store.history(EVERY, limit=3)] == [
+            Action.PUT_USERS, Action.RENAME_USER, Action.REMOVE_USERS,
+        ]  # fmt: skip
+        assert self.store.load_policy("carol").restrictions == (kept,)
+        before = self.cursor()
+        again = self.store.sync_users(iter(records), remove_missing=True)
+        assert (again.revision, len(again.refused)) == (found.revision, 4)
+        assert self.cursor() == before
+        moved = self.store.sync_users([user("bob", uid="2", account_id="B2")])
+        assert (moved.moved, moved.changed, moved.removed) == (1, 0, 0)
+        for nothing in ([], [{"username": "bob"}]):
+            with raises(InvalidValue):
+                self.store.sync_users(nothing, remove_missing=True)
+        assert self.store.sync_users([]) == UserSync(revision=moved.revision)
+
+    def test_records_that_cannot_be_read_keep_their_users(self) -> None:
+        """Such a record keeps the user with its username or its uid, and no other."""
+        users = [user(name, uid=name[0]) for name in ("alice", "bob", "carol", "dora")]
+        self.store.put_users(users)
+        broken: list[Any] = [{"username": "ALICE"}, {"username": "b\n", "uid": "b"}, "carol"]
+        found = self.store.sync_users([*broken, users[3]], remove_missing=True)
+        assert (found.removed, len(found.refused)) == (1, 3)
+        known = [self.store.load_policy(each.username).known for each in users]
+        assert known == [True, True, False, True]
+
+    def test_a_username_that_is_reused_the_same_night(self) -> None:
+        """A new user gets the username of a missing one, if there are no restrictions."""
+        self.store.put_users([user("alice", uid="1"), user("bob", uid="2")])
+        kept = self.restriction("bob")
+        self.add(kept)
+        records = [user("alice", uid="3"), user("bob", uid="4")]
+        for _ in range(2):
+            found = self.store.sync_users(records, remove_missing=True)
+            assert [record for record, _ in found.refused] == records[1:]
+        alice, bob = self._user("alice"), self._user("bob")
+        assert alice == StoredUser(user=records[0])
+        assert bob == StoredUser(user=user("bob", uid="2"), removed=True)
+        assert self.held("bob") == (kept,)
+
+    def test_many_users_that_are_renamed(self) -> None:
+        """Renames and moves of any number are one change, with an entry for each."""
+        count = 10 * self.many
+        names = [f"u{n:05}" for n in range(count)]
+        self.store.put_users(user(name, uid=str(n)) for n, name in enumerate(names))
+        some = [self.restriction(name) for name in names[:: count // 10]]
+        self.add(*some)
+        before = self.cursor()
+        shifted = [*names[1:], names[0]]
+        found = self.store.sync_users(
+            user(name, uid=str(n), account_id="B2") for n, name in enumerate(shifted)
+        )
+        assert (found.renamed, found.moved, found.changed) == (count, count, 0)
+        assert found.revision == before[0] + 2 * count
+        after = dict(zip(names, shifted, strict=True))
+        for each in some:
+            assert self.held(after[each.username]) == (
+                attrs.evolve(each, username=after[each.username]),
+            )
+        assert len(dict(self.store.load_all_policies()[1])) == len(some)
+        assert self._last() == (names[-1], "B2", {"old": "A1", "new": "B2"})
 
     def test_changes_of_users_are_logged(self) -> None:
         """`ipguard.audit` gets a line for each commit that changed users."""

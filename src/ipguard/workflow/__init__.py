@@ -274,6 +274,7 @@ class Workflow(Closing):
             if request.requested_at > tx.now:  # by a clock that ran ahead
                 expires_at = rules.shifted(tx.now, self.settings.request_lifetime)
                 request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
+            request = attrs.evolve(request, spelling=user.spelling)
             issued = self._numbered(tx, request, stored.email, resends)
             tx.append_about(request, Action.RESEND, user)
         return self._deliver(actor, issued, failed)
@@ -674,6 +675,7 @@ class Workflow(Closing):
             restriction_id=wanted.id if kind is RequestKind.DELETE else None,
             restriction_expires_at=wanted.expires_at,
             reason=reason,
+            spelling=user.spelling,
         )
         issued = self._numbered(tx, request, tx.actor.email)
         tx.append(

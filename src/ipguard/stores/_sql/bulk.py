@@ -66,10 +66,11 @@ from ipguard.stores._sql import (
 )
 
 _COLUMNS: Final = f"seq, username, {RESTRICTION}"
-_TABLE: Final = (
-    "(seq INTEGER PRIMARY KEY, username TEXT, id TEXT, first_ip BLOB, last_ip BLOB, label TEXT,"
-    " created_at INTEGER, created_by TEXT, expires_at INTEGER)"
+_UNNUMBERED: Final = (
+    "username TEXT, id TEXT, first_ip BLOB, last_ip BLOB, label TEXT, created_at INTEGER,"
+    " created_by TEXT, expires_at INTEGER"
 )
+_TABLE: Final = f"(seq INTEGER PRIMARY KEY, {_UNNUMBERED})"
 _NEVER: Final = (-1, "")
 CHANGES_READ: Final = 1_000
 """If more changes than this happened since the check, everything is checked again."""
@@ -609,7 +610,7 @@ class BulkUsers:
     def _move_restrictions(db: Executor) -> None:
         if not db.rows("SELECT 1 FROM changed_users WHERE old IS NOT NULL LIMIT 1"):
             return
-        db.run(f"CREATE TEMPORARY TABLE moved_restrictions {_TABLE}")
+        db.run(f"CREATE TEMPORARY TABLE moved_restrictions ({_UNNUMBERED})")
         db.run(
             f"INSERT INTO moved_restrictions ({_MOVED})"
             f" SELECT c.username, {columns(RESTRICTION, 'r')}"
