@@ -42,6 +42,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 #: The slowest files start first, so that neither process is left alone with one of them at the end.
 SLOWEST = (
     "test_outage.py",
+    "test_contrib_fastapi.py",
+    "test_contrib_flask.py",
     "test_stores.py",
     "test_guard_explorer.py",
     "test_races.py",
