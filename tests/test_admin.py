@@ -511,6 +511,16 @@ def test_a_user_without_a_full_name(office: Office):
     assert "anon has no restrictions now" in alice.page.part("note")
 
 
+def test_usernames_as_the_host_spells_them(office: Office):
+    """The list, the user and the confirmation show the spelling; links have the username."""
+    office.store.put_users([User(username="Anne.O", full_name="Anne", account_id="U1")])
+    request = office.ask(HOME, username="anne.o")
+    alice = office.browser(ALICE)
+    alice.follow("Anne")
+    for path in ("/", "/user?user=anne.o", f"/confirm?user=anne.o&request={request.id}"):
+        assert "Anne.O" in office.browser(ALICE, path).text
+
+
 def test_a_deletion_that_leaves_only_temporary_restrictions(office: Office):
     office.add(HOME, expires_at=office.later(hours=1))
     office.add("192.0.2.9", expires_at=office.later(hours=3))

@@ -288,6 +288,10 @@ def test_untrusted_text_is_one_fact(text):
     assert mail.message["Subject"] == "Confirmation number to add login addresses"
     shown = text_facts(mail.part("plain"))
     assert list(shown) == [name for name, _ in number_message(request, "", ALICE, "x").facts]
+    spelled = attrs.evolve(request, spelling="JSmith")
+    assert dict(number_message(spelled, "", ALICE, "x").facts)["User"] == "JSmith"
+    user = attrs.evolve(JSMITH, username="JSmith")
+    assert dict(notices(CHANGE, ALICE, user, "x")[0].facts)["User"] == "JSmith"
     assert html_facts(mail) == shown
     assert len(shown["Label"]) <= 601
     assert all(len(line) <= 998 for line in mail.raw.split(b"\r\n"))

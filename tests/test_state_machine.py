@@ -193,6 +193,14 @@ class Model:
         if len(recent) >= PER_HOUR:
             raise Refused("TooManyRequests", recent[-PER_HOUR] + HOUR - self.now)
 
+    def registered(self, user: str) -> bool:
+        return user in self.accounts and user not in self.removed
+
+    def cancel_requests(self, user: str) -> None:
+        for request in self.requests.values():
+            if request.user == user and request.state == "pending":
+                request.state = "cancelled"
+
     def pending(self, user: str) -> list[ModelRequest]:
         return [
             r
@@ -312,13 +320,82 @@ class Machine(RuleBasedStateMachine):
     def remove(self, name: str) -> None:
         model = self.model
         revision = self.store.remove_users([name])
-        if name in model.accounts and name not in model.removed:
+        if model.registered(name):
             model.removed.add(name)
-            for request in model.requests.values():
-                if request.user == name and request.state == "pending":
-                    request.state = "cancelled"
+            model.cancel_requests(name)
             model.append("remove_users", None, name)
         assert revision == len(model.log)
+
+    @rule(old=st.sampled_from(NAMES), new=st.sampled_from(NAMES))
+    def rename(self, old: str, new: str) -> None:
+        model = self.model
+
+        def predict() -> Any:
+            if not model.registered(old):
+                raise Refused("UnknownUser", old)
+            if new != old and (model.registered(new) or model.restrictions_of(new)):
+                raise Refused("UsernameCollision")
+
+            def then(revision: int) -> None:
+                if new != old:
+                    for each in model.restrictions_of(old).values():
+                        each.user = new
+                    model.cancel_requests(old)
+                    model.accounts[new] = model.accounts[old]
+                    model.removed.discard(new)
+                    model.removed.add(old)
+                    model.append("rename_user", None, new)
+                assert revision == len(model.log)
+
+            return then
+
+        self.run_step(predict, lambda: self.store.rename_user(SPELLINGS[old], SPELLINGS[new]))
+
+    @rule(
+        accounts=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["U1", "U2"])),
+        remove_missing=st.booleans(),
+    )
+    def sync(self, accounts: dict[str, str], remove_missing: bool) -> None:
+        model = self.model
+
+        def predict() -> Any:
+            if remove_missing and not accounts:
+                raise Refused("InvalidValue")
+            gone = [
+                n for n in NAMES if remove_missing and model.registered(n) and n not in accounts
+            ]
+            added = [name for name in NAMES if name in accounts and not model.registered(name)]
+            moved = [
+                name
+                for name in NAMES
+                if name in accounts and name not in added and model.accounts[name] != accounts[name]
+            ]
+
+            def then(found: ipguard.UserSync) -> None:
+                for name in gone:
+                    model.removed.add(name)
+                    model.cancel_requests(name)
+                model.accounts.update(accounts)
+                model.removed.difference_update(accounts)
+                for action, names in (("remove_users", gone), ("put_users", added)):
+                    if action == "put_users":
+                        for name in moved:
+                            model.append("move_user", None, name)
+                    if names:
+                        model.append(action, None, names[0] if len(names) == 1 else None)
+                assert found == ipguard.UserSync(
+                    revision=len(model.log), added=len(added), moved=len(moved), removed=len(gone)
+                )
+
+            return then
+
+        records = [
+            {"username": SPELLINGS[name], "full_name": name, "account_id": account}
+            for name, account in accounts.items()
+        ]
+        self.run_step(
+            predict, lambda: self.store.sync_users(records, remove_missing=remove_missing)
+        )
 
     @rule(seconds=st.sampled_from([1, 3, 4, 5, 30, 300, 600, 3600, 7200]))
     def wait(self, seconds: float) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import attrs
 import pytest
 
 import ipguard
@@ -40,6 +41,20 @@ def _fail_to_resend(desk: Desk, request_id: str) -> None:
         desk.flow.resend(ALICE, request_id)
     desk.outbox.fail = False
     assert caught.value.request_id == request_id
+
+
+def test_mails_show_the_username_as_the_host_spells_it(desk: Desk) -> None:
+    """The number's mail has the spelling, a resent one too; the request stays canonical."""
+    desk.store.put_users([ipguard.User(username="Anne.O", full_name="Anne", account_id="U1")])
+    request = desk.flow.request(ALICE, "anne.o", HOME)
+    desk.wait(seconds=30)
+    desk.flow.resend(ALICE, request.id)
+    sent = [message.request for message in desk.outbox.messages if message.request is not None]
+    assert [(each.username, each.spelling) for each in sent] == [("anne.o", "Anne.O")] * 2
+    with desk.store.transaction() as tx:
+        stored = tx.request(request.id)
+        assert stored is not None
+        assert stored.request == attrs.evolve(sent[1], spelling="anne.o")
 
 
 # -- resending ---------------------------------------------------------------------------------
