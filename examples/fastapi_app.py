@@ -70,7 +70,7 @@ def actor(name: Annotated[str, Depends(signed_in)]) -> object:
 
 PASSWORD = hashed("correct horse")  # of every user, in this example
 store = ipguard.open_store(URL)
-store.put_users(ipguard.User(**user) for user in USERS.values())
+store.sync_users(USERS.values())
 flow = ipguard.Workflow(store, ipguard.mail.ConsoleNotifier(), key=KEY)
 ips = IPGuard(ipguard.Guard(store), flow, ipguard.ClientAddress(**PROXY))
 app = FastAPI(dependencies=[Depends(ips.each_request(current_user))], openapi_url=None)

@@ -61,7 +61,7 @@ def actor() -> Any:
 
 
 store = ipguard.open_store(URL)
-store.put_users(ipguard.User(**user) for user in USERS.values())
+store.sync_users(USERS.values())
 flow = ipguard.Workflow(store, ipguard.mail.ConsoleNotifier(), key=KEY)
 guard, client = ipguard.Guard(store), ipguard.ClientAddress(**PROXY)
 ips = IPGuard(app, guard=guard, workflow=flow, client=client, user=username, actor=actor)
