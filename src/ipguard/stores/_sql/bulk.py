@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain, groupby, islice
 from operator import itemgetter
-from typing import Final
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -385,6 +385,13 @@ class FewUsers:
         refuse_all((users[seq], error) for seq, error in plan.refused)
 
 
+class BulkTransaction(Transaction, Protocol):
+    """A write transaction that `BulkUsers` can use."""
+
+    def append_all(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Append entries, at least one and any number, each given by the arguments of `append`."""
+
+
 class BulkUsers:
     """Any number of users to add, update or remove, staged on one connection.
 
@@ -537,7 +544,7 @@ class BulkUsers:
         self._write(db)
         self._written = True
 
-    def apply(self, tx: Transaction, db: Executor) -> UserSync:
+    def apply(self, tx: BulkTransaction, db: Executor) -> UserSync:
         """Write the differences under the lock; return them, without the revision."""
         if self._users_changed(db) or self._taken(db):
             # By a server with an older version of ipguard, which does not take the users' lock; or
@@ -620,7 +627,7 @@ class BulkUsers:
         db.run(f"INSERT INTO restrictions ({_MOVED}) SELECT {_MOVED} FROM moved_restrictions")
 
     @staticmethod
-    def _append(tx: Transaction, db: Executor, found: UserSync) -> None:
+    def _append(tx: BulkTransaction, db: Executor, found: UserSync) -> None:
         removed = db.rows(
             "SELECT username, account_id FROM missing_users ORDER BY username LIMIT ?",
             (NAMED_AT_MOST + 1,),
@@ -635,10 +642,7 @@ class BulkUsers:
                 )
                 if old is not None or was is not None
             )
-            for number, entry in enumerate(user_entries(moved), start=1):
-                tx.append(**entry)
-                if number % _CHUNK == 0:
-                    head(db)  # so that no more writes wait for the commit
+            tx.append_all(user_entries(moved))
         put, added = (
             db.rows(
                 f"SELECT username, account_id FROM changed_users WHERE {condition} = 1"

@@ -72,6 +72,11 @@ from ipguard.usernames import canonical_username, canonical_usernames
 _INSERT_CHANGE: Final = (
     f"INSERT INTO changes ({CHANGE}, token, touched) VALUES ({marks(CHANGE)}, ?, ?)"
 )
+_STAGE_CHANGES: Final = (
+    "CREATE TEMPORARY TABLE staged_changes (revision INTEGER PRIMARY KEY, at INTEGER, actor TEXT,"
+    " actor_address TEXT, action TEXT, username TEXT, detail TEXT, account_id TEXT, token TEXT,"
+    " touched TEXT)"
+)
 _MOVE_HEAD: Final = (
     "UPDATE head SET revision = ?, token = ?, touching = COALESCE(?, touching) WHERE id = 1"
 )
@@ -207,14 +212,40 @@ class WriteTransaction(SqlSnapshot):
     def append(
         self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any
     ) -> Change:
+        change, row = self._next(action, touches, fields)
+        self.db.run(_INSERT_CHANGE, row)
+        self.db.run(_MOVE_HEAD, (self.revision, row[-2], self.touching))
+        return change
+
+    def append_all(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Append entries, at least one and any number, each given by the arguments of `append`."""
+        token = ""
+
+        def staged() -> Iterator[Row]:
+            nonlocal token
+            for entry in entries:
+                fields = dict(entry)
+                action, touches = fields.pop("action"), fields.pop("touches", frozenset())
+                _, row = self._next(action, touches, fields)
+                token = row[-2]
+                yield row
+
+        names = f"{CHANGE}, token, touched"
+        self.db.run(_STAGE_CHANGES)
+        self.db.insert_many("staged_changes", names, staged())
+        self.db.run(f"INSERT INTO changes ({names}) SELECT {names} FROM staged_changes")
+        self.db.run(_MOVE_HEAD, (self.revision, token, self.touching))
+
+    def _next(
+        self, action: Action, touches: frozenset[str] | Touched, fields: Mapping[str, Any]
+    ) -> tuple[Change, Row]:
+        """Return the next entry, and its row with the token and the users touched."""
         change = Change(revision=self.revision + 1, at=self.now, action=action, **fields)
-        token, touched = secrets.token_hex(8), touched_text(touches)
-        self.db.run(_INSERT_CHANGE, (*change_row(change), token, touched))
+        touched = touched_text(touches)
         self.revision = change.revision
         if touched is not None:
             self.touching = change.revision
-        self.db.run(_MOVE_HEAD, (self.revision, token, self.touching))
-        return change
+        return change, (*change_row(change), secrets.token_hex(8), touched)
 
     def withdraw(self) -> None:
         """Undo what was written ahead of `add_staged`, if that was not called."""

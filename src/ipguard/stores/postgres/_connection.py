@@ -28,7 +28,7 @@ _NAMES: Final = re.compile(
 )
 _TEMPORARY: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"
-    r"((?:staged|sorted|replaced|changed|linked|missing|moved|kept)_(?:restrictions|users|names|terms))\b"
+    r"((?:staged|sorted|replaced|changed|linked|missing|moved|kept)_(?:restrictions|users|names|terms|changes))\b"
 )
 _TABLES: Final = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(\w+)")
 _STATEMENT_FAILED: Final = (psycopg.IntegrityError, psycopg.DataError, errors.LockNotAvailable)
