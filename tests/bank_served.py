@@ -1,12 +1,13 @@
-"""The settings of the sample bank behind a proxy, from the environment of its server."""
+"""The settings of the sample bank as `tests.hosts` serves it."""
 
-import json
 import os
 
 from bank.settings import *  # noqa: F403
 from bank.settings import IPGUARD
 
-IPGUARD = IPGUARD | json.loads(os.environ["BANK_IPGUARD"])
-CSRF_TRUSTED_ORIGINS = [os.environ["BANK_ORIGIN"]]
+IPGUARD = IPGUARD | {
+    "URL": os.environ["IPGUARD_URL"],
+    "PROXIES": os.environ.get("PROXIES", "").split(),
+    "UNIX_SOCKET": "UNIX_SOCKET" in os.environ,
+}
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
-DEFAULT_FROM_EMAIL = "no-reply@bank.example"

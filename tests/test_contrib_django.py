@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import io
-import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +17,6 @@ from urllib.parse import urljoin
 
 import django
 import pytest
-import trustme
 from django.core import checks, mail
 from django.core.management import CommandError, call_command
 from django.test import AsyncClient, Client, override_settings
@@ -31,11 +25,10 @@ from django.urls import reverse
 import ipguard
 from ipguard import Actor
 from ipguard.contrib import django as contrib
+from tests.hosts import serving, walk
 from tests.logins import ROOT
 from tests.pages import Page
-from tests.postgres import free_port, own_server, until
-from tests.smtp_server import MailServer
-from tests.test_behind_a_proxy import insecure, nginx, process, section
+from tests.postgres import until
 
 SITE = ROOT / "examples" / "site_django"
 PASSWORD = "correct horse"
@@ -323,7 +316,7 @@ def test_an_outage_signs_nobody_out(bank: Bank) -> None:
                 assert answer.status_code == 503
                 assert answer["Retry-After"] == "5"
             assert len({answer.content for answer in answers}) == 1
-            assert Client().get("/accounts/login/").status_code == 200
+            assert Client().get(reverse("login")).status_code == 200
         until(lambda: client.get("/").status_code != 503, "the store is back")
         assert is_signed_in(client)
 
@@ -384,9 +377,9 @@ def test_the_page_for_others(bank: Bank) -> None:
     assert page == "/ip-restrictions/"
     visitor = Client().get(page + "history?user=jsmith")
     assert visitor.status_code == 302
-    assert visitor["Location"] == ("/accounts/login/?next=/ip-restrictions/history%3Fuser%3Djsmith")
+    assert visitor["Location"] == ("/login/?next=/ip-restrictions/history%3Fuser%3Djsmith")
     sent = Client().post(page + "confirm", {"number": "1"})
-    assert sent["Location"] == "/accounts/login/?next=/ip-restrictions/"
+    assert sent["Location"] == "/login/?next=/ip-restrictions/"
     assert Client().get("/ip-restrictions")["Location"] == page
     trader, _ = log_in()
     assert trader.get(page).status_code == 403
@@ -629,219 +622,45 @@ def test_without_django() -> None:
     assert "ipguard.contrib.django needs Django: pip install django" in found.stderr
 
 
-# -- real servers behind a real proxy, in a real browser
+# -- real servers
 
+PREPARE = """
+from django.core.management import call_command
+from bank.models import Customer
+call_command("ipguard", "init")
+call_command("migrate", run_syncdb=True, verbosity=0)
+for name in ("rjones", "jsmith", "mlee"):
+    more = {"is_staff": name == "rjones", "account_id": "U1"}
+    Customer.objects.create_user(name, f"{name}@bank.example", "correct horse", **more)
+"""
 SERVERS = {
     "gunicorn": (
-        "gunicorn --no-control-socket --workers 3 --preload --forwarded-allow-ips 127.0.0.5 "
-        "django.core.wsgi:get_wsgi_application()"
+        "django.core.wsgi:get_wsgi_application()",
+        ("--workers", "3", "--preload", "--no-control-socket"),
     ),
-    "uvicorn": (
-        "uvicorn --workers 2 --no-proxy-headers --log-level warning "
-        "--factory django.core.asgi:get_asgi_application"
-    ),
+    "uvicorn": ("django.core.asgi:get_asgi_application", ("--workers", "2", "--factory")),
 }
-USERS = """
-from bank.models import Customer
-for name in ("rjones", "jsmith"):
-    Customer.objects.create_user(
-        name, f"{name}@bank.example", "correct horse", account_id="U1", is_staff=name == "rjones"
-    )
-"""
-
-
-class Served:
-    """The sample bank under a server behind nginx. The browser comes from 127.0.0.1."""
-
-    def __init__(
-        self, server: str, transport: str, folder: Path, mails: MailServer, **given: Any
-    ) -> None:
-        self.server, self.transport, self.folder, self.mails = server, transport, folder, mails
-        self.web, self.port = free_port(), free_port()
-        self.base = f"https://127.0.0.1:{self.web}"
-        trust = {"UNIX_SOCKET": True} if transport == "unix" else {"PROXIES": ["127.0.0.5"]}
-        (folder / "ipguard.key").write_text("k" * 64)
-        self.env = {
-            "BANK_DATA": str(folder),
-            "BANK_SECRET_KEY": "s" * 60,
-            "BANK_IPGUARD": json.dumps({**given, "MAIL": mails.url, **trust}),
-            "BANK_ORIGIN": self.base,
-            "DJANGO_SETTINGS_MODULE": "tests.bank_served",
-            "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
-        }
-
-    def manage(self, *args: str) -> None:
-        command = [sys.executable, str(SITE / "manage.py"), *args]
-        subprocess.run(command, env=os.environ | self.env, check=True, capture_output=True)
-
-    def nginx(self) -> list[str]:
-        """Return the command of nginx with the configuration of docs/behind-a-proxy.md."""
-        (block,) = section("nginx", "nginx")
-        upstream = f"127.0.0.1:{self.port}"
-        if self.transport == "unix":
-            upstream = f"unix:{self.folder}/app.sock"
-        # The client has the address that a proxy on this host would have, too.
-        bind = "proxy_bind 127.0.0.5; " if self.transport == "tcp" else ""
-        for old, new in {
-            "10.0.0.9:8000;  # or, on the same host: server unix:/run/login/app.sock": upstream,
-            "proxy_pass": f"{bind}proxy_pass",
-            "listen 443": f"listen 127.0.0.1:{self.web}",
-            "/etc/ssl": str(self.folder),
-        }.items():
-            assert old in block
-            block = block.replace(old, new)
-        certificate = trustme.CA().issue_cert("bank.example")
-        certificate.private_key_and_cert_chain_pem.write_to_path(self.folder / "bank.pem")
-        return nginx(block, self.folder)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self.manage("migrate", "--run-syncdb")
-        self.manage("shell", "-c", USERS)
-        tool, *options = SERVERS[self.server].split()
-        bind = {
-            ("gunicorn", "tcp"): f"--bind 127.0.0.1:{self.port}",
-            ("gunicorn", "unix"): f"--bind unix:{self.folder}/app.sock",
-            ("uvicorn", "tcp"): f"--port {self.port}",
-            ("uvicorn", "unix"): f"--uds {self.folder}/app.sock",
-        }[self.server, self.transport]
-        command = [sys.executable, "-m", tool, *bind.split(), *options]
-        with process(command, **self.env):
-            until(self.listens, "the server listens")
-            with process(self.nginx()):
-                until(self.answers, "it answers through the proxy")
-                yield
-
-    def listens(self) -> bool:
-        unix = self.transport == "unix"
-        where: Any = f"{self.folder}/app.sock" if unix else ("127.0.0.1", self.port)
-        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as probe:
-            return probe.connect_ex(where) == 0
-
-    def answers(self) -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPSConnection(
-                "127.0.0.1", self.web, timeout=30, context=insecure()
-            )
-            with contextlib.closing(connection):
-                connection.request("GET", "/accounts/login/")
-                return connection.getresponse().status == 200
-        return False
-
-    def number(self) -> str:
-        """Return the number in the newest mail that has one."""
-        texts = [each.part("plain") for each in self.mails.mails]
-        return str([found for text in texts for found in NUMBER.findall(text)][-1])
-
-
-class Visitor:
-    """One person's browser window."""
-
-    def __init__(self, chromium: Any, served: Served, **headers: str) -> None:
-        context = chromium.new_context(ignore_https_errors=True, extra_http_headers=headers)
-        self.page, self.served = context.new_page(), served
-
-    def open(self, path: str = "/") -> int:
-        """Open a page and return the status."""
-        answer = self.page.goto(self.served.base + path)
-        return int(answer.status)
-
-    def sign_in(self, username: str, password: str = PASSWORD) -> str:
-        """Sign in with the form; return the text of the page after it."""
-        self.open("/accounts/login/")
-        self.page.get_by_label("Username").fill(username)
-        self.page.get_by_label("Password").fill(password)
-        self.page.get_by_role("button", name="Sign in").click()
-        return self.text
-
-    @property
-    def text(self) -> str:
-        return str(self.page.locator("body").inner_text())
-
-    def is_signed_in(self) -> bool:
-        """Open the home page, and return whether it is not the sign-in."""
-        assert self.open() == 200
-        return "Signed in as" in self.text
-
-    def restrict(self, username: str, addresses: str) -> None:
-        """Restrict a user on ipguard's page, from the home page on."""
-        self.open()
-        self.page.get_by_role("link", name="IP restrictions").click()
-        self.page.get_by_role("link", name="Add IP Address Restriction").first.click()
-        self.page.get_by_label("Trader").select_option(username)
-        self.page.get_by_label("IP Address", exact=True).fill(addresses)
-        self.page.get_by_role("button", name="Submit").click()
-        self.page.get_by_label("Confirmation Number").fill(self.served.number())
-        self.page.get_by_role("button", name="Submit").click()
-        assert addresses in self.text
-
-
-@pytest.fixture
-def taken_away(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
-    """A store: its URL, and how it goes away and comes back."""
-    if request.param == "sqlite":
-        path = tmp_path / "store.db"
-        away = tmp_path / "away.db"
-        yield f"sqlite:///{path}", lambda: path.rename(away), lambda: away.rename(path)
-        return
-    with own_server(fsync=False) as server:
-        yield server.url(tcp=True), server.stop, server.start
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("server", "transport", "taken_away"),
+    ("server", "store"),
     [
-        ("gunicorn", "tcp", "sqlite"),
-        ("gunicorn", "tcp", "postgres"),
-        ("gunicorn", "unix", "sqlite"),
-        ("gunicorn", "unix", "postgres"),
-        ("uvicorn", "tcp", "postgres"),
-        ("uvicorn", "unix", "sqlite"),
+        ("gunicorn over TCP", "sqlite"),
+        ("gunicorn over TCP", "postgres"),
+        ("gunicorn over a Unix socket", "sqlite"),
+        ("gunicorn over a Unix socket", "postgres"),
+        ("uvicorn over TCP", "postgres"),
+        ("uvicorn over a Unix socket", "sqlite"),
     ],
-    indirect=["taken_away"],
 )
-def test_served(
-    server: str, transport: str, taken_away: Any, chromium: Any, mails: MailServer
-) -> None:
-    """A login, a restriction that is confirmed, refusals, forged headers and an outage."""
-    url, go_away, come_back = taken_away
-    folder = Path(tempfile.mkdtemp(prefix="bank-"))  # short: the path of a socket is limited
-    given = {"URL": url, "GUARD": {"max_staleness": 1.0}}
-    served = Served(server, transport, folder, mails, **given)
-    try:
-        with served.running():
-            staff, trader = Visitor(chromium, served), Visitor(chromium, served)
-            assert "Signed in as rjones" in staff.sign_in("rjones")
-            assert "Signed in as jsmith" in trader.sign_in("jsmith")
-            assert trader.open("/ip-restrictions/") == 403
-            staff.restrict("jsmith", OFFICE)
-            assert not trader.is_signed_in()
-            refused = trader.sign_in("jsmith")
-            assert "Please enter a correct username and password" in refused
-            assert trader.sign_in("jsmith", "wrong") == refused
-            for value in (OFFICE, f"{OFFICE}, 127.0.0.5", f"{OFFICE}:443", f"{OFFICE}, unix:"):
-                forger = Visitor(chromium, served, **{"X-Forwarded-For": value})
-                assert forger.sign_in("jsmith") == refused
-            staff.restrict("jsmith", "127.0.0.1")
-            until(lambda: "Signed in as" in trader.sign_in("jsmith"), "each worker has seen it")
-            go_away()
-            try:
-                until(lambda: trader.open() == 503, "the lease is over")
-                assert staff.open("/ip-restrictions/") == 503
-                new = Visitor(chromium, served)
-                texts = {new.sign_in("jsmith", each) for each in (PASSWORD, "wrong")}
-                assert texts == {"Please try again in a few seconds."}
-            finally:
-                come_back()
-            until(lambda: trader.open() == staff.open() == 200, "the store is back")
-            for _ in range(10):  # each worker
-                until(lambda: trader.open() == 200, "the store is back")
-                assert "Signed in as jsmith" in trader.text
-                until(lambda: staff.open() == 200, "the store is back")
-                assert "Signed in as rjones" in staff.text
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def test_the_example_on_real_servers(server: str, store: str, chromium: Any) -> None:
+    application, options = SERVERS[server.partition(" ")[0]]
+    settings = {
+        "DJANGO_SETTINGS_MODULE": "tests.bank_served",
+        "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
+    }
+    prepare = [sys.executable, str(SITE / "manage.py"), "shell", "-c", PREPARE]
+    with serving(application, server, store, *options, prepare=prepare, settings=settings) as site:
+        walk(chromium, site, 200, "Please enter a correct username and password")

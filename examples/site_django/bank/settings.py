@@ -6,12 +6,13 @@ from pathlib import Path
 
 DATA = Path(os.environ.get("BANK_DATA", Path(__file__).resolve().parent.parent / "data"))
 DATA.mkdir(exist_ok=True)
-SECRET_KEY = os.environ.get("BANK_SECRET_KEY") or secrets.token_urlsafe(50)  # sessions end with it
+SECRET_KEY = os.environ.get("SECRET_KEY") or secrets.token_urlsafe(50)  # sessions end with it
 DEBUG = False
 ALLOWED_HOSTS = ["127.0.0.1", "localhost"]
 ROOT_URLCONF = "bank.urls"
 AUTH_USER_MODEL = "bank.Customer"
 TIME_ZONE = "UTC"
+LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = "home"
 LOGOUT_REDIRECT_URL = "home"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

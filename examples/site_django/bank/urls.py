@@ -12,6 +12,6 @@ def home(request):
 
 urlpatterns = [
     path("", home, name="home"),
-    path("accounts/", include("django.contrib.auth.urls")),
+    path("", include("django.contrib.auth.urls")),
     path("ip-restrictions/", include("ipguard.contrib.django.urls")),
 ]
