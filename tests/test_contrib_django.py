@@ -97,6 +97,17 @@ class Bank:
         }
 
     @contextlib.contextmanager
+    def behind_badges(self) -> Iterator[None]:
+        """Let users log in with a badge, too."""
+        paths = [
+            "ipguard.contrib.django.GuardBackend",
+            f"{__name__}.Badges",
+            "django.contrib.auth.backends.ModelBackend",
+        ]
+        with override_settings(AUTHENTICATION_BACKENDS=paths):
+            yield
+
+    @contextlib.contextmanager
     def outage(self) -> Iterator[None]:
         """Take the store away."""
         away = self.path.with_suffix(".away")
@@ -225,7 +236,7 @@ def test_without_a_request(bank: Bank) -> None:
     assert not Client().login(username="jsmith", password=PASSWORD)
 
 
-class Anonymous:
+class Badges:
     """A backend without usernames, that knows one user."""
 
     def authenticate(self, request: Any, *, badge: str) -> Any:
@@ -245,12 +256,7 @@ def test_every_backend_behind_it_is_guarded(bank: Bank) -> None:
     from django.contrib.auth import authenticate
 
     bank.restrict("jsmith")
-    paths = [
-        "ipguard.contrib.django.GuardBackend",
-        f"{__name__}.Anonymous",
-        "django.contrib.auth.backends.ModelBackend",
-    ]
-    with override_settings(AUTHENTICATION_BACKENDS=paths):
+    with bank.behind_badges():
         for address, badge, allowed in (
             (OFFICE, "1", True),
             (CAFE, "1", False),
@@ -303,6 +309,8 @@ def submit(client: Client, place: str, **fields: str) -> str:
 
 def test_an_outage_signs_nobody_out(bank: Bank) -> None:
     """While the store is away, each answer is 503, whatever the password; then all is as before."""
+    from django.contrib.auth import authenticate
+
     with bank.configured(GUARD={"max_staleness": 0.2}):
         bank.restrict("jsmith")
         client, _ = log_in()
@@ -316,6 +324,11 @@ def test_an_outage_signs_nobody_out(bank: Bank) -> None:
                 assert answer.status_code == 503
                 assert answer["Retry-After"] == "5"
             assert len({answer.content for answer in answers}) == 1
+            request = Client().get(reverse("login")).wsgi_request
+            with bank.behind_badges():
+                for badge in ("1", "2"):
+                    with pytest.raises(ipguard.StoreUnavailable):
+                        authenticate(request, badge=badge)
             assert Client().get(reverse("login")).status_code == 200
         until(lambda: client.get("/").status_code != 503, "the store is back")
         assert is_signed_in(client)
@@ -496,6 +509,18 @@ def test_users_that_are_not_described(bank: Bank) -> None:
         assert sorted(bank.registered()) == ["jsmith", "mlee", "rjones"]
         assert log_in(address=CAFE)[1].status_code == 200
         assert log_in("robot", address=CAFE)[1].status_code == 302
+
+
+def test_odd_users(bank: Bank) -> None:
+    """Django lets in users without an account, with a long name, or without a valid e-mail."""
+    bank.add("no-account", account_id="")
+    user = bank.add("odd", first_name="F" * 150, last_name="L" * 150)
+    bank.users.filter(pk=user.pk).update(email="nothing")
+    for name in ("no-account", "odd"):
+        assert is_signed_in(log_in(name)[0])
+    assert "no-account" not in bank.registered()
+    (line,) = contrib.kit().workflow.overview(DESK, search="odd")
+    assert line.user.email is None
 
 
 def describe(user: Any) -> ipguard.User:

@@ -44,7 +44,13 @@ from django.views.decorators.debug import sensitive_variables
 
 from ipguard.client_address import ClientAddress
 from ipguard.confirmation import Keyring
-from ipguard.errors import IPGuardError, StoreUnavailable, UsernameCollision
+from ipguard.errors import (
+    InvalidValue,
+    IPGuardError,
+    StoreError,
+    StoreUnavailable,
+    UsernameCollision,
+)
 from ipguard.guard import Guard
 from ipguard.mail import ConsoleNotifier, EmailNotifier
 from ipguard.model import Actor, Decision, Outcome, User
@@ -59,6 +65,7 @@ _log = logging.getLogger(__name__)
 _REQUIRED: Final = ("URL", "KEY_FILE", "ACTOR")
 _CLIENT: Final = ("PROXIES", "HOPS", "HEADER", "UNIX_SOCKET")
 _OPTIONAL: Final = (*_CLIENT, "USER", "MAIL", "MAIL_FROM", "PRODUCT", "GUARD", "WORKFLOW", "PAGE")
+_NAME_LENGTH: Final = 256
 _NOWHERE: Final = "::"  # the address of no client
 _REFUSED: Final = "ipguard_refused"  # an attribute of requests
 _REQUEST: Final = "ipguard.request"  # Django's request, in the WSGI environ of the page
@@ -96,14 +103,19 @@ def _load(name: str, given: Mapping[str, Any]) -> Any:
     return import_string(value) if isinstance(value, str) else value
 
 
-def _describe(user: Any) -> User:
+def _describe(user: Any) -> User | None:
     """Describe a Django user that has the attribute `account_id`, such as of a foreign key."""
-    return User(
+    if not user.account_id:
+        return None
+    found = User(
         username=user.get_username(),
-        full_name=user.get_full_name(),
+        full_name=user.get_full_name()[:_NAME_LENGTH],
         account_id=str(user.account_id),
-        email=getattr(user, user.get_email_field_name(), None),
     )
+    # Django checks e-mail addresses in forms alone.
+    with contextlib.suppress(InvalidValue):
+        return attrs.evolve(found, email=getattr(user, user.get_email_field_name(), None))
+    return found
 
 
 def _load_function(name: str, given: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -230,7 +242,7 @@ class Kit:
         if record is None or decision.outcome is Outcome.RETRY:
             return decision
         revision = None
-        with contextlib.suppress(StoreUnavailable):  # the guard answers for a while yet
+        with contextlib.suppress(StoreError):  # of a server that may only read, too
             revision = self.register(record)
         if revision is None or revision <= decision.revision:
             return decision
@@ -242,7 +254,7 @@ class Kit:
         A username that another user has is logged and changes nothing; the result is then None.
 
         Raises:
-            StoreUnavailable: The store does not answer.
+            StoreError: The store does not answer, or may not be written to.
         """
         try:
             return self.store.put_users([record])
@@ -321,12 +333,15 @@ class GuardBackend:
         _mark(request, refused=False)
         model = auth.get_user_model()
         typed = credentials.get(model.USERNAME_FIELD, credentials.get("username"))
-        known = _find(model, typed)
-        # Before the password: it must cost the same whether or not that is right.
-        decision = None if typed is None else _open(kit().check_login(request, str(typed), known))
+        known, decision = _find(model, typed), None
+        # Before the password: the answer and its time must not depend on whether that is right.
+        if typed is not None:
+            decision = _decide(kit().check_login(request, str(typed), known))
+        elif not kit().guard.healthy():
+            raise StoreUnavailable
         user = self._ask_guarded(request, credentials)
-        if user is not None and (decision is None or user != known):
-            decision = _open(kit().check_login(request, "", user))
+        if user is not None and user != known:
+            decision = _decide(kit().check_login(request, "", user))
         if user is not None and decision:
             return user
         _mark(request, refused=user is not None)
@@ -371,9 +386,9 @@ def _find(model: Any, typed: object) -> Any:
         return None
 
 
-def _open(decision: Decision) -> Decision:
+def _decide(decision: Decision) -> Decision:
     if decision.outcome is Outcome.RETRY:
-        raise StoreUnavailable("the guard cannot answer now")
+        raise StoreUnavailable
     return decision
 
 
