@@ -231,7 +231,7 @@ class Kit:
 
         Args:
             request: The request, or None.
-            typed: The username as it was typed, for the same work if there is no such user.
+            typed: The username as it was typed, so that unknown names cost the same work.
             user: The Django user, or None.
         """
         if user is None:
@@ -541,7 +541,7 @@ def _check_values() -> Iterator[checks.CheckMessage]:
 
 
 def _check_places() -> Iterator[checks.CheckMessage]:
-    """Check that the middleware and the backend stand where they work."""
+    """Check the order of the middleware and of the backends."""
     from django.contrib.auth.middleware import AuthenticationMiddleware
 
     before, here = (
@@ -552,7 +552,7 @@ def _check_places() -> Iterator[checks.CheckMessage]:
         yield checks.Error(f"ipguard: {text}", id="ipguard.E002")
     backends = settings.AUTHENTICATION_BACKENDS
     here = _place(backends, GuardBackend)
-    # Those of django-axes let nobody in.
+    # Those of django-axes authenticate no user.
     unguarded = [each for each in backends[:here] if not each.startswith("axes.")]
     if here is None or unguarded or here == len(backends) - 1:
         text = "GuardBackend must be in AUTHENTICATION_BACKENDS, before those that it guards"
