@@ -484,7 +484,7 @@ def test_users_import_syncs(tmp_path: Path):
 
 
 def test_users_import_removes_those_that_are_missing(tmp_path: Path):
-    """A file with a row that could be about any user removes nobody."""
+    """A file with a row that could be about any user removes no user."""
     shell = Shell(tmp_path)
     ipguard.open_store(shell.env["IPGUARD_URL"]).close()
     shell.json("users", "import", "-", stdin=SYNCED)

@@ -559,7 +559,7 @@ class UserTests(StoreCase):
         assert self._user("jsmith") == StoredUser(user=rival)
 
     def test_a_user_who_moves(self) -> None:
-        """Another account is recorded with both, and shown to the new one; nobody is touched."""
+        """Another account is recorded with both, and shown to the new one; no user is touched."""
         self.put("alice")
         before = self.cursor()
         assert self.put("alice", account_id="B2") == 2
