@@ -372,6 +372,7 @@ class MemoryStore(Closing):
         if remove_missing and not read:
             raise errors.InvalidValue("records", "holds no user, and all would be removed")
         kept = {key for each in unread for key in ((each.keys[0], None), (None, each.keys[1]))}
+        kept.discard((None, None))  # else it would keep the users without a uid
         with self._write() as tx:
             plan = tx.plan([r for r, _ in read], kept=kept, remove_missing=remove_missing)
             carry_out(tx, plan)

@@ -621,6 +621,10 @@ class UserTests(StoreCase):
         assert (found.removed, len(found.refused)) == (1, 3)
         known = [self.store.load_policy(each.username).known for each in users]
         assert known == [True, True, False, True]
+        self.put("emma", "dora")
+        assert (
+            self.store.sync_users([{"username": "x"}, users[3]], remove_missing=True).removed == 3
+        )
 
     def test_a_username_that_is_reused_the_same_night(self) -> None:
         """A new user gets the username of a missing one, if there are no restrictions."""
