@@ -54,6 +54,7 @@ CLIENTS: dict[str, tuple[int, int] | None] = {
     "203.0.113.01": None,
 }
 NAMES = ("ann", "bob", "cat")
+FULL_NAME = "A Trader"  # of all users: a rename leaves it
 SPELLINGS = {"ann": "Ann", "bob": "bob", "cat": "ＣＡＴ", "eve": "eve"}  # noqa: RUF001
 ACTORS: dict[str, tuple[frozenset[str] | None, str | None]] = {
     "ann": (frozenset({"U1"}), "203.0.113.1"),
@@ -302,7 +303,7 @@ class Machine(RuleBasedStateMachine):
     def put(self, name: str, account: str) -> None:
         model = self.model
         revision = self.store.put_users(
-            [User(username=SPELLINGS[name], full_name=name, account_id=account)]
+            [User(username=SPELLINGS[name], full_name=FULL_NAME, account_id=account)]
         )
         if model.accounts.get(name) != account or name in model.removed:
             back = name in model.removed or name not in model.accounts
@@ -390,7 +391,7 @@ class Machine(RuleBasedStateMachine):
             return then
 
         records = [
-            {"username": SPELLINGS[name], "full_name": name, "account_id": account}
+            {"username": SPELLINGS[name], "full_name": FULL_NAME, "account_id": account}
             for name, account in accounts.items()
         ]
         self.run_step(
