@@ -96,6 +96,28 @@ def test_user_read_again_counts_once(world: World) -> None:
     assert guard.stats().evictions == 0
 
 
+def test_dropped_user_leaves_its_place(world: World) -> None:
+    world.register("a", "b", "c")
+    guard = world.guard(capacity=2)
+    for name in "ab":
+        guard.check(name, HOME)
+    world.touch("a")
+    guard.sync()
+    guard.check("c", HOME)
+    assert users(guard) == ["b", "c"]
+    assert guard.stats().evictions == 0
+
+
+def test_users_and_strangers_are_not_counted_as_preloaded(world: World) -> None:
+    world.register("mlee")
+    world.restrict("jsmith", HOME)
+    guard = world.guard(preload=True, unknown_users="deny")
+    guard.sync()
+    for name in ("mlee", "stranger", "another"):
+        guard.check(name, HOME)
+    assert (guard.stats().users, guard.stats().preloaded) == (4, 1)
+
+
 # ------------------------------------------------------------------------------------ spellings
 
 
