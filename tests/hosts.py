@@ -230,7 +230,12 @@ class Person:
         self.page: Page = context.new_page()
 
     def sign_in(self, password: str = PASSWORD) -> tuple[int, str]:
-        """Send the form of the sign-in; return the status and the text of the answer."""
+        """Send the form of the sign-in; return the status and the text of the answer.
+
+        A worker that has not noticed a change or an outage may have let the person in before: then
+        there would be no form.
+        """
+        self.page.context.clear_cookies()
         self.page.goto(f"{self.site.url}login")
         self.page.get_by_label("Username").fill(self.username)
         self.page.get_by_label("Password").fill(password)

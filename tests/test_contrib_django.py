@@ -669,23 +669,16 @@ SERVERS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("server", "store"),
-    [
-        ("gunicorn over TCP", "sqlite"),
-        ("gunicorn over TCP", "postgres"),
-        ("gunicorn over a Unix socket", "sqlite"),
-        ("gunicorn over a Unix socket", "postgres"),
-        ("uvicorn over TCP", "postgres"),
-        ("uvicorn over a Unix socket", "sqlite"),
-    ],
-)
-def test_the_example_on_real_servers(server: str, store: str, chromium: Any) -> None:
-    application, options = SERVERS[server.partition(" ")[0]]
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+@pytest.mark.parametrize("over", ["TCP", "a Unix socket"])
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_example_on_real_servers(server: str, over: str, store: str, chromium: Any) -> None:
+    application, options = SERVERS[server]
     settings = {
         "DJANGO_SETTINGS_MODULE": "tests.bank_served",
         "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
     }
     prepare = [sys.executable, str(SITE / "manage.py"), "shell", "-c", PREPARE]
-    with serving(application, server, store, *options, prepare=prepare, settings=settings) as site:
+    kind = f"{server} over {over}"
+    with serving(application, kind, store, *options, prepare=prepare, settings=settings) as site:
         walk(chromium, site, 200, "Please enter a correct username and password")
