@@ -54,6 +54,18 @@ def test_denial_of_a_remembered_user_is_counted(world: World, address: str, reas
     assert text_of(guard) is None
 
 
+def test_defect_in_a_preloaded_row_becomes_no_allow(world: World) -> None:
+    world.restrict("jsmith", HOME)
+    guard = world.guard(preload=True)
+    guard.sync()
+    assert guard.is_allowed("jsmith", HOME)
+    rows: Any = guard._table.rows
+    rows["jsmith"] = 5
+    assert alone(guard)("jsmith", HOME) == SLOW
+    assert not guard.is_allowed("jsmith", HOME)
+    assert guard.check("jsmith", HOME).reason is Reason.STORE_UNAVAILABLE
+
+
 def test_last_allowed_text_is_remembered(world: World) -> None:
     """IPv4, IPv6 and IPv4-mapped addresses; the second time they are only compared."""
     world.restrict("jsmith", HOME)

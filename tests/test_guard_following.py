@@ -15,6 +15,7 @@ import pytest
 from ipguard import EVERYBODY, InvalidValue, Reason
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
+from ipguard.guard._backlog import Backlog
 from ipguard.model import RESET
 from tests.guards import (
     HOME,
@@ -350,6 +351,18 @@ def test_backlog_that_another_thread_has_delivered(world: World) -> None:
     told = followed(guard)
     guard._followers._deliver_first()
     assert told.calls == []
+
+
+def test_only_the_oldest_item_is_removed() -> None:
+    """Another thread may have delivered it, and a long backlog may have replaced it."""
+    backlog = Backlog(object())
+    for revision in (1, 2):
+        backlog.add(frozenset({"jsmith"}), revision)
+    first = backlog.first()
+    assert first is not None
+    for _ in range(2):
+        backlog.remove(first)
+        assert backlog.first() == (frozenset({"jsmith"}), 2)
 
 
 def test_exit_from_a_callback_ends_the_call_only(world: World) -> None:

@@ -21,6 +21,7 @@ from ipguard.model import (
     Changes,
     Decision,
     Explanation,
+    Outcome,
     Page,
     PendingRequest,
     Policy,
@@ -356,3 +357,7 @@ class TestActor:
 def test_accounts_are_compared_exactly(accounts, asked):
     """No prefix, other case or other form matches."""
     assert (asked in actor(manages=accounts).manages) == any(asked == one for one in accounts)
+
+
+def test_only_the_outcome_allow_is_true():
+    assert [outcome for outcome in Outcome if outcome] == [Outcome.ALLOW]

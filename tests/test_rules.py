@@ -598,3 +598,26 @@ class TestPlanUsers:
         assert (step.old, step.user) == ("a", self.user("B", "1"))
         (step,) = self.plan(held, self.user("B"), self.user("b", "1")).steps
         assert (step.old, step.user) == ("a", self.user("b", "1"))
+
+    def test_rename_to_the_username_of_a_user_without_a_uid(self) -> None:
+        """It is refused, even if spelling and account are the same."""
+        held = {
+            "a": rules.UserHeld(self.user("a", "1")),
+            "b": rules.UserHeld(self.user("b")),
+        }
+        ((seq, error),) = self.plan(held, self.user("b", "1")).refused
+        assert (seq, error.spellings, error.accounts, error.removed) == (
+            0, ("b", "b"), ("U1", "U1"), False,
+        )  # fmt: skip
+
+    def test_missing_users_are_removed_on_request(self) -> None:
+        held = {
+            "a": rules.UserHeld(self.user("a")),
+            "b": rules.UserHeld(self.user("b")),
+            "c": rules.UserHeld(self.user("c"), removed=True),
+            "d": rules.UserHeld(self.user("d"), kept=True),
+        }
+        records = [rules.UserRecord(0, self.user("b"))]
+        plan = rules.plan_users(records, held, remove_missing=True)
+        assert plan.removed == [self.user("a")]
+        assert rules.plan_users(records, held).removed == []

@@ -56,13 +56,14 @@ class Followers:
         while self._table.backlog.first() is not None:
             turn, held = self._turn, list[bool]()
             try:
-                if not acquire(turn, 0, held):
-                    return  # another thread is in this loop, or a callback has called the guard
-                self._deliver_first()
+                # Not if another thread is in this loop, or a callback has called the guard.
+                mine = acquire(turn, 0, held)
+                if mine:
+                    self._deliver_first()
             finally:
                 if True in held:
                     turn.release()
-            if time.monotonic() >= until:
+            if not mine or time.monotonic() >= until:
                 return
 
     def _deliver_first(self) -> None:
