@@ -28,10 +28,10 @@ import trustme
 from ipguard import Applied, ClientAddress, Guard
 from ipguard.errors import StoreUnavailable
 from tests.browser_world import NUMBER
-from tests.flows import BOSS, OFFICE, Desk
+from tests.flows import BOSS, HOME, OFFICE, Desk
 from tests.guards import Held
 from tests.logins import ROOT
-from tests.pages import Browser
+from tests.pages import Browser, query
 from tests.postgres import free_port, own_server, until
 from tests.test_behind_a_proxy import nginx, section
 
@@ -80,6 +80,19 @@ def come_from(browser: Browser, address: str | None) -> None:
     browser.headers.pop("X-Forwarded-For", None)
     if address is not None:
         browser.headers["X-Forwarded-For"] = address
+
+
+def change_on_the_page(browser: Browser, bench: Bench) -> None:
+    """Request, confirm and delete a restriction, signed in as Alice from HOME."""
+    browser.follow("Add IP Address Restriction")
+    browser.press("Submit", user="jsmith", addresses=OFFICE)
+    number = bench.outbox.number_for(query(browser.address)["request"])
+    browser.press("Submit", number=number)
+    assert bench.held("jsmith") == [OFFICE]
+    assert {change.actor_address for change in bench.rows() if change.actor} == {HOME}
+    browser.follow("Delete")
+    browser.press("Delete", open="accept")
+    assert bench.held("jsmith") == []
 
 
 # -- real servers

@@ -17,9 +17,9 @@ from ipguard.aio import AsyncGuard, AsyncWorkflow
 from ipguard.contrib.fastapi import Check, IPGuard
 from tests.flows import ALICE, HOME, OFFICE
 from tests.guards import Gate
-from tests.hosts import CLIENT, PROXY, Bench, come_from, serving, walk
+from tests.hosts import CLIENT, PROXY, Bench, change_on_the_page, come_from, serving, walk
 from tests.hosts import bench as bench  # noqa: PLC0414 - a fixture
-from tests.pages import Browser, query
+from tests.pages import Browser
 
 
 def username(connection: HTTPConnection) -> str | None:
@@ -260,15 +260,7 @@ def test_the_page_is_a_router_of_the_host(bench: Bench) -> None:
     browser.open("/ip-restrictions")
     assert browser.address == "/ip-restrictions/"
     assert "Test Bank" in browser.text
-    browser.follow("Add IP Address Restriction")
-    browser.press("Submit", user="jsmith", addresses=OFFICE)
-    number = bench.outbox.number_for(query(browser.address)["request"])
-    browser.press("Submit", number=number)
-    assert bench.held("jsmith") == [OFFICE]
-    assert {change.actor_address for change in bench.rows() if change.actor} == {HOME}
-    browser.follow("Delete")
-    browser.press("Delete", open="accept")
-    assert bench.held("jsmith") == []
+    change_on_the_page(browser, bench)
     assert browser.answer.headers["x-host"] == "ours"
     href = str(browser.page.one("[rel=stylesheet]")["href"]).removeprefix(".")
     assert browse(app).send("GET", f"/ip-restrictions{href}").status_code == 200

@@ -13,9 +13,9 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from ipguard import Actor, InvalidValue, Outcome
 from ipguard.contrib.flask import IPGuard
 from tests.flows import ALICE, HOME, OFFICE
-from tests.hosts import CLIENT, Bench, come_from, serving, walk
+from tests.hosts import CLIENT, Bench, change_on_the_page, come_from, serving, walk
 from tests.hosts import bench as bench  # noqa: PLC0414 - a fixture
-from tests.pages import Browser, query
+from tests.pages import Browser
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -276,15 +276,7 @@ def test_the_page_is_a_view_of_the_host(bench: Bench) -> None:
     browser.open("/ip-restrictions")
     assert browser.address == "/ip-restrictions/"
     assert "Test Bank" in browser.text
-    browser.follow("Add IP Address Restriction")
-    browser.press("Submit", user="jsmith", addresses=OFFICE)
-    number = bench.outbox.number_for(query(browser.address)["request"])
-    browser.press("Submit", number=number)
-    assert bench.held("jsmith") == [OFFICE]
-    assert {change.actor_address for change in bench.rows() if change.actor} == {HOME}
-    browser.follow("Delete")
-    browser.press("Delete", open="accept")
-    assert bench.held("jsmith") == []
+    change_on_the_page(browser, bench)
     assert browser.answer.headers["x-host"] == "ours"
     href = str(browser.page.one("[rel=stylesheet]")["href"]).removeprefix(".")
     assert browse(app).send("GET", f"/ip-restrictions{href}").status_code == 200

@@ -459,12 +459,8 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
     """
     steps, removed = plan.steps, plan.removed
     renamed = [(step.old, step.user.username) for step in steps if step.old is not None]
-    given_up = [StoredUser(user=user, removed=True) for user in removed]
-    for old, _ in renamed:
-        there = tx.user(old)
-        assert there is not None
-        given_up.append(StoredUser(user=attrs.evolve(there.user, uid=None), removed=True))
-    tx.save_users(given_up)
+    left = [attrs.evolve(s.before, uid=None) for s in steps if s.before is not None and s.old]
+    tx.save_users([StoredUser(user=user, removed=True) for user in (*removed, *left)])
     for name in dict.fromkeys((*(user.username for user in removed), *chain(*renamed))):
         for request in tx.pending_requests(name):
             stored = tx.request(request.id)

@@ -45,8 +45,14 @@ def _decisions(stats: GuardStats) -> Values:
         yield (outcome.value, reason.value), count
 
 
-def _last_sync_age(stats: GuardStats) -> Values:
-    return [] if stats.last_sync_age is None else [((), stats.last_sync_age)]
+def _single(read: Callable[[GuardStats], float | None]) -> Callable[[GuardStats], Values]:
+    """Return the values of a metric without labels, which may have none yet."""
+
+    def values(stats: GuardStats) -> Values:
+        value = read(stats)
+        return [] if value is None else [((), value)]
+
+    return values
 
 
 METRICS: Final = (
@@ -63,55 +69,55 @@ METRICS: Final = (
         kind="gauge",
         unit="s",
         help="For how long the guard may answer without the store; 0 if the lease is over.",
-        values=lambda stats: [((), stats.lease_remaining)],
+        values=_single(lambda stats: stats.lease_remaining),
     ),
     Metric(
         name="ipguard.last_sync.age",
         kind="gauge",
         unit="s",
         help="Age of the last successful sync; missing before the first.",
-        values=_last_sync_age,
+        values=_single(lambda stats: stats.last_sync_age),
     ),
     Metric(
         name="ipguard.store.errors",
         kind="counter",
         unit="{error}",
         help="Calls to the store that failed.",
-        values=lambda stats: [((), stats.store_errors)],
+        values=_single(lambda stats: stats.store_errors),
     ),
     Metric(
         name="ipguard.loads",
         kind="counter",
         unit="{load}",
         help="Policies read from the store.",
-        values=lambda stats: [((), stats.loads)],
+        values=_single(lambda stats: stats.loads),
     ),
     Metric(
         name="ipguard.evictions",
         kind="counter",
         unit="{eviction}",
         help="Users evicted to make room.",
-        values=lambda stats: [((), stats.evictions)],
+        values=_single(lambda stats: stats.evictions),
     ),
     Metric(
         name="ipguard.users_held",
         kind="gauge",
         unit="{user}",
         help="Users remembered.",
-        values=lambda stats: [((), stats.users)],
+        values=_single(lambda stats: stats.users),
     ),
     Metric(
         name="ipguard.revision",
         kind="gauge",
         unit="{revision}",
         help="The store's revision that the guard is current to.",
-        values=lambda stats: [((), stats.revision)],
+        values=_single(lambda stats: stats.revision),
     ),
     Metric(
         name="ipguard.refresher.running",
         kind="gauge",
         unit="{refresher}",
         help="1 if the refresher runs, 0 if checks have to sync.",
-        values=lambda stats: [((), stats.woken_by == "refresher")],
+        values=_single(lambda stats: stats.woken_by == "refresher"),
     ),
 )

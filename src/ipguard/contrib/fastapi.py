@@ -18,7 +18,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import attrs
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import WebSocketException
 from fastapi.requests import HTTPConnection
@@ -28,8 +27,9 @@ from ipguard._checks import check_callable
 from ipguard.admin import asgi_app
 from ipguard.aio import AsyncGuard, AsyncWorkflow
 from ipguard.client_address import ClientAddress
+from ipguard.contrib._answers import RETRY_AFTER, TRY_AGAIN, with_address
 from ipguard.guard import Guard
-from ipguard.model import Actor, Decision, Outcome
+from ipguard.model import Decision, Outcome
 from ipguard.workflow import Workflow
 
 __all__ = ["Check", "IPGuard"]
@@ -117,9 +117,7 @@ class IPGuard:
             if connection.scope["type"] == "websocket":
                 raise WebSocketException(1013 if retry else 1008)
             if retry:
-                raise HTTPException(
-                    503, "Please try again in a few seconds.", headers={"Retry-After": "5"}
-                )
+                raise HTTPException(503, TRY_AGAIN, headers={"Retry-After": str(RETRY_AFTER)})
             raise HTTPException(401, "Please sign in.")
 
         return check_session
@@ -145,8 +143,7 @@ class IPGuard:
 
         @router.api_route("/{path:path}", methods=["GET", "HEAD", "POST"], name="ipguard")
         async def respond(request: Request, path: str, found: Any = signed_in) -> Response:
-            if isinstance(found, Actor) and found.address is None:
-                found = attrs.evolve(found, address=self._client.asgi(request.scope))
+            found = with_address(found, partial(self._client.asgi, request.scope))
             mount = request.scope["path"].removesuffix(path).rstrip("/")
             return _Page(page, {"root_path": mount, _ACTOR: found})
 

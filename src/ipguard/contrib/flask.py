@@ -16,7 +16,6 @@ from io import BytesIO
 from typing import Any
 from urllib.parse import urlencode
 
-import attrs
 from flask import Blueprint, Flask, abort, current_app, request, session
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import ServiceUnavailable
@@ -24,8 +23,9 @@ from werkzeug.exceptions import ServiceUnavailable
 from ipguard._checks import check_callable
 from ipguard.admin import wsgi_app
 from ipguard.client_address import ClientAddress
+from ipguard.contrib._answers import RETRY_AFTER, TRY_AGAIN, with_address
 from ipguard.guard import Guard
-from ipguard.model import Actor, Outcome
+from ipguard.model import Outcome
 from ipguard.workflow import Workflow
 
 __all__ = ["IPGuard"]
@@ -139,10 +139,7 @@ class IPGuard:
         return blueprint
 
     def _find_actor(self, _: object) -> Any:
-        found = self._actor()
-        if isinstance(found, Actor) and found.address is None:
-            return attrs.evolve(found, address=self.address())
-        return found
+        return with_address(self._actor(), self.address)
 
     def _check_session(self) -> ResponseReturnValue | None:
         if not self._started:
@@ -153,7 +150,7 @@ class IPGuard:
             return None
         outcome = self.allow_login(username)
         if outcome is Outcome.RETRY:
-            raise ServiceUnavailable("Please try again in a few seconds.", retry_after=5)
+            raise ServiceUnavailable(TRY_AGAIN, retry_after=RETRY_AFTER)
         if outcome is Outcome.REFUSE:
             self._end_session()
             return _unauthorized()

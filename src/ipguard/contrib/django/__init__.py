@@ -44,6 +44,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from ipguard.client_address import ClientAddress
 from ipguard.confirmation import Keyring
+from ipguard.contrib._answers import RETRY_AFTER, TRY_AGAIN, with_address
 from ipguard.errors import (
     InvalidValue,
     IPGuardError,
@@ -53,7 +54,7 @@ from ipguard.errors import (
 )
 from ipguard.guard import Guard
 from ipguard.mail import ConsoleNotifier, EmailNotifier
-from ipguard.model import Actor, Decision, Outcome, User
+from ipguard.model import Decision, Outcome, User
 from ipguard.notify import Notifier
 from ipguard.stores import open_store
 from ipguard.workflow import Workflow, WorkflowSettings
@@ -278,9 +279,7 @@ class Kit:
         from werkzeug.utils import redirect
 
         request: HttpRequest = asked.environ[_REQUEST]
-        found = self._actor(request)
-        if isinstance(found, Actor) and found.address is None:
-            return attrs.evolve(found, address=self.address(request))
+        found = with_address(self._actor(request), partial(self.address, request))
         if found is not None:
             return found
         if request.user.is_authenticated:
@@ -438,8 +437,8 @@ class GuardMiddleware(MiddlewareMixin):
 
 
 def _unavailable() -> HttpResponse:
-    text = "Please try again in a few seconds."
-    return HttpResponse(text, status=503, content_type="text/plain", headers={"Retry-After": "5"})
+    headers = {"Retry-After": str(RETRY_AFTER)}
+    return HttpResponse(TRY_AGAIN, status=503, content_type="text/plain", headers=headers)
 
 
 # -- the page
