@@ -81,6 +81,7 @@ _pid = os.getpid()
 # In the order of registration: sockets are abandoned before the pools that refer to them.
 _objects: weakref.WeakKeyDictionary[Forkable, None] = weakref.WeakKeyDictionary()
 _forking = ReentrantLock()
+_forks = 0
 _repairs: dict[int, threading.RLock] = {}
 
 
@@ -93,6 +94,11 @@ def check() -> None:
     """Repair all registered objects if this process was forked without running the hooks."""
     if os.getpid() != _pid:
         _repair()
+
+
+def count() -> int:
+    """Return how many forks this process and its ancestors have begun."""
+    return _forks
 
 
 def alive(objects: weakref.WeakKeyDictionary[T, None]) -> list[T]:
@@ -115,7 +121,9 @@ def _repair() -> None:
 
 
 def _before() -> None:
+    global _forks  # noqa: PLW0603
     _forking.acquire()
+    _forks += 1
     for forkable in alive(_objects):
         forkable._before_fork()  # noqa: SLF001
 

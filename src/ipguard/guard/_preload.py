@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
+from ipguard import _fork
 from ipguard._backoff import Backoff
 from ipguard._fork import acquire
 from ipguard.errors import StoreError
@@ -97,7 +98,7 @@ class Preload:
                 reading.release()
 
     def _fill(self, stop: threading.Event) -> None:
-        began = time.monotonic()
+        began, forks = time.monotonic(), _fork.count()
         try:
             for _ in range(_TRIES):
                 if self._read(stop):
@@ -114,7 +115,11 @@ class Preload:
                 self._lease.sync()
             self._failed("no snapshot was of its revision")
         except Exception as exc:
-            self._failed(f"{type(exc).__name__}: {exc}")
+            # SQLite recalls its connections before a fork; `tend` starts again at once. A message
+            # logged now could meet the fork, and a child inherits the lock of the handler's stream
+            # as it is: held by a thread that the child does not have.
+            if _fork.count() == forks:
+                self._failed(f"{type(exc).__name__}: {exc}")
         finally:
             self._table.abandon_snapshot()
 
