@@ -356,14 +356,12 @@ class Explored(Restorable, Scenario):
     Attributes:
         settings: Arguments of the guard.
         lossy: Whether commits are lost, so that revisions go back.
-        names_older_revisions: Whether a decision may name an older revision than it rests on.
         users: The users whose policies are recorded.
         asked: The addresses that are asked for when all threads have ended.
     """
 
     settings: ClassVar[dict[str, Any]] = {}
     lossy = False
-    names_older_revisions = False
     users: ClassVar[tuple[str, ...]] = ("jsmith",)
     asked: ClassVar[tuple[str, ...]] = (HOME, OFFICE)
 
@@ -457,7 +455,7 @@ class Explored(Restorable, Scenario):
             return decision
         if not self.lossy:
             least = max(notes.get("revision", 0), at_least or 0)
-            if decision.revision < least and not self.names_older_revisions:
+            if decision.revision < least:
                 explorer.fail(f"revision {decision.revision} after {least}")
             notes["revision"] = max(decision.revision, least)
         elif decision.revision < (at_least or 0):
@@ -488,7 +486,7 @@ class Explored(Restorable, Scenario):
 
     def _decide(self, state: State, username: str, address: str, now: datetime | None) -> Decision:
         return decide(
-            state.policies[username],
+            state.policies[username.lower()],
             parse_address(address),
             self.clock() if now is None else now,
             deny_unknown=self.settings.get("unknown_users") == "deny",

@@ -44,7 +44,7 @@ def mutant(
     return Mutant(what, scenario, function, replacements)
 
 
-_LOOKED = "return until, revision, held, self.find(name)"
+_LOOKED = "return until, position.revision, held, row"
 
 MUTANTS = (
     # 1. The reader.
@@ -102,19 +102,31 @@ MUTANTS = (
         "recall: the deadline is read after the look-up",
         of.CheckAndSync,
         Table.look,
-        (_LOOKED, "row = self.find(name); return self.deadline, revision, held, row"),
+        (_LOOKED, "return self.deadline, position.revision, held, row"),
     ),
     mutant(
         "recall: the revision is read after the look-up",
         of.ReadYourWrites,
         Table.look,
-        (_LOOKED, "row = self.find(name); return until, revision, self.position.revision, row"),
+        (_LOOKED, "return until, position.revision, self.position.revision, row"),
     ),
     mutant(
         "grace: the deadline is read after the look-up",
         of.GraceAndRecovery,
         Table.look,
-        (_LOOKED, "row = self.find(name); return self.deadline, revision, held, row"),
+        (_LOOKED, "return self.deadline, position.revision, held, row"),
+    ),
+    mutant(
+        "recall: the position may have moved during the look-up",
+        of.PreloadingAhead,
+        Table.look,
+        ("if self.position is position and self.find", "if self.find"),
+    ),
+    mutant(
+        "recall: the row may be another one than its revision is of",
+        of.OvertakenRead,
+        Table.look,
+        (" and self.find(name) is row", ""),
     ),
     # 2. The sync.
     mutant(
@@ -348,7 +360,7 @@ MUTANTS = (
     ),
     mutant(
         "look-up: complete is read before the row",
-        of.Preloaded,
+        of.PreloadedAsk,
         Table.find,
         ("found = rows.get(name)", "complete = self.complete; found = rows.get(name)"),
         ("OPEN if rows is self.complete and", "OPEN if rows is complete and"),

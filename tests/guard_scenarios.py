@@ -175,7 +175,6 @@ class OvertakenRead(TwoLogins):
     """The same, but the lease is renewed, and the younger row is evicted."""
 
     settings: ClassVar[dict[str, Any]] = {"capacity": 1}
-    names_older_revisions = True  # as in `PreloadingAhead`
 
     def prepare(self) -> None:
         self.register("jsmith", "adoe")
@@ -334,6 +333,13 @@ class Preloaded(Explored):
         self.try_sync()
 
 
+class PreloadedAsk(Preloaded):
+    """The same for `is_allowed`, by another spelling of the username."""
+
+    def threads(self) -> Threads:
+        return [("login", lambda: self.ask("JSmith")), ("sync", self.sync)]
+
+
 class PreloadedChange(Preloaded):
     """The table is complete, and an absent user is restricted."""
 
@@ -348,13 +354,7 @@ class PreloadedChange(Preloaded):
 
 
 class PreloadingAhead(Preloading):
-    """A user is read ahead of the snapshot that is being read.
-
-    A weakness is known: a call that takes the position, and looks the row up after a sync and a
-    snapshot, names the older revision. Its answer rests on the newer one.
-    """
-
-    names_older_revisions = True
+    """A user is read ahead of the snapshot that is being read."""
 
     def sync(self) -> None:
         self.commit(lambda: self.restrict("jsmith", OFFICE))

@@ -189,12 +189,17 @@ class Table:
         """Look a user up.
 
         Returns:
-            The deadline, the table's revision, the revision that the row rests on, and the row. It
-            is found last, and so it is current to the others.
+            The deadline, the table's revision, the revision that the row rests on, and the row. The
+            row was in the table at that revision, and before that deadline.
         """
-        until, revision = self.deadline, self.position.revision
-        held = self.revision_of(name, revision) if self._ahead else revision
-        return until, revision, held, self.find(name)
+        while True:
+            until, position = self.deadline, self.position
+            row = self.find(name)
+            held = self.revision_of(name, position.revision)
+            # Every sync makes a new position, and a row that is ahead is put in after its revision.
+            # So if another thread has changed either, read them again.
+            if self.position is position and self.find(name) is row:
+                return until, position.revision, held, row
 
     def note(self, name: str, row: bytes, address: str) -> None:
         """Note an address that a user's row lists at any time, for the fast path."""
