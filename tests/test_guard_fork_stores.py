@@ -58,7 +58,7 @@ def store(
     url = (
         f"sqlite:///{tmp_path / 'f.db'}"
         if kind == "sqlite"
-        else postgres.url(schema=fresh_schema())
+        else postgres.url(schema=fresh_schema(), timeout=20)
     )
     with open_store(url) as opened:
         names = ("jsmith", "mlee")

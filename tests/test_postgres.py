@@ -78,7 +78,7 @@ def url(postgres: Server | Given) -> str:
 
 @pytest.fixture
 def store(url: str) -> Iterator[PostgresStore]:
-    with PostgresStore(url) as store:
+    with PostgresStore(url, timeout=20.0) as store:  # the machine may be busy
         yield store
 
 

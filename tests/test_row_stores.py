@@ -257,7 +257,7 @@ def check_rows(store: Any, restrictions: list[Restriction], users: dict[str, str
 @contextmanager
 def postgres_store(postgres: Server | Given) -> Iterator[Any]:
     schema = fresh_schema()
-    with open_store(postgres.url(schema=schema, listen="off")) as store:
+    with open_store(postgres.url(schema=schema, listen="off", timeout=20)) as store:
         yield store
     postgres.execute(f'DROP SCHEMA "{schema}" CASCADE')
 

@@ -162,7 +162,7 @@ class Postgres:
             write(lambda sql, params: connection.execute(sql.replace("?", "%s"), params))
 
     def open(self) -> RestrictionStore:
-        return open_store(self.server.url(schema=self.schema), clock=FakeClock(START))
+        return open_store(self.server.url(schema=self.schema, timeout=20), clock=FakeClock(START))
 
 
 # --------------------------------------------------------------------- the same answers

@@ -951,7 +951,7 @@ class PostgresMachine(Machine):
     server: ClassVar[Server | Given]
 
     def url(self) -> str:
-        return self.server.url(schema=fresh_schema(), listen="off")
+        return self.server.url(schema=fresh_schema(), listen="off", timeout=20)
 
 
 @pytest.fixture

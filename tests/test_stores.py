@@ -302,7 +302,7 @@ def test_all_stores_answer_alike(
     with (
         MemoryStore(clock=clock) as memory,
         open_store(f"sqlite:///{folder}/a.db", clock=clock) as sqlite,
-        open_store(postgres.url(schema=fresh_schema()), clock=clock) as server,
+        open_store(postgres.url(schema=fresh_schema(), timeout=20), clock=clock) as server,
     ):
         others = (sqlite, server)
         revision = memory.put_users(known)
