@@ -108,7 +108,7 @@ class Demo:
                 line.user.username,
                 line.user.account_id,
                 line.summary,
-                ", ".join(f"{ask.kind} {ask.addresses}" for ask in line.pending),
+                ", ".join(ask.change for ask in line.pending),
             )
             for line in self.flow.overview(ADMIN)
         ]
@@ -182,6 +182,7 @@ class Demo:
         say.expect("requester and user get a mail", self.notices(2), told)
         second = self.flow.request(ADMIN, "jsmith", HOME, label="home")
         applied = self.flow.confirm(ADMIN, second.id, self.next_mail()[2])
+        assert isinstance(applied, ipguard.Applied)
         self.notices(2)
         rows = self.page()
         say.expect("a second one is added; both hold", rows[0][3:], (f"{OFFICE}, {HOME}", ""))

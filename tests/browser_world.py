@@ -92,7 +92,7 @@ class World(Desk):
     def pending(self, username: str = "jsmith") -> list[str]:
         """Return the addresses of a user's pending requests."""
         (line,) = (x for x in self.flow.overview(BOSS) if x.user.username == username)
-        return [str(request.addresses) for request in line.pending]
+        return [str(each) for request in line.pending for each in request.adds or request.removed]
 
     def next_number(self, recipient: str = ALICE.email) -> str:
         """Return the number in the next mail that contains one."""

@@ -98,7 +98,9 @@ class Desk:
 
     def confirm(self, request: PendingRequest, actor: Actor = ALICE, **more: Any) -> Applied:
         """Confirm a request with its number."""
-        return self.flow.confirm(actor, request.id, self.number(request), **more)
+        applied = self.flow.confirm(actor, request.id, self.number(request), **more)
+        assert isinstance(applied, Applied)
+        return applied
 
     def guess(self, request: PendingRequest, actor: Actor = ALICE, times: int = 1) -> list[int]:
         """Confirm with wrong numbers; return the attempts left after each."""

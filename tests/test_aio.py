@@ -663,6 +663,7 @@ async def test_workflow(desk: Desk) -> None:
         assert isinstance(request, PendingRequest)
         applied = await flow.confirm(ALICE, request.id, desk.number(request))
         assert desk.held() == [HOME]
+        assert isinstance(applied, Applied)
         assert applied.restriction is not None
         await flow.delete(ALICE, applied.restriction.id)
         other = await flow.request(ALICE, "jsmith", OFFICE)

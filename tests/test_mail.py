@@ -28,7 +28,16 @@ from ipguard.errors import DeliveryError, InvalidValue, IPGuardError
 from ipguard.mail import ConsoleNotifier, EmailNotifier
 from ipguard.mail._messages import notices, number_message
 from ipguard.mail._smtp import Connection, _literal
-from ipguard.model import Action, Actor, Change, PendingRequest, RequestKind, RequestState, User
+from ipguard.model import (
+    Action,
+    Actor,
+    Applied,
+    Change,
+    PendingRequest,
+    RequestKind,
+    RequestState,
+    User,
+)
 from ipguard.stores import open_store
 from ipguard.testing import FakeClock
 from ipguard.workflow import Workflow
@@ -49,7 +58,7 @@ REQUEST = PendingRequest(
     id="r1",
     username="jsmith",
     kind=RequestKind.ADD,
-    addresses=AddressRange.parse("203.0.113.7"),
+    adds=(AddressRange.parse("203.0.113.7"),),
     label="head office",
     requested_by="alice",
     requested_at=NOW,
@@ -198,7 +207,7 @@ def test_number_mail_of_a_deletion():
     request = attrs.evolve(
         REQUEST,
         kind=RequestKind.DELETE,
-        addresses=AddressRange.parse("2001:db8::/64"),
+        adds=(AddressRange.parse("2001:db8::/64"),),
         label="",
         reason="left the firm",
         restriction_expires_at=NOW + timedelta(days=1),
@@ -217,7 +226,7 @@ def test_number_mail_of_a_deletion():
 def test_number_mail_is_the_one_in_the_guide():
     """docs/mail.md shows the mail as it is sent."""
     request = attrs.evolve(
-        REQUEST, addresses=AddressRange.parse("203.0.113.0/29"), requested_by="rjones"
+        REQUEST, adds=(AddressRange.parse("203.0.113.0/29"),), requested_by="rjones"
     )
     rita = Actor(
         username="rjones", email="rita.jones@example.com", manages={"U1"}, address="192.0.2.10"
@@ -550,6 +559,7 @@ def test_number_from_the_mail_confirms():
         (number,) = re.findall(r"^ {4}([\d-]+)$", mail.part("plain"), re.MULTILINE)
         assert text_facts(mail.part("plain"))["Temporary, until"].startswith(f"{clock():%Y-%m}")
         applied = flow.confirm(ALICE, request.id, number)
+        assert isinstance(applied, Applied)
         added = text_facts(server.wait_for(3)[2].part("plain"))
         assert added["Addresses"] == "203.0.113.0/29 (8 addresses)"
         assert added["Label"] == "office"

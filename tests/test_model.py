@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipguard import model
-from ipguard.addresses import AddressRange
+from ipguard.addresses import AddressRange, AddressSet
 from ipguard.errors import AddressError, InvalidValue, UsernameError
 from ipguard.model import (
     EVERYBODY,
@@ -17,10 +17,14 @@ from ipguard.model import (
     Action,
     Actor,
     Applied,
+    Approval,
     Change,
     Changes,
     Decision,
+    Demand,
+    Direction,
     Explanation,
+    Impact,
     Outcome,
     Page,
     PendingRequest,
@@ -52,7 +56,7 @@ REQUEST = PendingRequest(
     id="q1",
     username="jsmith",
     kind=RequestKind.ADD,
-    addresses=AddressRange.parse("203.0.113.7"),
+    adds=(AddressRange.parse("203.0.113.7"),),
     label="",
     requested_by="boss",
     requested_at=NOW,
@@ -95,6 +99,9 @@ VALUES: list[object] = [
     ),
     CHANGE,
     Applied(revision=1, restriction=RESTRICTION, unrestricted=False),
+    Impact(direction=Direction.OPENS, gained=AddressSet(), lost=AddressSet()),
+    Demand(number=True, approvals=1, wait=timedelta(hours=1)),
+    Approval(username="boss", email="b@example.com", account_id=None, subject="1"),
     UserSync(revision=1, added=1),
     UserOverview(user=USER, restrictions=(), pending=(REQUEST,), summary=""),
     Page(items=(1, 2), next="b"),
@@ -138,7 +145,13 @@ class TestValues:
     def test_the_texts_of_the_enums(self):
         """Hosts store and compare these texts."""
         assert [*RequestState] == ["pending", "confirmed", "cancelled", "expired", "locked"]
-        assert [*RequestKind] == ["add", "delete"]
+        assert [*RequestKind] == ["add", "delete", "replace"]
+        assert [each.name for each in sorted(Direction)] == [
+            "NEUTRAL",
+            "TIGHTENS",
+            "LOOSENS",
+            "OPENS",
+        ]
         assert [*Reason] == [
             "unrestricted",
             "listed",

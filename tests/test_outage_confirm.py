@@ -98,7 +98,7 @@ class Bench:
         assert stored is not None
         confirmed = str(stored.request.state) == "confirmed"
         held = {r.addresses for r in self.store.load_policy("jo").restrictions}
-        assert confirmed == (stored.request.addresses in held)
+        assert confirmed == (stored.request.adds[0] in held)
         rows = [
             change for change in self.flow.history(BOSS, username="jo", limit=100)
             if change.action == "confirm" and change.detail.get("request") == request_id

@@ -325,6 +325,7 @@ def test_each_role_can_do_its_part(roles: dict[str, str]) -> None:
         with pytest.raises(ipguard.WrongNumber):
             flow.confirm(BOSS, request.id, "0" * 10)
         applied = flow.confirm(BOSS, request.id, outbox.number_for(request.id))
+        assert isinstance(applied, ipguard.Applied)
         flow.impose_many(BOSS, [("al", "203.0.113.8")], reason="import")
         assert [o.user.username for o in flow.overview(BOSS, search="jo")] == ["jo"]
         writer.remove_users(["al"])

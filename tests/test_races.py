@@ -170,7 +170,7 @@ def _one_after_another(
 ) -> None:
     """Check that the replayed audit log explains the outcome of each call."""
     confirmed, cancelled, lifted = outcomes
-    state, restriction = "pending", request.restriction_id
+    state, restriction = "pending", next(iter(request.removes), None)
     revisions = {}
     for row in reversed([row for row in desk.rows() if row.revision > since]):
         if row.action is Action.CONFIRM:

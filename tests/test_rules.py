@@ -162,6 +162,7 @@ LEADS_TO = {
     ("pending", "lock"): "locked",
     ("pending", "guess"): "pending",
     ("pending", "resend"): "pending",
+    ("pending", "approve"): "pending",
 }
 
 
@@ -189,7 +190,7 @@ REQUEST = PendingRequest(
     id="q1",
     username="jsmith",
     kind=RequestKind.ADD,
-    addresses=parsed("203.0.113.7"),
+    adds=(parsed("203.0.113.7"),),
     label="",
     requested_by="boss",
     requested_at=NOW,

@@ -43,7 +43,7 @@ def request(name: str) -> PendingRequest:
         id=name,
         username="jsmith",
         kind=RequestKind.ADD,
-        addresses=AddressRange.parse("203.0.113.7"),
+        adds=(AddressRange.parse("203.0.113.7"),),
         label="",
         requested_by="boss",
         requested_at=NOW,

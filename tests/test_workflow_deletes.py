@@ -89,11 +89,12 @@ def test_the_last_one_needs_a_number(desk: Desk, setting) -> None:
     desk.use(confirm_deletes=setting)
     restriction = desk.add(label="office")
     request = desk.ask_to_delete(restriction, reason="moved out")
-    assert (request.kind, request.addresses, request.label, request.restriction_id) == (
+    assert (request.kind, request.adds, request.removed, request.label, request.removes) == (
         RequestKind.DELETE,
-        restriction.addresses,
+        (),
+        (restriction.addresses,),
         "office",
-        restriction.id,
+        (restriction.id,),
     )
     assert request.reason == "moved out"
     assert desk.held() == [OFFICE]

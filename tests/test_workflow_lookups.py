@@ -134,14 +134,3 @@ def test_a_store_without_snapshots_is_read_in_a_transaction(desk: Desk) -> None:
 def test_the_workflow_for_asyncio_has_every_method() -> None:
     public = {name for name in vars(ipguard.Workflow) if not name.startswith("_")}
     assert public <= set(dir(AsyncWorkflow))
-
-
-@pytest.mark.parametrize(
-    ("setting", "last", "needs"),
-    [(False, True, False), ("last", True, True), ("last", False, False), (True, False, True)],
-)
-def test_the_settings_say_which_deletions_need_a_number(
-    setting: Any, last: bool, needs: bool
-) -> None:
-    settings = ipguard.WorkflowSettings(confirm_deletes=setting)
-    assert settings.deletion_needs_number(last=last) is needs

@@ -300,7 +300,7 @@ def test_unlock_needs_no_registered_user(desk: Desk) -> None:
 # -- what is replaced, and what exists already -------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["impose", "impose_many", "confirm"])
+@pytest.mark.parametrize("how", ["impose", "confirm"])
 def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, how: str) -> None:
     desk.use(confirm_deletes=True)
     old = desk.add(OFFICE, expires_at=desk.later(hours=1))
@@ -309,8 +309,6 @@ def test_replacing_an_expired_restriction_cancels_its_deletion(desk: Desk, how: 
     desk.wait(hours=2)
     if how == "impose":
         desk.add(OFFICE)
-    elif how == "impose_many":
-        desk.flow.impose_many(BOSS, [("mary", HOME), ("jsmith", OFFICE)], reason="a file")
     else:
         desk.confirm(desk.ask(OFFICE))
     assert desk.request(request).state is RequestState.CANCELLED

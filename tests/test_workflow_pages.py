@@ -120,6 +120,8 @@ def test_the_detail_of_a_confirmation(desk: Desk) -> None:
         "expires_at": expires.isoformat(),
         "restriction": applied.restriction.id,
         "request": request.id,
+        "direction": "tightens",
+        "lost": "0.0.0.0/0, ::/0",
     }
 
 

@@ -10,7 +10,14 @@ import attrs
 import pytest
 
 import ipguard
-from ipguard import InvalidValue, Workflow, WorkflowSettings
+from ipguard import (
+    Demand,
+    Direction,
+    InvalidValue,
+    RequestKind,
+    Workflow,
+    WorkflowSettings,
+)
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import Outbox
 from tests.flows import KEY, PEOPLE, Desk
@@ -25,6 +32,7 @@ COUNTS = {
     "widest_ipv6": (0, 128),
     "restrictions_per_user": (1, 65_535),
 }
+DEMANDS = ("add", "delete", "loosens", "opens")
 DURATIONS = ("number_lifetime", "request_lifetime", "resend_interval")
 NO_COUNTS: tuple[Any, ...] = (True, False, None, "5", 5.0, math.nan, [], timedelta(1))
 NO_DURATIONS: tuple[Any, ...] = (None, 600, 600.0, "10 min", True, timedelta(microseconds=-1))
@@ -33,7 +41,7 @@ NO_DURATIONS: tuple[Any, ...] = (None, 600, 600.0, "10 min", True, timedelta(mic
 def test_every_setting_is_tested_here() -> None:
     """A new setting needs a line above."""
     names = {field.name for field in attrs.fields(WorkflowSettings)}
-    assert names == {*COUNTS, *DURATIONS, "confirm_deletes"}
+    assert names == {*COUNTS, *DURATIONS, *DEMANDS, "confirm_deletes"}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -45,6 +53,75 @@ def test_a_count_is_a_whole_number_within_bounds(name: str) -> None:
         with pytest.raises(InvalidValue) as caught:
             WorkflowSettings(**{name: bad})
         assert caught.value.name == name
+
+
+@pytest.mark.parametrize("name", DEMANDS)
+def test_a_demand_is_a_demand(name: str) -> None:
+    demand = Demand(number=True, approvals=10, wait=timedelta(days=366))
+    assert getattr(WorkflowSettings(**{name: demand}), name) == demand
+    for bad in (True, None, "number", {"number": True}):
+        with pytest.raises(InvalidValue) as caught:
+            WorkflowSettings(**{name: bad})
+        assert caught.value.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("number", (1, None, "yes")),
+        ("approvals", (-1, 11, True, 1.0)),
+        ("wait", (timedelta(microseconds=-1), timedelta(days=367), 60)),
+    ],
+)
+def test_the_fields_of_a_demand(name: str, values: Any) -> None:
+    for bad in values:
+        with pytest.raises(InvalidValue) as caught:
+            Demand(**{name: bad})
+        assert caught.value.name == name
+
+
+def test_demands_are_joined_to_the_stricter_of_each_field() -> None:
+    one = Demand(number=True, wait=timedelta(hours=1))
+    other = Demand(approvals=2, wait=timedelta(minutes=1))
+    assert one | other == Demand(number=True, approvals=2, wait=timedelta(hours=1))
+    assert not Demand()
+    assert all((one, other, Demand(wait=timedelta(1)), Demand(number=True)))
+
+
+ADD, DELETE = Demand(approvals=1), Demand(approvals=2)
+LOOSENS, OPENS = Demand(approvals=3), Demand(approvals=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "direction", "approvals"),
+    [
+        ("add", Direction.NEUTRAL, 1),
+        ("add", Direction.TIGHTENS, 1),
+        ("add", Direction.LOOSENS, 3),
+        ("delete", Direction.TIGHTENS, 2),
+        ("delete", Direction.OPENS, 4),
+        ("replace", Direction.NEUTRAL, 2),
+        ("replace", Direction.LOOSENS, 3),
+    ],
+)
+def test_what_a_request_demands(kind: str, direction: Direction, approvals: int) -> None:
+    settings = WorkflowSettings(add=ADD, delete=DELETE, loosens=LOOSENS, opens=OPENS)
+    assert settings.demand(RequestKind(kind), direction) == Demand(approvals=approvals)
+
+
+@pytest.mark.parametrize(
+    ("setting", "direction", "needs"),
+    [
+        (False, Direction.OPENS, False),
+        ("last", Direction.OPENS, True),
+        ("last", Direction.TIGHTENS, False),
+        (True, Direction.TIGHTENS, True),
+    ],
+)
+def test_the_shorthand_for_deletions(setting: Any, direction: Direction, needs: bool) -> None:
+    settings = WorkflowSettings(confirm_deletes=setting)
+    assert settings.demand(RequestKind.DELETE, direction).number is needs
+    assert settings.demand(RequestKind.ADD, Direction.TIGHTENS) == Demand(number=True)
 
 
 @pytest.mark.parametrize("name", DURATIONS)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_network
 from socket import inet_pton
@@ -284,6 +284,25 @@ class AddressSet:
             )
             for version in _BITS
         }
+
+    def __or__(self, other: AddressSet) -> AddressSet:
+        """Return the addresses of either set."""
+        return AddressSet((*self, *other))
+
+    def __sub__(self, other: AddressSet) -> AddressSet:
+        """Return the addresses of this set that are not in the other."""
+        left: list[AddressRange] = []
+        for version in _BITS:
+            mine, theirs = self.bounds(version), other.bounds(version)
+            for first, end in zip(mine[::2], mine[1::2], strict=True):
+                # Before their bounds, one is outside their set and inside it by turns.
+                at = bisect_right(theirs, first)
+                edges = (*theirs[at : bisect_left(theirs, end)], end)
+                edges = edges if at % 2 else (first, *edges)
+                left += (
+                    _range(version, a, b - 1) for a, b in zip(edges[::2], edges[1::2], strict=False)
+                )
+        return AddressSet(left)
 
     def bounds(self, version: int) -> tuple[int, ...]:
         """Return the sorted bounds `(first0, last0 + 1, first1, last1 + 1, ...)` of one version.

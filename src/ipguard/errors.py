@@ -15,10 +15,12 @@ __all__ = [
     "AddressError",
     "AddressTooBroad",
     "DeliveryError",
+    "DirectionChanged",
     "DuplicateRestriction",
     "IPGuardError",
     "InvalidValue",
     "LockoutRisk",
+    "NotAnApprover",
     "NumberExpired",
     "NumberFormatError",
     "OpeningRisk",
@@ -30,6 +32,7 @@ __all__ = [
     "TooManyAttempts",
     "TooManyRequests",
     "TooManyRestrictions",
+    "TooSoon",
     "UnknownRequest",
     "UnknownRestriction",
     "UnknownUser",
@@ -39,6 +42,12 @@ __all__ = [
 ]
 
 _SHOWN = 60
+_EFFECTS = {
+    "NEUTRAL": "lets the user in from the same addresses",
+    "TIGHTENS": "lets the user in from fewer addresses",
+    "LOOSENS": "lets the user in from other addresses too",
+    "OPENS": "lets the user in from every address",
+}
 
 
 def shorten(value: object) -> str:
@@ -148,6 +157,39 @@ class OpeningRisk(IPGuardError):
     username: str
 
     _message = "after this change {username} could log in from every address"
+
+
+@attrs.define(slots=False, repr=False)
+class DirectionChanged(IPGuardError):
+    """A request would now do more than was requested: both are an `ipguard.Direction`."""
+
+    requested: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return (
+            f"the user's restrictions have changed: this was requested as a change that"
+            f" {_EFFECTS[self.requested.name]}, and now it {_EFFECTS[self.now.name]};"
+            " withdraw the request and make a new one"
+        )
+
+
+@attrs.define(slots=False, repr=False)
+class TooSoon(IPGuardError):
+    """The request waits until `ready_at`, in UTC; a number is mailed after that, by `resend`."""
+
+    ready_at: datetime
+
+    _message = "this request has to wait until {ready_at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+@attrs.define(slots=False, repr=False)
+class NotAnApprover(IPGuardError):
+    """This actor cannot approve the request; `reason` says why."""
+
+    reason: str
+
+    _message = "you cannot approve this request: {reason}"
 
 
 @attrs.define(slots=False, repr=False)

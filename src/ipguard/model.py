@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
-from enum import Enum, StrEnum
+from datetime import datetime, timedelta
+from enum import Enum, IntEnum, StrEnum
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, TypeVar
 
 import attrs
 
-from ipguard._checks import check_text
-from ipguard.addresses import AddressRange, parse_address
+from ipguard._checks import check_duration, check_switch, check_text, check_whole
+from ipguard.addresses import AddressRange, AddressSet, parse_address
 from ipguard.errors import InvalidValue, IPGuardError, shorten
 from ipguard.usernames import canonical_username
 
@@ -26,10 +26,14 @@ __all__ = [
     "Action",
     "Actor",
     "Applied",
+    "Approval",
     "Change",
     "Changes",
     "Decision",
+    "Demand",
+    "Direction",
     "Explanation",
+    "Impact",
     "Outcome",
     "Page",
     "PendingRequest",
@@ -266,11 +270,104 @@ class Restriction:
         return self.expires_at is not None and self.expires_at <= now
 
 
+class Direction(IntEnum):
+    """What a change of a user's restrictions does, in the order of danger.
+
+    Attributes:
+        NEUTRAL: The user may log in from the same addresses as before.
+        TIGHTENS: From fewer.
+        LOOSENS: From addresses that were refused before, perhaps instead of others.
+        OPENS: From every address, because no restriction is left.
+    """
+
+    NEUTRAL = 0
+    TIGHTENS = 1
+    LOOSENS = 2
+    OPENS = 3
+
+
+@attrs.frozen(kw_only=True)
+class Impact:
+    """What a change does to the addresses that a user may log in from; `rules.impact` finds it.
+
+    Attributes:
+        direction: The direction.
+        gained: The addresses that are allowed afterwards, at some time, and were not before.
+        lost: The addresses that were allowed and no longer are, at some time.
+        summary: What will hold afterwards, in a sentence; equality ignores it.
+    """
+
+    direction: Direction
+    gained: AddressSet
+    lost: AddressSet
+    summary: str = attrs.field(default="", eq=False)
+
+
+def _checked_number(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    check_switch(attribute.name, value)
+
+
+def _checked_approvals(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    check_whole(attribute.name, value, 0, 10)
+
+
+def _checked_wait(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    check_duration(attribute.name, value, zero=True)
+
+
+@attrs.frozen(kw_only=True)
+class Demand:
+    """What a request has to meet before it applies; an empty one is false.
+
+    Attributes:
+        number: Whether the requester has to confirm it with a mailed number.
+        approvals: How many other actors have to approve it, at most 10.
+        wait: How long it waits before it can be completed.
+
+    Raises:
+        InvalidValue: A value is out of its range.
+    """
+
+    number: bool = attrs.field(default=False, validator=_checked_number)
+    approvals: int = attrs.field(default=0, validator=_checked_approvals)
+    wait: timedelta = attrs.field(default=timedelta(0), validator=_checked_wait)
+
+    def __or__(self, other: Demand) -> Demand:
+        """Return the stricter of each field."""
+        return Demand(
+            number=self.number or other.number,
+            approvals=max(self.approvals, other.approvals),
+            wait=max(self.wait, other.wait),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.number or self.approvals or self.wait)
+
+
+@attrs.frozen(kw_only=True)
+class Approval:
+    """An approval of a request.
+
+    Attributes:
+        username: The actor who approved, canonical.
+        email: The actor's address.
+        account_id: The account of the user at that time, which the actor managed; None if the
+            actor was of every account.
+        subject: The digest of what was approved; see `PendingRequest.subject`.
+    """
+
+    username: str
+    email: str = attrs.field(repr=False)
+    account_id: str | None
+    subject: str = attrs.field(repr=False)
+
+
 class RequestKind(StrEnum):
     """The change that a request makes."""
 
     ADD = "add"
     DELETE = "delete"
+    REPLACE = "replace"
 
 
 class RequestState(StrEnum):
@@ -285,23 +382,33 @@ class RequestState(StrEnum):
 
 @attrs.frozen(kw_only=True)
 class PendingRequest:
-    """A request for a change, to be confirmed by a number.
+    """A request for a change, which holds once it has met what it demands.
 
     Attributes:
         id: An opaque text, unique in the store.
         username: The user whose restrictions would change, canonical.
-        kind: `add` or `delete`.
-        addresses: The addresses to add or delete.
-        label: The label of the restriction.
+        kind: `add`, `delete` or `replace`.
+        adds: The addresses to add.
+        removes: The ids of the restrictions that end with it.
+        removed: The addresses of those, in the same order.
+        label: The label of the restrictions to add, or of the first one to delete.
         requested_by: The username of the requester; only the requester may confirm.
         requested_at: The time of the request.
         expires_at: When the request expires.
         number_expires_at: When the latest number expires.
         attempts_left: How many wrong guesses the latest number still allows.
         state: The state of the request.
-        restriction_id: The restriction to delete; None for `add`.
-        restriction_expires_at: When the restriction to add would expire, or None.
+        restriction_expires_at: When the restrictions to add would expire, or None.
         reason: The reason that the requester gave; may be empty.
+        impact: What it does, as of the time of the request; None if an older version of the
+            library made it.
+        demand: What it has to meet.
+        numbered: Whether the requester has given the number.
+        approvals: Who has approved it.
+        batch: The id of the first of several requests that one number confirms, or None.
+        revision: The revision at which it applied, if this call applied it; equality ignores it.
+        also_for: The other users whose requests the same number confirms, as the host spells them;
+            known to the mail alone, and ignored by equality.
         spelling: The username as the host spells it, for the mail; the canonical one in a request
             that was read from the store. Equality ignores it.
     """
@@ -309,7 +416,9 @@ class PendingRequest:
     id: str
     username: str
     kind: RequestKind
-    addresses: AddressRange
+    adds: tuple[AddressRange, ...] = ()
+    removes: tuple[str, ...] = ()
+    removed: tuple[AddressRange, ...] = ()
     label: str
     requested_by: str
     requested_at: datetime
@@ -317,14 +426,55 @@ class PendingRequest:
     number_expires_at: datetime
     attempts_left: int
     state: RequestState
-    restriction_id: str | None = None
     restriction_expires_at: datetime | None = None
     reason: str = ""
+    impact: Impact | None = None
+    demand: Demand = Demand(number=True)
+    numbered: bool = False
+    approvals: tuple[Approval, ...] = ()
+    batch: str | None = None
+    revision: int | None = attrs.field(default=None, eq=False)
+    also_for: tuple[str, ...] = attrs.field(default=(), eq=False)
     spelling: str = attrs.field(eq=False)
 
     @spelling.default
     def _canonical(self) -> str:
         return self.username
+
+    @property
+    def change(self) -> str:
+        """The change in words: `add 203.0.113.7`, `delete …`, or `replace … by …`."""
+        added, ended = (", ".join(map(str, each)) for each in (self.adds, self.removed))
+        return {
+            RequestKind.ADD: f"add {added}",
+            RequestKind.DELETE: f"delete {ended}",
+            RequestKind.REPLACE: f"replace {ended} by {added}",
+        }[self.kind]
+
+    @property
+    def ready_at(self) -> datetime:
+        """When its wait is over."""
+        return self.requested_at + self.demand.wait
+
+    @property
+    def approved_by(self) -> tuple[str, ...]:
+        """The usernames of those who approved it."""
+        return tuple(approval.username for approval in self.approvals)
+
+    @property
+    def subject(self) -> tuple[str, ...]:
+        """What a number confirms and an approval approves; any other text of it is another."""
+        expires_at = self.restriction_expires_at
+        return (
+            self.id,
+            self.username,
+            self.kind,
+            ",".join(map(str, self.adds or self.removed)),
+            self.label,
+            self.requested_by,
+            ",".join(self.removes),
+            "" if expires_at is None else expires_at.isoformat(),
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -334,8 +484,8 @@ class StoredRequest:
     Attributes:
         request: The request.
         email: The address for its numbers: the actor's address at the time of the request.
-        key_id: The key of the digest; see `ipguard.confirmation`.
-        digest: The keyed digest of the latest number, 32 bytes.
+        key_id: The key of the digest; see `ipguard.confirmation`. Empty before the first number.
+        digest: The keyed digest of the latest number, 32 bytes. Empty before the first number.
         resends: How many numbers were sent after the first.
         mails_failed: How many of the latest mails failed in a row.
         sent_at: When the latest number was mailed, or the mail was tried.
@@ -343,8 +493,8 @@ class StoredRequest:
 
     request: PendingRequest
     email: str = attrs.field(repr=False)
-    key_id: bytes = attrs.field(repr=False)
-    digest: bytes = attrs.field(repr=False)
+    key_id: bytes = attrs.field(default=b"", repr=False)
+    digest: bytes = attrs.field(default=b"", repr=False)
     resends: int = 0
     mails_failed: int = 0
     sent_at: datetime | None = None
@@ -492,6 +642,8 @@ class Action(StrEnum):
     CONFIRM = "confirm"
     CANCEL = "cancel"
     RESEND = "resend"
+    APPROVE = "approve"
+    NUMBER_ACCEPTED = "number_accepted"
     DELETE = "delete"
     IMPOSE = "impose"
     IMPOSE_MANY = "impose_many"
@@ -545,17 +697,25 @@ class Change:
 
 @attrs.frozen(kw_only=True)
 class Applied:
-    """A change of restrictions that is in force.
+    """A change of restrictions that is in force; its revision identifies it.
 
     Attributes:
         revision: Its revision; pass it to `Guard.wait_for` or `Guard.check(at_least=)`.
-        restriction: The restriction added or deleted; None for a bulk change.
+        restriction: The first restriction added, else the first one that ended; None for a bulk
+            change.
         unrestricted: True if the user has no restriction left and may log in from any address.
+        added: The restrictions added; of all users, if the change was of several.
+        removed: The restrictions that ended.
+        impact: What the change did; None for a bulk change. Equality ignores this, `added` and
+            `removed`.
     """
 
     revision: int
     restriction: Restriction | None
     unrestricted: bool
+    added: tuple[Restriction, ...] = attrs.field(default=(), eq=False)
+    removed: tuple[Restriction, ...] = attrs.field(default=(), eq=False)
+    impact: Impact | None = attrs.field(default=None, eq=False)
 
 
 class Touched(Enum):

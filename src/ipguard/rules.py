@@ -8,6 +8,7 @@ The states of a request are one table, `STEPS`:
     pending --lock-----> locked       (the last wrong guess)
     pending --guess----> pending      (a wrong guess before the last)
     pending --resend---> pending
+    pending --approve--> pending
 
 Any other step raises `RequestClosed` and changes nothing.
 """
@@ -19,6 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Final, NamedTuple
 from unicodedata import normalize
@@ -31,6 +33,9 @@ from ipguard.model import (
     Accounts,
     Actor,
     Decision,
+    Demand,
+    Direction,
+    Impact,
     PendingRequest,
     Policy,
     Reason,
@@ -51,10 +56,13 @@ __all__ = [
     "UserStep",
     "after",
     "all_expired",
+    "approvals_missing",
+    "check_approver",
     "check_lockout",
     "check_width",
     "decide",
     "duplicate",
+    "impact",
     "is_visible",
     "judge_additions",
     "lasting",
@@ -64,6 +72,7 @@ __all__ = [
     "search_terms",
     "shifted",
     "state_at",
+    "subject_digest",
     "summarise",
     "two_users",
     "wait_left",
@@ -78,6 +87,8 @@ _BETWEEN_WORDS: Final = re.compile(
     r"""[ \-'"`,.;:()\[\]/\xab\xb7\xbb\u02b9-\u02bc\u2010-\u201f\u2032\u30fb]+[\u0300-\u036f]*"""
 )
 _LIKE_AN_ADDRESS: Final = re.compile("[0-9A-Fa-f]*[.:]")
+_SHOWN: Final = 20
+_ANYWHERE: Final = tuple(AddressRange.parse(text) for text in ("0.0.0.0/0", "::/0"))
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
 
@@ -128,6 +139,7 @@ class Step(StrEnum):
     LOCK = "lock"
     GUESS = "guess"
     RESEND = "resend"
+    APPROVE = "approve"
 
 
 STEPS: Final[Mapping[tuple[RequestState, Step], RequestState]] = MappingProxyType(
@@ -138,6 +150,7 @@ STEPS: Final[Mapping[tuple[RequestState, Step], RequestState]] = MappingProxyTyp
         (RequestState.PENDING, Step.LOCK): RequestState.LOCKED,
         (RequestState.PENDING, Step.GUESS): RequestState.PENDING,
         (RequestState.PENDING, Step.RESEND): RequestState.PENDING,
+        (RequestState.PENDING, Step.APPROVE): RequestState.PENDING,
     }
 )
 """The state after each step from each state."""
@@ -166,6 +179,54 @@ def number_expired(stored: StoredRequest, now: datetime) -> bool:
     """
     ahead = stored.sent_at is not None and stored.sent_at > now
     return ahead or stored.request.number_expires_at <= now
+
+
+def subject_digest(request: PendingRequest) -> str:
+    """Return a digest of what a request does, which an approval is bound to."""
+    return sha256(repr(request.subject).encode()).hexdigest()
+
+
+def check_approver(stored: StoredRequest, actor: Actor, demand: Demand) -> None:
+    """Refuse an actor who cannot approve a request; nobody has two roles in it.
+
+    Raises:
+        NotAnApprover: The actor made it, or has the e-mail address of somebody in another role, or
+            is the user concerned and would be the only one; or no approval is demanded.
+    """
+    request, email = stored.request, actor.email.casefold()
+    others = (each.email for each in request.approvals if each.username != actor.username)
+    if not demand.approvals:
+        reason = "it needs no approval"
+    elif actor.username == request.requested_by:
+        reason = "you made it"
+    elif email == stored.email.casefold():
+        reason = "its requester has your e-mail address"
+    elif actor.username == request.username and demand.approvals == 1:
+        reason = "it concerns you, and needs nobody else's approval"
+    elif email in map(str.casefold, others):
+        reason = "somebody with your e-mail address has approved it"
+    else:
+        return
+    raise errors.NotAnApprover(reason)
+
+
+def approvals_missing(stored: StoredRequest, user: User, demand: Demand) -> int:
+    """Return how many approvals a request still needs.
+
+    An approval counts only for what was approved, as long as the user is of the account that the
+    approver managed, and if it is not the requester's own.
+    """
+    request, subject = stored.request, subject_digest(stored.request)
+    names = {
+        each.username
+        for each in request.approvals
+        if each.subject == subject
+        and each.account_id in (None, user.account_id)
+        and each.username != request.requested_by
+        and each.email.casefold() != stored.email.casefold()
+    }
+    alone = bool(demand.approvals) and names <= {request.username}
+    return max(demand.approvals - len(names), int(alone))
 
 
 def wait_left(times: Iterable[datetime], most: int, period: timedelta, now: datetime) -> timedelta:
@@ -292,6 +353,95 @@ def all_expired(restrictions: Collection[Restriction], now: datetime) -> bool:
     return bool(restrictions) and all(each.expired(now) for each in restrictions)
 
 
+_Span = tuple[AddressRange, datetime]  # addresses, and when they stop being allowed
+
+
+def impact(
+    before: Iterable[Restriction], afterwards: Iterable[Restriction], now: datetime
+) -> Impact:
+    """Return what a change of a user's restrictions does, exactly, now and at any later time.
+
+    An address is gained if at some time it is allowed afterwards, and would not have been without
+    the change; it is lost if the opposite is so. So a restriction that expires later than the one
+    that it replaces loosens. Restrictions that have expired allow nothing, but still restrict.
+
+    Args:
+        before: The user's restrictions without the change, expired ones included.
+        afterwards: The user's restrictions with it.
+        now: The store's time.
+    """
+    was, will = tuple(before), tuple(afterwards)
+    had, has = _spans(was, now), _spans(will, now)
+    gained, lost = _beyond(has, had), _beyond(had, has)
+    if was and not will:
+        direction = Direction.OPENS
+    elif gained:
+        direction = Direction.LOOSENS
+    elif lost or bool(was) != bool(will):
+        direction = Direction.TIGHTENS
+    else:
+        direction = Direction.NEUTRAL
+    found = Impact(direction=direction, gained=gained, lost=lost)
+    return attrs.evolve(found, summary=_outlook(was, will, found, now))
+
+
+def _spans(restrictions: Collection[Restriction], now: datetime) -> set[_Span]:
+    if not restrictions:
+        return {(addresses, _LAST) for addresses in _ANYWHERE}
+    return {(r.addresses, r.expires_at or _LAST) for r in restrictions if not r.expired(now)}
+
+
+def _beyond(these: set[_Span], those: set[_Span]) -> AddressSet:
+    """Return the addresses that at some time are allowed by these and not by those.
+
+    What is allowed only shrinks, so the last moment of a span shows the most of it.
+    """
+    found = AddressSet()
+    apart = these - those
+    for end in {end for _, end in apart}:
+        rest = AddressSet(addresses for addresses, until in those if until >= end)
+        found |= AddressSet(addresses for addresses, until in apart if until == end) - rest
+    return found
+
+
+def _outlook(
+    was: Collection[Restriction], will: Collection[Restriction], found: Impact, now: datetime
+) -> str:
+    """Say in a sentence what will hold after a change."""
+    if not will:
+        return "Then from anywhere: no restriction is left." if was else "From anywhere, as today."
+    if all_expired(will, now):
+        return "Then from nowhere: every restriction that is left has expired."
+    if not was:
+        return f"Today from anywhere; then only from {_listed(_until(will, now))}."
+    had = AddressSet(addresses for addresses, _ in _spans(was, now))
+    has = AddressSet(addresses for addresses, _ in _spans(will, now))
+    parts = (
+        ("then also from", has - had),
+        ("for longer than today from", found.gained - (has - had)),
+        ("no longer from", had - has),
+        ("for a shorter time than today from", found.lost - (had - has)),
+    )
+    told = [f"{words} {_listed(ranges)}" for words, ranges in parts if ranges]
+    text = "; ".join(told) or "from the same addresses as today"
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _until(restrictions: Iterable[Restriction], now: datetime) -> Iterator[str]:
+    for each in restrictions:
+        if each.expires_at is None:
+            yield str(each.addresses)
+        elif not each.expired(now):
+            yield f"{each.addresses} (until {each.expires_at:%Y-%m-%d %H:%M} UTC)"
+
+
+def _listed(ranges: Iterable[object]) -> str:
+    """Return ranges as text, a few of them and how many others there are."""
+    texts = [str(each) for each in ranges]
+    more = len(texts) - _SHOWN
+    return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 class Remainder(NamedTuple):
     """The restrictions of a user after a deletion.
 
@@ -326,7 +476,7 @@ def duplicate(
         kind, expires_at = "restriction", found.expires_at
     return errors.DuplicateRestriction(
         found.username,
-        str(found.addresses),
+        str(wanted.addresses),
         kind,
         found.label,
         expires_at,

@@ -99,8 +99,14 @@ class Snapshot(Protocol):
         Requests past their time are included: `rules.state_at` judges expiry.
         """
 
+    def batch(self, batch_id: str) -> tuple[StoredRequest, ...]:
+        """Return the requests of a batch in any state, by `requested_at`, then `id`."""
+
     def request_times(self, requested_by: str, since: datetime) -> tuple[datetime, ...]:
-        """Return the times of an actor's requests after `since`, oldest first, in any state."""
+        """Return the times of an actor's requests after `since`, oldest first, in any state.
+
+        A batch counts once, by its first request.
+        """
 
     def failures(self, actor: str) -> int:
         """Return how many wrong numbers in a row this actor has given."""
@@ -145,12 +151,6 @@ class Transaction(Snapshot, Protocol):
             DuplicateRestriction: A user would have the same addresses twice; among the staged
                 restrictions, expired ones count too.
             TooManyRestrictions: A user would have more than `per_user`.
-        """
-
-    def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
-        """Return the pending requests to delete a restriction that `add_staged` replaced.
-
-        Requests past their time are included.
         """
 
     def append(

@@ -139,8 +139,7 @@ def _find_own_request(
     """Return the id of the actor's pending request if this form was submitted twice, or None."""
     if isinstance(error, errors.DuplicateRestriction) and not error.differs:
         for request in context.find_user(error.username).pending:
-            same = request.addresses == addresses and request.restriction_id is None
-            if same and request.requested_by == context.actor.username:
+            if request.adds == (addresses,) and request.requested_by == context.actor.username:
                 return request.id
     return None
 

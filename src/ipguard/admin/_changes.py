@@ -24,6 +24,7 @@ from ipguard.model import (
     Applied,
     Change,
     PendingRequest,
+    RequestKind,
     Restriction,
     User,
     UserOverview,
@@ -236,6 +237,10 @@ def preview_removal(
 # -- requests
 
 
+def _deleted(request: PendingRequest) -> str | None:
+    return request.removes[0] if request.kind is RequestKind.DELETE else None
+
+
 def _prepare_confirm(
     context: Context, line: UserOverview, request: PendingRequest
 ) -> dict[str, Any]:
@@ -243,7 +248,7 @@ def _prepare_confirm(
         "pending": request,
         "own": request.requested_by == context.actor.username,
         "expired": request.number_expires_at <= context.now,
-        **preview_removal(line, request.restriction_id, context.now),
+        **preview_removal(line, _deleted(request), context.now),
     }
 
 
@@ -274,16 +279,17 @@ def confirm(context: Context) -> Response:
             request.id,
             number,
             allow_lockout=context.field("lockout") == "accept",
-            allow_opening=preview_removal(line, request.restriction_id, context.now)["opens"],
+            allow_opening=preview_removal(line, _deleted(request), context.now)["opens"],
         )
     except errors.LockoutRisk as risk:
         return _CONFIRM.warn_of_lockout(context, risk.address)
-    except errors.OpeningRisk:
+    except (errors.OpeningRisk, errors.DirectionChanged):
         return _CONFIRM.refuse(context, step="changed")
     except (errors.StoreError, errors.UnknownRequest):
         raise
     except errors.IPGuardError as error:
         return _refuse_number(context, error)
+    assert isinstance(applied, Applied)
     return show_applied(context, line.user, applied)
 
 
@@ -367,7 +373,12 @@ def _prepare_delete(
     preview = preview_removal(line, restriction.id, context.now)
     return {
         "restriction": restriction,
-        "needs_number": context.flow.settings.deletion_needs_number(last=preview["opens"]),
+        "needs_number": bool(
+            context.flow.settings.demand(
+                RequestKind.DELETE,
+                rules.impact(line.restrictions, preview["left"], context.now).direction,
+            )
+        ),
         "reason_limit": REASON_LIMIT,
         **preview,
     }
@@ -434,6 +445,6 @@ def _refuse_deletion(
 def _open_pending_deletion(context: Context, username: str, restriction: Restriction) -> Response:
     text = "It has been asked to delete this already. The request waits for its number."
     for request in context.find_user(username).pending:
-        if request.restriction_id == restriction.id:
+        if restriction.id in request.removes:
             return context.redirect("confirm", text, "note", user=username, request=request.id)
     return context.redirect("user", text, "note", user=username)

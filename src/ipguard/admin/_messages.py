@@ -50,7 +50,7 @@ def _plural(number: int, unit: str) -> str:
 
 
 def describe_request(request: PendingRequest) -> str:
-    return f"{request.kind} {request.addresses}"
+    return request.change
 
 
 _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}

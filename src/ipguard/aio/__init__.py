@@ -329,7 +329,10 @@ class AsyncWorkflow(_AsyncClosing):
         self.flow: Workflow = store
 
     request = _awaited(Workflow.request)
+    request_many = _awaited(Workflow.request_many)
+    preview = _awaited(Workflow.preview)
     confirm = _awaited(Workflow.confirm)
+    approve = _awaited(Workflow.approve)
     cancel = _awaited(Workflow.cancel)
     resend = _awaited(Workflow.resend)
     delete = _awaited(Workflow.delete)

@@ -94,13 +94,14 @@ def confirm(
         message = "every user of this machine can read a number in the arguments"
         raise Problem(Exit.USAGE, message, HOW_TO_GIVE_NUMBER)
     with _session(context, numbers=True) as session:
-        opens, deletes = allow_open, session.flow.own_request(session.actor, request).restriction_id
-        if deletes is not None:
-            opens = session.confirm_removal(deletes, opens=opens, shuts=allow_lockout)
+        opens, deletes = allow_open, session.flow.own_request(session.actor, request).removes
+        if deletes:
+            opens = session.confirm_removal(deletes[0], opens=opens, shuts=allow_lockout)
         change = partial(
             session.flow.confirm, session.actor, request, read_number(), allow_opening=opens
         )
         applied = session.confirm_lockout(change, allowed=allow_lockout)
+    assert isinstance(applied, Applied)
     _show_applied(context, applied)
 
 
@@ -311,7 +312,7 @@ def _show_applied(context: Context, applied: Applied) -> None:
 
 def _show_request(context: Context, made: PendingRequest, mailed_to: Actor | None = None) -> None:
     context.out.data(made)
-    what = f"{made.kind.value} {made.addresses} for {made.username}"
+    what = f"{made.change} for {made.username}"
     context.out.line(f"request {made.id} is {made.state.value}: {what}", "green")
     if mailed_to is not None:
         text = f"A number was mailed to {mailed_to.email}; ipguard confirm {made.id}"

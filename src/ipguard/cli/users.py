@@ -262,13 +262,13 @@ def _names(each: UserOverview) -> tuple[Cell, ...]:
 
 
 def _cells(each: UserOverview) -> Sequence[Cell]:
-    pending = [f"{one.kind} {one.addresses}" for one in each.pending]
+    pending = [one.change for one in each.pending]
     return (*_names(each), each.summary, pending, each.removed)
 
 
 def _terminal_cells(each: UserOverview) -> Sequence[Cell]:
     restrictions = [_described(one) for one in each.restrictions] or [each.summary]
-    pending = [f"{one.kind} {one.addresses} [{one.id}]" for one in each.pending]
+    pending = [f"{one.change} [{one.id}]" for one in each.pending]
     return (*_names(each), restrictions, pending, "removed" if each.removed else "")
 
 

@@ -32,6 +32,11 @@ _HEAD: Final = """<!DOCTYPE html>
 """
 _BODY: Final = 'style="font-family: sans-serif; font-size: 15px; color: #111"'
 _NUMBER: Final = 'style="font-family: monospace; font-size: 26px; font-weight: bold"'
+_KINDS: Final = {
+    RequestKind.ADD: "add these addresses",
+    RequestKind.DELETE: "delete these addresses",
+    RequestKind.REPLACE: "replace addresses by others",
+}
 _UNRESTRICTED: Final = "No restriction is left: this user can now log in from any address."
 _SHUT: Final = "All remaining restrictions have expired: this user cannot log in from any address."
 
@@ -72,18 +77,21 @@ class Message:
 
 def number_message(request: PendingRequest, number: str, actor: Actor, product: str) -> Message:
     """Write the mail with a confirmation number; it shows what would be confirmed."""
-    adding = request.kind is RequestKind.ADD
+    words, impact = _KINDS[request.kind], request.impact
+    users = (request.spelling, *request.also_for)
     return Message(
         to=actor.email,
-        subject=f"Confirmation number to {'add' if adding else 'delete'} login addresses",
+        subject=f"Confirmation number to {request.kind} login addresses",
         opening=f"You asked {product} to change the addresses that a user may log in from. Nothing "
         "has changed yet. To confirm the change below, type this number in on the page where you "
         "asked for it:",
         number=number,
         facts=(
-            ("Change", "add these addresses" if adding else "delete these addresses"),
-            ("User", _line(request.spelling)),
-            ("Addresses", _addresses(request.addresses)),
+            ("Change", words),
+            ("User" if len(users) == 1 else "Users", _names(users)),
+            ("Addresses", _several(request.adds)),
+            ("Addresses that end" if request.adds else "Addresses", _several(request.removed)),
+            ("Afterwards", "" if impact is None else impact.summary),
             ("Label", _words(request.label)),
             ("Reason", _words(request.reason)),
             ("Temporary, until", _moment(request.restriction_expires_at)),
@@ -203,6 +211,14 @@ def _line(text: str) -> str:
 def _words(text: str) -> str:
     """Return a person's words so that mail programs turn no part of them into a link."""
     return _LINKS.sub(lambda found: f"[{found[0]}]", _line(text))
+
+
+def _several(ranges: tuple[AddressRange, ...]) -> str:
+    return ", ".join(map(_addresses, ranges))
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(map(_line, names))
 
 
 def _addresses(addresses: AddressRange) -> str:

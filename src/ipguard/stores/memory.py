@@ -123,7 +123,6 @@ class WriteTransaction:
         self.over = False
         self._staged = staged
         self._copied: set[str] = set()
-        self._replaced: set[str] = set()
 
     def _table(self, name: str) -> dict[str, Any]:
         """Return a table to write to; the first time, copy it."""
@@ -153,6 +152,10 @@ class WriteTransaction:
     def request(self, request_id: str) -> StoredRequest | None:
         return self.state.requests.get(request_id)
 
+    def batch(self, batch_id: str) -> tuple[StoredRequest, ...]:
+        found = (each for each in self.state.requests.values() if each.request.batch == batch_id)
+        return tuple(sorted(found, key=lambda each: (each.request.requested_at, each.request.id)))
+
     def pending_requests(self, username: str) -> tuple[PendingRequest, ...]:
         return self.state.pending(username)
 
@@ -161,6 +164,7 @@ class WriteTransaction:
             stored.request.requested_at
             for stored in self.state.requests.values()
             if stored.request.requested_by == requested_by
+            and stored.request.batch in (None, stored.request.id)
         )
         return tuple(sorted(at for at in found if at > since))
 
@@ -215,19 +219,9 @@ class WriteTransaction:
             raise min(reasons, key=_error_order)
         for old in replaced:
             self.remove_restriction(old.id)
-            self._replaced.add(old.id)
         for restriction in self._staged:
             self.add_restriction(restriction)
         return len(self._staged)
-
-    def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
-        usernames = sorted({restriction.username for restriction in self._staged})
-        return tuple(
-            request
-            for username in usernames
-            for request in self.pending_requests(username)
-            if request.restriction_id in self._replaced
-        )
 
     def append(
         self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any

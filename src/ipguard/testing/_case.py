@@ -233,7 +233,7 @@ class StoreCase:
             "id": f"q{number:06d}",
             "username": username,
             "kind": RequestKind.ADD,
-            "addresses": address(number),
+            "adds": (address(number),),
             "label": "",
             "requested_by": "boss",
             "requested_at": self.clock(),

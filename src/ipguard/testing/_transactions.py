@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from ipguard import errors
-from ipguard.model import Action, Change, Policy, RequestKind, Restriction
+from ipguard.model import Action, Change, Policy, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.testing._case import (
     EVERY,
@@ -335,27 +335,6 @@ class StagedTests(StoreCase):
         assert self.held() == (other, new)
         with self.store.transaction() as tx:
             assert tx.restriction(old.id) is None
-
-    def test_orphaned_deletions(self) -> None:
-        """Only the pending requests to delete a replaced restriction are returned."""
-        self.put("alice", "bob")
-        olds = [
-            self.restriction("alice", f"203.0.113.{n}", expires_at=self.clock()) for n in (7, 8)
-        ]
-        self.add(*olds)
-        requests = [
-            self.request("alice", kind=RequestKind.DELETE, restriction_id=olds[0].id),
-            self.request("alice", kind=RequestKind.DELETE, restriction_id=olds[1].id),
-            self.request("alice"),
-            self.request("bob"),
-        ]
-        self.save(*requests)
-        staged = [self.restriction("alice", "203.0.113.7"), self.restriction("bob")]
-        with self.store.transaction(staged=staged) as tx:
-            assert tx.orphaned_deletions() == ()
-            tx.add_staged(per_user=10)
-            assert tx.orphaned_deletions() == (requests[0].request,)
-            self.append(tx)
 
     def test_the_limit_of_restrictions_per_user(self) -> None:
         """`per_user` counts expired restrictions too, but not those that are replaced."""

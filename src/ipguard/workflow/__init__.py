@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import attrs
@@ -27,9 +29,11 @@ from ipguard.model import (
     Actor,
     Applied,
     Change,
+    Demand,
+    Direction,
+    Impact,
     Page,
     PendingRequest,
-    RequestKind,
     RequestState,
     Restriction,
     StoredRequest,
@@ -43,8 +47,10 @@ from ipguard.workflow._transaction import (
     ActorTransaction,
     ActorView,
     Consent,
+    Plan,
     check_new,
     increasing_ids,
+    joined,
     new_id,
 )
 from ipguard.workflow.settings import WorkflowSettings
@@ -64,9 +70,26 @@ _LAST_CHARACTER: Final = "\U0010ffff"  # a noncharacter, which no username conta
 _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
-class _Issued(NamedTuple):
-    stored: StoredRequest
+Addresses = str | AddressRange | Iterable[str | AddressRange]
+"""Addresses to restrict to: one text or range, or several."""
+
+_Member = tuple[StoredRequest, User]
+
+
+class _Begun(NamedTuple):
+    """Requests that share a number, which is empty if none is mailed now.
+
+    Attributes:
+        stored: The requests.
+        number: Their number.
+        applied: The last change, if they hold already.
+        users: The users to tell.
+    """
+
+    stored: list[StoredRequest]
     number: str
+    applied: Applied | None = None
+    users: Mapping[str, User] = MappingProxyType({})
 
 
 class Workflow(Closing):
@@ -123,60 +146,127 @@ class Workflow(Closing):
         self,
         actor: Actor,
         username: str,
-        addresses: str | AddressRange,
+        addresses: Addresses | None = None,
         *,
+        replaces: Iterable[str] = (),
         label: str = "",
         expires_at: datetime | None = None,
+        reason: str = "",
         allow_lockout: bool = False,
+        allow_opening: bool = True,
     ) -> PendingRequest:
-        """Request a restriction, and mail its confirmation number to the actor.
+        """Request a change of a user's restrictions, and mail its number to the actor.
+
+        The change is one: all of it holds at once, or nothing. Replacing a restriction by the same
+        addresses with another label or expiry edits it. What the request has to meet is what the
+        settings demand of its kind and direction.
 
         Args:
             actor: The requester.
             username: The user to restrict.
-            addresses: An address, a network or a `first-last` range. Surrounding blanks are
-                ignored.
-            label: A name for it, up to 100 characters.
-            expires_at: When it stops allowing its addresses, or None. The user stays restricted
+            addresses: The addresses to add: an address, a network or a `first-last` range, or
+                several of them. Surrounding blanks are ignored. None adds nothing.
+            replaces: The ids of restrictions of the user that end in the same change.
+            label: A name for the restrictions to add, up to 100 characters.
+            expires_at: When they stop allowing their addresses, or None. The user stays restricted
                 afterwards.
+            reason: Why, up to 500 characters.
             allow_lockout: Accept that the actor itself may no longer be able to log in.
+            allow_opening: Accept that no restriction is left afterwards.
 
         Returns:
-            The pending request, for `confirm`.
+            The pending request, for `confirm`. If the settings demand nothing, the change holds
+            already: the state is `confirmed`, and there is a `revision`.
 
         Raises:
-            AddressError: The addresses cannot be parsed or used.
+            AddressError: The addresses cannot be parsed or used, or nothing is to be changed.
             AddressTooBroad: They are wider than the settings allow.
             UsernameError: The username has no canonical form.
             InvalidValue: The label or the time is not valid.
             UnknownUser: The user does not exist for this actor.
+            UnknownRestriction: The user has no such restriction to replace.
             DuplicateRestriction: The user has these addresses, or a request for them is pending,
                 whatever the label and the expiry: the error says what exists and how it differs.
             TooManyRestrictions: The user has as many as are allowed.
             LockoutRisk: The actor could no longer log in from its present address.
+            OpeningRisk: The user could log in from anywhere, and `allow_opening` is False.
             TooManyRequests: The actor made too many requests within the last hour.
             DeliveryError: The mail could not be sent; the request is pending, and `resend` works.
         """
-        wanted = self._restriction(actor, username, addresses, label, expires_at)
+        check_text("reason", reason, REASON_LIMIT)
+        name, ids = canonical_username(username), _ids(replaces)
+        adds = self._additions(actor, name, addresses, label, expires_at, needed=not ids)
         with self._transaction(actor) as tx:
-            wanted = attrs.evolve(wanted, created_at=tx.now)
-            user = tx.registered_user(wanted.username)
-            left, _ = tx.check_addition(wanted)
-            tx.check_not_pending(wanted)
-            tx.check_lockout(user.username, left, allowed=allow_lockout)
-            issued = self._issue(tx, user, RequestKind.ADD, wanted)
-        return self._deliver(actor, issued)
+            user, removes = tx.user_to_change(name, ids, adding=bool(adds))
+            plan = tx.plan(name, adds, removes)
+            tx.check_lockout(plan, allowed=allow_lockout)
+            begun = self._begin(tx, [(user, plan)], reason, allow_opening=allow_opening)
+        (request,) = self._deliver(tx, begun)
+        return request
+
+    def request_many(
+        self,
+        actor: Actor,
+        usernames: Iterable[str],
+        addresses: Addresses,
+        *,
+        label: str = "",
+        expires_at: datetime | None = None,
+        reason: str = "",
+        allow_lockout: bool = False,
+    ) -> tuple[PendingRequest, ...]:
+        """Request the same restrictions for up to 100 users, with one number.
+
+        Arguments and errors are as for `request`. Confirming one of the requests confirms all that
+        are pending; each can be cancelled by itself.
+
+        Returns:
+            The pending requests, one for each user, in the order of the usernames given.
+        """
+        check_text("reason", reason, REASON_LIMIT)
+        names = list(dict.fromkeys(canonical_username(name) for name in usernames))
+        if not 1 <= len(names) <= NAMED_AT_MOST:
+            raise errors.InvalidValue("usernames", f"must be 1 to {NAMED_AT_MOST} users")
+        wanted = {
+            name: self._additions(actor, name, addresses, label, expires_at) for name in names
+        }
+        with self._transaction(actor) as tx:
+            planned = [(tx.registered_user(name), tx.plan(name, wanted[name])) for name in names]
+            for _, plan in planned:
+                tx.check_lockout(plan, allowed=allow_lockout)
+            begun = self._begin(tx, planned, reason)
+        return self._deliver(tx, begun)
+
+    def preview(
+        self,
+        actor: Actor,
+        username: str,
+        addresses: Addresses | None = None,
+        replaces: Iterable[str] = (),
+        *,
+        expires_at: datetime | None = None,
+        only: bool = False,
+    ) -> Impact:
+        """Return what a change would do, without requesting it.
+
+        Arguments and errors are as for `request`; `only` is as for `impose`.
+        """
+        name, ids = canonical_username(username), _ids(replaces)
+        adds = self._additions(actor, name, addresses, "", expires_at, needed=not (ids or only))
+        with self._view(actor) as view:
+            _, removes = view.user_to_change(name, ids, adding=bool(adds))
+            return view.plan(name, adds, removes, only=only).impact
 
     def confirm(
         self,
         actor: Actor,
         request_id: str,
-        number: str,
+        number: str = "",
         *,
         allow_lockout: bool = False,
         allow_opening: bool = True,
-    ) -> Applied:
-        """Apply a request, given its number.
+    ) -> Applied | PendingRequest:
+        """Complete a request, given its number if it demands one.
 
         Args:
             actor: The requester.
@@ -184,20 +274,23 @@ class Workflow(Closing):
             number: As it was mailed. Spaces, dashes and invisible characters are ignored, and
                 decimal digits of any script are read.
             allow_lockout: Accept that the actor itself may no longer be able to log in.
-            allow_opening: Accept that a deletion may remove the user's last restriction.
+            allow_opening: Accept that no restriction is left afterwards, if that was requested.
 
         Returns:
-            The applied change and its revision.
+            The applied change and its revision; or the pending request, if the number was right and
+            approvals are missing.
 
         Raises:
             UnknownRequest: The actor has made no such request.
             RequestClosed: It was confirmed, cancelled or has expired.
+            TooSoon: It has to wait; no attempt is counted.
             NumberExpired: The number is too old; no attempt is counted.
             TooManyAttempts: The request is locked, or the actor failed too often.
             NumberFormatError: The text cannot be a number; no attempt is counted.
             WrongNumber: The number is wrong. The attempt is counted.
-            IPGuardError: As `request` and `delete` raise, by the rules as things are now: no
-                attempt is counted, and the number stays usable.
+            DirectionChanged: The change would do worse now than what was requested.
+            IPGuardError: As `request` raises, by the rules as things are now: no attempt is
+                counted, and the number stays usable.
             StoreUnavailable: The outcome is unknown. A second call raises
                 `RequestClosed("confirmed")` if the change went through.
         """
@@ -205,26 +298,48 @@ class Workflow(Closing):
             raise errors.InvalidValue("number", f"must be text, not {type(number).__name__}")
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=True)
-            failures = self._check_confirmable(tx, stored)
-            digits = confirmation.parse_number(number, self.settings.number_digits)
-            result: Applied | int
-            if self._keys.matches(stored.key_id, stored.digest, digits, _subject(stored.request)):
-                result = tx.apply(stored, user, Consent(allow_lockout, allow_opening))
+            demand = self._check_open(stored.request, tx.now)
+            members, wrong = tx.batch(stored, user), None
+            if demand.number and not stored.request.numbered:
+                failures = self._check_usable(tx, stored)
+                digits = confirmation.parse_number(number, self.settings.number_digits)
+                # Each request has a digest of its own, so a number confirms what it was issued for.
+                members = [each for each in members if self._fits(each[0], digits)]
+                if not members or members[0][0] is not stored:
+                    wrong = tx.count_guess(tx.batch(stored, user), failures)
+            if wrong is None:
+                consent = Consent(allow_lockout, allow_opening)
+                result = self._complete(tx, members, demand, consent, numbered=demand.number)
             else:
-                result = tx.count_guess(stored, user, failures)
-        if not isinstance(result, Applied):
+                result = stored.request
+        if wrong is not None:
             # Raised only now that the count is committed: an error inside would have undone it.
-            raise errors.WrongNumber(result)
-        self._announce(tx, user)
+            raise errors.WrongNumber(wrong)
+        self._announce(tx, {each.username: each for _, each in members})
         return result
 
-    def _check_confirmable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
-        """Refuse a request that no number can confirm; return the actor's failures."""
-        state = rules.state_at(stored.request, tx.now)
+    def _check_open(self, request: PendingRequest, now: datetime) -> Demand:
+        """Refuse to complete a request that is closed or waits; return what it has to meet.
+
+        That is what it demanded when it was made, and what stricter settings demand since.
+        """
+        state = rules.state_at(request, now)
         if state is RequestState.LOCKED:
             raise errors.TooManyAttempts
         rules.after(state, rules.Step.CONFIRM)
-        if rules.number_expired(stored, tx.now):
+        demand = self._demand(request)
+        ready_at = request.requested_at + demand.wait
+        if demand.wait and now < ready_at:
+            raise errors.TooSoon(ready_at)
+        return demand
+
+    def _demand(self, request: PendingRequest) -> Demand:
+        direction = Direction.NEUTRAL if request.impact is None else request.impact.direction
+        return request.demand | self.settings.demand(request.kind, direction)
+
+    def _check_usable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
+        """Refuse a number that cannot confirm anything; return the actor's failures."""
+        if not stored.digest or rules.number_expired(stored, tx.now):
             raise errors.NumberExpired
         if stored.key_id not in self._keys:
             _log.error(
@@ -238,10 +353,77 @@ class Workflow(Closing):
             raise errors.TooManyAttempts
         return failures
 
+    def _fits(self, stored: StoredRequest, digits: str) -> bool:
+        return self._keys.matches(stored.key_id, stored.digest, digits, stored.request.subject)
+
+    def _complete(
+        self,
+        tx: ActorTransaction,
+        members: list[_Member],
+        demand: Demand,
+        consent: Consent,
+        *,
+        numbered: bool,
+    ) -> Applied | PendingRequest:
+        """Apply requests that share a number, if nothing else that they demand is missing."""
+        plans = [tx.plan_request(stored.request) for stored, _ in members]
+        for plan in plans:
+            tx.check_lockout(plan, allowed=consent.lockout)
+            tx.check_opening(plan, allowed=consent.opening)
+        if any(rules.approvals_missing(*member, demand) for member in members):
+            if numbered and not members[0][0].request.numbered:
+                tx.accept_number(members)
+            return tx.request(members[0][0].request.id, own=True)[0].request
+        if numbered:
+            tx.set_failures(tx.actor.username, 0)
+        done = [tx.apply(*member, plan) for member, plan in zip(members, plans, strict=True)]
+        return attrs.evolve(
+            done[-1],
+            restriction=done[0].restriction,
+            unrestricted=any(each.unrestricted for each in done),
+            added=tuple(chain.from_iterable(each.added for each in done)),
+            removed=tuple(chain.from_iterable(each.removed for each in done)),
+            impact=done[0].impact,
+        )
+
+    def approve(
+        self, actor: Actor, request_id: str, *, allow_lockout: bool = False
+    ) -> Applied | PendingRequest:
+        """Approve a request that somebody else made.
+
+        An actor counts once. The user concerned may approve it, but not as the only one.
+
+        Returns:
+            The applied change, if nothing else was missing; else the pending request.
+
+        Raises:
+            UnknownRequest: The request does not exist for this actor.
+            RequestClosed: Its state is not `pending`.
+            NotAnApprover: The actor made it, or has the e-mail address of somebody who did or who
+                approved it, or it needs no approval.
+            IPGuardError: As `confirm` raises, if this is what was missing last.
+        """
+        with self._transaction(actor) as tx:
+            stored, user = tx.request(request_id, own=False)
+            rules.after(rules.state_at(stored.request, tx.now), rules.Step.APPROVE)
+            demand = self._demand(stored.request)
+            rules.check_approver(stored, actor, demand)
+            members = tx.batch(stored, user)
+            if actor.username not in stored.request.approved_by:
+                members = tx.approve(members)
+            result: Applied | PendingRequest = members[0][0].request
+            ready = tx.now >= stored.request.requested_at + demand.wait
+            missing = any(rules.approvals_missing(*member, demand) for member in members)
+            if ready and not missing and (stored.request.numbered or not demand.number):
+                consent = Consent(allow_lockout, opening=True)
+                result = self._complete(tx, members, demand, consent, numbered=False)
+        self._announce(tx, {each.username: each for _, each in members}, stored.email)
+        return result
+
     def resend(self, actor: Actor, request_id: str) -> PendingRequest:
         """Mail a new number to the address of the first one; the old number stops working.
 
-        The attempts are restored.
+        The attempts are restored. A request that waits gets its first number so.
 
         Returns:
             The request as it is now.
@@ -249,6 +431,7 @@ class Workflow(Closing):
         Raises:
             UnknownRequest: The actor has made no such request.
             RequestClosed: Its state is not `pending`.
+            TooSoon: It has to wait.
             TooManyRequests: The last mail is too recent, or all resends are used up.
             DeliveryError: The mail could not be sent; it does not count.
             StoreUnavailable: The store failed; the old number may still be the valid one.
@@ -257,11 +440,12 @@ class Workflow(Closing):
             stored, user = tx.request(request_id, own=True)
             request, failed = stored.request, stored.mails_failed
             rules.after(rules.state_at(request, tx.now), rules.Step.RESEND)
+            demand = self._check_open(request, tx.now)
             # A failed mail does not count, and its replacement need not wait. After as many
             # failures in a row as there are resends it has to wait again, so that requests do not
             # flood a dead mail server.
             limit = self.settings.resends_per_request
-            resends = stored.resends + (failed == 0)
+            resends = stored.resends + (failed == 0 and stored.sent_at is not None)
             if resends > limit:
                 raise errors.TooManyRequests(
                     min(request.expires_at - tx.now, self.settings.request_lifetime)
@@ -271,23 +455,28 @@ class Workflow(Closing):
                 wait = rules.wait_left([stored.sent_at], 1, interval, tx.now)
                 if wait:
                     raise errors.TooManyRequests(wait)
-            if request.requested_at > tx.now:  # by a clock that ran ahead
-                expires_at = rules.shifted(tx.now, self.settings.request_lifetime)
-                request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
-            request = attrs.evolve(request, spelling=user.spelling)
-            issued = self._numbered(tx, request, stored.email, resends)
-            tx.append_about(request, Action.RESEND, user)
-        return self._deliver(actor, issued, failed)
+            members = []
+            for each, owner in tx.batch(stored, user):
+                request = attrs.evolve(each.request, spelling=owner.spelling)
+                if request.requested_at > tx.now:  # by a clock that ran ahead
+                    expires_at = rules.shifted(tx.now, demand.wait + self.settings.request_lifetime)
+                    request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
+                members.append(request)
+            issued = self._numbered(tx, members, stored.email, resends)
+            tx.append_about(members[0], Action.RESEND, user)
+        return self._send(actor, issued, failed)[0]
 
     def cancel(self, actor: Actor, request_id: str) -> PendingRequest:
         """Cancel a request, on behalf of any actor who manages the user, and return it.
+
+        The user concerned may cancel it too, if it waits or needs approval.
 
         Raises:
             UnknownRequest: The request does not exist for this actor.
             RequestClosed: Its state is not `pending`.
         """
         with self._transaction(actor) as tx:
-            stored, user = tx.request(request_id, own=False)
+            stored, user = tx.request_to_cancel(request_id)
             request = tx.advance(stored, rules.Step.CANCEL).request
             tx.append_about(request, Action.CANCEL, user, kind=request.kind)
         return request
@@ -301,7 +490,7 @@ class Workflow(Closing):
         allow_lockout: bool = False,
         allow_opening: bool = True,
     ) -> Applied | PendingRequest:
-        """Delete a restriction: at once, or by a number if `confirm_deletes` says so.
+        """Delete a restriction: at once, or by a request if the settings demand anything.
 
         Deleting the last restriction opens the user to every address; `Applied.unrestricted` says
         so. Interfaces that ask people first pass `allow_opening=False` unless the person has agreed
@@ -321,7 +510,7 @@ class Workflow(Closing):
             UnknownRestriction: The restriction does not exist for this actor.
             InvalidValue: The reason is not valid.
             LockoutRisk: The actor could no longer log in from its present address.
-            OpeningRisk: It is the user's last, no number is needed, and `allow_opening` is False.
+            OpeningRisk: It is the user's last, nothing is demanded, and `allow_opening` is False.
             DuplicateRestriction: A request to delete it is pending.
             TooManyRequests: The actor made too many requests within the last hour.
             DeliveryError: The mail could not be sent; the request is pending, and `resend` works.
@@ -329,18 +518,11 @@ class Workflow(Closing):
         check_text("reason", reason, REASON_LIMIT)
         with self._transaction(actor) as tx:
             restriction, user = tx.restriction(restriction_id)
-            consent = Consent(allow_lockout, allow_opening)
-            remainder = tx.check_removal(restriction, consent)
-            outcome: _Issued | Applied
-            if self.settings.deletion_needs_number(last=remainder.opens):
-                tx.check_not_pending(restriction, deletes=restriction.id)
-                outcome = self._issue(tx, user, RequestKind.DELETE, restriction, reason)
-            else:
-                outcome = tx.remove(user, restriction, Action.DELETE, consent, reason=reason)
-        if isinstance(outcome, _Issued):
-            return self._deliver(actor, outcome)
-        self._announce(tx, user)
-        return outcome
+            plan = tx.plan(user.username, (), [restriction])
+            tx.check_lockout(plan, allowed=allow_lockout)
+            begun = self._begin(tx, [(user, plan)], reason, allow_opening=allow_opening)
+        (request,) = self._deliver(tx, begun)
+        return request if begun.applied is None else begun.applied
 
     # ------------------------------------------------------------- operators: no number
 
@@ -348,16 +530,27 @@ class Workflow(Closing):
         self,
         actor: Actor,
         username: str,
-        addresses: str | AddressRange,
+        addresses: Addresses,
         *,
         reason: str,
         label: str = "",
         expires_at: datetime | None = None,
+        only: bool = False,
     ) -> Applied:
-        """Add a restriction at once; only for actors of every account.
+        """Add restrictions at once; only for actors of every account.
 
         Arguments and errors are as for `request`, apart from the `reason`: required, and up to 500
         characters.
+
+        Args:
+            actor: The operator.
+            username: The user.
+            addresses: The addresses to add, one text or several.
+            reason: Why.
+            label: A name for the restrictions.
+            expires_at: When they stop allowing their addresses, or None.
+            only: Whether all other restrictions of the user end in the same change. Without it, a
+                restricted user may log in from these addresses too.
 
         Returns:
             The applied change.
@@ -368,14 +561,14 @@ class Workflow(Closing):
             InvalidValue: Also: the reason is missing.
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
-        wanted = self._restriction(actor, username, addresses, label, expires_at)
-        _check_operator(actor, errors.UnknownUser(wanted.username))
+        name = canonical_username(username)
+        adds = self._additions(actor, name, addresses, label, expires_at)
+        _check_operator(actor, errors.UnknownUser(name))
         with self._transaction(actor) as tx:
-            user = tx.registered_user(wanted.username)
-            new = attrs.evolve(wanted, created_at=tx.now)
-            consent = Consent(lockout=True, opening=False)
-            applied = tx.add(user, new, Action.IMPOSE, consent, reason=reason)
-        self._announce(tx, user)
+            user = tx.registered_user(name)
+            plan = tx.plan(name, adds, only=only)
+            applied = tx.change(user, plan, Action.IMPOSE, reason=reason, only=only)
+        self._announce(tx, {name: user})
         return applied
 
     def impose_many(self, actor: Actor, rows: Iterable[Row], *, reason: str) -> Applied:
@@ -410,7 +603,7 @@ class Workflow(Closing):
                 Action.IMPOSE_MANY, touches=EVERYBODY, restrictions=count, reason=reason
             )
             users = [] if len(names) > NAMED_AT_MOST else [tx.user(name) for name in sorted(names)]
-        self._announce(tx, None)
+        self._announce(tx, {})
         for stored in users:
             if stored is not None and stored.user.email is not None:
                 # To the user alone: the actor has had one notice for all of them.
@@ -466,9 +659,10 @@ class Workflow(Closing):
         _check_operator(actor, errors.UnknownRestriction(restriction_id))
         with self._transaction(actor) as tx:
             restriction, user = tx.restriction(restriction_id)
-            consent = Consent(lockout=True, opening=allow_opening)
-            applied = tx.remove(user, restriction, Action.LIFT, consent, reason=reason)
-        self._announce(tx, user)
+            plan = tx.plan(user.username, (), [restriction])
+            tx.check_opening(plan, allowed=allow_opening)
+            applied = tx.change(user, plan, Action.LIFT, reason=reason)
+        self._announce(tx, {user.username: user})
         return applied
 
     def unlock(self, actor: Actor, username: str, *, reason: str) -> None:
@@ -487,7 +681,7 @@ class Workflow(Closing):
             stored = tx.user(name)
             user = None if stored is None else stored.user
             tx.reset_failures(name, user, reason)
-        self._announce(tx, user)
+        self._announce(tx, {} if user is None else {name: user})
 
     # ---------------------------------------------------------------------- look-ups
 
@@ -625,7 +819,34 @@ class Workflow(Closing):
         # Stores written for an older protocol have no snapshots: read in a transaction there.
         open_snapshot: Any = getattr(self._store, "snapshot", self._store.transaction)
         with open_snapshot() as snapshot:
-            yield ActorView(snapshot, actor)
+            yield ActorView(snapshot, actor, self.settings)
+
+    def _additions(
+        self,
+        actor: Actor,
+        username: str,
+        addresses: Addresses | None,
+        label: str,
+        expires_at: datetime | None,
+        *,
+        needed: bool = True,
+    ) -> list[Restriction]:
+        """Check addresses as `_restriction` does, one text or several."""
+        several: Iterable[object]
+        if addresses is None:
+            several = ()
+        elif isinstance(addresses, (str, AddressRange)) or not isinstance(addresses, Iterable):
+            several = (addresses,)
+        else:
+            several = addresses
+        ids = increasing_ids()
+        found = [
+            attrs.evolve(self._restriction(actor, username, each, label, expires_at), id=next(ids))
+            for each in several
+        ]
+        if needed and not found:
+            raise errors.AddressError(addresses, "it names no address to add")
+        return found
 
     def _restriction(
         self,
@@ -651,80 +872,137 @@ class Workflow(Closing):
             expires_at=None if expires_at is None else check_time("expires_at", expires_at),
         )
 
-    def _issue(
+    def _begin(
         self,
         tx: ActorTransaction,
-        user: User,
-        kind: RequestKind,
-        wanted: Restriction,
-        reason: str = "",
-    ) -> _Issued:
+        planned: list[tuple[User, Plan]],
+        reason: str,
+        *,
+        allow_opening: bool = True,
+    ) -> _Begun:
+        """Make requests that share a number; or make the change, if nothing is demanded."""
+        demand = Demand()
+        for _, plan in planned:
+            demand |= self.settings.demand(plan.kind, plan.impact.direction)
+        requests = [self._requested(tx, user, plan, demand, reason) for user, plan in planned]
+        if not demand:
+            done, applied = [], None
+            for (user, plan), request in zip(planned, requests, strict=True):
+                tx.check_opening(plan, allowed=allow_opening)
+                action = Action.CONFIRM if plan.adds else Action.DELETE
+                applied = tx.change(user, plan, action, reason=reason)
+                state = RequestState.CONFIRMED
+                done.append(attrs.evolve(request, state=state, revision=applied.revision))
+            users = {user.username: user for user, _ in planned}
+            return _Begun(
+                [StoredRequest(request=each, email="") for each in done], "", applied, users
+            )
         tx.check_rate()
-        request = PendingRequest(
+        for _, plan in planned:
+            tx.check_not_pending(plan)
+        if len(requests) > 1:
+            requests = [attrs.evolve(each, batch=requests[0].id) for each in requests]
+        issued = self._numbered(
+            tx, requests, tx.actor.email, mint=demand.number and not demand.wait
+        )
+        for (user, _), request in zip(planned, requests, strict=True):
+            tx.append(
+                Action.REQUEST,
+                user,
+                kind=request.kind,
+                addresses=joined(request.adds or request.removed),
+                label=request.label,
+                expires_at=request.restriction_expires_at,
+                request=request.id,
+                replaces=joined(request.removes) if request.adds else None,
+                reason=reason,
+                ready_at=request.ready_at if demand.wait else None,
+                approvals=demand.approvals or None,
+            )
+        told = demand.wait or demand.approvals
+        return issued._replace(users={user.username: user for user, _ in planned} if told else {})
+
+    def _requested(
+        self, tx: ActorTransaction, user: User, plan: Plan, demand: Demand, reason: str
+    ) -> PendingRequest:
+        first = (*plan.adds, *plan.removes)[0]
+        lifetime = demand.wait + self.settings.request_lifetime
+        return PendingRequest(
             id=new_id(),
             username=user.username,
-            kind=kind,
-            addresses=wanted.addresses,
-            label=wanted.label,
+            kind=plan.kind,
+            adds=tuple(each.addresses for each in plan.adds),
+            removes=tuple(each.id for each in plan.removes),
+            removed=tuple(each.addresses for each in plan.removes),
+            label=first.label,
             requested_by=tx.actor.username,
             requested_at=tx.now,
-            expires_at=rules.shifted(tx.now, self.settings.request_lifetime),
+            expires_at=rules.shifted(tx.now, lifetime),
             number_expires_at=tx.now,
             attempts_left=0,
             state=RequestState.PENDING,
-            restriction_id=wanted.id if kind is RequestKind.DELETE else None,
-            restriction_expires_at=wanted.expires_at,
+            restriction_expires_at=first.expires_at,
             reason=reason,
+            impact=plan.impact,
+            demand=demand,
             spelling=user.spelling,
         )
-        issued = self._numbered(tx, request, tx.actor.email)
-        tx.append(
-            Action.REQUEST,
-            user,
-            kind=kind,
-            addresses=request.addresses,
-            label=request.label,
-            expires_at=request.restriction_expires_at,
-            request=request.id,
-            reason=reason,
-        )
-        return issued
 
     def _numbered(
-        self, tx: ActorTransaction, request: PendingRequest, email: str, resends: int = 0
-    ) -> _Issued:
-        """Save a request with a new number, which replaces the old one, and all its attempts."""
-        number = confirmation.mint(self.settings.number_digits)
-        request = attrs.evolve(
-            request,
-            number_expires_at=min(
-                rules.shifted(tx.now, self.settings.number_lifetime), request.expires_at
-            ),
-            attempts_left=self.settings.attempts_per_number,
-        )
-        stored = StoredRequest(
-            request=request,
-            email=email,
-            key_id=self._keys.minting,
-            digest=self._keys.digest(self._keys.minting, number, _subject(request)),
-            resends=resends,
-            sent_at=tx.now,
-        )
-        tx.save(stored)
-        return _Issued(stored, number)
+        self,
+        tx: ActorTransaction,
+        requests: list[PendingRequest],
+        email: str,
+        resends: int = 0,
+        *,
+        mint: bool = True,
+    ) -> _Begun:
+        """Save requests, and with `mint` a new number of theirs and all its attempts."""
+        number = confirmation.mint(self.settings.number_digits) if mint else ""
+        until = rules.shifted(tx.now, self.settings.number_lifetime)
+        spellings = tuple(request.spelling for request in requests)
+        issued = []
+        for each in requests:
+            stored = StoredRequest(request=each, email=email)
+            if mint:
+                request = attrs.evolve(
+                    each,
+                    number_expires_at=min(until, each.expires_at),
+                    attempts_left=self.settings.attempts_per_number,
+                    also_for=tuple(other for other in spellings if other != each.spelling),
+                )
+                key_id = self._keys.minting
+                stored = attrs.evolve(
+                    stored,
+                    request=request,
+                    key_id=key_id,
+                    digest=self._keys.digest(key_id, number, request.subject),
+                    resends=resends,
+                    sent_at=tx.now,
+                )
+            tx.save(stored)
+            issued.append(stored)
+        return _Begun(issued, number)
 
-    def _deliver(self, actor: Actor, issued: _Issued, failed: int = 0) -> PendingRequest:
-        """Mail a number to the address recorded at the request; return the request.
+    def _deliver(self, tx: ActorTransaction, begun: _Begun) -> tuple[PendingRequest, ...]:
+        """Send what follows from a call of `request` or `delete`; return the requests."""
+        if begun.users:
+            self._announce(tx, begun.users)
+        return self._send(tx.actor, begun)
+
+    def _send(self, actor: Actor, issued: _Begun, failed: int = 0) -> tuple[PendingRequest, ...]:
+        """Mail a number to the address recorded at the request; return the requests.
 
         `failed` counts the mails of this request that have failed in a row.
         """
-        stored = issued.stored
+        stored = issued.stored[0]
         try:
-            self._notifier.number_issued(
-                stored.request,
-                confirmation.format_number(issued.number),
-                attrs.evolve(actor, email=stored.email),
-            )
+            if issued.number:
+                self._notifier.number_issued(
+                    stored.request,
+                    confirmation.format_number(issued.number),
+                    attrs.evolve(actor, email=stored.email),
+                )
         except Exception as exc:
             with suppress(errors.IPGuardError):  # the mail's failure is the one to report
                 self._record_failed_mail(stored, actor, failed + 1)
@@ -733,7 +1011,7 @@ class Workflow(Closing):
             shown = exc if isinstance(exc, errors.DeliveryError) else None
             reason = shown.reason if shown else type(exc).__name__
             raise errors.DeliveryError(reason, stored.request.id) from shown
-        return stored.request
+        return tuple(each.request for each in issued.stored)
 
     def _record_failed_mail(self, sent: StoredRequest, actor: Actor, failed: int) -> None:
         """Record that a mail failed, so that `resend` works at once and costs nothing."""
@@ -744,9 +1022,15 @@ class Workflow(Closing):
             tx.save(attrs.evolve(stored, mails_failed=failed))
             tx.append_about(stored.request, Action.DELIVERY_FAILED, user)
 
-    def _announce(self, tx: ActorTransaction, user: User | None) -> None:
+    def _announce(
+        self, tx: ActorTransaction, users: Mapping[str, User], requester: str | None = None
+    ) -> None:
+        """Send the notices of changes to the actor and the users; `requester` is an address too."""
         for change in tx.changes:
+            user = users.get(change.username or "")
             self._notify(change, tx.actor, user)
+            if requester is not None and requester.casefold() != tx.actor.email.casefold():
+                self._notify(change, attrs.evolve(tx.actor, email=requester), None)
 
     def _notify(self, change: Change, actor: Actor, user: User | None) -> None:
         try:
@@ -757,19 +1041,10 @@ class Workflow(Closing):
             _log.exception("could not send the notice of revision %d", change.revision)
 
 
-def _subject(request: PendingRequest) -> tuple[str, ...]:
-    """Return the fields that a number confirms; a change of any of them invalidates the number."""
-    expires_at = request.restriction_expires_at
-    return (
-        request.id,
-        request.username,
-        request.kind,
-        str(request.addresses),
-        request.label,
-        request.requested_by,
-        request.restriction_id or "",
-        "" if expires_at is None else expires_at.isoformat(),
-    )
+def _ids(replaces: Iterable[str]) -> list[str]:
+    if isinstance(replaces, str) or not isinstance(replaces, Iterable):
+        raise errors.InvalidValue("replaces", "must be several ids of restrictions")
+    return list(dict.fromkeys(replaces))
 
 
 def _cells(row: Row) -> tuple[object, ...]:

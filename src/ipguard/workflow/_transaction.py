@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +15,10 @@ from ipguard.model import (
     Action,
     Actor,
     Applied,
+    Approval,
     Change,
+    Direction,
+    Impact,
     PendingRequest,
     Policy,
     RequestKind,
@@ -58,11 +61,43 @@ def check_new(new: Restriction, settings: WorkflowSettings, now: datetime) -> No
         raise errors.InvalidValue("expires_at", "must be in the future")
 
 
+class Plan(NamedTuple):
+    """A change of one user's restrictions that the rules allow.
+
+    Attributes:
+        username: The user, canonical.
+        adds: The restrictions to add.
+        removes: The present ones that end.
+        expired: Expired ones that end, because one to the same addresses is added.
+        left: The restrictions afterwards.
+        impact: What it does.
+    """
+
+    username: str
+    adds: tuple[Restriction, ...]
+    removes: tuple[Restriction, ...]
+    expired: tuple[Restriction, ...]
+    left: tuple[Restriction, ...]
+    impact: Impact
+
+    @property
+    def kind(self) -> RequestKind:
+        """The kind of a request for it."""
+        if not self.adds:
+            return RequestKind.DELETE
+        return RequestKind.REPLACE if self.removes else RequestKind.ADD
+
+
 class Consent(NamedTuple):
     """Which risks of a change its caller accepts."""
 
     lockout: bool
     opening: bool
+
+
+def joined(items: Iterable[object]) -> str:
+    """Return items as one text for an audit entry."""
+    return ", ".join(map(str, items))
 
 
 class ActorView:
@@ -72,8 +107,9 @@ class ActorView:
     restrictions. Removed users exist only for actors of every account.
     """
 
-    def __init__(self, snapshot: Snapshot, actor: Actor) -> None:
+    def __init__(self, snapshot: Snapshot, actor: Actor, settings: WorkflowSettings) -> None:
         self.actor = actor
+        self._settings = settings
         self.now = snapshot.now
         self._snapshot = snapshot
 
@@ -104,6 +140,16 @@ class ActorView:
             raise errors.UnknownRequest(request_id)
         return stored, user.user
 
+    def request_to_cancel(self, request_id: str) -> tuple[StoredRequest, User]:
+        """Return a request; the user concerned may cancel one that it was told about."""
+        stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
+        if stored is not None and stored.request.username == self.actor.username:
+            user = self._snapshot.user(self.actor.username)
+            told = stored.request.demand.wait or stored.request.demand.approvals
+            if told and user is not None and not user.removed:
+                return stored, user.user
+        return self.request(request_id, own=False)
+
     def restriction(self, restriction_id: str) -> tuple[Restriction, User]:
         """Return a restriction and its user, or raise UnknownRestriction."""
         known = isinstance(restriction_id, str)
@@ -113,6 +159,62 @@ class ActorView:
             raise errors.UnknownRestriction(restriction_id)
         return restriction, user.user
 
+    def user_to_change(
+        self, username: str, restriction_ids: Iterable[str], *, adding: bool
+    ) -> tuple[User, list[Restriction]]:
+        """Return a user, and the restrictions of it with these ids.
+
+        Raises:
+            UnknownUser: It does not exist for this actor; or it is removed, and this is `adding`.
+            UnknownRestriction: The user has no such restriction.
+        """
+        stored = self.user(username)
+        if stored is None or (stored.removed and adding):
+            raise errors.UnknownUser(username)
+        found = []
+        for each in restriction_ids:
+            restriction, user = self.restriction(each)
+            if user.username != username:
+                raise errors.UnknownRestriction(each)
+            found.append(restriction)
+        return stored.user, found
+
+    def plan(
+        self,
+        username: str,
+        adds: Sequence[Restriction],
+        removes: Sequence[Restriction] = (),
+        *,
+        only: bool = False,
+    ) -> Plan:
+        """Judge a change of one user's restrictions by the rules, as things are now.
+
+        Args:
+            username: The user, canonical.
+            adds: The restrictions to add.
+            removes: Present restrictions of the user, which end.
+            only: Whether all others end too.
+
+        Raises:
+            IPGuardError: As `Workflow.request`.
+        """
+        adds = [attrs.evolve(new, created_at=self.now) for new in adds]
+        for new in adds:
+            check_new(new, self._settings, self.now)
+        present = self._snapshot.restrictions(username)
+        ends = present if only else removes
+        gone = {each.id for each in ends}
+        kept = [each for each in present if each.id not in gone]
+        replaced, refused = rules.judge_additions(
+            username, kept, adds, per_user=self._settings.restrictions_per_user, now=self.now
+        )
+        for _, error in refused:
+            raise error
+        gone.update(each.id for each in replaced)
+        left = (*(each for each in kept if each.id not in gone), *adds)
+        change = rules.impact(present, left, self.now)
+        return Plan(username, tuple(adds), tuple(ends), tuple(replaced), left, change)
+
     def failures(self, username: str) -> int:
         return self._snapshot.failures(username)
 
@@ -121,10 +223,9 @@ class ActorTransaction(ActorView):
     """A write transaction on behalf of one actor; `changes` are its audit entries."""
 
     def __init__(self, tx: Transaction, actor: Actor, settings: WorkflowSettings) -> None:
-        super().__init__(tx, actor)
+        super().__init__(tx, actor, settings)
         self.changes: list[Change] = []
         self._tx = tx
-        self._settings = settings
 
     def advance(self, stored: StoredRequest, step: rules.Step, **changes: Any) -> StoredRequest:
         """Move a request by a step of the state table and save it, or raise RequestClosed."""
@@ -144,157 +245,196 @@ class ActorTransaction(ActorView):
         if wait:
             raise errors.TooManyRequests(wait)
 
-    def check_not_pending(self, wanted: Restriction, *, deletes: str | None = None) -> None:
-        """Raise DuplicateRestriction if the same request to add or delete is pending."""
+    def check_not_pending(self, wanted: Plan) -> None:
+        """Raise DuplicateRestriction if a pending request adds or ends the same already."""
         for pending in self._tx.pending_requests(wanted.username):
-            live = rules.state_at(pending, self.now) is RequestState.PENDING
-            if live and pending.addresses == wanted.addresses and pending.restriction_id == deletes:
-                if deletes is None:
-                    raise rules.duplicate(pending, wanted)
-                raise errors.DuplicateRestriction(
-                    wanted.username, str(wanted.addresses), "deletion"
-                )
+            if rules.state_at(pending, self.now) is not RequestState.PENDING:
+                continue
+            for new in wanted.adds:
+                if new.addresses in pending.adds:
+                    raise rules.duplicate(pending, new)
+            for old in wanted.removes:
+                if old.id in pending.removes:
+                    raise errors.DuplicateRestriction(
+                        wanted.username, str(old.addresses), "deletion"
+                    )
 
-    def check_addition(self, new: Restriction) -> tuple[tuple[Restriction, ...], list[Restriction]]:
-        """Check a new restriction by itself and against the user's present ones.
-
-        Returns:
-            The user's restrictions as they would be with it; and the expired ones that it replaces.
-        """
-        check_new(new, self._settings, self.now)
-        present = self._tx.restrictions(new.username)
-        replaced, refused = rules.judge_additions(
-            new.username,
-            present,
-            [new],
-            per_user=self._settings.restrictions_per_user,
-            now=self.now,
-        )
-        for _, error in refused:
-            raise error
-        return (*(r for r in present if r not in replaced), new), replaced
-
-    def check_removal(self, restriction: Restriction, consent: Consent) -> rules.Remainder:
-        """Return what the removal of a restriction would leave; raise as `check_lockout` does."""
-        remainder = rules.without(
-            self._tx.restrictions(restriction.username), restriction.id, self.now
-        )
-        self.check_lockout(restriction.username, remainder.left, allowed=consent.lockout)
-        return remainder
-
-    def check_lockout(self, username: str, left: Iterable[Restriction], *, allowed: bool) -> None:
+    def check_lockout(self, plan: Plan, *, allowed: bool) -> None:
         """Raise LockoutRisk if a change locks out its own actor, unless that is `allowed`."""
-        if allowed or self.actor.username != username or self.actor.address is None:
+        if allowed or self.actor.username != plan.username or self.actor.address is None:
             return
-        before = Policy(revision=0, restrictions=self._tx.restrictions(username), known=True)
-        rules.check_lockout(parse_address(self.actor.address), before, left, self.now)
+        present = self._tx.restrictions(plan.username)
+        before = Policy(revision=0, restrictions=present, known=True)
+        rules.check_lockout(parse_address(self.actor.address), before, plan.left, self.now)
 
-    def add(
-        self, user: User, new: Restriction, action: Action, consent: Consent, **detail: Any
-    ) -> Applied:
-        """Add a restriction, or raise as the checks do."""
-        left, replaced = self.check_addition(new)
-        self.check_lockout(user.username, left, allowed=consent.lockout)
-        for old in replaced:
+    def check_opening(self, plan: Plan, *, allowed: bool) -> None:
+        """Raise OpeningRisk if a change opens the user, unless that is `allowed`."""
+        if plan.impact.direction is Direction.OPENS and not allowed:
+            raise errors.OpeningRisk(plan.username)
+
+    def change(self, user: User, plan: Plan, action: Action, **detail: Any) -> Applied:
+        """Make a planned change, as one revision."""
+        ends = (*plan.removes, *plan.expired)
+        for old in ends:
             self._take_away(old)
-        self._tx.add_restriction(new)
+        for new in plan.adds:
+            self._tx.add_restriction(new)
+        told = plan.adds or plan.removes
+        first = told[0] if told else None
+        impact, opens = plan.impact, plan.impact.direction is Direction.OPENS
         change = self.append(
             action,
             user,
             touches=frozenset({user.username}),
-            addresses=new.addresses,
-            label=new.label,
-            expires_at=new.expires_at,
-            restriction=new.id,
-            replaces=replaced[0].id if replaced else None,
+            addresses=joined(each.addresses for each in told),
+            label=None if first is None else first.label,
+            expires_at=None if first is None or not plan.adds else first.expires_at,
+            restriction=joined(each.id for each in told),
+            replaces=joined(each.id for each in ends) if plan.adds else None,
+            unrestricted=opens,
+            restricted_to_nothing=rules.all_expired(plan.left, self.now),
+            direction=impact.direction.name.lower(),
+            gained=joined(impact.gained),
+            lost=joined(impact.lost),
             **detail,
         )
-        return Applied(revision=change.revision, restriction=new, unrestricted=False)
-
-    def remove(
-        self, user: User, old: Restriction, action: Action, consent: Consent, **detail: Any
-    ) -> Applied:
-        """Remove a restriction, or raise LockoutRisk or OpeningRisk without consent."""
-        remainder = self.check_removal(old, consent)
-        if remainder.opens and not consent.opening:
-            raise errors.OpeningRisk(user.username)
-        self._take_away(old)
-        change = self.append(
-            action,
-            user,
-            touches=frozenset({user.username}),
-            addresses=old.addresses,
-            label=old.label,
-            restriction=old.id,
-            unrestricted=remainder.opens,
-            restricted_to_nothing=remainder.shuts,
-            **detail,
+        return Applied(
+            revision=change.revision,
+            restriction=first,
+            unrestricted=opens,
+            added=plan.adds,
+            removed=ends,
+            impact=impact,
         )
-        return Applied(revision=change.revision, restriction=old, unrestricted=remainder.opens)
 
-    def apply(self, stored: StoredRequest, user: User, consent: Consent) -> Applied:
-        """Confirm a request and make its change, as `add` and `remove` do."""
-        request = self.advance(stored, rules.Step.CONFIRM).request
-        self._tx.set_failures(self.actor.username, 0)
-        if request.kind is RequestKind.ADD:
-            new = Restriction(
-                id=new_id(),
-                username=user.username,
-                addresses=request.addresses,
+    def batch(self, stored: StoredRequest, user: User) -> list[tuple[StoredRequest, User]]:
+        """Return a pending request, and those that share its number and are pending too.
+
+        Those of users that do not exist for this actor any more are left out.
+        """
+        found = [(stored, user)]
+        others = () if stored.request.batch is None else self._tx.batch(stored.request.batch)
+        for other in others:
+            request = other.request
+            there = self.user(request.username)
+            pending = rules.state_at(request, self.now) is RequestState.PENDING
+            if request.id != stored.request.id and pending and there is not None:
+                found.append((other, there.user))
+        return found
+
+    def plan_request(self, request: PendingRequest) -> Plan:
+        """Judge a request as things are now; restrictions that are gone already are skipped.
+
+        Raises:
+            DirectionChanged: It would do worse than what was requested.
+            UnknownRestriction: Nothing of it is left to do.
+            IPGuardError: As `Workflow.request`.
+        """
+        ids = increasing_ids()
+        adds = [
+            Restriction(
+                id=next(ids),
+                username=request.username,
+                addresses=addresses,
                 label=request.label,
                 created_at=self.now,
-                created_by=self.actor.username,
+                created_by=request.requested_by,
                 expires_at=request.restriction_expires_at,
             )
-            return self.add(user, new, Action.CONFIRM, consent, request=request.id)
-        restriction, user = self.restriction(request.restriction_id or "")
-        return self.remove(
+            for addresses in request.adds
+        ]
+        present = self._tx.restrictions(request.username)
+        removes = [each for each in present if each.id in request.removes]
+        if not (adds or removes):
+            raise errors.UnknownRestriction(request.removes[0])
+        plan = self.plan(request.username, adds, removes)
+        requested = request.impact
+        if requested is not None and plan.impact.direction > requested.direction:
+            raise errors.DirectionChanged(requested.direction, plan.impact.direction)
+        return plan
+
+    def apply(self, stored: StoredRequest, user: User, plan: Plan) -> Applied:
+        """Confirm a request and make its change."""
+        request = self.advance(stored, rules.Step.CONFIRM).request
+        return self.change(
             user,
-            restriction,
+            plan,
             Action.CONFIRM,
-            consent,
-            kind=RequestKind.DELETE,
+            kind=None if request.kind is RequestKind.ADD else request.kind,
             request=request.id,
             reason=request.reason,
+            requested_by=None
+            if request.requested_by == self.actor.username
+            else request.requested_by,
         )
 
-    def count_guess(self, stored: StoredRequest, user: User, failures: int) -> int:
-        """Count a wrong number; return how many attempts the request has left."""
-        left = stored.request.attempts_left - 1
+    def count_guess(self, members: list[tuple[StoredRequest, User]], failures: int) -> int:
+        """Count a wrong number for requests that share one; return the attempts that are left."""
+        left = min(stored.request.attempts_left for stored, _ in members) - 1
         step = rules.Step.GUESS if left else rules.Step.LOCK
-        request = self.advance(stored, step, attempts_left=left).request
+        for stored, user in members:
+            request = self.advance(stored, step, attempts_left=left).request
+            self.append_about(
+                request, Action.WRONG_NUMBER, user, attempts_left=left, locked=not left
+            )
         self._tx.set_failures(self.actor.username, failures + 1)
-        self.append_about(request, Action.WRONG_NUMBER, user, attempts_left=left, locked=not left)
         return left
+
+    def set_failures(self, username: str, count: int) -> None:
+        self._tx.set_failures(username, count)
+
+    def accept_number(self, members: Iterable[tuple[StoredRequest, User]]) -> None:
+        """Record that the number was right, because approvals are missing."""
+        self._tx.set_failures(self.actor.username, 0)
+        for stored, user in members:
+            self.advance(stored, rules.Step.RESEND, numbered=True)
+            self.append_about(stored.request, Action.NUMBER_ACCEPTED, user)
+
+    def approve(
+        self, members: Iterable[tuple[StoredRequest, User]]
+    ) -> list[tuple[StoredRequest, User]]:
+        """Record the actor's approval of each, and return them as they are now."""
+        found = []
+        everywhere = self.actor.manages is Actor.EVERY_ACCOUNT
+        for stored, user in members:
+            approval = Approval(
+                username=self.actor.username,
+                email=self.actor.email,
+                account_id=None if everywhere else user.account_id,
+                subject=rules.subject_digest(stored.request),
+            )
+            approvals = (*stored.request.approvals, approval)
+            found.append((self.advance(stored, rules.Step.APPROVE, approvals=approvals), user))
+            self.append_about(stored.request, Action.APPROVE, user, kind=stored.request.kind)
+        return found
 
     def reset_failures(self, username: str, user: User | None, reason: str) -> None:
         failures = self.failures(username)
         self._tx.set_failures(username, 0)
         self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)
 
-    def add_staged(self) -> int:
+    def add_staged(self, **options: bool) -> int:
         """Add the staged restrictions, all or none; return how many."""
-        count = self._tx.add_staged(per_user=self._settings.restrictions_per_user)
-        self._cancel_deletions(self._tx.orphaned_deletions())
-        return count
+        return self._tx.add_staged(per_user=self._settings.restrictions_per_user, **options)
 
     def _take_away(self, restriction: Restriction) -> None:
+        """Remove a restriction, and cancel requests that would do nothing but that."""
         self._tx.remove_restriction(restriction.id)
-        pending = self._tx.pending_requests(restriction.username)
-        self._cancel_deletions(each for each in pending if each.restriction_id == restriction.id)
-
-    def _cancel_deletions(self, requests: Iterable[PendingRequest]) -> None:
-        """Cancel requests to delete restrictions that are gone: no number could confirm them."""
-        for pending in requests:
+        for pending in self._tx.pending_requests(restriction.username):
             stored = self._tx.request(pending.id)
-            if stored is not None and rules.state_at(pending, self.now) is RequestState.PENDING:
+            if (
+                pending.removes == (restriction.id,)
+                and not pending.adds
+                and stored is not None
+                and rules.state_at(pending, self.now) is RequestState.PENDING
+            ):
                 self.advance(stored, rules.Step.CANCEL)
 
     def append_about(
         self, request: PendingRequest, action: Action, user: User, kind: str = "", **detail: Any
     ) -> None:
         """Append an audit entry about a request."""
-        addresses = request.addresses
+        addresses = joined(request.adds or request.removed)
         self.append(action, user, kind=kind, addresses=addresses, request=request.id, **detail)
 
     def append(

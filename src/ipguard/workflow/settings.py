@@ -10,6 +10,7 @@ import attrs
 
 from ipguard._checks import check_duration, check_whole
 from ipguard.errors import InvalidValue
+from ipguard.model import Demand, Direction, RequestKind
 
 __all__ = ["WorkflowSettings"]
 
@@ -29,6 +30,11 @@ def _duration(*, zero: bool = False) -> _Check:
 def _check_deletes(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if not (isinstance(value, bool) or value == "last"):
         raise InvalidValue(attribute.name, 'must be False, "last" or True')
+
+
+def _check_demand(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, Demand):
+        raise InvalidValue(attribute.name, "must be a Demand")
 
 
 @attrs.frozen(kw_only=True)
@@ -52,8 +58,12 @@ class WorkflowSettings:
         widest_ipv6: The same for IPv6.
         restrictions_per_user: Restrictions of one user, expired ones included; 65,535 at most, as a
             guard holds no more.
-        confirm_deletes: Whether a deletion needs a number: never (`False`), if it removes the
-            user's last restriction (`"last"`, recommended), or always (`True`).
+        add: What a request demands that adds addresses.
+        delete: What a request demands that ends restrictions. Replacing demands both.
+        loosens: What a request demands, besides, that lets the user in from other addresses too.
+        opens: What a request demands, besides, that opens the user to every address.
+        confirm_deletes: `True` is short for a number in `delete`, `"last"` (recommended) for one in
+            `opens`.
 
     Raises:
         InvalidValue: A value is out of its range.
@@ -72,12 +82,28 @@ class WorkflowSettings:
     widest_ipv4: int = attrs.field(default=16, validator=_whole(0, 32))
     widest_ipv6: int = attrs.field(default=32, validator=_whole(0, 128))
     restrictions_per_user: int = attrs.field(default=1000, validator=_whole(1, 65_535))
+    add: Demand = attrs.field(default=Demand(number=True), validator=_check_demand)
+    delete: Demand = attrs.field(default=Demand(), validator=_check_demand)
+    loosens: Demand = attrs.field(default=Demand(), validator=_check_demand)
+    opens: Demand = attrs.field(default=Demand(), validator=_check_demand)
     confirm_deletes: bool | Literal["last"] = attrs.field(default=False, validator=_check_deletes)
 
     def __attrs_post_init__(self) -> None:
         if self.number_lifetime > self.request_lifetime:
             raise InvalidValue("number_lifetime", "must not be longer than request_lifetime")
 
-    def deletion_needs_number(self, *, last: bool) -> bool:
-        """Return whether a deletion, of the user's last restriction or not, needs a number."""
-        return last if self.confirm_deletes == "last" else self.confirm_deletes
+    def demand(self, kind: RequestKind, direction: Direction) -> Demand:
+        """Return what a request of this kind and direction has to meet.
+
+        What opens also loosens, so a more dangerous direction never demands less.
+        """
+        found = Demand()
+        if kind is not RequestKind.DELETE:
+            found |= self.add
+        if kind is not RequestKind.ADD:
+            found |= self.delete | Demand(number=self.confirm_deletes is True)
+        if direction >= Direction.LOOSENS:
+            found |= self.loosens
+        if direction is Direction.OPENS:
+            found |= self.opens | Demand(number=self.confirm_deletes == "last")
+        return found

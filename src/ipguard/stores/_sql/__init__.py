@@ -19,12 +19,16 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 import attrs
 
 from ipguard import audit, errors, rules
-from ipguard.addresses import AddressRange
+from ipguard.addresses import AddressRange, AddressSet
 from ipguard.model import (
     EVERYBODY,
     RESET,
+    Approval,
     Change,
     Changes,
+    Demand,
+    Direction,
+    Impact,
     PendingRequest,
     Policy,
     RequestKind,
@@ -184,7 +188,8 @@ def restriction_row(restriction: Restriction) -> Row:
 
 PENDING: Final = (
     "id, username, kind, first_ip, last_ip, label, requested_by, requested_at, expires_at, "
-    "number_expires_at, attempts_left, state, restriction_id, restriction_expires_at, reason"
+    "number_expires_at, attempts_left, state, restriction_id, restriction_expires_at, reason, "
+    "batch, content"
 )
 """The columns for `pending_of`."""
 _UNSEEN: Final = "email, key_id, digest, resends, mails_failed, sent_at"
@@ -212,9 +217,17 @@ def _row(names: str, fields: Mapping[str, Any]) -> Row:
 @reads_rows
 def pending_of(row: Row) -> PendingRequest:
     fields = _fields(PENDING, row)
-    addresses = AddressRange.from_packed(fields.pop("first_ip"), fields.pop("last_ip"))
-    kind, state = RequestKind(fields.pop("kind")), RequestState(fields.pop("state"))
-    return PendingRequest(**fields, addresses=addresses, kind=kind, state=state)
+    addresses = (AddressRange.from_packed(fields.pop("first_ip"), fields.pop("last_ip")),)
+    restriction_id, content = fields.pop("restriction_id"), fields.pop("content")
+    kind, state = RequestKind(fields.pop("kind")), fields.pop("state")
+    state = RequestState.PENDING if state == _OPEN else RequestState(state)
+    if content is not None:
+        fields |= _read_content(content)
+    elif kind is RequestKind.ADD:
+        fields["adds"] = addresses
+    else:
+        fields |= {"removes": (restriction_id,), "removed": addresses}
+    return PendingRequest(**fields, kind=kind, state=state)
 
 
 @reads_rows
@@ -225,10 +238,89 @@ def request_of(row: Row) -> StoredRequest:
 
 def request_row(stored: StoredRequest) -> Row:
     request = stored.request
-    first, last = request.addresses.packed
-    coded = {"kind": request.kind.value, "state": request.state.value}
-    fields = attrs.asdict(stored, recurse=False) | attrs.asdict(request, recurse=False) | coded
-    return _row(REQUEST, fields | {"first_ip": first, "last_ip": last})
+    first, last = (request.adds or request.removed)[0].packed
+    simple = (
+        len(request.adds) + len(request.removes) == 1
+        and request.demand == Demand(number=True)
+        and request.batch is None
+    )
+    hidden = request.state is RequestState.PENDING and not simple
+    coded = {
+        "kind": request.kind.value,
+        "state": _OPEN if hidden else request.state.value,
+        "first_ip": first,
+        "last_ip": last,
+        "restriction_id": request.removes[0] if request.kind is RequestKind.DELETE else None,
+        "content": _content(request),
+    }
+    fields = attrs.asdict(stored, recurse=False) | attrs.asdict(request, recurse=False)
+    return _row(REQUEST, fields | coded)
+
+
+_OPEN: Final = "open"
+IS_PENDING: Final = "state IN ('pending', 'open')"
+"""The condition for pending requests; `open` are those that libraries before schema 6 must not see.
+
+A library that cannot read what a request demands would list and confirm it by less.
+"""
+
+
+def _content(request: PendingRequest) -> str:
+    """Return as JSON what a request has no columns for."""
+    impact, demand = request.impact, request.demand
+    removes = zip(request.removes, map(_ends, request.removed), strict=True)
+    found = {
+        "adds": [_ends(each) for each in request.adds],
+        "removes": list(removes),
+        "demand": [demand.number, demand.approvals, demand.wait // _MICROSECOND],
+        "numbered": request.numbered,
+        "approvals": [attrs.astuple(each) for each in request.approvals],
+        "impact": None
+        if impact is None
+        else [
+            int(impact.direction),
+            [_ends(each) for each in impact.gained],
+            [_ends(each) for each in impact.lost],
+            impact.summary,
+        ],
+    }
+    return json.dumps(found, separators=(",", ":"))
+
+
+def _read_content(text: str) -> dict[str, Any]:
+    """Return the fields of a request from its `_content`."""
+    found = json.loads(text)
+    number, approvals, wait = found["demand"]
+    impact = None
+    if found["impact"] is not None:
+        direction, gained, lost, summary = found["impact"]
+        impact = Impact(
+            direction=Direction(direction),
+            gained=AddressSet(map(_range, gained)),
+            lost=AddressSet(map(_range, lost)),
+            summary=summary,
+        )
+    names = [field.name for field in attrs.fields(Approval)]
+    return {
+        "adds": tuple(map(_range, found["adds"])),
+        "removes": tuple(restriction_id for restriction_id, _ in found["removes"]),
+        "removed": tuple(_range(ends) for _, ends in found["removes"]),
+        "demand": Demand(number=number, approvals=approvals, wait=wait * _MICROSECOND),
+        "numbered": found["numbered"],
+        "approvals": tuple(
+            Approval(**dict(zip(names, each, strict=True))) for each in found["approvals"]
+        ),
+        "impact": impact,
+    }
+
+
+def _ends(addresses: AddressRange) -> tuple[int, int, int]:
+    return addresses.version, addresses.first, addresses.last
+
+
+def _range(ends: Sequence[int]) -> AddressRange:
+    version, first, last = ends
+    return AddressRange(version=version, first=first, last=last)
 
 
 USER: Final = "username, spelling, full_name, account_id, email, uid"
@@ -307,7 +399,7 @@ def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
     return frozenset(names)
 
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """The schema of this library: the number of the last migration."""
 
 

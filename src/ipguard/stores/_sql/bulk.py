@@ -28,7 +28,6 @@ from ipguard.model import (
     EVERYBODY,
     Action,
     Change,
-    PendingRequest,
     Restriction,
     StoredUser,
     Touched,
@@ -45,7 +44,7 @@ from ipguard.store import (
     user_entries,
 )
 from ipguard.stores._sql import (
-    PENDING,
+    IS_PENDING,
     RESTRICTION,
     TOUCHED_SINCE,
     USER,
@@ -57,7 +56,6 @@ from ipguard.stores._sql import (
     marks,
     micros,
     moment,
-    pending_of,
     restriction_of,
     restriction_row,
     touched_of,
@@ -106,14 +104,7 @@ SELECT n.username, n.added + (
 """
 _MOST: Final = f"SELECT max(number) FROM ({_NUMBERS}) m"
 _TOO_MANY: Final = f"SELECT username FROM ({_NUMBERS}) m WHERE number > ? ORDER BY seq LIMIT 1"
-_REPLACED: Final = (
-    f"INSERT INTO replaced_restrictions (username, id) SELECT r.username, r.id {_SAME}"
-)
-_ORPHANED: Final = f"""
-SELECT {PENDING} FROM requests WHERE state = 'pending'
-AND username IN (SELECT username FROM replaced_restrictions)
-AND restriction_id IN (SELECT id FROM replaced_restrictions)
-"""
+_REPLACED: Final = f"INSERT INTO replaced_restrictions (id) SELECT r.id {_SAME}"
 
 
 class BulkRestrictions:
@@ -128,11 +119,11 @@ class BulkRestrictions:
     def __init__(self, db: Executor, restrictions: Iterable[Restriction], *, ahead: bool) -> None:
         self._table = "staged_restrictions"
         self._write_ahead = ahead
-        self._ahead = self._added = False
+        self._ahead = False
         self._seen, self._most = _NEVER, 0
         self._refused: str | None = None
         db.run(f"CREATE TEMPORARY TABLE staged_restrictions {_TABLE}")
-        db.run("CREATE TEMPORARY TABLE replaced_restrictions (username TEXT, id TEXT)")
+        db.run("CREATE TEMPORARY TABLE replaced_restrictions (id TEXT)")
         rows = ((seq, *restriction_row(each)) for seq, each in enumerate(restrictions))
         db.insert_many("staged_restrictions", _COLUMNS, rows)
         db.run("CREATE INDEX staged_addresses ON staged_restrictions (username, first_ip, last_ip)")
@@ -193,13 +184,9 @@ class BulkRestrictions:
         if not self._ahead:
             self._insert(db)
         # They are now restrictions like all others.
-        self._ahead, self._added, self._seen = False, True, _NEVER
+        self._ahead, self._seen = False, _NEVER
         ((count,),) = db.rows("SELECT count(*) FROM staged_restrictions")
         return int(count)
-
-    def orphaned(self, db: Executor) -> tuple[PendingRequest, ...]:
-        """Return the pending requests to delete a restriction that was replaced."""
-        return tuple(map(pending_of, db.rows(_ORPHANED))) if self._added else ()
 
     def _insert(self, db: Executor) -> None:
         order = "username, created_at, id" if self._table == "staged_restrictions" else "seq"
@@ -609,7 +596,7 @@ class BulkUsers:
     @staticmethod
     def _cancel_requests(db: Executor) -> None:
         db.run(
-            "UPDATE requests SET state = 'cancelled' WHERE state = 'pending'"
+            f"UPDATE requests SET state = 'cancelled' WHERE {IS_PENDING}"
             f" AND username IN ({_RENAMED} UNION SELECT username FROM missing_users)"
         )
 
@@ -712,7 +699,7 @@ def remove_named(tx: Transaction, db: Executor) -> list[Change]:
         return []
     ((count,),) = db.rows("SELECT count(*) FROM staged_names")
     db.run(
-        "UPDATE requests SET state = 'cancelled' WHERE state = 'pending'"
+        f"UPDATE requests SET state = 'cancelled' WHERE {IS_PENDING}"
         " AND username IN (SELECT username FROM staged_names)"
     )
     db.run("UPDATE users SET removed = 1 WHERE username IN (SELECT username FROM staged_names)")

@@ -38,6 +38,7 @@ from ipguard.store import Closing, Snapshot, Transaction, Unread, carry_out, rea
 from ipguard.stores._sql import (
     BIGGEST,
     CHANGE,
+    IS_PENDING,
     PENDING,
     REQUEST,
     RESTRICTION,
@@ -133,15 +134,19 @@ class SqlSnapshot:
 
     def pending_requests(self, username: str) -> tuple[PendingRequest, ...]:
         sql = (
-            f"SELECT {PENDING} FROM requests WHERE username = ? AND state = 'pending'"
+            f"SELECT {PENDING} FROM requests WHERE username = ? AND {IS_PENDING}"
             " ORDER BY requested_at, id"
         )
         return tuple(pending_of(row) for row in self._find(sql, username))
 
+    def batch(self, batch_id: str) -> tuple[StoredRequest, ...]:
+        sql = f"SELECT {REQUEST} FROM requests WHERE batch = ? ORDER BY requested_at, id"
+        return tuple(map(request_of, self._find(sql, batch_id)))
+
     def request_times(self, requested_by: str, since: datetime) -> tuple[datetime, ...]:
         sql = (
             "SELECT requested_at FROM requests WHERE requested_by = ? AND requested_at > ?"
-            " ORDER BY requested_at"
+            " AND (batch IS NULL OR batch = id) ORDER BY requested_at"
         )
         return tuple(moment(row[0]) for row in self.db.rows(sql, (requested_by, micros(since))))
 
@@ -205,9 +210,6 @@ class WriteTransaction(SqlSnapshot):
 
     def add_staged(self, *, per_user: int) -> int:
         return 0 if self._bulk is None else self._bulk.add(self.db, self.now, per_user=per_user)
-
-    def orphaned_deletions(self) -> tuple[PendingRequest, ...]:
-        return () if self._bulk is None else self._bulk.orphaned(self.db)
 
     def append(
         self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any
@@ -306,7 +308,7 @@ def _lines(
         restrictions.setdefault(row[0], []).append(restriction_of(row[0], row[1:]))
     pending: dict[str, list[PendingRequest]] = {}
     for row in db.rows(
-        f"SELECT {PENDING} FROM requests WHERE state = 'pending' AND {among} AND expires_at > ?"
+        f"SELECT {PENDING} FROM requests WHERE {IS_PENDING} AND {among} AND expires_at > ?"
         " ORDER BY username, requested_at, id",
         (texts, micros(now)),
     ):
