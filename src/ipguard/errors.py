@@ -161,14 +161,21 @@ class OpeningRisk(IPGuardError):
 
 @attrs.define(slots=False, repr=False)
 class DirectionChanged(IPGuardError):
-    """A request would now do more than was requested: both are an `ipguard.Direction`."""
+    """A request would now do more to `username` than was requested.
+
+    Attributes:
+        requested: The `ipguard.Direction` that was requested.
+        now: What it would be now.
+        username: The user.
+    """
 
     requested: Any
     now: Any
+    username: str
 
     def __str__(self) -> str:
         return (
-            f"the user's restrictions have changed: this was requested as a change that"
+            f"the restrictions of {self.username} have changed: this was requested as a change that"
             f" {_EFFECTS[self.requested.name]}, and now it {_EFFECTS[self.now.name]};"
             " withdraw the request and make a new one"
         )

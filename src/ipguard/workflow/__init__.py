@@ -1019,7 +1019,8 @@ class Workflow(Closing):
             stored, user = tx.request(sent.request.id, own=True)
             if stored.digest != sent.digest:
                 return
-            tx.save(attrs.evolve(stored, mails_failed=failed))
+            for each, _ in tx.batch(stored, user):
+                tx.save(attrs.evolve(each, mails_failed=failed))
             tx.append_about(stored.request, Action.DELIVERY_FAILED, user)
 
     def _announce(

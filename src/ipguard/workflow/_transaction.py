@@ -350,7 +350,9 @@ class ActorTransaction(ActorView):
         plan = self.plan(request.username, adds, removes)
         requested = request.impact
         if requested is not None and plan.impact.direction > requested.direction:
-            raise errors.DirectionChanged(requested.direction, plan.impact.direction)
+            raise errors.DirectionChanged(
+                requested.direction, plan.impact.direction, request.username
+            )
         return plan
 
     def apply(self, stored: StoredRequest, user: User, plan: Plan) -> Applied:
