@@ -13,10 +13,12 @@ from ipguard.errors import (
     AddressError,
     AddressTooBroad,
     DeliveryError,
+    DirectionChanged,
     DuplicateRestriction,
     InvalidValue,
     IPGuardError,
     LockoutRisk,
+    NotAnApprover,
     NumberExpired,
     NumberFormatError,
     OpeningRisk,
@@ -28,6 +30,7 @@ from ipguard.errors import (
     TooManyAttempts,
     TooManyRequests,
     TooManyRestrictions,
+    TooSoon,
     UnknownRequest,
     UnknownRestriction,
     UnknownUser,
@@ -36,6 +39,7 @@ from ipguard.errors import (
     WrongNumber,
     shorten,
 )
+from ipguard.model import Direction
 
 UNTIL = datetime(2031, 1, 31, 18, tzinfo=UTC)
 DUPLICATE = "username addresses found label expires_at differs"
@@ -138,6 +142,26 @@ CASES: list[tuple[IPGuardError, str, tuple[object, ...], str]] = [
         "retry_after",
         (timedelta(seconds=29.6),),
         "too many requests; try again in 30 s",
+    ),
+    (
+        DirectionChanged(Direction.TIGHTENS, Direction.OPENS, "jsmith"),
+        "requested now username",
+        (Direction.TIGHTENS, Direction.OPENS, "jsmith"),
+        "the restrictions of jsmith have changed: this was requested as a change that lets the user"
+        " in from fewer addresses, and now it lets the user in from every address; withdraw the"
+        " request and make a new one",
+    ),
+    (
+        TooSoon(datetime(2030, 1, 1, 12, tzinfo=UTC)),
+        "ready_at",
+        (datetime(2030, 1, 1, 12, tzinfo=UTC),),
+        "this request has to wait until 2030-01-01 12:00:00 UTC",
+    ),
+    (
+        NotAnApprover("you made it"),
+        "reason",
+        ("you made it",),
+        "you cannot approve this request: you made it",
     ),
     (
         TooManyRequests(timedelta(milliseconds=1)),

@@ -17,6 +17,7 @@ from ipguard import (
     RequestKind,
     Workflow,
     WorkflowSettings,
+    rules,
 )
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import Outbox
@@ -105,23 +106,17 @@ LOOSENS, OPENS = Demand(approvals=3), Demand(approvals=4)
     ],
 )
 def test_what_a_request_demands(kind: str, direction: Direction, approvals: int) -> None:
-    settings = WorkflowSettings(add=ADD, delete=DELETE, loosens=LOOSENS, opens=OPENS)
-    assert settings.demand(RequestKind(kind), direction) == Demand(approvals=approvals)
+    found = rules.demanded(
+        RequestKind(kind), direction, add=ADD, delete=DELETE, loosens=LOOSENS, opens=OPENS
+    )
+    assert found == Demand(approvals=approvals)
 
 
-@pytest.mark.parametrize(
-    ("setting", "direction", "needs"),
-    [
-        (False, Direction.OPENS, False),
-        ("last", Direction.OPENS, True),
-        ("last", Direction.TIGHTENS, False),
-        (True, Direction.TIGHTENS, True),
-    ],
-)
-def test_the_shorthand_for_deletions(setting: Any, direction: Direction, needs: bool) -> None:
-    settings = WorkflowSettings(confirm_deletes=setting)
-    assert settings.demand(RequestKind.DELETE, direction).number is needs
-    assert settings.demand(RequestKind.ADD, Direction.TIGHTENS) == Demand(number=True)
+def test_the_shorthand_for_deletions() -> None:
+    number, approval = Demand(number=True), Demand(approvals=1)
+    assert WorkflowSettings(confirm_deletes=True, delete=approval).delete == number | approval
+    assert WorkflowSettings(confirm_deletes="last").opens == number
+    assert WorkflowSettings().delete == WorkflowSettings(confirm_deletes="last").delete == Demand()
 
 
 @pytest.mark.parametrize("name", DURATIONS)

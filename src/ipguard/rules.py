@@ -39,6 +39,7 @@ from ipguard.model import (
     PendingRequest,
     Policy,
     Reason,
+    RequestKind,
     RequestState,
     Restriction,
     StoredRequest,
@@ -61,6 +62,7 @@ __all__ = [
     "check_lockout",
     "check_width",
     "decide",
+    "demanded",
     "duplicate",
     "impact",
     "is_visible",
@@ -179,6 +181,32 @@ def number_expired(stored: StoredRequest, now: datetime) -> bool:
     """
     ahead = stored.sent_at is not None and stored.sent_at > now
     return ahead or stored.request.number_expires_at <= now
+
+
+def demanded(
+    kind: RequestKind,
+    direction: Direction,
+    *,
+    add: Demand,
+    delete: Demand,
+    loosens: Demand,
+    opens: Demand,
+) -> Demand:
+    """Return what a request of this kind and direction has to meet, by the settings.
+
+    Replacing is adding and deleting. What opens also loosens, so a more dangerous direction never
+    demands less.
+    """
+    found = Demand()
+    if kind is not RequestKind.DELETE:
+        found |= add
+    if kind is not RequestKind.ADD:
+        found |= delete
+    if direction >= Direction.LOOSENS:
+        found |= loosens
+    if direction is Direction.OPENS:
+        found |= opens
+    return found
 
 
 def subject_digest(request: PendingRequest) -> str:

@@ -374,7 +374,7 @@ def _prepare_delete(
     return {
         "restriction": restriction,
         "needs_number": bool(
-            context.flow.settings.demand(
+            context.flow.demanded(
                 RequestKind.DELETE,
                 rules.impact(line.restrictions, preview["left"], context.now).direction,
             )

@@ -331,6 +331,7 @@ class AsyncWorkflow(_AsyncClosing):
     request = _awaited(Workflow.request)
     request_many = _awaited(Workflow.request_many)
     preview = _awaited(Workflow.preview)
+    demanded = _awaited(Workflow.demanded)
     confirm = _awaited(Workflow.confirm)
     approve = _awaited(Workflow.approve)
     cancel = _awaited(Workflow.cancel)

@@ -34,6 +34,7 @@ from ipguard.model import (
     Impact,
     Page,
     PendingRequest,
+    RequestKind,
     RequestState,
     Restriction,
     StoredRequest,
@@ -257,6 +258,13 @@ class Workflow(Closing):
             _, removes = view.user_to_change(name, ids, adding=bool(adds))
             return view.plan(name, adds, removes, only=only).impact
 
+    def demanded(self, kind: RequestKind, direction: Direction) -> Demand:
+        """Return what the settings demand of a request of this kind and direction."""
+        now = self.settings
+        return rules.demanded(
+            kind, direction, add=now.add, delete=now.delete, loosens=now.loosens, opens=now.opens
+        )
+
     def confirm(
         self,
         actor: Actor,
@@ -335,7 +343,7 @@ class Workflow(Closing):
 
     def _demand(self, request: PendingRequest) -> Demand:
         direction = Direction.NEUTRAL if request.impact is None else request.impact.direction
-        return request.demand | self.settings.demand(request.kind, direction)
+        return request.demand | self.demanded(request.kind, direction)
 
     def _check_usable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
         """Refuse a number that cannot confirm anything; return the actor's failures."""
@@ -883,7 +891,7 @@ class Workflow(Closing):
         """Make requests that share a number; or make the change, if nothing is demanded."""
         demand = Demand()
         for _, plan in planned:
-            demand |= self.settings.demand(plan.kind, plan.impact.direction)
+            demand |= self.demanded(plan.kind, plan.impact.direction)
         requests = [self._requested(tx, user, plan, demand, reason) for user, plan in planned]
         if not demand:
             done, applied = [], None

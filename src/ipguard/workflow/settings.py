@@ -10,7 +10,7 @@ import attrs
 
 from ipguard._checks import check_duration, check_whole
 from ipguard.errors import InvalidValue
-from ipguard.model import Demand, Direction, RequestKind
+from ipguard.model import Demand
 
 __all__ = ["WorkflowSettings"]
 
@@ -91,19 +91,8 @@ class WorkflowSettings:
     def __attrs_post_init__(self) -> None:
         if self.number_lifetime > self.request_lifetime:
             raise InvalidValue("number_lifetime", "must not be longer than request_lifetime")
-
-    def demand(self, kind: RequestKind, direction: Direction) -> Demand:
-        """Return what a request of this kind and direction has to meet.
-
-        What opens also loosens, so a more dangerous direction never demands less.
-        """
-        found = Demand()
-        if kind is not RequestKind.DELETE:
-            found |= self.add
-        if kind is not RequestKind.ADD:
-            found |= self.delete | Demand(number=self.confirm_deletes is True)
-        if direction >= Direction.LOOSENS:
-            found |= self.loosens
-        if direction is Direction.OPENS:
-            found |= self.opens | Demand(number=self.confirm_deletes == "last")
-        return found
+        number = Demand(number=True)
+        if self.confirm_deletes is True:
+            object.__setattr__(self, "delete", self.delete | number)
+        elif self.confirm_deletes == "last":
+            object.__setattr__(self, "opens", self.opens | number)
