@@ -148,9 +148,9 @@ CASES: list[tuple[IPGuardError, str, tuple[object, ...], str]] = [
         "requested now username",
         (Direction.TIGHTENS, Direction.OPENS, "jsmith"),
         (
-            "the restrictions of jsmith have changed: this was requested as a change that lets the user"
-            " in from fewer addresses, and now it lets the user in from every address; withdraw the"
-            " request and make a new one"
+            "the restrictions of jsmith have changed: this was requested as a change that lets the"
+            " user in from fewer addresses, and now it lets the user in from every address;"
+            " withdraw the request and make a new one"
         ),
     ),
     (
