@@ -622,3 +622,21 @@ class TestPlanUsers:
         plan = rules.plan_users(records, held, remove_missing=True)
         assert plan.removed == [self.user("a")]
         assert rules.plan_users(records, held).removed == []
+
+
+@pytest.mark.parametrize(
+    ("expiries", "ends"),
+    [
+        ([], None),
+        ([None, SECOND], None),
+        ([SECOND, 2 * SECOND, -SECOND], NOW + 2 * SECOND),
+        ([-SECOND], NOW - SECOND),
+    ],
+)
+def test_the_end_of_what_a_change_leaves(expiries, ends):
+    """It is the end of the last temporary restriction, if no permanent one is left."""
+    left = [
+        restriction(f"203.0.113.{at}", None if each is None else NOW + each)
+        for at, each in enumerate(expiries)
+    ]
+    assert rules.impact([restriction("198.51.100.7")], left, NOW).ends == ends

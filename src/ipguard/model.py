@@ -295,12 +295,16 @@ class Impact:
         gained: The addresses that are allowed afterwards, at some time, and were not before.
         lost: The addresses that were allowed and no longer are, at some time.
         summary: What will hold afterwards, in a sentence; equality ignores it.
+        ends: When the last restriction that is left expires, after which no address is allowed;
+            None if one is permanent, or none is left. Equality ignores it, and stores do not keep
+            it.
     """
 
     direction: Direction
     gained: AddressSet
     lost: AddressSet
     summary: str = attrs.field(default="", eq=False)
+    ends: datetime | None = attrs.field(default=None, eq=False)
 
 
 def _checked_number(_: object, attribute: attrs.Attribute[Any], value: object) -> None:

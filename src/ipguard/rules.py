@@ -409,7 +409,9 @@ def impact(
         direction = Direction.TIGHTENS
     else:
         direction = Direction.NEUTRAL
-    found = Impact(direction=direction, gained=gained, lost=lost)
+    times = [each.expires_at for each in will if each.expires_at is not None]
+    ends = max(times) if times and len(times) == len(will) else None
+    found = Impact(direction=direction, gained=gained, lost=lost, ends=ends)
     return attrs.evolve(found, summary=_outlook(was, will, found, now))
 
 
