@@ -21,6 +21,7 @@ from ipguard.addresses import (
     AddressRange,
     AddressSet,
     canonical_address,
+    is_private,
     login_address,
     parse_address,
     parse_typed,
@@ -866,3 +867,24 @@ def test_a_set_holds_what_its_ranges_hold(ranges, probe):
 def test_an_address_that_a_login_can_come_from(text, canonical):
     """Malformed text and addresses that no client has give empty text."""
     assert canonical_address(text) == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "private"),
+    [
+        ("10.0.0.0", True),
+        ("192.168.1.20", True),
+        ("172.31.255.255", True),
+        ("172.32.0.0", False),
+        ("100.64.0.0/10", True),
+        ("100.127.255.255-100.128.0.0", False),
+        ("::ffff:10.0.0.1", True),
+        ("fdff::/16", True),
+        ("fe00::", False),
+        ("203.0.113.7", False),
+        ("0.0.0.0/0", False),
+    ],
+)
+def test_private_networks(text: str, private: bool):
+    """A range is private if all of it is in one of the private networks."""
+    assert is_private(AddressRange.parse(text)) is private

@@ -13,6 +13,8 @@ import ipguard
 from ipguard import (
     Action,
     Actor,
+    Demand,
+    Direction,
     InvalidValue,
     UnknownRequest,
     UnknownRestriction,
@@ -216,3 +218,28 @@ def test_a_username_cannot_forge_a_line_of_the_audit_log(
     (line,) = [r.getMessage() for r in caplog.records if r.name == "ipguard.audit"]
     assert ' username="x action=lift\\u2028y" account=U1 ' in line
     assert len(line.splitlines()) == 1
+
+
+# -- a pending request, as things are now ------------------------------------------------------
+
+
+def test_preview_a_request(desk: Desk) -> None:
+    """The impact is that of now, and what `confirm` would refuse is refused."""
+    first = desk.ask(OFFICE)
+    assert desk.flow.preview_request(ADAM, first.id).direction is Direction.TIGHTENS
+    other = desk.add(HOME)
+    with pytest.raises(ipguard.DirectionChanged):
+        desk.flow.preview_request(ADAM, first.id)
+    second = desk.ask("192.0.2.9", replaces=[other.id])
+    assert "no longer from 198.51.100.20" in desk.flow.preview_request(ADAM, second.id).summary
+    for request_id in (second.id, "none"):
+        with pytest.raises(UnknownRequest):
+            desk.flow.preview_request(CAROL, request_id)
+
+
+def test_the_demand_of_a_request(desk: Desk) -> None:
+    """Settings that are stricter than those of the request apply to it, looser ones do not."""
+    request = desk.ask(OFFICE)
+    assert desk.flow.demand_of(request) == Demand(number=True)
+    desk.use(add=Demand(approvals=1))
+    assert desk.flow.demand_of(request) == Demand(number=True, approvals=1)

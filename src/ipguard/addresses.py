@@ -370,6 +370,19 @@ def parse_typed(text: str) -> AddressRange:
     return AddressRange.parse(exact)
 
 
+def is_private(addresses: AddressRange) -> bool:
+    """Return whether all are of a private network, which the internet never sees as a source.
+
+    RFC 1918, RFC 6598 (shared by a carrier's customers) and RFC 4193.
+    """
+    return any(
+        each.version == addresses.version
+        and each.first <= addresses.first
+        and addresses.last <= each.last
+        for each in _PRIVATE
+    )
+
+
 def _ends(item: object) -> _Ends:
     if type(item) is AddressRange:  # isinstance would call the item's own `__class__`
         return item.version, item.first, item.last
@@ -445,6 +458,14 @@ def _unfit(version: int, first: int, last: int) -> str | None:
     if version == 4 and first == _MAX[4]:
         return "it is the broadcast address, and no login comes from there"
     return None
+
+
+_PRIVATE: Final = tuple(
+    map(
+        AddressRange.parse,
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"),
+    )
+)
 
 
 # -- reasons and hints ----------------------------------------------------------------------------

@@ -332,6 +332,8 @@ class AsyncWorkflow(_AsyncClosing):
     request_many = _awaited(Workflow.request_many)
     preview = _awaited(Workflow.preview)
     demanded = _awaited(Workflow.demanded)
+    demand_of = _awaited(Workflow.demand_of)
+    preview_request = _awaited(Workflow.preview_request)
     confirm = _awaited(Workflow.confirm)
     approve = _awaited(Workflow.approve)
     cancel = _awaited(Workflow.cancel)

@@ -265,6 +265,22 @@ class Workflow(Closing):
             kind, direction, add=now.add, delete=now.delete, loosens=now.loosens, opens=now.opens
         )
 
+    def demand_of(self, request: PendingRequest) -> Demand:
+        """Return what a request has to meet: its own demand, and what stricter settings demand."""
+        direction = Direction.NEUTRAL if request.impact is None else request.impact.direction
+        return request.demand | self.demanded(request.kind, direction)
+
+    def preview_request(self, actor: Actor, request_id: str) -> Impact:
+        """Return what a pending request would do, as things are now.
+
+        Raises:
+            UnknownRequest: The request does not exist for this actor.
+            IPGuardError: As `confirm` raises by its rules, such as DirectionChanged.
+        """
+        with self._view(actor) as view:
+            stored, _ = view.request(request_id, own=False)
+            return view.plan_request(stored.request).impact
+
     def confirm(
         self,
         actor: Actor,
@@ -335,15 +351,11 @@ class Workflow(Closing):
         if state is RequestState.LOCKED:
             raise errors.TooManyAttempts
         rules.after(state, rules.Step.CONFIRM)
-        demand = self._demand(request)
+        demand = self.demand_of(request)
         ready_at = request.requested_at + demand.wait
         if demand.wait and now < ready_at:
             raise errors.TooSoon(ready_at)
         return demand
-
-    def _demand(self, request: PendingRequest) -> Demand:
-        direction = Direction.NEUTRAL if request.impact is None else request.impact.direction
-        return request.demand | self.demanded(request.kind, direction)
 
     def _check_usable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
         """Refuse a number that cannot confirm anything; return the actor's failures."""
@@ -414,7 +426,7 @@ class Workflow(Closing):
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=False)
             rules.after(rules.state_at(stored.request, tx.now), rules.Step.APPROVE)
-            demand = self._demand(stored.request)
+            demand = self.demand_of(stored.request)
             rules.check_approver(stored, actor, demand)
             members = tx.batch(stored, user)
             if actor.username not in stored.request.approved_by:

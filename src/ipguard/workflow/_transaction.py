@@ -215,6 +215,39 @@ class ActorView:
         change = rules.impact(present, left, self.now)
         return Plan(username, tuple(adds), tuple(ends), tuple(replaced), left, change)
 
+    def plan_request(self, request: PendingRequest) -> Plan:
+        """Judge a request as things are now; restrictions that are gone already are skipped.
+
+        Raises:
+            DirectionChanged: It would do worse than what was requested.
+            UnknownRestriction: Nothing of it is left to do.
+            IPGuardError: As `Workflow.request`.
+        """
+        ids = increasing_ids()
+        adds = [
+            Restriction(
+                id=next(ids),
+                username=request.username,
+                addresses=addresses,
+                label=request.label,
+                created_at=self.now,
+                created_by=request.requested_by,
+                expires_at=request.restriction_expires_at,
+            )
+            for addresses in request.adds
+        ]
+        present = self._snapshot.restrictions(request.username)
+        removes = [each for each in present if each.id in request.removes]
+        if not (adds or removes):
+            raise errors.UnknownRestriction(request.removes[0])
+        plan = self.plan(request.username, adds, removes)
+        requested = request.impact
+        if requested is not None and plan.impact.direction > requested.direction:
+            raise errors.DirectionChanged(
+                requested.direction, plan.impact.direction, request.username
+            )
+        return plan
+
     def failures(self, username: str) -> int:
         return self._snapshot.failures(username)
 
@@ -321,39 +354,6 @@ class ActorTransaction(ActorView):
             if request.id != stored.request.id and pending and there is not None:
                 found.append((other, there.user))
         return found
-
-    def plan_request(self, request: PendingRequest) -> Plan:
-        """Judge a request as things are now; restrictions that are gone already are skipped.
-
-        Raises:
-            DirectionChanged: It would do worse than what was requested.
-            UnknownRestriction: Nothing of it is left to do.
-            IPGuardError: As `Workflow.request`.
-        """
-        ids = increasing_ids()
-        adds = [
-            Restriction(
-                id=next(ids),
-                username=request.username,
-                addresses=addresses,
-                label=request.label,
-                created_at=self.now,
-                created_by=request.requested_by,
-                expires_at=request.restriction_expires_at,
-            )
-            for addresses in request.adds
-        ]
-        present = self._tx.restrictions(request.username)
-        removes = [each for each in present if each.id in request.removes]
-        if not (adds or removes):
-            raise errors.UnknownRestriction(request.removes[0])
-        plan = self.plan(request.username, adds, removes)
-        requested = request.impact
-        if requested is not None and plan.impact.direction > requested.direction:
-            raise errors.DirectionChanged(
-                requested.direction, plan.impact.direction, request.username
-            )
-        return plan
 
     def apply(self, stored: StoredRequest, user: User, plan: Plan) -> Applied:
         """Confirm a request and make its change."""
