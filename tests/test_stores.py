@@ -19,6 +19,7 @@ from ipguard.model import (
     RESET,
     Action,
     Actor,
+    Demand,
     PendingRequest,
     RequestKind,
     RequestState,
@@ -128,12 +129,20 @@ restrictions = st.builds(
     created_by=names,
     expires_at=later,
 )
+contents = st.tuples(st.lists(ranges, max_size=2), st.dictionaries(st.sampled_from("ab"), ranges))
 requests = st.builds(
-    PendingRequest,
+    lambda content, **fields: PendingRequest(
+        kind=RequestKind.ADD if not content[1] else RequestKind.REPLACE,
+        adds=tuple(content[0]),
+        removes=tuple(content[1]),
+        removed=tuple(content[1].values()),
+        **fields,
+    ),
+    contents.filter(any),
     id=st.sampled_from("pqrstu"),
     username=names,
-    kind=st.sampled_from(RequestKind),
-    addresses=ranges,
+    batch=st.none() | st.sampled_from("pq"),
+    demand=st.builds(Demand, number=st.booleans(), approvals=st.integers(0, 2)),
     label=st.just(""),
     requested_by=names,
     requested_at=moments,
@@ -141,7 +150,6 @@ requests = st.builds(
     number_expires_at=moments,
     attempts_left=st.integers(0, 5),
     state=st.sampled_from([RequestState.PENDING, *RequestState]),
-    restriction_id=st.sampled_from([None, "a"]),
     restriction_expires_at=later,
 )
 stored_requests = st.builds(
@@ -189,6 +197,7 @@ def _about(name: str) -> Ask:
         turn.user(name),
         turn.restrictions(name),
         turn.pending_requests(name),
+        turn.batch("p"),
         turn.request_times(name, START - timedelta(seconds=1)),
         turn.failures(name),
     )

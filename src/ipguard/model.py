@@ -466,6 +466,11 @@ class PendingRequest:
         return tuple(approval.username for approval in self.approvals)
 
     @property
+    def ends_alone(self) -> bool:
+        """Whether it does nothing but end one restriction."""
+        return len(self.removes) == 1 and not self.adds
+
+    @property
     def subject(self) -> tuple[str, ...]:
         """What a number confirms and an approval approves; any other text of it is another."""
         expires_at = self.restriction_expires_at

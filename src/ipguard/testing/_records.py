@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import attrs
 
-from ipguard.addresses import AddressRange
+from ipguard.addresses import AddressRange, AddressSet
 from ipguard.errors import (
     InvalidValue,
     StoreError,
@@ -19,7 +20,11 @@ from ipguard.errors import (
 from ipguard.model import (
     EVERYBODY,
     Action,
+    Approval,
     Change,
+    Demand,
+    Direction,
+    Impact,
     RequestKind,
     RequestState,
     Restriction,
@@ -50,6 +55,7 @@ MOMENTS = (
     datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
 )
 """Times that a store must return to the microsecond."""
+BITS = ((4, 32), (6, 128))
 
 
 def assert_utc(moment: datetime) -> None:
@@ -80,15 +86,50 @@ class RecordTests(StoreCase):
                 tx.remove_restriction(restriction.id)
                 self.append(tx, frozenset({name}))
 
+    def _contents(self) -> Iterator[dict[str, Any]]:
+        """Yield the fields of requests of each kind, with little and with much in them."""
+        every = AddressSet([AddressRange(version=v, first=0, last=2**b - 1) for v, b in BITS])
+        number, nothing = Demand(number=True), AddressSet()
+        yield {"kind": RequestKind.ADD, "adds": EXTREMES[:1]}
+        yield {"kind": RequestKind.ADD, "adds": EXTREMES, "batch": "q'1", "numbered": True}
+        yield {"kind": RequestKind.DELETE, "removes": ("r'1",), "removed": EXTREMES[1:2]}
+        yield {"kind": RequestKind.DELETE, "removes": ("r1", "r2"), "removed": EXTREMES[-2:]}
+        yield {
+            "kind": RequestKind.REPLACE,
+            "adds": EXTREMES[:2],
+            "removes": tuple(f"r{n}" for n in range(len(EXTREMES))),
+            "removed": EXTREMES,
+        }
+        for demand in (
+            Demand(),
+            Demand(number=True, approvals=10),
+            Demand(wait=timedelta(days=366)),
+            Demand(approvals=1, wait=timedelta(microseconds=1)),
+        ):
+            approvals = tuple(
+                Approval(username="bøss", email="b@example.com", account_id=account, subject="d")
+                for account in (None, "", "Ω 1")
+            )
+            yield {"adds": EXTREMES[-1:], "demand": demand, "approvals": approvals}
+        for direction, gained, lost in zip(
+            Direction,
+            (nothing, every, every, nothing),
+            (nothing, nothing, every, every),
+            strict=True,
+        ):
+            found = Impact(direction=direction, gained=gained, lost=lost, summary=TEXTS[4])
+            yield {"adds": EXTREMES[2:3], "impact": found, "demand": number}
+
     def test_every_field_of_a_request_comes_back(self) -> None:
-        """A request of any kind and state is kept with all its fields."""
+        """A request of any kind, content and state is kept with all its fields."""
         self.put("alice")
-        for number, state in enumerate(RequestState):
+        for number, (state, content) in enumerate(
+            itertools.product(RequestState, self._contents())
+        ):
             odd = number % 2 == 1
             stored = attrs.evolve(
                 self.request(
-                    kind=RequestKind.DELETE if odd else RequestKind.ADD,
-                    addresses=AddressRange(version=6, first=2**127, last=2**128 - 1),
+                    **content,
                     label=TEXTS[2],
                     requested_by="bøss",
                     requested_at=MOMENTS[1],
@@ -96,13 +137,12 @@ class RecordTests(StoreCase):
                     number_expires_at=MOMENTS[2],
                     attempts_left=number,
                     state=state,
-                    restriction_id="r'1" if odd else None,
                     restriction_expires_at=MOMENTS[3] if odd else None,
                     reason="x" * 500,
                 ),
                 email="the+boss@example.com",
-                key_id=b"\x00\xff key",
-                digest=bytes(range(255, 223, -1)),
+                key_id=b"\x00\xff key" if odd else b"",
+                digest=bytes(range(255, 223, -1)) if odd else b"",
                 resends=number,
                 mails_failed=number + 1,
                 sent_at=MOMENTS[1] if odd else None,
@@ -117,6 +157,28 @@ class RecordTests(StoreCase):
             assert type(read.digest) is type(read.key_id) is bytes
             assert_utc(read.request.requested_at)
             assert_utc(read.request.number_expires_at)
+            impact, given = read.request.impact, stored.request.impact
+            assert given is None or (impact is not None and impact.summary == given.summary)
+
+    def test_requests_that_share_a_number(self) -> None:
+        """`batch` returns them in any state, by time, then id; they count as one request."""
+        self.put("alice", "bob", "carol")
+        later = self.clock() + timedelta(microseconds=1)
+        (first, *others) = [
+            self.request(name, id=each, requested_at=at, batch="b", state=state)
+            for name, each, at, state in (
+                ("alice", "b", self.clock(), RequestState.PENDING),
+                ("bob", "c", self.clock(), RequestState.CANCELLED),
+                ("carol", "a", later, RequestState.PENDING),
+            )
+        ]
+        self.save(*others, self.request(batch="other"), self.request("carol"), first)
+        with self.store.transaction() as tx:
+            assert tx.batch("b") == (first, *others)
+            assert tx.pending_requests("carol")[1:] == (others[1].request,)
+            assert tx.batch("none") == tx.batch("\ud800") == tx.batch("") == ()
+            since = self.clock() - timedelta(days=1)
+            assert tx.request_times("boss", since) == (self.clock(), self.clock())
 
     def test_records_of_users_that_are_not_registered(self) -> None:
         """A store keeps restrictions and requests of users that are unknown or removed."""

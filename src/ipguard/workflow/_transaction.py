@@ -426,7 +426,7 @@ class ActorTransaction(ActorView):
             stored = self._tx.request(pending.id)
             if (
                 pending.removes == (restriction.id,)
-                and not pending.adds
+                and pending.ends_alone
                 and stored is not None
                 and rules.state_at(pending, self.now) is RequestState.PENDING
             ):

@@ -189,7 +189,7 @@ def restriction_row(restriction: Restriction) -> Row:
 PENDING: Final = (
     "id, username, kind, first_ip, last_ip, label, requested_by, requested_at, expires_at, "
     "number_expires_at, attempts_left, state, restriction_id, restriction_expires_at, reason, "
-    "batch, content"
+    "batch, content, approvals_needed"
 )
 """The columns for `pending_of`."""
 _UNSEEN: Final = "email, key_id, digest, resends, mails_failed, sent_at"
@@ -219,10 +219,11 @@ def pending_of(row: Row) -> PendingRequest:
     fields = _fields(PENDING, row)
     addresses = (AddressRange.from_packed(fields.pop("first_ip"), fields.pop("last_ip")),)
     restriction_id, content = fields.pop("restriction_id"), fields.pop("content")
+    approvals = fields.pop("approvals_needed")
     kind, state = RequestKind(fields.pop("kind")), fields.pop("state")
     state = RequestState.PENDING if state == _OPEN else RequestState(state)
     if content is not None:
-        fields |= _read_content(content)
+        fields |= _read_content(content, approvals)
     elif kind is RequestKind.ADD:
         fields["adds"] = addresses
     else:
@@ -250,18 +251,20 @@ def request_row(stored: StoredRequest) -> Row:
         "state": _OPEN if hidden else request.state.value,
         "first_ip": first,
         "last_ip": last,
-        "restriction_id": request.removes[0] if request.kind is RequestKind.DELETE else None,
+        "restriction_id": request.removes[0] if request.ends_alone else None,
         "content": _content(request),
+        "approvals_needed": request.demand.approvals,
     }
     fields = attrs.asdict(stored, recurse=False) | attrs.asdict(request, recurse=False)
     return _row(REQUEST, fields | coded)
 
 
 _OPEN: Final = "open"
-IS_PENDING: Final = "state IN ('pending', 'open')"
+IS_PENDING: Final = "(state = 'pending' OR state = 'open')"
 """The condition for pending requests; `open` are those that libraries before schema 6 must not see.
 
-A library that cannot read what a request demands would list and confirm it by less.
+A library that cannot read what a request demands would list and confirm it by less. The indexes
+have this very condition.
 """
 
 
@@ -272,7 +275,7 @@ def _content(request: PendingRequest) -> str:
     found = {
         "adds": [_ends(each) for each in request.adds],
         "removes": list(removes),
-        "demand": [demand.number, demand.approvals, demand.wait // _MICROSECOND],
+        "demand": [demand.number, demand.wait // _MICROSECOND],
         "numbered": request.numbered,
         "approvals": [attrs.astuple(each) for each in request.approvals],
         "impact": None
@@ -287,10 +290,10 @@ def _content(request: PendingRequest) -> str:
     return json.dumps(found, separators=(",", ":"))
 
 
-def _read_content(text: str) -> dict[str, Any]:
+def _read_content(text: str, approvals: int) -> dict[str, Any]:
     """Return the fields of a request from its `_content`."""
     found = json.loads(text)
-    number, approvals, wait = found["demand"]
+    number, wait = found["demand"]
     impact = None
     if found["impact"] is not None:
         direction, gained, lost, summary = found["impact"]
