@@ -106,7 +106,7 @@ CASES: list[tuple[IPGuardError, str, tuple[object, ...], str]] = [
         ("jsmith", "192.0.2.1", "restriction", "office", UNTIL, True),
         (
             'jsmith already has 192.0.2.1 (label "office", expires 2031-01-31 18:00 UTC);'
-            " it was not changed. To change its label or expiry, delete it and add it again"
+            " it was not changed. To change its label or expiry, replace it"
         ),
     ),
     (

@@ -237,7 +237,7 @@ class DuplicateRestriction(IPGuardError):
             change = "To ask for another label or expiry, cancel that request first"
         else:
             text = f"{self.username} already has {which}"
-            change = "To change its label or expiry, delete it and add it again"
+            change = "To change its label or expiry, replace it"
         return f"{text}; it was not changed. {change}" if self.differs else text
 
 

@@ -208,6 +208,16 @@ class RecordingNotifier:
             raise
 
 
+def _demand(name: str, table: dict[str, Any]) -> ipguard.Demand:
+    """Read a table of the settings file; its `wait` is in seconds."""
+    known = [each.name for each in attrs.fields(ipguard.Demand)]
+    for key in table.keys() - set(known):
+        raise InvalidValue(f"{name}.{key}", f"is unknown; a demand has {', '.join(known)}")
+    if type(table.get("wait")) in (int, float):
+        table = table | {"wait": timedelta(seconds=table["wait"])}
+    return ipguard.Demand(**table)
+
+
 @attrs.define
 class Context:
     """One run of a command.
@@ -299,6 +309,8 @@ class Context:
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if number and isinstance(fields[name], timedelta):
                     found[name] = timedelta(seconds=value)
+                if isinstance(value, dict) and isinstance(fields[name], ipguard.Demand):
+                    found[name] = _demand(name, value)
             return ipguard.WorkflowSettings(**found)
         except OSError as exc:
             raise Problem(Exit.CONFIG, f"the settings {path}: {exc.strerror}") from None

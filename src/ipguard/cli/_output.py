@@ -20,8 +20,8 @@ from typing import Any, Final, TypeVar
 import attrs
 
 from ipguard import errors
-from ipguard.addresses import AddressRange
-from ipguard.model import Page
+from ipguard.addresses import AddressRange, AddressSet
+from ipguard.model import Direction, Page, PendingRequest
 
 T = TypeVar("T")
 Cell = str | int | bool | datetime | AddressRange | None | Sequence[str]
@@ -91,6 +91,8 @@ _HINTS: Final[dict[type[Exception], str]] = {
     errors.NumberFormatError: "run `ipguard confirm` again and type the number from the mail",
     errors.LockoutRisk: "--allow-lockout accepts that",
     errors.OpeningRisk: "--allow-open accepts that",
+    errors.DirectionChanged: "`ipguard cancel` withdraws it",
+    errors.TooSoon: "after that, `ipguard resend` mails a number if one is needed",
     errors.UnknownUser: "`ipguard users list --search` finds users",
     errors.UnknownRequest: _IDS,
     errors.UnknownRestriction: _IDS,
@@ -100,7 +102,7 @@ _HINTS: Final[dict[type[Exception], str]] = {
 
 def problem_of(error: errors.IPGuardError) -> Problem:
     details = {
-        name: value.total_seconds() if isinstance(value, timedelta) else value
+        name: _field(value)
         for name, value in vars(error).items()
         if not name.startswith("_") and name not in ("reason", "hint")
     }
@@ -118,6 +120,8 @@ def _hint(error: errors.IPGuardError) -> str:
             return _MAKE_STORE
         if "permission denied" in str(error):
             return "commands that list or change users need the writer role; see `ipguard doctor`"
+    if isinstance(error, errors.DuplicateRestriction) and error.differs:
+        return "`ipguard request --replaces` edits it" if error.found == "restriction" else _IDS
     return _HINTS.get(type(error), "")
 
 
@@ -137,9 +141,21 @@ def plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, AddressSet):
+        return list(value)
     if isinstance(value, AddressRange) or not attrs.has(type(value)):
         return str(value)
-    return {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    found = {each.name: _field(getattr(value, each.name)) for each in attrs.fields(type(value))}
+    if isinstance(value, PendingRequest):
+        found |= {"ready_at": value.ready_at, "approvals": value.approved_by}
+    return found
+
+
+def _field(value: Any) -> Any:
+    """Convert what JSON would write in another way: a direction in words, a duration in seconds."""
+    if isinstance(value, Direction):
+        return value.name.lower()
+    return value.total_seconds() if isinstance(value, timedelta) else value
 
 
 dumps: Final = partial(json.dumps, default=plain)
@@ -292,6 +308,18 @@ class Output:
         if flush:  # a terminal then shows both streams in order
             sys.stdout.flush()
         sys.stderr.write(text)
+
+
+def missing(request: PendingRequest, now: datetime) -> list[str]:
+    """Return what a pending request still has to meet, in words."""
+    demand, found = request.demand, []
+    if request.ready_at > now:
+        found.append(f"waits until {request.ready_at:%Y-%m-%d %H:%M:%S} UTC")
+    if demand.approvals:
+        found.append(f"has {len(request.approvals)} of {demand.approvals} approvals")
+    if demand.number:
+        found.append("its number was accepted" if request.numbered else "needs its number")
+    return found
 
 
 def pages(

@@ -1,13 +1,13 @@
 """Change restrictions: in two phases as an administrator, or at once as an operator.
 
-An administrator's commands are `request`, `confirm`, `cancel`, `resend` and `delete`; an operator's
-are `impose`, `lift` and `unlock`.
+An administrator's commands are `request`, `preview`, `confirm`, `approve`, `cancel`, `resend` and
+`delete`; an operator's are `impose`, `lift` and `unlock`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -16,30 +16,38 @@ from typing import Annotated, Any, Final, TypeVar
 import attrs
 from typer import Argument, Option
 
-from ipguard.cli._context import ACTOR, ADMINISTRATOR, OPERATOR, SETTINGS, Context, command
-from ipguard.cli._output import Exit, Output, Problem, plain
+from ipguard.cli._context import ACTOR, ADMINISTRATOR, MAIL, OPERATOR, SETTINGS, Context, command
+from ipguard.cli._output import Exit, Output, Problem, missing, plain
 from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
-from ipguard.errors import LockoutRisk, UnknownRestriction, UnknownUser, shorten
-from ipguard.model import Actor, Applied, PendingRequest
-from ipguard.rules import shifted, without
+from ipguard.errors import IPGuardError, LockoutRisk, OpeningRisk, shorten
+from ipguard.model import Actor, Applied, Impact, PendingRequest, RequestState
+from ipguard.rules import shifted
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
 
 T = TypeVar("T")
 UserArgument = Annotated[str, Argument(help="The user to restrict.")]
-AddressesArgument = Annotated[
-    str, Argument(help="203.0.113.7, 203.0.113.0/29, 203.0.113.5-203.0.113.9, or IPv6.")
+_FORMS: Final = "203.0.113.7, 203.0.113.0/29, 203.0.113.5-203.0.113.9, or IPv6."
+AddressesArgument = Annotated[list[str], Argument(help=_FORMS)]
+SomeAddressesArgument = Annotated[list[str] | None, Argument(help=_FORMS)]
+ReplacesOption = Annotated[
+    list[str] | None,
+    Option("--replaces", metavar="RESTRICTION", help="A restriction that ends; may be repeated."),
+]
+OnlyOption = Annotated[
+    bool, Option("--only", help="All other restrictions of the user end in the same change.")
 ]
 RequestArgument = Annotated[str, Argument(metavar="REQUEST", help="The request's id.")]
 RestrictionArgument = Annotated[str, Argument(metavar="RESTRICTION", help="The restriction's id.")]
-LabelOption = Annotated[str, Option("--label", help="A name for the restriction.")]
+LabelOption = Annotated[str, Option("--label", help="A name for the restrictions.")]
 ExpiresOption = Annotated[
     str | None,
     Option(
         "--expires", metavar="WHEN", help="When it expires: 2027-01-31T18:00Z; or 90m, 12h, 30d."
     ),
 ]
+WhyOption = Annotated[str, Option("--reason", help="Why.")]
 ReasonOption = Annotated[str, Option("--reason", help="Why; recorded in the audit log and mailed.")]
 OpenOption = Annotated[
     bool, Option("--allow-open", help="Accept that this opens the user to every address.")
@@ -57,22 +65,68 @@ _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 def request(
     context: Context,
     username: UserArgument,
-    addresses: AddressesArgument,
+    addresses: SomeAddressesArgument = None,
     *,
+    replaces: ReplacesOption = None,
+    also: Annotated[
+        list[str] | None,
+        Option("--also", metavar="USERNAME", help="Another user, by the same number; repeatable."),
+    ] = None,
     label: LabelOption = "",
     expires: ExpiresOption = None,
+    reason: WhyOption = "",
+    allow_open: OpenOption = False,
     allow_lockout: LockoutOption = False,
 ) -> None:
-    """Request a restriction; its confirmation number is mailed to you.
+    """Request a change of restrictions; its confirmation number is mailed to you.
+
+    The addresses are added, and those of --replaces end, in one change. Without addresses, it only
+    ends restrictions.
 
     Example: ipguard request jsmith 203.0.113.0/29 --label office --expires 30d
     """
+    names, ids = [username, *(also or ())], replaces or ()
+    if also and ids:
+        raise Problem(Exit.USAGE, "--also and --replaces exclude each other")
     with _session(context, numbers=True) as session:
-        until = session.confirm_expiry(username, expires, allowed=allow_lockout)
-        change = partial(session.flow.request, session.actor, username, addresses)
-        change = partial(change, label=label, expires_at=until)
-        made = session.confirm_lockout(change, allowed=allow_lockout)
-    _show_request(context, made, mailed_to=session.actor)
+        until = parse_expiry(expires, session.flow.now())
+        for name in () if allow_lockout else names:
+            session.ask_before_end(name, addresses, ids, expires_at=until)
+        more = {"label": label, "expires_at": until, "reason": reason}
+        if also:
+            change = partial(session.flow.request_many, session.actor, names, addresses or ())
+            made = session.with_consent(partial(change, **more), lockout=allow_lockout)
+        else:
+            one = partial(session.flow.request, session.actor, username, addresses, replaces=ids)
+            one = partial(one, **more)
+            made = (session.with_consent(one, lockout=allow_lockout, opening=allow_open),)
+    context.out.data({"requests": made} if also else made[0])
+    _show_requests(context, made, session.flow.now(), mailed_to=session.actor)
+
+
+@command(ACTOR, SETTINGS)
+def preview(
+    context: Context,
+    username: UserArgument,
+    addresses: SomeAddressesArgument = None,
+    *,
+    replaces: ReplacesOption = None,
+    only: OnlyOption = False,
+    expires: ExpiresOption = None,
+) -> None:
+    """Show what a change would do: its direction, and the addresses gained and lost.
+
+    Example: ipguard preview jsmith 203.0.113.0/29 --only
+    """
+    with _session(context, mailed=False, mails=False) as session:
+        until = parse_expiry(expires, session.flow.now())
+        found = session.flow.preview(
+            session.actor, username, addresses, replaces or (), expires_at=until, only=only
+        )
+    context.out.data(found)
+    columns = ("direction", "gained", "lost", "afterwards")
+    gained, lost = (list(map(str, each)) for each in (found.gained, found.lost))
+    context.out.table(columns, [(found.direction.name.lower(), gained, lost, found.summary)])
 
 
 @command(ADMINISTRATOR)
@@ -84,7 +138,7 @@ def confirm(
     allow_lockout: LockoutOption = False,
     allow_open: OpenOption = False,
 ) -> None:
-    """Apply a request, given its number.
+    """Apply a request, given its number if it needs one.
 
     The number is typed when asked for, or read from standard input; it is never an argument.
 
@@ -94,15 +148,24 @@ def confirm(
         message = "every user of this machine can read a number in the arguments"
         raise Problem(Exit.USAGE, message, HOW_TO_GIVE_NUMBER)
     with _session(context, numbers=True) as session:
-        opens, deletes = allow_open, session.flow.own_request(session.actor, request).removes
-        if deletes:
-            opens = session.confirm_removal(deletes[0], opens=opens, shuts=allow_lockout)
-        change = partial(
-            session.flow.confirm, session.actor, request, read_number(), allow_opening=opens
-        )
-        applied = session.confirm_lockout(change, allowed=allow_lockout)
-    assert isinstance(applied, Applied)
-    _show_applied(context, applied)
+        found, now = session.flow.own_request(session.actor, request), session.flow.now()
+        needed = found.state is RequestState.PENDING and found.ready_at <= now
+        needed = needed and found.demand.number and not found.numbered
+        given = read_number() if needed else ""
+        change = partial(session.flow.confirm, session.actor, request, given)
+        done = session.with_consent(change, lockout=allow_lockout, opening=allow_open)
+    _show(context, done, session.flow.now())
+
+
+@command(ACTOR, MAIL, SETTINGS)
+def approve(
+    context: Context, request: RequestArgument, *, allow_lockout: LockoutOption = False
+) -> None:
+    """Approve a request that somebody else made; `ipguard list` shows what it does."""
+    with _session(context) as session:
+        change = partial(session.flow.approve, session.actor, request)
+        done = session.with_consent(change, lockout=allow_lockout)
+    _show(context, done, session.flow.now())
 
 
 @command(ACTOR, SETTINGS)
@@ -110,17 +173,20 @@ def cancel(context: Context, request: RequestArgument) -> None:
     """Cancel a request."""
     with _session(context, mailed=False, mails=False) as session:
         cancelled = session.flow.cancel(session.actor, request)
-    _show_request(context, cancelled)
+    _show(context, cancelled, session.flow.now())
 
 
 @command(ADMINISTRATOR)
 def resend(context: Context, request: RequestArgument) -> None:
-    """Mail a new number for a request; the old one stops working."""
+    """Mail a new number for a request; the old one stops working.
+
+    A request that had to wait gets its first number so.
+    """
     # The mail goes where the first number went.
     with _session(context, mailed=False, numbers=True) as session:
         made = session.flow.resend(session.actor, request)
-    _show_request(context, made)
-    context.out.line("A new number was mailed to the address of the first one")
+    _show(context, made, session.flow.now())
+    context.out.line("A number was mailed to the address recorded at the request")
 
 
 @command(ADMINISTRATOR)
@@ -128,24 +194,19 @@ def delete(
     context: Context,
     restriction: RestrictionArgument,
     *,
-    reason: Annotated[str, Option("--reason", help="Why.")] = "",
+    reason: WhyOption = "",
     allow_open: OpenOption = False,
     allow_lockout: LockoutOption = False,
 ) -> None:
-    """Delete a restriction, at once or by a mailed number.
+    """Delete a restriction, at once or by a request.
 
-    If `confirm_deletes` in the settings demands it, a number is mailed as for a request.
+    If the settings demand anything, a request is made, as by `ipguard request`.
     """
     with _session(context, numbers=True) as session:
-        opens = session.confirm_removal(restriction, opens=allow_open, shuts=allow_lockout)
-        change = partial(
-            session.flow.delete, session.actor, restriction, reason, allow_opening=opens
-        )
-        outcome = session.confirm_lockout(change, allowed=allow_lockout)
-    if isinstance(outcome, Applied):
-        _show_applied(context, outcome)
-    else:
-        _show_request(context, outcome, mailed_to=session.actor)
+        session.ask_before_removal(restriction, allowed=allow_lockout)
+        change = partial(session.flow.delete, session.actor, restriction, reason)
+        done = session.with_consent(change, lockout=allow_lockout, opening=allow_open)
+    _show(context, done, session.flow.now(), mailed_to=session.actor)
 
 
 # -- operators -----------------------------------------------------------------------------------
@@ -158,20 +219,31 @@ def impose(
     addresses: AddressesArgument,
     *,
     reason: ReasonOption,
+    only: OnlyOption = False,
     label: LabelOption = "",
     expires: ExpiresOption = None,
     allow_lockout: LockoutOption = False,
 ) -> None:
     """Restrict a user at once, without a number. The user is told by mail.
 
-    Example: ipguard impose jsmith 203.0.113.7 --reason "ticket 4713"
+    Without --only, a restricted user may log in from these addresses too.
+
+    Example: ipguard impose jsmith 203.0.113.7 --only --reason "ticket 4713: laptop stolen"
     """
     with _session(context) as session:
-        until = session.confirm_expiry(username, expires, allowed=allow_lockout)
+        until = parse_expiry(expires, session.flow.now())
+        if not allow_lockout:
+            session.ask_before_end(username, addresses, expires_at=until, only=only)
         applied = session.flow.impose(
-            session.actor, username, addresses, reason=reason, label=label, expires_at=until
+            session.actor,
+            username,
+            addresses,
+            reason=reason,
+            label=label,
+            expires_at=until,
+            only=only,
         )
-    _show_applied(context, applied)
+    _show(context, applied, session.flow.now())
 
 
 @command(OPERATOR)
@@ -185,9 +257,10 @@ def lift(
 ) -> None:
     """Delete a restriction at once, without a number. The user is told by mail."""
     with _session(context) as session:
-        opens = session.confirm_removal(restriction, opens=allow_open, shuts=allow_lockout)
-        applied = session.flow.lift(session.actor, restriction, reason=reason, allow_opening=opens)
-    _show_applied(context, applied)
+        session.ask_before_removal(restriction, allowed=allow_lockout)
+        change = partial(session.flow.lift, session.actor, restriction, reason=reason)
+        applied = session.with_consent(change, opening=allow_open)
+    _show(context, applied, session.flow.now())
 
 
 @command(OPERATOR)
@@ -232,64 +305,61 @@ def parse_expiry(text: str | None, now: datetime) -> datetime | None:
 
 @attrs.frozen
 class _Session:
-    """An open workflow and its actor, who is asked before a change with grave consequences.
-
-    An unknown user or restriction leads to no question: the workflow reports it.
-    """
+    """An open workflow and its actor, who is asked before a change with grave consequences."""
 
     out: Output
     store: RestrictionStore
     flow: Workflow
     actor: Actor
 
-    def confirm_removal(self, restriction_id: str, *, opens: bool, shuts: bool) -> bool:
-        """Ask before a removal that leaves the user no restriction, or only expired ones.
+    def ask_before_end(
+        self,
+        username: str,
+        addresses: list[str] | None,
+        replaces: Iterable[str] = (),
+        **options: Any,
+    ) -> None:
+        """Ask before a change that takes addresses away and leaves temporary restrictions only.
 
-        Return whether it may open the user to every address, by the option or the answer. If not,
-        the workflow refuses to remove a restriction that has become the last one.
+        Expiry does not lift them. If the change is refused, the call that makes it says why.
         """
         try:
+            found = self.flow.preview(self.actor, username, addresses, replaces, **options)
+        except IPGuardError:
+            return
+        if found.lost and found.ends is not None:
+            at = f"after {found.ends:%Y-%m-%d %H:%M} UTC, " if found.ends > self.flow.now() else ""
+            text = f"no permanent restriction is left: {at}{username} can log in from no address"
+            self.out.confirm(f"{found.summary} So {text}", "--allow-lockout")
+
+    def ask_before_removal(self, restriction_id: str, *, allowed: bool) -> None:
+        """Ask before the removal of a restriction, as `ask_before_end` does."""
+        if not allowed:
             found = self.flow.restriction(self.actor, restriction_id)
-            held = self.flow.user(self.actor, found.username).restrictions
-        except (UnknownRestriction, UnknownUser):
-            return opens
-        remainder = without(held, found.id, self.flow.now())
-        name = f"without {found.addresses}, {found.username}"
-        if remainder.opens and not opens:
-            self.out.confirm(f"{name} can log in from every address", "--allow-open")
-            return True
-        if remainder.shuts and not (shuts or found.expired(self.flow.now())):
-            why = "the other restrictions have expired"
-            self.out.confirm(f"{name} can log in from no address: {why}", "--allow-lockout")
-        return opens
+            self.ask_before_end(found.username, None, [found.id])
 
-    def confirm_expiry(self, username: str, text: str | None, *, allowed: bool) -> datetime | None:
-        """Read an expiry; ask before a user is left with temporary restrictions only.
+    def with_consent(
+        self, change: Callable[..., T], *, lockout: bool | None = None, opening: bool | None = None
+    ) -> T:
+        """Make a change; ask before a grave risk, and then make it with consent.
 
-        Expiry does not lift them.
+        Args:
+            change: The call; it takes consent as `allow_lockout` and `allow_opening`.
+            lockout: Whether its actor may be locked out; None if the call does not ask.
+            opening: Whether the user may be opened to every address; None likewise.
         """
-        until = parse_expiry(text, self.flow.now())
-        if until is not None and not allowed:
-            with suppress(UnknownUser):
-                found = self.flow.user(self.actor, username)
-                if not (found.removed or any(r.expires_at is None for r in found.restrictions)):
-                    name = found.user.username
-                    self.out.confirm(
-                        f"{name} has no permanent restriction: once this one has expired,"
-                        f" {name} can log in from no address",
-                        "--allow-lockout",
-                    )
-        return until
-
-    def confirm_lockout(self, change: Callable[..., T], *, allowed: bool) -> T:
-        """Make a change; if it would lock its actor out, ask and then make it with consent."""
-        try:
-            return change(allow_lockout=allowed)
-        except LockoutRisk as exc:
-            if allowed:
-                raise
-            self.out.confirm(str(exc), "--allow-lockout")
-            return change(allow_lockout=True)
+        allowed = {"allow_lockout": lockout, "allow_opening": opening}
+        allowed = {name: value for name, value in allowed.items() if value is not None}
+        while True:
+            try:
+                return change(**allowed)
+            except (LockoutRisk, OpeningRisk) as exc:
+                locks = isinstance(exc, LockoutRisk)
+                name = "allow_lockout" if locks else "allow_opening"
+                if allowed.get(name, True):
+                    raise
+                self.out.confirm(str(exc), "--allow-lockout" if locks else "--allow-open")
+                allowed[name] = True
 
 
 @contextmanager
@@ -299,21 +369,47 @@ def _session(context: Context, *, mailed: bool = True, **options: Any) -> Iterat
         yield _Session(context.out, store, flow, actor)
 
 
-def _show_applied(context: Context, applied: Applied) -> None:
-    context.out.data(plain(applied) | {"notices_failed": context.report_failures()})
-    done = applied.restriction
-    assert done is not None
-    text = f"done, revision {applied.revision}: {done.username} {done.addresses} [{done.id}]"
-    context.out.line(text, "green")
-    if applied.unrestricted:
-        text = "No restriction is left: the user can log in from every address."
-        context.out.line(text, "yellow")
+def _show(
+    context: Context,
+    done: Applied | PendingRequest,
+    now: datetime,
+    mailed_to: Actor | None = None,
+) -> None:
+    if isinstance(done, PendingRequest):
+        context.out.data(done)
+        _show_requests(context, (done,), now, mailed_to)
+        return
+    context.out.data(plain(done) | {"notices_failed": context.report_failures()})
+    for each in done.added or done.removed:
+        text = f"done, revision {done.revision}: {each.username} {each.addresses} [{each.id}]"
+        context.out.line(text, "green")
+    if len({each.username for each in done.added}) < 2:
+        _show_impact(context, done.impact, warn=done.unrestricted)
 
 
-def _show_request(context: Context, made: PendingRequest, mailed_to: Actor | None = None) -> None:
-    context.out.data(made)
-    what = f"{made.change} for {made.username}"
-    context.out.line(f"request {made.id} is {made.state.value}: {what}", "green")
-    if mailed_to is not None:
-        text = f"A number was mailed to {mailed_to.email}; ipguard confirm {made.id}"
-        context.out.line(text)
+def _show_requests(
+    context: Context,
+    made: tuple[PendingRequest, ...],
+    now: datetime,
+    mailed_to: Actor | None = None,
+) -> None:
+    for each in made:
+        revision = "" if each.revision is None else f", revision {each.revision}"
+        text = f"request {each.id} is {each.state.value}{revision}: {each.change}"
+        context.out.line(f"{text} for {each.username}", "green")
+        _show_impact(context, each.impact)
+    first, hint = made[0], ""
+    if first.state is not RequestState.PENDING:
+        return
+    if first.ready_at > now:
+        hint = f"; then ipguard {'resend' if first.demand.number else 'confirm'} {first.id}"
+    elif mailed_to is not None and first.attempts_left:
+        hint = f", which was mailed to {mailed_to.email}; ipguard confirm {first.id}"
+    elif first.demand.approvals:
+        hint = f"; somebody else: ipguard approve {first.id}"
+    context.out.line(f"It {', '.join(missing(first, now))}{hint}")
+
+
+def _show_impact(context: Context, impact: Impact | None, *, warn: bool = False) -> None:
+    if impact is not None:
+        context.out.line(impact.summary, "yellow" if warn else "")

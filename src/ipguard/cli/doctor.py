@@ -24,7 +24,8 @@ from ipguard.cli._output import Exit, Problem
 from ipguard.cli._secrets import read_keys
 from ipguard.client_address import ClientAddress
 from ipguard.errors import IPGuardError, StoreError, StoreUnavailable, shorten
-from ipguard.rules import all_expired
+from ipguard.model import Direction, RequestKind
+from ipguard.rules import all_expired, demanded
 from ipguard.store import RestrictionStore
 
 if TYPE_CHECKING:
@@ -177,12 +178,16 @@ def _key(context: Context) -> Findings:
 
 def _settings(context: Context) -> Findings:
     settings = context.settings()
-    if settings.confirm_deletes is False:
+    each = {name: getattr(settings, name) for name in ("add", "delete", "loosens", "opens")}
+    demand = demanded(RequestKind.DELETE, Direction.OPENS, **each)
+    if not demand:
         found = "an administrator can delete a user's last restriction without a number"
         todo = 'set confirm_deletes = "last" here and on the servers'
         yield Finding("settings", "warn", found, todo)
     else:
-        yield Finding("settings", "ok", f"confirm_deletes is {settings.confirm_deletes}")
+        needs = [f"approvals: {demand.approvals}", f"wait: {demand.wait}"]
+        found = f"deleting a last restriction needs a number: {'yes' if demand.number else 'no'}"
+        yield Finding("settings", "ok", ", ".join([found, *needs]))
 
 
 def _mail(context: Context, send_test: str | None) -> Findings:

@@ -14,9 +14,9 @@ from typer import Argument, Option
 from ipguard.cli import _files
 from ipguard.cli._context import READER, Context, app, command
 from ipguard.cli._files import UNCHANGED, BadRows, Columns, FileArgument, Format, FormatOption
-from ipguard.cli._output import Cell, Exit, Problem, pages
+from ipguard.cli._output import Cell, Exit, Problem, missing, pages
 from ipguard.errors import IPGuardError, UsernameCollision, UsernameError, shorten
-from ipguard.model import Restriction, User, UserOverview, UserSync
+from ipguard.model import PendingRequest, Restriction, User, UserOverview, UserSync
 from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
 
@@ -268,8 +268,14 @@ def _cells(each: UserOverview) -> Sequence[Cell]:
 
 def _terminal_cells(each: UserOverview) -> Sequence[Cell]:
     restrictions = [_described(one) for one in each.restrictions] or [each.summary]
-    pending = [f"{one.change} [{one.id}]" for one in each.pending]
+    pending = [_requested(one) for one in each.pending]
     return (*_names(each), restrictions, pending, "removed" if each.removed else "")
+
+
+def _requested(request: PendingRequest) -> str:
+    """Return a pending request on one line, with its author, what it needs, and its id."""
+    needs = ", ".join(missing(request, request.requested_at))
+    return f"{request.change}, asked for by {request.requested_by}, {needs} [{request.id}]"
 
 
 def _described(restriction: Restriction) -> str:

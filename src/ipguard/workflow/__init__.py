@@ -792,15 +792,15 @@ class Workflow(Closing):
         return found
 
     def own_request(self, actor: Actor, request_id: str) -> PendingRequest:
-        """Return a request that the actor made, in its present state, which may be closed.
+        """Return a request that the actor made, as it is now: its state, and what it has to meet.
 
         Raises:
             UnknownRequest: The actor has made no such request.
         """
         with self._view(actor) as view:
             stored, _ = view.request(request_id, own=True)
-            state = rules.state_at(stored.request, view.now)
-        return attrs.evolve(stored.request, state=state)
+            state, demand = rules.state_at(stored.request, view.now), self._demand(stored.request)
+        return attrs.evolve(stored.request, state=state, demand=demand)
 
     def failures(self, actor: Actor, username: str) -> int:
         """Return how many wrong numbers in a row a person, registered or not, has given.
