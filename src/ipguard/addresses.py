@@ -287,10 +287,12 @@ class AddressSet:
 
     def __or__(self, other: AddressSet) -> AddressSet:
         """Return the addresses of either set."""
-        return AddressSet((*self, *other))
+        return AddressSet((*self, *other)) if self and other else self or other
 
     def __sub__(self, other: AddressSet) -> AddressSet:
         """Return the addresses of this set that are not in the other."""
+        if not (self and other):
+            return self
         left: list[AddressRange] = []
         for version in _BITS:
             mine, theirs = self.bounds(version), other.bounds(version)

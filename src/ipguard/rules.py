@@ -32,6 +32,7 @@ from ipguard.addresses import AddressRange, AddressSet, parse_address, parse_typ
 from ipguard.model import (
     Accounts,
     Actor,
+    Approval,
     Decision,
     Demand,
     Direction,
@@ -214,7 +215,7 @@ def subject_digest(request: PendingRequest) -> str:
     return sha256(repr(request.subject).encode()).hexdigest()
 
 
-def check_approver(stored: StoredRequest, actor: Actor, demand: Demand) -> None:
+def check_approver(stored: StoredRequest, user: User, actor: Actor, demand: Demand) -> None:
     """Refuse an actor who cannot approve a request; nobody has two roles in it.
 
     Raises:
@@ -229,7 +230,7 @@ def check_approver(stored: StoredRequest, actor: Actor, demand: Demand) -> None:
         reason = "you made it"
     elif email == stored.email.casefold():
         reason = "its requester has your e-mail address"
-    elif actor.username == request.username and demand.approvals == 1:
+    elif _concerns(user, actor) and demand.approvals == 1:
         reason = "it concerns you, and needs nobody else's approval"
     elif email in map(str.casefold, others):
         reason = "somebody with your e-mail address has approved it"
@@ -238,22 +239,28 @@ def check_approver(stored: StoredRequest, actor: Actor, demand: Demand) -> None:
     raise errors.NotAnApprover(reason)
 
 
+def _concerns(user: User, person: Actor | Approval) -> bool:
+    own = user.email is not None and user.email.casefold() == person.email.casefold()
+    return own or user.username == person.username
+
+
 def approvals_missing(stored: StoredRequest, user: User, demand: Demand) -> int:
     """Return how many approvals a request still needs.
 
     An approval counts only for what was approved, as long as the user is of the account that the
-    approver managed, and if it is not the requester's own.
+    approver managed, and if it is not the requester's own. One e-mail address is one person.
     """
     request, subject = stored.request, subject_digest(stored.request)
-    names = {
-        each.username
+    counted = {
+        each.email.casefold(): each
         for each in request.approvals
         if each.subject == subject
         and each.account_id in (None, user.account_id)
         and each.username != request.requested_by
         and each.email.casefold() != stored.email.casefold()
     }
-    alone = bool(demand.approvals) and names <= {request.username}
+    alone = bool(demand.approvals) and all(_concerns(user, each) for each in counted.values())
+    names = {each.username for each in counted.values()}
     return max(demand.approvals - len(names), int(alone))
 
 
@@ -446,11 +453,12 @@ def _outlook(
         return f"Today from anywhere; then only from {_listed(_until(will, now))}."
     had = AddressSet(addresses for addresses, _ in _spans(was, now))
     has = AddressSet(addresses for addresses, _ in _spans(will, now))
+    new, gone = has - had, had - has
     parts = (
-        ("then also from", has - had),
-        ("for longer than today from", found.gained - (has - had)),
-        ("no longer from", had - has),
-        ("for a shorter time than today from", found.lost - (had - has)),
+        ("then also from", new),
+        ("for longer than today from", found.gained - new),
+        ("no longer from", gone),
+        ("for a shorter time than today from", found.lost - gone),
     )
     told = [f"{words} {_listed(ranges)}" for words, ranges in parts if ranges]
     text = "; ".join(told) or "from the same addresses as today"

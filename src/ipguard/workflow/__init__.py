@@ -11,7 +11,9 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import reduce
 from itertools import chain
+from operator import or_
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -267,7 +269,9 @@ class Workflow(Closing):
 
     def demand_of(self, request: PendingRequest) -> Demand:
         """Return what a request has to meet: its own demand, and what stricter settings demand."""
-        direction = Direction.NEUTRAL if request.impact is None else request.impact.direction
+        # An older library did not note the direction: assume the worst of the kind.
+        worst = Direction.OPENS if request.kind is RequestKind.DELETE else Direction.LOOSENS
+        direction = worst if request.impact is None else request.impact.direction
         return request.demand | self.demanded(request.kind, direction)
 
     def preview_request(self, actor: Actor, request_id: str) -> Impact:
@@ -322,9 +326,10 @@ class Workflow(Closing):
             raise errors.InvalidValue("number", f"must be text, not {type(number).__name__}")
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=True)
-            demand = self._check_open(stored.request, tx.now)
             members, wrong = tx.batch(stored, user), None
-            if demand.number and not stored.request.numbered:
+            demand = self._check_open(members, tx.now)
+            numbered = demand.number and not stored.request.numbered
+            if numbered:
                 failures = self._check_usable(tx, stored)
                 digits = confirmation.parse_number(number, self.settings.number_digits)
                 # Each request has a digest of its own, so a number confirms what it was issued for.
@@ -333,7 +338,7 @@ class Workflow(Closing):
                     wrong = tx.count_guess(tx.batch(stored, user), failures)
             if wrong is None:
                 consent = Consent(allow_lockout, allow_opening)
-                result = self._complete(tx, members, demand, consent, numbered=demand.number)
+                result = self._complete(tx, members, demand, consent, numbered=numbered)
             else:
                 result = stored.request
         if wrong is not None:
@@ -342,20 +347,27 @@ class Workflow(Closing):
         self._announce(tx, {each.username: each for _, each in members})
         return result
 
-    def _check_open(self, request: PendingRequest, now: datetime) -> Demand:
+    def _check_open(self, members: list[_Member], now: datetime) -> Demand:
         """Refuse to complete a request that is closed or waits; return what it has to meet.
 
-        That is what it demanded when it was made, and what stricter settings demand since.
+        Args:
+            members: The request, and those that share its number.
+            now: The store's time.
         """
+        request = members[0][0].request
         state = rules.state_at(request, now)
         if state is RequestState.LOCKED:
             raise errors.TooManyAttempts
         rules.after(state, rules.Step.CONFIRM)
-        demand = self.demand_of(request)
+        demand = self._demand(members)
         ready_at = request.requested_at + demand.wait
         if demand.wait and now < ready_at:
             raise errors.TooSoon(ready_at)
         return demand
+
+    def _demand(self, members: list[_Member]) -> Demand:
+        """Return what requests that share a number have to meet: all that one of them does."""
+        return reduce(or_, (self.demand_of(stored.request) for stored, _ in members))
 
     def _check_usable(self, tx: ActorTransaction, stored: StoredRequest) -> int:
         """Refuse a number that cannot confirm anything; return the actor's failures."""
@@ -391,7 +403,7 @@ class Workflow(Closing):
             tx.check_lockout(plan, allowed=consent.lockout)
             tx.check_opening(plan, allowed=consent.opening)
         if any(rules.approvals_missing(*member, demand) for member in members):
-            if numbered and not members[0][0].request.numbered:
+            if numbered:
                 tx.accept_number(members)
             return tx.request(members[0][0].request.id, own=True)[0].request
         if numbered:
@@ -426,11 +438,11 @@ class Workflow(Closing):
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=False)
             rules.after(rules.state_at(stored.request, tx.now), rules.Step.APPROVE)
-            demand = self.demand_of(stored.request)
-            rules.check_approver(stored, actor, demand)
             members = tx.batch(stored, user)
-            if actor.username not in stored.request.approved_by:
-                members = tx.approve(members)
+            demand = self._demand(members)
+            for member in members:
+                rules.check_approver(*member, actor, demand)
+            members = tx.approve(members)
             result: Applied | PendingRequest = members[0][0].request
             ready = tx.now >= stored.request.requested_at + demand.wait
             missing = any(rules.approvals_missing(*member, demand) for member in members)
@@ -443,7 +455,8 @@ class Workflow(Closing):
     def resend(self, actor: Actor, request_id: str) -> PendingRequest:
         """Mail a new number to the address of the first one; the old number stops working.
 
-        The attempts are restored. A request that waits gets its first number so.
+        The attempts are restored. A request that waits gets its first number so. If the request
+        needs no number, or no longer, nothing is mailed.
 
         Returns:
             The request as it is now.
@@ -460,7 +473,10 @@ class Workflow(Closing):
             stored, user = tx.request(request_id, own=True)
             request, failed = stored.request, stored.mails_failed
             rules.after(rules.state_at(request, tx.now), rules.Step.RESEND)
-            demand = self._check_open(request, tx.now)
+            sharing = tx.batch(stored, user)
+            demand = self._check_open(sharing, tx.now)
+            if request.numbered or not demand.number:
+                return request
             # A failed mail does not count, and its replacement need not wait. After as many
             # failures in a row as there are resends it has to wait again, so that requests do not
             # flood a dead mail server.
@@ -476,10 +492,10 @@ class Workflow(Closing):
                 if wait:
                     raise errors.TooManyRequests(wait)
             members = []
-            for each, owner in tx.batch(stored, user):
+            for each, owner in sharing:
                 request = attrs.evolve(each.request, spelling=owner.spelling)
                 if request.requested_at > tx.now:  # by a clock that ran ahead
-                    expires_at = rules.shifted(tx.now, demand.wait + self.settings.request_lifetime)
+                    expires_at = rules.shifted(tx.now, self.settings.request_lifetime)
                     request = attrs.evolve(request, requested_at=tx.now, expires_at=expires_at)
                 members.append(request)
             issued = self._numbered(tx, members, stored.email, resends)

@@ -343,7 +343,8 @@ class ActorTransaction(ActorView):
     def batch(self, stored: StoredRequest, user: User) -> list[tuple[StoredRequest, User]]:
         """Return a pending request, and those that share its number and are pending too.
 
-        Those of users that do not exist for this actor any more are left out.
+        Those of users that do not exist for this actor any more are left out; so are those that
+        were left out when the number was sent or accepted, even if the users exist again.
         """
         found = [(stored, user)]
         others = () if stored.request.batch is None else self._tx.batch(stored.request.batch)
@@ -351,7 +352,8 @@ class ActorTransaction(ActorView):
             request = other.request
             there = self.user(request.username)
             pending = rules.state_at(request, self.now) is RequestState.PENDING
-            if request.id != stored.request.id and pending and there is not None:
+            shares = (other.sent_at, request.numbered) == (stored.sent_at, stored.request.numbered)
+            if request.id != stored.request.id and pending and shares and there is not None:
                 found.append((other, there.user))
         return found
 
@@ -395,7 +397,7 @@ class ActorTransaction(ActorView):
     def approve(
         self, members: Iterable[tuple[StoredRequest, User]]
     ) -> list[tuple[StoredRequest, User]]:
-        """Record the actor's approval of each, and return them as they are now."""
+        """Record the actor's approval of each, once, and return them as they are now."""
         found = []
         everywhere = self.actor.manages is Actor.EVERY_ACCOUNT
         for stored, user in members:
@@ -405,9 +407,14 @@ class ActorTransaction(ActorView):
                 account_id=None if everywhere else user.account_id,
                 subject=rules.subject_digest(stored.request),
             )
-            approvals = (*stored.request.approvals, approval)
-            found.append((self.advance(stored, rules.Step.APPROVE, approvals=approvals), user))
-            self.append_about(stored.request, Action.APPROVE, user, kind=stored.request.kind)
+            given = stored.request.approvals
+            if approval not in given:
+                # An earlier one may not count any more, because the user has moved.
+                others = (each for each in given if each.username != approval.username)
+                approvals = (*others, approval)
+                self.append_about(stored.request, Action.APPROVE, user, kind=stored.request.kind)
+                stored = self.advance(stored, rules.Step.APPROVE, approvals=approvals)  # noqa: PLW2901
+            found.append((stored, user))
         return found
 
     def reset_failures(self, username: str, user: User | None, reason: str) -> None:
