@@ -236,7 +236,7 @@ class ActorView:
             )
             for addresses in request.adds
         ]
-        present = self._snapshot.restrictions(request.username)
+        present = self._snapshot.restrictions(request.username) if request.removes else ()
         removes = [each for each in present if each.id in request.removes]
         if not (adds or removes):
             raise errors.UnknownRestriction(request.removes[0])
