@@ -451,6 +451,18 @@ def test_an_approval_completes_a_request(shell: Shell, mail: MailServer):
     assert shell.error(5, "approve", asked["id"], *ANNA)["details"] == {"state": "confirmed"}
 
 
+def test_an_approval_that_opens_needs_consent(shell: Shell):
+    """In a terminal by an answer."""
+    _settings(shell, "[opens]\napprovals = 1\n")
+    asked = shell.json("delete", shell.impose("jsmith", "203.0.113.7"), *RITA)
+    approve = ("approve", asked["id"], *ANNA)
+    assert shell.error(10, *approve)["type"] == "NotConfirmed"
+    question = "Then from anywhere: no restriction is left. Continue"
+    shell.terminal(*approve).answers(question, "n", 10)
+    assert shell.held("jsmith") == ["203.0.113.7"]
+    assert shell.json(*approve, "--allow-open")["unrestricted"] is True
+
+
 def test_an_approval_before_the_number(shell: Shell):
     _settings(shell, "[add]\nnumber = true\napprovals = 2\n")
     asked = shell.json("request", "jsmith", "198.51.100.7", *RITA)

@@ -298,7 +298,7 @@ class Output:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             hint = f"{option} accepts that"
             raise Problem(Exit.NOT_CONFIRMED, outcome, hint, kind="NotConfirmed")
-        self._err(f"{clean(outcome)}. Continue? [y/N] ")
+        self._err(f"{clean(outcome).removesuffix('.')}. Continue? [y/N] ")
         sys.stderr.flush()  # the line has no end yet, so a terminal would not show it
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Problem(Exit.NOT_CONFIRMED, "nothing was changed", kind="NotConfirmed")

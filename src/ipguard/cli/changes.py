@@ -20,7 +20,7 @@ from ipguard.cli._context import ACTOR, ADMINISTRATOR, MAIL, OPERATOR, SETTINGS,
 from ipguard.cli._output import Exit, Output, Problem, missing, plain
 from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
 from ipguard.errors import IPGuardError, LockoutRisk, OpeningRisk, shorten
-from ipguard.model import Actor, Applied, Impact, PendingRequest, RequestState
+from ipguard.model import Actor, Applied, Direction, Impact, PendingRequest, RequestState
 from ipguard.rules import shifted
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
@@ -159,10 +159,18 @@ def confirm(
 
 @command(ACTOR, MAIL, SETTINGS)
 def approve(
-    context: Context, request: RequestArgument, *, allow_lockout: LockoutOption = False
+    context: Context,
+    request: RequestArgument,
+    *,
+    allow_lockout: LockoutOption = False,
+    allow_open: OpenOption = False,
 ) -> None:
     """Approve a request that somebody else made; `ipguard list` shows what it does."""
     with _session(context) as session:
+        with suppress(IPGuardError):  # then the call below says why
+            found = session.flow.preview_request(session.actor, request)
+            if found.direction is Direction.OPENS and not allow_open:
+                context.out.confirm(found.summary, "--allow-open")
         change = partial(session.flow.approve, session.actor, request)
         done = session.with_consent(change, lockout=allow_lockout)
     _show(context, done, session.flow.now())
@@ -323,14 +331,13 @@ class _Session:
 
         Expiry does not lift them. If the change is refused, the call that makes it says why.
         """
-        try:
+        with suppress(IPGuardError):
             found = self.flow.preview(self.actor, username, addresses, replaces, **options)
-        except IPGuardError:
-            return
-        if found.lost and found.ends is not None:
+            if not found.lost or found.ends is None:
+                return
             at = f"after {found.ends:%Y-%m-%d %H:%M} UTC, " if found.ends > self.flow.now() else ""
-            text = f"no permanent restriction is left: {at}{username} can log in from no address"
-            self.out.confirm(f"{found.summary} So {text}", "--allow-lockout")
+            text = f"No permanent restriction is left: {at}{username} can log in from no address"
+            self.out.confirm(f"{found.summary} {text}", "--allow-lockout")
 
     def ask_before_removal(self, restriction_id: str, *, allowed: bool) -> None:
         """Ask before the removal of a restriction, as `ask_before_end` does."""

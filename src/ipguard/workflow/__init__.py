@@ -815,7 +815,7 @@ class Workflow(Closing):
         """
         with self._view(actor) as view:
             stored, _ = view.request(request_id, own=True)
-            state, demand = rules.state_at(stored.request, view.now), self._demand(stored.request)
+            state, demand = rules.state_at(stored.request, view.now), self.demand_of(stored.request)
         return attrs.evolve(stored.request, state=state, demand=demand)
 
     def failures(self, actor: Actor, username: str) -> int:
