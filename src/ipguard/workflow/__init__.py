@@ -814,8 +814,9 @@ class Workflow(Closing):
             UnknownRequest: The actor has made no such request.
         """
         with self._view(actor) as view:
-            stored, _ = view.request(request_id, own=True)
-            state, demand = rules.state_at(stored.request, view.now), self.demand_of(stored.request)
+            stored, user = view.request(request_id, own=True)
+            state = rules.state_at(stored.request, view.now)
+            demand = self._demand(view.batch(stored, user))
         return attrs.evolve(stored.request, state=state, demand=demand)
 
     def failures(self, actor: Actor, username: str) -> int:

@@ -248,6 +248,23 @@ class ActorView:
             )
         return plan
 
+    def batch(self, stored: StoredRequest, user: User) -> list[tuple[StoredRequest, User]]:
+        """Return a pending request, and those that share its number and are pending too.
+
+        Those of users that do not exist for this actor any more are left out; so are those that
+        were left out when the number was sent or accepted, even if the users exist again.
+        """
+        found = [(stored, user)]
+        others = () if stored.request.batch is None else self._snapshot.batch(stored.request.batch)
+        for other in others:
+            request = other.request
+            there = self.user(request.username)
+            pending = rules.state_at(request, self.now) is RequestState.PENDING
+            shares = (other.sent_at, request.numbered) == (stored.sent_at, stored.request.numbered)
+            if request.id != stored.request.id and pending and shares and there is not None:
+                found.append((other, there.user))
+        return found
+
     def failures(self, username: str) -> int:
         return self._snapshot.failures(username)
 
@@ -339,23 +356,6 @@ class ActorTransaction(ActorView):
             removed=ends,
             impact=impact,
         )
-
-    def batch(self, stored: StoredRequest, user: User) -> list[tuple[StoredRequest, User]]:
-        """Return a pending request, and those that share its number and are pending too.
-
-        Those of users that do not exist for this actor any more are left out; so are those that
-        were left out when the number was sent or accepted, even if the users exist again.
-        """
-        found = [(stored, user)]
-        others = () if stored.request.batch is None else self._tx.batch(stored.request.batch)
-        for other in others:
-            request = other.request
-            there = self.user(request.username)
-            pending = rules.state_at(request, self.now) is RequestState.PENDING
-            shares = (other.sent_at, request.numbered) == (stored.sent_at, stored.request.numbered)
-            if request.id != stored.request.id and pending and shares and there is not None:
-                found.append((other, there.user))
-        return found
 
     def apply(self, stored: StoredRequest, user: User, plan: Plan) -> Applied:
         """Confirm a request and make its change."""
