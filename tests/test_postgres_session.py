@@ -192,7 +192,7 @@ def test_hidden_rows_of_requests_stop_a_change(site: Site) -> None:
 EVIL = """
 CREATE SCHEMA evil;
 GRANT ALL ON SCHEMA evil TO public;
-CREATE TABLE evil.replaced_restrictions (id TEXT);
+CREATE TABLE evil.ended_restrictions (id TEXT);
 CREATE TABLE evil.staged_restrictions (seq BIGINT, username TEXT);
 CREATE TABLE evil.staged_users (seq BIGINT, username TEXT);
 CREATE TABLE evil.changed_users (username TEXT);
@@ -202,11 +202,11 @@ GRANT ALL ON ALL TABLES IN SCHEMA evil TO public;
 CREATE FUNCTION evil.steal() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     IF pg_trigger_depth() = 1 THEN
         INSERT INTO evil.loot SELECT email FROM ipguard.users;
-        INSERT INTO evil.replaced_restrictions SELECT id FROM ipguard.restrictions;
+        INSERT INTO evil.ended_restrictions SELECT id FROM ipguard.restrictions;
     END IF;
     RETURN NULL;
 END $$;
-CREATE TRIGGER steal AFTER INSERT ON evil.replaced_restrictions
+CREATE TRIGGER steal AFTER INSERT ON evil.ended_restrictions
     FOR EACH STATEMENT EXECUTE FUNCTION evil.steal();
 CREATE FUNCTION evil.pg_is_in_recovery() RETURNS boolean LANGUAGE sql AS 'SELECT true';
 CREATE FUNCTION evil.clock_timestamp() RETURNS timestamptz

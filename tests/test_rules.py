@@ -348,8 +348,9 @@ class TestReadAddresses:
 
 class TestJudgeAdditions:
     def judge(self, held, new, per_user=10):
-        replaced, refused = rules.judge_additions("u", held, new, per_user=per_user, now=NOW)
-        return replaced, [(each, str(error)) for each, error in refused]
+        found = rules.judge_additions("u", held, new, per_user=per_user, now=NOW)
+        assert found.kept == []
+        return found.ends, [(each, str(error)) for each, error in found.refused]
 
     def test_other_addresses_are_added(self):
         """A wider or a narrower range is not a duplicate."""
@@ -373,14 +374,40 @@ class TestJudgeAdditions:
             (restriction("203.0.113.7"), True),
             (attrs.evolve(same, label="new"), True),
         ):
-            replaced, ((each, error),) = rules.judge_additions(
-                "u", [held], [new], per_user=10, now=NOW
-            )
-            assert (replaced, each) == ([], new)
+            found = rules.judge_additions("u", [held], [new], per_user=10, now=NOW)
+            ((each, error),) = found.refused
+            assert (found.ends, each) == ([], new)
             assert isinstance(error, DuplicateRestriction)
             assert error.found == "restriction"
             assert (error.label, error.expires_at) == (held.label, held.expires_at)
             assert error.differs is differs
+
+    def test_a_list_is_replaced(self):
+        """A live one with the same addresses, label and expiry is kept, and no other."""
+        held = [
+            restriction("203.0.113.7", NOW + SECOND),
+            restriction("203.0.113.8", NOW + SECOND),
+            restriction("203.0.113.9", NOW),
+            restriction("203.0.113.10"),
+        ]
+        held = [attrs.evolve(each, id=f"r{n}") for n, each in enumerate(held)]
+        new = [restriction(f"203.0.113.{n}", r.expires_at) for n, r in zip((7, 8, 9), held)]  # noqa: B905
+        new[1] = restriction("203.0.113.8")
+        found = rules.judge_additions("u", held, new, per_user=3, now=NOW, replace=True)
+        assert found == (new[1:], new[:1], held[1:], [])
+        found = rules.judge_additions("u", held, new, per_user=2, now=NOW, replace=True)
+        assert [each for each, _ in found.refused] == new[2:]
+        found = rules.judge_additions("u", held, new * 2, per_user=9, now=NOW, replace=True)
+        assert [each for each, _ in found.refused] == new
+
+    def test_existing_ones_are_skipped(self):
+        """Whatever their label and expiry, if they are live."""
+        held = [restriction("203.0.113.7", NOW + SECOND), restriction("203.0.113.8", NOW)]
+        new = [restriction("203.0.113.7"), restriction("203.0.113.8"), restriction("203.0.113.9")]
+        found = rules.judge_additions("u", held, new, per_user=3, now=NOW, skip_existing=True)
+        assert found == (new[1:], new[:1], held[1:], [])
+        found = rules.judge_additions("u", held, new[:1], per_user=1, now=NOW, skip_existing=True)
+        assert found == ([], new[:1], [], [])
 
     def test_a_pending_request_is_a_duplicate(self):
         """The error has the label and the expiry of the restriction that it would add."""

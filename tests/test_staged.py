@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
+import attrs
 import pytest
 
 from ipguard.errors import (
@@ -53,12 +54,6 @@ class Between(StoreCase):
 
         self.patch.setattr(BulkRestrictions, "judge", judged)
 
-    def stage(self, *staged: Restriction, per_user: int = 10) -> int:
-        with self.store.transaction(staged=staged) as turn:
-            count = turn.add_staged(per_user=per_user)
-            self.append(turn, frozenset(r.username for r in staged))
-        return count
-
     def refused(self, kind: type[IPGuardError], *staged: Restriction, per_user: int = 10) -> None:
         """Fail unless all are refused, in a transaction that then changes something else."""
         with self.store.transaction(staged=staged) as turn:
@@ -85,7 +80,7 @@ class Between(StoreCase):
         other = self.restriction("bob", "203.0.113.8", expires_at=soon)
         self.clock.advance(timedelta(seconds=1))
         self.between(lambda: self.add(other))
-        assert self.stage(mine, self.restriction("bob", "203.0.113.8", created_at=soon)) == 2
+        assert self.add_staged([mine, self.restriction("bob", "203.0.113.8", created_at=soon)]) == 2
         assert len(self.held("bob")) == 2
 
     def test_restrictions_that_use_up_the_limit(self) -> None:
@@ -93,7 +88,7 @@ class Between(StoreCase):
         more = [self.restriction("bob") for _ in range(3)]
         self.between(lambda: self.add(self.restriction("bob")))
         self.refused(TooManyRestrictions, self.restriction("alice"), *more, per_user=3)
-        assert self.stage(*more, per_user=4) == 3
+        assert self.add_staged([*more], per_user=4) == 3
 
     def test_everybody_is_touched(self) -> None:
         """After a change that touches EVERYBODY, all restrictions are checked again."""
@@ -107,7 +102,7 @@ class Between(StoreCase):
         self.between(change)
         self.refused(DuplicateRestriction, self.restriction("bob", "203.0.113.7"))
         self.between(lambda: self.touch("nobody"))
-        assert self.stage(self.restriction("bob"), self.restriction("alice")) == 2
+        assert self.add_staged([self.restriction("bob"), self.restriction("alice")]) == 2
 
     def test_more_changes_than_are_read(self) -> None:
         """After many changes all are checked again, and the last one counts."""
@@ -135,9 +130,9 @@ class Between(StoreCase):
                 self.append(turn, frozenset({"bob"}))
 
         self.between(lift)
-        assert self.stage(self.restriction("bob", "203.0.113.7")) == 1
+        assert self.add_staged([self.restriction("bob", "203.0.113.7")]) == 1
         self.between(lambda: self.clock.advance(timedelta(seconds=1)))
-        assert self.stage(self.restriction("alice", "203.0.113.7", created_at=soon)) == 1
+        assert self.add_staged([self.restriction("alice", "203.0.113.7", created_at=soon)]) == 1
         assert len(self.held()) == len(self.held("bob")) == 1
 
     def test_a_duplicate_that_stays(self) -> None:
@@ -152,6 +147,49 @@ class Between(StoreCase):
                 self.restriction("bob", "203.0.113.7"),
             )
 
+    def test_lists_that_change_before_they_are_replaced(self) -> None:
+        """What others add in between ends or is kept, and what has expired is replaced."""
+        self.put("alice", "bob")
+        soon = self.clock() + timedelta(seconds=1)
+        ends, expires = self.restriction(), self.restriction("alice", "::7", expires_at=soon)
+        equal = self.restriction("alice", "203.0.113.7")
+        other = self.restriction("alice", "203.0.113.8", label="other")
+        self.add(expires, ends, self.restriction("bob", "203.0.113.7"))
+
+        def change() -> None:
+            self.add(equal, other)
+            self.clock.advance(timedelta(seconds=1))
+
+        staged = [
+            self.restriction("alice", "203.0.113.7", created_at=soon),
+            self.restriction("alice", "203.0.113.8", created_at=soon),
+            self.restriction("alice", "::7", expires_at=soon, created_at=soon),
+            self.restriction("alice", "10.0.0.0/8", created_at=soon),
+            self.restriction("bob", "203.0.113.7", created_at=soon),
+        ]
+        self.between(change)
+        assert self.stage(staged, per_user=4, replace=True) == (3, 2, 3)
+        assert self.held() == (equal, *staged[1:4])
+        assert len(self.held("bob")) == 1
+        self.between(lambda: self.add(self.restriction("bob")))
+        assert self.stage([attrs.evolve(staged[4], id="x")], replace=True) == (0, 1, 1)
+
+    def test_rows_that_others_add_before_they_are_skipped(self) -> None:
+        self.put("alice", "bob")
+        soon = self.clock() + timedelta(seconds=1)
+        live = self.restriction("bob", "203.0.113.7", expires_at=soon)
+        mine = self.restriction("alice", "203.0.113.7", label="theirs")
+        self.add(live)
+
+        def change() -> None:
+            self.add(mine)
+            self.clock.advance(timedelta(seconds=1))
+
+        staged = [self.restriction(name, "203.0.113.7") for name in ("alice", "bob")]
+        self.between(change)
+        assert self.stage(staged, per_user=1, skip_existing=True) == (1, 1, 1)
+        assert (self.held(), self.held("bob")) == ((mine,), (staged[1],))
+
     def test_staged_rows_are_invisible_until_they_are_added(self) -> None:
         """A transaction that reads first sees none of them, and can still add them later."""
         self.put("alice")
@@ -160,7 +198,7 @@ class Between(StoreCase):
             assert turn.restrictions("alice") == ()
             assert turn.restriction(mine.id) is None
             turn.add_restriction(other)
-            assert turn.add_staged(per_user=2) == 1
+            assert turn.add_staged(per_user=2).added == 1
             assert turn.restrictions("alice") == (mine, other)
             turn.remove_restriction(mine.id)
             self.append(turn, frozenset({"alice"}))
@@ -346,7 +384,7 @@ class TestPostgres(Between):
         self._opened.append(store)
         self.between(lambda: self.add(self.restriction()))
         with store.transaction(staged=[self.restriction()]) as turn:
-            assert turn.add_staged(per_user=2) == 1
+            assert turn.add_staged(per_user=2).added == 1
             self.append(turn, frozenset({"alice"}))
         entered, leave = Event(), Event()
 

@@ -219,7 +219,11 @@ steps = st.one_of(
     names.map(_about),
     st.sampled_from("abcdefghijz").map(lambda i: lambda turn: turn.remove_restriction(i)),
     st.builds(lambda a, n: lambda turn: turn.set_failures(a, n), names, st.integers(0, 3)),
-    st.integers(1, 4).map(lambda n: lambda turn: _outcome(lambda: turn.add_staged(per_user=n))),
+    st.builds(
+        lambda n, options: lambda turn: _outcome(lambda: turn.add_staged(per_user=n, **options)),
+        st.integers(1, 4),
+        st.sampled_from([{}, {"replace": True}, {"skip_existing": True}]),
+    ),
     st.builds(
         _append,
         st.none() | names,

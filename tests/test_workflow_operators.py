@@ -184,6 +184,38 @@ def test_an_import_is_one_revision(desk: Desk) -> None:
     assert row.detail == {"restrictions": "5", "reason": "the migration"}
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_list_replaces_or_completes_what_is_there(desk: Desk, replace: bool):
+    """`counts` and the entry say what became of the rows; the user keeps what is equal."""
+    kept, other = desk.flow.impose(BOSS, "jsmith", [HOME, "192.0.2.7"], reason="x").added
+    rows = [("jsmith", HOME), ("jsmith", OFFICE), ("mary", OFFICE)]
+    options = {"replace": True} if replace else {"skip_existing": True}
+    applied = desk.flow.impose_many(BOSS, rows, reason="the list", **options)
+    assert applied.counts == (2, 1, int(replace))
+    held = desk.store.load_policy("jsmith").restrictions
+    assert kept in held
+    assert (other in held) is not replace
+    assert len(held) == 3 - replace
+    (entry,) = desk.flow.history(BOSS, limit=1)
+    ended = {"ended": "1", "replace": "true"} if replace else {}
+    assert entry.detail == {"restrictions": "2", "kept": "1", "reason": "the list"} | ended
+    # The same list again changes nothing, tells no user, and drops no cached answer.
+    cursor = desk.store.changes_since(None)[:2]
+    sent = len(desk.outbox.messages)
+    again = desk.flow.impose_many(BOSS, rows, reason="the list", **options)
+    assert again.counts == (0, 3, 0)
+    assert desk.store.changes_since(cursor).usernames == frozenset()
+    assert len(desk.outbox.messages) == sent + 1
+
+
+def test_a_list_cannot_both_replace_and_skip(desk: Desk):
+    with pytest.raises(InvalidValue):
+        desk.flow.impose_many(
+            BOSS, [("jsmith", HOME)], reason="x", replace=True, skip_existing=True
+        )
+    assert desk.store.changes_since(None).head == 1
+
+
 def test_notices_of_an_import(desk: Desk) -> None:
     """The actor gets one notice, and each user with an address one."""
     desk.flow.impose_many(

@@ -27,6 +27,7 @@ __all__ = [
     "Actor",
     "Applied",
     "Approval",
+    "BulkCounts",
     "Change",
     "Changes",
     "Decision",
@@ -704,6 +705,20 @@ class Change:
     account_id: str | None = None
 
 
+class BulkCounts(NamedTuple):
+    """What became of the rows of a bulk change.
+
+    Attributes:
+        added: How many restrictions were added.
+        kept: How many rows were left out, because their users have these addresses already.
+        ended: How many restrictions ended.
+    """
+
+    added: int
+    kept: int
+    ended: int
+
+
 @attrs.frozen(kw_only=True)
 class Applied:
     """A change of restrictions that is in force; its revision identifies it.
@@ -715,8 +730,9 @@ class Applied:
         unrestricted: True if the user has no restriction left and may log in from any address.
         added: The restrictions added; of all users, if the change was of several.
         removed: The restrictions that ended.
-        impact: What the change did; None for a bulk change. Equality ignores this, `added` and
-            `removed`.
+        impact: What the change did; None for a bulk change. Equality ignores this, `added`,
+            `removed` and `counts`.
+        counts: How many restrictions a bulk change added, kept and ended; None for others.
     """
 
     revision: int
@@ -725,6 +741,7 @@ class Applied:
     added: tuple[Restriction, ...] = attrs.field(default=(), eq=False)
     removed: tuple[Restriction, ...] = attrs.field(default=(), eq=False)
     impact: Impact | None = attrs.field(default=None, eq=False)
+    counts: BulkCounts | None = attrs.field(default=None, eq=False)
 
 
 class Touched(Enum):

@@ -49,6 +49,7 @@ from ipguard.model import (
 
 __all__ = [
     "STEPS",
+    "Additions",
     "Remainder",
     "Search",
     "Step",
@@ -60,6 +61,7 @@ __all__ = [
     "all_expired",
     "approvals_missing",
     "check_approver",
+    "check_bulk_options",
     "check_lockout",
     "check_width",
     "decide",
@@ -333,6 +335,28 @@ def check_width(addresses: AddressRange, *, widest_ipv4: int, widest_ipv6: int) 
 _Refused = tuple[Restriction, errors.DuplicateRestriction | errors.TooManyRestrictions]
 
 
+class Additions(NamedTuple):
+    """What becomes of restrictions that are to be added to one user.
+
+    Attributes:
+        adds: The restrictions to add, those of `refused` for the limit included.
+        kept: Those left out, because the user has their addresses already.
+        ends: The present restrictions that end.
+        refused: The refused ones with their errors, duplicates first.
+    """
+
+    adds: list[Restriction]
+    kept: list[Restriction]
+    ends: list[Restriction]
+    refused: list[_Refused]
+
+
+def check_bulk_options(*, replace: bool, skip_existing: bool) -> None:
+    """Raise InvalidValue if a bulk change is to replace lists and to skip rows."""
+    if replace and skip_existing:
+        raise errors.InvalidValue("skip_existing", "cannot be combined with replace")
+
+
 def judge_additions(
     username: str,
     present: Iterable[Restriction],
@@ -340,10 +364,12 @@ def judge_additions(
     *,
     per_user: int,
     now: datetime,
-) -> tuple[list[Restriction], list[_Refused]]:
+    replace: bool = False,
+    skip_existing: bool = False,
+) -> Additions:
     """Judge restrictions to be added to one user in one change.
 
-    An expired restriction to the same addresses is replaced; a live one is a duplicate.
+    An expired restriction to the same addresses ends; a live one makes the new one a duplicate.
 
     Args:
         username: The user, canonical.
@@ -351,36 +377,41 @@ def judge_additions(
         wanted: The restrictions to add.
         per_user: How many restrictions a user may have, expired ones included.
         now: The store's time.
-
-    Returns:
-        The restrictions to replace; and the refused ones with their errors, duplicates first.
+        replace: Whether `wanted` is the whole list: all other restrictions end. A live one with the
+            same addresses, label and expiry is kept.
+        skip_existing: Whether to leave duplicates of live restrictions out, whatever their label
+            and expiry, instead of refusing them.
     """
+    there = list(present)
     held: dict[AddressRange, list[Restriction]] = {}
-    for restriction in present:
+    for restriction in there:
         held.setdefault(restriction.addresses, []).append(restriction)
-    count = sum(map(len, held.values()))
-    accepted: list[Restriction] = []
-    replaced: list[Restriction] = []
-    refused: list[_Refused] = []
+    found = Additions([], [], [], [])
     given: set[AddressRange] = set()
+    staying: set[str] = set()
     for each in wanted:
         same = held.get(each.addresses, [])
-        live = next((r for r in same if not r.expired(now)), None)
+        live = [r for r in same if not r.expired(now)]
+        equal = [r.id for r in live if (r.label, r.expires_at) == (each.label, each.expires_at)]
         if each.addresses in given:
             error = errors.DuplicateRestriction(username, str(each.addresses), "row")
-            refused.append((each, error))
-        elif live is not None:
-            refused.append((each, duplicate(live, each)))
+            found.refused.append((each, error))
+        elif equal if replace else live and skip_existing:
+            found.kept.append(each)
+            staying.update(equal and [min(equal)])
+        elif live and not replace:
+            found.refused.append((each, duplicate(live[0], each)))
         else:
-            accepted.append(each)
-            replaced += same
+            found.adds.append(each)
+            found.ends.extend(same)
         given.add(each.addresses)
-    over = count - len(replaced) + len(accepted) - per_user
+    if replace:
+        found.ends[:] = (each for each in there if each.id not in staying)
+    over = len(there) - len(found.ends) + len(found.adds) - per_user
     if over > 0:
-        refused += (
-            (each, errors.TooManyRestrictions(username, per_user)) for each in accepted[-over:]
-        )
-    return replaced, refused
+        limit = errors.TooManyRestrictions(username, per_user)
+        found.refused.extend((each, limit) for each in found.adds[-over:])
+    return found
 
 
 def all_expired(restrictions: Collection[Restriction], now: datetime) -> bool:

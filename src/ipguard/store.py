@@ -35,6 +35,7 @@ from ipguard.model import (
     EVERYBODY,
     Accounts,
     Action,
+    BulkCounts,
     Change,
     Changes,
     Page,
@@ -134,19 +135,25 @@ class Transaction(Snapshot, Protocol):
     def remove_restriction(self, restriction_id: str) -> None:
         """Remove a restriction; do nothing if it does not exist."""
 
-    def add_staged(self, *, per_user: int) -> int:
+    def add_staged(
+        self, *, per_user: int, replace: bool = False, skip_existing: bool = False
+    ) -> BulkCounts:
         """Add the restrictions that were passed to `transaction(staged=...)`, all or none.
 
-        An expired restriction to the same addresses is replaced. The errors are checked in the
-        order below, each for all users before the next, and nothing is added if one is raised.
+        `rules.judge_additions` decides for each user. Pending requests that would do nothing but
+        end a restriction that ends are cancelled. The errors are checked in the order below, each
+        for all users before the next, and nothing is changed if one is raised.
 
         Args:
             per_user: How many restrictions a user may have, expired ones included.
+            replace: Whether the restrictions are the whole list of each of their users.
+            skip_existing: Whether to leave out addresses that the user has already.
 
         Returns:
-            How many were added.
+            How many were added, left out, and ended.
 
         Raises:
+            InvalidValue: `replace` and `skip_existing` are both true.
             UnknownUser: A user is not registered, or is removed.
             DuplicateRestriction: A user would have the same addresses twice; among the staged
                 restrictions, expired ones count too.

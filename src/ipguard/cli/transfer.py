@@ -156,11 +156,12 @@ class _Check:
                 for each in wanted:
                     self._bad.add(int(each.id), errors.UnknownUser(username))
                 continue
-            replaced, refused = rules.judge_additions(
+            judged = rules.judge_additions(
                 username, policy.restrictions, wanted, per_user=per_user, now=now
             )
+            refused = judged.refused
             self.newly += not policy.restrictions
-            self.replaced += len(replaced)
+            self.replaced += len(judged.ends)
             self.added += len(wanted) - len(refused)
             self.users += len(wanted) > len(refused)
             lines = {each.addresses: each.id for each in reversed(wanted)}  # the first of each

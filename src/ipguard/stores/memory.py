@@ -40,6 +40,7 @@ from ipguard.model import (
     RESET,
     Accounts,
     Action,
+    BulkCounts,
     Change,
     Changes,
     Page,
@@ -197,8 +198,11 @@ class WriteTransaction:
         if not table[owner]:
             del table[owner]
 
-    def add_staged(self, *, per_user: int) -> int:
+    def add_staged(
+        self, *, per_user: int, replace: bool = False, skip_existing: bool = False
+    ) -> BulkCounts:
         self._check()
+        rules.check_bulk_options(replace=replace, skip_existing=skip_existing)
         by_user: dict[str, list[Restriction]] = {}
         for restriction in self._staged:
             by_user.setdefault(restriction.username, []).append(restriction)
@@ -208,20 +212,40 @@ class WriteTransaction:
             stored = self.user(username)
             if stored is None or stored.removed:
                 raise errors.UnknownUser(username)
-        replaced, reasons = [], []
-        for username, new in by_user.items():
-            olds, refused = rules.judge_additions(
-                username, self.restrictions(username), new, per_user=per_user, now=self.now
+        judged = [
+            rules.judge_additions(
+                username,
+                self.restrictions(username),
+                new,
+                per_user=per_user,
+                now=self.now,
+                replace=replace,
+                skip_existing=skip_existing,
             )
-            replaced += olds
-            reasons += [error for _, error in refused]
+            for username, new in by_user.items()
+        ]
+        reasons = [error for found in judged for _, error in found.refused]
         if reasons:
             raise min(reasons, key=_error_order)
-        for old in replaced:
-            self.remove_restriction(old.id)
-        for restriction in self._staged:
-            self.add_restriction(restriction)
-        return len(self._staged)
+        for found in judged:
+            for old in found.ends:
+                self.remove_restriction(old.id)
+                self._cancel_deletions(old)
+            for new in found.adds:
+                self.add_restriction(new)
+        return BulkCounts(
+            added=sum(len(found.adds) for found in judged),
+            kept=sum(len(found.kept) for found in judged),
+            ended=sum(len(found.ends) for found in judged),
+        )
+
+    def _cancel_deletions(self, old: Restriction) -> None:
+        for stored in list(self.state.requests.values()):
+            request = stored.request
+            pending = rules.state_at(request, self.now) is RequestState.PENDING
+            if pending and request.ends_alone and request.removes[0] == old.id:
+                state = rules.after(request.state, rules.Step.CANCEL)
+                self.save_request(attrs.evolve(stored, request=attrs.evolve(request, state=state)))
 
     def append(
         self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any

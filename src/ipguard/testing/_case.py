@@ -15,6 +15,7 @@ from ipguard.model import (
     EVERYBODY,
     Action,
     Actor,
+    BulkCounts,
     Change,
     PendingRequest,
     RequestKind,
@@ -281,10 +282,16 @@ class StoreCase:
 
     def add_staged(self, staged: Iterable[Restriction], per_user: int = 1000) -> int:
         """Add staged restrictions and commit; return how many."""
+        return self.stage(staged, per_user=per_user).added
+
+    def stage(
+        self, staged: Iterable[Restriction], per_user: int = 1000, **options: bool
+    ) -> BulkCounts:
+        """Call `add_staged` and commit; return its answer."""
         with self.store.transaction(staged=staged) as tx:
-            count = tx.add_staged(per_user=per_user)
+            counts = tx.add_staged(per_user=per_user, **options)
             self.append(tx, EVERYBODY)
-        return count
+        return counts
 
     def held(self, username: str = "alice") -> tuple[Restriction, ...]:
         return self.store.load_policy(username).restrictions

@@ -11,8 +11,10 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import attrs
+
 from ipguard import errors
-from ipguard.model import Action, Change, Policy, Restriction
+from ipguard.model import Action, Change, Policy, RequestKind, RequestState, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.testing._case import (
     EVERY,
@@ -148,7 +150,7 @@ class TransactionTests(StoreCase):
         for error in (Interrupted(), ValueError()):
             staged = [self.restriction(), self.restriction("alice", "::7")]  # replaces the other
             with raises(type(error)) as raised, self.store.transaction(staged=staged) as tx:
-                assert tx.add_staged(per_user=10) == 2
+                assert tx.add_staged(per_user=10).added == 2
                 assert len(tx.restrictions("alice")) == 3
                 for restriction in tx.restrictions("alice"):
                     tx.remove_restriction(restriction.id)
@@ -238,12 +240,14 @@ class TransactionTests(StoreCase):
 
 
 class StagedTests(StoreCase):
-    def _refused(self, kind: type[Any], staged: list[Restriction], per_user: int = 1000) -> Any:
+    def _refused(
+        self, kind: type[Any], staged: list[Restriction], per_user: int = 1000, **options: bool
+    ) -> Any:
         """Fail unless all are refused and none is added, even if the transaction goes on."""
         before = {r.username: self.held(r.username) for r in staged}
         with self.store.transaction(staged=staged) as tx:
             with raises(kind) as raised:
-                tx.add_staged(per_user=per_user)
+                tx.add_staged(per_user=per_user, **options)
             self.append(tx)
         assert {name: self.held(name) for name in before} == before
         return raised.exception
@@ -288,7 +292,7 @@ class StagedTests(StoreCase):
         with raises(Interrupted), self.store.transaction(staged=[self.restriction()]):
             raise Interrupted
         with self.store.transaction() as tx:
-            assert tx.add_staged(per_user=10) == 0
+            assert tx.add_staged(per_user=10) == (0, 0, 0)
         assert self.held() == ()
         assert self.add_staged([]) == 0
         assert self.add_staged([self.restriction()]) == 1
@@ -348,6 +352,84 @@ class StagedTests(StoreCase):
         same = self.restriction("alice", "203.0.113.7")
         assert self.add_staged([bobs, two[0], same], per_user=4) == 3
         assert len(self.held()) == 4
+
+    def test_a_list_that_is_replaced(self) -> None:
+        """The rows are all that is left; equal ones stay as they are, and other users too."""
+        self.put("alice", "bob")
+        soon = self.clock() + timedelta(seconds=1)
+        equal = self.restriction("alice", "203.0.113.7", label="office", expires_at=soon)
+        labelled = self.restriction("alice", "203.0.113.8", label="office")
+        longer = self.restriction("alice", "203.0.113.9", expires_at=soon)
+        expired = self.restriction("alice", "::7", expires_at=self.clock(), label="office")
+        others = self.restriction("bob", "203.0.113.7")
+        self.add(equal, labelled, longer, expired, others, self.restriction("alice"))
+        deletion = self.request(kind=RequestKind.DELETE, removes=(longer.id,), adds=(),
+                                removed=(longer.addresses,))  # fmt: skip
+        both = self.request(removes=(longer.id,), removed=(longer.addresses,))
+        kept = self.request(kind=RequestKind.DELETE, removes=(equal.id,), adds=(),
+                            removed=(equal.addresses,))  # fmt: skip
+        self.save(deletion, both, kept)
+        staged = [
+            self.restriction("alice", "203.0.113.8", label="home"),
+            self.restriction("alice", "203.0.113.7", label="office", expires_at=soon),
+            self.restriction("alice", "203.0.113.9"),
+            self.restriction("alice", "::7", expires_at=self.clock(), label="office"),
+            self.restriction("alice", "10.0.0.0/8"),
+        ]
+        before = self.cursor()
+        assert self.stage(staged, per_user=5, replace=True) == (4, 1, 4)
+        new = [each for each in staged if each.addresses != equal.addresses]
+        assert self.held() == (equal, *new)
+        assert self.held("bob") == (others,)
+        assert self.cursor()[0] == before[0] + 1
+        with self.store.transaction() as tx:
+            assert tx.pending_requests("alice") == (both.request, kept.request)
+            cancelled = tx.request(deletion.request.id)
+        assert cancelled is not None
+        assert cancelled.request.state is RequestState.CANCELLED
+        again = [attrs.evolve(each, id=f"again {each.id}") for each in staged if each is not new[2]]
+        assert self.stage(again, per_user=1, replace=True) == (0, 4, 1)
+        assert self.held() == (equal, *(each for each in new if each is not new[2]))
+
+    def test_a_list_that_cannot_be_replaced(self) -> None:
+        """Unknown users, rows that occur twice and too many rows refuse all; nothing ends."""
+        self.put("alice", "bob")
+        old = self.restriction("alice", "203.0.113.7")
+        self.add(old, self.restriction("bob"))
+        equal = self.restriction("alice", "203.0.113.7")
+        more = [self.restriction("alice"), self.restriction("alice"), self.restriction("bob")]
+        self._refused(errors.UnknownUser, [equal, self.restriction("nobody")], replace=True)
+        self._refused(errors.DuplicateRestriction, [equal, equal], replace=True)
+        error = self._refused(errors.TooManyRestrictions, [*more, equal], 2, replace=True)
+        assert (error.username, error.limit) == ("alice", 2)
+        assert self.stage([*more, equal], per_user=3, replace=True) == (3, 1, 1)
+        with self.store.transaction(staged=[equal]) as tx:
+            with raises(errors.InvalidValue):
+                tx.add_staged(per_user=3, replace=True, skip_existing=True)
+            self.append(tx)
+
+    def test_rows_that_exist_are_skipped(self) -> None:
+        """Addresses that a user has stay as they are; expired ones are replaced, others added."""
+        self.put("alice", "bob")
+        live = self.restriction("alice", "203.0.113.7", label="old")
+        expired = self.restriction("alice", "203.0.113.8", expires_at=self.clock())
+        self.add(live, expired)
+        staged = [
+            self.restriction("alice", "203.0.113.7", label="new"),
+            self.restriction("alice", "203.0.113.8"),
+            self.restriction("bob", "203.0.113.7"),
+            self.restriction("alice", "203.0.113.9"),
+        ]
+        self._refused(errors.DuplicateRestriction, [*staged, staged[0]], skip_existing=True)
+        self._refused(errors.UnknownUser, [self.restriction("x"), staged[0]], skip_existing=True)
+        self._refused(errors.TooManyRestrictions, staged, 2, skip_existing=True)
+        assert self.stage(staged, per_user=3, skip_existing=True) == (3, 1, 1)
+        assert self.held() == (live, staged[1], staged[3])
+        assert self.held("bob") == (staged[2],)
+        again = [attrs.evolve(each, id=f"again {each.id}") for each in staged]
+        # A user who has too many already is not refused for rows that are left out.
+        assert self.stage(again, per_user=1, skip_existing=True) == (0, 4, 0)
+        assert self.held() == (live, staged[1], staged[3])
 
 
 class LifecycleTests(StoreCase):

@@ -607,44 +607,71 @@ class Workflow(Closing):
         self._announce(tx, {name: user})
         return applied
 
-    def impose_many(self, actor: Actor, rows: Iterable[Row], *, reason: str) -> Applied:
+    def impose_many(
+        self,
+        actor: Actor,
+        rows: Iterable[Row],
+        *,
+        reason: str,
+        replace: bool = False,
+        skip_existing: bool = False,
+    ) -> Applied:
         """Add any number of restrictions, all or none, as one revision.
 
-        All rows are read before the writer's lock is taken. Up to 100 affected users get a notice;
-        if there are more, only the actor does.
+        All rows are read before the writer's lock is taken. Up to 100 users in the rows get a
+        notice; if there are more, or nothing changes, only the actor does.
 
         Args:
             actor: The operator.
             rows: Each is `(username, addresses[, label[, expires_at]])`, or a mapping with the keys
                 `username`, `addresses`, `label`, `expires_at`.
             reason: Why; required, up to 500 characters.
+            replace: Whether the rows are the whole list of their users: all other restrictions of
+                these users end in the same change. A restriction that has the addresses, label and
+                expiry of a row is kept.
+            skip_existing: Whether to leave out rows whose addresses the user has already, whatever
+                the label and the expiry, instead of refusing them.
 
         Returns:
-            The revision; `restriction` is None.
+            The revision, and in `counts` how many restrictions were added, kept and ended;
+            `restriction` is None.
 
         Raises:
             IPGuardError: As `request` raises, for the first row that is refused; a note on the
                 error names the row. Errors that only the store finds (an unknown user, a duplicate,
                 too many restrictions) name the user instead. Nothing is changed.
-            InvalidValue: Also: the reason is missing, or `rows` is empty.
+            InvalidValue: Also: the reason is missing, `rows` is empty, or both options are set.
         """
         check_text("reason", reason, REASON_LIMIT, required=True)
+        rules.check_bulk_options(replace=replace, skip_existing=skip_existing)
         _check_operator(actor, errors.UnknownUser("(any)"))
         names: set[str] = set()
         with self._transaction(actor, self._staged(actor, rows, names)) as tx:
-            count = tx.add_staged()
-            if not count:
+            # Stores written for an older protocol do not have the options.
+            options = {"replace": replace, "skip_existing": skip_existing}
+            counts = tx.add_staged(**{name: True for name, given in options.items() if given})
+            if not any(counts):
                 raise errors.InvalidValue("rows", "must not be empty")
+            changes = bool(counts.added or counts.ended)
             change = tx.append(
-                Action.IMPOSE_MANY, touches=EVERYBODY, restrictions=count, reason=reason
+                Action.IMPOSE_MANY,
+                touches=EVERYBODY if changes else frozenset(),
+                restrictions=counts.added,
+                kept=counts.kept or None,
+                ended=counts.ended or None,
+                replace=replace,
+                reason=reason,
             )
-            users = [] if len(names) > NAMED_AT_MOST else [tx.user(name) for name in sorted(names)]
+            told = sorted(names) if changes and len(names) <= NAMED_AT_MOST else ()
+            users = [tx.user(name) for name in told]
         self._announce(tx, {})
         for stored in users:
             if stored is not None and stored.user.email is not None:
                 # To the user alone: the actor has had one notice for all of them.
                 self._notify(change, attrs.evolve(actor, email=stored.user.email), stored.user)
-        return Applied(revision=change.revision, restriction=None, unrestricted=False)
+        return Applied(
+            revision=change.revision, restriction=None, unrestricted=False, counts=counts
+        )
 
     def _staged(self, actor: Actor, rows: Iterable[Row], names: set[str]) -> Iterator[Restriction]:
         """Yield the restrictions of rows; collect the usernames, up to the limit for notices."""

@@ -16,6 +16,7 @@ from ipguard.model import (
     Actor,
     Applied,
     Approval,
+    BulkCounts,
     Change,
     Direction,
     Impact,
@@ -205,11 +206,12 @@ class ActorView:
         ends = present if only else removes
         gone = {each.id for each in ends}
         kept = [each for each in present if each.id not in gone]
-        replaced, refused = rules.judge_additions(
+        judged = rules.judge_additions(
             username, kept, adds, per_user=self._settings.restrictions_per_user, now=self.now
         )
-        for _, error in refused:
+        for _, error in judged.refused:
             raise error
+        replaced = judged.ends
         gone.update(each.id for each in replaced)
         left = (*(each for each in kept if each.id not in gone), *adds)
         change = rules.impact(present, left, self.now)
@@ -422,8 +424,8 @@ class ActorTransaction(ActorView):
         self._tx.set_failures(username, 0)
         self.append(Action.UNLOCK, user, username=username, failures=failures, reason=reason)
 
-    def add_staged(self, **options: bool) -> int:
-        """Add the staged restrictions, all or none; return how many."""
+    def add_staged(self, **options: bool) -> BulkCounts:
+        """Add the staged restrictions, all or none."""
         return self._tx.add_staged(per_user=self._settings.restrictions_per_user, **options)
 
     def _take_away(self, restriction: Restriction) -> None:

@@ -13,8 +13,6 @@ from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any, Final, Protocol
 
-import attrs
-
 from ipguard import rules
 from ipguard.addresses import AddressRange
 from ipguard.errors import (
@@ -27,6 +25,7 @@ from ipguard.errors import (
 from ipguard.model import (
     EVERYBODY,
     Action,
+    BulkCounts,
     Change,
     Restriction,
     StoredUser,
@@ -55,7 +54,6 @@ from ipguard.stores._sql import (
     head,
     marks,
     micros,
-    moment,
     restriction_of,
     restriction_row,
     touched_of,
@@ -68,7 +66,6 @@ _UNNUMBERED: Final = (
     "username TEXT, id TEXT, first_ip BLOB, last_ip BLOB, label TEXT, created_at INTEGER,"
     " created_by TEXT, expires_at INTEGER"
 )
-_TABLE: Final = f"(seq INTEGER PRIMARY KEY, {_UNNUMBERED})"
 _NEVER: Final = (-1, "")
 CHANGES_READ: Final = 1_000
 """If more changes than this happened since the check, everything is checked again."""
@@ -82,29 +79,60 @@ _TWICE: Final = """
 SELECT s.username, s.first_ip, s.last_ip FROM staged_restrictions s WHERE true %s
 GROUP BY s.username, s.first_ip, s.last_ip HAVING count(*) > 1 ORDER BY min(s.seq) LIMIT 1
 """
-# CROSS JOIN makes SQLite keep this order, which begins with the smaller table.
-_SAME: Final = """
-FROM staged_restrictions s CROSS JOIN restrictions r
-WHERE r.username = s.username AND r.first_ip = s.first_ip AND r.last_ip = s.last_ip %s
+# All present restrictions of the users concerned; `seq` is of the staged restriction to the same
+# addresses, and `same` whether its label and expiry are the same too. CROSS JOIN makes SQLite keep
+# this order.
+_FIND_PRESENT: Final = """
+INSERT INTO present_restrictions (id, username, seq, expires_at, same)
+SELECT r.id, r.username, s.seq, r.expires_at, CASE WHEN s.label = r.label
+    AND (s.expires_at = r.expires_at OR (s.expires_at IS NULL AND r.expires_at IS NULL))
+    THEN 1 ELSE 0 END
+FROM (SELECT DISTINCT s.username FROM staged_restrictions s WHERE true %s) n
+CROSS JOIN restrictions r
+LEFT JOIN staged_restrictions s
+    ON s.username = r.username AND s.first_ip = r.first_ip AND s.last_ip = r.last_ip
+WHERE r.username = n.username %s
 """
-_HELD: Final = f"""
-SELECT {columns(RESTRICTION, "r")}, s.username, s.label, s.expires_at
-{_SAME} AND (r.expires_at IS NULL OR r.expires_at > ?) ORDER BY s.seq LIMIT 1
+_LIVE: Final = "p.seq IS NOT NULL AND (p.expires_at IS NULL OR p.expires_at > ?)"
+# The most rows of one user; and with them the restrictions that stay, unless lists are replaced.
+_MOST: Final = """
+SELECT COALESCE(max(n.given), 0), COALESCE(max(n.given + COALESCE(p.others, 0)), 0) FROM (
+    SELECT username, count(*) AS given FROM staged_restrictions GROUP BY username
+) n LEFT JOIN (
+    SELECT username, count(*) - count(DISTINCT seq) AS others
+    FROM present_restrictions GROUP BY username
+) p ON p.username = n.username
 """
-_NUMBERS: Final = """
-SELECT n.username, n.added + (
-    SELECT count(*) FROM restrictions r WHERE r.username = n.username AND NOT EXISTS (
-        SELECT 1 FROM staged_restrictions s
-        WHERE s.username = r.username AND s.first_ip = r.first_ip AND s.last_ip = r.last_ip
-    )
-) AS number, n.seq FROM (
-    SELECT s.username, count(*) AS added, min(s.seq) AS seq
-    FROM staged_restrictions s WHERE true %s GROUP BY s.username
-) n
+_TOO_MANY: Final = """
+SELECT n.username FROM (
+    SELECT s.username, count(*) - count(k.seq) AS added, min(s.seq) AS seq
+    FROM staged_restrictions s LEFT JOIN kept_rows k ON k.seq = s.seq
+    GROUP BY s.username
+) n LEFT JOIN (
+    SELECT p.username, count(*) - count(e.id) AS stay
+    FROM present_restrictions p LEFT JOIN ended_restrictions e ON e.id = p.id GROUP BY p.username
+) p ON p.username = n.username
+WHERE n.added > 0 AND n.added + COALESCE(p.stay, 0) > ? ORDER BY n.seq LIMIT 1
 """
-_MOST: Final = f"SELECT max(number) FROM ({_NUMBERS}) m"
-_TOO_MANY: Final = f"SELECT username FROM ({_NUMBERS}) m WHERE number > ? ORDER BY seq LIMIT 1"
-_REPLACED: Final = f"INSERT INTO replaced_restrictions (id) SELECT r.id {_SAME}"
+_PRESENT_LIVE: Final = f"FROM present_restrictions p WHERE {_LIVE}"
+_KEEP: Final = (
+    f"INSERT INTO kept_rows (seq, id) SELECT p.seq, min(p.id) {_PRESENT_LIVE} %s GROUP BY p.seq"
+)
+# NOT EXISTS, because PostgreSQL compares each row with each for a long NOT IN.
+_END_OTHERS: Final = """
+INSERT INTO ended_restrictions (id) SELECT p.id FROM present_restrictions p
+WHERE NOT EXISTS (SELECT 1 FROM kept_rows k WHERE k.seq = p.seq AND k.id = p.id)
+"""
+_END_EXPIRED: Final = """
+INSERT INTO ended_restrictions (id) SELECT p.id FROM present_restrictions p
+WHERE p.seq IS NOT NULL AND NOT EXISTS (SELECT 1 FROM kept_rows k WHERE k.seq = p.seq)
+"""
+_NOT_KEPT: Final = "NOT EXISTS (SELECT 1 FROM kept_rows k WHERE k.seq = s.seq)"
+_NOT_LATE: Final = "NOT EXISTS (SELECT 1 FROM late_rows l WHERE l.seq = s.seq)"
+_CANCEL_DELETIONS: Final = f"""
+UPDATE requests SET state = 'cancelled' WHERE {IS_PENDING} AND expires_at > ?
+AND restriction_id IN (SELECT id FROM ended_restrictions)
+"""
 
 
 class BulkRestrictions:
@@ -120,33 +148,46 @@ class BulkRestrictions:
         self._table = "staged_restrictions"
         self._write_ahead = ahead
         self._ahead = False
-        self._seen, self._most = _NEVER, 0
+        self._seen, self._most = _NEVER, (0, 0)
         self._refused: str | None = None
-        db.run(f"CREATE TEMPORARY TABLE staged_restrictions {_TABLE}")
-        db.run("CREATE TEMPORARY TABLE replaced_restrictions (id TEXT)")
+        db.run(
+            f"CREATE TEMPORARY TABLE staged_restrictions (seq INTEGER PRIMARY KEY, {_UNNUMBERED})"
+        )
+        db.run(
+            "CREATE TEMPORARY TABLE present_restrictions"
+            " (id TEXT, username TEXT, seq INTEGER, expires_at INTEGER, same INTEGER)"
+        )
+        db.run("CREATE TEMPORARY TABLE ended_restrictions (id TEXT PRIMARY KEY)")
+        db.run("CREATE TEMPORARY TABLE kept_rows (seq INTEGER PRIMARY KEY, id TEXT)")
+        # The rows that were not written ahead, because the user had a live restriction to them.
+        db.run("CREATE TEMPORARY TABLE late_rows (seq INTEGER PRIMARY KEY)")
         rows = ((seq, *restriction_row(each)) for seq, each in enumerate(restrictions))
         db.insert_many("staged_restrictions", _COLUMNS, rows)
         db.run("CREATE INDEX staged_addresses ON staged_restrictions (username, first_ip, last_ip)")
 
     def judge(self, db: Executor, now: datetime) -> None:
-        """Find what refuses the restrictions, except for the limit of restrictions per user."""
+        """Compare the restrictions with the present ones, and prepare for the lock."""
         self._seen = head(db)
         try:
-            self._check(db, now)
+            self._check(db)
         except (UnknownUser, DuplicateRestriction) as exc:
             self._refused = exc.username
             return
-        self._find_replaced(db)
-        ((most,),) = db.rows(_MOST % "")
-        self._most = most or 0
+        self._find_present(db)
+        ((alone, joined),) = db.rows(_MOST)
+        self._most = alone, joined
         if self._write_ahead:
-            self._insert(db)
+            db.run(
+                f"INSERT INTO late_rows (seq) SELECT DISTINCT p.seq {_PRESENT_LIVE}", (micros(now),)
+            )
+            self._insert(db, _NOT_LATE)
             self._ahead = True
             return
-        db.run(f"CREATE TEMPORARY TABLE sorted_restrictions {_TABLE}")
+        table = f"(place INTEGER PRIMARY KEY, seq INTEGER, {_UNNUMBERED})"
+        db.run(f"CREATE TEMPORARY TABLE sorted_restrictions {table}")
         db.run(
-            f"INSERT INTO sorted_restrictions (username, {RESTRICTION}) SELECT username,"
-            f" {RESTRICTION} FROM staged_restrictions ORDER BY username, created_at, id"
+            f"INSERT INTO sorted_restrictions ({_COLUMNS}) SELECT {_COLUMNS}"
+            " FROM staged_restrictions ORDER BY username, created_at, id"
         )
         self._table = "sorted_restrictions"
 
@@ -158,42 +199,68 @@ class BulkRestrictions:
         """
         self._seen = _NEVER
         if self._ahead:
-            db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM staged_restrictions)")
+            self._take_back(db, _NOT_LATE)
             self._ahead = False
 
-    def add(self, db: Executor, now: datetime, *, per_user: int) -> int:
+    def add(
+        self, db: Executor, now: datetime, *, per_user: int, replace: bool, skip_existing: bool
+    ) -> BulkCounts:
         """Add the restrictions under the lock; see `ipguard.store.Transaction.add_staged`."""
         # Check everything before writing anything: a caller may catch the error and continue.
+        at, changed = micros(now), self._check_again(db)
+        self._decide(db, at, replace=replace, skip_existing=skip_existing)
+        if changed or self._most[not replace] > per_user:
+            for (username,) in db.rows(_TOO_MANY, (per_user,)):
+                raise TooManyRestrictions(username, per_user)
+        counts = ("staged_restrictions", "kept_rows", "ended_restrictions")
+        (given, kept, ended) = (db.rows(f"SELECT count(*) FROM {each}")[0][0] for each in counts)
+        if ended:
+            db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM ended_restrictions)")
+            db.run(_CANCEL_DELETIONS, (at,))
+        if not self._ahead:
+            self._insert(db, _NOT_KEPT)
+        else:
+            if changed and kept:
+                self._take_back(db, f"NOT ({_NOT_KEPT}) AND {_NOT_LATE}")
+            self._insert(db, f"NOT ({_NOT_LATE}) AND {_NOT_KEPT}")
+        # They are now restrictions like all others.
+        self._ahead, self._seen = False, _NEVER
+        return BulkCounts(added=int(given - kept), kept=int(kept), ended=int(ended))
+
+    def _check_again(self, db: Executor) -> bool:
+        """Check the users that have changed since `judge`; return whether any may have."""
         changed = self._changed(db)
         if self._refused is not None:
             if not changed:
-                self._check(db, now, *_only(db, [self._refused]))
-            changed = EVERYBODY  # the duplicate has expired since, or was removed
-        only = ("", ()) if isinstance(changed, Touched) else _only(db, changed)
+                self._check(db, *_only(db, [self._refused]))
+            changed = EVERYBODY  # the user was registered since
         if changed:
-            self._check(db, now, *only)
-        if self._most > per_user:
-            only = "", ()
-        if changed or self._most > per_user:
-            condition, names = only
-            for (username,) in db.rows(_TOO_MANY % condition, (*names, per_user)):
-                raise TooManyRestrictions(username, per_user)
-        if changed:
-            self._find_replaced(db, *only)
-        db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM replaced_restrictions)")
-        if not self._ahead:
-            self._insert(db)
-        # They are now restrictions like all others.
-        self._ahead, self._seen = False, _NEVER
-        ((count,),) = db.rows("SELECT count(*) FROM staged_restrictions")
-        return int(count)
+            only = ("", ()) if isinstance(changed, Touched) else _only(db, changed)
+            self._check(db, *only)
+            self._find_present(db, *only)
+        return bool(changed)
 
-    def _insert(self, db: Executor) -> None:
-        order = "username, created_at, id" if self._table == "staged_restrictions" else "seq"
+    def _decide(self, db: Executor, at: int, *, replace: bool, skip_existing: bool) -> None:
+        """Record which rows are kept, and which restrictions end; refuse duplicates."""
+        db.run("DELETE FROM kept_rows")
+        db.run("DELETE FROM ended_restrictions")
+        if replace or skip_existing:
+            db.run(_KEEP % ("AND p.same = 1" if replace else ""), (at,))
+        else:
+            self._refuse_duplicates(db, at)
+        db.run(_END_OTHERS if replace else _END_EXPIRED)
+
+    def _insert(self, db: Executor, condition: str) -> None:
+        order = "username, created_at, id" if self._table == "staged_restrictions" else "place"
         db.run(
-            f"INSERT INTO restrictions (username, {RESTRICTION})"
-            f" SELECT username, {RESTRICTION} FROM {self._table} ORDER BY {order}"
+            f"INSERT INTO restrictions (username, {RESTRICTION}) SELECT username, {RESTRICTION}"
+            f" FROM {self._table} s WHERE {condition} ORDER BY {order}"
         )
+
+    @staticmethod
+    def _take_back(db: Executor, condition: str) -> None:
+        staged = f"SELECT s.id FROM staged_restrictions s WHERE {condition}"
+        db.run(f"DELETE FROM restrictions WHERE id IN ({staged})")
 
     def _changed(self, db: Executor) -> frozenset[str] | Touched:
         """Return the users whose policy may have changed since `judge`."""
@@ -202,24 +269,33 @@ class BulkRestrictions:
             return EVERYBODY
         return touched_of(row[0] for row in rows)
 
-    def _check(self, db: Executor, now: datetime, only: str = "", names: Params = ()) -> None:
+    def _check(self, db: Executor, only: str = "", names: Params = ()) -> None:
         for (username,) in db.rows(_UNKNOWN % only, names):
             raise UnknownUser(username)
         for username, first, last in db.rows(_TWICE % only, names):
             addresses = str(AddressRange.from_packed(first, last))
             raise DuplicateRestriction(username, addresses, "row")
-        held_by = _HELD % self._others(only)
-        for *held, username, label, expires_at in db.rows(held_by, (*names, micros(now))):
-            found = restriction_of(username, tuple(held))
-            until = None if expires_at is None else moment(expires_at)
-            raise rules.duplicate(found, attrs.evolve(found, label=label, expires_at=until))
 
-    def _find_replaced(self, db: Executor, only: str = "", names: Params = ()) -> None:
-        """Record which restrictions are replaced: all with the same addresses have expired."""
-        db.run(_REPLACED % self._others(only), names)
+    def _find_present(self, db: Executor, only: str = "", names: Params = ()) -> None:
+        """Record the present restrictions of all users, or of those that have changed."""
+        users = f"SELECT s.username FROM staged_restrictions s WHERE true {only}"
+        some = f" WHERE username IN ({users})" if only else ""
+        db.run(f"DELETE FROM present_restrictions{some}", names)
+        # Those that were written ahead are not present.
+        others = f"AND (s.seq IS NULL OR r.id <> s.id OR NOT ({_NOT_LATE}))"
+        db.run(_FIND_PRESENT % (only, others if self._ahead else ""), names)
 
-    def _others(self, only: str) -> str:
-        return f"{only} AND r.id <> s.id" if self._ahead else only
+    def _refuse_duplicates(self, db: Executor, at: int) -> None:
+        for restriction_id, seq in db.rows(
+            f"SELECT p.id, p.seq {_PRESENT_LIVE} ORDER BY p.seq LIMIT 1", (at,)
+        ):
+            staged = f"SELECT username, {RESTRICTION} FROM staged_restrictions WHERE seq = ?"
+            held = f"SELECT username, {RESTRICTION} FROM restrictions WHERE id = ?"
+            ((name, *wanted),) = db.rows(staged, (seq,))
+            ((_, *found),) = db.rows(held, (restriction_id,))
+            raise rules.duplicate(
+                restriction_of(name, tuple(found)), restriction_of(name, tuple(wanted))
+            )
 
 
 def _exists(db: Executor, entry: tuple[int, str]) -> bool:

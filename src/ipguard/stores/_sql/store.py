@@ -21,6 +21,7 @@ from ipguard.errors import StoreError, StoreUnavailable, UnknownUser, shorten
 from ipguard.model import (
     Accounts,
     Action,
+    BulkCounts,
     Change,
     Page,
     PendingRequest,
@@ -208,8 +209,15 @@ class WriteTransaction(SqlSnapshot):
         self.withdraw()
         self.db.run("DELETE FROM restrictions WHERE id = ?", (restriction_id,))
 
-    def add_staged(self, *, per_user: int) -> int:
-        return 0 if self._bulk is None else self._bulk.add(self.db, self.now, per_user=per_user)
+    def add_staged(
+        self, *, per_user: int, replace: bool = False, skip_existing: bool = False
+    ) -> BulkCounts:
+        rules.check_bulk_options(replace=replace, skip_existing=skip_existing)
+        if self._bulk is None:
+            return BulkCounts(0, 0, 0)
+        return self._bulk.add(
+            self.db, self.now, per_user=per_user, replace=replace, skip_existing=skip_existing
+        )
 
     def append(
         self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any
