@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ SWITCHES = (
     "--disable-sync",
 )
 WIDTHS = {"wide": (1280, 900), "narrow": (390, 844)}
+SEND = "Send confirmation number"
 _PATIENCE = 20_000  # milliseconds
 
 
@@ -190,8 +192,9 @@ class Walk:
         self.go((within or self.page).get_by_role("link", name=name, exact=True))
 
     def press(self, name: str, within: Locator | None = None) -> None:
-        """Press a button that submits a form."""
-        self.go((within or self.page).get_by_role("button", name=name, exact=True))
+        """Press a button that submits a form, by its visible text or by its whole name."""
+        named = re.compile(rf"^(Submit: )?{re.escape(name)}$")
+        self.go((within or self.page).get_by_role("button", name=named))
 
     def go(self, what: Locator) -> None:
         """Click an element that leads to another page."""
@@ -205,9 +208,9 @@ class Walk:
 
     def submit_addresses(self) -> None:
         """Submit the form and, without scripts, the review."""
-        self.press("Submit")
+        self.press(SEND)
         if self.heading == "Is this what you mean?":
-            self.press("Submit")
+            self.press(SEND)
 
     def become(self, who: str) -> None:
         """Sign in as another person."""

@@ -75,7 +75,9 @@ class Page:
 
     def value(self, name: str) -> str:
         """Return the value of the field with an id."""
-        return str(self.field(name)["value"])
+        field = self.field(name)
+        # A browser drops a line break at the beginning.
+        return field.get_text()[1:] if field.name == "textarea" else str(field["value"])
 
     @property
     def links(self) -> list[tuple[str, str]]:
@@ -98,6 +100,8 @@ class Page:
         for field in form.select("input[name]"):
             if field.get("type") != "checkbox" or field.has_attr("checked"):
                 fields[str(field["name"])] = str(field.get("value", ""))
+        for field in form.select("textarea"):
+            fields[str(field["name"])] = field.get_text()[1:]
         for field in form.select("select"):
             options = [str(each["value"]) for each in field.select("option")]
             chosen = [str(each["value"]) for each in field.select("option[selected]")]

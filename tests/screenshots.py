@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from ipguard import Actor, User
 from ipguard.testing import FakeClock
-from tests.browser import SWITCHES, Walk, Way, program, walking, window
+from tests.browser import SEND, SWITCHES, Walk, Way, program, walking, window
 from tests.browser_world import ACTORS, HOSTS, World
 from tests.smtp_server import MailServer
 
@@ -73,7 +73,7 @@ def pictures(walk: Walk) -> Iterator[str]:
     walk.fill("Label (optional)", "branch office")
     walk.waits_for("Understood as")
     yield "add"
-    walk.press("Submit")
+    walk.press(SEND)
     yield "number"
     walk.open()
     walk.follow("Delete 192.0.2.10 of Adaeze Okafor")

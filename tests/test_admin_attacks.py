@@ -27,9 +27,11 @@ def valid_fields(office: Office) -> dict[str, dict[str, str]]:
     one = {"user": "jsmith", "request": request.id}
     return {
         "/search": {"search": "smith"},
-        "/add": {"user": "jsmith", "addresses": "10.9.9.9", "label": "", "expires_at": ""},
+        "/add": {"user": "jsmith", "addresses": "192.0.2.99", "label": "", "expires_at": ""},
+        "/change": {"user": "jsmith", "restriction": restriction.id, "addresses": "192.0.2.99"},
         "/understood": {"addresses": "10.9.9.9"},
         "/confirm": {**one, "number": office.number(request), "seen": ""},
+        "/approve": {**one, "seen": ""},
         "/resend": one,
         "/cancel": one,
         "/delete": {"user": "jsmith", "restriction": restriction.id, "reason": "", "seen": ""},
@@ -147,6 +149,7 @@ def test_other_accounts_do_not_exist(office: Office):
             f"/check?user={user}",
             f"/confirm?user={user}&request={request}",
             f"/delete?user={user}&restriction={restriction}",
+            f"/change?user={user}&restriction={restriction}",
         ):
             carol.open(path)
             found.append((carol.answer.status_code, carol.answer.text))
@@ -154,6 +157,8 @@ def test_other_accounts_do_not_exist(office: Office):
         for path, own in (
             ("/check", {"user": user, "address": OFFICE}),
             ("/confirm", {"user": user, "request": request, "number": "1"}),
+            ("/approve", {"user": user, "request": request}),
+            ("/change", {"user": user, "restriction": restriction, "addresses": OFFICE}),
             ("/resend", {"user": user, "request": request}),
             ("/cancel", {"user": user, "request": request}),
             ("/delete", {"user": user, "restriction": restriction, "open": "accept"}),
@@ -167,8 +172,8 @@ def test_other_accounts_do_not_exist(office: Office):
         assert {status for status, _ in others} == {404}
         assert others == answers("nobody", "0" * 16, "1" * 16)
         # The same with a user of carol's own.
-        assert others[3:5] == answers("zed", restriction.id, request.id)[3:5]
-        assert others[6:] == answers("zed", restriction.id, request.id)[6:]
+        assert others[3:6] == answers("zed", restriction.id, request.id)[3:6]
+        assert others[7:] == answers("zed", restriction.id, request.id)[7:]
 
 
 def test_other_accounts_are_not_listed(office: Office):
@@ -193,11 +198,12 @@ def test_an_id_under_the_wrong_user(office: Office):
     alice = office.browser(ALICE)
     token = csrf_token(alice)
     with office.unchanged():
-        for path in (f"/confirm?request={request.id}", f"/delete?restriction={restriction.id}"):
-            alice.open(f"{path}&user=mary")
+        for path in ("/confirm", "/delete", "/change"):
+            ids = f"request={request.id}&restriction={restriction.id}"
+            alice.open(f"{path}?{ids}&user=mary")
             assert alice.answer.status_code == 404
         fields = {"user": "mary", "request": request.id, "number": office.number(request)}
-        for path in ("/confirm", "/resend", "/cancel"):
+        for path in ("/confirm", "/approve", "/resend", "/cancel"):
             alice.post(path, {**fields, "token": token})
             assert alice.answer.status_code == 404, path
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from ipguard import Actor, Change
+from ipguard import Actor, Change, Demand
 from ipguard.admin._changes import digest_restrictions
 from ipguard.admin._http import BODY_LIMIT
 from ipguard.admin._site import ROUTES
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 EXPECTED = {200, 303, 400, 401, 403, 404, 405, 409, 413, 415}
 NAMES = [
     *("token", "user", "addresses", "label", "expires_at", "seen", "do", "request", "number"),
+    *("users", "numbered", "action"),
     *("restriction", "reason", "open", "lockout", "asked", "search", "address", "after", "before"),
     "again",
 ]
@@ -74,7 +75,9 @@ def shots() -> st.SearchStrategy[Shot]:
             "Cookie": st.text('abcdef=;,"\\ %-_', max_size=60),
         },
     )
-    complete = st.sampled_from(["/add", "/confirm", "/delete", "/cancel", "/resend"])
+    complete = st.sampled_from(
+        ["/add", "/change", "/confirm", "/approve", "/delete", "/cancel", "/resend"]
+    )
     # Fields that belong together, as a browser would send them, or nearly.
     ours = st.tuples(
         complete,
@@ -90,7 +93,7 @@ def shots() -> st.SearchStrategy[Shot]:
                 ("restriction", f"<restriction {it[1] + it[2]}>"),
                 ("number", f"<number {it[1] + it[2] // 2}>"),
                 ("seen", "<seen>"),
-                ("addresses", f"10.0.{it[1]}.{it[2]}"),
+                ("addresses", f"198.51.{it[1]}.{it[2]}"),
                 ("label", ""),
                 ("open", it[3]),
                 ("lockout", it[3]),
@@ -149,12 +152,15 @@ class Range:
                     office.flow.cancel(BOSS, waiting.id)
             for k in range(3):
                 n = len(self.targets) // 4
-                asked = office.ask(f"198.51.100.{n}", user, actor)
+                held = office.add(f"192.0.2.{k}", username=user)
+                demand = Demand(number=k > 0, approvals=int(k < 2))
+                flow = office.workflow(add=demand, requests_per_hour=10**6)
+                asked = flow.request(actor, user, f"198.51.100.{n}")
                 self.targets |= {
                     f"<user {n}>": user,
-                    f"<restriction {n}>": office.add(f"192.0.2.{k}", username=user).id,
+                    f"<restriction {n}>": held.id,
                     f"<request {n}>": asked.id,
-                    f"<number {n}>": office.number(asked),
+                    f"<number {n}>": office.number(asked) if k else "none",
                 }
         self.revision = self._newest()[0].revision
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tests.browser import WAYS
+from tests.browser import SEND, WAYS
 from tests.browser_world import ACTORS
 from tests.flows import ADAM, OFFICE
 
@@ -44,16 +44,16 @@ def test_what_was_understood(walk, world):
     walk.fill("IP Address", " 203.0.113.5-203.0.113.9 ")
     if walk.way.scripts:
         walk.waits_for("Understood as 203.0.113.5-203.0.113.9: 5 addresses")
-        walk.press("Submit")
+        walk.press(SEND)
     else:
-        walk.press("Submit")
+        walk.press(SEND)
         assert walk.heading == "Is this what you mean?"
         walk.sees("203.0.113.5-203.0.113.9: 5 addresses")
         assert world.pending() == []
         walk.press("Change it")
         assert walk.field("IP Address").input_value().strip() == "203.0.113.5-203.0.113.9"
-        walk.press("Submit")
-        walk.press("Submit")
+        walk.press(SEND)
+        walk.press(SEND)
     walk.sees("Confirm the restriction", "203.0.113.5-203.0.113.9: 5 addresses")
     assert world.pending() == ["203.0.113.5-203.0.113.9"]
 
@@ -66,13 +66,13 @@ def test_reload_after_a_wrong_number(walk, world):
     walk.open()
     walk.follow(f"Confirm {OFFICE} for John Smith")
     walk.fill("Confirmation Number", wrong)
-    walk.press("Submit")
+    walk.press("Confirm restriction")
     for step in (walk.page.reload, walk.page.reload, walk.page.go_back, walk.page.go_forward):
         step()
         walk.sees("4 attempts left")
     walk.sees("This is not the number")
     walk.fill("Confirmation Number", number)
-    walk.press("Submit")
+    walk.press("Confirm restriction")
     assert world.held() == [OFFICE]
 
 
@@ -90,7 +90,7 @@ def test_stopped_and_sent_again(walk, world, monkeypatch):
     walk.open("add")
     walk.field("Trader").select_option("jsmith")
     walk.fill("IP Address", OFFICE)
-    button = walk.page.get_by_role("button", name="Submit", exact=True)
+    button = walk.page.get_by_role("button", name="Submit: Send confirmation number", exact=True)
     walk.page.evaluate(
         "addEventListener('submit', () => setTimeout(() => window.stop(), 500), {once: true})"
     )
@@ -103,5 +103,5 @@ def test_stopped_and_sent_again(walk, world, monkeypatch):
     assert walk.heading == "Confirm the restriction"
     assert world.pending() == [OFFICE]
     walk.fill("Confirmation Number", world.next_number())
-    walk.press("Submit")
+    walk.press("Confirm restriction")
     assert world.held() == [OFFICE]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ipguard
-from tests.browser import Walk, Way
+from tests.browser import SEND, Walk, Way
 from tests.browser_world import World
 from tests.flows import HOME, OFFICE
 
@@ -56,7 +56,7 @@ def adding(walk: Walk, world: World) -> Iterator[str]:
     yield "the list"
     walk.follow("Add IP Address Restriction")
     yield "add"
-    walk.press("Submit")
+    walk.press(SEND)
     yield "add, with errors"
     walk.field("Trader").select_option("mary")
     walk.fill("IP Address", "198.51.100.0/28")
@@ -66,7 +66,7 @@ def adding(walk: Walk, world: World) -> Iterator[str]:
     walk.open("add")
     walk.field("Trader").select_option("mary")
     walk.fill("IP Address", "198.51.100.0/28")
-    walk.press("Submit")
+    walk.press(SEND)
     walk.page.unroute("**/understood")
     assert walk.heading == "Is this what you mean?"
     yield "review"
@@ -74,7 +74,7 @@ def adding(walk: Walk, world: World) -> Iterator[str]:
     walk.open("add")
     walk.field("Trader").select_option("alice")
     walk.fill("IP Address", HOME)
-    walk.press("Submit")
+    walk.press(SEND)
     assert walk.heading == "You would lock yourself out"
     yield "lock-out"
 
@@ -84,11 +84,11 @@ def confirming(walk: Walk, world: World) -> Iterator[str]:
     walk.follow(f"Confirm {HOME} for John Smith")
     yield "the number"
     walk.fill("Confirmation Number", "00000-00000")
-    walk.press("Submit")
+    walk.press("Confirm restriction")
     yield "a wrong number"
     walk.press("Send a new number")
     yield "a new number, too soon"
-    walk.press("Cancel this request")
+    walk.press("Withdraw request")
     yield "one user, after a change"
 
 
@@ -99,13 +99,13 @@ def deleting(walk: Walk, world: World) -> Iterator[str]:
     (restriction, *_) = world.store.load_policy("jsmith").restrictions
     world.remove(restriction.id)
     walk.expected.add(409)
-    walk.press("Delete")
+    walk.press("Delete restriction")
     yield "deleted or changed by another actor"
     world.add(OFFICE, "mary")
     walk.open()
     walk.follow(f"Delete {OFFICE} of Mary Major")
     yield "delete the last"
-    walk.press("Delete")
+    walk.press("Delete restriction")
     yield "delete the last, not accepted"
 
 

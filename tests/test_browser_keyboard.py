@@ -62,6 +62,7 @@ def test_keyboard_alone(walk, world):
     keys.page.keyboard.type("John")
     keys.to("IP Address")
     keys.page.keyboard.type("203.0.113.07")
+    keys.to("Submit: Send confirmation number")
     keys.enter()
     # The list of errors has the focus; its first link leads to the field.
     keys.page.keyboard.press("Tab")
@@ -70,7 +71,8 @@ def test_keyboard_alone(walk, world):
     assert keys.focused() == "IP Address"
     keys.page.keyboard.press("Control+A")
     keys.page.keyboard.type("203.0.113.7")
-    keys.enter()
+    keys.to("Label (optional)")
+    keys.enter()  # in a field: the form is sent
     keys.to("Confirmation Number")
     keys.page.keyboard.type(world.next_number())
     keys.enter()
@@ -81,6 +83,6 @@ def test_keyboard_alone(walk, world):
     keys.enter()
     keys.to("John Smith shall be able to log in from any address")
     keys.page.keyboard.press("Space")
-    keys.to("Delete")
+    keys.to("Delete restriction")
     keys.enter()
     assert world.held() == []

@@ -15,13 +15,15 @@ def test_add_a_restriction(walk, world):
     walk.follow("Add IP Address Restriction")
     walk.field("Trader").select_option("jsmith")
     walk.fill("IP Address", "203.0.113.7")
-    walk.press("Submit")
+    walk.press("Send confirmation number")
     walk.sees("You will receive an email with a confirmation number", "203.0.113.7: 1 address")
     assert world.held() == []
 
     number = world.next_number()
+    walk.sees("Logins of John Smith: Today from anywhere; then only from 203.0.113.7.")
+    walk.sees("sent to a…e@firm.example")
     walk.fill("Confirmation Number", number)
-    walk.press("Submit")
+    walk.press("Confirm restriction")
     walk.sees("203.0.113.7 now holds", "John Smith can log in only from: 203.0.113.7")
     assert world.held() == ["203.0.113.7"]
     assert world.guard.is_allowed("jsmith", "203.0.113.7")
@@ -47,7 +49,7 @@ def test_delete_a_restriction(walk, world):
     walk.follow("Delete 203.0.113.7 of John Smith")
     walk.sees("203.0.113.7: 1 address", "198.51.100.0/29")
     walk.fill("Reason (optional)", "moved")
-    walk.press("Delete")
+    walk.press("Delete restriction")
     walk.sees("203.0.113.7 was deleted", "John Smith can log in only from: 198.51.100.0/29")
     assert world.held() == ["198.51.100.0/29"]
     assert not world.guard.is_allowed("jsmith", "203.0.113.7")
@@ -68,7 +70,7 @@ def test_confirm_or_cancel_a_pending_request(walk, world):
 
     walk.follow("Confirm 203.0.113.7 for John Smith")
     walk.fill("Confirmation Number", number.replace("-", " "))
-    walk.press("Submit")
+    walk.press("Confirm restriction")
     assert world.held() == ["203.0.113.7"]
     assert world.pending() == ["198.51.100.7"]
 

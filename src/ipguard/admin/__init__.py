@@ -11,23 +11,28 @@ Tests and scripts of hosts may rely on the following. The paths, below the mount
     GET  /                            the list; ?after=USERNAME, ?search=SIGNED TEXT
     POST /search                      search
     GET  /user?user=                  one user: restrictions and pending requests
-    GET  /add[?user=]     POST /add          user addresses label expires_at
+    GET  /add[?user=]     POST /add          user users addresses label expires_at
+    GET  /change?user=&restriction=  POST /change  user restriction addresses label expires_at
     POST /understood                  addresses; returns JSON to the script
     GET  /confirm?user=&request=  POST /confirm   user request number
+    POST /approve                     user request
     POST /resend                      user request
     POST /cancel                      user request
     GET  /delete?user=&restriction=  POST /delete  user restriction reason open
     GET  /check?user=     POST /check        user address
     GET  /history[?user=&before=]     POST /history   user
 
-Every form is answered with a redirect. A refused form redirects to a page with `again=`, which
-shows the form with the submitted values.
+`addresses` holds one or several, on lines of their own or between commas; so does `users`, for more
+traders than `user`. Every form is answered with a redirect. A refused form redirects to a page with
+`again=`, which shows the form with the submitted values.
 
 Each form also carries `token`, the CSRF token, and some carry `seen`, the version that they showed.
 The fields' ids are their names (`#user`, `#addresses`, `#number`, ...), the error of a field is
-`#NAME-problem`, all errors together are `#problems`, the message after a change is `#note`. Labels:
-"Trader", "IP Address", "Label", "Expires", "Confirmation Number"; buttons and links: "Add IP
-Address Restriction", "Submit", "Confirm", "Cancel", "Delete".
+`#NAME-problem`, all errors together are `#problems`, the message after a change is `#note`, what
+will hold afterwards is `#afterwards`. Labels: "Trader", "IP Address", "Label", "Expires",
+"Confirmation Number"; links of the list: "Add IP Address Restriction", "Confirm", "Cancel",
+"Change", "Delete". The names of buttons that send a form to request or confirm begin with
+"Submit", for those who look for the button of the original page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Confirm, resend and cancel a request; delete a restriction.
+"""Confirm, approve, resend and cancel a request; delete a restriction.
 
 Optimistic concurrency: forms carry the version of the user that they showed, which stands for the
 user's restrictions. When it has changed since a form was opened, the form is shown again with the
@@ -8,13 +8,13 @@ changes; when its subject no longer exists, a page says who ended it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Collection
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
 from ipguard import errors, rules
+from ipguard.addresses import AddressRange
 from ipguard.admin import _messages
 from ipguard.admin._context import Context, Draft, Level
 from ipguard.admin._http import NotFound, Response
@@ -23,10 +23,12 @@ from ipguard.model import (
     Action,
     Applied,
     Change,
+    Demand,
+    Direction,
+    Impact,
     PendingRequest,
     RequestKind,
     Restriction,
-    User,
     UserOverview,
 )
 
@@ -81,9 +83,8 @@ def show_ended_restriction(context: Context, username: str, restriction_id: str)
     """Show who ended a restriction; raise NotFound if this actor had no such restriction."""
 
     def is_end(entry: Change) -> bool:
-        if entry.detail.get("replaces") == restriction_id:
-            return True
-        return entry.detail.get("restriction") == restriction_id and entry.action in _CHANGING
+        ended = f"{entry.detail.get('replaces', '')}, {entry.detail.get('restriction', '')}"
+        return restriction_id in ended.split(", ") and entry.action in _CHANGING
 
     entry = _find_entry(context, username, is_end)
     return _show_over(context, username, "This restriction does not hold any more.", entry)
@@ -131,6 +132,7 @@ class Form(Generic[T]):
 
     Attributes:
         name: The path of the form and the name of its template.
+        action: The path that a warning of a lockout is submitted to.
         field: The field, and the link parameter, that holds the subject's id.
         kept: The other fields that are shown again when the form is refused.
         list_subjects: Returns a user's subjects.
@@ -140,6 +142,7 @@ class Form(Generic[T]):
     """
 
     name: str
+    action: str
     field: str
     kept: tuple[str, ...]
     list_subjects: Callable[[UserOverview], tuple[T, ...]]
@@ -196,6 +199,7 @@ class Form(Generic[T]):
         """
         values = {name: context.field(name) for name in ("seen", *self.kept)}
         values["asked"] = context.field("asked") if asked is None else asked
+        values["action"] = self.action
         return self.open(context, Draft(values=values, problems=problems or {}, step=step))
 
     def warn_of_lockout(self, context: Context, address: str) -> Response:
@@ -219,48 +223,65 @@ def check_lockout_accepted(context: Context) -> dict[str, str]:
     return {"lockout": "Tick the box if you want this, or go back."}
 
 
-def show_lockout_warning(context: Context, action: str, what: str, **about: str) -> Response:
+def show_lockout_warning(context: Context, back: str, what: str, **about: str) -> Response:
     """Show the warning that the actor would be locked out; its form repeats the refused one."""
     fields = context.draft.values | about
-    return context.page("lockout.html", action=action, fields=fields, what=what, back=about)
-
-
-def preview_removal(
-    line: UserOverview, restriction_id: str | None, now: datetime
-) -> dict[str, Any]:
-    """Return, for a template, what the deletion of a restriction would leave; None deletes none."""
-    if restriction_id is None:
-        return {"left": line.restrictions, "opens": False, "shuts": False, "ends": None}
-    return rules.without(line.restrictions, restriction_id, now)._asdict()
+    action = fields.get("action", back)
+    numbered = action == "confirm" and bool(fields.get("numbered"))
+    return context.page(
+        "lockout.html",
+        action=action,
+        fields=fields,
+        what=what,
+        back=back,
+        query=about,
+        numbered=numbered,
+    )
 
 
 # -- requests
 
 
-def _deleted(request: PendingRequest) -> str | None:
-    return request.removes[0] if request.kind is RequestKind.DELETE else None
-
-
-def _prepare_confirm(
-    context: Context, line: UserOverview, request: PendingRequest
-) -> dict[str, Any]:
+def _prepare_confirm(context: Context, _: UserOverview, request: PendingRequest) -> dict[str, Any]:
+    actor, demand = context.actor.username, context.flow.demand_of(request)
+    impact, obstacle = request.impact, ""
+    try:
+        impact = context.flow.preview_request(context.actor, request.id)
+    except (errors.StoreError, errors.UnknownRequest):
+        raise
+    except errors.IPGuardError as error:
+        (obstacle,) = _messages.explain(error, context.now).values()
+    ready_at = rules.shifted(request.requested_at, demand.wait)
     return {
         "pending": request,
-        "own": request.requested_by == context.actor.username,
+        "own": request.requested_by == actor,
+        "demand": demand,
+        "impact": impact,
+        "obstacle": obstacle,
+        "opens": impact is not None and impact.direction is Direction.OPENS,
+        "private": _messages.hint_private(request.adds, context.actor),
+        "waits": context.now < ready_at,
+        "ready_at": ready_at,
+        "needs_number": demand.number and not request.numbered,
+        "sent": request.attempts_left > 0,
         "expired": request.number_expires_at <= context.now,
-        **preview_removal(line, _deleted(request), context.now),
+        "mailbox": _messages.mask_email(context.actor.email),
+        "missing": max(0, demand.approvals - len(request.approvals)),
+        "approved": actor in request.approved_by,
     }
 
 
 _CONFIRM: Final = Form[PendingRequest](
     name="confirm",
+    action="confirm",
     field="request",
-    kept=(),  # never the number
+    kept=("numbered",),  # never the number
     list_subjects=lambda line: line.pending,
     show_over=show_closed_request,
     prepare=_prepare_confirm,
-    describe=_messages.describe_request,
+    describe=lambda request: request.change,
 )
+_APPROVE: Final = attrs.evolve(_CONFIRM, action="approve")
 show_confirm = _CONFIRM.show
 
 
@@ -268,29 +289,55 @@ def confirm(context: Context) -> Response:
     checked = _CONFIRM.check_version(context)
     if isinstance(checked, Response):
         return checked
-    line, request = checked
+    _, request = checked
     number = context.field("number")
-    if not number.strip():
+    if context.field("numbered") and not number.strip():
         problem = "Type the confirmation number from the mail."
         return _CONFIRM.refuse(context, {"number": problem})
     try:
-        applied = context.flow.confirm(
+        result = context.flow.confirm(
             context.actor,
             request.id,
             number,
             allow_lockout=context.field("lockout") == "accept",
-            allow_opening=preview_removal(line, _deleted(request), context.now)["opens"],
         )
     except errors.LockoutRisk as risk:
         return _CONFIRM.warn_of_lockout(context, risk.address)
-    except (errors.OpeningRisk, errors.DirectionChanged):
-        return _CONFIRM.refuse(context, step="changed")
     except (errors.StoreError, errors.UnknownRequest):
         raise
     except errors.IPGuardError as error:
         return _refuse_number(context, error)
-    assert isinstance(applied, Applied)
-    return show_applied(context, line.user, applied)
+    return _show_result(context, request, result, "You have confirmed the request.")
+
+
+def approve(context: Context) -> Response:
+    checked = _APPROVE.check_version(context)
+    if isinstance(checked, Response):
+        return checked
+    _, request = checked
+    try:
+        result = context.flow.approve(
+            context.actor, request.id, allow_lockout=context.field("lockout") == "accept"
+        )
+    except errors.LockoutRisk as risk:
+        return _APPROVE.warn_of_lockout(context, risk.address)
+    except errors.RequestClosed:
+        return _APPROVE.open(context)
+    except (errors.StoreError, errors.UnknownRequest):
+        raise
+    except errors.IPGuardError as error:
+        return _APPROVE.refuse(context, _messages.explain(error, context.now))
+    return _show_result(context, request, result, "You have approved the request.")
+
+
+def _show_result(
+    context: Context, request: PendingRequest, result: Applied | PendingRequest, done: str
+) -> Response:
+    if isinstance(result, PendingRequest):
+        text = f"{done} It holds once the rest of what it needs is there."
+        return context.redirect("confirm", text, user=request.username, request=request.id)
+    users = {each.username for each in (*result.added, *result.removed)} or {request.username}
+    return show_done(context, request, users, result.revision)
 
 
 def _refuse_number(context: Context, error: errors.IPGuardError) -> Response:
@@ -314,8 +361,11 @@ def resend(context: Context) -> Response:
     text = "A new number was sent by email. The one before it is no longer valid."
     level: Level = "problem"
     username, request_id = context.field("user"), context.field("request")
-    if _CONFIRM.find(context.find_user(username), request_id) is None:
+    request = _CONFIRM.find(context.find_user(username), request_id)
+    if request is None:
         return _CONFIRM.open(context)
+    if not request.attempts_left:
+        text = _messages.NUMBER_SENT
     try:
         context.flow.resend(context.actor, request_id)
         level = "done"
@@ -325,6 +375,8 @@ def resend(context: Context) -> Response:
         text = _messages.explain(error, context.now)[""]
         if error.retry_after <= context.flow.settings.resend_interval:
             text = f"A number was sent a moment ago. {_messages.format_retry(error, context.now)}"
+    except errors.TooSoon as error:
+        text = _messages.explain(error, context.now)[""]
     except errors.DeliveryError:
         text = _messages.MAIL_FAILED
     return context.redirect("confirm", text, level, user=username, request=request_id)
@@ -338,30 +390,45 @@ def cancel(context: Context) -> Response:
         request = context.flow.cancel(context.actor, request_id)
     except errors.RequestClosed:
         return _CONFIRM.open(context)
-    text = f"The request to {_messages.describe_request(request)} was cancelled."
+    text = f"The request to {request.change} was cancelled. Nothing else has changed."
     return context.redirect("user", text, user=request.username)
 
 
-def show_applied(context: Context, user: User, applied: Applied) -> Response:
-    """Redirect to the user's page, with a message about the change and its effect."""
-    known = context.guard.wait_for(applied.revision, _CATCH_UP_SECONDS)
-    assert applied.restriction is not None
-    line = context.find_user(user.username)
-    added = any(held.id == applied.restriction.id for held in line.restrictions)
-    name = user.full_name or user.spelling
-    text = f"{applied.restriction.addresses} {'now holds' if added else 'was deleted'}. "
-    if applied.unrestricted:
-        text += f"{name} has no restrictions now and can log in from any address."
-    elif rules.all_expired(line.restrictions, context.now):
-        text += f"{name} cannot log in from any address: what is left has expired."
+def show_done(
+    context: Context, request: PendingRequest, users: Collection[str], revision: int
+) -> Response:
+    """Redirect to the user's page, or after a change of several to the list, with a message."""
+    return _show_done(context, request.kind, request.adds, request.removed, users, revision)
+
+
+def _show_done(
+    context: Context,
+    kind: RequestKind,
+    adds: tuple[AddressRange, ...],
+    removed: tuple[AddressRange, ...],
+    users: Collection[str],
+    revision: int,
+) -> Response:
+    known = context.guard.wait_for(revision, _CATCH_UP_SECONDS)
+    text = _messages.describe_done(kind, adds, removed)
+    username, page = next(iter(users)), "user"
+    if len(users) > 1:
+        text, username, page = f"{text} This was done for {len(users)} traders.", "", ""
     else:
-        what = line.summary
-        if len(what) > _SUMMARY_LENGTH:
-            what = f"the {len(line.restrictions)} restrictions listed here"
-        text += f"{name} can log in only from: {what}."
+        line = context.find_user(username)
+        name = line.user.full_name or line.user.spelling
+        if not line.restrictions:
+            text += f" {name} has no restrictions now and can log in from any address."
+        elif rules.all_expired(line.restrictions, context.now):
+            text += f" {name} cannot log in from any address: what is left has expired."
+        else:
+            what = line.summary
+            if len(what) > _SUMMARY_LENGTH:
+                what = f"the {len(line.restrictions)} restrictions listed here"
+            text += f" {name} can log in only from: {what}."
     if not known:
         text += " Login servers will know of it within seconds."
-    return context.redirect("user", text, user=user.username)
+    return context.redirect(page, text, user=username)
 
 
 # -- deletions
@@ -370,22 +437,26 @@ def show_applied(context: Context, user: User, applied: Applied) -> Response:
 def _prepare_delete(
     context: Context, line: UserOverview, restriction: Restriction
 ) -> dict[str, Any]:
-    preview = preview_removal(line, restriction.id, context.now)
+    impact, demand = _judge_deletion(context, line, restriction)
     return {
         "restriction": restriction,
-        "needs_number": bool(
-            context.flow.demanded(
-                RequestKind.DELETE,
-                rules.impact(line.restrictions, preview["left"], context.now).direction,
-            )
-        ),
+        "impact": impact,
+        "opens": impact.direction is Direction.OPENS,
+        "demand": demand,
         "reason_limit": REASON_LIMIT,
-        **preview,
     }
+
+
+def _judge_deletion(
+    context: Context, line: UserOverview, restriction: Restriction
+) -> tuple[Impact, Demand]:
+    impact = context.flow.preview(context.actor, line.user.username, None, [restriction.id])
+    return impact, context.flow.demanded(RequestKind.DELETE, impact.direction)
 
 
 _DELETE: Final = Form[Restriction](
     name="delete",
+    action="delete",
     field="restriction",
     kept=("open", "reason"),
     list_subjects=lambda line: line.restrictions,
@@ -402,7 +473,11 @@ def delete(context: Context) -> Response:
         return checked
     line, restriction = checked
     name = line.user.username
-    last = rules.without(line.restrictions, restriction.id, context.now).opens
+    try:
+        impact, _ = _judge_deletion(context, line, restriction)
+    except errors.UnknownRestriction:
+        return _DELETE.open(context)
+    last = impact.direction is Direction.OPENS
     if last and context.field("open") != "accept":
         problem = "Tick the box if you want this, or keep the restriction."
         return _DELETE.refuse(context, {"open": problem})
@@ -420,8 +495,9 @@ def delete(context: Context) -> Response:
     except errors.IPGuardError as error:
         return _refuse_deletion(context, name, restriction, error)
     if isinstance(applied, Applied):
-        return show_applied(context, line.user, applied)
-    text = "This deletion needs a number. You will receive an email with it. Enter it here."
+        gone = (restriction.addresses,)
+        return _show_done(context, RequestKind.DELETE, (), gone, {name}, applied.revision)
+    text = _messages.describe_demand(applied.demand)
     return context.redirect("confirm", text, user=name, request=applied.id)
 
 
@@ -443,7 +519,7 @@ def _refuse_deletion(
 
 
 def _open_pending_deletion(context: Context, username: str, restriction: Restriction) -> Response:
-    text = "It has been asked to delete this already. The request waits for its number."
+    text = "It has been asked to delete this already. The request is pending."
     for request in context.find_user(username).pending:
         if restriction.id in request.removes:
             return context.redirect("confirm", text, "note", user=username, request=request.id)

@@ -27,6 +27,7 @@ Level = Literal["done", "note", "problem"]
 _SESSION: Final = re.compile(r"[A-Za-z0-9_-]{22}")
 _NOTE_SECONDS: Final = 120
 _DRAFT_SECONDS: Final = 3_600
+_CUT: Final = "This is too long to be shown again, and was cut. Send it in several forms."
 _DRAFT_LENGTH: Final = 2_800  # characters; gunicorn accepts request lines of 4 KB
 
 
@@ -194,16 +195,20 @@ class Context:
         """Redirect to the submitted form, with its values and problems.
 
         If the response to the POST were the form itself, each reload would submit it again. The
-        draft is in the URL, so that tabs do not share it. Long values are cut until it fits.
+        draft is in the URL, so that tabs do not share it. Long values are cut until it fits, which
+        is a problem of the form.
         """
         to, value = _http.build_link("", page, **query), attrs.asdict(draft)
-        values = value["values"]
+        values, problems = value["values"], value["problems"]
         while True:
             signed = self.sign("draft", value, to, *self._browser, seconds=_DRAFT_SECONDS)
             longest = max(values, key=lambda name: len(values[name]), default="")
             if len(signed) <= _DRAFT_LENGTH or not values.get(longest):
                 return self.redirect(page, **query, again=signed)
             values[longest] = values[longest][: len(values[longest]) // 2]
+            problems.setdefault(longest, _CUT)
+            values.pop("asked", None)  # show the form, and no review or warning of what was cut
+            value["step"] = "" if value["step"] == "review" else value["step"]
 
     def refuse_field(self, page: str, name: str, text: str, problem: str, **query: str) -> Response:
         """Redirect to a form of one field, with the submitted text and the problem, if any."""

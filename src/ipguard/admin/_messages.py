@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Final
 
 from ipguard import audit, errors
-from ipguard.addresses import AddressRange
-from ipguard.model import Action, Actor, Change, Decision, Explanation, PendingRequest, Reason
+from ipguard.addresses import AddressRange, is_private, parse_address
+from ipguard.model import (
+    Action,
+    Actor,
+    Change,
+    Decision,
+    Demand,
+    Explanation,
+    Reason,
+    RequestKind,
+)
 from ipguard.rules import all_expired, shifted
 
 _EXACT_BELOW: Final = 10**12  # larger counts are shown as powers of two
 
+_SHOWN: Final = 200  # characters of a list of addresses in a message
+
 MAIL_FAILED: Final = (
     "The mail with the confirmation number could not be sent. The request waits; send a new number."
 )
+NUMBER_SENT: Final = "You will receive an email with a confirmation number. Enter it here."
 
 
 def format_range(addresses: AddressRange) -> str:
@@ -49,8 +61,57 @@ def _plural(number: int, unit: str) -> str:
     return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
-def describe_request(request: PendingRequest) -> str:
-    return request.change
+def format_ranges(several: Iterable[AddressRange]) -> str:
+    """Return ranges with the number of their addresses."""
+    return "; ".join(map(format_range, several))
+
+
+def mask_email(email: str) -> str:
+    """Return an address that its owner recognises: `r…s@example.com`."""
+    local, _, domain = email.rpartition("@")
+    return f"{local[0]}…{local[-1] if len(local) > 2 else ''}@{domain}"
+
+
+def hint_private(several: Iterable[AddressRange], actor: Actor) -> str:
+    """Return a warning of addresses that the internet never sees, or ""."""
+    if actor.address is not None and is_private(parse_address(actor.address)):
+        return ""  # this server itself sees such addresses
+    found = next(filter(is_private, several), None)
+    if found is None:
+        return ""
+    what = "is an address" if found.size == 1 else "are addresses"
+    return f"{found} {what} inside your office or home; the internet sees another."
+
+
+def describe_demand(demand: Demand) -> str:
+    """Return what a request needs before it holds, as sentences."""
+    found = []
+    if demand.wait:
+        found.append(f"The change waits for {format_duration(demand.wait)} before it can hold.")
+    if demand.number:
+        found.append("Then a confirmation number is sent to you." if demand.wait else NUMBER_SENT)
+    if demand.approvals:
+        others = _plural(demand.approvals, "other administrator")
+        found.append(f"{others} must approve it.")
+    return " ".join(found)
+
+
+def describe_done(
+    kind: RequestKind, adds: Collection[AddressRange], removed: Collection[AddressRange]
+) -> str:
+    """Return what a change has done, as a sentence."""
+    new, old = _name_ranges(adds), _name_ranges(removed)
+    if kind is RequestKind.DELETE:
+        return f"{old} {'was' if len(removed) == 1 else 'were'} deleted."
+    if kind is RequestKind.REPLACE and set(adds) == set(removed):
+        return f"{new} {'was' if len(adds) == 1 else 'were'} changed."
+    text = f"{new} now {'holds' if len(adds) == 1 else 'hold'}"
+    return f"{text} in place of {old}." if kind is RequestKind.REPLACE else f"{text}."
+
+
+def _name_ranges(several: Collection[AddressRange]) -> str:
+    text = ", ".join(map(str, several))
+    return text if len(text) <= _SHOWN else f"{len(several)} restrictions"
 
 
 _NAMES: Final = {"expires_at": "The time", "label": "The label", "reason": "The reason"}
@@ -66,6 +127,8 @@ def explain(error: errors.IPGuardError, now: datetime) -> dict[str, str]:
         case errors.AddressTooBroad():
             text = f"{error.addresses} holds more addresses than a restriction may. "
             text += f"The widest network allowed is a /{error.widest}."
+        case errors.DuplicateRestriction(found="restriction", differs=True):
+            text = f"{str(error).partition('; it was not')[0]}. Use its link “Change” to change it."
         case errors.DuplicateRestriction():
             text = str(error)
         case errors.TooManyRestrictions():
@@ -127,10 +190,15 @@ def explain_refusal(actor: Actor, decision: Decision) -> str:
 _ACTIONS: Final[Mapping[tuple[str, str], str]] = {
     (Action.REQUEST, ""): "asked for {addresses}",
     (Action.REQUEST, "delete"): "asked to delete {addresses}",
+    (Action.REQUEST, "replace"): "asked to replace a restriction by {addresses}",
     (Action.CONFIRM, ""): "confirmed {addresses}",
+    (Action.CONFIRM, "replace"): "replaced a restriction by {addresses}",
     (Action.CONFIRM, "delete"): "confirmed the deletion of {addresses}",
     (Action.CANCEL, ""): "cancelled the request for {addresses}",
     (Action.CANCEL, "delete"): "cancelled the request to delete {addresses}",
+    (Action.APPROVE, ""): "approved the request for {addresses}",
+    (Action.APPROVE, "delete"): "approved the request to delete {addresses}",
+    (Action.NUMBER_ACCEPTED, ""): "gave the right number for {addresses}; approvals are missing",
     (Action.RESEND, ""): "had a new number sent for {addresses}",
     (Action.DELETE, ""): "deleted {addresses}",
     (Action.IMPOSE, ""): "imposed {addresses} without a number",
@@ -151,12 +219,17 @@ _PARTICULARS: Final = (
     ("attempts_left", "attempts left: {}"),
     ("locked", "the request is locked"),
     ("unrestricted", "no restrictions left: any address"),
+    ("gained", "then also from: {}"),
+    ("lost", "no longer from: {}"),
     ("restricted_to_nothing", "all that is left has expired: no address"),
     ("added", "added: {}"),
     ("updated", "changed: {}"),
     ("removed", "removed: {}"),
     ("restrictions", "restrictions: {}"),
     ("failures", "wrong numbers before: {}"),
+    ("ready_at", "waits until: {}"),
+    ("approvals", "approvals needed: {}"),
+    ("requested_by", "requested by: {}"),
     ("via", "by way of: {}"),
 )
 
@@ -166,9 +239,12 @@ def describe_particulars(entry: Change) -> str:
     if not isinstance(entry.action, Action) or "" in entry.detail:
         return audit.encode(entry.detail)
     found = dict(entry.detail)
-    if "expires_at" in found:
-        with suppress(ValueError):
-            found["expires_at"] = format_time(datetime.fromisoformat(found["expires_at"]))
+    for name in ("expires_at", "ready_at"):
+        with suppress(KeyError, ValueError):
+            found[name] = format_time(datetime.fromisoformat(found[name]))
+    for name in ("gained", "lost"):
+        if len(text := found.get(name, "")) > _SHOWN or "::/0" in text:
+            del found[name]  # nearly every address: what is left says more
     return "; ".join(text.format(found[name]) for name, text in _PARTICULARS if name in found)
 
 

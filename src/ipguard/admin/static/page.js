@@ -25,7 +25,8 @@ for (const field of document.querySelectorAll("[data-understood]")) {
         await new Promise((resolve) => setTimeout(resolve, 900));
         if (mine !== asked) return;
       }
-      output.textContent = found.problem || `Understood as ${found.understood}`;
+      output.textContent =
+        found.problem || `Understood as ${found.understood}${found.hint && `. ${found.hint}`}`;
       output.classList.toggle("doubt", Boolean(found.problem));
       form.elements.seen.value = found.canonical;
     } catch {
@@ -41,7 +42,10 @@ for (const field of document.querySelectorAll("[data-understood]")) {
   for (const button of form.querySelectorAll("[data-mine]")) {
     button.addEventListener("click", (event) => {
       event.preventDefault();
-      field.value = button.dataset.mine;
+      const typed = field.value.trim();
+      if (!typed.split(/[\s,;]+/).includes(button.dataset.mine)) {
+        field.value = `${typed}${typed && "\n"}${button.dataset.mine}`;
+      }
       field.focus();
       show();
     });
@@ -49,21 +53,21 @@ for (const field of document.querySelectorAll("[data-understood]")) {
   if (field.value && !field.hasAttribute("aria-invalid")) show();
 }
 
-// Count down the number's lifetime. Only the difference is used, because clocks differ.
+// Count down to a time. Only the difference is used, because clocks differ.
 for (const part of document.querySelectorAll("[data-until]")) {
   const opened = performance.now();
   const given = Date.parse(part.dataset.until) - Date.parse(part.dataset.now);
   const tick = () => {
     const left = Math.ceil((given - (performance.now() - opened)) / 1000);
     if (left <= 0) {
-      part.textContent = "over: send a new number";
+      part.textContent = part.dataset.over;
       return;
     }
-    const minutes = Math.ceil(left / 60);
-    part.textContent =
-      left > 60
-        ? `${minutes} minutes left`
-        : `${left} second${left === 1 ? "" : "s"} left`;
+    const [size, unit] = [[86400, "day"], [3600, "hour"], [60, "minute"], [1, "second"]].find(
+      ([each]) => left > each || each === 1,
+    );
+    const count = Math.ceil(left / size);
+    part.textContent = `${count} ${unit}${count === 1 ? "" : "s"} left`;
     setTimeout(tick, 1000);
   };
   tick();
