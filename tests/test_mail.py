@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipguard.addresses import AddressRange
+from ipguard.addresses import AddressRange, AddressSet
 from ipguard.audit import decode
 from ipguard.errors import DeliveryError, InvalidValue, IPGuardError
 from ipguard.mail import ConsoleNotifier, EmailNotifier
@@ -33,6 +33,9 @@ from ipguard.model import (
     Actor,
     Applied,
     Change,
+    Demand,
+    Direction,
+    Impact,
     PendingRequest,
     RequestKind,
     RequestState,
@@ -207,7 +210,8 @@ def test_number_mail_of_a_deletion():
     request = attrs.evolve(
         REQUEST,
         kind=RequestKind.DELETE,
-        adds=(AddressRange.parse("2001:db8::/64"),),
+        adds=(),
+        removed=(AddressRange.parse("2001:db8::/64"),),
         label="",
         reason="left the firm",
         restriction_expires_at=NOW + timedelta(days=1),
@@ -225,9 +229,12 @@ def test_number_mail_of_a_deletion():
 
 def test_number_mail_is_the_one_in_the_guide():
     """docs/mail.md shows the mail as it is sent."""
-    request = attrs.evolve(
-        REQUEST, adds=(AddressRange.parse("203.0.113.0/29"),), requested_by="rjones"
+    afterwards = "Then also from 203.0.113.0/29."
+    adds = (AddressRange.parse("203.0.113.0/29"),)
+    impact = Impact(
+        direction=Direction.LOOSENS, gained=AddressSet(adds), lost=AddressSet(), summary=afterwards
     )
+    request = attrs.evolve(REQUEST, adds=adds, requested_by="rjones", impact=impact)
     rita = Actor(
         username="rjones", email="rita.jones@example.com", manages={"U1"}, address="192.0.2.10"
     )
@@ -235,6 +242,28 @@ def test_number_mail_is_the_one_in_the_guide():
     ConsoleNotifier(stream, product="Example Trading").number_issued(request, NUMBER, rita)
     guide = Path(__file__).resolve().parent.parent / "docs" / "mail.md"
     assert f"```text\n{stream.getvalue().rstrip()}\n```" in guide.read_text(encoding="utf-8")
+
+
+def test_number_mail_of_a_change_of_several():
+    """It lists all addresses, those that end, and the users; a long list is bounded."""
+    adds = tuple(AddressRange.parse(f"10.0.{at // 256}.{at % 256}") for at in range(102))
+    request = attrs.evolve(
+        REQUEST,
+        kind=RequestKind.REPLACE,
+        adds=adds,
+        removed=(AddressRange.parse("203.0.113.7"), AddressRange.parse("203.0.113.8")),
+        demand=Demand(number=True, approvals=2),
+        also_for=("MLee", "kim"),
+    )
+    message = number_message(request, NUMBER, ALICE, "the bank")
+    assert message.subject == "Confirmation number to replace login addresses"
+    facts = dict(message.facts)
+    assert facts["Change"] == "replace addresses by others"
+    assert facts["Users"] == "jsmith, MLee, kim"
+    assert facts["Addresses"].startswith("10.0.0.0, 10.0.0.1, ")
+    assert facts["Addresses"].endswith(", 10.0.0.99 and 2 more")
+    assert facts["Addresses that end"] == "203.0.113.7, 203.0.113.8"
+    assert facts["Approvals needed"] == "2"
 
 
 def assert_no_links(html: str, text: str) -> None:
@@ -484,6 +513,17 @@ def test_both_notices_are_tried(refused):
             "Confirmation numbers are accepted again",
             "The bank now accepts numbers from that user again.",
         ),
+        (Action.CONFIRM, "kind=replace", "Login addresses were replaced", "by others"),
+        (Action.IMPOSE, "only=true", "Login addresses were replaced", "have ended"),
+        (Action.CONFIRM, "users=a", "Login addresses of several users were added", "several"),
+        (
+            Action.REQUEST,
+            "ready_at=2026-12-01T00:00:00+00:00",
+            "A change of login addresses was asked for",
+            "Nothing has changed yet. The change waits until the time below.",
+        ),
+        (Action.REQUEST, "approvals=2", "A change of login addresses was asked for", "approval of"),
+        (Action.APPROVE, "", "A change of login addresses was approved", "Nothing has changed"),
         (Action.REMOVE_USERS, "", "A change was recorded", "in the bank: remove users."),
     ],
 )
@@ -527,6 +567,39 @@ def test_notice_formats_the_detail():
     assert facts["Reason"] == "moved, see 7"
     assert facts["Temporary, until"] == "2026-11-30 23:00:00 UTC"
     assert facts["From address"] == "not known"
+
+
+def test_notice_of_a_request_that_waits():
+    """The user learns who asked, what for, when it can be completed, and who may cancel it."""
+    detail = {
+        "addresses": "203.0.113.7, 203.0.113.0/29",
+        "ended": "198.51.100.7",
+        "direction": "loosens",
+        "afterwards": "Then also from 203.0.113.0/29; no longer from 198.51.100.7.",
+        "ready_at": "2026-12-01T00:00:00+00:00",
+        "approvals": "2",
+        "reason": "moved to www.evil.example",
+    }
+    change = attrs.evolve(CHANGE, action=Action.REQUEST, detail=detail)
+    to_user = attrs.evolve(ALICE, email=JSMITH.email)
+    (message,) = notices(change, to_user, JSMITH, "the bank")
+    assert message.to == "jsmith@example.net"
+    assert dict(message.facts) == {
+        "User": "jsmith",
+        "Name": "John Smith",
+        "Addresses": "203.0.113.7, 203.0.113.0/29 (8 addresses)",
+        "Addresses that end": "198.51.100.7",
+        "Allows": "addresses that were refused before",
+        "Afterwards": "Then also from 203.0.113.0/29; no longer from 198.51.100.7.",
+        "Reason": "moved to www[.]evil[.]example",
+        "Waits until": "2026-12-01 00:00:00 UTC",
+        "Approvals needed": "2",
+        "Asked for by": "alice",
+        "From address": "198.51.100.4",
+        "Asked for at": "2026-11-21 13:55:02 UTC",
+    }
+    assert "You may cancel it, and so may everybody who manages your account" in message.closing
+    assert "moved" not in message.subject
 
 
 def test_notice_shows_unreadable_detail():

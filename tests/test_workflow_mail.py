@@ -22,7 +22,7 @@ from ipguard import (
     Workflow,
 )
 from ipguard.testing import Outbox
-from tests.flows import ALICE, BOSS, HOME, KEY, OFFICE, Desk
+from tests.flows import ADAM, ALICE, BOSS, HOME, KEY, OFFICE, Desk
 
 
 def _fail_to_request(desk: Desk) -> str:
@@ -358,3 +358,104 @@ def test_requests_send_no_notices(desk: Desk) -> None:
     desk.guess(request, times=1)
     desk.flow.cancel(ALICE, request.id)
     assert {mail.kind for mail in desk.outbox.messages} == {"number_issued"}
+
+
+def _told(desk: Desk) -> list[tuple[str, str]]:
+    """Return who was mailed about what, and forget it."""
+    found = [
+        (to, message.kind if message.change is None else str(message.change.action))
+        for message in desk.outbox.messages
+        for to in message.to
+    ]
+    desk.outbox.clear()
+    return sorted(found)
+
+
+APPROVED = ipguard.Demand(number=True, approvals=1)
+ALICE_MAIL, ADAM_MAIL, USER_MAIL = ALICE.email, ADAM.email, "jsmith@firm.example"
+
+
+def test_a_request_that_needs_approval_tells_each_person_once(desk: Desk) -> None:
+    """The user is told at once; a number that was accepted is told to nobody."""
+    desk.use(add=APPROVED)
+    request = desk.ask()
+    number = desk.number(request)
+    assert _told(desk) == [(ALICE_MAIL, "number_issued"), (USER_MAIL, "request")]
+    assert isinstance(desk.flow.confirm(ALICE, request.id, number), ipguard.PendingRequest)
+    assert _told(desk) == []
+    desk.flow.approve(ADAM, request.id)
+    assert _told(desk) == [(each, "confirm") for each in (ADAM_MAIL, ALICE_MAIL, USER_MAIL)]
+
+
+def test_an_approval_that_completes_nothing(desk: Desk) -> None:
+    desk.use(add=APPROVED)
+    request = desk.ask()
+    number = desk.number(request)
+    desk.outbox.clear()
+    desk.flow.approve(ADAM, request.id)
+    assert _told(desk) == [(ADAM_MAIL, "approve"), (ALICE_MAIL, "approve")]
+    desk.flow.confirm(ALICE, request.id, number)
+    assert _told(desk) == [(ALICE_MAIL, "confirm"), (USER_MAIL, "confirm")]
+
+
+def test_a_request_that_waits_tells_the_user(desk: Desk) -> None:
+    """A requester who is the user concerned knows; nobody is mailed twice."""
+    desk.use(add=ipguard.Demand(wait=timedelta(hours=1)))
+    request = desk.ask()
+    (mail,) = desk.outbox.messages
+    assert mail.change is not None
+    assert mail.change.detail["ready_at"] == request.ready_at.isoformat()
+    assert mail.change.detail["afterwards"] == "Today from anywhere; then only from 203.0.113.7."
+    assert _told(desk) == [(USER_MAIL, "request")]
+    desk.ask(username="alice")
+    desk.ask(username="mary")  # who has no address
+    assert _told(desk) == []
+    desk.wait(hours=1)
+    desk.flow.confirm(ALICE, request.id)
+    assert _told(desk) == [(ALICE_MAIL, "confirm"), (USER_MAIL, "confirm")]
+
+
+def test_a_request_of_several_users_tells_each_once(desk: Desk) -> None:
+    """The actor gets one notice of all, which says what holds for whom, as the number's mail."""
+    desk.add(HOME)
+    desk.outbox.clear()
+    names = ["jsmith", "mary", "zed", "alice"]
+    first, *_ = desk.flow.request_many(BOSS, names, OFFICE, allow_lockout=True)
+    (mail,) = desk.outbox.messages
+    assert mail.request is not None
+    assert mail.request.impact is not None
+    afterwards = (
+        "jsmith: Then also from 203.0.113.7."
+        " mary, zed, alice: Today from anywhere; then only from 203.0.113.7."
+    )
+    assert mail.request.impact.summary == afterwards
+    assert mail.request.also_for == ("mary", "zed", "alice")
+    assert first.impact is not None
+    assert first.impact.summary == "Then also from 203.0.113.7."
+    number = desk.number(first)
+    desk.outbox.clear()
+    desk.flow.confirm(BOSS, first.id, number)
+    (notice,) = [each for each in desk.outbox.messages if each.to == (BOSS.email,)]
+    assert notice.change is not None
+    assert set(notice.change.detail["users"].split(", ")) == set(names)
+    assert notice.change.detail["afterwards"].startswith("jsmith: Then also from 203.0.113.7. ")
+    users = (ALICE_MAIL, BOSS.email, USER_MAIL, "zed@other.example")
+    assert _told(desk) == [(each, "confirm") for each in users]
+
+
+def test_an_approved_request_of_several_users(desk: Desk) -> None:
+    """The requester and the approver get one notice of all."""
+    desk.use(add=APPROVED)
+    first, _ = desk.flow.request_many(ALICE, ["jsmith", "mary"], HOME)
+    number = desk.number(first)
+    assert _told(desk) == [(ALICE_MAIL, "number_issued"), (USER_MAIL, "request")]
+    desk.flow.approve(ADAM, first.id)
+    assert _told(desk) == [(ADAM_MAIL, "approve"), (ALICE_MAIL, "approve")]
+    desk.flow.confirm(ALICE, first.id, number)
+    assert _told(desk) == [(ALICE_MAIL, "confirm"), (USER_MAIL, "confirm")]
+
+
+def test_a_change_at_once_tells_actor_and_user(desk: Desk) -> None:
+    desk.use(add=ipguard.Demand())
+    desk.ask()
+    assert _told(desk) == [(ALICE_MAIL, "confirm"), (USER_MAIL, "confirm")]

@@ -107,6 +107,8 @@ def test_the_audit_entry_of_a_request(desk: Desk) -> None:
         "addresses": "203.0.113.9",
         "label": "a b=c",
         "request": request.id,
+        "direction": "tightens",
+        "afterwards": "Today from anywhere; then only from 203.0.113.9.",
     }
     assert (cancelled.actor, cancelled.actor_address) == ("adam", None)
 
@@ -124,6 +126,7 @@ def test_the_detail_of_a_confirmation(desk: Desk) -> None:
         "request": request.id,
         "direction": "tightens",
         "lost": "0.0.0.0/0, ::/0",
+        "afterwards": f"Today from anywhere; then only from {OFFICE} (until 2030-01-02 12:00 UTC).",
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from textwrap import fill
@@ -37,6 +37,14 @@ _KINDS: Final = {
     RequestKind.DELETE: "delete these addresses",
     RequestKind.REPLACE: "replace addresses by others",
 }
+_EFFECTS: Final = {
+    "neutral": "the same addresses as before",
+    "tightens": "fewer addresses than before",
+    "loosens": "addresses that were refused before",
+    "opens": "every address",
+}
+_LISTED: Final = 100  # as many users as one number can confirm for
+_LONGEST_EFFECT: Final = 20_000
 _UNRESTRICTED: Final = "No restriction is left: this user can now log in from any address."
 _SHUT: Final = "All remaining restrictions have expired: this user cannot log in from any address."
 
@@ -88,13 +96,15 @@ def number_message(request: PendingRequest, number: str, actor: Actor, product: 
         number=number,
         facts=(
             ("Change", words),
-            ("User" if len(users) == 1 else "Users", _names(users)),
+            ("User" if len(users) == 1 else "Users", _joined(list(map(_line, users)))),
             ("Addresses", _several(request.adds)),
             ("Addresses that end" if request.adds else "Addresses", _several(request.removed)),
-            ("Afterwards", "" if impact is None else impact.summary),
+            ("Allows", "" if impact is None else _EFFECTS[impact.direction.name.lower()]),
+            ("Afterwards", "" if impact is None else _words(impact.summary, _LONGEST_EFFECT)),
             ("Label", _words(request.label)),
             ("Reason", _words(request.reason)),
             ("Temporary, until", _moment(request.restriction_expires_at)),
+            ("Approvals needed", str(request.demand.approvals or "")),
             ("Asked for by", _line(request.requested_by)),
             ("From address", actor.address or "not known"),
             ("Asked for at", _moment(request.requested_at)),
@@ -120,56 +130,93 @@ def trial_message(to: str, product: str, now: datetime) -> Message:
 
 def notices(change: Change, actor: Actor, user: User | None, product: str) -> tuple[Message, ...]:
     """Write the notices of a change: to the actor, and to the user if not the same person."""
-    details = change.detail
-    subject, opening = _summary(change.action, details.get("kind"), product)
+    details, asked = change.detail, change.action is Action.REQUEST
+    subject, opening = _summary(change.action, details, product)
     if details.get("unrestricted") == "true":
         opening += f"\n{_UNRESTRICTED}"
     if details.get("restricted_to_nothing") == "true":
         opening += f"\n{_SHUT}"
+    if details.get("only") == "true":
+        opening += "\nAll other restrictions of this user have ended."
+    # The same text for both: one mailbox may receive both mails.
+    closing = (
+        "You get this mail because the change concerns you. You may cancel it, and so may "
+        "everybody who manages your account. If you did not expect it, tell your administrator at "
+        "once."
+        if asked
+        else "You get this mail because you made or asked for this change, or because it concerns "
+        "you. If you did not expect it, tell your administrator at once."
+    )
     to = [actor.email]
     # Servers may distinguish capitals before the @ (RFC 5321 2.4); hardly any does, and then both
     # addresses belong to the same person.
     if user is not None and user.email and user.email.casefold() != actor.email.casefold():
         to.append(user.email)
+    name = (change.username or "") if user is None else user.spelling
+    done = "Asked for" if asked else "Approved" if change.action is Action.APPROVE else "Done"
+    facts = (
+        ("User", "" if "users" in details else _line(name)),
+        ("Users", _words(details.get("users", ""), _LONGEST_EFFECT)),
+        ("Name", "" if user is None else _words(user.full_name)),
+        ("Addresses", _known_addresses(details.get("addresses", ""))),
+        ("Addresses that end", _known_addresses(details.get("ended", ""))),
+        ("Allows", _EFFECTS.get(details.get("direction", ""), "")),
+        ("Afterwards", _words(details.get("afterwards", ""), _LONGEST_EFFECT)),
+        ("Label", _words(details.get("label", ""))),
+        ("Restrictions", _line(details.get("restrictions", ""))),
+        ("Temporary, until", _known_moment(details.get("expires_at", ""))),
+        ("Reason", _words(details.get("reason", ""))),
+        ("Waits until", _known_moment(details.get("ready_at", ""))),
+        ("Approvals needed", _line(details.get("approvals", ""))),
+        ("Particulars", _line(details.get("", ""))),
+        ("Asked for by", _line(details.get("requested_by", ""))),
+        (f"{done} by", _line(change.actor or actor.username)),
+        ("From address", change.actor_address or "not known"),
+        (f"{done} at", _moment(change.at)),
+    )
     return tuple(
-        Message(
-            to=address,
-            subject=subject,
-            opening=opening,
-            facts=(
-                ("User", _line((change.username or "") if user is None else user.spelling)),
-                ("Name", "" if user is None else _words(user.full_name)),
-                ("Addresses", _known_addresses(details.get("addresses", ""))),
-                ("Label", _words(details.get("label", ""))),
-                ("Restrictions", _line(details.get("restrictions", ""))),
-                ("Temporary, until", _known_moment(details.get("expires_at", ""))),
-                ("Reason", _words(details.get("reason", ""))),
-                ("Particulars", _line(details.get("", ""))),
-                ("Done by", _line(change.actor or actor.username)),
-                ("From address", change.actor_address or "not known"),
-                ("Done at", _moment(change.at)),
-            ),
-            # The same text for both: one mailbox may receive both mails.
-            closing="You get this mail because you made this change, or because it concerns you. "
-            "If you did not expect it, tell your administrator at once.",
-        )
+        Message(to=address, subject=subject, opening=opening, facts=facts, closing=closing)
         for address in to
     )
 
 
-def _summary(action: str, kind: str | None, product: str) -> tuple[str, str]:
-    """Return the subject and the first sentence of a notice."""
+def _summary(action: str, details: Mapping[str, str], product: str) -> tuple[str, str]:
+    """Return the subject and the first sentences of a notice."""
+    kind = details.get("kind")
     if action is Action.UNLOCK:
         subject = "Confirmation numbers are accepted again"
         opening = (
             "Too many wrong confirmation numbers were typed in under the name below. "
             f"{product[0].upper()}{product[1:]} now accepts numbers from that user again."
         )
+    elif action is Action.REQUEST:
+        subject = "A change of login addresses was asked for"
+        opening = (
+            f"Somebody asked {product} to change the addresses that you may log in from. Nothing "
+            "has changed yet."
+        )
+        if "ready_at" in details:
+            opening += " The change waits until the time below."
+        if "approvals" in details:
+            opening += " It needs the approval of other administrators."
+    elif action is Action.APPROVE:
+        subject = "A change of login addresses was approved"
+        opening = (
+            f"Somebody approved a change of the addresses that a user may log in to {product} "
+            "from. Nothing has changed yet: the change still needs its number, another approval, "
+            "or the end of its wait."
+        )
     elif action in (Action.DELETE, Action.LIFT) or kind == "delete":
         subject = "Login addresses were deleted"
         opening = f"Addresses were deleted from those that a user may log in to {product} from."
+    elif kind == "replace" or details.get("only") == "true":
+        subject = "Login addresses were replaced"
+        opening = (
+            f"Addresses that a user may log in to {product} from were replaced by others. Logins "
+            "from any other address are refused."
+        )
     elif action in (Action.CONFIRM, Action.IMPOSE, Action.IMPOSE_MANY):
-        many = action is Action.IMPOSE_MANY
+        many = action is Action.IMPOSE_MANY or "users" in details
         subject = f"Login addresses{' of several users' if many else ''} were added"
         opening = (
             f"Addresses were added to those that {'several users' if many else 'a user'} may log "
@@ -183,7 +230,7 @@ def _summary(action: str, kind: str | None, product: str) -> tuple[str, str]:
 
 def _known_addresses(text: str) -> str:
     with contextlib.suppress(AddressError):
-        return _addresses(AddressRange.parse(text))
+        return _several([AddressRange.parse(each) for each in text.split(", ") if each])
     return _line(text)
 
 
@@ -202,23 +249,24 @@ def _paragraphs(text: str) -> Iterator[str]:
     return (f"<p>{escape(paragraph)}</p>" for paragraph in text.split("\n"))
 
 
-def _line(text: str) -> str:
+def _line(text: str, most: int = _LONGEST_FACT) -> str:
     """Return untrusted text as one printable line of bounded length."""
-    shown = text[:_LONGEST_FACT] + ("…" if len(text) > _LONGEST_FACT else "")
+    shown = text[:most] + ("…" if len(text) > most else "")
     return "".join(c if c.isprintable() else "\ufffd" for c in shown).strip()
 
 
-def _words(text: str) -> str:
+def _words(text: str, most: int = _LONGEST_FACT) -> str:
     """Return a person's words so that mail programs turn no part of them into a link."""
-    return _LINKS.sub(lambda found: f"[{found[0]}]", _line(text))
+    return _LINKS.sub(lambda found: f"[{found[0]}]", _line(text, most))
 
 
-def _several(ranges: tuple[AddressRange, ...]) -> str:
-    return ", ".join(map(_addresses, ranges))
+def _several(ranges: Sequence[AddressRange]) -> str:
+    return _joined(list(map(_addresses, ranges)))
 
 
-def _names(names: tuple[str, ...]) -> str:
-    return ", ".join(map(_line, names))
+def _joined(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
+    return ", ".join(texts[:_LISTED]) + more
 
 
 def _addresses(addresses: AddressRange) -> str:

@@ -70,6 +70,8 @@ _SEARCH_LIMIT: Final = 256
 _PAGE_LIMIT: Final = 1000
 _REVISION_LIMIT: Final = 2**63 - 1  # the largest integer that the databases can hold
 _LAST_CHARACTER: Final = "\U0010ffff"  # a noncharacter, which no username contains
+_TOLD: Final = (Action.REQUEST, Action.APPROVE)
+_STEPS: Final = (*_TOLD, Action.NUMBER_ACCEPTED)  # after which nothing holds yet
 _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -969,7 +971,7 @@ class Workflow(Closing):
         issued = self._numbered(
             tx, requests, tx.actor.email, mint=demand.number and not demand.wait
         )
-        for (user, _), request in zip(planned, requests, strict=True):
+        for (user, plan), request in zip(planned, requests, strict=True):
             tx.append(
                 Action.REQUEST,
                 user,
@@ -979,6 +981,9 @@ class Workflow(Closing):
                 expires_at=request.restriction_expires_at,
                 request=request.id,
                 replaces=joined(request.removes) if request.adds else None,
+                ended=joined(request.removed) if request.adds else None,
+                direction=plan.impact.direction.name.lower(),
+                afterwards=plan.impact.summary,
                 reason=reason,
                 ready_at=request.ready_at if demand.wait else None,
                 approvals=demand.approvals or None,
@@ -1060,10 +1065,16 @@ class Workflow(Closing):
         `failed` counts the mails of this request that have failed in a row.
         """
         stored = issued.stored[0]
+        request, several = stored.request, [each.request for each in issued.stored]
+        if request.impact is not None and request.also_for:
+            texts = [each.impact.summary for each in several if each.impact is not None]
+            effects = _grouped([each.spelling for each in several], texts)
+            impact = attrs.evolve(request.impact, summary=effects)
+            request = attrs.evolve(request, impact=impact)
         try:
             if issued.number:
                 self._notifier.number_issued(
-                    stored.request,
+                    request,
                     confirmation.format_number(issued.number),
                     attrs.evolve(actor, email=stored.email),
                 )
@@ -1075,7 +1086,7 @@ class Workflow(Closing):
             shown = exc if isinstance(exc, errors.DeliveryError) else None
             reason = shown.reason if shown else type(exc).__name__
             raise errors.DeliveryError(reason, stored.request.id) from shown
-        return tuple(each.request for each in issued.stored)
+        return tuple(several)
 
     def _record_failed_mail(self, sent: StoredRequest, actor: Actor, failed: int) -> None:
         """Record that a mail failed, so that `resend` works at once and costs nothing."""
@@ -1090,12 +1101,42 @@ class Workflow(Closing):
     def _announce(
         self, tx: ActorTransaction, users: Mapping[str, User], requester: str | None = None
     ) -> None:
-        """Send the notices of changes to the actor and the users; `requester` is an address too."""
-        for change in tx.changes:
-            user = users.get(change.username or "")
-            self._notify(change, tx.actor, user)
-            if requester is not None and requester.casefold() != tx.actor.email.casefold():
-                self._notify(change, attrs.evolve(tx.actor, email=requester), None)
+        """Mail the notices of a call, one to each person.
+
+        A change tells the actor, the user and the `requester` (an e-mail address); if it is of
+        several users, the actor gets one notice of all. A request that waits or needs approval
+        tells the users alone: its actor gets the number. An approval tells the other two.
+        """
+        changes = [each for each in tx.changes if each.action not in _STEPS]
+        changes = changes or [each for each in tx.changes if each.action in _TOLD]
+        if not changes:
+            return
+        first, several = changes[0], len(changes) > 1
+        asked, approved = (first.action is each for each in _TOLD)
+        found = [users.get(change.username or "") for change in changes]
+        known = {(tx.actor.email if asked else requester or "").casefold()}
+        known.add(tx.actor.email.casefold())
+        for change, user in zip(changes, found, strict=True) if asked or several else ():
+            if user and user.email and user.email.casefold() not in known and not approved:
+                self._notify(change, attrs.evolve(tx.actor, email=user.email), user)
+        if asked:
+            return
+        about = found[0]
+        if several:
+            names = [
+                change.username or "" if user is None else user.spelling
+                for change, user in zip(changes, found, strict=True)
+            ]
+            texts = [change.detail.get("afterwards", "") for change in changes]
+            shown = {"users": joined(names), "afterwards": _grouped(names, texts)}
+            first, about = attrs.evolve(first, detail={**first.detail, **shown}), None
+        unmailed = None if about is None else attrs.evolve(about, email=None)
+        self._notify(first, tx.actor, unmailed if approved else about)
+        told = {tx.actor.email.casefold()}
+        if about is not None and not approved:
+            told.add((about.email or "").casefold())
+        if requester is not None and requester.casefold() not in told:
+            self._notify(first, attrs.evolve(tx.actor, email=requester), unmailed)
 
     def _notify(self, change: Change, actor: Actor, user: User | None) -> None:
         try:
@@ -1104,6 +1145,16 @@ class Workflow(Closing):
             # The change holds with or without its notice.
             self.notices_failed += 1
             _log.exception("could not send the notice of revision %d", change.revision)
+
+
+def _grouped(names: Iterable[str], texts: Sequence[str]) -> str:
+    """Return what holds for several users: one text if it is the same, else by user."""
+    groups: dict[str, list[str]] = {}
+    for name, text in zip(names, texts, strict=True):
+        groups.setdefault(text, []).append(name)
+    if len(groups) == 1:
+        return texts[0]
+    return " ".join(f"{joined(each)}: {text}" for text, each in groups.items())
 
 
 def _ids(replaces: Iterable[str]) -> list[str]:
