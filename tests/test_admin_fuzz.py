@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 EXPECTED = {200, 303, 400, 401, 403, 404, 405, 409, 413, 415}
 NAMES = [
     *("token", "user", "addresses", "label", "expires_at", "seen", "do", "request", "number"),
-    *("users", "numbered", "action"),
+    *("users", "numbered", "action", "since", "until"),
     *("restriction", "reason", "open", "lockout", "asked", "search", "address", "after", "before"),
     "again",
 ]
@@ -36,6 +36,7 @@ ODD = [
     "-1",
     "x" * 5000,
     "2030-13-45T99:99",
+    "2030-01-01",
     "203.0.113.0/24",
     "accept",
     "mine",

@@ -432,23 +432,6 @@ class TestJudgeAdditions:
         ]
 
 
-class TestWithout:
-    @given(restricted(), st.sampled_from(["r0", "r1", "r9"]), addresses)
-    def test_agrees_with_the_decision(self, held, deleted, address):
-        """`opens`, `shuts` and `ends` agree with the decisions about what is left."""
-        found = rules.without(held, deleted, NOW)
-        assert found.left == tuple(each for each in held if each.id != deleted)
-        decision = rules.decide(policy(*found.left), address, NOW)
-        assert found.opens == (decision.reason is Reason.UNRESTRICTED)
-        assert found.shuts == bool(found.left and all(each.expired(NOW) for each in found.left))
-        assert not (found.shuts and decision)
-        if found.ends is not None:
-            assert all(each.expired(found.ends) for each in found.left)
-            assert not all(each.expired(found.ends - SECOND) for each in found.left)
-        else:
-            assert found.opens or any(each.expires_at is None for each in found.left)
-
-
 def test_all_expired():
     """Only restrictions that have all expired shut a user out; a user without any is free."""
     expired, live = restriction("192.0.2.1", NOW), restriction("192.0.2.2", NOW + SECOND)

@@ -50,7 +50,6 @@ from ipguard.model import (
 __all__ = [
     "STEPS",
     "Additions",
-    "Remainder",
     "Search",
     "Step",
     "UserHeld",
@@ -81,7 +80,6 @@ __all__ = [
     "summarise",
     "two_users",
     "wait_left",
-    "without",
 ]
 
 NO_RESTRICTIONS: Final = "No restrictions"
@@ -509,30 +507,6 @@ def _listed(ranges: Iterable[object]) -> str:
     texts = [str(each) for each in ranges]
     more = len(texts) - _SHOWN
     return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-class Remainder(NamedTuple):
-    """The restrictions of a user after a deletion.
-
-    Attributes:
-        left: The other restrictions, expired ones included.
-        opens: None is left, so that the user may log in from any address.
-        shuts: All that are left have expired, so that the user may not log in from any address.
-        ends: When the last of those that are left expires, or None if one is permanent.
-    """
-
-    left: tuple[Restriction, ...]
-    opens: bool
-    shuts: bool
-    ends: datetime | None
-
-
-def without(restrictions: Iterable[Restriction], deleted: str, now: datetime) -> Remainder:
-    """Return what the deletion of one restriction, by id, would leave to its user."""
-    left = tuple(r for r in restrictions if r.id != deleted)
-    ends = [r.expires_at for r in left if r.expires_at is not None]
-    last = max(ends) if ends and len(ends) == len(left) else None
-    return Remainder(left, not left, all_expired(left, now), last)
 
 
 def duplicate(

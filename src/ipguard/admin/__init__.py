@@ -20,7 +20,8 @@ Tests and scripts of hosts may rely on the following. The paths, below the mount
     POST /cancel                      user request
     GET  /delete?user=&restriction=  POST /delete  user restriction reason open
     GET  /check?user=     POST /check        user address
-    GET  /history[?user=&before=]     POST /history   user
+    GET  /history[?user=&action=&since=&until=&before=]  POST /history  user action since until
+    GET  /export[?user=&action=&since=&until=&before=]   the same as CSV
 
 `addresses` holds one or several, on lines of their own or between commas; so does `users`, for more
 traders than `user`. Every form is answered with a redirect. A refused form redirects to a page with

@@ -243,7 +243,12 @@ def show_lockout_warning(context: Context, back: str, what: str, **about: str) -
 
 
 def _prepare_confirm(context: Context, _: UserOverview, request: PendingRequest) -> dict[str, Any]:
-    actor, demand = context.actor.username, context.flow.demand_of(request)
+    actor = context.actor.username
+    own = request.requested_by == actor
+    if own:  # with what the others of its batch demand
+        demand = context.flow.own_request(context.actor, request.id).demand
+    else:
+        demand = context.flow.demand_of(request)
     impact, obstacle = request.impact, ""
     try:
         impact = context.flow.preview_request(context.actor, request.id)
@@ -254,7 +259,7 @@ def _prepare_confirm(context: Context, _: UserOverview, request: PendingRequest)
     ready_at = rules.shifted(request.requested_at, demand.wait)
     return {
         "pending": request,
-        "own": request.requested_by == actor,
+        "own": own,
         "demand": demand,
         "impact": impact,
         "obstacle": obstacle,

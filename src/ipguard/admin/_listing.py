@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import functools
+from collections.abc import Callable, Mapping
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Final
+
+import attrs
 
 from ipguard._checks import check_text
 from ipguard.addresses import parse_address
-from ipguard.admin import _messages
-from ipguard.admin._context import Context
+from ipguard.admin import _http, _messages
+from ipguard.admin._context import Context, Draft
 from ipguard.admin._http import PageError, Response
 from ipguard.errors import AddressError, InvalidValue, UnknownUser, UsernameError
-from ipguard.model import Change, Page, UserOverview
+from ipguard.model import Action, Change, Page, UserOverview
 from ipguard.usernames import canonical_username
 
 _PAGE_SIZE: Final = 50
+_READ_SIZE: Final = 1_000  # entries of the audit log that one call reads for a filter
+_READS: Final = 10  # calls for one page
+_CSV_SIZE: Final = _READ_SIZE * _READS
+_DAY: Final = timedelta(days=1)
 _SEARCH_LENGTH: Final = 256
 _BLANKS: Final = " \t\r\n"
 
@@ -84,40 +92,131 @@ def check(context: Context) -> Response:
     return context.refuse_field("check", "address", text, problem, user=line.user.username)
 
 
+@attrs.frozen
+class _Filter:
+    """What the history shows: entries of a user, an action, and days in UTC, both included."""
+
+    user: str
+    action: str
+    since: str
+    until: str
+
+    @classmethod
+    def of(cls, fields: Mapping[str, str]) -> _Filter:
+        return cls(*(fields.get(each.name, "").strip() for each in attrs.fields(cls)))
+
+    @property
+    def times(self) -> tuple[datetime | None, datetime | None]:
+        """The first time that it shows, and the first one after those; ValueError for no day."""
+        first, last = (date.fromisoformat(day) if day else None for day in (self.since, self.until))
+        return (
+            None if first is None else datetime.combine(first, time(), UTC),
+            None if last is None else datetime.combine(last + _DAY, time(), UTC),
+        )
+
+
 def show_history(context: Context) -> Response:
-    """Show a page of the audit log, of all users or of one, newest first."""
+    """Show a page of the audit log, newest first, as far as a filter admits it."""
     query = context.request.parse_query()
-    username = context.draft.values.get("user", query.get("user", ""))
+    shown = _Filter.of(query | context.draft.values)
     cursor = query.get("before", "")
     found: Page[Change] = Page(items=())
     if not context.draft.problems:
-        try:
-            found = context.flow.history(
-                context.actor,
-                username=username or None,
-                before=int(cursor) if cursor else None,
-                limit=_PAGE_SIZE,
-            )
-        except (ValueError, UsernameError):
-            raise PageError(400, "There is no such page of the history.") from None
+        found = _read_history(context, shown, cursor, _PAGE_SIZE)
     return context.page(
         "history.html",
         entries=found.items,
         following=found.next,
-        username=username,
+        filters=attrs.asdict(shown),
+        filtered=any(attrs.astuple(shown)),
+        actions=list(Action),
         before=cursor,
+        most=_CSV_SIZE,
     )
 
 
+def export_history(context: Context) -> Response:
+    """Return what `show_history` shows as CSV, up to 10,000 entries."""
+    query = context.request.parse_query()
+    found = _read_history(context, _Filter.of(query), query.get("before", ""), _CSV_SIZE)
+    name = 'attachment; filename="ip-restrictions-history.csv"'
+    # With a byte order mark, without which spreadsheets read another encoding.
+    text = "\ufeff" + _messages.format_csv(found)
+    headers = (("Content-Disposition", name),)
+    return _http.respond(200, text, headers, kind="text/csv; charset=utf-8")
+
+
+def _read_history(context: Context, shown: _Filter, cursor: str, limit: int) -> Page[Change]:
+    """Return entries that a filter admits; fewer, with a cursor, if too many had to be read."""
+    try:
+        since, until = shown.times
+        before = int(cursor) if cursor else None
+        read = functools.partial(context.flow.history, context.actor, username=shown.user or None)
+        if until is not None and before is None:
+            before = _find_revision(read, until)
+        size = _READ_SIZE if shown.action or since else min(limit, _READ_SIZE)
+        entries: list[Change] = []
+        for _ in range(_READS):
+            page = read(before=before, limit=size)
+            for entry in page:
+                if since is not None and entry.at < since:
+                    return Page(items=tuple(entries))
+                if shown.action in ("", entry.action):
+                    entries.append(entry)
+                if len(entries) == limit:
+                    last = entry == page.items[-1] and page.next is None
+                    return Page(items=tuple(entries), next=None if last else entry.revision)
+            before = page.next
+            if before is None:
+                break
+        return Page(items=tuple(entries), next=before)
+    except (ValueError, OverflowError, UsernameError):
+        raise PageError(400, "There is no such page of the history.") from None
+
+
+def _find_revision(read: Callable[..., Page[Change]], until: datetime) -> int:
+    """Return the cursor of the entries before a time; times increase with revisions."""
+    newest = read(limit=1).items
+    low, high = 1, newest[0].revision + 1 if newest else 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        below = read(before=middle, limit=1).items
+        if not below or below[0].at < until:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def find_history(context: Context) -> Response:
-    """Redirect to the history of a user. Only names that have a history go into the URL."""
-    text = context.field("user").strip()
-    if not text:
-        return context.redirect("history")
-    with suppress(UnknownUser):
-        return context.redirect("history", user=context.find_user(text).user.username)
-    with suppress(UsernameError):
-        if context.flow.history(context.actor, username=text, limit=1).items:
-            return context.redirect("history", user=canonical_username(text))
-    problem = "There is nothing of such a trader in your history."
-    return context.refuse_field("history", "user", text, problem)
+    """Redirect to a filtered history. Only names that have a history go into the URL."""
+    given, problems = _Filter.of(context.form), {}
+    if given.user:
+        name = _find_name(context, given.user)
+        if name is None:
+            problems["user"] = "There is nothing of such a trader in your history."
+        given = attrs.evolve(given, user=name or given.user)
+    if given.action not in ("", *Action):
+        problems["action"] = "Choose an action of the list."
+    for field in ("since", "until"):
+        try:
+            _ = _Filter("", "", getattr(given, field), getattr(given, field)).times
+        except (ValueError, OverflowError):
+            problems[field] = "Write the day as 2030-12-31."
+    if problems:
+        draft = Draft(values=attrs.asdict(given), problems=problems)
+        return context.redirect_to_draft("history", draft)
+    return context.redirect("history", **attrs.asdict(given))
+
+
+def _find_name(context: Context, text: str) -> str | None:
+    """Return the canonical name of a user who is there or has a history, or None."""
+    try:
+        return context.find_user(text).user.username
+    except UnknownUser:
+        pass
+    try:
+        found = context.flow.history(context.actor, username=text, limit=1).items
+    except UsernameError:
+        return None
+    return canonical_username(text) if found else None

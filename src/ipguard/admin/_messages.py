@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -21,6 +24,7 @@ from ipguard.model import (
 )
 from ipguard.rules import all_expired, shifted
 
+_FORMULA: Final = re.compile("[\t\r\n]|\\s*[-=+@\uff0d\uff1d\uff0b\uff20]")
 _EXACT_BELOW: Final = 10**12  # larger counts are shown as powers of two
 
 _SHOWN: Final = 200  # characters of a list of addresses in a message
@@ -259,3 +263,34 @@ def describe(entry: Change, reader: str) -> str:
     """Return an audit entry as a sentence with its actor and time."""
     who = "You" if entry.actor == reader else entry.actor or "The system"
     return f"{who} {describe_action(entry)} on {format_time(entry.at)}."
+
+
+def name_action(action: str) -> str:
+    """Return the name of an action, for a list to choose from."""
+    return action.replace("_", " ").capitalize()
+
+
+_HEADINGS: Final = (
+    *("Revision", "Time", "Actor", "Address of the actor", "Action", "Trader", "Account ID"),
+    *("What", "Particulars"),
+)
+
+
+def format_csv(entries: Iterable[Change]) -> str:
+    """Return audit entries as CSV (RFC 4180), in which no cell is a formula."""
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+    writer.writerow(_HEADINGS)
+    for entry in entries:
+        cells = (
+            *(entry.revision, entry.at.isoformat(), entry.actor, entry.actor_address, entry.action),
+            *(entry.username, entry.account_id, describe_action(entry)),
+            describe_particulars(entry),
+        )
+        writer.writerow(["" if each is None else _defused(str(each)) for each in cells])
+    return text.getvalue()
+
+
+def _defused(cell: str) -> str:
+    """Prefix what a spreadsheet could run as a formula, as OWASP advises."""
+    return f"'{cell}" if _FORMULA.match(cell) else cell

@@ -49,6 +49,7 @@ ROUTES: Final[Mapping[str, Mapping[str, View]]] = {
     "/delete": {"GET": _changes.show_delete, "POST": _changes.delete},
     "/check": {"GET": _listing.show_check, "POST": _listing.check},
     "/history": {"GET": _listing.show_history, "POST": _listing.find_history},
+    "/export": {"GET": _listing.export_history},
 }
 PURPOSE: Final = "ipguard.admin"  # of the keys that are derived from the workflow's
 
@@ -253,6 +254,7 @@ def _load_files() -> tuple[Mapping[str, Response], Environment]:
         shut=rules.all_expired,
         attempts=_messages.format_attempts,
         done=_messages.describe_action,
+        action=_messages.name_action,
         more=_messages.describe_particulars,
     )
     for name in templates.list_templates():
