@@ -294,6 +294,8 @@ def _state(store: RestrictionStore, cursors: list[tuple[int, str]]) -> object:
         [store.wait(cursor[0], 0.0) for cursor in cursors],
         store.overview(Actor.EVERY_ACCOUNT),
         store.history(Actor.EVERY_ACCOUNT),
+        store.open_requests(Actor.EVERY_ACCOUNT, requested_by="alice"),
+        store.open_requests(frozenset({"A1", "B2"}), requested_by="bob", limit=2),
     )
 
 

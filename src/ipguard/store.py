@@ -368,6 +368,25 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
             TypeError: `accounts` is a str.
         """
 
+    def open_requests(
+        self, accounts: Accounts, *, requested_by: str, limit: int = 100
+    ) -> tuple[tuple[StoredRequest, User], ...]:
+        """Return pending requests that have not expired, with their users.
+
+        First those of one requester, then those of others that demand approvals; each newest first,
+        by `requested_at`, then `id`.
+
+        Args:
+            accounts: Only requests for users of these account ids; only `Actor.EVERY_ACCOUNT`
+                includes removed users.
+            requested_by: The username of the requester, canonical.
+            limit: The maximum number of requests, at least 1.
+
+        Raises:
+            InvalidValue: `limit` is below 1.
+            TypeError: `accounts` is a str.
+        """
+
     def history(
         self,
         accounts: Accounts,

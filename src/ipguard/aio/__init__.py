@@ -340,6 +340,7 @@ class AsyncWorkflow(_AsyncClosing):
     resend = _awaited(Workflow.resend)
     delete = _awaited(Workflow.delete)
     overview = _awaited(Workflow.overview)
+    waiting = _awaited(Workflow.waiting)
     history = _awaited(Workflow.history)
     impose = _awaited(Workflow.impose)
     impose_many = _awaited(Workflow.impose_many)

@@ -450,6 +450,30 @@ class MemoryStore(Closing):
         items = tuple(_overview(state, name, now) for name in found[:limit])
         return Page(items=items, next=found[limit - 1] if len(found) > limit else None)
 
+    def open_requests(
+        self, accounts: Accounts, *, requested_by: str, limit: int = 100
+    ) -> tuple[tuple[StoredRequest, User], ...]:
+        """Return the live pending requests of an actor, then those that demand approvals."""
+        check_whole("limit", limit, 1)
+        accounts = check_accounts(accounts)
+        state, now, found = self._committed(), self.now(), []
+        for stored in state.requests.values():
+            request, there = stored.request, state.users.get(stored.request.username)
+            if (
+                there is not None
+                and rules.state_at(request, now) is RequestState.PENDING
+                and (request.requested_by == requested_by or request.demand.approvals)
+                and rules.is_visible(
+                    accounts, there.user.account_id, removed=there.removed, restricted=True
+                )
+            ):
+                found.append((stored, there.user))
+        found.sort(
+            key=lambda each: (each[0].request.requested_at, each[0].request.id), reverse=True
+        )
+        found.sort(key=lambda each: each[0].request.requested_by != requested_by)
+        return tuple(found[:limit])
+
     def history(
         self,
         accounts: Accounts,

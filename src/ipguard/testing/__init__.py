@@ -12,7 +12,7 @@ if sys.modules.get("pytest"):
 
 from ipguard.testing._doubles import FakeClock, Message, Outbox
 from ipguard.testing._guards import GuardReadTests
-from ipguard.testing._listing import HistoryTests, OverviewTests
+from ipguard.testing._listing import HistoryTests, OpenRequestTests, OverviewTests
 from ipguard.testing._records import RecordTests, UserTests
 from ipguard.testing._transactions import LifecycleTests, StagedTests, TransactionTests
 
@@ -26,6 +26,7 @@ class StoreConformance(
     RecordTests,
     UserTests,
     OverviewTests,
+    OpenRequestTests,
     HistoryTests,
     LifecycleTests,
 ):

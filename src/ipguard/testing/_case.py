@@ -146,6 +146,7 @@ def everything(store: Any) -> list[object]:
         store.overview(EVERY, limit=1000),
         store.overview(EVERY, search="203.0.113.8"),
         store.history(EVERY, limit=1000),
+        store.open_requests(EVERY, requested_by="boss"),
     ]
     if hasattr(store, "snapshot"):  # stores need not have it
         with store.snapshot() as snapshot:

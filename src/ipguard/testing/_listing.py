@@ -9,7 +9,7 @@ from typing import Any
 
 from ipguard.addresses import AddressRange
 from ipguard.errors import InvalidValue
-from ipguard.model import Accounts, Page, RequestState, UserOverview
+from ipguard.model import Accounts, Demand, Page, RequestState, UserOverview
 from ipguard.rules import NO_RESTRICTIONS, Search, summarise
 from ipguard.testing._case import A1, EVERY, StoreCase, raises, user
 
@@ -238,6 +238,64 @@ class OverviewTests(StoreCase):
         self.put("alice")
         (line,) = self.store.overview(A1)
         assert line.removed is False
+
+
+class OpenRequestTests(StoreCase):
+    def _open(self, accounts: Accounts = EVERY, **options: Any) -> list[str]:
+        given = {"requested_by": "boss"} | options
+        return [stored.request.id for stored, _ in self.store.open_requests(accounts, **given)]
+
+    def test_open_requests(self) -> None:
+        """Those of the requester come first, then those that demand approvals, newest first."""
+        self.put("alice", "bob")
+        self.put("carol", account_id="C3")
+        second, other = timedelta(seconds=1), {"requested_by": "other"}
+        strict = {"demand": Demand(number=True, approvals=1)}
+        soon = {"expires_at": self.clock() + second}
+        saved = [
+            self.request("alice", id="a"),
+            self.request("bob", id="b", requested_at=self.clock() + second, **strict),
+            self.request("bob", id="c", **soon),
+            self.request("alice", id="d", **other, **strict),
+            self.request("carol", id="e", **other, **strict, requested_at=self.clock() - second),
+            self.request("carol", id="f", **other, **strict, **soon),
+            self.request("alice", id="no approval", **other),
+            self.request("nobody", id="no user", **strict),
+            *(
+                self.request("bob", **strict, state=s)
+                for s in RequestState
+                if s is not RequestState.PENDING
+            ),
+        ]
+        self.save(*saved)
+        found = self.store.open_requests(EVERY, requested_by="boss")
+        assert [stored.request.id for stored, _ in found] == list("bcafde")
+        assert {stored.request.id: stored for stored, _ in found} == {
+            stored.request.id: stored for stored in saved if len(stored.request.id) == 1
+        }
+        assert found[0][1] == user("bob")
+        for limit in range(1, 8):
+            assert self._open(limit=limit) == list("bcafde")[:limit]
+        assert self._open(requested_by="other")[:3] == ["no approval", "f", "d"]
+        assert self._open(A1) == list("bcad")
+        assert self._open(frozenset({"C3"})) == list("fe")
+        many = frozenset(f"B{n}" for n in range(self.many * 10))
+        assert self._open(many) == self._open(frozenset()) == []
+        assert self._open(many | A1, requested_by="\ud800") == list("bd")
+        self.clock.advance(second)
+        assert self._open() == list("bade")
+        # The restrictions of a removed user can still be deleted.
+        self.store.remove_users(["alice"])
+        self.save(self.request("alice", id="g", **strict, requested_at=self.clock() + second))
+        assert self._open() == list("gbe")
+        assert self._open(A1) == list("b")
+
+    def test_open_requests_are_checked(self) -> None:
+        for limit in (0, -1):
+            with raises(InvalidValue):
+                self.store.open_requests(EVERY, requested_by="boss", limit=limit)
+        with raises(TypeError):
+            self.store.open_requests("A1", requested_by="boss")  # type: ignore[arg-type]
 
 
 class HistoryTests(StoreCase):

@@ -45,6 +45,7 @@ class TransactionTests(StoreCase):
         assert (revision, list(policies)) == (0, [])
         assert self.store.overview(EVERY).items == ()
         assert self.store.history(EVERY).items == ()
+        assert self.store.open_requests(EVERY, requested_by="boss") == ()
         with self.store.transaction() as tx:  # which reads, and takes no revision
             found = (tx.user("nobody"), tx.restriction("none"), tx.request("none"))
             assert found == (None, None, None)
@@ -458,6 +459,7 @@ class LifecycleTests(StoreCase):
             lambda: store.remove_users(["alice"]),
             lambda: store.overview(EVERY),
             lambda: store.history(EVERY),
+            lambda: store.open_requests(EVERY, requested_by="boss"),
         ]
         store.close()
         for call in calls:

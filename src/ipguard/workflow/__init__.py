@@ -68,6 +68,7 @@ Row = Sequence[object] | Mapping[str, object]
 _COLUMNS: Final = ("username", "addresses", "label", "expires_at")
 _SEARCH_LIMIT: Final = 256
 _PAGE_LIMIT: Final = 1000
+_REQUESTS_READ: Final = 10_000  # of others, to find those that an actor can approve
 _REVISION_LIMIT: Final = 2**63 - 1  # the largest integer that the databases can hold
 _LAST_CHARACTER: Final = "\U0010ffff"  # a noncharacter, which no username contains
 _TOLD: Final = (Action.REQUEST, Action.APPROVE)
@@ -779,6 +780,53 @@ class Workflow(Closing):
             after=after,
             limit=check_whole("limit", limit, 1, _PAGE_LIMIT),
         )
+
+    def waiting(self, actor: Actor, limit: int = 100) -> tuple[PendingRequest, ...]:
+        """List what waits for the actor: its own pending requests, then those it can approve.
+
+        Requests that have the approvals that they need, or this actor's, are left out. Each kind is
+        listed newest first, with the username as the host spells it.
+
+        Args:
+            actor: The viewer.
+            limit: The largest number of requests, 1 to 1,000.
+
+        Raises:
+            InvalidValue: The limit is not valid.
+        """
+        size = asked = check_whole("limit", limit, 1, _PAGE_LIMIT)
+        while True:
+            found = self._store.open_requests(
+                actor.manages, requested_by=actor.username, limit=asked
+            )
+            with self._view(actor) as view:
+                waiting = self._waiting(view, found)
+            if len(waiting) >= size or len(found) < asked or asked >= _REQUESTS_READ:
+                return tuple(waiting[:size])
+            asked *= 4
+
+    def _waiting(self, view: ActorView, found: Iterable[_Member]) -> list[PendingRequest]:
+        known: dict[object, bool] = {}
+        waiting = []
+        for stored, user in found:
+            request, own = stored.request, stored.request.requested_by == view.actor.username
+            # Those that share a number are approved together.
+            shared = (request.batch, stored.sent_at, request.numbered)
+            key = shared if request.batch else request.id
+            if not own and key not in known:
+                members = view.batch(stored, user)
+                known[key] = self._needs_approval(members, view.actor)
+            if own or (known[key] and view.actor.username not in request.approved_by):
+                waiting.append(attrs.evolve(request, spelling=user.spelling))
+        return waiting
+
+    def _needs_approval(self, members: list[_Member], actor: Actor) -> bool:
+        demand = self._demand(members)
+        with suppress(errors.NotAnApprover):
+            for member in members:
+                rules.check_approver(*member, actor, demand)
+            return any(rules.approvals_missing(*member, demand) for member in members)
+        return False
 
     def history(
         self,

@@ -48,6 +48,7 @@ from ipguard.stores._sql import (
     Row,
     change_of,
     change_row,
+    columns,
     encodable,
     marks,
     micros,
@@ -282,6 +283,12 @@ class Query(NamedTuple):
     params: Row
 
 
+_OPEN_REQUESTS: Final = f"""
+SELECT {columns(REQUEST, "q")}, {columns(USER, "u")} FROM requests q CROSS JOIN users u
+WHERE {IS_PENDING} AND q.expires_at > ? AND (q.requested_by = ? OR q.approvals_needed > 0)
+    AND u.username = q.username %s
+ORDER BY CASE WHEN q.requested_by = ? THEN 0 ELSE 1 END, q.requested_at DESC, q.id DESC LIMIT ?
+"""
 _FEW: Final = 1_000
 """Up to so many accounts, the users of each are read; for more, all users are walked through."""
 _LAST: Final = "\U0010ffff"
@@ -715,6 +722,23 @@ class SqlStore(Closing, Generic[C]):
                 last, look = rows[-1] if rows else last, 4 * look
         items = tuple(line for _, line in lines[:size])
         return Page(items=items, next=lines[size - 1][0] if len(lines) > size else None)
+
+    def open_requests(
+        self, accounts: Accounts, *, requested_by: str, limit: int = 100
+    ) -> tuple[tuple[StoredRequest, User], ...]:
+        size, accounts = _limited(limit), check_accounts(accounts)
+        name = requested_by if encodable(requested_by) else ""
+        with self._snapshot() as db:
+            whose: Query = Query("", ())
+            if isinstance(accounts, frozenset):
+                whose = Query(
+                    f" AND u.removed = 0 AND {db.among('u.account_id')}", (_texts(db, accounts),)
+                )
+            rows = db.rows(
+                _OPEN_REQUESTS % whose.text, (micros(self.now()), name, *whose.params, name, size)
+            )
+        first = len(REQUEST.split(", "))
+        return tuple((request_of(row[:first]), user_of(row[first:])) for row in rows)
 
     def history(
         self,
