@@ -88,11 +88,14 @@ def test_import_and_export(shell: Shell, tmp_path: Path):
     """A dry run changes nothing; an import is one revision; an export can be imported again."""
     file = shell.write("rows.csv", GOOD)
     dry = _imported(shell, file, "--dry-run")
-    assert (dry["rows"], dry["users"], dry["newly_restricted"], dry["replaced"]) == (3, 2, 2, 0)
-    assert [each["line"] for each in dry["adds"]] == [2, 3, 4]
+    assert (dry["added"], dry["users"], dry["newly"], dry["ended"]) == (3, 2, 2, 0)
+    jsmith, mlee = dry["effects"]
+    assert (jsmith["username"], jsmith["direction"], jsmith["gained"]) == ("jsmith", "tightens", [])
+    assert jsmith["lost"] == ["0.0.0.0-203.0.113.6", "203.0.113.8-255.255.255.255", "::/0"]
+    assert mlee["summary"].startswith("Today from anywhere; then only from 2001:db8::/64 (until")
     assert _state(shell) == (1, {})
     shown = shell.terminal("import", file, "--reason", "x", "--dry-run").ends()
-    assert re.search(r"2 +jsmith +203\.0\.113\.7 +office, ground floor", shown)
+    assert re.search(r"jsmith +tightens .*Today from anywhere", shown)
     assert "would add 3 restrictions to 2 users" in shown
     assert _imported(shell, file)["rows"] == 3
     held = {"jsmith": ["203.0.113.7"], "mlee": ["2001:db8::/64", "203.0.113.5-203.0.113.9"]}
@@ -238,26 +241,64 @@ def test_utf_16_is_named(shell: Shell, kind: str, encoding: str):
 
 
 def test_skip_existing(shell: Shell, tmp_path: Path):
-    """New restrictions are added; one with another label or expiry is refused."""
+    """New addresses are added; those that the user has are skipped, whatever their label."""
     _imported(shell, "-", stdin=GOOD)
     shell.good("export", "-o", tmp_path / "all.csv")
     before = _state(shell)
     done = _imported(shell, tmp_path / "all.csv", "--skip-existing")
     assert (done["rows"], done["skipped"]) == (0, 3)
-    assert _state(shell) == before
+    assert _state(shell)[1] == before[1]
     text = (tmp_path / "all.csv").read_text() + "mlee,198.51.100.1,new,,,,\n"
+    text = text.replace("office, ground floor", "store")
     shown = _imported(shell, "-", "--skip-existing", "--dry-run", stdin=text)
-    assert (shown["rows"], shown["skipped"], len(shown["adds"])) == (1, 3, 1)
-    assert (shown["users"], shown["newly_restricted"]) == (1, 0)
+    assert (shown["added"], shown["skipped"], shown["users"], shown["newly"]) == (1, 3, 2, 0)
+    directions = {each["username"]: each["direction"] for each in shown["effects"]}
+    assert directions == {"jsmith": "neutral", "mlee": "loosens"}
     done = _imported(shell, "-", "--skip-existing", stdin=text)
-    assert (done["rows"], done["skipped"], done["revision"]) == (1, 3, before[0] + 1)
-    for changed in (text.replace("office, ground floor", "store"), text.replace("2099", "2098")):
-        after = _state(shell)
-        refused = shell("import", "-", "--reason", "x", "--skip-existing", stdin=changed)
-        assert refused.code == 9
-        assert "it was not changed" in refused.err
-        assert _state(shell) == after
+    assert (done["rows"], done["skipped"]) == (1, 3)
+    assert sorted(shell.held("mlee")) == sorted([*before[1]["mlee"], "198.51.100.1"])
     assert "already has" in shell("import", tmp_path / "all.csv", "--reason", "x").err
+
+
+def test_replace(shell: Shell):
+    """The file is the whole list of its users; other users and equal restrictions stay."""
+    _imported(shell, "-", stdin=GOOD)
+    shell.register(zed="U1")
+    shell.impose("zed", "198.51.100.9")
+    text = "username,addresses\nmlee,203.0.113.5-203.0.113.9\nmlee,198.51.100.1\n"
+    before = _state(shell)
+    dry = _imported(shell, "-", "--replace", "--dry-run", stdin=text)
+    assert (dry["added"], dry["skipped"], dry["ended"], dry["users"]) == (1, 1, 1, 1)
+    effect = {"username": "mlee", "direction": "loosens", "gained": ["198.51.100.1"]}
+    effect |= {"lost": ["2001:db8::/64"]}
+    summary = "Then also from 198.51.100.1; no longer from 2001:db8::/64."
+    assert dry["effects"] == [effect | {"summary": summary}]
+    piped = shell("import", "-", "--reason", "x", "--replace", "--dry-run", stdin=text)
+    assert piped.out.splitlines()[1] == f"mlee\tloosens\t198.51.100.1\t2001:db8::/64\t{summary}"
+    assert "would add 1 restrictions to 1 users, of whom 0 are not restricted now; 1" in piped.err
+    assert _state(shell) == before
+    done = _imported(shell, "-", "--replace", stdin=text)
+    assert (done["rows"], done["skipped"], done["ended"]) == (1, 1, 1)
+    held = {"mlee": ["198.51.100.1", "203.0.113.5-203.0.113.9"], "jsmith": ["203.0.113.7"]}
+    assert _state(shell) == (before[0] + 1, held | {"zed": ["198.51.100.9"]})
+    again = shell("import", "-", "--reason", "x", "--replace", stdin=text)
+    assert "2 rows skipped: their restrictions exist already" in again.out
+    both = ("import", "-", "--reason", "x", "--replace", "--skip-existing")
+    assert "exclude each other" in shell.bad(2, *both, stdin=text)
+    bad = shell("import", "-", "--reason", "x", "--replace", stdin=text + "mlee,198.51.100.1\n")
+    assert "first on line 3" in bad.err
+
+
+def test_a_dry_run_of_many_users_in_a_terminal(shell: Shell):
+    """The first 50 users are shown, and how many others there are."""
+    names = [f"u{number:03}" for number in range(52)]
+    shell.register(**dict.fromkeys(names, "U1"))
+    rows = "".join(f"{name},203.0.113.7\n" for name in names)
+    file = shell.write("rows.csv", f"username,addresses\n{rows}")
+    shown = shell.terminal("import", file, "--reason", "x", "--dry-run").ends()
+    assert "u049" in shown
+    assert "u050" not in shown
+    assert "and 2 more; pipe the output" in shown
 
 
 def test_an_export_for_excel(shell: Shell):

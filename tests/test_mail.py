@@ -515,6 +515,12 @@ def test_both_notices_are_tried(refused):
         ),
         (Action.CONFIRM, "kind=replace", "Login addresses were replaced", "by others"),
         (Action.IMPOSE, "only=true", "Login addresses were replaced", "have ended"),
+        (
+            Action.IMPOSE_MANY,
+            "replace=true ended=3",
+            "Login addresses of several users were replaced",
+            "Addresses that several users may log in to the bank from were replaced by others.",
+        ),
         (Action.CONFIRM, "users=a", "Login addresses of several users were added", "several"),
         (
             Action.REQUEST,
@@ -573,7 +579,7 @@ def test_notice_of_a_request_that_waits():
     """The user learns who asked, what for, when it can be completed, and who may cancel it."""
     detail = {
         "addresses": "203.0.113.7, 203.0.113.0/29",
-        "ended": "198.51.100.7",
+        "ends": "198.51.100.7",
         "direction": "loosens",
         "afterwards": "Then also from 203.0.113.0/29; no longer from 198.51.100.7.",
         "ready_at": "2026-12-01T00:00:00+00:00",

@@ -1,7 +1,7 @@
 """Import and export all restrictions as CSV or JSON Lines.
 
-For `--dry-run`, and to report every bad row, an import checks its rows one by one. The workflow
-checks them again when it applies them, and alone decides.
+For `--dry-run`, and to report every bad row, an import judges its rows user by user. The workflow
+judges them again when it applies them, and alone decides.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -38,7 +38,7 @@ _COLUMNS: Final = Columns(
     ignored=("id", "created_at", "created_by"),
 )
 _EXPORTED: Final = (*_COLUMNS.required, *_COLUMNS.optional, *_COLUMNS.ignored)
-_PREVIEWED: Final = ("line", *_COLUMNS.required, *_COLUMNS.optional)
+_EFFECTS: Final = ("username", "direction", "gained", "lost", "afterwards")
 _SELECT: Final = "SELECT username, line, first, last, label, expires FROM rows"
 _FEW: Final = 5_000  # up to this many users are looked up one by one
 _SHOWN: Final = 50
@@ -54,8 +54,12 @@ def import_(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Show what would change, and change nothing.")
     ] = False,
+    replace: Annotated[
+        bool,
+        Option("--replace", help="The file is the whole list of its users: all others end."),
+    ] = False,
     skip_existing: Annotated[
-        bool, Option("--skip-existing", help="Skip restrictions that exist unchanged.")
+        bool, Option("--skip-existing", help="Skip addresses that the user has already.")
     ] = False,
 ) -> None:
     """Impose the restrictions of a file: all or none.
@@ -65,20 +69,16 @@ def import_(
 
     Example: ipguard import rows.csv --reason "ticket 4713" --dry-run
     """
+    if replace and skip_existing:
+        raise Problem(Exit.USAGE, "--replace and --skip-existing exclude each other")
+    modes = {"replace": replace, "skip_existing": skip_existing}
     actor = READER if dry_run else context.actor()
     source = _files.opened(file, rewindable=True)
     with source as stream, context.workflow(mails=not dry_run) as (store, flow):
-        check = partial(_checked, context, store, flow, stream, file, kind)
-        if dry_run or skip_existing:
-            with check(skip_existing=skip_existing) as found:
-                if dry_run:
-                    found.show(context.out)
-                    return
-                if found.added:
-                    revision = flow.impose_many(actor, found.rows(), reason=reason).revision
-                else:
-                    revision = store.changes_since(None).head
-            _show_imported(context, found.added, revision, len(found.skipped))
+        check = partial(_checked, context, store, flow, stream, file, kind, modes)
+        if dry_run:
+            with check(effects=True) as found:
+                found.show(context.out)
             return
         count = 0
 
@@ -90,7 +90,7 @@ def import_(
 
         try:
             with _files.progress(context.out, "restrictions", stream) as advance:
-                applied = flow.impose_many(actor, wanted(), reason=reason)
+                applied = flow.impose_many(actor, wanted(), reason=reason, **modes)
         except errors.IPGuardError as exc:
             if isinstance(exc, errors.StoreError) or (
                 isinstance(exc, errors.InvalidValue) and not count
@@ -100,7 +100,17 @@ def import_(
             stream.seek(0)
             with check():
                 raise exc from None
-    _show_imported(context, count, applied.revision, 0)
+    counts = applied.counts
+    assert counts is not None
+    done = {"dry_run": False, "rows": counts.added, "skipped": counts.kept, "ended": counts.ended}
+    done |= {"revision": applied.revision, "notices_failed": context.report_failures()}
+    context.out.data(done)
+    text = f"{counts.added:,} restrictions imported, revision {applied.revision}"
+    context.out.line(text, "green")
+    if counts.kept:
+        context.out.line(f"{counts.kept:,} rows skipped: their restrictions exist already")
+    if counts.ended:
+        context.out.line(f"{counts.ended:,} restrictions ended")
 
 
 def _stop(_: int, reason: str) -> None:
@@ -118,97 +128,85 @@ def _values(row: Row) -> tuple[object, ...]:
     return (row["username"], row["addresses"], row.get("label", ""), expires_at)
 
 
-def _show_imported(context: Context, count: int, revision: int, skipped: int) -> None:
-    failed = context.report_failures()
-    done = {"dry_run": False, "rows": count, "skipped": skipped, "revision": revision}
-    context.out.data(done | {"notices_failed": failed})
-    context.out.line(f"{count:,} restrictions imported, revision {revision}", "green")
-    if skipped:
-        context.out.line(f"{skipped:,} rows skipped: their restrictions exist already")
-
-
 @attrs.define
 class _Check:
     """The check of an import, and its result.
 
     Attributes:
-        added: How many restrictions would be added, to how many `users`.
-        newly: How many of these users have no restriction now.
-        replaced: How many expired restrictions would be replaced.
-        skipped: The lines that were skipped, because their restrictions exist.
+        added: How many restrictions would be added; `skipped` rows exist already.
+        ended: How many present restrictions would end.
+        users: How many users the rows are about, of whom `newly` have no restriction now.
     """
 
-    _spool: Spool
     _bad: BadRows
-    _skip_existing: bool
+    _modes: Mapping[str, bool]
+    _effects: Spool | None
     added: int = 0
+    skipped: int = 0
+    ended: int = 0
     users: int = 0
     newly: int = 0
-    replaced: int = 0
-    skipped: set[int] = attrs.field(factory=set)
 
-    def compare(self, store: RestrictionStore, flow: Workflow) -> None:
-        """Compare the rows with each other and with the store, user by user."""
+    def compare(self, store: RestrictionStore, flow: Workflow, spool: Spool) -> None:
+        """Judge the rows of each user, and note what they would do."""
         now, per_user = flow.now(), flow.settings.restrictions_per_user
-        for username, policy, rows in _by_user(store, self._spool):
+        for username, policy, rows in _by_user(store, spool):
             wanted = [_restriction(row, now) for row in rows]
             if not policy.known:
                 for each in wanted:
                     self._bad.add(int(each.id), errors.UnknownUser(username))
                 continue
+            present = policy.restrictions
             judged = rules.judge_additions(
-                username, policy.restrictions, wanted, per_user=per_user, now=now
+                username, present, wanted, per_user=per_user, now=now, **self._modes
             )
-            refused = judged.refused
-            self.newly += not policy.restrictions
-            self.replaced += len(judged.ends)
-            self.added += len(wanted) - len(refused)
-            self.users += len(wanted) > len(refused)
+            self.users += 1
+            self.newly += not present
+            self.added += len(judged.adds)
+            self.skipped += len(judged.kept)
+            self.ended += len(judged.ends)
             lines = {each.addresses: each.id for each in reversed(wanted)}  # the first of each
-            for each, error in refused:
-                self._refuse(int(each.id), error, lines[each.addresses])
-
-    def _refuse(self, line: int, error: errors.IPGuardError, first: str) -> None:
-        where = ""
-        if isinstance(error, errors.DuplicateRestriction):
-            if self._skip_existing and error.found == "restriction" and not error.differs:
-                self.skipped.add(line)
-                return
-            if error.found == "row":
-                where = f", first on line {first}"
-        self._bad.add(line, f"{error}{where}")
-
-    def rows(self) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows to add in the form that the workflow takes."""
-        return (row[1:] for row in self._preview())
-
-    def _preview(self) -> Iterator[tuple[Any, ...]]:
-        for username, line, first, last, label, end in self._spool.rows(f"{_SELECT} ORDER BY line"):
-            if line not in self.skipped:
-                yield line, username, AddressRange.from_packed(first, last), label, _time(end)
+            for each, error in judged.refused:
+                twice = isinstance(error, errors.DuplicateRestriction) and error.found == "row"
+                where = f", first on line {lines[each.addresses]}" if twice else ""
+                self._bad.add(int(each.id), f"{error}{where}")
+            if self._effects is not None:
+                gone = {each.id for each in judged.ends}
+                left = [*(each for each in present if each.id not in gone), *judged.adds]
+                found = rules.impact(present, left, now)
+                changed = (", ".join(map(str, each)) for each in (found.gained, found.lost))
+                direction = found.direction.name.lower()
+                self._effects.add((username, direction, *changed, found.summary))
 
     def show(self, out: Output) -> None:
+        """Show what the rows would do to each user."""
+        assert self._effects is not None
+        effects = self._effects.rows("SELECT * FROM rows ORDER BY username")
         if out.as_json:
-            summary = {
-                "dry_run": True,
-                "rows": self.added,
-                "users": self.users,
-                "newly_restricted": self.newly,
-                "replaced": self.replaced,
-                "skipped": len(self.skipped),
-            }
-            adds = (dict(zip(_PREVIEWED, row, strict=True)) for row in self._preview())
-            out.array("adds", adds, lambda: summary)
+            counts = ("added", "skipped", "ended", "users", "newly")
+            rest = {"dry_run": True, **{name: getattr(self, name) for name in counts}}
+            out.array("effects", map(_effect, effects), lambda: rest)
             return
-        limit = _SHOWN if out.rich else self.added
-        out.table(_PREVIEWED, islice(self._preview(), limit))
-        if limit < self.added:
-            out.note(f"and {self.added - limit:,} more; pipe the output to see all of them")
+        limit = _SHOWN if out.rich else self.users
+        out.table(_EFFECTS, islice(effects, limit))
+        if limit < self.users:
+            out.note(f"and {self.users - limit:,} more; pipe the output to see all of them")
         out.note(
             f"would add {self.added:,} restrictions to {self.users:,} users, of whom"
-            f" {self.newly:,} are not restricted now; {self.replaced:,} expired ones would be"
-            f" replaced; {len(self.skipped):,} rows exist already; nothing was changed"
+            f" {self.newly:,} are not restricted now; {self.ended:,} present ones would end;"
+            f" {self.skipped:,} rows exist already; nothing was changed"
         )
+
+
+def _effect(row: tuple[str, ...]) -> dict[str, object]:
+    username, direction, gained, lost, summary = row
+    several = {"gained": gained, "lost": lost}
+    return {
+        "username": username,
+        "direction": direction,
+        **{name: text.split(", ") if text else [] for name, text in several.items()},
+        "summary": summary,
+    }
 
 
 @contextmanager
@@ -219,12 +217,14 @@ def _checked(
     stream: BinaryIO,
     path: str,
     kind: Format | None,
+    modes: Mapping[str, bool],
     *,
-    skip_existing: bool = False,
+    effects: bool = False,
 ) -> Iterator[_Check]:
-    """Check every row of a file, or raise `BadRows`; optionally skip existing restrictions."""
+    """Check every row of a file, or raise `BadRows`; with `effects`, find what they would do."""
     bad = BadRows(path)
-    with Spool("username TEXT, line INTEGER, first BLOB, last BLOB, label TEXT, expires") as spool:
+    columns = "username TEXT, line INTEGER, first BLOB, last BLOB, label TEXT, expires"
+    with Spool(columns) as spool, Spool(", ".join(_EFFECTS)) as found:
         with _files.progress(context.out, "checking", stream) as advance:
             for line, row in _files.rows(stream, path, kind, _COLUMNS, bad.add, advance):
                 try:
@@ -234,8 +234,8 @@ def _checked(
                     continue
                 end = None if wanted.expires_at is None else wanted.expires_at.isoformat()
                 spool.add((wanted.username, line, *wanted.addresses.packed, wanted.label, end))
-        result = _Check(spool, bad, skip_existing)
-        result.compare(store, flow)
+        result = _Check(bad, modes, found if effects else None)
+        result.compare(store, flow, spool)
         bad.raise_if_any()
         yield result
 

@@ -159,11 +159,12 @@ def notices(change: Change, actor: Actor, user: User | None, product: str) -> tu
         ("Users", _words(details.get("users", ""), _LONGEST_EFFECT)),
         ("Name", "" if user is None else _words(user.full_name)),
         ("Addresses", _known_addresses(details.get("addresses", ""))),
-        ("Addresses that end", _known_addresses(details.get("ended", ""))),
+        ("Addresses that end", _known_addresses(details.get("ends", ""))),
         ("Allows", _EFFECTS.get(details.get("direction", ""), "")),
         ("Afterwards", _words(details.get("afterwards", ""), _LONGEST_EFFECT)),
         ("Label", _words(details.get("label", ""))),
         ("Restrictions", _line(details.get("restrictions", ""))),
+        ("Restrictions that ended", _line(details.get("ended", ""))),
         ("Temporary, until", _known_moment(details.get("expires_at", ""))),
         ("Reason", _words(details.get("reason", ""))),
         ("Waits until", _known_moment(details.get("ready_at", ""))),
@@ -209,19 +210,18 @@ def _summary(action: str, details: Mapping[str, str], product: str) -> tuple[str
     elif action in (Action.DELETE, Action.LIFT) or kind == "delete":
         subject = "Login addresses were deleted"
         opening = f"Addresses were deleted from those that a user may log in to {product} from."
-    elif kind == "replace" or details.get("only") == "true":
-        subject = "Login addresses were replaced"
-        opening = (
-            f"Addresses that a user may log in to {product} from were replaced by others. Logins "
-            "from any other address are refused."
-        )
     elif action in (Action.CONFIRM, Action.IMPOSE, Action.IMPOSE_MANY):
         many = action is Action.IMPOSE_MANY or "users" in details
-        subject = f"Login addresses{' of several users' if many else ''} were added"
+        who = "several users" if many else "a user"
+        replaced = kind == "replace" or "true" in (details.get("only"), details.get("replace"))
+        subject = f"Login addresses{f' of {who}' if many else ''} were "
+        subject += "replaced" if replaced else "added"
         opening = (
-            f"Addresses were added to those that {'several users' if many else 'a user'} may log "
-            f"in to {product} from. Logins from any other address are refused."
+            f"Addresses that {who} may log in to {product} from were replaced by others."
+            if replaced
+            else f"Addresses were added to those that {who} may log in to {product} from."
         )
+        opening += " Logins from any other address are refused."
     else:
         subject = "A change was recorded"
         opening = f"This was done in {product}: {action.replace('_', ' ')}."

@@ -1029,7 +1029,7 @@ class Workflow(Closing):
                 expires_at=request.restriction_expires_at,
                 request=request.id,
                 replaces=joined(request.removes) if request.adds else None,
-                ended=joined(request.removed) if request.adds else None,
+                ends=joined(request.removed) if request.adds else None,
                 direction=plan.impact.direction.name.lower(),
                 afterwards=plan.impact.summary,
                 reason=reason,

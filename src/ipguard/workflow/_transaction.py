@@ -343,7 +343,7 @@ class ActorTransaction(ActorView):
             expires_at=None if first is None or not plan.adds else first.expires_at,
             restriction=joined(each.id for each in told),
             replaces=joined(each.id for each in ends) if plan.adds else None,
-            ended=joined(each.addresses for each in ends) if plan.adds else None,
+            ends=joined(each.addresses for each in ends) if plan.adds else None,
             unrestricted=opens,
             restricted_to_nothing=rules.all_expired(plan.left, self.now),
             direction=impact.direction.name.lower(),
