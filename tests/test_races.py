@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -328,3 +328,215 @@ def test_8_processes_confirm_one_number(
         for process in processes:
             process.kill()
         desk.store.close()
+
+
+# -- requests that replace, approvals, and settings that differ --------------------------------
+
+
+STRANGER = "198.18.0.1"
+
+
+class Watchers:
+    """Threads with a guard each, which ask all the time whether a user is open.
+
+    Attributes:
+        asked: How many answers were given.
+        opened: What let a stranger in.
+    """
+
+    def __init__(self, desk: Desk, size: int = 4) -> None:
+        self.asked = 0
+        self.opened: list[object] = []
+        self._desk = desk
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._watch, daemon=True) for _ in range(size)]
+
+    def _watch(self) -> None:
+        store = self._desk.store
+        with ipguard.Guard(store, max_staleness=0.1) as guard:
+            while not self._over.wait(0.001):
+                if guard.is_allowed("jsmith", STRANGER):
+                    self.opened.append(guard.check("jsmith", STRANGER))
+                policy = store.load_policy("jsmith")
+                if not policy.restrictions:
+                    self.opened.append(policy)
+                self.asked += 1
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+def _rotated(threads: Crowd, n: int, *calls: Callable[[], object]) -> list[Any]:
+    """Make calls at once; threads wake in much the same order, so rotate the calls."""
+    turn = n % len(calls)
+    outcomes = threads.all_at_once(*calls[turn:], *calls[:turn])
+    return outcomes[len(calls) - turn :] + outcomes[: len(calls) - turn]
+
+
+def _log_since(desk: Desk, since: int) -> list[ipguard.Change]:
+    """Return the audit entries after a revision, oldest first; fail if one is missing."""
+    found = [row for row in reversed(desk.rows()) if row.revision > since]
+    assert [row.revision for row in found] == list(range(since + 1, since + 1 + len(found)))
+    return found
+
+
+def _ids(text: str | None) -> set[str]:
+    return set(text.split(", ")) if text else set()
+
+
+def _explain_replacing(
+    desk: Desk, since: int, held: set[str], request: PendingRequest, outcomes: list[Any]
+) -> None:
+    """Replay the audit log, and find for each refusal a state in which it was right."""
+    replaced, *deleted = outcomes
+    states, revisions = [held], {}
+    for row in _log_since(desk, since):
+        ids = _ids(row.detail["restriction"])
+        if row.action is Action.CONFIRM:
+            assert row.detail["request"] == request.id
+            gone = _ids(row.detail.get("replaces"))
+            assert gone == states[-1] & set(request.removes)
+            states.append(states[-1] - gone | ids)
+        else:
+            assert row.action is Action.DELETE
+            assert ids < states[-1]  # never the last one
+            states.append(states[-1] - ids)
+        revisions[row.revision] = ids
+    assert all(states)
+    assert {r.id for r in desk.store.load_policy("jsmith").restrictions} == states[-1]
+    assert isinstance(replaced, Applied)
+    assert {r.id for r in replaced.added} == revisions.pop(replaced.revision)
+    for restriction_id, outcome in zip(sorted(held), deleted, strict=True):
+        if isinstance(outcome, Applied):
+            assert revisions.pop(outcome.revision) == {restriction_id}
+        elif isinstance(outcome, ipguard.OpeningRisk):
+            assert {restriction_id} in states
+        else:
+            assert isinstance(outcome, ipguard.UnknownRestriction)
+            assert any(restriction_id not in state for state in states)
+    assert not revisions
+
+
+def test_replace_against_delete(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """A request that replaces both restrictions of a user, while each of them is deleted."""
+    busy.use(requests_per_hour=10**9)
+    threads, seen = crowd(3), Counter[tuple[str, ...]]()
+    busy.flow.impose(BOSS, "jsmith", ["10.0.0.1", "10.0.0.2"], reason="x")
+    with Watchers(busy) as watchers:
+        for n in range(rounds(15, 500)):
+            applied = busy.flow.impose(
+                BOSS, "jsmith", ["10.0.0.1", "10.0.0.2"], reason="x", only=True
+            )
+            one, two = sorted(r.id for r in applied.added)
+            # Every third time, only one of them is replaced.
+            replaces = [one, two][: 1 + bool(n % 3)]
+            request = busy.ask("10.0.0.3", replaces=replaces)
+            number, since = busy.number(request), busy.rows()[0].revision
+            outcomes = _rotated(
+                threads,
+                n,
+                lambda: busy.flow.confirm(ALICE, request.id, number),  # noqa: B023
+                lambda: busy.flow.delete(ADAM, one, allow_opening=False),  # noqa: B023
+                lambda: busy.flow.delete(ADAM, two, allow_opening=False),  # noqa: B023
+            )
+            _explain_replacing(busy, since, {one, two}, request, outcomes)
+            seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
+    assert watchers.opened == []
+    assert watchers.asked > 0
+    assert len(seen) > 1, f"no race at all: {seen}"
+
+
+def test_approve_against_cancel(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """A request is approved by two and cancelled by the user concerned, all at once."""
+    busy.use(requests_per_hour=10**9, add=ipguard.Demand(approvals=1))
+    concerned = ipguard.Actor(username="jsmith", email="j@firm.example", manages=frozenset())
+    threads, seen = crowd(3), Counter[tuple[str, ...]]()
+    busy.add("10.0.0.1")
+    with Watchers(busy) as watchers:
+        for n in range(rounds(15, 500)):
+            (old,) = busy.store.load_policy("jsmith").restrictions
+            request = busy.ask(f"10.0.{n}.3", replaces=[old.id])
+            since = busy.rows()[0].revision
+            outcomes = _rotated(
+                threads,
+                n,
+                lambda: busy.flow.approve(ADAM, request.id),  # noqa: B023
+                lambda: busy.flow.approve(BOSS, request.id),  # noqa: B023
+                lambda: busy.flow.cancel(concerned, request.id),  # noqa: B023
+            )
+            log = [(str(row.action), row.actor) for row in _log_since(busy, since)]
+            state = busy.request(request).state
+            for name, outcome in zip(("adam", "boss", "jsmith"), outcomes, strict=True):
+                if isinstance(outcome, Applied):
+                    assert log == [("approve", name), ("confirm", name)]
+                    assert outcome.revision == since + 2
+                elif isinstance(outcome, PendingRequest):
+                    assert (name, outcome.state, log) == ("jsmith", state, [("cancel", name)])
+                else:
+                    assert isinstance(outcome, RequestClosed)
+                    assert outcome.state == state
+            assert _kinds(outcomes)["RequestClosed"] == 2
+            assert busy.held() == (
+                [f"10.0.{n}.3"] if state == "confirmed" else [str(old.addresses)]
+            )
+            seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
+    assert watchers.opened == []
+    assert watchers.asked > 0
+    assert len(seen) > 1, f"no race at all: {seen}"
+
+
+def test_confirm_against_a_settings_change(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """One server has the old settings still, while another one demands an approval already."""
+    busy.use(requests_per_hour=10**9)
+    stricter = busy.workflow(
+        requests_per_hour=10**9, loosens=ipguard.Demand(number=True, approvals=1)
+    )
+    threads, seen = crowd(3), Counter[tuple[str, ...]]()
+    busy.add("10.0.0.1")
+    with Watchers(busy) as watchers:
+        for n in range(rounds(15, 500)):
+            (old,) = busy.store.load_policy("jsmith").restrictions
+            request = busy.ask(f"10.0.{n}.3", replaces=[old.id])
+            number, since = busy.number(request), busy.rows()[0].revision
+            lax, strict, approved = outcomes = _rotated(
+                threads,
+                n,
+                lambda: busy.flow.confirm(ALICE, request.id, number),  # noqa: B023
+                lambda: stricter.confirm(ALICE, request.id, number),  # noqa: B023
+                lambda: stricter.approve(ADAM, request.id),  # noqa: B023
+            )
+            log = _log_since(busy, since)
+            steps = [(str(row.action), row.actor) for row in log]
+            *before, last = steps
+            # It was confirmed once, by the last act of those that changed anything.
+            assert last[0] == "confirm"
+            assert len(set(steps)) == len(steps) <= 3
+            assert set(before) <= {("number_accepted", "alice"), ("approve", "adam")}
+            (winner,) = (each for each in outcomes if isinstance(each, Applied))
+            assert winner.revision == log[-1].revision
+            if winner is strict:
+                assert before == [("approve", "adam")]
+            elif winner is approved:
+                assert before == [("number_accepted", "alice"), ("approve", "adam")]
+            for outcome, mark in (
+                (lax, None),
+                (strict, ("number_accepted", "alice")),
+                (approved, ("approve", "adam")),
+            ):
+                if isinstance(outcome, PendingRequest):
+                    assert mark in before
+                elif outcome is not winner:
+                    assert isinstance(outcome, RequestClosed)
+                    assert outcome.state == "confirmed"
+            assert busy.held() == [f"10.0.{n}.3"]
+            seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
+    assert watchers.opened == []
+    assert watchers.asked > 0
+    assert len(seen) > 1, f"no race at all: {seen}"
