@@ -440,6 +440,13 @@ def test_an_approval_completes_a_request(shell: Shell, mail: MailServer):
     assert (refused["type"], refused["message"]) == (
         "NotAnApprover", "you cannot approve this request: you made it",
     )  # fmt: skip
+    (waits,) = shell.json("waiting", *ANNA)["requests"]
+    assert (waits["id"], waits["username"]) == (asked["id"], "jsmith")
+    cells = shell.good("waiting", *ANNA).splitlines()[1].split("\t")
+    assert cells[1:4] == ["jsmith", "add 198.51.100.7", "rita"]
+    assert cells[4:] == [
+        "Then also from 198.51.100.7.", "has 0 of 1 approvals, its number was accepted",
+    ]  # fmt: skip
     shown = shell.terminal("list", "jsmith").ends()
     assert "asked for by rita, has 0 of 1 approvals, its number was accepted" in " ".join(
         shown.split()
@@ -447,6 +454,17 @@ def test_an_approval_completes_a_request(shell: Shell, mail: MailServer):
     assert "your e-mail address" in shell.bad(7, "approve", asked["id"], env={"IPGUARD_EMAIL": ""})
     done = shell.json("approve", asked["id"], *ANNA)
     assert done["restriction"]["addresses"] == "198.51.100.7"
+    assert "no request waits for you" in shell("waiting", *ANNA).err
+    newest = shell.json("history", "--limit", "4")["changes"]
+    actions = ["confirm", "approve", "number_accepted", "request"]
+    assert [each["action"] for each in newest] == actions
+    detail = newest[0]["detail"]
+    assert (detail["direction"], detail["gained"]) == ("loosens", "198.51.100.7")
+    shown = shell.terminal("history", "--limit", "1").ends()
+    assert "direction=loosens" in shown
+    assert "gained=" not in shown, "afterwards says it"
+    assert 'afterwards="Then also from 198.51.100.7."' in " ".join(shown.split())
+    assert "gained=198.51.100.7" in shell("history", "--limit", "1").out
     assert shell.error(5, "approve", asked["id"], *ANNA)["details"] == {"state": "confirmed"}
 
 

@@ -1,7 +1,7 @@
 """Change restrictions: in two phases as an administrator, or at once as an operator.
 
-An administrator's commands are `request`, `preview`, `confirm`, `approve`, `cancel`, `resend` and
-`delete`; an operator's are `impose`, `lift` and `unlock`.
+An administrator's commands are `request`, `preview`, `waiting`, `confirm`, `approve`, `cancel`,
+`resend` and `delete`; an operator's are `impose`, `lift` and `unlock`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import attrs
 from typer import Argument, Option
 
 from ipguard.cli._context import ACTOR, ADMINISTRATOR, MAIL, OPERATOR, SETTINGS, Context, command
-from ipguard.cli._output import Exit, Output, Problem, missing, plain
+from ipguard.cli._output import BATCH, Exit, Output, Problem, missing, plain
 from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
 from ipguard.errors import IPGuardError, LockoutRisk, OpeningRisk, shorten
 from ipguard.model import Actor, Applied, Direction, Impact, PendingRequest, RequestState
@@ -129,6 +129,26 @@ def preview(
     context.out.table(columns, [(found.direction.name.lower(), gained, lost, found.summary)])
 
 
+@command(ACTOR, SETTINGS)
+def waiting(context: Context) -> None:
+    """List what waits for you: your own requests, then those that you can approve."""
+    with _session(context, mailed=False, mails=False) as session:
+        found, now = session.flow.waiting(session.actor, BATCH), session.flow.now()
+    context.out.data({"requests": found})
+    columns = ("request", "username", "change", "requested_by", "afterwards", "missing")
+    rows = (
+        (
+            *(each.id, each.spelling, each.change, each.requested_by),
+            None if each.impact is None else each.impact.summary,
+            missing(each, now),
+        )
+        for each in found
+    )
+    context.out.table(columns, rows)
+    if not found:
+        context.out.note("no request waits for you")
+
+
 @command(ADMINISTRATOR)
 def confirm(
     context: Context,
@@ -165,7 +185,7 @@ def approve(
     allow_lockout: LockoutOption = False,
     allow_open: OpenOption = False,
 ) -> None:
-    """Approve a request that somebody else made; `ipguard list` shows what it does."""
+    """Approve a request that somebody else made; `ipguard waiting` shows what it does."""
     with _session(context) as session:
         with suppress(IPGuardError):  # then the call below says why
             found = session.flow.preview_request(session.actor, request)
@@ -386,7 +406,9 @@ def _show(
         context.out.data(done)
         _show_requests(context, (done,), now, mailed_to)
         return
-    context.out.data(plain(done) | {"notices_failed": context.report_failures()})
+    shown = plain(done) | {"notices_failed": context.report_failures()}
+    del shown["counts"]  # of a bulk change
+    context.out.data(shown)
     for each in done.added or done.removed:
         text = f"done, revision {done.revision}: {each.username} {each.addresses} [{each.id}]"
         context.out.line(text, "green")

@@ -50,7 +50,7 @@ def history(
             "changes",
             ("revision", "at", "actor", "action", "username", "detail"),
             _entries(flow, user, before, size),
-            _cells,
+            partial(_cells, brief=context.out.rich),
             limit=size,
             option="--before",
         )
@@ -67,8 +67,11 @@ def _entries(
     return pages(partial(flow.history, READER, username=user), "before", before, limit)
 
 
-def _cells(change: Change) -> tuple[Cell, ...]:
-    detail = audit.encode(change.detail)
+def _cells(change: Change, *, brief: bool) -> tuple[Cell, ...]:
+    """Return an entry; if brief, without the lists that its `afterwards` sums up."""
+    left_out = ("gained", "lost") if brief and "afterwards" in change.detail else ()
+    shown = {name: text for name, text in change.detail.items() if name not in left_out}
+    detail = audit.encode(shown)
     return (change.revision, change.at, change.actor, str(change.action), change.username, detail)
 
 
@@ -154,6 +157,6 @@ def _show(context: Context, change: Change) -> None:
         context.out.data(change)
         return
     at = f"{change.at:%Y-%m-%d %H:%M:%S}" if context.out.rich else change.at.isoformat()
-    cells = [str(cell or "") for cell in _cells(change)]
+    cells = [str(cell or "") for cell in _cells(change, brief=context.out.rich)]
     cells[1] = at
     context.out.raw(("  " if context.out.rich else "\t").join(map(clean, cells)) + "\n")
