@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import pytest
 import ipguard
 from tests.browser import SEND, Walk, Way
 from tests.browser_world import World
-from tests.flows import HOME, OFFICE
+from tests.flows import ADAM, ALICE, HOME, OFFICE
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,44 @@ def confirming(walk: Walk, world: World) -> Iterator[str]:
     yield "one user, after a change"
 
 
+def needing_more(walk: Walk, world: World) -> Iterator[str]:
+    world.use(add=ipguard.Demand(number=True, approvals=2, wait=timedelta(hours=1)))
+    waits = world.ask("192.0.2.7", "mary", ADAM)
+    done = world.ask("192.0.2.8", "mary")
+    world.use()
+    walk.open(f"confirm?user=mary&request={waits.id}")
+    yield "a request to approve"
+    walk.press("Approve restriction")
+    yield "approved"
+    walk.open(f"confirm?user=mary&request={done.id}")
+    yield "a request that waits"
+    world.wait(hours=1)
+    walk.open(f"confirm?user=mary&request={done.id}")
+    yield "a number to be sent"
+    world.add("192.0.2.9", "mary")
+    walk.open(f"confirm?user=mary&request={done.id}")
+    yield "a request that cannot hold"
+    for request in (waits, done):
+        world.flow.cancel(ALICE, request.id)
+    (restriction,) = world.store.load_policy("mary").restrictions
+    walk.open(f"change?user=mary&restriction={restriction.id}")
+    yield "change"
+    walk.fill("IP Address", "192.168.1.20")
+    walk.press(SEND)
+    yield "review of a change, with a private address"
+    walk.open("add")
+    walk.page.get_by_text("Add the same for several traders").click()
+    walk.fill("More traders", "mary, jsmith, nobody")
+    walk.fill("IP Address", "192.0.2.77")
+    walk.press(SEND)
+    yield "several traders, with errors"
+    walk.fill("More traders", "mary, jsmith")
+    walk.field("Trader").select_option("mary")
+    walk.press(SEND)
+    yield "review of several traders"
+    world.remove(restriction.id)
+
+
 def deleting(walk: Walk, world: World) -> Iterator[str]:
     walk.open()
     walk.follow("Delete 203.0.113.0/29 of John Smith")
@@ -119,6 +158,7 @@ def looking(walk: Walk, world: World) -> Iterator[str]:
     walk.open("history")
     yield "history"
     walk.fill("Trader", "nobody")
+    walk.fill("From", "2030-01-01")
     walk.press("Show")
     yield "history, with errors"
     walk.open()
@@ -169,7 +209,7 @@ def unavailable(*_: object, **__: object) -> None:
 def test_axe_finds_nothing(walk, world, long):
     """No page violates WCAG 2.2 AA or axe's best practices, in light or dark."""
     seen = {}
-    visits = (adding, confirming, deleting, looking, going_wrong)
+    visits = (adding, confirming, needing_more, deleting, looking, going_wrong)
     for name in itertools.chain.from_iterable(visit(walk, world) for visit in visits):
         # Light and dark differ only in colours, so a short run checks only these in dark.
         for scheme, tags in (("light", TAGS), ("dark", TAGS if long else COLOURS)):

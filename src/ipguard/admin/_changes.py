@@ -249,7 +249,7 @@ def _prepare_confirm(context: Context, _: UserOverview, request: PendingRequest)
         demand = context.flow.own_request(context.actor, request.id).demand
     else:
         demand = context.flow.demand_of(request)
-    impact, obstacle = request.impact, ""
+    impact, obstacle = None, ""
     try:
         impact = context.flow.preview_request(context.actor, request.id)
     except (errors.StoreError, errors.UnknownRequest):
@@ -370,7 +370,7 @@ def resend(context: Context) -> Response:
     if request is None:
         return _CONFIRM.open(context)
     if not request.attempts_left:
-        text = _messages.NUMBER_SENT
+        text = _messages.ENTER_IT
     try:
         context.flow.resend(context.actor, request_id)
         level = "done"

@@ -32,7 +32,8 @@ _SHOWN: Final = 200  # characters of a list of addresses in a message
 MAIL_FAILED: Final = (
     "The mail with the confirmation number could not be sent. The request waits; send a new number."
 )
-NUMBER_SENT: Final = "You will receive an email with a confirmation number. Enter it here."
+NUMBER_SENT: Final = "You will receive an email with a confirmation number."
+ENTER_IT: Final = f"{NUMBER_SENT} Enter it here."
 
 
 def format_range(addresses: AddressRange) -> str:

@@ -27,7 +27,7 @@ for (const field of document.querySelectorAll("[data-understood]")) {
       }
       output.textContent =
         found.problem || `Understood as ${found.understood}${found.hint && `. ${found.hint}`}`;
-      output.classList.toggle("doubt", Boolean(found.problem));
+      output.classList.toggle("doubt", Boolean(found.problem || found.hint));
       form.elements.seen.value = found.canonical;
     } catch {
       output.textContent = "";
