@@ -10,7 +10,7 @@ import pytest
 
 import dev
 import ipguard
-from ipguard import AddressError, AddressRange, Reason, WorkflowSettings, errors, rules
+from ipguard import AddressError, AddressRange, Demand, Reason, WorkflowSettings, errors, rules
 from tests.guard_mutants import MUTANTS
 from tests.guard_scenarios import SCENARIOS
 from tests.outages import BROKEN
@@ -66,6 +66,8 @@ def written(value: object) -> str:
             if seconds % length == 0:
                 return f"{seconds // length} {unit}"
         return f"{seconds} seconds"
+    if isinstance(value, Demand):
+        return {Demand(number=True): "a number", Demand(): "nothing"}[value]
     return str(value)
 
 
