@@ -462,7 +462,7 @@ def test_approve_against_cancel(busy: Desk, crowd: Callable[[int], Crowd]) -> No
     with Watchers(busy) as watchers:
         for n in range(rounds(15, 500)):
             (old,) = busy.store.load_policy("jsmith").restrictions
-            request = busy.ask(f"10.0.{n}.3", replaces=[old.id])
+            request = busy.ask(f"10.{n >> 8}.{n & 255}.3", replaces=[old.id])
             since = busy.rows()[0].revision
             outcomes = _rotated(
                 threads,
@@ -484,7 +484,7 @@ def test_approve_against_cancel(busy: Desk, crowd: Callable[[int], Crowd]) -> No
                     assert outcome.state == state
             assert _kinds(outcomes)["RequestClosed"] == 2
             assert busy.held() == (
-                [f"10.0.{n}.3"] if state == "confirmed" else [str(old.addresses)]
+                [f"10.{n >> 8}.{n & 255}.3"] if state == "confirmed" else [str(old.addresses)]
             )
             seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
     assert watchers.opened == []
@@ -503,7 +503,7 @@ def test_confirm_against_a_settings_change(busy: Desk, crowd: Callable[[int], Cr
     with Watchers(busy) as watchers:
         for n in range(rounds(15, 500)):
             (old,) = busy.store.load_policy("jsmith").restrictions
-            request = busy.ask(f"10.0.{n}.3", replaces=[old.id])
+            request = busy.ask(f"10.{n >> 8}.{n & 255}.3", replaces=[old.id])
             number, since = busy.number(request), busy.rows()[0].revision
             lax, strict, approved = outcomes = _rotated(
                 threads,
@@ -535,7 +535,7 @@ def test_confirm_against_a_settings_change(busy: Desk, crowd: Callable[[int], Cr
                 elif outcome is not winner:
                     assert isinstance(outcome, RequestClosed)
                     assert outcome.state == "confirmed"
-            assert busy.held() == [f"10.0.{n}.3"]
+            assert busy.held() == [f"10.{n >> 8}.{n & 255}.3"]
             seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
     assert watchers.opened == []
     assert watchers.asked > 0

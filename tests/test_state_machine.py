@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import ipguard
-from ipguard import Actor, Guard, User, Workflow, WorkflowSettings
+from ipguard import Actor, Demand, Guard, User, Workflow, WorkflowSettings
 from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds
 from tests.postgres import Given, Server, fresh_schema
@@ -61,7 +61,43 @@ ACTORS: dict[str, tuple[frozenset[str] | None, str | None]] = {
     "bob": (frozenset({"U1", "U2"}), "203.0.113.5"),
     "dan": (frozenset({"U2"}), None),
     "root": (None, "203.0.113.1"),
+    "kim": (frozenset({"U1", "U2"}), None),  # another account of ann
+    "cat": (frozenset(), None),  # manages nobody
 }
+EMAILS = {"kim": "ANN@x.example"}
+
+NOTHING: DemandOf = (False, 0, 0)
+DEFAULTS: dict[str, DemandOf] = {
+    "add": (True, 0, 0),
+    "delete": NOTHING,
+    "loosens": NOTHING,
+    "opens": NOTHING,
+}
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, DemandOf]]] = {
+    "as delivered": ({}, DEFAULTS),
+    "number for each deletion": ({"confirm_deletes": True}, DEFAULTS | {"delete": (True, 0, 0)}),
+    "number for the last one": ({"confirm_deletes": "last"}, DEFAULTS | {"opens": (True, 0, 0)}),
+    "approval": ({}, DEFAULTS | {"add": (False, 1, 0), "opens": (False, 1, 0)}),
+    "number and approvals": ({}, DEFAULTS | {"add": (True, 1, 0), "loosens": (True, 2, 0)}),
+    "wait": ({}, DEFAULTS | {"add": (False, 0, 300), "delete": (True, 0, 30)}),
+    "all": ({}, DEFAULTS | {"add": (True, 1, 30), "opens": (False, 2, 300)}),
+    "nothing": ({}, dict.fromkeys(DEFAULTS, NOTHING)),
+}
+"""Settings of the workflow: those that are not a demand, and what they demand."""
+
+
+Run = tuple[int, int, int]
+DemandOf = tuple[bool, int, float]  # whether a number, how many approvals, how many seconds to wait
+DIRECTIONS = ["neutral", "tightens", "loosens", "opens"]
+
+
+def joined(*demands: DemandOf) -> DemandOf:
+    number, approvals, wait = zip(*demands, strict=True)
+    return any(number), max(approvals), max(wait)
+
+
+def demand(number: bool, approvals: int, wait: float) -> Demand:
+    return Demand(number=number, approvals=approvals, wait=timedelta(seconds=wait))
 
 
 class Refused(Exception):
@@ -88,26 +124,56 @@ class ModelRestriction:
 class ModelRequest:
     """A request of the model."""
 
-    kind: str
+    key: str
     user: str
-    run: tuple[int, int, int]
     by: str
-    ends: float
-    number_ends: float
+    runs: tuple[Run, ...]
+    removes: tuple[str, ...]
     until: float | None
-    target: str | None
+    asked_at: float
+    demand: DemandOf
+    direction: int
+    batch: str | None
     state: str = "pending"
-    left: int = ATTEMPTS
-    sent: int = 1
-    failed: int = 0  # in a row
-    tried_at: float = 0.0
+    left: int = 0
+    sent: int = 0  # numbers that were mailed
+    failed: int = 0  # mails in a row
+    tried_at: float | None = None
+    number_ends: float = 0.0
+    numbered: bool = False
+    approvals: dict[str, tuple[str, str | None]] = attrs.field(factory=dict)
     numbers: list[str] = attrs.field(factory=list)
+
+    @property
+    def ends(self) -> float:
+        return self.asked_at + self.demand[2] + REQUEST_LIVES
+
+    @property
+    def kind(self) -> str:
+        return ("replace" if self.removes else "add") if self.runs else "delete"
 
     def state_at(self, now: float) -> str:
         return "expired" if self.state == "pending" and now >= self.ends else self.state
 
 
-Policy = tuple[tuple[tuple[int, int, int], float | None], ...]
+@attrs.define
+class ModelPlan:
+    """A change of the model that is allowed: what is added, and the ids of what ends."""
+
+    user: str
+    runs: tuple[Run, ...]
+    until: float | None
+    removes: list[str]
+    expired: list[str]
+    after: Policy
+    direction: int
+
+    @property
+    def kind(self) -> str:
+        return ("replace" if self.removes else "add") if self.runs else "delete"
+
+
+Policy = tuple[tuple[Run, float | None], ...]
 
 
 def allows(policy: Policy, client: tuple[int, int] | None, now: float) -> bool:
@@ -121,11 +187,34 @@ def allows(policy: Policy, client: tuple[int, int] | None, now: float) -> bool:
     )
 
 
+def worse(before: Policy, after: Policy, now: float) -> int:
+    """Return the direction of a change: for how long is each address allowed, before and after?"""
+    if before and not after:
+        return 3
+    points = {(v, n) for (v, first, last), _ in (*before, *after) for n in (first, last, last + 1)}
+    points |= {(4, 0), (6, 0)}
+
+    def ends(policy: Policy, point: tuple[int, int]) -> float:
+        if not policy:
+            return float("inf")
+        times = [
+            float("inf") if until is None else until
+            for (version, first, last), until in policy
+            if version == point[0] and first <= point[1] <= last
+        ]
+        return max([now, *times])
+
+    changes = [(ends(before, point), ends(after, point)) for point in points]
+    if any(then > was for was, then in changes):
+        return 2
+    return int(any(then < was for was, then in changes) or bool(before) != bool(after))
+
+
 class Model:
     """The expected state."""
 
-    def __init__(self, deletes: bool | str) -> None:
-        self.deletes = deletes
+    def __init__(self, settings: str) -> None:
+        self.settings = settings
         self.now = 0.0
         self.accounts: dict[str, str] = {}
         self.removed: set[str] = set()
@@ -168,16 +257,104 @@ class Model:
 
     # Refusals.
 
-    def check_new(self, user: str, run: tuple[int, int, int], until: float | None) -> str | None:
-        """Check a new restriction; return the id of the expired one that it replaces."""
-        if until is not None and until <= self.now:
+    def plan(
+        self,
+        user: str,
+        runs: tuple[Run, ...],
+        until: float | None,
+        removes: Iterable[str] = (),
+        *,
+        only: bool = False,
+    ) -> ModelPlan:
+        """Judge a change of one user, or refuse it."""
+        if runs and until is not None and until <= self.now:
             raise Refused("InvalidValue")
-        same = [key for key, r in self.restrictions_of(user).items() if r.run == run]
-        if any(not self.restrictions[key].over(self.now) for key in same):
+        held = self.restrictions_of(user)
+        ends = [key for key in held if only or key in set(removes)]
+        kept = {key: r for key, r in held.items() if key not in ends}
+        expired = [key for key, r in kept.items() if r.run in runs]
+        if len(set(runs)) < len(runs) or any(not kept[key].over(self.now) for key in expired):
             raise Refused("DuplicateRestriction")
-        if len(self.restrictions_of(user)) - len(same) >= PER_USER:
+        left = [(r.run, r.until) for key, r in kept.items() if key not in expired]
+        after = (*left, *((run, until) for run in runs))
+        if runs and len(after) > PER_USER:
             raise Refused("TooManyRestrictions", user, PER_USER)
-        return same[0] if same else None
+        direction = worse(self.policy(user), after, self.now)
+        return ModelPlan(user, runs, until, ends, expired, after, direction)
+
+    def replan(self, request: ModelRequest) -> ModelPlan:
+        """Judge a request as things are now."""
+        held = self.restrictions_of(request.user)
+        present = [key for key in request.removes if key in held]
+        if not request.runs and not present:
+            raise Refused("UnknownRestriction", request.removes[0])
+        plan = self.plan(request.user, request.runs, request.until, present)
+        if plan.direction > request.direction:
+            raise Refused("DirectionChanged")
+        return plan
+
+    def change(self, plan: ModelPlan, ids: list[str]) -> None:
+        """Make a change; `ids` are those of the new restrictions."""
+        for key in (*plan.removes, *plan.expired):
+            self.remove_restriction(key)
+        for key, run in zip(ids, plan.runs, strict=True):
+            self.restrictions[key] = ModelRestriction(plan.user, run, plan.until)
+
+    def demanded(self, kind: str, direction: int) -> DemandOf:
+        now = SETTINGS[self.settings][1]
+        return joined(
+            now["add"] if kind != "delete" else NOTHING,
+            now["delete"] if kind != "add" else NOTHING,
+            now["loosens"] if direction >= 2 else NOTHING,
+            now["opens"] if direction == 3 else NOTHING,
+        )
+
+    def demand_of(self, members: list[ModelRequest]) -> DemandOf:
+        return joined(*(joined(r.demand, self.demanded(r.kind, r.direction)) for r in members))
+
+    def batch(self, actor: str, request: ModelRequest) -> list[ModelRequest]:
+        """Return a request, and the pending ones that the actor sees and one number confirms."""
+        others = [
+            other
+            for key, other in sorted(self.requests.items())
+            if other is not request
+            and request.batch is not None
+            and other.batch == request.batch
+            and other.state_at(self.now) == "pending"
+            and (other.tried_at, other.numbered) == (request.tried_at, request.numbered)
+            and self.sees(actor, other.user)
+        ]
+        return [request, *others]
+
+    def check_ready(self, members: list[ModelRequest]) -> DemandOf:
+        """Refuse a request that is closed or waits."""
+        request = members[0]
+        state = request.state_at(self.now)
+        if state == "locked":
+            raise Refused("TooManyAttempts")
+        if state != "pending":
+            raise Refused("RequestClosed", state)
+        demand = self.demand_of(members)
+        if self.now < request.asked_at + demand[2]:
+            raise Refused("TooSoon")
+        return demand
+
+    def approvals_missing(
+        self, members: list[ModelRequest], needed: int, given: Any = None
+    ) -> bool:
+        """Return whether an approval is missing; `given` has those of each, by its key."""
+        for each in members:
+            approvals = each.approvals if given is None else given[each.key]
+            counted = [
+                name
+                for name, (_, account) in approvals.items()
+                if account in (None, self.accounts[each.user])
+            ]
+            people = {email_of(name) for name in counted}
+            # Users have no e-mail address here, so that the username alone tells who is concerned.
+            if needed and (len(people) < needed or counted == [each.user]):
+                return True
+        return False
 
     def check_lockout(self, actor: str, user: str, after: Policy) -> None:
         address = ACTORS[actor][1]
@@ -189,10 +366,17 @@ class Model:
             raise Refused("LockoutRisk", address)
 
     def check_rate(self, actor: str) -> None:
-        times = [r.ends - REQUEST_LIVES for r in self.requests.values() if r.by == actor]
+        times = [
+            r.asked_at for r in self.requests.values() if r.by == actor and r.batch in (None, r.key)
+        ]
         recent = sorted(t for t in times if t > self.now - HOUR)
         if len(recent) >= PER_HOUR:
             raise Refused("TooManyRequests", recent[-PER_HOUR] + HOUR - self.now)
+
+    def check_not_pending(self, plan: ModelPlan) -> None:
+        for request in self.pending(plan.user):
+            if set(request.runs) & set(plan.runs) or set(request.removes) & set(plan.removes):
+                raise Refused("DuplicateRestriction")
 
     def registered(self, user: str) -> bool:
         return user in self.accounts and user not in self.removed
@@ -209,11 +393,19 @@ class Model:
             if r.user == user and r.state_at(self.now) == "pending"
         ]
 
+    def waiting(self) -> list[str]:
+        return [key for key, r in self.requests.items() if r.state_at(self.now) == "pending"]
+
     def remove_restriction(self, key: str) -> None:
         user = self.restrictions.pop(key).user
         for request in self.pending(user):
-            if request.target == key:
+            if request.removes == (key,) and not request.runs:
                 request.state = "cancelled"
+
+
+def email_of(name: str) -> str:
+    """Return who a person is: one e-mail address is one person."""
+    return EMAILS.get(name, f"{name}@x.example").casefold()
 
 
 class Machine(RuleBasedStateMachine):
@@ -223,14 +415,26 @@ class Machine(RuleBasedStateMachine):
         """Return the URL of the store."""
         raise NotImplementedError
 
-    @initialize(deletes=st.sampled_from([False, "last", True]))
-    def open(self, deletes: Any) -> None:
+    @initialize(chosen=st.sampled_from(sorted(SETTINGS)))
+    def open(self, chosen: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ipguard-"))
         self.clock = FakeClock()
         self.started = self.clock()
         self.store = ipguard.open_store(self.url(), clock=self.clock)
         self.outbox = Outbox()
-        self.flow = Workflow(
+        self.flow = self.workflow(chosen)
+        # One guard syncs by itself; the other is request for each new revision.
+        self.guard, self.prompt = (
+            Guard(self.store, max_staleness=STALE, monotonic=self.clock.monotonic) for _ in range(2)
+        )
+        self.model = Model(chosen)
+        self.put("ann", "U1")
+        self.put("bob", "U2")
+        self.put("cat", "U2")
+
+    def workflow(self, chosen: str) -> Workflow:
+        other, demands = SETTINGS[chosen]
+        return Workflow(
             self.store,
             self.outbox,
             key=KEY,
@@ -241,17 +445,14 @@ class Machine(RuleBasedStateMachine):
                 requests_per_hour=PER_HOUR,
                 restrictions_per_user=PER_USER,
                 request_lifetime=timedelta(seconds=REQUEST_LIVES),
-                confirm_deletes=deletes,
+                **other or {name: demand(*values) for name, values in demands.items()},
             ),
         )
-        # One guard syncs by itself; the other is request for each new revision.
-        self.guard, self.prompt = (
-            Guard(self.store, max_staleness=STALE, monotonic=self.clock.monotonic) for _ in range(2)
-        )
-        self.model = Model(deletes)
-        self.put("ann", "U1")
-        self.put("bob", "U2")
-        self.put("cat", "U2")
+
+    @rule(chosen=st.sampled_from(sorted(SETTINGS)))
+    def change_settings(self, chosen: str) -> None:
+        """Another server has other settings, stricter or laxer."""
+        self.flow, self.model.settings = self.workflow(chosen), chosen
 
     def teardown(self) -> None:
         if not hasattr(self, "model"):
@@ -266,7 +467,7 @@ class Machine(RuleBasedStateMachine):
         manages, address = ACTORS[name]
         return Actor(
             username=SPELLINGS.get(name, name),
-            email=f"{name}@x.example",
+            email=EMAILS.get(name, f"{name}@x.example"),
             manages=Actor.EVERY_ACCOUNT if manages is None else manages,
             address=address,
         )
@@ -327,6 +528,7 @@ class Machine(RuleBasedStateMachine):
             model.append("remove_users", None, name)
         assert revision == len(model.log)
 
+    @precondition(lambda self: len(self.model.log) % 4 == 0)  # less often than requests
     @rule(old=st.sampled_from(NAMES), new=st.sampled_from(NAMES))
     def rename(self, old: str, new: str) -> None:
         model = self.model
@@ -352,6 +554,7 @@ class Machine(RuleBasedStateMachine):
 
         self.run_step(predict, lambda: self.store.rename_user(SPELLINGS[old], SPELLINGS[new]))
 
+    @precondition(lambda self: len(self.model.log) % 4 == 0)
     @rule(
         accounts=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["U1", "U2"])),
         remove_missing=st.booleans(),
@@ -408,7 +611,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         user=st.sampled_from([*NAMES * 4, "eve"]),
-        addresses=st.sampled_from([*RANGES, *RANGES, TOO_BROAD]),
+        addresses=st.lists(st.sampled_from([*RANGES, *RANGES, TOO_BROAD]), max_size=2),
         lifetime=st.sampled_from([None, None, None, 300, 3600]),
         allow_lockout=st.booleans(),
         mail_fails=st.sampled_from([False] * 7 + [True]),
@@ -417,59 +620,115 @@ class Machine(RuleBasedStateMachine):
         self,
         data: st.DataObject,
         user: str,
-        addresses: str,
+        addresses: list[str],
         lifetime: int | None,
         allow_lockout: bool,
         mail_fails: bool,
     ) -> None:
         usual = [name for name in ACTORS if self.model.sees(name, user)]
         actor = data.draw(st.sampled_from([*usual * 4, *sorted(ACTORS)]), label="actor")
+        own = list(self.model.restrictions_of(user))
+        ids = st.sampled_from([*own * 20, *self.model.restrictions, "none"])
+        some = bool(own) and data.draw(st.booleans(), label="replace")
+        least = int(some or not addresses)
+        replaces = data.draw(st.lists(ids, min_size=least, max_size=2 * least), label="replaces")
         self.request_as(
-            actor, user, addresses, lifetime, allow_lockout=allow_lockout, mail_fails=mail_fails
+            actor,
+            user,
+            addresses,
+            lifetime,
+            replaces,
+            allow_lockout=allow_lockout,
+            mail_fails=mail_fails,
         )
 
     def request_as(
         self,
         actor: str,
         user: str,
-        addresses: str,
+        addresses: list[str],
         lifetime: int | None,
+        replaces: list[str],
         *,
         allow_lockout: bool,
         mail_fails: bool,
     ) -> None:
         model, until = self.model, None if lifetime is None else self.model.now + lifetime
+        replaces = list(dict.fromkeys(replaces))
 
         def predict() -> Any:
-            if not model.sees(actor, user) or user in model.removed:
+            if not model.sees(actor, user) or (user in model.removed and addresses):
                 raise Refused("UnknownUser", user)
-            if addresses == TOO_BROAD:
+            for key in replaces:
+                found = model.restrictions.get(key)
+                if found is None or found.user != user:
+                    raise Refused("UnknownRestriction", key)
+            if TOO_BROAD in addresses:
                 raise Refused("AddressTooBroad")
-            run = RANGES[addresses]
-            replaced = model.check_new(user, run, until)
-            if any(a.kind == "add" and a.run == run for a in model.pending(user)):
-                raise Refused("DuplicateRestriction")
-            after = {k: h for k, h in model.restrictions_of(user).items() if k != replaced}
-            lets = (*((h.run, h.until) for h in after.values()), (run, until))
-            if not allow_lockout:
-                model.check_lockout(actor, user, lets)
-            model.check_rate(actor)
-            return lambda outcome: self.add_request(outcome, "add", actor, user, run, until, None)
+            runs = tuple(RANGES[each] for each in addresses)
+            return self.predict_begun(
+                actor, [model.plan(user, runs, until, replaces)], allow_lockout, mail_fails
+            )
 
-        expires = None if until is None else self.started + timedelta(seconds=until)
         self.run_step(
             predict,
             lambda: self.deliver(
-                mail_fails,
                 lambda: self.flow.request(
                     self.actor(actor),
                     SPELLINGS[user],
-                    addresses,
-                    expires_at=expires,
+                    addresses or None,
+                    replaces=replaces,
+                    expires_at=self.time(until),
                     allow_lockout=allow_lockout,
                 ),
+                fails=mail_fails,
             ),
         )
+
+    @rule(
+        actor=st.sampled_from(["root", "bob", "kim", "ann"]),
+        users=st.lists(st.sampled_from([*NAMES * 4, "eve"]), min_size=1, max_size=3, unique=True),
+        addresses=st.lists(st.sampled_from(sorted(RANGES)), min_size=1, max_size=2),
+        lifetime=st.sampled_from([None, 3600]),
+        allow_lockout=st.booleans(),
+        mail_fails=st.sampled_from([False] * 7 + [True]),
+    )
+    def request_many(
+        self,
+        actor: str,
+        users: list[str],
+        addresses: list[str],
+        lifetime: int | None,
+        allow_lockout: bool,
+        mail_fails: bool,
+    ) -> None:
+        model, until = self.model, None if lifetime is None else self.model.now + lifetime
+        runs = tuple(RANGES[each] for each in addresses)
+
+        def predict() -> Any:
+            plans = []
+            for user in users:
+                if not model.sees(actor, user) or user in model.removed:
+                    raise Refused("UnknownUser", user)
+                plans.append(model.plan(user, runs, until))
+            return self.predict_begun(actor, plans, allow_lockout, mail_fails)
+
+        self.run_step(
+            predict,
+            lambda: self.deliver(
+                lambda: self.flow.request_many(
+                    self.actor(actor),
+                    [SPELLINGS[user] for user in users],
+                    addresses,
+                    expires_at=self.time(until),
+                    allow_lockout=allow_lockout,
+                ),
+                fails=mail_fails,
+            ),
+        )
+
+    def time(self, until: float | None) -> datetime | None:
+        return None if until is None else self.started + timedelta(seconds=until)
 
     @rule(
         data=st.data(),
@@ -480,56 +739,123 @@ class Machine(RuleBasedStateMachine):
     def restrict_oneself(
         self, data: st.DataObject, name: str, addresses: str, lifetime: int | None
     ) -> None:
-        """Restrict oneself and confirm, which may be a check_lockout."""
+        """Restrict oneself and confirm, which may be a lockout."""
         if self.model.sees(name, name):
             before = set(self.model.requests)
-            self.request_as(name, name, addresses, lifetime, allow_lockout=False, mail_fails=False)
+            self.request_as(
+                name, name, [addresses], lifetime, [], allow_lockout=False, mail_fails=False
+            )
             for key in set(self.model.requests) - before:
                 self.confirm_as(name, key, "right", allow_lockout=False)
 
-    def deliver(self, fails: bool, call: Callable[[], Any]) -> Any:
-        """Return the request, or its id if the mail fails."""
+    def deliver(self, call: Callable[[], Any], *, fails: bool) -> Any:
+        """Return the outcome, or the id of the request if the mail fails."""
         self.outbox.fail = fails
         try:
-            outcome = call()
+            return call()
         except ipguard.DeliveryError as exc:
             assert fails
             return exc.request_id
         finally:
             self.outbox.fail = False
-        assert not fails or isinstance(outcome, ipguard.Applied)
-        return outcome
 
-    def add_request(
-        self,
-        outcome: ipguard.PendingRequest | str,
-        kind: str,
-        actor: str,
-        user: str,
-        run: tuple[int, int, int],
-        until: float | None,
-        target: str | None,
-    ) -> None:
+    def predict_begun(
+        self, actor: str, plans: list[ModelPlan], allow_lockout: bool, mail_fails: bool
+    ) -> Any:
+        """Predict requests that share a number, or the change if nothing is demanded."""
         model = self.model
-        request = ModelRequest(
-            kind,
-            user,
-            run,
-            actor,
-            ends=model.now + REQUEST_LIVES,
-            number_ends=model.now + NUMBER_LIVES,
-            until=until,
-            target=target,
-            tried_at=model.now,
-        )
-        model.append("request", actor, user)
+        if not allow_lockout:
+            for plan in plans:
+                model.check_lockout(actor, plan.user, plan.after)
+        needed = joined(*(model.demanded(plan.kind, plan.direction) for plan in plans))
+        if needed == NOTHING:
+            return lambda outcome: self.apply_at_once(actor, plans, outcome)
+        model.check_rate(actor)
+        for plan in plans:
+            model.check_not_pending(plan)
+        return lambda outcome: self.add_requests(actor, plans, needed, outcome, mail_fails)
+
+    def apply_at_once(self, actor: str, plans: list[ModelPlan], outcome: Any) -> None:
+        found = outcome if isinstance(outcome, tuple) else (outcome,)
+        by_user = {each.username: each for each in found}
+        for plan in plans:
+            held = set(self.model.restrictions)
+            ids = [r.id for r in self.store.load_policy(plan.user).restrictions if r.id not in held]
+            self.model.change(plan, ids)
+            action = "confirm" if plan.runs else "delete"
+            revision = self.model.append(action, actor, plan.user)
+            assert (by_user[plan.user].revision, by_user[plan.user].state) == (
+                revision,
+                "confirmed",
+            )
+            assert by_user[plan.user].impact.direction == plan.direction
+
+    def add_requests(
+        self,
+        actor: str,
+        plans: list[ModelPlan],
+        needed: DemandOf,
+        outcome: Any,
+        mail_fails: bool,
+    ) -> None:
+        model, mails = self.model, needed[0] and not needed[2]
+        assert isinstance(outcome, str) is (mails and mail_fails)
+        found: Iterable[ipguard.PendingRequest]
         if isinstance(outcome, str):
-            model.requests[outcome] = request
-            request.sent, request.failed = 0, 1
-            model.append("delivery_failed", actor, user)
+            found = self.stored(outcome)
         else:
-            model.requests[outcome.id] = request
-            request.numbers.append(self.outbox.number_for(outcome.id))
+            found = outcome if isinstance(outcome, tuple) else (outcome,)
+        by_user = {each.username: each for each in found}
+        assert set(by_user) == {plan.user for plan in plans}
+        first = by_user[plans[0].user].id
+        made = []
+        for plan in plans:
+            request = by_user[plan.user]
+            assert request.impact is not None
+            assert request.impact.direction == plan.direction
+            assert request.demand == demand(*needed)
+            assert (request.adds != (), set(request.removes)) == (
+                plan.runs != (),
+                set(plan.removes),
+            )
+            made.append(
+                ModelRequest(
+                    request.id,
+                    plan.user,
+                    actor,
+                    plan.runs,
+                    request.removes,
+                    plan.until,
+                    model.now,
+                    needed,
+                    plan.direction,
+                    first if len(plans) > 1 else None,
+                )
+            )
+            model.requests[request.id] = made[-1]
+            model.append("request", actor, plan.user)
+        if mails:
+            self.mailed(made, first, failed=isinstance(outcome, str), by=actor)
+
+    def stored(self, key: str) -> list[ipguard.PendingRequest]:
+        """Return a request and the others of its batch."""
+        with self.store.transaction() as tx:
+            stored = tx.request(key)
+            assert stored is not None
+            batch = stored.request.batch
+            return [each.request for each in ([stored] if batch is None else tx.batch(batch))]
+
+    def mailed(self, members: list[ModelRequest], first: str, *, failed: bool, by: str) -> None:
+        """A number was minted for requests, and its mail perhaps failed."""
+        model = self.model
+        for each in members:
+            each.left, each.tried_at = ATTEMPTS, model.now
+            each.number_ends = min(model.now + NUMBER_LIVES, each.ends)
+            each.failed = each.failed + 1 if failed else 0
+            each.sent += not failed
+            each.numbers.append("" if failed else self.outbox.number_for(first))
+        if failed:
+            model.append("delivery_failed", by, members[0].user)
 
     def find_request(self, actor: str, key: str, *, own: bool) -> ModelRequest:
         request = self.model.requests.get(key)
@@ -556,41 +882,42 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.requests)
     @rule(data=st.data(), in_time=st.booleans(), mail_fails=st.sampled_from([False] * 3 + [True]))
     def resend(self, data: st.DataObject, in_time: bool, mail_fails: bool) -> None:
-        model, key = self.model, self.draw_request(data)
-        actor = self.draw_actor(data, key)
+        key = self.draw_request(data)
         if in_time:
             self.wait(INTERVAL)
+        self.resend_as(self.draw_actor(data, key), key, mail_fails=mail_fails)
+
+    def resend_as(self, actor: str, key: str, *, mail_fails: bool = False) -> None:
+        model = self.model
 
         def predict() -> Any:
             request = self.find_request(actor, key, own=True)
             if request.state_at(model.now) != "pending":
                 raise Refused("RequestClosed", request.state_at(model.now))
+            members = model.batch(actor, request)
+            needed = model.check_ready(members)
+            if request.numbered or not needed[0]:
+                return lambda _: None
             if request.sent > RESENDS:
                 raise Refused("TooManyRequests", request.ends - model.now)
             # Failed mails do not count until as many failed in a row as may be resent.
             at_once = 0 < request.failed <= RESENDS
-            if not at_once and model.now < request.tried_at + INTERVAL:
-                raise Refused("TooManyRequests", request.tried_at + INTERVAL - model.now)
+            tried = request.tried_at
+            if tried is not None and not at_once and model.now < tried + INTERVAL:
+                raise Refused("TooManyRequests", tried + INTERVAL - model.now)
 
             def then(outcome: Any) -> None:
-                request.left = ATTEMPTS
-                request.number_ends = min(model.now + NUMBER_LIVES, request.ends)
-                request.numbers.append("")  # the previous number is invalid
                 model.append("resend", actor, request.user)
-                request.tried_at = model.now
-                if isinstance(outcome, str):
-                    request.failed += 1
-                    model.append("delivery_failed", actor, request.user)
-                else:
-                    request.sent, request.failed = request.sent + 1, 0
-                    request.numbers.append(self.outbox.number_for(key))
-                    assert outcome.attempts_left == ATTEMPTS
+                self.mailed(members, key, failed=isinstance(outcome, str), by=actor)
+                assert isinstance(outcome, str) or outcome.attempts_left == ATTEMPTS
 
             return then
 
         self.run_step(
             predict,
-            lambda: self.deliver(mail_fails, lambda: self.flow.resend(self.actor(actor), key)),
+            lambda: self.deliver(
+                lambda: self.flow.resend(self.actor(actor), key), fails=mail_fails
+            ),
         )
 
     @precondition(lambda self: self.model.requests)
@@ -600,13 +927,18 @@ class Machine(RuleBasedStateMachine):
         actor = self.draw_actor(data, key)
 
         def predict() -> Any:
-            request = self.find_request(actor, key, own=False)
+            request = model.requests.get(key)
+            told = request is not None and (request.demand[1] or request.demand[2])
+            own = request is not None and request.user == actor and model.registered(actor)
+            if request is None or not (told and own):
+                request = self.find_request(actor, key, own=False)
             if request.state_at(model.now) != "pending":
                 raise Refused("RequestClosed", request.state_at(model.now))
+            cancelled = request
 
             def then(_: object) -> None:
-                request.state = "cancelled"
-                model.append("cancel", actor, request.user)
+                cancelled.state = "cancelled"
+                model.append("cancel", actor, cancelled.user)
 
             return then
 
@@ -641,22 +973,27 @@ class Machine(RuleBasedStateMachine):
 
         def predict() -> Any:
             request = self.find_request(actor, key, own=True)
-            state = request.state_at(model.now)
-            if state == "locked":
-                raise Refused("TooManyAttempts")
-            if state != "pending":
-                raise Refused("RequestClosed", state)
-            if model.now >= request.number_ends:
-                raise Refused("NumberExpired")
-            if model.failures.get(actor, 0) >= CAP:
-                raise Refused("TooManyAttempts")
-            if not number or not request.numbers or number != request.numbers[-1]:
-                request.left -= 1
-                request.state = "pending" if request.left else "locked"
-                model.failures[actor] = model.failures.get(actor, 0) + 1
-                model.append("wrong_number", actor, request.user)
-                raise Refused("WrongNumber", request.left)
-            return self.predict_applied(actor, request, allow_lockout)
+            members = model.batch(actor, request)
+            needed = model.check_ready(members)
+            giving = needed[0] and not request.numbered
+            if giving:
+                if request.tried_at is None or model.now >= request.number_ends:
+                    raise Refused("NumberExpired")
+                if model.failures.get(actor, 0) >= CAP:
+                    raise Refused("TooManyAttempts")
+                if not number or not request.numbers or number != request.numbers[-1]:
+                    left = min(each.left for each in members) - 1
+                    for each in members:
+                        each.left = left
+                        each.state = "pending" if left else "locked"
+                        model.append("wrong_number", actor, each.user)
+                    model.failures[actor] = model.failures.get(actor, 0) + 1
+                    raise Refused("WrongNumber", left)
+                members = [each for each in members if each.numbers[-1:] == [number]]
+            plans = self.predict_plans(actor, members, allow_lockout)
+            if model.approvals_missing(members, needed[1]):
+                return lambda outcome: self.accept_number(actor, members, outcome, giving)
+            return lambda applied: self.apply(actor, members, plans, applied, giving)
 
         applied = self.run_step(
             predict,
@@ -664,37 +1001,144 @@ class Machine(RuleBasedStateMachine):
                 self.actor(actor), key, number or "00000-00000", allow_lockout=allow_lockout
             ),
         )
-        if applied is not None:
+        if isinstance(applied, ipguard.Applied):
             self.check_answers(applied)
 
-    def predict_applied(self, actor: str, request: ModelRequest, allow_lockout: bool) -> Any:
-        model = self.model
-        current = model.restrictions_of(request.user)
-        if request.kind == "add":
-            replaced = model.check_new(request.user, request.run, request.until)
-            new: Policy = ((request.run, request.until),)
-        else:
-            replaced, new = request.target, ()
-        after = (*((h.run, h.until) for k, h in current.items() if k != replaced), *new)
+    def predict_plans(
+        self, actor: str, members: list[ModelRequest], allow_lockout: bool
+    ) -> list[ModelPlan]:
+        plans = [self.model.replan(each) for each in members]
         if not allow_lockout:
-            model.check_lockout(actor, request.user, after)
+            for plan in plans:
+                self.model.check_lockout(actor, plan.user, plan.after)
+        return plans
 
-        def then(applied: ipguard.Applied) -> None:
-            assert applied.restriction is not None
-            request.state = "confirmed"
+    def accept_number(
+        self, actor: str, members: list[ModelRequest], outcome: Any, giving: bool
+    ) -> None:
+        """The number was right, and an approval is missing."""
+        assert isinstance(outcome, ipguard.PendingRequest)
+        if giving:
+            self.model.failures[actor] = 0
+            for each in members:
+                each.numbered = True
+                self.model.append("number_accepted", actor, each.user)
+        assert outcome.numbered is members[0].numbered
+
+    def apply(
+        self,
+        actor: str,
+        members: list[ModelRequest],
+        plans: list[ModelPlan],
+        applied: Any,
+        giving: bool,
+    ) -> None:
+        """The requests hold."""
+        model = self.model
+        assert isinstance(applied, ipguard.Applied)
+        new: dict[str, list[str]] = {}
+        for restriction in applied.added:
+            new.setdefault(restriction.username, []).append(restriction.id)
+        if giving:
             model.failures[actor] = 0
-            if replaced is not None:
-                model.remove_restriction(replaced)
-            if new:
-                model.restrictions[applied.restriction.id] = ModelRestriction(
-                    request.user, request.run, request.until
-                )
-            else:
-                assert applied.restriction.id == replaced
-            assert applied.unrestricted is (not model.restrictions_of(request.user))
-            assert applied.revision == model.append("confirm", actor, request.user)
+        ended = []
+        for request, plan in zip(members, plans, strict=True):
+            request.state = "confirmed"
+            ended += [*plan.removes, *plan.expired]
+            model.change(plan, new.get(plan.user, []))
+            model.append("confirm", actor, plan.user)
+        assert {r.id for r in applied.removed} == set(ended)
+        assert applied.revision == len(model.log)
+        assert applied.impact is not None
+        assert applied.impact.direction == plans[0].direction
+        assert applied.unrestricted is any(not plan.after for plan in plans)
 
-        return then
+    @precondition(lambda self: self.model.requests)
+    @rule(data=st.data(), allow_lockout=st.booleans())
+    def approve(self, data: st.DataObject, allow_lockout: bool) -> None:
+        actor = str(data.draw(st.sampled_from(sorted(ACTORS)), label="actor"))
+        self.approve_as(actor, self.draw_request(data), allow_lockout=allow_lockout)
+
+    @precondition(lambda self: self.model.waiting())
+    @rule(
+        data=st.data(),
+        steps=st.permutations(["confirm", "approve", "approve", "confirm"]),
+        approvers=st.permutations(["bob", "dan", "kim", "root"]),
+        in_time=st.sampled_from([True, True, False]),
+        chosen=st.none() | st.sampled_from(sorted(SETTINGS)),
+    )
+    def pursue(
+        self,
+        data: st.DataObject,
+        steps: list[str],
+        approvers: list[str],
+        in_time: bool,
+        chosen: str | None,
+    ) -> None:
+        """Do for a pending request all that it may need."""
+        key = data.draw(st.sampled_from(self.model.waiting()[-4:]), label="request")
+        request = self.model.requests[key]
+        if in_time:
+            wait = self.model.demand_of([request])[2]
+            self.wait(max(0, request.asked_at + wait - self.model.now))
+        if request.tried_at is None:
+            self.resend_as(request.by, key)
+        for step in steps:
+            if step == "approve":
+                self.approve_as(approvers.pop(), key, allow_lockout=True)
+            else:
+                self.confirm_as(request.by, key, "right", allow_lockout=True)
+            if chosen is not None:
+                self.change_settings(chosen)
+                chosen = None
+
+    def approve_as(self, actor: str, key: str, *, allow_lockout: bool) -> None:
+        model = self.model
+
+        def predict() -> Any:
+            request = self.find_request(actor, key, own=False)
+            if request.state_at(model.now) != "pending":
+                raise Refused("RequestClosed", request.state_at(model.now))
+            members = model.batch(actor, request)
+            needed = model.demand_of(members)
+            for each in members:
+                others = {email_of(name) for name in each.approvals if name != actor}
+                mine = email_of(actor)
+                if (
+                    not needed[1]
+                    or mine == email_of(each.by)
+                    or (actor == each.user and needed[1] == 1)
+                    or mine in others
+                ):
+                    raise Refused("NotAnApprover")
+            given = {}
+            for each in members:
+                account = None if ACTORS[actor][0] is None else model.accounts[each.user]
+                given[each.key] = each.approvals | {actor: (each.user, account)}
+            waits = model.now < request.asked_at + needed[2]
+            missing = model.approvals_missing(members, needed[1], given)
+            plans = None
+            if not waits and not missing and (request.numbered or not needed[0]):
+                plans = self.predict_plans(actor, members, allow_lockout)
+
+            def then(outcome: Any) -> None:
+                for each in members:
+                    if each.approvals != given[each.key]:
+                        each.approvals = given[each.key]
+                        model.append("approve", actor, each.user)
+                if plans is None:
+                    assert set(outcome.approved_by) == set(request.approvals)
+                else:
+                    self.apply(actor, members, plans, outcome, False)
+
+            return then
+
+        outcome = self.run_step(
+            predict,
+            lambda: self.flow.approve(self.actor(actor), key, allow_lockout=allow_lockout),
+        )
+        if isinstance(outcome, ipguard.Applied):
+            self.check_answers(outcome)
 
     def number(self, key: str, which: str) -> str:
         """Return the right, an old or another request's number; "" if there is none."""
@@ -712,12 +1156,11 @@ class Machine(RuleBasedStateMachine):
         return ""
 
     def check_answers(self, applied: ipguard.Applied) -> None:
-        """Check the answers of a guard that is request for at least the new revision."""
-        assert applied.restriction is not None
-        user = applied.restriction.username
-        for address, client in CLIENTS.items():
-            decision = self.prompt.check(user, address, at_least=applied.revision)
-            assert decision.allowed is allows(self.model.policy(user), client, self.model.now)
+        """Check the answers of a guard that is asked for at least the new revision."""
+        for user in {r.username for r in (*applied.added, *applied.removed)}:
+            for address, client in CLIENTS.items():
+                decision = self.prompt.check(user, address, at_least=applied.revision)
+                assert decision.allowed is allows(self.model.policy(user), client, self.model.now)
 
     # -- deleting, imposing, lifting -----------------------------------------------------------
 
@@ -740,31 +1183,19 @@ class Machine(RuleBasedStateMachine):
             restriction = model.restrictions.get(key)
             if restriction is None or not model.sees(actor, restriction.user):
                 raise Refused("UnknownRestriction", key)
-            others = {k: h for k, h in model.restrictions_of(restriction.user).items() if k != key}
-            if not allow_lockout and others:
-                model.check_lockout(
-                    actor, restriction.user, tuple((h.run, h.until) for h in others.values())
-                )
-            if model.deletes is True or (model.deletes == "last" and not others):
-                if any(a.target == key for a in model.pending(restriction.user)):
-                    raise Refused("DuplicateRestriction")
-                model.check_rate(actor)
-                return lambda outcome: self.add_request(
-                    outcome,
-                    "delete",
-                    actor,
-                    restriction.user,
-                    restriction.run,
-                    restriction.until,
-                    key,
-                )
+            plan = model.plan(restriction.user, (), None, [key])
+            if model.demanded("delete", plan.direction) != NOTHING:
+                plan.until = restriction.until
+                return self.predict_begun(actor, [plan], allow_lockout, mail_fails)
+            if not allow_lockout:
+                model.check_lockout(actor, plan.user, plan.after)
             return lambda applied: self.apply_removal(applied, "delete", actor, key)
 
         outcome = self.run_step(
             predict,
             lambda: self.deliver(
-                mail_fails,
                 lambda: self.flow.delete(self.actor(actor), key, allow_lockout=allow_lockout),
+                fails=mail_fails,
             ),
         )
         if isinstance(outcome, ipguard.Applied):
@@ -780,34 +1211,40 @@ class Machine(RuleBasedStateMachine):
     @rule(
         actor=st.sampled_from(["root"] * 8 + ["bob"]),
         user=st.sampled_from([*NAMES * 4, "eve"]),
-        addresses=st.sampled_from(sorted(RANGES)),
+        addresses=st.lists(st.sampled_from(sorted(RANGES)), min_size=1, max_size=2),
         lifetime=st.sampled_from([None, 3, 300]),
+        only=st.booleans(),
     )
-    def impose(self, actor: str, user: str, addresses: str, lifetime: int | None) -> None:
+    def impose(
+        self, actor: str, user: str, addresses: list[str], lifetime: int | None, only: bool
+    ) -> None:
         model = self.model
         until = None if lifetime is None else model.now + lifetime
 
         def predict() -> Any:
             if actor != "root" or user not in model.accounts or user in model.removed:
                 raise Refused("UnknownUser", user)
-            replaced = model.check_new(user, RANGES[addresses], until)
+            runs = tuple(RANGES[each] for each in addresses)
+            plan = model.plan(user, runs, until, only=only)
 
             def then(applied: ipguard.Applied) -> None:
-                assert applied.restriction is not None
-                if replaced is not None:
-                    model.remove_restriction(replaced)
-                model.restrictions[applied.restriction.id] = ModelRestriction(
-                    user, RANGES[addresses], until
-                )
+                model.change(plan, [r.id for r in applied.added])
+                assert not applied.unrestricted
+                assert applied.impact is not None
+                assert applied.impact.direction == plan.direction
                 assert applied.revision == model.append("impose", actor, user)
 
             return then
 
-        expires = None if until is None else self.started + timedelta(seconds=until)
         applied = self.run_step(
             predict,
             lambda: self.flow.impose(
-                self.actor(actor), user, addresses, reason="x", expires_at=expires
+                self.actor(actor),
+                user,
+                addresses,
+                reason="x",
+                expires_at=self.time(until),
+                only=only,
             ),
         )
         if applied is not None:
@@ -913,8 +1350,11 @@ class Machine(RuleBasedStateMachine):
             assert (line.summary == "No restrictions") is (not model.restrictions_of(name))
             assert line.removed is (name in model.removed)
             waiting = {key: a for key, a in model.requests.items() if a in model.pending(name)}
-            assert {r.id: r.attempts_left for r in line.pending} == {
-                key: request.left for key, request in waiting.items()
+            assert {
+                r.id: (r.attempts_left, r.numbered, set(r.approved_by)) for r in line.pending
+            } == {
+                key: (request.left, request.numbered, set(request.approvals))
+                for key, request in waiting.items()
             }
 
     @rule()

@@ -646,6 +646,21 @@ def test_a_user_of_a_batch_who_has_moved(desk: Desk) -> None:
     assert desk.held() == [OFFICE, HOME]
 
 
+def test_a_move_gives_no_additional_guesses(desk: Desk) -> None:
+    """Guesses while a user is away count for it as soon as it is back."""
+    one, two = many(desk, "jsmith", "mary")
+    desk.store.put_users([attrs.evolve(JSMITH, account_id="U2")])
+    for left in (4, 3):
+        with pytest.raises(WrongNumber) as caught:
+            desk.flow.confirm(ALICE, two.id, desk.wrong(one))
+        assert caught.value.attempts_left == left
+    desk.store.put_users([JSMITH])
+    for request, left in ((one, 2), (two, 1), (one, 0)):
+        with pytest.raises(WrongNumber) as caught:
+            desk.flow.confirm(ALICE, request.id, desk.wrong(one))
+        assert caught.value.attempts_left == left
+
+
 def test_a_member_without_a_number_gives_no_guesses(desk: Desk) -> None:
     """The members that were mailed no number yet have no attempts to share."""
     desk.use(add=Demand(number=True, wait=timedelta(hours=1)))

@@ -117,14 +117,27 @@ def test_an_accepted_number_is_accepted_once(desk: Desk) -> None:
     with desk.unchanged():
         assert pending(desk.flow.confirm(ALICE, request.id, "junk")).numbered
         assert desk.flow.resend(ALICE, request.id).numbered
-    other = desk.ask(HOME, "mary")
-    desk.guess(other, times=2)
-    # The approval counts again once the user is back: now a call without a number completes.
-    pending(desk.flow.approve(attrs.evolve(BOTH, manages=frozenset({"U1"})), other.id))
+
+
+def test_only_a_right_number_ends_a_row_of_failures(desk: Desk) -> None:
+    """Neither an approval does, nor a call that completes a request whose number was given."""
+    desk.use(add=Demand(number=True, approvals=1))
+    request, other, third = desk.ask(), desk.ask(HOME, "mary"), desk.ask(HOME, actor=ADAM)
+    pending(desk.flow.approve(ADAM, request.id))
     desk.store.put_users([attrs.evolve(JSMITH, account_id="U2")])
-    desk.flow.approve(CAROL, request.id)
-    assert desk.held() == [OFFICE]
+    both = attrs.evolve(ALICE, manages=frozenset({"U1", "U2"}))
+    assert pending(desk.flow.confirm(both, request.id, desk.number(request))).numbered
+    desk.guess(other, times=2)
+    # The approval counts again once the user is back.
+    desk.store.put_users([JSMITH])
+    done(desk.flow.confirm(ALICE, request.id, "junk"))
     assert desk.failures() == 2
+    desk.flow.cancel(ADAM, third.id)
+    pending(desk.flow.confirm(ALICE, other.id, desk.number(other)))
+    fourth = desk.ask(OFFICE, "alice", actor=ADAM)
+    desk.guess(fourth, actor=ADAM, times=2)
+    done(desk.flow.approve(ADAM, other.id))
+    assert desk.failures(ADAM) == 2
 
 
 def test_nobody_has_two_roles(desk: Desk) -> None:
