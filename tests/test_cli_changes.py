@@ -505,6 +505,16 @@ def test_a_request_that_waits(shell: Shell):
     assert "needs its number; then ipguard resend" in waits
 
 
+def test_a_failed_notice_of_a_request_is_reported(shell: Shell):
+    """The user could not be told that a request waits; it is pending all the same."""
+    _settings(shell, "[add]\nwait = 3600\n")
+    with BadServer("drop") as bad:
+        mail = ("--mail", f"smtp://127.0.0.1:{bad.port}")
+        done = shell("request", "jsmith", "203.0.113.7", *RITA, *mail)
+    assert (done.code, "is pending" in done.out) == (0, True)
+    assert "a notice was not sent" in done.err
+
+
 def test_a_request_without_a_demanded_number(shell: Shell):
     """`confirm` asks for none; a number that stricter settings demand is mailed by `resend`."""
     _settings(shell, "[add]\napprovals = 1\n")

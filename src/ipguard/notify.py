@@ -34,8 +34,13 @@ class Notifier(Protocol):
     def change_applied(self, change: Change, actor: Actor, user: User | None) -> None:
         """Notify the actor and the user concerned of a change (OWASP ASVS 5.0 6.3.7).
 
+        Also called for a request that waits or needs approvals, and for an approval: nothing has
+        changed yet then. A call for one more person has the address of that person as
+        `actor.email`: of a requester, or of one of several users.
+
         Args:
-            change: The audit entry of the change.
+            change: The audit entry of the change; if it is of several users, its detail `users`
+                names them.
             actor: The actor.
             user: The user concerned; None for a bulk change or a user who is not registered.
 

@@ -343,5 +343,5 @@ class Context:
         """Report the notices that could not be sent; return how many."""
         failures = [] if self.notifier is None else self.notifier.failures
         for reason in failures:
-            self.out.note(f"the change holds, but a notice was not sent: {reason}")
+            self.out.note(f"done, but a notice was not sent: {reason}")
         return len(failures)

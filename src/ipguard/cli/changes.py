@@ -427,6 +427,7 @@ def _show_requests(
         text = f"request {each.id} is {each.state.value}{revision}: {each.change}"
         context.out.line(f"{text} for {each.username}", "green")
         _show_impact(context, each.impact)
+    context.report_failures()
     first, hint = made[0], ""
     if first.state is not RequestState.PENDING:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from typing import Annotated, BinaryIO, Final
 
@@ -232,7 +233,7 @@ def list_(
             "users",
             ("username", "full_name", "account_id", "restrictions", "pending", "removed"),
             (each for each in found if each.removed or not removed),
-            _terminal_cells if context.out.rich else _cells,
+            partial(_terminal_cells, flow.now()) if context.out.rich else _cells,
             limit=size,
             option="--after",
         )
@@ -266,15 +267,15 @@ def _cells(each: UserOverview) -> Sequence[Cell]:
     return (*_names(each), each.summary, pending, each.removed)
 
 
-def _terminal_cells(each: UserOverview) -> Sequence[Cell]:
+def _terminal_cells(now: datetime, each: UserOverview) -> Sequence[Cell]:
     restrictions = [_described(one) for one in each.restrictions] or [each.summary]
-    pending = [_requested(one) for one in each.pending]
+    pending = [_requested(one, now) for one in each.pending]
     return (*_names(each), restrictions, pending, "removed" if each.removed else "")
 
 
-def _requested(request: PendingRequest) -> str:
+def _requested(request: PendingRequest, now: datetime) -> str:
     """Return a pending request on one line, with its author, what it needs, and its id."""
-    needs = ", ".join(missing(request, request.requested_at))
+    needs = ", ".join(missing(request, now))
     return f"{request.change}, asked for by {request.requested_by}, {needs} [{request.id}]"
 
 
