@@ -1101,16 +1101,8 @@ class Machine(RuleBasedStateMachine):
                 raise Refused("RequestClosed", request.state_at(model.now))
             members = model.batch(actor, request)
             needed = model.demand_of(members)
-            for each in members:
-                others = {email_of(name) for name in each.approvals if name != actor}
-                mine = email_of(actor)
-                if (
-                    not needed[1]
-                    or mine == email_of(each.by)
-                    or (actor == each.user and needed[1] == 1)
-                    or mine in others
-                ):
-                    raise Refused("NotAnApprover")
+            if any(self.not_an_approver(actor, each, needed[1]) for each in members):
+                raise Refused("NotAnApprover")
             given = {}
             for each in members:
                 account = None if ACTORS[actor][0] is None else model.accounts[each.user]
@@ -1250,6 +1242,83 @@ class Machine(RuleBasedStateMachine):
         if applied is not None:
             self.check_answers(applied)
 
+    @rule(
+        actor=st.sampled_from(["root"] * 8 + ["bob"]),
+        users=st.lists(st.sampled_from([*NAMES * 4, "eve"]), min_size=1, max_size=2, unique=True),
+        addresses=st.lists(st.sampled_from(sorted(RANGES)), min_size=1, max_size=2),
+        lifetime=st.sampled_from([None, None, 300]),
+        options=st.sampled_from([{}, {"replace": True}, {"skip_existing": True}]),
+    )
+    def impose_many(
+        self,
+        actor: str,
+        users: list[str],
+        addresses: list[str],
+        lifetime: int | None,
+        options: dict[str, bool],
+    ) -> None:
+        model = self.model
+        until = None if lifetime is None else model.now + lifetime
+        runs = [RANGES[each] for each in addresses]
+        rows = [(user, each, "", self.time(until)) for user in users for each in addresses]
+
+        def predict() -> Any:
+            if actor != "root":
+                raise Refused("UnknownUser")
+            for user in users:
+                if not model.registered(user):
+                    raise Refused("UnknownUser")
+            if len(set(runs)) < len(runs):
+                raise Refused("DuplicateRestriction")
+            changes = [self.predict_import(user, runs, until, options) for user in users]
+            if any(
+                len(model.restrictions_of(user)) - len(ends) + len(new) > PER_USER
+                for user, new, ends in changes
+                if new
+            ):
+                raise Refused("TooManyRestrictions")
+
+            def then(applied: ipguard.Applied) -> None:
+                for user, new, ends in changes:
+                    for key in ends:
+                        model.remove_restriction(key)
+                    held = set(model.restrictions)
+                    for r in self.store.load_policy(user).restrictions:
+                        if r.id not in held:
+                            run = (r.addresses.version, r.addresses.first, r.addresses.last)
+                            assert run in new
+                            model.restrictions[r.id] = ModelRestriction(user, run, until)
+                counts = applied.counts
+                assert counts is not None
+                assert (counts.added, counts.ended) == (
+                    sum(len(new) for _, new, _ in changes),
+                    sum(len(ends) for _, _, ends in changes),
+                )
+                assert applied.revision == model.append("impose_many", actor, None)
+
+            return then
+
+        self.run_step(
+            predict, lambda: self.flow.impose_many(self.actor(actor), rows, reason="x", **options)
+        )
+
+    def predict_import(
+        self, user: str, runs: list[Run], until: float | None, options: dict[str, bool]
+    ) -> tuple[str, list[Run], list[str]]:
+        """Return a user, what an import adds, and the ids of what it ends."""
+        model = self.model
+        held = model.restrictions_of(user)
+        live = {r.run: key for key, r in held.items() if not r.over(model.now)}
+        if "replace" in options:
+            same = {run: key for run, key in live.items() if held[key].until == until}
+            kept = {same[run] for run in runs if run in same}
+            new = [run for run in runs if run not in same]
+            return user, new, [key for key in held if key not in kept]
+        if "skip_existing" not in options and set(live) & set(runs):
+            raise Refused("DuplicateRestriction")
+        new = [run for run in runs if run not in live]
+        return user, new, [key for key, r in held.items() if r.run in new]
+
     @precondition(lambda self: self.model.restrictions)
     @rule(data=st.data(), actor=st.sampled_from(["root"] * 6 + ["bob"]))
     def lift(self, data: st.DataObject, actor: str) -> None:
@@ -1356,6 +1425,36 @@ class Machine(RuleBasedStateMachine):
                 key: (request.left, request.numbered, set(request.approvals))
                 for key, request in waiting.items()
             }
+
+    @rule(actor=st.sampled_from(sorted(ACTORS)))
+    def check_waiting(self, actor: str) -> None:
+        """An actor is shown its own requests, and those that it can approve."""
+        model = self.model
+        expected = set()
+        for key in model.waiting():
+            request = model.requests[key]
+            if not model.sees(actor, request.user):
+                continue
+            members = model.batch(actor, request)
+            needed = model.demand_of(members)[1]
+            approvable = request.demand[1] and not any(
+                self.not_an_approver(actor, each, needed) for each in members
+            )
+            missing = model.approvals_missing(members, needed)
+            if request.by == actor or (approvable and missing and actor not in request.approvals):
+                expected.add(key)
+        assert {each.id for each in self.flow.waiting(self.actor(actor))} == expected
+
+    @staticmethod
+    def not_an_approver(actor: str, request: ModelRequest, needed: int) -> bool:
+        others = {email_of(name) for name in request.approvals if name != actor}
+        mine = email_of(actor)
+        return (
+            not needed
+            or mine == email_of(request.by)
+            or (actor == request.user and needed == 1)
+            or mine in others
+        )
 
     @rule()
     def check_history(self) -> None:
