@@ -66,8 +66,9 @@ lists = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(RUNS)), max_s
 
 @pytest.fixture
 def two_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Walk through all users or changes for an actor of more than two accounts."""
+    """Walk through all users or changes for an actor of more than two accounts or users."""
     monkeypatch.setattr(listing, "_FEW", 2)
+    monkeypatch.setattr(listing, "_SORTED", 2)
 
 
 def restrictions(rows: Iterable[tuple[str, str]], mark: str) -> Iterator[Restriction]:
@@ -272,3 +273,39 @@ def test_a_page_may_begin_after_a_text_that_no_store_holds(after: str) -> None:
     bound = listing._storable_bound(after)
     assert encodable(bound)
     assert [name for name in names if name > bound] == [name for name in names if name > after]
+
+
+@pytest.mark.parametrize("kind", ["SQLite", "PostgreSQL"])
+def test_counts_of_many_users_are_lower_bounds(
+    kind: str, tmp_path: Path, postgres: Server | Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are too low are named; filters that list few users are counted exactly."""
+    place = Sqlite(tmp_path, 6) if kind == "SQLite" else Postgres(postgres, 6)
+    monkeypatch.setattr(listing, "_COUNTED", 10)
+    names = [f"u{n:02}" for n in range(40)]
+    with place.open() as store, MemoryStore(clock=FakeClock(START)) as memory:  # type: ignore[attr-defined]
+        for each in (store, memory):
+            each.put_users(
+                User(username=n, full_name="", account_id="A1" if n < "u35" else "B2")
+                for n in names
+            )
+            add(each, [(name, "10.0.0.1") for name in names[8:12]], "few")
+            each.remove_users(names[30:])
+        both = frozenset({"A1", "B2"})
+        for accounts in (EVERY, both, frozenset({"A1"})):
+            counts = store.counts(accounts)
+            assert counts == (10, 4, 8, 0, 0, frozenset({"users", "unrestricted"}))
+            assert (counts.text("users"), counts.text("restricted")) == ("10+", "4")
+        assert store.counts(frozenset({"B2"})) == memory.counts(frozenset({"B2"}))
+        monkeypatch.setattr(listing, "_SORTED", 2)
+        assert store.counts(EVERY) == (
+            10,
+            2,
+            8,
+            0,
+            0,
+            frozenset({"users", "unrestricted", "restricted"}),
+        )
+        monkeypatch.setattr(listing, "_COUNTED", 41)
+        for accounts in (EVERY, both, frozenset({"A1"}), frozenset({"B2"}), frozenset({"C3"})):
+            assert store.counts(accounts) == memory.counts(accounts)

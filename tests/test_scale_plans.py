@@ -4,11 +4,11 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from ipguard.model import Action, Actor, User
+from ipguard.model import Action, Actor, User, UserFilter
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores._sql import Params, Row
@@ -122,6 +122,12 @@ def pages(store: RestrictionStore) -> Iterator[tuple[str, Any]]:
             if search in (("", *rare) if who == "every" else ("",)) or who in ("tiny", "some"):
                 page = store.overview(accounts, search=search, after="user00003", limit=5)
                 yield f"{search!r} for {who}", page
+        for only in get_args(UserFilter):
+            if only != "unrestricted" or who in ("tiny", "some"):
+                page = store.overview(accounts, only=only, after="user00003", limit=5)
+                yield f"{only} for {who}", page
+        yield f"counts for {who}", store.counts(accounts)
+        yield f"requests for {who}", store.open_requests(accounts, requested_by="boss", limit=5)
         if who != "most":  # the newest changes are not theirs
             yield f"history for {who}", store.history(accounts, limit=5)
 
@@ -131,7 +137,8 @@ def test_pages_read_no_more_as_other_users_come(
     kind: str, tmp_path: Path, postgres: Server | Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four times the users cost no page more than a few rows, with statistics or without."""
-    monkeypatch.setattr(listing, "_FEW", 100)
+    for name, size in (("_FEW", 100), ("_SORTED", 100), ("_COUNTED", 30)):
+        monkeypatch.setattr(listing, name, size)
     counted: CountedSqlite | CountedPostgres = (
         CountedSqlite(tmp_path, monkeypatch)
         if kind == "SQLite"

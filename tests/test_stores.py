@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import pytest
@@ -26,6 +26,7 @@ from ipguard.model import (
     Restriction,
     StoredRequest,
     User,
+    UserFilter,
 )
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
@@ -260,14 +261,18 @@ questions = st.one_of(
         undo=st.booleans(),
     ),
     st.builds(
-        lambda accounts, search, after, limit: (
-            lambda store: store.overview(accounts, search=search, after=after, limit=limit)
+        lambda accounts, search, after, limit, only: (
+            lambda store: store.overview(
+                accounts, search=search, after=after, limit=limit, only=only
+            )
         ),
         accounts,
         st.sampled_from(SEARCHES),
         st.none() | names,
         st.integers(1, 4),
+        st.none() | st.sampled_from(get_args(UserFilter)),
     ),
+    accounts.map(lambda accounts: lambda store: store.counts(accounts)),
     st.builds(
         lambda accounts, username, before, limit: (
             lambda store: store.history(accounts, username=username, before=before, limit=limit)

@@ -246,3 +246,25 @@ def test_the_demand_of_a_request(desk: Desk) -> None:
     assert desk.flow.demand_of(request) == Demand(number=True)
     desk.use(add=Demand(approvals=1))
     assert desk.flow.demand_of(request) == Demand(number=True, approvals=1)
+
+
+def test_filters_and_counts(desk: Desk) -> None:
+    """An actor sees and counts the users of its own accounts."""
+    desk.add(OFFICE, "jsmith", expires_at=desk.later(days=7))
+    desk.add(OFFICE, "zed")
+    desk.ask(username="mary")
+    found: dict[Any, list[str]] = {
+        "restricted": ["jsmith"],
+        "unrestricted": ["alice", "mary"],
+        "pending": ["mary"],
+        "expiring": ["jsmith"],
+    }
+    for only, names in found.items():
+        page = desk.flow.overview(ALICE, only=only)
+        assert [line.user.username for line in page] == names
+    counts = desk.flow.counts(ALICE)
+    assert counts == (3, 1, 2, 1, 1, frozenset())
+    assert (desk.flow.counts(BOSS).users, desk.flow.counts(BOSS).text("users")) == (4, "4")
+    for only in ("expired", "", 7):
+        with pytest.raises(InvalidValue):
+            desk.flow.overview(ALICE, only=only)  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ from ipguard.model import (
     RequestState,
     Restriction,
     User,
+    UserCounts,
     UserOverview,
     UserSync,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "RestrictionStore",
     "Transaction",
     "User",
+    "UserCounts",
     "UserOverview",
     "UserSync",
     "Workflow",

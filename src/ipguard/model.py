@@ -47,6 +47,8 @@ __all__ = [
     "StoredUser",
     "Touched",
     "User",
+    "UserCounts",
+    "UserFilter",
     "UserOverview",
     "UserSync",
 ]
@@ -527,6 +529,36 @@ class UserOverview:
     pending: tuple[PendingRequest, ...]
     summary: str
     removed: bool = False
+
+
+UserFilter = Literal["restricted", "unrestricted", "pending", "expiring"]
+"""Which users a list is limited to: with restrictions or without, with pending requests, or with a
+restriction that expires within seven days."""
+
+
+class UserCounts(NamedTuple):
+    """How many users there are, and how many of each `UserFilter`.
+
+    Attributes:
+        users: All of them.
+        restricted: Those with restrictions, expired ones included.
+        unrestricted: Those without, who may log in from anywhere.
+        pending: Those with pending requests.
+        expiring: Those with a restriction that expires within seven days.
+        more: The names of the numbers that are lower bounds, because only the first 10,000 users
+            were counted.
+    """
+
+    users: int
+    restricted: int
+    unrestricted: int
+    pending: int
+    expiring: int
+    more: frozenset[str] = frozenset()
+
+    def text(self, name: str) -> str:
+        """Return a number for people, such as `10,000+` for a lower bound."""
+        return f"{getattr(self, name):,}{'+' if name in self.more else ''}"
 
 
 @attrs.frozen(kw_only=True)

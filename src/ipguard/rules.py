@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, get_args
 from unicodedata import normalize
 
 import attrs
@@ -45,6 +45,7 @@ from ipguard.model import (
     Restriction,
     StoredRequest,
     User,
+    UserFilter,
 )
 
 __all__ = [
@@ -61,12 +62,15 @@ __all__ = [
     "approvals_missing",
     "check_approver",
     "check_bulk_options",
+    "check_filter",
     "check_lockout",
     "check_width",
     "decide",
     "demanded",
     "duplicate",
+    "expiring_until",
     "impact",
+    "is_listed",
     "is_visible",
     "judge_additions",
     "lasting",
@@ -91,6 +95,7 @@ _BETWEEN_WORDS: Final = re.compile(
 )
 _LIKE_AN_ADDRESS: Final = re.compile("[0-9A-Fa-f]*[.:]")
 _SHOWN: Final = 20
+_EXPIRING_WITHIN: Final = timedelta(days=7)
 _ANYWHERE: Final = tuple(AddressRange.parse(text) for text in ("0.0.0.0/0", "::/0"))
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
@@ -607,6 +612,36 @@ def is_visible(accounts: Accounts, account_id: str, *, removed: bool, restricted
     if removed:
         return accounts is Actor.EVERY_ACCOUNT and restricted
     return account_id in accounts
+
+
+def check_filter(only: str | None) -> None:
+    """Raise InvalidValue if the list of users cannot be limited to this."""
+    if only is not None and only not in get_args(UserFilter):
+        raise errors.InvalidValue("only", f"must be one of {', '.join(get_args(UserFilter))}")
+
+
+def expiring_until(now: datetime) -> datetime:
+    """Return the last expiry that makes a user one of those that are `expiring`."""
+    return shifted(now, _EXPIRING_WITHIN)
+
+
+def is_listed(
+    only: UserFilter | None, restrictions: Collection[Restriction], *, pending: bool, now: datetime
+) -> bool:
+    """Return whether a user is one of those that a list is limited to.
+
+    Args:
+        only: The limit, or None.
+        restrictions: The user's restrictions, expired ones included.
+        pending: Whether the user has a pending request that has not expired.
+        now: The store's time.
+    """
+    if only == "pending":
+        return pending
+    if only == "expiring":
+        ends = (each.expires_at for each in restrictions if each.expires_at is not None)
+        return any(now < end <= expiring_until(now) for end in ends)
+    return only is None or bool(restrictions) is (only == "restricted")
 
 
 def two_users(one: User, other: User) -> bool:

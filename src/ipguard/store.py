@@ -46,6 +46,8 @@ from ipguard.model import (
     StoredUser,
     Touched,
     User,
+    UserCounts,
+    UserFilter,
     UserOverview,
     UserSync,
     check_accounts,
@@ -345,7 +347,13 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         """
 
     def overview(
-        self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
+        self,
+        accounts: Accounts,
+        *,
+        search: str = "",
+        after: str | None = None,
+        limit: int = 50,
+        only: UserFilter | None = None,
     ) -> Page[UserOverview]:
         """Return users with their restrictions and live pending requests, by username.
 
@@ -362,9 +370,20 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
                 Empty: all users.
             after: The `next` of the previous page.
             limit: The maximum number of users, at least 1.
+            only: Which of these users to list, as `rules.is_listed` says; None lists all.
 
         Raises:
-            InvalidValue: `limit` is below 1.
+            InvalidValue: `limit` is below 1, or `only` is not a `UserFilter`.
+            TypeError: `accounts` is a str.
+        """
+
+    def counts(self, accounts: Accounts) -> UserCounts:
+        """Count the users that `overview` lists, and those of each `UserFilter`.
+
+        A store may look at the first 10,000 users alone: `more` then has the names of the numbers
+        that are too low because of that.
+
+        Raises:
             TypeError: `accounts` is a str.
         """
 

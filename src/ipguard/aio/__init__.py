@@ -340,6 +340,7 @@ class AsyncWorkflow(_AsyncClosing):
     resend = _awaited(Workflow.resend)
     delete = _awaited(Workflow.delete)
     overview = _awaited(Workflow.overview)
+    counts = _awaited(Workflow.counts)
     waiting = _awaited(Workflow.waiting)
     history = _awaited(Workflow.history)
     impose = _awaited(Workflow.impose)

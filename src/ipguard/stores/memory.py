@@ -27,7 +27,7 @@ from collections.abc import (
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import attrs
 
@@ -52,6 +52,8 @@ from ipguard.model import (
     StoredUser,
     Touched,
     User,
+    UserCounts,
+    UserFilter,
     UserOverview,
     UserSync,
     check_accounts,
@@ -108,6 +110,23 @@ class State:
             if stored.request.username == username and stored.request.state is RequestState.PENDING
         )
         return tuple(sorted(found, key=lambda request: (request.requested_at, request.id)))
+
+    def live(self, username: str, now: datetime) -> tuple[PendingRequest, ...]:
+        """Return the pending requests of a user that have not expired."""
+        return tuple(
+            request
+            for request in self.pending(username)
+            if rules.state_at(request, now) is RequestState.PENDING
+        )
+
+    def visible(self, accounts: Accounts, only: UserFilter | None, now: datetime) -> Iterator[str]:
+        """Yield the users that a list for these accounts has."""
+        for name, stored in self.users.items():
+            held = self.restrictions.get(name, ())
+            if rules.is_visible(
+                accounts, stored.user.account_id, removed=stored.removed, restricted=bool(held)
+            ) and rules.is_listed(only, held, pending=bool(self.live(name, now)), now=now):
+                yield name
 
 
 def _error_order(error: errors.DuplicateRestriction | errors.TooManyRestrictions) -> int:
@@ -429,26 +448,34 @@ class MemoryStore(Closing):
         return _log(tx)
 
     def overview(
-        self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
+        self,
+        accounts: Accounts,
+        *,
+        search: str = "",
+        after: str | None = None,
+        limit: int = 50,
+        only: UserFilter | None = None,
     ) -> Page[UserOverview]:
         """Return users with their restrictions and pending requests, by username."""
         check_whole("limit", limit, 1)
-        accounts = check_accounts(accounts)
+        rules.check_filter(only)
         state, now, wanted = self._committed(), self.now(), rules.Search.of(search)
         found = sorted(
             name
-            for name, stored in state.users.items()
+            for name in state.visible(check_accounts(accounts), only, now)
             if (after is None or name > after)
-            and rules.is_visible(
-                accounts,
-                stored.user.account_id,
-                removed=stored.removed,
-                restricted=name in state.restrictions,
-            )
-            and wanted.matches(stored.user, state.restrictions.get(name, ()))
+            and wanted.matches(state.users[name].user, state.restrictions.get(name, ()))
         )
         items = tuple(_overview(state, name, now) for name in found[:limit])
         return Page(items=items, next=found[limit - 1] if len(found) > limit else None)
+
+    def counts(self, accounts: Accounts) -> UserCounts:
+        """Count the users of each filter, however many there are."""
+        state, now, given = self._committed(), self.now(), check_accounts(accounts)
+        filters: tuple[UserFilter | None, ...] = (None, *get_args(UserFilter))
+        return UserCounts._make(
+            (*(sum(1 for _ in state.visible(given, each, now)) for each in filters), frozenset())
+        )
 
     def open_requests(
         self, accounts: Accounts, *, requested_by: str, limit: int = 100
@@ -557,11 +584,7 @@ def _overview(state: State, username: str, now: datetime) -> UserOverview:
     return UserOverview(
         user=stored.user,
         restrictions=restrictions,
-        pending=tuple(
-            request
-            for request in state.pending(username)
-            if rules.state_at(request, now) is RequestState.PENDING
-        ),
+        pending=state.live(username, now),
         summary=rules.summarise(restrictions, now),
         removed=stored.removed,
     )

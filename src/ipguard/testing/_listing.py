@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 from ipguard.addresses import AddressRange
 from ipguard.errors import InvalidValue
-from ipguard.model import Accounts, Demand, Page, RequestState, UserOverview
+from ipguard.model import Accounts, Demand, Page, RequestState, UserFilter, UserOverview
 from ipguard.rules import NO_RESTRICTIONS, Search, summarise
 from ipguard.testing._case import A1, EVERY, StoreCase, raises, user
 
@@ -220,6 +220,108 @@ class OverviewTests(StoreCase):
         )
         ends = "0.0.0.0 127.255.255.255 128.0.0.0 255.255.255.255 :: 7fff:: 8000::"
         self._searches(A1, [*ends.split(), ":".join(["ffff"] * 8)], found=True)
+
+    def _filtered(self, accounts: Accounts, **options: Any) -> dict[UserFilter, list[str]]:
+        filters: tuple[UserFilter, ...] = get_args(UserFilter)
+        return {only: self._found(accounts=accounts, only=only, **options) for only in filters}
+
+    def _counted(self, accounts: Accounts) -> None:
+        """Fail unless `counts` counts what `overview` lists."""
+        found = self._filtered(accounts, limit=1000)
+        counts = self.store.counts(accounts)
+        assert counts.users == len(self._found(accounts=accounts, limit=1000))
+        sizes = {str(only): len(names) for only, names in found.items()}
+        assert counts._asdict() == {"users": counts.users, "more": frozenset()} | sizes
+
+    def test_filters_and_counts(self) -> None:
+        """A filter lists the users that `rules.is_listed` says; `counts` counts them."""
+        week, second = timedelta(days=7), timedelta(seconds=1)
+        names = ("free", "held", "late", "lost", "now", "soon", "week")
+        self.put(*names)
+        self.put("asked", "over", "shut", account_id="B2")
+        self.store.put_users([user("gone"), user("left")])
+        self.add(
+            self.restriction("held"),
+            *(
+                self.restriction(name, expires_at=self.clock() + after)
+                for name, after in (
+                    ("late", week + second),
+                    ("now", timedelta(0)),
+                    ("shut", -week),
+                    ("soon", second),
+                    ("soon", second),
+                    ("week", week),
+                    ("gone", second),
+                )
+            ),
+            self.restriction("soon"),
+            self.restriction("unknown"),
+        )
+        many = frozenset(f"C{n}" for n in range(self.many * 10))
+        self.store.remove_users(["gone", "left"])
+        self.save(
+            self.request("asked"),
+            self.request("asked", demand=Demand(approvals=1)),
+            self.request("over", expires_at=self.clock()),
+            self.request("soon", expires_at=self.clock() + second),
+            self.request("gone"),
+            self.request("left"),
+            self.request("unknown"),
+            self.request("free", state=RequestState.CANCELLED),
+        )
+        expected: dict[UserFilter, list[str]] = {
+            "restricted": ["gone", "held", "late", "now", "shut", "soon", "week"],
+            "unrestricted": ["asked", "free", "lost", "over"],
+            "pending": ["asked", "gone", "soon"],
+            "expiring": ["gone", "soon", "week"],
+        }
+        assert self._filtered(EVERY) == expected
+        mine = {o: [n for n in found if n in names] for o, found in expected.items()}
+        for accounts in (A1, A1 | many):
+            assert self._filtered(accounts) == mine
+        assert self._filtered(frozenset()) == {only: [] for only in expected}
+        # With a search, and page by page.
+        assert self._found("s", only="restricted") == ["gone", *expected["restricted"][1:]]
+        for only, found in expected.items():
+            assert list(self._found_by_page(1, only=only)) == found
+            assert list(self._found_by_page(2, only=only, search="some")) == found
+            assert self._found("so", A1, only=only, after="b") == mine[only]
+            assert self._found("held", only=only) == [name for name in found if name == "held"]
+            assert self._found("", only=only, after="n") == [n for n in found if n > "n"]
+        for accounts in (EVERY, A1, frozenset({"B2"}), A1 | many, frozenset()):
+            self._counted(accounts)
+        self.clock.advance(second)
+        assert self._filtered(EVERY)["expiring"] == ["late", "week"]
+        assert self._filtered(EVERY)["pending"] == ["asked", "gone"]
+        self._counted(EVERY)
+        with raises(InvalidValue):
+            self.store.overview(EVERY, only="expired")  # type: ignore[arg-type]
+        with raises(TypeError):
+            self.store.counts("A1")  # type: ignore[arg-type]
+
+    def test_filters_among_many_users(self) -> None:
+        """Filters that list most users and those that list few find them in any account."""
+        names = [f"user{n:05d}" for n in range(self.many * 10)]
+        self.store.put_users(
+            [user(n, account_id="Z9" if place < 5 else "A1") for place, n in enumerate(names)]
+        )
+        rare = {names[0], names[len(names) // 2], names[-1]}
+        soon = self.clock() + timedelta(days=1)
+        for one in (rare, set(names) - rare):
+            self.add_staged(self.restriction(name, expires_at=soon) for name in sorted(one))
+            self.save(*(self.request(name) for name in sorted(one)[: self.many]))
+            for only in ("restricted", "expiring", "pending"):
+                listed = sorted(one)[: self.many] if only == "pending" else sorted(one)
+                if one is not rare:
+                    listed = sorted(rare | set(listed))
+                assert self._found(limit=1000, only=only) == listed[:1000]
+                assert self._found("some", limit=1000, only=only) == listed[:1000]
+                theirs = [name for name in listed if name not in names[:5]]
+                assert self._found("", A1, limit=1000, only=only) == theirs[:1000]
+            counts = self.store.counts(EVERY)
+            assert counts.users == len(names)
+            assert counts.restricted == len(rare | one)
+            assert self.store.counts(frozenset({"Z9"})).users == 5
 
     def test_removed_users(self) -> None:
         """Removed users with restrictions are listed, for actors of every account only."""

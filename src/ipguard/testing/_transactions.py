@@ -459,6 +459,7 @@ class LifecycleTests(StoreCase):
             lambda: store.remove_users(["alice"]),
             lambda: store.overview(EVERY),
             lambda: store.history(EVERY),
+            lambda: store.counts(EVERY),
             lambda: store.open_requests(EVERY, requested_by="boss"),
         ]
         store.close()

@@ -41,6 +41,8 @@ from ipguard.model import (
     Restriction,
     StoredRequest,
     User,
+    UserCounts,
+    UserFilter,
     UserOverview,
 )
 from ipguard.notify import Notifier
@@ -756,7 +758,13 @@ class Workflow(Closing):
         return self._store.now()
 
     def overview(
-        self, actor: Actor, *, search: str = "", after: str | None = None, limit: int = 50
+        self,
+        actor: Actor,
+        *,
+        search: str = "",
+        after: str | None = None,
+        limit: int = 50,
+        only: UserFilter | None = None,
     ) -> Page[UserOverview]:
         """List the users of the actor's accounts with their restrictions and pending requests.
 
@@ -767,19 +775,33 @@ class Workflow(Closing):
                 it, a network or a range those with exactly that restriction. Empty: all users.
             after: The `next` of the previous page.
             limit: The largest number of users, 1 to 1,000.
+            only: Which of these users to list: `restricted`, `unrestricted`, `pending` (with
+                pending requests) or `expiring` (with a restriction that expires within seven days).
+                None lists all.
 
         Raises:
-            InvalidValue: The search, `after` or the limit is not valid.
+            InvalidValue: The search, `after`, the limit or `only` is not valid.
         """
         check_text("search", search, _SEARCH_LIMIT)
         if after is not None and not isinstance(after, str):
             raise errors.InvalidValue("after", f"must be text, not {type(after).__name__}")
+        rules.check_filter(only)
+        # Stores written for an older protocol do not have the filter.
+        limited: dict[str, Any] = {} if only is None else {"only": only}
         return self._store.overview(
             actor.manages,
             search=search.strip(),
             after=after,
             limit=check_whole("limit", limit, 1, _PAGE_LIMIT),
+            **limited,
         )
+
+    def counts(self, actor: Actor) -> UserCounts:
+        """Count the users of the actor's accounts, and those of each filter of `overview`.
+
+        Beyond 10,000 users the numbers may be lower bounds; `UserCounts.more` says which.
+        """
+        return self._store.counts(actor.manages)
 
     def waiting(self, actor: Actor, limit: int = 100) -> tuple[PendingRequest, ...]:
         """List what waits for the actor: its own pending requests, then those it can approve.

@@ -30,6 +30,8 @@ from ipguard.model import (
     StoredUser,
     Touched,
     User,
+    UserCounts,
+    UserFilter,
     UserOverview,
     UserSync,
     check_accounts,
@@ -45,6 +47,7 @@ from ipguard.stores._sql import (
     RESTRICTION,
     USER,
     Executor,
+    Params,
     Row,
     change_of,
     change_row,
@@ -291,6 +294,10 @@ ORDER BY CASE WHEN q.requested_by = ? THEN 0 ELSE 1 END, q.requested_at DESC, q.
 """
 _FEW: Final = 1_000
 """Up to so many accounts, the users of each are read; for more, all users are walked through."""
+_COUNTED: Final = 10_000
+"""So many users are counted."""
+_SORTED: Final = 10_000
+"""Of so many users, all that a filter lists are sorted; more are walked through in order."""
 _LAST: Final = "\U0010ffff"
 """Sorts after every character of a stored text."""
 _NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
@@ -344,18 +351,92 @@ def _lines(
             )
 
 
+_RESTRICTED: Final = "(SELECT 1 FROM restrictions h WHERE h.username = %s LIMIT 1)"
+_LISTED: Final[Mapping[UserFilter, str]] = {
+    "restricted": f"{_RESTRICTED} = 1",
+    "unrestricted": f"{_RESTRICTED} IS NULL",
+    "pending": f"(SELECT 1 FROM requests h WHERE h.username = %s AND {IS_PENDING}"
+    " AND h.expires_at > ? LIMIT 1) = 1",
+    "expiring": "(SELECT 1 FROM restrictions h WHERE h.username = %s AND h.expires_at > ?"
+    " AND h.expires_at <= ? LIMIT 1) = 1",
+}
+"""`rules.is_listed` as conditions on a username, with the parameters of `_times`."""
+_ROWS_OF: Final[Mapping[UserFilter, str]] = {
+    "restricted": "restrictions WHERE true",
+    "pending": f"requests WHERE {IS_PENDING} AND expires_at > ?",
+    "expiring": "restrictions WHERE expires_at > ? AND expires_at <= ?",
+}
+"""The rows that make users listed, with the same parameters."""
+
+
+def _times(only: UserFilter, now: datetime) -> Params:
+    if only == "pending":
+        return (micros(now),)
+    return (micros(now), micros(rules.expiring_until(now))) if only == "expiring" else ()
+
+
+def _few_names(
+    db: Executor, only: UserFilter, now: datetime, after: str = ""
+) -> frozenset[str] | None:
+    """Return the usernames that a filter lists, or None if they may be many."""
+    if only not in _ROWS_OF:
+        return None
+    rows = db.rows(
+        f"SELECT username FROM {_ROWS_OF[only]} AND username > ? LIMIT ?",
+        (*_times(only, now), after, _SORTED + 1),
+    )
+    return None if len(rows) > _SORTED else frozenset(name for (name,) in rows)
+
+
 def _usernames(
-    db: Executor, accounts: Accounts, search: Search, after: str, limit: int
+    db: Executor,
+    accounts: Accounts,
+    search: Search,
+    after: str,
+    limit: int,
+    only: UserFilter | None,
+    now: datetime,
 ) -> list[str]:
     """Return the first usernames that a search finds, in order, with duplicates and hidden ones."""
+    listed = Query("", ())
+    if only is not None:
+        few = _few_names(db, only, now, after)
+        if few is not None and not search.text:
+            text, params = _named(db, accounts, few)
+            sql = f"SELECT u.username {text} ORDER BY u.username || '' LIMIT ?"
+            return [row[0] for row in db.rows(sql, (*params, limit))]
+        name = "f.username" if search.text else "u.username"
+        listed = Query(f" AND {_LISTED[only] % name}", tuple(_times(only, now)))
+        if few is not None:
+            listed = Query(f" AND {db.among(name)}", (db.texts(few),))
     if not search.text:
-        return [row[0] for row in db.rows(*_everybody(db, accounts, after, limit))]
+        if only is None:
+            query = _everybody(db, accounts, after, limit)
+        else:
+            query = _listed(db, accounts, after, limit, listed)
+        return [row[0] for row in db.rows(*query)]
     queries = [*_by_terms(db, accounts, search, after), *_by_addresses(db, accounts, search, after)]
     if not queries:
         return []
     sql = " UNION ALL ".join(text for text, _ in queries)
     params = tuple(value for _, values in queries for value in values)
-    return [row[0] for row in db.rows(f"{sql} ORDER BY 1 LIMIT ?", (*params, limit))]
+    if listed.text:
+        sql = f"WITH f (username) AS ({sql}) SELECT f.username FROM f WHERE true{listed.text}"
+    return [
+        row[0] for row in db.rows(f"{sql} ORDER BY 1 LIMIT ?", (*params, *listed.params, limit))
+    ]
+
+
+def _named(db: Executor, accounts: Accounts, names: Iterable[str]) -> Query:
+    """Return the FROM clause of those of some usernames that the list shows to these accounts."""
+    mine = Query(f"(u.removed = 0 OR {_RESTRICTED % 'u.username'} = 1)", ())
+    if isinstance(accounts, frozenset):
+        owner = "u.account_id || ''"
+        mine = Query(f"u.removed + 0 = 0 AND {db.among(owner)}", (_texts(db, accounts),))
+    return Query(
+        f"FROM {db.each()} CROSS JOIN users u WHERE u.username = j.value AND {mine.text}",
+        (db.texts(names), *mine.params),
+    )
 
 
 def _everybody(db: Executor, accounts: Accounts, after: str, limit: int) -> Query:
@@ -372,6 +453,73 @@ def _everybody(db: Executor, accounts: Accounts, after: str, limit: int) -> Quer
         f"SELECT username FROM users WHERE username > ?{mine.text} ORDER BY username LIMIT ?",
         (after, *mine.params, limit),
     )
+
+
+def _users_of(db: Executor) -> str:
+    """Return the FROM clause of the users of some accounts, which are its parameter.
+
+    A LEFT JOIN, because without statistics PostgreSQL would go through all users first; and an
+    expression of `removed`, so that it uses the index of the account.
+    """
+    return (
+        f"{db.each()} LEFT JOIN users u ON u.account_id = j.value AND u.removed + 0 = 0"
+        " WHERE coalesce(u.username, '') <> ''"
+    )
+
+
+def _listed(db: Executor, accounts: Accounts, after: str, limit: int, listed: Query) -> Query:
+    """Return the query for the users that a filter lists, by a condition on each of them."""
+    mine = Query("", ())
+    if isinstance(accounts, frozenset):
+        theirs, texts = _users_of(db), _texts(db, accounts)
+        ((size,),) = db.rows(
+            f"SELECT count(*) FROM (SELECT 1 FROM {theirs} LIMIT ?) v", (texts, _SORTED)
+        )
+        if size < _SORTED:
+            return Query(
+                f"SELECT u.username FROM {theirs} AND u.username > ?{listed.text}"
+                " ORDER BY u.username || '' LIMIT ?",
+                (texts, after, *listed.params, limit),
+            )
+        mine = _of_accounts(db, accounts)
+        if len(accounts) == 1:
+            mine = Query(" AND u.account_id = ? AND u.removed = 0", tuple(accounts))
+    return Query(
+        f"SELECT u.username FROM users u WHERE u.username > ?{mine.text}{listed.text}"
+        " ORDER BY u.username LIMIT ?",
+        (after, *mine.params, *listed.params, limit),
+    )
+
+
+def _counts(db: Executor, accounts: Accounts, now: datetime) -> UserCounts:
+    walk = f"SELECT u.username, u.removed, {_RESTRICTED % 'u.username'} AS held FROM"
+    if isinstance(accounts, frozenset):
+        first = Query(f"{walk} {_users_of(db)} LIMIT ?", (_texts(db, accounts), _COUNTED))
+    else:
+        first = Query(f"{walk} users u ORDER BY u.username LIMIT ?", (_COUNTED,))
+    shown = "(v.removed = 0 OR v.held = 1)"
+    ((seen, users, restricted),) = db.rows(
+        f"SELECT count(*), count(CASE WHEN {shown} THEN 1 END), count(v.held)"
+        f" FROM ({first.text}) v",
+        first.params,
+    )
+    found = {"users": users, "restricted": restricted, "unrestricted": users - restricted}
+    more = {"users", "unrestricted"} if seen >= _COUNTED else set()
+    filters: tuple[UserFilter, ...] = ("restricted", "pending", "expiring")
+    for only in filters[0 if more else 1 :]:
+        few = _few_names(db, only, now)
+        if few is not None:
+            text, params = _named(db, accounts, few)
+            ((found[only],),) = db.rows(f"SELECT count(*) {text}", params)
+        elif only != "restricted":
+            ((found[only],),) = db.rows(
+                f"SELECT count(*) FROM ({first.text}) v"
+                f" WHERE {shown} AND {_LISTED[only] % 'v.username'}",
+                (*first.params, *_times(only, now)),
+            )
+        if few is None and more:
+            more.add(only)
+    return UserCounts(**found, more=frozenset(more))
 
 
 def _by_terms(db: Executor, accounts: Accounts, search: Search, after: str) -> Iterator[Query]:
@@ -704,16 +852,23 @@ class SqlStore(Closing, Generic[C]):
             yield tx.db
 
     def overview(
-        self, accounts: Accounts, *, search: str = "", after: str | None = None, limit: int = 50
+        self,
+        accounts: Accounts,
+        *,
+        search: str = "",
+        after: str | None = None,
+        limit: int = 50,
+        only: UserFilter | None = None,
     ) -> Page[UserOverview]:
         size, accounts, query = _limited(limit), check_accounts(accounts), Search.of(search)
+        rules.check_filter(only)
         last = "" if after is None else _storable_bound(after)
         lines: list[tuple[str, UserOverview]] = []
         look, more = 2 * (size + 1), True  # a user may be found by several terms
         with self._snapshot() as db:
             now = self.now()
             while more and len(lines) <= size:
-                rows = _usernames(db, accounts, query, last, look)
+                rows = _usernames(db, accounts, query, last, look, only, now)
                 names = list(dict.fromkeys(rows))
                 while names and len(lines) <= size:
                     lines += _lines(db, accounts, names[: size + 1], now)
@@ -723,6 +878,11 @@ class SqlStore(Closing, Generic[C]):
         items = tuple(line for _, line in lines[:size])
         return Page(items=items, next=lines[size - 1][0] if len(lines) > size else None)
 
+    def counts(self, accounts: Accounts) -> UserCounts:
+        accounts = check_accounts(accounts)
+        with self._snapshot() as db:
+            return _counts(db, accounts, self.now())
+
     def open_requests(
         self, accounts: Accounts, *, requested_by: str, limit: int = 100
     ) -> tuple[tuple[StoredRequest, User], ...]:
@@ -731,9 +891,9 @@ class SqlStore(Closing, Generic[C]):
         with self._snapshot() as db:
             whose: Query = Query("", ())
             if isinstance(accounts, frozenset):
-                whose = Query(
-                    f" AND u.removed = 0 AND {db.among('u.account_id')}", (_texts(db, accounts),)
-                )
+                owner = "u.account_id || ''"
+                texts = (_texts(db, accounts),)
+                whose = Query(f" AND u.removed + 0 = 0 AND {db.among(owner)}", texts)
             rows = db.rows(
                 _OPEN_REQUESTS % whose.text, (micros(self.now()), name, *whose.params, name, size)
             )
