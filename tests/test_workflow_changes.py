@@ -397,6 +397,17 @@ def test_a_number_confirms_what_it_was_mailed_for(desk: Desk, forged: dict[str, 
     assert desk.held("mary") == []
 
 
+def test_a_number_of_an_older_library_still_fits(desk: Desk) -> None:
+    """What its digest is of does not change for requests that older libraries make."""
+    old = desk.add(OFFICE, label="old", expires_at=desk.later(hours=1))
+    desk.use(confirm_deletes=True)
+    added, deleted = desk.ask(HOME, label="new"), desk.ask_to_delete(old)
+    assert added.subject == (added.id, "jsmith", "add", HOME, "new", "alice", "", "")
+    end = desk.later(hours=1).isoformat()
+    subject = (deleted.id, "jsmith", "delete", OFFICE, "old", "alice", old.id, end)
+    assert deleted.subject == subject
+
+
 def test_a_number_confirms_only_the_members_that_it_was_mailed_for(desk: Desk) -> None:
     """A member of a batch with another content, or the digest of another number, stays pending."""
     one, two, three = many(desk, "jsmith", "mary", "alice", allow_lockout=True)

@@ -574,6 +574,29 @@ def test_an_approver_of_one_account_completes_its_users(desk: Desk) -> None:
     assert desk.held("zed") == [OFFICE, HOME]
 
 
+def test_a_batch_of_which_one_was_completed_by_its_approver(desk: Desk) -> None:
+    """The rest waits for its own approval, and needs no other number."""
+    desk.use(add=Demand(number=True, approvals=1))
+    one, two = many(desk, "jsmith", "zed", actor=BOTH)
+    number = desk.number(one)
+    pending(desk.flow.confirm(BOTH, two.id, number))
+    done(desk.flow.approve(ADAM, one.id))
+    desk.wait(seconds=30)
+    for call in (
+        lambda: desk.flow.resend(BOTH, one.id),
+        lambda: desk.flow.confirm(BOTH, one.id, number),
+        lambda: desk.flow.cancel(BOTH, one.id),
+    ):
+        with desk.unchanged(), pytest.raises(RequestClosed, match="confirmed"):
+            call()
+    with desk.unchanged():
+        desk.flow.resend(BOTH, two.id)
+        pending(desk.flow.confirm(BOTH, two.id, number))
+    assert desk.held("zed") == []
+    done(desk.flow.approve(CAROL, two.id))
+    assert desk.held("zed") == [OFFICE, HOME]
+
+
 def test_a_locked_request_is_not_approved(desk: Desk) -> None:
     desk.use(add=Demand(number=True, approvals=1))
     request = desk.ask()
