@@ -548,3 +548,41 @@ def test_a_change_that_would_do_worse(shell: Shell, mail: MailServer):
 def test_a_wrong_demand_in_the_settings(shell: Shell, text: str, words: str):
     _settings(shell, text)
     assert words in shell.bad(7, "request", "jsmith", "203.0.113.7", *RITA)
+
+
+def test_the_first_number_of_a_request_that_waited(shell: Shell, mail: MailServer):
+    """`resend` mails it once the wait is over, to the requester alone."""
+    _settings(shell, "[add]\nwait = 0.001\nnumber = true\n")
+    before = len(mail.mails)
+    asked = shell.json("request", "jsmith", "203.0.113.7", *RITA)
+    assert asked["demand"] == {"number": True, "approvals": 0, "wait": 0.001}
+    (told,) = mail.wait_for(before + 1)[before:]
+    assert told.recipients == ("jsmith@firm.example",)
+    assert "it, and so may everybody who manages" in " ".join(told.part("plain").split())
+    assert "`ipguard resend`" in shell.error(5, "confirm", asked["id"], *RITA, stdin="1\n")["hint"]
+    sent = shell.good("resend", asked["id"], *RITA)
+    assert "It needs its number\n" in sent
+    assert "A number was mailed to the address recorded at the request" in sent
+    number = _number(mail, before + 1)
+    assert shell.json("confirm", asked["id"], *RITA, stdin=number)["notices_failed"] == 0
+    assert shell.held("jsmith") == ["203.0.113.7"]
+
+
+def test_sixty_users_get_the_same_two_addresses_with_one_number(shell: Shell, mail: MailServer):
+    """One mail to the requester for the request, and one for the change."""
+    names = [f"trader{number:02}" for number in range(60)]
+    shell.register(**dict.fromkeys(names, "U1"))
+    before = len(mail.mails)
+    also = [text for name in names[1:] for text in ("--also", name)]
+    both = ("203.0.113.7", "203.0.113.8")
+    asked = shell.json("request", names[0], *both, *also, *RITA)["requests"]
+    assert [each["username"] for each in asked] == names
+    number = _number(mail, before)
+    facts = mail.mails[before].part("plain")
+    assert f"Users:{' ' * 14}{', '.join(names)}" in facts.replace("\n", " ")
+    done = shell.json("confirm", asked[0]["id"], *RITA, stdin=number)
+    assert len(done["added"]) == 120
+    assert {tuple(shell.held(name)) for name in names} == {both}
+    told = [each.recipients[0] for each in mail.wait_for(before + 62)[before:]]
+    wanted = ["rita@firm.example"] * 2 + [f"{name}@firm.example" for name in names]
+    assert sorted(told) == sorted(wanted)
