@@ -393,6 +393,10 @@ def test_an_approval_that_completes_nothing(desk: Desk) -> None:
     number = desk.number(request)
     desk.outbox.clear()
     desk.flow.approve(ADAM, request.id)
+    approval = desk.outbox.messages[0].change
+    assert approval is not None
+    afterwards = "Today from anywhere; then only from 203.0.113.7."
+    assert approval.detail["afterwards"] == afterwards
     assert _told(desk) == [(ADAM_MAIL, "approve"), (ALICE_MAIL, "approve")]
     desk.flow.confirm(ALICE, request.id, number)
     assert _told(desk) == [(ALICE_MAIL, "confirm"), (USER_MAIL, "confirm")]
@@ -429,6 +433,7 @@ def test_a_request_of_several_users_tells_each_once(desk: Desk) -> None:
         " mary, zed, alice: Today from anywhere; then only from 203.0.113.7."
     )
     assert mail.request.impact.summary == afterwards
+    assert mail.request.impact.direction is ipguard.Direction.LOOSENS, "the worst"
     assert mail.request.also_for == ("mary", "zed", "alice")
     assert first.impact is not None
     assert first.impact.summary == "Then also from 203.0.113.7."
@@ -437,6 +442,7 @@ def test_a_request_of_several_users_tells_each_once(desk: Desk) -> None:
     desk.flow.confirm(BOSS, first.id, number)
     (notice,) = [each for each in desk.outbox.messages if each.to == (BOSS.email,)]
     assert notice.change is not None
+    assert notice.change.detail["direction"] == "loosens"
     assert set(notice.change.detail["users"].split(", ")) == set(names)
     assert notice.change.detail["afterwards"].startswith("jsmith: Then also from 203.0.113.7. ")
     users = (ALICE_MAIL, BOSS.email, USER_MAIL, "zed@other.example")

@@ -54,6 +54,7 @@ from ipguard.workflow._transaction import (
     Consent,
     Plan,
     check_new,
+    effect,
     increasing_ids,
     joined,
     new_id,
@@ -1052,8 +1053,7 @@ class Workflow(Closing):
                 request=request.id,
                 replaces=joined(request.removes) if request.adds else None,
                 ends=joined(request.removed) if request.adds else None,
-                direction=plan.impact.direction.name.lower(),
-                afterwards=plan.impact.summary,
+                **effect(plan.impact),
                 reason=reason,
                 ready_at=request.ready_at if demand.wait else None,
                 approvals=demand.approvals or None,
@@ -1139,7 +1139,8 @@ class Workflow(Closing):
         if request.impact is not None and request.also_for:
             texts = [each.impact.summary for each in several if each.impact is not None]
             effects = _grouped([each.spelling for each in several], texts)
-            impact = attrs.evolve(request.impact, summary=effects)
+            worst = max(each.impact.direction for each in several if each.impact is not None)
+            impact = attrs.evolve(request.impact, direction=worst, summary=effects)
             request = attrs.evolve(request, impact=impact)
         try:
             if issued.number:
@@ -1199,6 +1200,8 @@ class Workflow(Closing):
             ]
             texts = [change.detail.get("afterwards", "") for change in changes]
             shown = {"users": joined(names), "afterwards": _grouped(names, texts)}
+            directions = [change.detail.get("direction", "neutral") for change in changes]
+            shown["direction"] = max(directions, key=lambda name: Direction[name.upper()])
             first, about = attrs.evolve(first, detail={**first.detail, **shown}), None
         unmailed = None if about is None else attrs.evolve(about, email=None)
         self._notify(first, tx.actor, unmailed if approved else about)

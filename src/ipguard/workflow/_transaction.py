@@ -96,6 +96,13 @@ class Consent(NamedTuple):
     opening: bool
 
 
+def effect(impact: Impact | None) -> dict[str, Any]:
+    """Return for an audit entry what a change does, without the lists of addresses."""
+    if impact is None:  # of a request that an older library made
+        return {}
+    return {"direction": impact.direction.name.lower(), "afterwards": impact.summary}
+
+
 def joined(items: Iterable[object]) -> str:
     """Return items as one text for an audit entry."""
     return ", ".join(map(str, items))
@@ -346,10 +353,9 @@ class ActorTransaction(ActorView):
             ends=joined(each.addresses for each in ends) if plan.adds else None,
             unrestricted=opens,
             restricted_to_nothing=rules.all_expired(plan.left, self.now),
-            direction=impact.direction.name.lower(),
             gained=joined(impact.gained),
             lost=joined(impact.lost),
-            afterwards=impact.summary,
+            **effect(impact),
             **detail,
         )
         return Applied(
@@ -416,7 +422,10 @@ class ActorTransaction(ActorView):
                 # An earlier one may not count any more, because the user has moved.
                 others = (each for each in given if each.username != approval.username)
                 approvals = (*others, approval)
-                self.append_about(stored.request, Action.APPROVE, user, kind=stored.request.kind)
+                request, kind = stored.request, stored.request.kind
+                self.append_about(
+                    request, Action.APPROVE, user, kind=kind, **effect(request.impact)
+                )
                 stored = self.advance(stored, rules.Step.APPROVE, approvals=approvals)  # noqa: PLW2901
             found.append((stored, user))
         return found
