@@ -355,6 +355,57 @@ def test_a_request_that_only_waits(office: Office):
     assert office.held() == [HOME]
 
 
+# -- what waits for the actor
+
+
+def test_waiting_for_you(office: Office):
+    """The list begins with the actor's numbers and the requests that it may approve."""
+    alice = office.browser(ALICE)
+    assert "Waiting for you" not in alice.text
+    crowd(office, 5)
+    names = [f"trader{n:03}" for n in range(5)]
+    office.flow.request_many(ALICE, names, OFFICE)
+    slow = office.workflow(add=Demand(number=True, approvals=1, wait=timedelta(hours=2)))
+    mine = slow.request(ALICE, "mary", HOME)
+    theirs = slow.request(ADAM, "jsmith", HOME)
+
+    def waiting() -> list[str]:
+        return alice.open("/").texts(".waiting li .entry")
+
+    many = f"add {OFFICE} for trader000, trader001, trader002 and 2 more"
+    assert sorted(waiting()) == [
+        f"add {HOME} for jsmith requested by adam; your approval is missing",
+        f"add {HOME} for mary it waits until 1 Jan 2030, 14:00 UTC",
+        f"{many} enter the number, which is valid until 1 Jan 2030, 12:10 UTC",
+    ]
+    office.wait(hours=2)
+    assert f"{many} the number has expired: send a new one" in waiting()
+    assert f"add {HOME} for mary the wait is over: have the number sent" in waiting()
+    office.flow.resend(ALICE, mine.id)
+    office.flow.confirm(ALICE, mine.id, office.number(mine))
+    assert f"add {HOME} for mary it waits for the approval of another administrator" in waiting()
+    alice.follow(f"Approve add {HOME} for jsmith")
+    alice.press("Approve")
+    assert not [each for each in waiting() if "jsmith" in each]
+    alice.follow("Confirm add 203.0.113.7")
+    assert "One number confirms them all." in alice.text
+    assert "the requests for trader" in alice.text
+    adam = office.browser(ADAM)
+    assert any(f"add {HOME} for mary requested by alice" in e for e in adam.page.texts(".entry"))
+    adam.press("Search", search="jsmith")
+    assert "Waiting for you" not in adam.text
+    office.flow.cancel(ADAM, theirs.id)
+
+
+def test_a_request_that_only_has_to_be_confirmed(office: Office):
+    office.use(delete=Demand(wait=timedelta(hours=2)))
+    held = office.add(OFFICE)
+    office.add(HOME)
+    office.flow.delete(ALICE, held.id)
+    office.wait(hours=2)
+    assert f"delete {OFFICE} for jsmith confirm it" in office.browser(ALICE).text
+
+
 # -- words
 
 

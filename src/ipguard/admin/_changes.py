@@ -43,6 +43,7 @@ _ACTOR_LOCKED: Final = (
     "You have given too many wrong numbers, over all your requests. No number is accepted from you "
     "until an operator allows you new attempts. This one was not judged."
 )
+_SAME_BATCH: Final = 1_000  # requests among which those of one number are looked for
 _SUMMARY_LENGTH: Final = 200
 _CATCH_UP_SECONDS: Final = 2.0
 
@@ -256,6 +257,11 @@ def _prepare_confirm(context: Context, _: UserOverview, request: PendingRequest)
         raise
     except errors.IPGuardError as error:
         (obstacle,) = _messages.explain(error, context.now).values()
+    batch: tuple[str, ...] = ()
+    if request.batch is not None:
+        waiting = context.flow.waiting(context.actor, limit=_SAME_BATCH)
+        others = (each for each in waiting if each.batch == request.batch)
+        batch = tuple(sorted(each.spelling for each in others if each.id != request.id))
     ready_at = rules.shifted(request.requested_at, demand.wait)
     return {
         "pending": request,
@@ -263,6 +269,7 @@ def _prepare_confirm(context: Context, _: UserOverview, request: PendingRequest)
         "demand": demand,
         "impact": impact,
         "obstacle": obstacle,
+        "batch": batch,
         "opens": impact is not None and impact.direction is Direction.OPENS,
         "private": _messages.hint_private(request.adds, context.actor),
         "waits": context.now < ready_at,

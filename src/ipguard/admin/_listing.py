@@ -35,8 +35,11 @@ def show_list(context: Context) -> Response:
     found: Page[UserOverview] = Page(items=())
     if not context.draft.problems:
         found = context.flow.overview(context.actor, search=text, after=cursor, limit=_PAGE_SIZE)
+    first = not (signed or cursor or context.draft.problems)
+    waiting = context.flow.waiting(context.actor, limit=_PAGE_SIZE) if first else ()
     return context.page(
         "list.html",
+        waiting=_messages.group_waiting(waiting, context.actor, context.now),
         lines=found.items,
         following=found.next,
         after=cursor,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, NamedTuple
 
 from ipguard import audit, errors
 from ipguard.addresses import AddressRange, is_private, parse_address
@@ -19,6 +19,7 @@ from ipguard.model import (
     Decision,
     Demand,
     Explanation,
+    PendingRequest,
     Reason,
     RequestKind,
 )
@@ -99,6 +100,41 @@ def describe_demand(demand: Demand) -> str:
         others = _plural(demand.approvals, "other administrator")
         found.append(f"{others} must approve it.")
     return " ".join(found)
+
+
+class Waiting(NamedTuple):
+    """Requests that share a number, or one: the first, whom they are for, and what comes next."""
+
+    first: PendingRequest
+    names: list[str]
+    next: str
+
+
+def group_waiting(requests: Iterable[PendingRequest], actor: Actor, now: datetime) -> list[Waiting]:
+    """Group requests by their numbers."""
+    found: dict[str, Waiting] = {}
+    for each in requests:
+        text = f"requested by {each.requested_by}; your approval is missing"
+        if each.requested_by == actor.username:
+            text = _describe_next(each, now)
+        found.setdefault(each.batch or each.id, Waiting(each, [], text)).names.append(each.spelling)
+    return [each._replace(names=sorted(each.names)) for each in found.values()]
+
+
+def _describe_next(request: PendingRequest, now: datetime) -> str:
+    """Return what the requester waits for, or has to do."""
+    demand = request.demand
+    if now < request.ready_at:
+        return f"it waits until {format_time(request.ready_at)}"
+    if demand.number and not request.numbered:
+        if not request.attempts_left:
+            return "the wait is over: have the number sent"
+        if request.number_expires_at <= now:
+            return "the number has expired: send a new one"
+        return f"enter the number, which is valid until {format_time(request.number_expires_at)}"
+    if demand.approvals > len(request.approvals):
+        return "it waits for the approval of another administrator"
+    return "confirm it"
 
 
 def describe_done(
