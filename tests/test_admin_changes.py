@@ -1,4 +1,4 @@
-"""The page: several addresses and traders, changes of a restriction, and what a request needs."""
+"""The page: several addresses and traders, changes of a restriction, approvals and waits."""
 
 import hashlib
 from datetime import timedelta
@@ -40,7 +40,7 @@ def numbers(office: Office) -> int:
 
 
 def test_sixty_traders_get_two_addresses_by_one_number(each_office: Office):
-    """One form, one review of what holds for whom, one number: all are restricted."""
+    """One form, one review with the effect on each trader, one number: all are restricted."""
     office = each_office
     names = crowd(office, 60)
     office.add("192.0.2.9", names[7])
@@ -75,7 +75,7 @@ def test_a_username_with_a_comma(office: Office):
 
 
 def test_a_list_that_is_too_long_for_a_draft_is_not_reviewed(office: Office):
-    """What was cut is shown as a problem: no review or warning is of less than what was typed."""
+    """A list that was cut is shown as a problem, and neither reviewed nor requested."""
     names = [hashlib.sha256(bytes([n])).hexdigest() for n in range(100)]
     office.store.put_users(User(username=n, full_name=n, account_id="U1") for n in names)
     alice = office.browser(ALICE, "/add")
@@ -210,7 +210,7 @@ def test_a_change_that_would_lock_the_actor_out(office: Office):
 
 
 def test_a_restriction_that_differs_can_be_changed(office: Office):
-    """The error of a form for what exists with another label leads to "Change"."""
+    """If the restriction exists with another label, the error leads to "Change"."""
     office.add(OFFICE, label="office")
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses=OFFICE, label="other")
@@ -275,8 +275,8 @@ def test_one_person_in_two_roles(office: Office, email: str):
     assert problem in browser.page.part("problems")
 
 
-def test_an_approval_of_what_has_changed(office: Office):
-    """An approver sees first what others changed, and what would do more is refused."""
+def test_an_approval_after_another_change(office: Office):
+    """An approver sees the changes of others first; a request that would do more is refused."""
     office.use(add=Demand(approvals=1))
     request = office.ask()
     adam = office.browser(ADAM, f"/confirm?user=jsmith&request={request.id}")
@@ -445,6 +445,21 @@ def test_use_my_current_address(office: Office):
     for _ in range(2):
         alice.press("Use my current address", addresses=alice.page.value("addresses") or HOME)
         assert alice.page.value("addresses") == f"{HOME}\n{OFFICE}"
+
+
+def test_the_suggestion_is_a_button(office: Office):
+    """The likely correction replaces the refused address, and no other."""
+    alice = office.browser(ALICE, "/add")
+    alice.press("Submit", addresses=f"{HOME}, 10.1.1.1/30")
+    assert "Did you mean 10.1.1.0/30?" in alice.page.part("addresses-problem")
+    alice.press("Use 10.1.1.0/30", label="kept")
+    assert alice.page.value("addresses") == f"{HOME}\n10.1.1.0/30"
+    assert alice.page.value("label") == "kept"
+    alice.press("Submit", addresses="nonsense")
+    assert not [each for each in alice.page.texts("button") if each.startswith("Use n")]
+    form = alice.page.form("Submit")
+    alice.post("/add", {**form.fields, "do": "fix"})
+    assert alice.page.value("addresses") == "nonsense"
 
 
 def test_what_was_done_in_words():

@@ -93,7 +93,7 @@ def test_change_a_restriction(walk, world):
 
 
 def test_a_request_that_would_do_more(walk, world):
-    """What has changed meanwhile is shown; a request that would now do more is not confirmed."""
+    """The changes of others are shown; a request that would now do more is not confirmed."""
     world.ask(OFFICE)
     number = world.next_number()
     walk.open()

@@ -1,6 +1,6 @@
 """Request restrictions: add some for one trader or several, or change one.
 
-Both are a form, a review of what it means and does, and the request.
+Both are a form, a review of its meaning and effect, and the request.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Wanted:
 
     @property
     def action(self) -> str:
-        """What is asked for, in words."""
+        """The change in words."""
         if len(self.users) == 1:
             name = self.users[0].full_name or self.users[0].spelling
         else:
@@ -81,7 +81,7 @@ class _Wanted:
 
 @attrs.frozen
 class _Review:
-    """What a form would do: the impact on each user, and what the settings demand."""
+    """The effect of a form: the impact on each user, and the demand of the settings."""
 
     wanted: _Wanted
     impacts: tuple[tuple[User, Impact], ...]
@@ -97,7 +97,7 @@ class _Review:
 
     @property
     def digest(self) -> str:
-        """What the form carries that shows this review."""
+        """The version of this review, which its form carries."""
         wanted = self.wanted
         shown = [(user.username, impact.summary) for user, impact in self.impacts]
         rest = (wanted.canonical, wanted.label, wanted.expires_at, wanted.replaces, self.demand)
@@ -202,6 +202,7 @@ def _show_form(
         choices=choices,
         held=held,
         user=None if held is None else context.find_user(held.username).user,
+        suggested=_suggest(context, values["addresses"]) if "addresses" in problems else None,
         current_address=_propose_current_address(context),
         label_limit=LABEL_LIMIT,
         most=_AT_MOST,
@@ -232,7 +233,12 @@ def _submit(context: Context, held: Restriction | None) -> Response:
     if do == "mine":
         typed = [*_split(values["addresses"]), _propose_current_address(context)]
         values["addresses"] = "\n".join(dict.fromkeys(filter(None, typed)))
-    if do in ("mine", "edit"):
+    if do == "fix" and (suggested := _suggest(context, values["addresses"])):
+        typed = [
+            suggested[1] if each == suggested[0] else each for each in _split(values["addresses"])
+        ]
+        values["addresses"] = "\n".join(typed)
+    if do in ("mine", "fix", "edit"):
         return context.redirect_to_draft(page, Draft(values=values), **query)
     wanted, problems = _parse(context, values, held)
     review, more = (None, {}) if wanted is None else _judge(context, wanted)
@@ -328,7 +334,7 @@ def describe_typed(context: Context) -> Response:
 
 
 def _judge(context: Context, wanted: _Wanted) -> tuple[_Review | None, dict[str, str]]:
-    """Return what a form would do, or the problems by field."""
+    """Return the effect of a form, or the problems by field."""
     flow, impacts, demand = context.flow, [], Demand()
     kind = RequestKind.ADD if wanted.replaced is None else RequestKind.REPLACE
     for user in wanted.users:
@@ -347,7 +353,7 @@ def _judge(context: Context, wanted: _Wanted) -> tuple[_Review | None, dict[str,
 def _parse(
     context: Context, values: Mapping[str, str], held: Restriction | None
 ) -> tuple[_Wanted | None, dict[str, str]]:
-    """Return what a form asks for, or the problems by field."""
+    """Return a form as it was understood, or the problems by field."""
     problems: dict[str, str] = {}
     if held is None:
         users = _parse_users(context, values, problems)
@@ -382,8 +388,7 @@ def _parse_addresses(
     if len(parts) > _AT_MOST:
         problems["addresses"] = f"One form takes up to {_AT_MOST} addresses."
         return ()
-    settings = context.flow.settings
-    widest = {"widest_ipv4": settings.widest_ipv4, "widest_ipv6": settings.widest_ipv6}
+    widest = _widest(context)
     found: dict[AddressRange, None] = {}
     try:
         for part in parts:
@@ -394,6 +399,21 @@ def _parse_addresses(
         problems |= _messages.explain(error, context.now)
         return ()
     return tuple(found)
+
+
+def _widest(context: Context) -> dict[str, int]:
+    settings = context.flow.settings
+    return {"widest_ipv4": settings.widest_ipv4, "widest_ipv6": settings.widest_ipv6}
+
+
+def _suggest(context: Context, text: str) -> tuple[str, str] | None:
+    """Return the first part of a text that is refused, and its likely correction, or None."""
+    for part in _split(text):
+        try:
+            rules.read_addresses(part, **_widest(context))
+        except errors.AddressError as error:
+            return None if error.hint is None else (part, error.hint)
+    return None
 
 
 def _format_expiry(held: Restriction) -> str:

@@ -207,7 +207,7 @@ class Context:
                 return self.redirect(page, **query, again=signed)
             values[longest] = values[longest][: len(values[longest]) // 2]
             problems.setdefault(longest, _CUT)
-            values.pop("asked", None)  # show the form, and no review or warning of what was cut
+            values.pop("asked", None)  # show the form: a review would be incomplete
             value["step"] = "" if value["step"] == "review" else value["step"]
 
     def refuse_field(self, page: str, name: str, text: str, problem: str, **query: str) -> Response:

@@ -97,7 +97,7 @@ def check(context: Context) -> Response:
 
 @attrs.frozen
 class _Filter:
-    """What the history shows: entries of a user, an action, and days in UTC, both included."""
+    """A filter of the history: a user, an action, and days in UTC, both included."""
 
     user: str
     action: str
@@ -139,7 +139,7 @@ def show_history(context: Context) -> Response:
 
 
 def export_history(context: Context) -> Response:
-    """Return what `show_history` shows as CSV, up to 10,000 entries."""
+    """Return the same entries as `show_history` as CSV, up to 10,000."""
     query = context.request.parse_query()
     found = _read_history(context, _Filter.of(query), query.get("before", ""), _CSV_SIZE)
     name = 'attachment; filename="ip-restrictions-history.csv"'

@@ -90,7 +90,7 @@ def hint_private(several: Iterable[AddressRange], actor: Actor) -> str:
 
 
 def describe_demand(demand: Demand) -> str:
-    """Return what a request needs before it holds, as sentences."""
+    """Return a demand as sentences for the requester."""
     found = []
     if demand.wait:
         found.append(f"The change waits for {format_duration(demand.wait)} before it can hold.")
@@ -103,7 +103,7 @@ def describe_demand(demand: Demand) -> str:
 
 
 class Waiting(NamedTuple):
-    """Requests that share a number, or one: the first, whom they are for, and what comes next."""
+    """Requests that share a number, or one: the first, the usernames, and the next step."""
 
     first: PendingRequest
     names: list[str]
@@ -122,7 +122,7 @@ def group_waiting(requests: Iterable[PendingRequest], actor: Actor, now: datetim
 
 
 def _describe_next(request: PendingRequest, now: datetime) -> str:
-    """Return what the requester waits for, or has to do."""
+    """Return the next step of the requester."""
     demand = request.demand
     if now < request.ready_at:
         return f"it waits until {format_time(request.ready_at)}"
@@ -140,7 +140,7 @@ def _describe_next(request: PendingRequest, now: datetime) -> str:
 def describe_done(
     kind: RequestKind, adds: Collection[AddressRange], removed: Collection[AddressRange]
 ) -> str:
-    """Return what a change has done, as a sentence."""
+    """Return a finished change as a sentence."""
     new, old = _name_ranges(adds), _name_ranges(removed)
     if kind is RequestKind.DELETE:
         return f"{old} {'was' if len(removed) == 1 else 'were'} deleted."
@@ -329,5 +329,5 @@ def format_csv(entries: Iterable[Change]) -> str:
 
 
 def _defused(cell: str) -> str:
-    """Prefix what a spreadsheet could run as a formula, as OWASP advises."""
+    """Prefix a cell that a spreadsheet could run as a formula, as OWASP advises."""
     return f"'{cell}" if _FORMULA.match(cell) else cell
