@@ -363,7 +363,7 @@ def test_one_request_adds_several_and_replaces(shell: Shell, mail: MailServer):
 
 
 def test_a_request_that_only_ends_restrictions(shell: Shell):
-    """Where nothing is demanded it holds at once; the last one needs consent."""
+    """If nothing is demanded, it holds at once; the last one needs consent."""
     first, second = shell.impose("jsmith", "203.0.113.7"), shell.impose("jsmith", "203.0.113.8")
     ends = ("request", "jsmith", "--replaces", first)
     assert shell.json(*ends, *RITA)["state"] == "confirmed"
@@ -408,6 +408,7 @@ def test_several_users_share_a_number(shell: Shell, mail: MailServer):
     ]  # fmt: skip
     shown = shell.good("confirm", lines[0].split()[1], *RITA, stdin=_number(mail, before))
     assert shown.count("done, revision") == 2
+    assert shown.endswith("Then also from 203.0.113.9.\n")
 
 
 def test_impose_only(shell: Shell):
@@ -488,7 +489,7 @@ def test_an_approval_before_the_number(shell: Shell):
 
 
 def test_a_request_that_waits(shell: Shell):
-    """No number is asked for during the wait, nor where none is demanded."""
+    """`confirm` does not ask for a number during the wait, or if none is demanded."""
     _settings(shell, "[add]\nwait = 3600\n[loosens]\nnumber = true\n")
     asked = shell.good("request", "jsmith", "203.0.113.7", *RITA)
     assert re.search(r"It waits until .* UTC; then ipguard confirm (\w+)", asked)

@@ -376,7 +376,7 @@ ALICE_MAIL, ADAM_MAIL, USER_MAIL = ALICE.email, ADAM.email, "jsmith@firm.example
 
 
 def test_a_request_that_needs_approval_tells_each_person_once(desk: Desk) -> None:
-    """The user is told at once; a number that was accepted is told to nobody."""
+    """The user is told at once; an accepted number sends no mail."""
     desk.use(add=APPROVED)
     request = desk.ask()
     number = desk.number(request)
@@ -403,7 +403,7 @@ def test_an_approval_that_completes_nothing(desk: Desk) -> None:
 
 
 def test_a_request_that_waits_tells_the_user(desk: Desk) -> None:
-    """A requester who is the user concerned knows; nobody is mailed twice."""
+    """A requester who is the user concerned knows; each is mailed once."""
     desk.use(add=ipguard.Demand(wait=timedelta(hours=1)))
     request = desk.ask()
     (mail,) = desk.outbox.messages
@@ -439,7 +439,11 @@ def test_a_request_of_several_users_tells_each_once(desk: Desk) -> None:
     assert first.impact.summary == "Then also from 203.0.113.7."
     number = desk.number(first)
     desk.outbox.clear()
-    desk.flow.confirm(BOSS, first.id, number)
+    applied = desk.flow.confirm(BOSS, first.id, number)
+    assert isinstance(applied, ipguard.Applied)
+    assert applied.impact is not None
+    assert applied.impact.direction is ipguard.Direction.LOOSENS
+    assert applied.impact.summary.startswith("jsmith: Then also from 203.0.113.7. ")
     (notice,) = [each for each in desk.outbox.messages if each.to == (BOSS.email,)]
     assert notice.change is not None
     assert notice.change.detail["direction"] == "loosens"

@@ -762,8 +762,9 @@ class Applied:
         unrestricted: True if the user has no restriction left and may log in from any address.
         added: The restrictions added; of all users, if the change was of several.
         removed: The restrictions that ended.
-        impact: What the change did; None for a bulk change. Equality ignores this, `added`,
-            `removed` and `counts`.
+        impact: What the change did; None for a bulk change. If it was of several users, the
+            addresses are of the first one, the direction and the summary of all. Equality ignores
+            this, `added`, `removed` and `counts`.
         counts: How many restrictions a bulk change added, kept and ended; None for others.
     """
 

@@ -412,8 +412,7 @@ def _show(
     for each in done.added or done.removed:
         text = f"done, revision {done.revision}: {each.username} {each.addresses} [{each.id}]"
         context.out.line(text, "green")
-    if len({each.username for each in done.added}) < 2:
-        _show_impact(context, done.impact, warn=done.unrestricted)
+    _show_impact(context, done.impact, warn=done.unrestricted)
 
 
 def _show_requests(

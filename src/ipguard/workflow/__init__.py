@@ -421,7 +421,7 @@ class Workflow(Closing):
             unrestricted=any(each.unrestricted for each in done),
             added=tuple(chain.from_iterable(each.added for each in done)),
             removed=tuple(chain.from_iterable(each.removed for each in done)),
-            impact=done[0].impact,
+            impact=_together([user for _, user in members], [plan.impact for plan in plans]),
         )
 
     def approve(
@@ -1136,12 +1136,9 @@ class Workflow(Closing):
         """
         stored = issued.stored[0]
         request, several = stored.request, [each.request for each in issued.stored]
-        if request.impact is not None and request.also_for:
-            texts = [each.impact.summary for each in several if each.impact is not None]
-            effects = _grouped([each.spelling for each in several], texts)
-            worst = max(each.impact.direction for each in several if each.impact is not None)
-            impact = attrs.evolve(request.impact, direction=worst, summary=effects)
-            request = attrs.evolve(request, impact=impact)
+        impacts = [each.impact for each in several if each.impact is not None]
+        if len(impacts) == len(several):
+            request = attrs.evolve(request, impact=_together(several, impacts))
         try:
             if issued.number:
                 self._notifier.number_issued(
@@ -1218,6 +1215,14 @@ class Workflow(Closing):
             # The change holds with or without its notice.
             self.notices_failed += 1
             _log.exception("could not send the notice of revision %d", change.revision)
+
+
+def _together(users: Sequence[User | PendingRequest], impacts: Sequence[Impact]) -> Impact:
+    """Return the impact on the first of several users, with direction and summary of all."""
+    worst = max(each.direction for each in impacts)
+    texts = [each.summary for each in impacts]
+    summary = _grouped([user.spelling for user in users], texts)
+    return attrs.evolve(impacts[0], direction=worst, summary=summary)
 
 
 def _grouped(names: Iterable[str], texts: Sequence[str]) -> str:
