@@ -3,12 +3,25 @@
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
+import attrs
 import pytest
 
-from ipguard.model import Action, Actor, User, UserFilter
+from ipguard.addresses import AddressRange
+from ipguard.model import (
+    Action,
+    Actor,
+    Demand,
+    PendingRequest,
+    RequestKind,
+    RequestState,
+    StoredRequest,
+    User,
+    UserFilter,
+)
 from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores._sql import Params, Row
@@ -72,7 +85,7 @@ class CountedPostgres:
         return open_store(self.server.url(schema=self.schema, timeout=30), clock=FakeClock(START))
 
     def analyze(self) -> None:
-        for table in ("users", "restrictions", "search_terms", "changes"):
+        for table in ("users", "restrictions", "search_terms", "changes", "requests"):
             self.server.execute(f"ANALYZE {self.schema}.{table}")
 
 
@@ -103,6 +116,23 @@ def grow(store: RestrictionStore, numbers: range) -> None:
             turn.add_restriction(restriction)
         for n in numbers:
             turn.append(Action.IMPOSE, actor=None, username=f"user{n:05d}", account_id=account(n))
+
+
+def begin(store: RestrictionStore) -> None:
+    """Add requests and temporary restrictions, few enough that filters begin with them."""
+    later, addresses = START + timedelta(days=1), (AddressRange.parse("10.0.0.1"),)
+    with store.transaction() as turn:
+        for n in range(0, 50 * STEP, STEP):
+            request = PendingRequest(
+                id=f"q{n}", username=f"user{n:05d}", kind=RequestKind.ADD, adds=addresses,
+                label="", requested_by="boss" if n % 2 else "other", requested_at=START,
+                expires_at=later, number_expires_at=later, attempts_left=1,
+                state=RequestState.PENDING, demand=Demand(approvals=1),
+            )  # fmt: skip
+            turn.save_request(StoredRequest(request=request, email="boss@example.com"))
+        for restriction in restrictions(((f"user{n:05d}", "10.9.9.9") for n in range(50)), "soon"):
+            turn.add_restriction(attrs.evolve(restriction, expires_at=later))
+        turn.append(Action.IMPOSE, actor=None)
 
 
 def pages(store: RestrictionStore) -> Iterator[tuple[str, Any]]:
@@ -153,6 +183,7 @@ def test_pages_read_no_more_as_other_users_come(
         return found
 
     with counted.open() as store:
+        begin(store)
         grow(store, range(0, GROWN, STEP))
         before = work(store)
         for first in range(1, STEP):

@@ -287,9 +287,10 @@ class Query(NamedTuple):
 
 
 _OPEN_REQUESTS: Final = f"""
-SELECT {columns(REQUEST, "q")}, {columns(USER, "u")} FROM requests q CROSS JOIN users u
+SELECT {columns(REQUEST, "q")}, {columns(USER, "u")} FROM requests q
+LEFT JOIN users u ON u.username = q.username %s
 WHERE {IS_PENDING} AND q.expires_at > ? AND (q.requested_by = ? OR q.approvals_needed > 0)
-    AND u.username = q.username %s
+    AND coalesce(u.username, '') <> ''
 ORDER BY CASE WHEN q.requested_by = ? THEN 0 ELSE 1 END, q.requested_at DESC, q.id DESC LIMIT ?
 """
 _FEW: Final = 1_000
@@ -402,9 +403,10 @@ def _usernames(
     if only is not None:
         few = _few_names(db, only, now, after)
         if few is not None and not search.text:
-            text, params = _named(db, accounts, few)
-            sql = f"SELECT u.username {text} ORDER BY u.username || '' LIMIT ?"
-            return [row[0] for row in db.rows(sql, (*params, limit))]
+            mine = _shown(db, accounts)
+            named = _users_where(db, f"u.username = j.value AND {mine.text}")
+            sql = f"SELECT u.username FROM {named} ORDER BY u.username || '' LIMIT ?"
+            return [row[0] for row in db.rows(sql, (db.texts(few), *mine.params, limit))]
         name = "f.username" if search.text else "u.username"
         listed = Query(f" AND {_LISTED[only] % name}", tuple(_times(only, now)))
         if few is not None:
@@ -427,16 +429,24 @@ def _usernames(
     ]
 
 
-def _named(db: Executor, accounts: Accounts, names: Iterable[str]) -> Query:
-    """Return the FROM clause of those of some usernames that the list shows to these accounts."""
-    mine = Query(f"(u.removed = 0 OR {_RESTRICTED % 'u.username'} = 1)", ())
-    if isinstance(accounts, frozenset):
-        owner = "u.account_id || ''"
-        mine = Query(f"u.removed + 0 = 0 AND {db.among(owner)}", (_texts(db, accounts),))
-    return Query(
-        f"FROM {db.each()} CROSS JOIN users u WHERE u.username = j.value AND {mine.text}",
-        (db.texts(names), *mine.params),
-    )
+def _users_where(db: Executor, condition: str) -> str:
+    """Return a FROM clause of users, for each text in its parameter, by a condition.
+
+    A LEFT JOIN, with the whole condition inside: PostgreSQL turns others into inner joins, and may
+    then go through all users first.
+    """
+    return f"{db.each()} LEFT JOIN users u ON {condition} WHERE {_FOUND}"
+
+
+_FOUND: Final = "coalesce(u.username, '') <> ''"
+
+
+def _shown(db: Executor, accounts: Accounts) -> Query:
+    """Return the condition that a user is shown to these accounts, for no index to be used."""
+    if not isinstance(accounts, frozenset):
+        return Query(f"(u.removed = 0 OR {_RESTRICTED % 'u.username'} = 1)", ())
+    owner = "u.account_id || ''"
+    return Query(f"u.removed + 0 = 0 AND {db.among(owner)}", (_texts(db, accounts),))
 
 
 def _everybody(db: Executor, accounts: Accounts, after: str, limit: int) -> Query:
@@ -455,29 +465,22 @@ def _everybody(db: Executor, accounts: Accounts, after: str, limit: int) -> Quer
     )
 
 
-def _users_of(db: Executor) -> str:
-    """Return the FROM clause of the users of some accounts, which are its parameter.
-
-    A LEFT JOIN, because without statistics PostgreSQL would go through all users first; and an
-    expression of `removed`, so that it uses the index of the account.
-    """
-    return (
-        f"{db.each()} LEFT JOIN users u ON u.account_id = j.value AND u.removed + 0 = 0"
-        " WHERE coalesce(u.username, '') <> ''"
-    )
+_OF_ACCOUNT: Final = "u.account_id = j.value AND u.removed + 0 = 0"
 
 
 def _listed(db: Executor, accounts: Accounts, after: str, limit: int, listed: Query) -> Query:
     """Return the query for the users that a filter lists, by a condition on each of them."""
     mine = Query("", ())
     if isinstance(accounts, frozenset):
-        theirs, texts = _users_of(db), _texts(db, accounts)
+        texts = _texts(db, accounts)
         ((size,),) = db.rows(
-            f"SELECT count(*) FROM (SELECT 1 FROM {theirs} LIMIT ?) v", (texts, _SORTED)
+            f"SELECT count(*) FROM (SELECT 1 FROM {_users_where(db, _OF_ACCOUNT)} LIMIT ?) v",
+            (texts, _SORTED),
         )
         if size < _SORTED:
+            condition = f"{_OF_ACCOUNT} AND u.username > ?{listed.text}"
             return Query(
-                f"SELECT u.username FROM {theirs} AND u.username > ?{listed.text}"
+                f"SELECT u.username FROM {_users_where(db, condition)}"
                 " ORDER BY u.username || '' LIMIT ?",
                 (texts, after, *listed.params, limit),
             )
@@ -494,7 +497,9 @@ def _listed(db: Executor, accounts: Accounts, after: str, limit: int, listed: Qu
 def _counts(db: Executor, accounts: Accounts, now: datetime) -> UserCounts:
     walk = f"SELECT u.username, u.removed, {_RESTRICTED % 'u.username'} AS held FROM"
     if isinstance(accounts, frozenset):
-        first = Query(f"{walk} {_users_of(db)} LIMIT ?", (_texts(db, accounts), _COUNTED))
+        first = Query(
+            f"{walk} {_users_where(db, _OF_ACCOUNT)} LIMIT ?", (_texts(db, accounts), _COUNTED)
+        )
     else:
         first = Query(f"{walk} users u ORDER BY u.username LIMIT ?", (_COUNTED,))
     shown = "(v.removed = 0 OR v.held = 1)"
@@ -509,8 +514,10 @@ def _counts(db: Executor, accounts: Accounts, now: datetime) -> UserCounts:
     for only in filters[0 if more else 1 :]:
         few = _few_names(db, only, now)
         if few is not None:
-            text, params = _named(db, accounts, few)
-            ((found[only],),) = db.rows(f"SELECT count(*) {text}", params)
+            mine = _shown(db, accounts)
+            named = _users_where(db, f"u.username = j.value AND {mine.text}")
+            sql = f"SELECT count(*) FROM {named}"
+            ((found[only],),) = db.rows(sql, (db.texts(few), *mine.params))
         elif only != "restricted":
             ((found[only],),) = db.rows(
                 f"SELECT count(*) FROM ({first.text}) v"
@@ -889,13 +896,12 @@ class SqlStore(Closing, Generic[C]):
         size, accounts = _limited(limit), check_accounts(accounts)
         name = requested_by if encodable(requested_by) else ""
         with self._snapshot() as db:
-            whose: Query = Query("", ())
+            whose = Query("", ())
             if isinstance(accounts, frozenset):
-                owner = "u.account_id || ''"
-                texts = (_texts(db, accounts),)
-                whose = Query(f" AND u.removed + 0 = 0 AND {db.among(owner)}", texts)
+                shown = _shown(db, accounts)
+                whose = Query(f" AND {shown.text}", shown.params)
             rows = db.rows(
-                _OPEN_REQUESTS % whose.text, (micros(self.now()), name, *whose.params, name, size)
+                _OPEN_REQUESTS % whose.text, (*whose.params, micros(self.now()), name, name, size)
             )
         first = len(REQUEST.split(", "))
         return tuple((request_of(row[:first]), user_of(row[first:])) for row in rows)
