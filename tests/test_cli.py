@@ -517,6 +517,18 @@ def test_list(shell: Shell):
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", narrow)
 
 
+def test_list_only_some(shell: Shell):
+    """The workflow's filters; an unknown one is refused with those that exist."""
+    shell.impose("zed", "203.0.113.7")
+    names = [
+        each["user"]["username"] for each in shell.json("list", "--only", "restricted")["users"]
+    ]
+    assert names == ["zed"]
+    assert "zed" not in shell.good("list", "--only", "unrestricted")
+    assert "no pending user found\n" in shell("list", "--only", "pending").err
+    assert "restricted" in shell.bad(3, "list", "--only", "locked")
+
+
 def test_list_in_pages(shell: Shell):
     """`--limit` and `--after` give pages, and `--all` gives all; an address finds its users."""
     first = shell.json("list", "--limit", "2")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from typing import Annotated, BinaryIO, Final
+from typing import Annotated, Any, BinaryIO, Final, get_args
 
 import attrs
 import typer
@@ -17,7 +17,7 @@ from ipguard.cli._context import READER, Context, app, command
 from ipguard.cli._files import UNCHANGED, BadRows, Columns, FileArgument, Format, FormatOption
 from ipguard.cli._output import Cell, Exit, Problem, missing, pages
 from ipguard.errors import IPGuardError, UsernameCollision, UsernameError, shorten
-from ipguard.model import PendingRequest, Restriction, User, UserOverview, UserSync
+from ipguard.model import PendingRequest, Restriction, User, UserFilter, UserOverview, UserSync
 from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
 
@@ -215,6 +215,14 @@ def list_(
         str, Argument(help=f"{SearchHelp}; or an IP address that a restriction contains.")
     ] = "",
     *,
+    only: Annotated[
+        str | None,
+        Option(
+            "--only",
+            metavar="|".join(get_args(UserFilter)),
+            help="List only these users; `expiring`: a restriction expires within seven days.",
+        ),
+    ] = None,
     removed: Annotated[
         bool, Option("--removed", help="List only removed users, whose restrictions hold.")
     ] = False,
@@ -228,7 +236,7 @@ def list_(
     """
     with context.workflow(mails=False) as (_, flow):
         size = None if everything else limit
-        found = _after(flow, search, after, size)
+        found = _after(flow, search, after, size, only)
         some = context.out.listing(
             "users",
             ("username", "full_name", "account_id", "restrictions", "pending", "removed"),
@@ -237,17 +245,17 @@ def list_(
             limit=size,
             option="--after",
         )
-    kind = "removed user with restrictions" if removed else "user"
+    kind = "removed user with restrictions" if removed else f"{only or ''} user".strip()
     _note_none(context, some, kind, search, after)
 
 
 def _after(
-    flow: Workflow, search: str, after: str | None, limit: int | None
+    flow: Workflow, search: str, after: str | None, limit: int | None, only: Any = None
 ) -> Iterator[UserOverview]:
     """Yield the users after a username, in any spelling."""
     with suppress(UsernameError):
         after = None if after is None else canonical_username(after)
-    return pages(partial(flow.overview, READER, search=search), "after", after, limit)
+    return pages(partial(flow.overview, READER, search=search, only=only), "after", after, limit)
 
 
 def _note_none(context: Context, some: object, kind: str, search: str, after: str | None) -> None:
