@@ -170,6 +170,42 @@ def test_search_for_an_address(office: Office):
     assert not any(OFFICE in url for url in alice.log)
 
 
+def test_filters(office: Office):
+    """The list can be limited, also with a search; the counts are of all users."""
+    office.add(OFFICE, "mary")
+    office.add(HOME, "jsmith", expires_at=office.later(days=2))
+    office.ask("192.0.2.9", "alice", allow_lockout=True)
+    alice = office.browser(ALICE)
+    shown = alice.page.texts(".only a")
+    assert shown == [
+        *("All 3", "Restricted 2", "Unrestricted 1", "Pending 1", "Expiring within 7 days 1"),
+    ]
+    for words, names in (
+        ("Restricted", ["jsmith", "mary"]),
+        ("Unrestricted", ["alice"]),
+        ("Pending", ["alice"]),
+        ("Expiring", ["jsmith"]),
+        ("All", ["alice", "jsmith", "mary"]),
+    ):
+        alice.follow(words)
+        assert [row.split()[-1] for row in alice.page.texts("tbody th")] == names
+        assert alice.page.texts(".only [aria-current]")[0].startswith(words)
+    alice.press("Search", search="ma")
+    assert alice.page.texts(".only a")[0] == "All"
+    alice.follow("Unrestricted")
+    assert "No trader matches “ma”." in alice.text
+    alice.open("/?only=nonsense")
+    assert len(alice.page.texts("tbody th")) == 3
+    add_users(office)
+    alice.open("/?only=unrestricted")
+    alice.follow("Next page")
+    alice.follow("Next page")
+    assert alice.address.startswith("/?only=unrestricted&")
+    assert len(alice.page.texts("tbody th")) == 21
+    alice.follow("First page")
+    assert alice.address == "/?only=unrestricted"
+
+
 def test_searches_in_two_tabs(office: Office):
     """The URL holds the search, so paging and reloading do not depend on other tabs."""
     add_users(office)

@@ -55,6 +55,8 @@ def adding(walk: Walk, world: World) -> Iterator[str]:
     world.next_number()
     walk.open()
     yield "the list"
+    walk.open("?only=unrestricted")
+    yield "the list, filtered"
     walk.follow("Add IP Address Restriction")
     yield "add"
     walk.press(SEND)

@@ -137,6 +137,20 @@ def test_a_form_that_was_stopped_by_a_warning(walk, world):
     assert world.held("alice") == [HOME]
 
 
+def test_filter_the_list(walk, world):
+    """The open state is marked by words and shape, and can be listed alone."""
+    world.add(OFFICE)
+    walk.open()
+    walk.sees("Restricted 1", "Unrestricted 2")
+    tag = walk.row("mary").get_by_text("No restrictions")
+    assert tag.evaluate("e => getComputedStyle(e).borderStyle") == "dashed"
+    walk.follow("Unrestricted 2")
+    walk.misses("John Smith")
+    walk.sees("No restrictions", within=walk.row("mary"))
+    walk.follow("All 3")
+    walk.sees("John Smith")
+
+
 def test_filter_and_download_the_history(walk, world):
     """Trader, action and days; the download has what is shown."""
     world.add(OFFICE, label="=1+1")

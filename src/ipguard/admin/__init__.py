@@ -8,7 +8,7 @@ the views call the workflow and the guard, which own the rules.
 
 Tests and scripts of hosts may rely on the following. The paths, below the mount::
 
-    GET  /                            the list; ?after=USERNAME, ?search=SIGNED TEXT
+    GET  /                            the list; ?after=USERNAME, ?only=FILTER, ?search=SIGNED TEXT
     POST /search                      search
     GET  /user?user=                  one user: restrictions and pending requests
     GET  /add[?user=]     POST /add          user users addresses label expires_at

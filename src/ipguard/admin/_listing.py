@@ -15,13 +15,19 @@ from ipguard.admin import _http, _messages
 from ipguard.admin._context import Context, Draft
 from ipguard.admin._http import PageError, Response
 from ipguard.errors import AddressError, InvalidValue, UnknownUser, UsernameError
-from ipguard.model import Action, Change, Page, UserOverview
+from ipguard.model import Action, Change, Page, UserFilter, UserOverview
 from ipguard.usernames import canonical_username
 
 _PAGE_SIZE: Final = 50
 _READ_SIZE: Final = 1_000  # entries of the audit log that one call reads for a filter
 _READS: Final = 10  # calls for one page
 _CSV_SIZE: Final = _READ_SIZE * _READS
+_ONLY: Final[Mapping[UserFilter, str]] = {
+    "restricted": "Restricted",
+    "unrestricted": "Unrestricted",
+    "pending": "Pending",
+    "expiring": "Expiring within 7 days",
+}
 _DAY: Final = timedelta(days=1)
 _SEARCH_LENGTH: Final = 256
 _BLANKS: Final = " \t\r\n"
@@ -31,16 +37,22 @@ def show_list(context: Context) -> Response:
     """Show a page of the users, or of the users that a search found."""
     query = context.request.parse_query()
     signed, cursor = query.get("search", ""), query.get("after")
+    only = next((each for each in _ONLY if each == query.get("only")), None)
     text = context.verify("search", signed, context.actor.username) or ""
     found: Page[UserOverview] = Page(items=())
     if not context.draft.problems:
-        found = context.flow.overview(context.actor, search=text, after=cursor, limit=_PAGE_SIZE)
-    first = not (signed or cursor or context.draft.problems)
+        found = context.flow.overview(
+            context.actor, search=text, after=cursor, limit=_PAGE_SIZE, only=only
+        )
+    first = not (signed or cursor or only or context.draft.problems)
     waiting = context.flow.waiting(context.actor, limit=_PAGE_SIZE) if first else ()
     return context.page(
         "list.html",
         waiting=_messages.group_waiting(waiting, context.actor, context.now),
         lines=found.items,
+        only=only or "",
+        filters=_ONLY,
+        counts=None if text else context.flow.counts(context.actor),
         following=found.next,
         after=cursor,
         search=context.draft.values.get("search", text),
