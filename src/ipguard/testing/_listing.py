@@ -393,6 +393,7 @@ class OpenRequestTests(StoreCase):
         assert self._open(A1) == list("b")
 
     def test_open_requests_are_checked(self) -> None:
+        """Limits below 1 are refused, and a str instead of accounts."""
         for limit in (0, -1):
             with raises(InvalidValue):
                 self.store.open_requests(EVERY, requested_by="boss", limit=limit)
