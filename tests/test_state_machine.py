@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import ipguard
 from ipguard import Actor, Demand, Guard, User, Workflow, WorkflowSettings
+from ipguard.addresses import AddressSet
 from ipguard.testing import FakeClock, Outbox
 from tests.conftest import rounds
 from tests.postgres import Given, Server, fresh_schema
@@ -84,6 +85,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, DemandOf]]] = {
     "nothing": ({}, dict.fromkeys(DEFAULTS, NOTHING)),
 }
 """Settings of the workflow: those that are not a demand, and what they demand."""
+
+STORY = (
+    *("confirm", "approve", "wait") * 3,
+    *("resend", "move", "guess", "settings", "lift"),
+)
+"""What happens to requests that belong together; some of it more often."""
 
 
 Run = tuple[int, int, int]
@@ -227,8 +234,15 @@ class Model:
 
     # Reads.
 
+    def restriction_ids(self) -> list[str]:
+        """Return the ids in an order that does not depend on them: they are random."""
+        return sorted(
+            self.restrictions, key=lambda k: (self.restrictions[k].user, self.restrictions[k].run)
+        )
+
     def restrictions_of(self, user: str) -> dict[str, ModelRestriction]:
-        return {key: r for key, r in self.restrictions.items() if r.user == user}
+        found = ((key, self.restrictions[key]) for key in self.restriction_ids())
+        return {key: r for key, r in found if r.user == user}
 
     def policy(self, user: str) -> Policy:
         return tuple((r.run, r.until) for r in self.restrictions_of(user).values())
@@ -628,7 +642,7 @@ class Machine(RuleBasedStateMachine):
         usual = [name for name in ACTORS if self.model.sees(name, user)]
         actor = data.draw(st.sampled_from([*usual * 4, *sorted(ACTORS)]), label="actor")
         own = list(self.model.restrictions_of(user))
-        ids = st.sampled_from([*own * 20, *self.model.restrictions, "none"])
+        ids = st.sampled_from([*own * 20, *self.model.restriction_ids(), "none"])
         some = bool(own) and data.draw(st.booleans(), label="replace")
         least = int(some or not addresses)
         replaces = data.draw(st.lists(ids, min_size=least, max_size=2 * least), label="replaces")
@@ -694,6 +708,17 @@ class Machine(RuleBasedStateMachine):
         mail_fails=st.sampled_from([False] * 7 + [True]),
     )
     def request_many(
+        self,
+        actor: str,
+        users: list[str],
+        addresses: list[str],
+        lifetime: int | None,
+        allow_lockout: bool,
+        mail_fails: bool,
+    ) -> None:
+        self.request_many_as(actor, users, addresses, lifetime, allow_lockout, mail_fails)
+
+    def request_many_as(
         self,
         actor: str,
         users: list[str],
@@ -1052,6 +1077,8 @@ class Machine(RuleBasedStateMachine):
         assert applied.impact is not None
         assert applied.impact.direction == plans[0].direction
         assert applied.unrestricted is any(not plan.after for plan in plans)
+        if plans[0].after:  # else it opens, which was requested
+            assert not applied.impact.gained - AddressSet(r.addresses for r in applied.added)
 
     @precondition(lambda self: self.model.requests)
     @rule(data=st.data(), allow_lockout=st.booleans())
@@ -1059,38 +1086,65 @@ class Machine(RuleBasedStateMachine):
         actor = str(data.draw(st.sampled_from(sorted(ACTORS)), label="actor"))
         self.approve_as(actor, self.draw_request(data), allow_lockout=allow_lockout)
 
-    @precondition(lambda self: self.model.waiting())
     @rule(
         data=st.data(),
-        steps=st.permutations(["confirm", "approve", "approve", "confirm"]),
-        approvers=st.permutations(["bob", "dan", "kim", "root"]),
-        in_time=st.sampled_from([True, True, False]),
-        chosen=st.none() | st.sampled_from(sorted(SETTINGS)),
+        actor=st.sampled_from(["root", "bob", "kim"]),
+        users=st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True),
+        addresses=st.permutations(sorted(RANGES)),
+        rivals=st.booleans(),
+        steps=st.lists(st.sampled_from(STORY), min_size=4, max_size=10),
     )
-    def pursue(
+    def tell_a_story(
         self,
         data: st.DataObject,
+        actor: str,
+        users: list[str],
+        addresses: list[str],
+        rivals: bool,
         steps: list[str],
-        approvers: list[str],
-        in_time: bool,
-        chosen: str | None,
     ) -> None:
-        """Do for a pending request all that it may need."""
-        key = data.draw(st.sampled_from(self.model.waiting()[-4:]), label="request")
-        request = self.model.requests[key]
-        if in_time:
-            wait = self.model.demand_of([request])[2]
-            self.wait(max(0, request.asked_at + wait - self.model.now))
-        if request.tried_at is None:
-            self.resend_as(request.by, key)
-        for step in steps:
-            if step == "approve":
-                self.approve_as(approvers.pop(), key, allow_lockout=True)
+        """Make requests that belong together, and do all that may become of them."""
+        before = set(self.model.requests)
+        for n in range(1 + rivals):
+            if len(users) == 1:
+                own = list(self.model.restrictions_of(users[0]))[:n]
+                self.request_as(
+                    actor,
+                    users[0],
+                    addresses[n : n + 1],
+                    None,
+                    own,
+                    allow_lockout=True,
+                    mail_fails=False,
+                )
             else:
+                self.request_many_as(actor, users, addresses[n : n + 1], None, True, False)
+        made = [key for key in self.model.requests if key not in before]
+        for step in steps if made else ():
+            key = data.draw(st.sampled_from(made), label=step)
+            request = self.model.requests[key]
+            if step == "confirm":
                 self.confirm_as(request.by, key, "right", allow_lockout=True)
-            if chosen is not None:
-                self.change_settings(chosen)
-                chosen = None
+            elif step == "guess":
+                self.confirm_as(request.by, key, "junk", allow_lockout=True)
+            elif step == "approve":
+                approver = data.draw(st.sampled_from(["bob", "dan", "kim", "ann", "root"]))
+                self.approve_as(approver, key, allow_lockout=True)
+            elif step == "resend":
+                self.wait(INTERVAL)
+                self.resend_as(request.by, key)
+            elif step == "wait":
+                needed = self.model.demand_of([request])
+                self.wait(max(0, request.asked_at + needed[2] - self.model.now))
+                if request.tried_at is None:
+                    self.resend_as(request.by, key)
+            elif step == "move" and request.user in self.model.accounts:
+                self.put(request.user, data.draw(st.sampled_from(["U1", "U2"])))
+            elif step == "settings":
+                self.change_settings(data.draw(st.sampled_from(sorted(SETTINGS))))
+            elif step == "lift":
+                for held in self.model.restrictions_of(request.user):
+                    self.lift_as("root", held)
 
     def approve_as(self, actor: str, key: str, *, allow_lockout: bool) -> None:
         model = self.model
@@ -1165,7 +1219,7 @@ class Machine(RuleBasedStateMachine):
     def delete(self, data: st.DataObject, allow_lockout: bool, mail_fails: bool) -> None:
         model = self.model
         key = data.draw(
-            st.sampled_from([*list(model.restrictions) * 4, "none"]), label="restriction"
+            st.sampled_from([*model.restriction_ids() * 4, "none"]), label="restriction"
         )
         user = model.restrictions[key].user if key in model.restrictions else "ann"
         usual = [name for name in ACTORS if model.sees(name, user)]
@@ -1322,10 +1376,11 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.restrictions)
     @rule(data=st.data(), actor=st.sampled_from(["root"] * 6 + ["bob"]))
     def lift(self, data: st.DataObject, actor: str) -> None:
+        ids = [*self.model.restriction_ids() * 4, "none"]
+        self.lift_as(actor, data.draw(st.sampled_from(ids), label="restriction"))
+
+    def lift_as(self, actor: str, key: str) -> None:
         model = self.model
-        key = data.draw(
-            st.sampled_from([*list(model.restrictions) * 4, "none"]), label="restriction"
-        )
 
         def predict() -> Any:
             if actor != "root" or key not in model.restrictions:
