@@ -26,7 +26,7 @@ from ipguard import (
 )
 from ipguard.model import EVERYBODY
 from ipguard.workflow import _transaction
-from tests.flows import ALICE, BOSS, CAROL, HOME, OFFICE, Desk
+from tests.flows import ALICE, BOSS, CAROL, HOME, JSMITH, OFFICE, Desk
 
 EVERY_KNOWN_ACCOUNT = Actor(
     username="almost", email="almost@bank.example", manages=frozenset({"U1", "U2"})
@@ -199,11 +199,16 @@ def test_a_list_replaces_or_completes_what_is_there(desk: Desk, replace: bool):
     (entry,) = desk.flow.history(BOSS, limit=1)
     ended = {"ended": "1", "replace": "true"} if replace else {}
     assert entry.detail == {"restrictions": "2", "kept": "1", "reason": "the list"} | ended
+    assert [mail.to for mail in desk.outbox.messages[-2:]] == [(BOSS.email,), (JSMITH.email,)]
+    # A user whose rows exist already is not told of those of another.
+    desk.flow.impose_many(BOSS, [*rows, ("alice", HOME)], reason="the list", **options)
+    assert [mail.to for mail in desk.outbox.messages[-2:]] == [(BOSS.email,), (ALICE.email,)]
+    rows.append(("alice", HOME))
     # The same list again changes nothing, tells no user, and drops no cached answer.
     cursor = desk.store.changes_since(None)[:2]
     sent = len(desk.outbox.messages)
     again = desk.flow.impose_many(BOSS, rows, reason="the list", **options)
-    assert again.counts == (0, 3, 0)
+    assert again.counts == (0, 4, 0)
     assert desk.store.changes_since(cursor).usernames == frozenset()
     assert len(desk.outbox.messages) == sent + 1
 

@@ -624,8 +624,8 @@ class Workflow(Closing):
     ) -> Applied:
         """Add any number of restrictions, all or none, as one revision.
 
-        All rows are read before the writer's lock is taken. Up to 100 users in the rows get a
-        notice; if there are more, or nothing changes, only the actor does.
+        All rows are read before the writer's lock is taken. Up to 100 affected users get a notice;
+        if the rows are about more users, only the actor does.
 
         Args:
             actor: The operator.
@@ -653,6 +653,9 @@ class Workflow(Closing):
         _check_operator(actor, errors.UnknownUser("(any)"))
         names: set[str] = set()
         with self._transaction(actor, self._staged(actor, rows, names)) as tx:
+            few = sorted(names) if len(names) <= NAMED_AT_MOST else []
+            compared = few if replace or skip_existing else ()
+            before = {name: tx.restrictions(name) for name in compared}
             # Stores written for an older protocol do not have the options.
             options = {"replace": replace, "skip_existing": skip_existing}
             counts = tx.add_staged(**{name: True for name, given in options.items() if given})
@@ -668,8 +671,7 @@ class Workflow(Closing):
                 replace=replace,
                 reason=reason,
             )
-            told = sorted(names) if changes and len(names) <= NAMED_AT_MOST else ()
-            users = [tx.user(name) for name in told]
+            users = [tx.user(name) for name in few if tx.restrictions(name) != before.get(name)]
         self._announce(tx, {})
         for stored in users:
             if stored is not None and stored.user.email is not None:

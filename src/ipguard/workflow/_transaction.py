@@ -274,6 +274,9 @@ class ActorView:
                 found.append((other, there.user))
         return found
 
+    def restrictions(self, username: str) -> tuple[Restriction, ...]:
+        return self._snapshot.restrictions(username)
+
     def failures(self, username: str) -> int:
         return self._snapshot.failures(username)
 
