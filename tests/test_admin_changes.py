@@ -372,18 +372,18 @@ def test_waiting_for_you(office: Office):
     def waiting() -> list[str]:
         return alice.open("/").texts(".waiting li .entry")
 
-    many = f"add {OFFICE} for trader000, trader001, trader002 and 2 more"
+    many = f"Add {OFFICE} for trader000, trader001, trader002 and 2 more"
     assert sorted(waiting()) == [
-        f"add {HOME} for jsmith requested by adam; your approval is missing",
-        f"add {HOME} for mary it waits until 1 Jan 2030, 14:00 UTC",
-        f"{many} enter the number, which is valid until 1 Jan 2030, 12:10 UTC",
+        f"Add {HOME} for jsmith Requested by adam; your approval is missing.",
+        f"Add {HOME} for mary It waits until 1 Jan 2030, 14:00 UTC.",
+        f"{many} Enter the number. It is valid until 1 Jan 2030, 12:10 UTC.",
     ]
     office.wait(hours=2)
-    assert f"{many} the number has expired: send a new one" in waiting()
-    assert f"add {HOME} for mary the wait is over: have the number sent" in waiting()
+    assert f"{many} The number has expired: send a new one." in waiting()
+    assert f"Add {HOME} for mary The wait is over: have the number sent." in waiting()
     office.flow.resend(ALICE, mine.id)
     office.flow.confirm(ALICE, mine.id, office.number(mine))
-    assert f"add {HOME} for mary it waits for the approval of another administrator" in waiting()
+    assert f"Add {HOME} for mary It waits for the approval of another administrator." in waiting()
     alice.follow(f"Approve add {HOME} for jsmith")
     alice.press("Approve")
     assert not [each for each in waiting() if "jsmith" in each]
@@ -391,7 +391,7 @@ def test_waiting_for_you(office: Office):
     assert "One number confirms them all." in alice.text
     assert "the requests for trader" in alice.text
     adam = office.browser(ADAM)
-    assert any(f"add {HOME} for mary requested by alice" in e for e in adam.page.texts(".entry"))
+    assert any(f"Add {HOME} for mary Requested by alice" in e for e in adam.page.texts(".entry"))
     adam.press("Search", search="jsmith")
     assert "Waiting for you" not in adam.text
     office.flow.cancel(ADAM, theirs.id)
@@ -403,7 +403,7 @@ def test_a_request_that_only_has_to_be_confirmed(office: Office):
     office.add(HOME)
     office.flow.delete(ALICE, held.id)
     office.wait(hours=2)
-    assert f"delete {OFFICE} for jsmith confirm it" in office.browser(ALICE).text
+    assert f"Delete {OFFICE} for jsmith Confirm it." in office.browser(ALICE).text
 
 
 # -- words
@@ -412,7 +412,7 @@ def test_a_request_that_only_has_to_be_confirmed(office: Office):
 def test_the_address_of_the_mail_is_masked(office: Office):
     request = office.ask()
     text = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}").text
-    assert "sent to a…e@firm.example." in text
+    assert "sent to a…e@firm.example" in text
     for email, masked in (("ab@x.org", "a…@x.org"), ("a@x.org", "a…@x.org")):
         assert _messages.mask_email(email) == masked
 

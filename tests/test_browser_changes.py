@@ -73,7 +73,7 @@ def test_change_a_restriction(walk, world):
 
     walk.become(ADAM.username)
     walk.open()
-    walk.sees("Waiting for you", "requested by alice; your approval is missing")
+    walk.sees("Waiting for you", "Requested by alice; your approval is missing.")
     walk.sees("No restrictions", within=walk.row("mary"))
     walk.follow("Approve replace 203.0.113.7 by 192.0.2.0/29 for jsmith")
     walk.sees("A request of alice", f"no longer from {OFFICE}.")

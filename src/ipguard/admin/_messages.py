@@ -114,7 +114,7 @@ def group_waiting(requests: Iterable[PendingRequest], actor: Actor, now: datetim
     """Group requests by their numbers."""
     found: dict[str, Waiting] = {}
     for each in requests:
-        text = f"requested by {each.requested_by}; your approval is missing"
+        text = f"Requested by {each.requested_by}; your approval is missing."
         if each.requested_by == actor.username:
             text = _describe_next(each, now)
         found.setdefault(each.batch or each.id, Waiting(each, [], text)).names.append(each.spelling)
@@ -125,16 +125,16 @@ def _describe_next(request: PendingRequest, now: datetime) -> str:
     """Return the next step of the requester."""
     demand = request.demand
     if now < request.ready_at:
-        return f"it waits until {format_time(request.ready_at)}"
+        return f"It waits until {format_time(request.ready_at)}."
     if demand.number and not request.numbered:
         if not request.attempts_left:
-            return "the wait is over: have the number sent"
+            return "The wait is over: have the number sent."
         if request.number_expires_at <= now:
-            return "the number has expired: send a new one"
-        return f"enter the number, which is valid until {format_time(request.number_expires_at)}"
+            return "The number has expired: send a new one."
+        return f"Enter the number. It is valid until {format_time(request.number_expires_at)}."
     if demand.approvals > len(request.approvals):
-        return "it waits for the approval of another administrator"
-    return "confirm it"
+        return "It waits for the approval of another administrator."
+    return "Confirm it."
 
 
 def describe_done(
