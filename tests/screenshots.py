@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-from ipguard import Actor, User
+from ipguard import Actor, Demand, User
 from ipguard.testing import FakeClock
 from tests.browser import SEND, SWITCHES, Walk, Way, program, walking, window
 from tests.browser_world import ACTORS, HOSTS, World
@@ -28,10 +28,10 @@ RITA = Actor(
     manages=frozenset({"U1234567"}),
     address="192.0.2.10",
 )
+OTTO = Actor(username="olund", email="otto.lund@example.com", manages=frozenset({"U1234567"}))
 OPERATOR = Actor(username="operator", email="desk@example.com", manages=Actor.EVERY_ACCOUNT)
 NAMES = {
     "aokafor": "Adaeze Okafor",
-    "bmartin": "Benoît Martin",
     "cweber": "Clara Weber",
     "jsmith": "John Smith",
     "mlee": "Mei Lee",
@@ -48,15 +48,17 @@ def fill(world: World) -> None:
     )
     impose = functools.partial(world.quiet.impose, OPERATOR, reason="by their contracts")
     impose("aokafor", "192.0.2.10", label="head office")
-    impose("jsmith", "203.0.113.0/29", label="branch office")
+    impose("jsmith", "203.0.113.0/29", label="branch")
     world.wait(days=3)
-    impose("jsmith", "2001:db8:7::/64", label="home")
-    world.wait(minutes=1)  # restrictions of the same time have no fixed order
     until = world.clock() + timedelta(days=5)
     impose("jsmith", "198.51.100.7", label="hotel", expires_at=until)
     impose("tnovak", "203.0.113.16-203.0.113.25", label="trading floor")
     world.wait(hours=2, minutes=17)
     world.ask("198.51.100.20", "cweber", RITA, label="new office")
+    careful = world.workflow(loosens=Demand(approvals=1, wait=timedelta(hours=4)))
+    old = world.flow.user(OPERATOR, "tnovak").restrictions[0]
+    moved = {"replaces": [old.id], "label": "new floor"}
+    careful.request(OTTO, "tnovak", ["203.0.113.64/28", "2001:db8:9::/64"], **moved)
     world.wait(minutes=2)
 
 
@@ -75,6 +77,17 @@ def pictures(walk: Walk) -> Iterator[str]:
     yield "add"
     walk.press(SEND)
     yield "number"
+    walk.open("add")
+    walk.field("Trader").select_option("mlee")
+    walk.page.get_by_text("Add the same for several traders").click()
+    walk.fill("More traders", "cweber, jsmith, tnovak")
+    walk.fill("IP Address", "192.0.2.77\n192.0.2.78")
+    walk.fill("Label (optional)", "trade fair")
+    walk.press(SEND)
+    yield "review"
+    walk.open()
+    walk.follow("Approve 203.0.113.64/28, 2001:db8:9::/64 for Tereza Nováková")
+    yield "approve"
     walk.open()
     walk.follow("Delete 192.0.2.10 of Adaeze Okafor")
     yield "delete-last"
