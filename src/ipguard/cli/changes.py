@@ -100,8 +100,8 @@ def request(
             one = partial(session.flow.request, session.actor, username, addresses, replaces=ids)
             one = partial(one, **more)
             made = (session.with_consent(one, lockout=allow_lockout, opening=allow_open),)
-    context.out.data({"requests": made} if also else made[0])
-    _show_requests(context, made, session.flow.now(), mailed_to=session.actor)
+        context.out.data({"requests": made} if also else made[0])
+        _show_requests(context, made, session.flow.now(), mailed_to=session.actor)
 
 
 @command(ACTOR, SETTINGS)
@@ -174,7 +174,7 @@ def confirm(
         given = read_number() if needed else ""
         change = partial(session.flow.confirm, session.actor, request, given)
         done = session.with_consent(change, lockout=allow_lockout, opening=allow_open)
-    _show(context, done, session.flow.now())
+        _show(context, done, session.flow.now())
 
 
 @command(ACTOR, MAIL, SETTINGS)
@@ -193,7 +193,7 @@ def approve(
                 context.out.confirm(found.summary, "--allow-open")
         change = partial(session.flow.approve, session.actor, request)
         done = session.with_consent(change, lockout=allow_lockout)
-    _show(context, done, session.flow.now())
+        _show(context, done, session.flow.now())
 
 
 @command(ACTOR, SETTINGS)
@@ -201,7 +201,7 @@ def cancel(context: Context, request: RequestArgument) -> None:
     """Cancel a request."""
     with _session(context, mailed=False, mails=False) as session:
         cancelled = session.flow.cancel(session.actor, request)
-    _show(context, cancelled, session.flow.now())
+        _show(context, cancelled, session.flow.now())
 
 
 @command(ADMINISTRATOR)
@@ -213,7 +213,7 @@ def resend(context: Context, request: RequestArgument) -> None:
     # The mail goes where the first number went.
     with _session(context, mailed=False, numbers=True) as session:
         made = session.flow.resend(session.actor, request)
-    _show(context, made, session.flow.now())
+        _show(context, made, session.flow.now())
     context.out.line("A number was mailed to the address recorded at the request")
 
 
@@ -234,7 +234,7 @@ def delete(
         session.ask_before_removal(restriction, allowed=allow_lockout)
         change = partial(session.flow.delete, session.actor, restriction, reason)
         done = session.with_consent(change, lockout=allow_lockout, opening=allow_open)
-    _show(context, done, session.flow.now(), mailed_to=session.actor)
+        _show(context, done, session.flow.now(), mailed_to=session.actor)
 
 
 # -- operators -----------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def impose(
             expires_at=until,
             only=only,
         )
-    _show(context, applied, session.flow.now())
+        _show(context, applied, session.flow.now())
 
 
 @command(OPERATOR)
@@ -288,7 +288,7 @@ def lift(
         session.ask_before_removal(restriction, allowed=allow_lockout)
         change = partial(session.flow.lift, session.actor, restriction, reason=reason)
         applied = session.with_consent(change, opening=allow_open)
-    _show(context, applied, session.flow.now())
+        _show(context, applied, session.flow.now())
 
 
 @command(OPERATOR)
