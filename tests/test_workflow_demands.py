@@ -499,6 +499,8 @@ def test_requests_of_older_libraries_are_taken_for_the_worst(desk: Desk, kind: s
     desk.use(confirm_deletes=True)
     request = desk.ask(HOME) if kind == "add" else desk.ask_to_delete(old)
     forge(desk, request, impact=None)
+    desk.wait(seconds=30)
+    assert desk.flow.resend(ALICE, request.id).impact is None
     desk.use(**{"loosens" if kind == "add" else "opens": Demand(approvals=1)})
     pending(desk.flow.confirm(ALICE, request.id, desk.number(request)))
     done(desk.flow.approve(ADAM, request.id))
