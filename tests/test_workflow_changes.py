@@ -84,6 +84,7 @@ def test_one_bad_address_refuses_all(desk: Desk) -> None:
         ([], AddressError),
         (None, AddressError),
         ([OFFICE, 7], AddressError),
+        (OFFICE.encode(), AddressError),
     ):
         with desk.unchanged(), pytest.raises(error):
             desk.flow.request(ALICE, "jsmith", addresses)  # type: ignore[arg-type]
@@ -163,12 +164,13 @@ def test_what_a_request_may_replace(desk: Desk) -> None:
     own, other = desk.add(OFFICE), desk.add(OFFICE, "mary")
     zeds = desk.add(OFFICE, "zed")
     messages = set()
-    for ids in ([other.id], [zeds.id], ["none"], [own.id, zeds.id], [b"x"], [None]):
+    unknown: list[list[Any]] = [[other.id], [zeds.id], ["none"], [own.id, zeds.id], [b"x"], [[]]]
+    for ids in unknown:
         with desk.unchanged(), pytest.raises(UnknownRestriction) as caught:
             desk.ask(HOME, replaces=ids)
         assert caught.value.restriction_id == ids[-1]
         with desk.unchanged(), pytest.raises(UnknownRestriction):
-            desk.flow.preview(ALICE, "jsmith", HOME, ids)  # type: ignore[arg-type]
+            desk.flow.preview(ALICE, "jsmith", HOME, ids)
         messages.add(str(caught.value).replace(repr(ids[-1]), "…"))
     assert {text for text in messages if "object" not in text} == {"no restriction …"}
     for wrong in (own.id, 7):
@@ -528,6 +530,9 @@ def test_who_may_be_in_a_batch(desk: Desk) -> None:
     ):
         with desk.unchanged(), pytest.raises(error):
             many(desk, *names)
+    for wrong in ("jsmith", b"jsmith", None):
+        with desk.unchanged(), pytest.raises(InvalidValue, match="several usernames"):
+            desk.flow.request_many(ALICE, wrong, OFFICE)  # type: ignore[arg-type]
     assert len(many(desk, "jsmith", "JSmith", "alice", allow_lockout=True)) == 2
 
 

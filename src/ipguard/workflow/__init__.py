@@ -233,6 +233,8 @@ class Workflow(Closing):
             The pending requests, one for each user, in the order of the usernames given.
         """
         check_text("reason", reason, REASON_LIMIT)
+        if isinstance(usernames, (str, bytes)) or not isinstance(usernames, Iterable):
+            raise errors.InvalidValue("usernames", "must be several usernames")
         names = list(dict.fromkeys(canonical_username(name) for name in usernames))
         if not 1 <= len(names) <= NAMED_AT_MOST:
             raise errors.InvalidValue("usernames", f"must be 1 to {NAMED_AT_MOST} users")
@@ -974,7 +976,9 @@ class Workflow(Closing):
         several: Iterable[object]
         if addresses is None:
             several = ()
-        elif isinstance(addresses, (str, AddressRange)) or not isinstance(addresses, Iterable):
+        elif isinstance(addresses, (str, bytes, AddressRange)) or not isinstance(
+            addresses, Iterable
+        ):
             several = (addresses,)
         else:
             several = addresses
@@ -1240,7 +1244,11 @@ def _grouped(names: Iterable[str], texts: Sequence[str]) -> str:
 def _ids(replaces: Iterable[str]) -> list[str]:
     if isinstance(replaces, str) or not isinstance(replaces, Iterable):
         raise errors.InvalidValue("replaces", "must be several ids of restrictions")
-    return list(dict.fromkeys(replaces))
+    ids = list(replaces)
+    for each in ids:
+        if not isinstance(each, str):
+            raise errors.UnknownRestriction(each)
+    return list(dict.fromkeys(ids))
 
 
 def _cells(row: Row) -> tuple[object, ...]:
