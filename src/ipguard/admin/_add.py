@@ -284,8 +284,9 @@ def _request(context: Context, values: dict[str, str], wanted: _Wanted, seen: st
     else:
         first = requests[0]
         if first.state is RequestState.CONFIRMED:
-            assert requests[-1].revision is not None
-            return show_done(context, first, names, requests[-1].revision)
+            revision = requests[-1].revision
+            assert revision is not None
+            return show_done(context, first.kind, first.adds, first.removed, names, revision)
         text = _messages.describe_demand(first.demand)
         return context.redirect("confirm", text, user=username, request=first.id)
     return context.redirect_to_draft(page, Draft(values=values, problems=problems), **query)

@@ -23,7 +23,6 @@ from ipguard.model import (
     Action,
     Applied,
     Change,
-    Demand,
     Direction,
     Impact,
     PendingRequest,
@@ -349,7 +348,7 @@ def _show_result(
         text = f"{done} It holds once the rest of what it needs is there."
         return context.redirect("confirm", text, user=request.username, request=request.id)
     users = {each.username for each in (*result.added, *result.removed)} or {request.username}
-    return show_done(context, request, users, result.revision)
+    return show_done(context, request.kind, request.adds, request.removed, users, result.revision)
 
 
 def _refuse_number(context: Context, error: errors.IPGuardError) -> Response:
@@ -407,20 +406,14 @@ def cancel(context: Context) -> Response:
 
 
 def show_done(
-    context: Context, request: PendingRequest, users: Collection[str], revision: int
-) -> Response:
-    """Redirect to the user's page, or after a change of several to the list, with a message."""
-    return _show_done(context, request.kind, request.adds, request.removed, users, revision)
-
-
-def _show_done(
     context: Context,
     kind: RequestKind,
-    adds: tuple[AddressRange, ...],
-    removed: tuple[AddressRange, ...],
+    adds: Collection[AddressRange],
+    removed: Collection[AddressRange],
     users: Collection[str],
     revision: int,
 ) -> Response:
+    """Redirect to the user's page, or after a change of several to the list, with a message."""
     known = context.guard.wait_for(revision, _CATCH_UP_SECONDS)
     text = _messages.describe_done(kind, adds, removed)
     username, page = next(iter(users)), "user"
@@ -449,21 +442,18 @@ def _show_done(
 def _prepare_delete(
     context: Context, line: UserOverview, restriction: Restriction
 ) -> dict[str, Any]:
-    impact, demand = _judge_deletion(context, line, restriction)
+    impact = _judge_deletion(context, line, restriction)
     return {
         "restriction": restriction,
         "impact": impact,
         "opens": impact.direction is Direction.OPENS,
-        "demand": demand,
+        "demand": context.flow.demanded(RequestKind.DELETE, impact.direction),
         "reason_limit": REASON_LIMIT,
     }
 
 
-def _judge_deletion(
-    context: Context, line: UserOverview, restriction: Restriction
-) -> tuple[Impact, Demand]:
-    impact = context.flow.preview(context.actor, line.user.username, None, [restriction.id])
-    return impact, context.flow.demanded(RequestKind.DELETE, impact.direction)
+def _judge_deletion(context: Context, line: UserOverview, restriction: Restriction) -> Impact:
+    return context.flow.preview(context.actor, line.user.username, None, [restriction.id])
 
 
 _DELETE: Final = Form[Restriction](
@@ -486,7 +476,7 @@ def delete(context: Context) -> Response:
     line, restriction = checked
     name = line.user.username
     try:
-        impact, _ = _judge_deletion(context, line, restriction)
+        impact = _judge_deletion(context, line, restriction)
     except errors.UnknownRestriction:
         return _DELETE.open(context)
     last = impact.direction is Direction.OPENS
@@ -508,7 +498,7 @@ def delete(context: Context) -> Response:
         return _refuse_deletion(context, name, restriction, error)
     if isinstance(applied, Applied):
         gone = (restriction.addresses,)
-        return _show_done(context, RequestKind.DELETE, (), gone, {name}, applied.revision)
+        return show_done(context, RequestKind.DELETE, (), gone, {name}, applied.revision)
     text = _messages.describe_demand(applied.demand)
     return context.redirect("confirm", text, user=name, request=applied.id)
 

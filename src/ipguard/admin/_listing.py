@@ -52,7 +52,7 @@ def show_list(context: Context) -> Response:
         lines=found.items,
         only=only or "",
         filters=_ONLY,
-        counts=None if text else context.flow.counts(context.actor),
+        counts=None if text or cursor else context.flow.counts(context.actor),
         following=found.next,
         after=cursor,
         search=context.draft.values.get("search", text),
