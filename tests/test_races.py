@@ -540,3 +540,45 @@ def test_confirm_against_a_settings_change(busy: Desk, crowd: Callable[[int], Cr
     assert watchers.opened == []
     assert watchers.asked > 0
     assert len(seen) > 1, f"no race at all: {seen}"
+
+
+def test_import_against_replace_and_delete(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
+    """An import that replaces the list of a user is one change among the others."""
+    busy.use(requests_per_hour=10**9)
+    threads, seen = crowd(3), Counter[tuple[str, ...]]()
+    busy.add("10.0.0.1")
+    with Watchers(busy) as watchers:
+        for n in range(rounds(15, 500)):
+            applied = busy.flow.impose(BOSS, "jsmith", "10.0.0.1", reason="x", only=True)
+            assert applied.restriction is not None
+            old = applied.restriction.id
+            request = busy.ask("10.0.0.3", replaces=[old])
+            number, since = busy.number(request), busy.rows()[0].revision
+            rows = [("jsmith", "10.0.0.2")]
+            imported, replaced, deleted = _rotated(
+                threads,
+                n,
+                lambda: busy.flow.impose_many(BOSS, rows, reason="x", replace=True),  # noqa: B023
+                lambda: busy.flow.confirm(ALICE, request.id, number),  # noqa: B023
+                lambda: busy.flow.delete(ADAM, old, allow_opening=False),  # noqa: B023
+            )
+            held, order = {"10.0.0.1"}, [row.action for row in _log_since(busy, since)]
+            for action in order:
+                if action is Action.IMPOSE_MANY:
+                    held = {"10.0.0.2"}
+                elif action is Action.CONFIRM:
+                    held = held - {"10.0.0.1"} | {"10.0.0.3"}
+                else:
+                    assert action is Action.DELETE
+                    held = held - {"10.0.0.1"}
+                assert held
+            assert set(busy.held()) == held
+            assert isinstance(imported, Applied)
+            assert isinstance(replaced, Applied)
+            # The old one was the last until another change had ended it.
+            assert isinstance(deleted, (ipguard.OpeningRisk, ipguard.UnknownRestriction))
+            assert len(order) == 2
+            seen[(*map(str, order), type(deleted).__name__)] += 1
+    assert watchers.opened == []
+    assert watchers.asked > 0
+    assert len(seen) > 1, f"no race at all: {seen}"
