@@ -397,6 +397,32 @@ def test_waiting_for_you(office: Office):
     office.flow.cancel(ADAM, theirs.id)
 
 
+def test_the_user_concerned_cancels(office: Office):
+    """A user who manages no account sees requests about itself that wait, and cancels them."""
+    john = Actor(username="jsmith", email="jsmith@firm.example", manages=frozenset())
+    office.ask(HOME)  # the user is told of it when it holds
+    slow = office.workflow(add=Demand(number=True, wait=timedelta(hours=2)))
+    request, other = slow.request(ALICE, "jsmith", OFFICE), slow.request(ALICE, "mary", OFFICE)
+    browser = office.browser(john)
+    shown = browser.page.texts(".entry")
+    assert len(shown) == 1
+    assert f"Add {OFFICE} Requested by alice." in shown[0]
+    assert "then only from 203.0.113.7" in shown[0]
+    fields = browser.page.form("Cancel").fields
+    with office.unchanged():
+        for one in (other, None):
+            forged = {**fields, "request": getattr(one, "id", "x"), "user": "mary"}
+            browser.post("/cancel", forged)
+            assert browser.answer.status_code == 404
+    browser.open("/")
+    browser.press("Cancel")
+    assert f"The request to add {OFFICE} was cancelled." in browser.page.part("note")
+    assert office.request(request).state == "cancelled"
+    assert "About your own" not in browser.text
+    browser.post("/cancel", fields)
+    assert browser.answer.status_code == 404
+
+
 def test_a_request_that_only_has_to_be_confirmed(office: Office):
     office.use(delete=Demand(wait=timedelta(hours=2)))
     held = office.add(OFFICE)

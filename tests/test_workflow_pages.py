@@ -240,6 +240,21 @@ def test_preview_a_request(desk: Desk) -> None:
             desk.flow.preview_request(CAROL, request_id)
 
 
+def test_requests_about_the_actor(desk: Desk) -> None:
+    """A user is shown what it was told about: pending, and with a wait or approvals."""
+    john = Actor(username="jsmith", email="jsmith@firm.example", manages=frozenset())
+    desk.ask(HOME)
+    desk.use(add=Demand(approvals=1))
+    told = desk.ask(OFFICE)
+    desk.ask(OFFICE, "mary")
+    assert desk.flow.concerning(john) == (told,)
+    assert desk.flow.concerning(NOBODY) == ()
+    desk.wait(hours=25)
+    assert desk.flow.concerning(john) == ()
+    desk.store.remove_users(["jsmith"])
+    assert desk.flow.concerning(john) == ()
+
+
 def test_the_demand_of_a_request(desk: Desk) -> None:
     """Settings that are stricter than those of the request apply to it, looser ones do not."""
     request = desk.ask(OFFICE)

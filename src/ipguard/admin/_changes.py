@@ -395,13 +395,17 @@ def resend(context: Context) -> Response:
 
 def cancel(context: Context) -> Response:
     username, request_id = context.field("user"), context.field("request")
-    if _CONFIRM.find(context.find_user(username), request_id) is None:
+    # The user concerned may not manage its own account.
+    told = request_id in [each.id for each in context.flow.concerning(context.actor)]
+    if not told and _CONFIRM.find(context.find_user(username), request_id) is None:
         return _CONFIRM.open(context)
     try:
         request = context.flow.cancel(context.actor, request_id)
     except errors.RequestClosed:
         return _CONFIRM.open(context)
     text = f"The request to {request.change} was cancelled. Nothing else has changed."
+    if told:
+        return context.redirect("", text)
     return context.redirect("user", text, user=request.username)
 
 

@@ -46,8 +46,10 @@ def show_list(context: Context) -> Response:
         )
     first = not (signed or cursor or only or context.draft.problems)
     waiting = context.flow.waiting(context.actor, limit=_PAGE_SIZE) if first else ()
+    told = context.flow.concerning(context.actor) if first else ()
     return context.page(
         "list.html",
+        told=told,
         waiting=_messages.group_waiting(waiting, context.actor, context.now),
         lines=found.items,
         only=only or "",

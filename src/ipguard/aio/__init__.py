@@ -341,6 +341,7 @@ class AsyncWorkflow(_AsyncClosing):
     delete = _awaited(Workflow.delete)
     overview = _awaited(Workflow.overview)
     counts = _awaited(Workflow.counts)
+    concerning = _awaited(Workflow.concerning)
     waiting = _awaited(Workflow.waiting)
     history = _awaited(Workflow.history)
     impose = _awaited(Workflow.impose)

@@ -832,6 +832,14 @@ class Workflow(Closing):
                 return tuple(waiting[:size])
             asked *= 4
 
+    def concerning(self, actor: Actor) -> tuple[PendingRequest, ...]:
+        """List the pending requests about the actor itself that wait or need approvals.
+
+        The actor was told about them and can cancel them, whatever accounts it manages.
+        """
+        with self._view(actor) as view:
+            return view.concerning()
+
     def _waiting(self, view: ActorView, found: Iterable[_Member]) -> list[PendingRequest]:
         known: dict[object, bool] = {}
         waiting = []

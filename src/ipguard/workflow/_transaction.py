@@ -158,6 +158,18 @@ class ActorView:
                 return stored, user.user
         return self.request(request_id, own=False)
 
+    def concerning(self) -> tuple[PendingRequest, ...]:
+        """Return the pending requests about the actor that it was told about."""
+        user = self._snapshot.user(self.actor.username)
+        if user is None or user.removed:
+            return ()
+        return tuple(
+            each
+            for each in self._snapshot.pending_requests(self.actor.username)
+            if (each.demand.wait or each.demand.approvals)
+            and rules.state_at(each, self.now) is RequestState.PENDING
+        )
+
     def restriction(self, restriction_id: str) -> tuple[Restriction, User]:
         """Return a restriction and its user, or raise UnknownRestriction."""
         known = isinstance(restriction_id, str)
