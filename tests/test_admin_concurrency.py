@@ -110,6 +110,21 @@ def test_confirm_what_would_now_do_more(office: Office):
     assert office.held() == [HOME]
 
 
+def test_a_request_whose_restriction_has_ended(office: Office):
+    """After an import that ended the restriction, the page says so; nothing is deleted."""
+    office.use(confirm_deletes=True)
+    request = office.ask_to_delete(office.add(OFFICE))
+    office.flow.impose_many(BOSS, [("jsmith", HOME)], reason="x", replace=True)
+    alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
+    text = "The restriction that this is about has ended."
+    assert text in alice.page.part("obstacle")
+    alice.press("Submit", number=office.number(request))
+    assert text in alice.page.part("problems")
+    assert office.held() == [HOME]
+    alice.press("Withdraw request")
+    assert office.request(request).state == "cancelled"
+
+
 def test_changes_that_do_not_matter(office: Office):
     """Wrong numbers and other requests do not make a form stale."""
     request = office.ask()

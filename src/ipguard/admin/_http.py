@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import attrs
 
 BODY_LIMIT: Final = 32_768
-"""The largest body of a form in bytes: twice the longest one that can be valid."""
+"""The largest body of a form in bytes: room for 100 usernames and 100 addresses."""
 _FIELD_LIMIT: Final = 30
 
 POLICY: Final = (

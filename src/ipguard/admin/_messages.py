@@ -168,10 +168,10 @@ def explain(error: errors.IPGuardError, now: datetime) -> dict[str, str]:
         case errors.AddressTooBroad():
             text = f"{error.addresses} holds more addresses than a restriction may. "
             text += f"The widest network allowed is a /{error.widest}."
-        case errors.DuplicateRestriction(found="restriction", differs=True):
-            text = f"{str(error).partition('; it was not')[0]}. Use its link “Change” to change it."
         case errors.DuplicateRestriction():
-            text = str(error)
+            text = _explain_duplicate(error)
+        case errors.UnknownRestriction():
+            field, text = "", "The restriction that this is about has ended."
         case errors.TooManyRestrictions():
             text = f"{error}. Delete some first, or use a network in place of single addresses."
         case errors.TooManyRequests():
@@ -185,6 +185,12 @@ def explain(error: errors.IPGuardError, now: datetime) -> dict[str, str]:
     if not text.startswith(getattr(error, "username", " ")):
         text = text[:1].upper() + text[1:]
     return {field: text if text.endswith((".", "?")) else f"{text}."}
+
+
+def _explain_duplicate(error: errors.DuplicateRestriction) -> str:
+    if error.found == "restriction" and error.differs:
+        return f"{str(error).partition('; it was not')[0]}. Use its link “Change” to change it."
+    return str(error)
 
 
 def format_retry(error: errors.TooManyRequests, now: datetime) -> str:
