@@ -111,10 +111,13 @@ def test_confirm_what_would_now_do_more(office: Office):
 
 
 def test_a_request_whose_restriction_has_ended(office: Office):
-    """After an import that ended the restriction, the page says so; nothing is deleted."""
+    """If nothing of a request is left to do, the page says so."""
     office.use(confirm_deletes=True)
-    request = office.ask_to_delete(office.add(OFFICE))
-    office.flow.impose_many(BOSS, [("jsmith", HOME)], reason="x", replace=True)
+    both = [office.add(OFFICE), office.add("192.0.2.9")]
+    office.add(HOME)
+    request = office.flow.request(ALICE, "jsmith", replaces=[each.id for each in both])
+    for each in both:
+        office.flow.lift(BOSS, each.id, reason="x")
     alice = office.browser(ALICE, f"/confirm?user=jsmith&request={request.id}")
     text = "The restriction that this is about has ended."
     assert text in alice.page.part("obstacle")
