@@ -607,7 +607,7 @@ def test_check_answers_with_its_exit_code(shell: Shell):
 
 
 def test_check_for_pam(shell: Shell):
-    """The environment that pam_exec sets; what is missing or no address refuses the login."""
+    """The environment that pam_exec sets; without a name or an address the login is refused."""
     for env, answer in (
         ({"PAM_USER": "jsmith", "PAM_RHOST": "203.0.113.2"}, "allowed: listed"),
         ({"PAM_USER": "jsmith", "PAM_RHOST": "203.0.113.9"}, "not allowed: not_listed"),

@@ -241,7 +241,7 @@ def test_utf_16_is_named(shell: Shell, kind: str, encoding: str):
 
 
 def test_skip_existing(shell: Shell, tmp_path: Path):
-    """New addresses are added; those that the user has are skipped, whatever their label."""
+    """New addresses are added; those that the user has are skipped, with any label."""
     _imported(shell, "-", stdin=GOOD)
     shell.good("export", "-o", tmp_path / "all.csv")
     before = _state(shell)

@@ -325,7 +325,7 @@ def test_the_actor_in_the_environment(shell: Shell):
     assert other["requested_by"] == "adam"
 
 
-# -- changes of several restrictions, and what they have to meet -------------------------------
+# -- changes of several restrictions, and their demands ----------------------------------------
 
 ANNA = ("--as", "anna", "--email", "anna@firm.example", "--account", "U1")
 
@@ -507,7 +507,7 @@ def test_a_request_that_waits(shell: Shell):
 
 
 def test_a_failed_notice_of_a_request_is_reported(shell: Shell):
-    """The user could not be told that a request waits; it is pending all the same."""
+    """The user could not be told that a request waits; it is pending nevertheless."""
     _settings(shell, "[add]\nwait = 3600\n")
     with BadServer("drop") as bad:
         mail = ("--mail", f"smtp://127.0.0.1:{bad.port}")

@@ -576,7 +576,7 @@ def test_notice_formats_the_detail():
 
 
 def test_notice_of_a_request_that_waits():
-    """The user learns who asked, what for, when it can be completed, and who may cancel it."""
+    """The user learns the requester, the change, when it can be completed, and how to cancel it."""
     detail = {
         "addresses": "203.0.113.7, 203.0.113.0/29",
         "ends": "198.51.100.7",

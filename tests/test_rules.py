@@ -401,7 +401,7 @@ class TestJudgeAdditions:
         assert [each for each, _ in found.refused] == new
 
     def test_existing_ones_are_skipped(self):
-        """Whatever their label and expiry, if they are live."""
+        """With any label and expiry, if they are live."""
         held = [restriction("203.0.113.7", NOW + SECOND), restriction("203.0.113.8", NOW)]
         new = [restriction("203.0.113.7"), restriction("203.0.113.8"), restriction("203.0.113.9")]
         found = rules.judge_additions("u", held, new, per_user=3, now=NOW, skip_existing=True)

@@ -64,7 +64,7 @@ class Family:
             for first in range(size)
             for last in range(first, size)
         ]
-        # What is below, in, and above the family, and what starts or ends a range exactly.
+        # Below, in, and above the family, and the exact ends of ranges.
         self.points = [
             (version, point)
             for version in (4, 6)
@@ -116,7 +116,7 @@ Known = tuple[Policy, tuple[int, int, int]]
 
 
 def judge(family: Family, before: Known, afterwards: Known) -> None:
-    """Fail unless the impact of a change is what the sets of addresses show."""
+    """Fail unless the impact of a change agrees with the sets of addresses."""
     (was, had), (will, has) = before, afterwards
     found = impact(was, will, NOW)
     gained = (has[0] & ~had[0]) | (has[1] & ~had[1]) | (has[2] & ~had[2])
@@ -229,7 +229,7 @@ def test_random_changes(seed: int, rounds: Callable[[int, int], int]) -> None:
     pool = [restriction(addresses, at) for addresses in family.ranges for at in LASTS]
     for _ in range(rounds(500, 2_500_000)):
         few = chance.choices(pool, k=chance.randrange(5))
-        # A change keeps most of what there is.
+        # A change keeps most restrictions.
         kept = [each for each in few if chance.random() < 0.5]
         other = (*kept, *chance.choices(pool, k=chance.randrange(3)))
         before, afterwards = tuple(few), tuple(other)

@@ -56,7 +56,7 @@ def old_request(run: Run, request_id: str, **fields: Any) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_request_of_an_older_library_is_read(place: Sqlite | Postgres, late: bool) -> None:
-    """Before the migration or after it; it is what that library would have confirmed."""
+    """Before the migration or after it; that library would have confirmed the same."""
     number = "1234567890"
     keys = confirmation.Keyring(KEY)
     if late:

@@ -148,7 +148,7 @@ class Between(StoreCase):
             )
 
     def test_lists_that_change_before_they_are_replaced(self) -> None:
-        """What others add in between ends or is kept, and what has expired is replaced."""
+        """Restrictions that others add in between end or are kept; expired ones are replaced."""
         self.put("alice", "bob")
         soon = self.clock() + timedelta(seconds=1)
         ends, expires = self.restriction(), self.restriction("alice", "::7", expires_at=soon)

@@ -165,7 +165,7 @@ class ModelRequest:
 
 @attrs.define
 class ModelPlan:
-    """A change of the model that is allowed: what is added, and the ids of what ends."""
+    """A change of the model that is allowed: the additions, and the ids that end."""
 
     user: str
     runs: tuple[Run, ...]
@@ -1359,7 +1359,7 @@ class Machine(RuleBasedStateMachine):
     def predict_import(
         self, user: str, runs: list[Run], until: float | None, options: dict[str, bool]
     ) -> tuple[str, list[Run], list[str]]:
-        """Return a user, what an import adds, and the ids of what it ends."""
+        """Return a user, the additions of an import, and the ids that it ends."""
         model = self.model
         held = model.restrictions_of(user)
         live = {r.run: key for key, r in held.items() if not r.over(model.now)}

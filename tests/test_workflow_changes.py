@@ -1,4 +1,4 @@
-"""Requests that replace, add several, or concern several users; and what they never do."""
+"""Requests that replace, add several, or concern several users, and their limits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def many(
 
 
 def forge(desk: Desk, request: PendingRequest, **fields: Any) -> None:
-    """Change a stored request, as somebody with access to the database could."""
+    """Change a stored request, as an intruder in the database could."""
     with desk.store.transaction() as tx:
         stored = tx.request(request.id)
         assert stored is not None
@@ -400,7 +400,7 @@ def test_a_number_confirms_what_it_was_mailed_for(desk: Desk, forged: dict[str, 
 
 
 def test_a_number_of_an_older_library_still_fits(desk: Desk) -> None:
-    """What its digest is of does not change for requests that older libraries make."""
+    """The digest of requests that older libraries make stays the same."""
     old = desk.add(OFFICE, label="old", expires_at=desk.later(hours=1))
     desk.use(confirm_deletes=True)
     added, deleted = desk.ask(HOME, label="new"), desk.ask_to_delete(old)

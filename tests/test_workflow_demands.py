@@ -141,7 +141,7 @@ def test_only_a_right_number_ends_a_row_of_failures(desk: Desk) -> None:
 
 
 def test_nobody_has_two_roles(desk: Desk) -> None:
-    """The requester approves by no account, and nobody approves twice."""
+    """The requester approves by no account, and each approver counts once."""
     desk.use(add=Demand(approvals=2))
     request = desk.ask()
     shouting = ALICE.email.upper()
@@ -187,7 +187,7 @@ def test_who_may_approve(desk: Desk) -> None:
     [JOHN, alias(JOHN, email="jsmith@firm.example"), alias(JOHN, email="JSmith@Firm.Example")],
 )
 def test_the_user_concerned_is_not_the_only_approver(desk: Desk, actor: Actor) -> None:
-    """By no account of theirs; with others, the user counts like anybody."""
+    """By no account of theirs; with others, the user counts as others do."""
     desk.use(add=Demand(approvals=1))
     request = desk.ask()
     with desk.unchanged(), pytest.raises(NotAnApprover, match="concerns you"):

@@ -412,7 +412,7 @@ def test_a_request_that_waits_tells_the_user(desk: Desk) -> None:
     assert mail.change.detail["afterwards"] == "Today from anywhere; then only from 203.0.113.7."
     assert _told(desk) == [(USER_MAIL, "request")]
     desk.ask(username="alice")
-    desk.ask(username="mary")  # who has no address
+    desk.ask(username="mary")  # without an address
     assert _told(desk) == []
     desk.wait(hours=1)
     desk.flow.confirm(ALICE, request.id)

@@ -1,4 +1,4 @@
-"""What waits for an actor: its own requests, and those of others that it can approve."""
+"""The requests that wait for an actor: its own, and those of others that it can approve."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_approvals_that_are_not_needed_are_left_out(strict: Desk) -> None:
     strict.add(OFFICE, "mary")
     request = strict.ask(HOME, "mary", actor=ADAM)
     assert [each.spelling for each in strict.flow.waiting(ALICE)] == ["MARY"]
-    assert strict.flow.waiting(MARY) == ()  # it concerns her, and needs nobody else
+    assert strict.flow.waiting(MARY) == ()  # it concerns her, and needs one approval
     same = attrs.evolve(ALICE, email=ADAM.email)
     assert strict.flow.waiting(same) == ()
     strict.flow.approve(ALICE, request.id)
