@@ -109,7 +109,7 @@ def test_a_lockout_among_many(office: Office):
 
 
 def test_a_review_holds_for_what_it_showed(office: Office):
-    """If something else would hold afterwards by now, or the form was altered, it is shown again."""
+    """If something else would hold by now, or the form was altered, it is shown again."""
     office.use(add=Demand())
     alice = office.browser(ALICE, "/add")
     alice.press("Submit", user="jsmith", addresses=OFFICE)  # nothing is demanded: always reviewed
