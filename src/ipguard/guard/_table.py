@@ -195,7 +195,9 @@ class Table:
         while True:
             until, position = self.deadline, self.position
             row = self.find(name)
-            held = self.revision_of(name, position.revision)
+            held = position.revision
+            if self._ahead:
+                held = self.revision_of(name, held)
             # Every sync makes a new position, and a row that is ahead is put in after its revision.
             # So if another thread has changed either, read them again.
             if self.position is position and self.find(name) is row:
