@@ -430,9 +430,9 @@ def test_an_approval_completes_a_request(shell: Shell, mail: MailServer):
     before = len(mail.mails)
     asked = shell.json("request", "jsmith", "198.51.100.7", *RITA)
     assert asked["demand"] == {"number": True, "approvals": 1, "wait": 0}
-    told, _ = mail.wait_for(before + 2)[before:]
+    _, told = mail.wait_for(before + 2)[before:]  # the number comes first
     assert told.recipients == ("jsmith@firm.example",)
-    number = _number(mail, before + 1)
+    number = _number(mail, before)
     waiting = shell.json("confirm", asked["id"], *RITA, stdin=number)
     assert (waiting["state"], waiting["numbered"], waiting["approvals"]) == ("pending", True, [])
     again = shell.good("confirm", asked["id"], *RITA)

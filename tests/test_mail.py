@@ -591,6 +591,7 @@ def test_notice_of_a_request_that_waits():
     (message,) = notices(change, to_user, JSMITH, "the bank")
     assert message.to == "jsmith@example.net"
     assert dict(message.facts) == {
+        "Change": "add these addresses",
         "User": "jsmith",
         "Name": "John Smith",
         "Addresses": "203.0.113.7, 203.0.113.0/29 (8 addresses)",

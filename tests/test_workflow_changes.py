@@ -694,3 +694,42 @@ def test_a_member_without_a_number_gives_no_guesses(desk: Desk) -> None:
     desk.flow.resend(BOTH, two.id)
     desk.flow.confirm(BOTH, two.id, desk.number(two))
     assert (desk.held(), desk.held("zed")) == ([], [OFFICE, HOME])
+
+
+def test_addresses_may_come_from_an_iterator(desk: Desk) -> None:
+    """It is read once, for all users."""
+    both = desk.flow.request_many(ALICE, ["jsmith", "mary"], (each for each in [OFFICE, HOME]))
+    assert [each.change for each in both] == [f"add {OFFICE}, {HOME}"] * 2
+
+
+@pytest.mark.parametrize("only", ["false", 1, None])
+def test_only_is_a_switch(desk: Desk, only: Any) -> None:
+    """Text is true, "false" too, and would end all other restrictions."""
+    desk.add(HOME)
+    for call in (
+        lambda: desk.flow.impose(BOSS, "jsmith", OFFICE, reason="x", only=only),
+        lambda: desk.flow.preview(BOSS, "jsmith", OFFICE, only=only),
+    ):
+        with desk.unchanged(), pytest.raises(InvalidValue) as caught:
+            call()
+        assert caught.value.name == "only"
+
+
+def test_a_replacement_that_holds_at_once_is_recorded_as_one(desk: Desk) -> None:
+    desk.use(add=Demand())
+    old = desk.add(HOME)
+    desk.flow.request(ALICE, "jsmith", OFFICE, replaces=[old.id])
+    assert desk.rows()[0].detail["kind"] == "replace"
+
+
+def test_ending_many_restrictions_cancels_the_requests_to_end_them(desk: Desk) -> None:
+    """Only those that would do nothing else, and not those that are over."""
+    desk.use(delete=Demand(number=True))
+    first, second, third = (desk.add(f"203.0.113.{n}") for n in range(3))
+    over = desk.ask_to_delete(first)
+    desk.wait(days=2)
+    one, two = desk.ask_to_delete(first), desk.ask_to_delete(second)
+    both = desk.flow.request(ALICE, "jsmith", HOME, replaces=[third.id])
+    desk.flow.impose(BOSS, "jsmith", OFFICE, reason="stolen", only=True)
+    states = [str(desk.request(each).state) for each in (over, one, two, both)]
+    assert states == ["pending", "cancelled", "cancelled", "pending"]

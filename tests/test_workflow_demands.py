@@ -628,3 +628,28 @@ def test_a_users_mail_account_is_one_person(desk: Desk) -> None:
     with desk.unchanged(), pytest.raises(NotAnApprover, match="concerns you"):
         desk.flow.approve(mary, request.id)
     done(desk.flow.approve(ADAM, request.id))
+
+
+def test_an_approval_that_was_given_before_completes_nothing(desk: Desk) -> None:
+    """After the wait the requester completes the request, and not an approver who asks again."""
+    desk.use(add=Demand(approvals=1, wait=timedelta(hours=1)))
+    request = desk.ask()
+    desk.flow.approve(ADAM, request.id)
+    desk.wait(hours=2)
+    with desk.unchanged():
+        assert isinstance(desk.flow.approve(ADAM, request.id), PendingRequest)
+    assert isinstance(desk.flow.confirm(ALICE, request.id), Applied)
+
+
+def test_an_approval_that_counts_no_more_is_not_shown(desk: Desk) -> None:
+    """The user has moved since; the approver finds the request again once it manages the user."""
+    desk.use(add=Demand(approvals=1, wait=timedelta(hours=1)))
+    request = desk.ask()
+    desk.flow.approve(ADAM, request.id)
+    assert desk.flow.waiting(ADAM) == ()
+    desk.store.put_users([attrs.evolve(JSMITH, account_id="U2")])
+    alice, adam = (attrs.evolve(each, manages=frozenset({"U1", "U2"})) for each in (ALICE, ADAM))
+    assert desk.flow.own_request(alice, request.id).approved_by == ()
+    assert [each.id for each in desk.flow.waiting(adam)] == [request.id]
+    desk.flow.approve(adam, request.id)
+    assert desk.flow.own_request(alice, request.id).approved_by == ("adam",)

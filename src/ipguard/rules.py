@@ -21,6 +21,8 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
+from heapq import heappop, heappush
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Final, NamedTuple, get_args
 from unicodedata import normalize
@@ -65,6 +67,7 @@ __all__ = [
     "check_filter",
     "check_lockout",
     "check_width",
+    "counted_approvals",
     "decide",
     "demanded",
     "duplicate",
@@ -249,11 +252,11 @@ def _concerns(user: User, person: Actor | Approval) -> bool:
     return own or user.username == person.username
 
 
-def approvals_missing(stored: StoredRequest, user: User, demand: Demand) -> int:
-    """Return how many approvals a request still needs.
+def counted_approvals(stored: StoredRequest, user: User) -> tuple[Approval, ...]:
+    """Return the approvals of a request that count; one e-mail address is one person.
 
     An approval counts only for what was approved, as long as the user is of the account that the
-    approver managed, and if it is not the requester's own. One e-mail address is one person.
+    approver managed, and if it is not the requester's own.
     """
     request, subject = stored.request, subject_digest(stored.request)
     counted = {
@@ -264,9 +267,14 @@ def approvals_missing(stored: StoredRequest, user: User, demand: Demand) -> int:
         and each.username != request.requested_by
         and each.email.casefold() != stored.email.casefold()
     }
-    alone = bool(demand.approvals) and all(_concerns(user, each) for each in counted.values())
-    names = {each.username for each in counted.values()}
-    return max(demand.approvals - len(names), int(alone))
+    return tuple({each.username: each for each in counted.values()}.values())
+
+
+def approvals_missing(stored: StoredRequest, user: User, demand: Demand) -> int:
+    """Return how many approvals a request still needs, besides those that count."""
+    counted = counted_approvals(stored, user)
+    alone = bool(demand.approvals) and all(_concerns(user, each) for each in counted)
+    return max(demand.approvals - len(counted), int(alone))
 
 
 def wait_left(times: Iterable[datetime], most: int, period: timedelta, now: datetime) -> timedelta:
@@ -422,6 +430,7 @@ def all_expired(restrictions: Collection[Restriction], now: datetime) -> bool:
     return bool(restrictions) and all(each.expired(now) for each in restrictions)
 
 
+_Until = tuple[timedelta, int]  # how long before the end of time, and the last address
 _Span = tuple[AddressRange, datetime]  # addresses, and when they stop being allowed
 
 
@@ -465,14 +474,31 @@ def _spans(restrictions: Collection[Restriction], now: datetime) -> set[_Span]:
 def _beyond(these: set[_Span], those: set[_Span]) -> AddressSet:
     """Return the addresses that at some time are allowed by these and not by those.
 
-    What is allowed only shrinks, so the last moment of a span shows the most of it.
+    What is allowed only shrinks, so the latest end of each side decides about a run of addresses.
+    A sweep over the bounds keeps the ends of both sides in heaps, the latest first.
     """
-    found = AddressSet()
-    apart = these - those
-    for end in {end for _, end in apart}:
-        rest = AddressSet(addresses for addresses, until in those if until >= end)
-        found |= AddressSet(addresses for addresses, until in apart if until == end) - rest
-    return found
+    found: list[AddressRange] = []
+    for version in (4, 6):
+        runs = sorted(
+            (each.first, each.last, _LAST - until, side)
+            for side, spans in enumerate((these, those))
+            for each, until in spans
+            if each.version == version
+        )
+        heaps: tuple[list[_Until], list[_Until]] = ([], [])
+        at = 0
+        for first, end in pairwise(sorted({n for run in runs for n in (run[0], run[1] + 1)})):
+            while at < len(runs) and runs[at][0] == first:
+                _, last, left, side = runs[at]
+                heappush(heaps[side], (left, last))
+                at += 1
+            for heap in heaps:
+                while heap and heap[0][1] < first:
+                    heappop(heap)
+            ours, theirs = heaps
+            if ours and not (theirs and theirs[0][0] <= ours[0][0]):
+                found.append(AddressRange(version=version, first=first, last=end - 1))
+    return AddressSet(found)
 
 
 def _outlook(

@@ -345,7 +345,7 @@ def _show_result(
     context: Context, request: PendingRequest, result: Applied | PendingRequest, done: str
 ) -> Response:
     if isinstance(result, PendingRequest):
-        text = f"{done} It holds once the rest of what it needs is there."
+        text = f"{done} It does not hold yet: see what it still needs."
         return context.redirect("confirm", text, user=request.username, request=request.id)
     users = {each.username for each in (*result.added, *result.removed)} or {request.username}
     return show_done(context, request.kind, request.adds, request.removed, users, result.revision)

@@ -94,8 +94,10 @@ def describe_demand(demand: Demand) -> str:
     found = []
     if demand.wait:
         found.append(f"The change waits for {format_duration(demand.wait)} before it can hold.")
-    if demand.number:
-        found.append("Then a confirmation number is sent to you." if demand.wait else NUMBER_SENT)
+        act = "have the confirmation number sent" if demand.number else "confirm it"
+        found.append(f"After that, come back here and {act}.")
+    elif demand.number:
+        found.append(NUMBER_SENT)
     if demand.approvals:
         others = _plural(demand.approvals, "other administrator")
         found.append(f"{others} must approve it.")

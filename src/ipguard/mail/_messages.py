@@ -32,7 +32,7 @@ _HEAD: Final = """<!DOCTYPE html>
 """
 _BODY: Final = 'style="font-family: sans-serif; font-size: 15px; color: #111"'
 _NUMBER: Final = 'style="font-family: monospace; font-size: 26px; font-weight: bold"'
-_KINDS: Final = {
+_KINDS: Final[Mapping[str, str]] = {
     RequestKind.ADD: "add these addresses",
     RequestKind.DELETE: "delete these addresses",
     RequestKind.REPLACE: "replace addresses by others",
@@ -154,7 +154,9 @@ def notices(change: Change, actor: Actor, user: User | None, product: str) -> tu
         to.append(user.email)
     name = (change.username or "") if user is None else user.spelling
     done = "Asked for" if asked else "Approved" if change.action is Action.APPROVE else "Done"
+    kind = _KINDS.get(details.get("kind") or RequestKind.ADD, "")
     facts = (
+        ("Change", kind if asked or change.action is Action.APPROVE else ""),
         ("User", "" if "users" in details else _line(name)),
         ("Users", _words(details.get("users", ""), _LONGEST_EFFECT)),
         ("Name", "" if user is None else _words(user.full_name)),
@@ -205,7 +207,7 @@ def _summary(action: str, details: Mapping[str, str], product: str) -> tuple[str
         opening = (
             f"Somebody approved a change of the addresses that a user may log in to {product} "
             "from. Nothing has changed yet: the change still needs its number, another approval, "
-            "or the end of its wait."
+            "or its requester's confirmation after the wait."
         )
     elif action in (Action.DELETE, Action.LIFT) or kind == "delete":
         subject = "Login addresses were deleted"

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import attrs
 
 from ipguard import confirmation, errors, rules
-from ipguard._checks import check_text, check_time, check_whole
+from ipguard._checks import check_switch, check_text, check_time, check_whole
 from ipguard.addresses import AddressRange
 from ipguard.audit import log_change
 from ipguard.model import (
@@ -181,11 +181,11 @@ class Workflow(Closing):
                 afterwards.
             reason: Why, up to 500 characters.
             allow_lockout: Accept that the actor itself may no longer be able to log in.
-            allow_opening: Accept that no restriction is left afterwards.
+            allow_opening: Accept that no restriction is left afterwards, if that holds at once.
 
         Returns:
             The pending request, for `confirm`. If the settings demand nothing, the change holds
-            already: the state is `confirmed`, and there is a `revision`.
+            already: the state is `confirmed`, there is a `revision`, and no request is stored.
 
         Raises:
             AddressError: The addresses cannot be parsed or used, or nothing is to be changed.
@@ -198,7 +198,8 @@ class Workflow(Closing):
                 whatever the label and the expiry: the error says what exists and how it differs.
             TooManyRestrictions: The user has as many as are allowed.
             LockoutRisk: The actor could no longer log in from its present address.
-            OpeningRisk: The user could log in from anywhere, and `allow_opening` is False.
+            OpeningRisk: The user could log in from anywhere, nothing is demanded, and
+                `allow_opening` is False.
             TooManyRequests: The actor made too many requests within the last hour.
             DeliveryError: The mail could not be sent; the request is pending, and `resend` works.
         """
@@ -238,6 +239,8 @@ class Workflow(Closing):
         names = list(dict.fromkeys(canonical_username(name) for name in usernames))
         if not 1 <= len(names) <= NAMED_AT_MOST:
             raise errors.InvalidValue("usernames", f"must be 1 to {NAMED_AT_MOST} users")
+        if isinstance(addresses, Iterator):  # it is read once for each user
+            addresses = list(addresses)
         wanted = {
             name: self._additions(actor, name, addresses, label, expires_at) for name in names
         }
@@ -262,6 +265,7 @@ class Workflow(Closing):
 
         Arguments and errors are as for `request`; `only` is as for `impose`.
         """
+        check_switch("only", only)
         name, ids = canonical_username(username), _ids(replaces)
         adds = self._additions(actor, name, addresses, "", expires_at, needed=not (ids or only))
         with self._view(actor) as view:
@@ -452,7 +456,8 @@ class Workflow(Closing):
                 rules.check_approver(*member, actor, demand)
             members = tx.approve(members)
             result: Applied | PendingRequest = members[0][0].request
-            ready = tx.now >= stored.request.requested_at + demand.wait
+            # Time never completes a request, nor does an approval that was given before.
+            ready = bool(tx.changes) and tx.now >= stored.request.requested_at + demand.wait
             missing = any(rules.approvals_missing(*member, demand) for member in members)
             if ready and not missing and (stored.request.numbered or not demand.number):
                 consent = Consent(allow_lockout, opening=True)
@@ -604,6 +609,7 @@ class Workflow(Closing):
             UnknownUser: Also: the actor is not of every account.
             InvalidValue: Also: the reason is missing.
         """
+        check_switch("only", only)
         check_text("reason", reason, REASON_LIMIT, required=True)
         name = canonical_username(username)
         adds = self._additions(actor, name, addresses, label, expires_at)
@@ -851,8 +857,10 @@ class Workflow(Closing):
             if not own and key not in known:
                 members = view.batch(stored, user)
                 known[key] = self._needs_approval(members, view.actor)
-            if own or (known[key] and view.actor.username not in request.approved_by):
-                waiting.append(attrs.evolve(request, spelling=user.spelling))
+            approvals = rules.counted_approvals(stored, user)
+            approved = any(each.username == view.actor.username for each in approvals)
+            if own or (known[key] and not approved):
+                waiting.append(attrs.evolve(request, spelling=user.spelling, approvals=approvals))
         return waiting
 
     def _needs_approval(self, members: list[_Member], actor: Actor) -> bool:
@@ -929,7 +937,8 @@ class Workflow(Closing):
             stored, user = view.request(request_id, own=True)
             state = rules.state_at(stored.request, view.now)
             demand = self._demand(view.batch(stored, user))
-        return attrs.evolve(stored.request, state=state, demand=demand)
+        approvals = rules.counted_approvals(stored, user)
+        return attrs.evolve(stored.request, state=state, demand=demand, approvals=approvals)
 
     def failures(self, actor: Actor, username: str) -> int:
         """Return how many wrong numbers in a row a person, registered or not, has given.
@@ -1041,7 +1050,8 @@ class Workflow(Closing):
             for (user, plan), request in zip(planned, requests, strict=True):
                 tx.check_opening(plan, allowed=allow_opening)
                 action = Action.CONFIRM if plan.adds else Action.DELETE
-                applied = tx.change(user, plan, action, reason=reason)
+                kind = RequestKind.REPLACE if plan.kind is RequestKind.REPLACE else None
+                applied = tx.change(user, plan, action, reason=reason, kind=kind)
                 state = RequestState.CONFIRMED
                 done.append(attrs.evolve(request, state=state, revision=applied.revision))
             users = {user.username: user for user, _ in planned}
@@ -1139,9 +1149,11 @@ class Workflow(Closing):
 
     def _deliver(self, tx: ActorTransaction, begun: _Begun) -> tuple[PendingRequest, ...]:
         """Send what follows from a call of `request` or `delete`; return the requests."""
-        if begun.users:
-            self._announce(tx, begun.users)
-        return self._send(tx.actor, begun)
+        try:
+            return self._send(tx.actor, begun)
+        finally:
+            if begun.users:
+                self._announce(tx, begun.users)
 
     def _send(self, actor: Actor, issued: _Begun, failed: int = 0) -> tuple[PendingRequest, ...]:
         """Mail a number to the address recorded at the request; return the requests.

@@ -191,13 +191,12 @@ class ActorView:
         stored = self.user(username)
         if stored is None or (stored.removed and adding):
             raise errors.UnknownUser(username)
-        found = []
-        for each in restriction_ids:
-            restriction, user = self.restriction(each)
-            if user.username != username:
+        ids = tuple(restriction_ids)
+        held = {each.id: each for each in self._snapshot.restrictions(username)} if ids else {}
+        for each in ids:
+            if each not in held:
                 raise errors.UnknownRestriction(each)
-            found.append(restriction)
-        return stored.user, found
+        return stored.user, [held[each] for each in ids]
 
     def plan(
         self,
@@ -349,8 +348,7 @@ class ActorTransaction(ActorView):
     def change(self, user: User, plan: Plan, action: Action, **detail: Any) -> Applied:
         """Make a planned change, as one revision."""
         ends = (*plan.removes, *plan.expired)
-        for old in ends:
-            self._take_away(old)
+        self._take_away(plan.username, ends)
         for new in plan.adds:
             self._tx.add_restriction(new)
         told = plan.adds or plan.removes
@@ -454,18 +452,16 @@ class ActorTransaction(ActorView):
         """Add the staged restrictions, all or none."""
         return self._tx.add_staged(per_user=self._settings.restrictions_per_user, **options)
 
-    def _take_away(self, restriction: Restriction) -> None:
-        """Remove a restriction, and cancel requests that would do nothing but that."""
-        self._tx.remove_restriction(restriction.id)
-        for pending in self._tx.pending_requests(restriction.username):
-            stored = self._tx.request(pending.id)
-            if (
-                pending.removes == (restriction.id,)
-                and pending.ends_alone
-                and stored is not None
-                and rules.state_at(pending, self.now) is RequestState.PENDING
-            ):
-                self.advance(stored, rules.Step.CANCEL)
+    def _take_away(self, username: str, ends: Sequence[Restriction]) -> None:
+        """Remove restrictions, and cancel requests that would do nothing but that to one."""
+        for old in ends:
+            self._tx.remove_restriction(old.id)
+        gone = {(old.id,) for old in ends}
+        for pending in self._tx.pending_requests(username) if ends else ():
+            if pending.ends_alone and pending.removes in gone:
+                stored = self._tx.request(pending.id)
+                if stored and rules.state_at(pending, self.now) is RequestState.PENDING:
+                    self.advance(stored, rules.Step.CANCEL)
 
     def append_about(
         self, request: PendingRequest, action: Action, user: User, kind: str = "", **detail: Any
