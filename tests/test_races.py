@@ -380,6 +380,13 @@ def _rotated(threads: Crowd, n: int, *calls: Callable[[], object]) -> list[Any]:
     return outcomes[len(calls) - turn :] + outcomes[: len(calls) - turn]
 
 
+def _check_watched(watchers: Watchers, seen: Counter[tuple[str, ...]]) -> None:
+    """Check that no guard saw the user open, and that calls met in more than one order."""
+    assert watchers.opened == []
+    assert watchers.asked > 0
+    assert len(seen) > 1, f"no race at all: {seen}"
+
+
 def _log_since(desk: Desk, since: int) -> list[ipguard.Change]:
     """Return the audit entries after a revision, oldest first; fail if one is missing."""
     found = [row for row in reversed(desk.rows()) if row.revision > since]
@@ -448,9 +455,7 @@ def test_replace_against_delete(busy: Desk, crowd: Callable[[int], Crowd]) -> No
             )
             _explain_replacing(busy, since, {one, two}, request, outcomes)
             seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
-    assert watchers.opened == []
-    assert watchers.asked > 0
-    assert len(seen) > 1, f"no race at all: {seen}"
+    _check_watched(watchers, seen)
 
 
 def test_approve_against_cancel(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
@@ -487,9 +492,7 @@ def test_approve_against_cancel(busy: Desk, crowd: Callable[[int], Crowd]) -> No
                 [f"10.{n >> 8}.{n & 255}.3"] if state == "confirmed" else [str(old.addresses)]
             )
             seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
-    assert watchers.opened == []
-    assert watchers.asked > 0
-    assert len(seen) > 1, f"no race at all: {seen}"
+    _check_watched(watchers, seen)
 
 
 def test_confirm_against_a_settings_change(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
@@ -537,9 +540,7 @@ def test_confirm_against_a_settings_change(busy: Desk, crowd: Callable[[int], Cr
                     assert outcome.state == "confirmed"
             assert busy.held() == [f"10.{n >> 8}.{n & 255}.3"]
             seen[tuple(type(outcome).__name__ for outcome in outcomes)] += 1
-    assert watchers.opened == []
-    assert watchers.asked > 0
-    assert len(seen) > 1, f"no race at all: {seen}"
+    _check_watched(watchers, seen)
 
 
 def test_import_against_replace_and_delete(busy: Desk, crowd: Callable[[int], Crowd]) -> None:
@@ -579,6 +580,4 @@ def test_import_against_replace_and_delete(busy: Desk, crowd: Callable[[int], Cr
             assert isinstance(deleted, (ipguard.OpeningRisk, ipguard.UnknownRestriction))
             assert len(order) == 2
             seen[(*map(str, order), type(deleted).__name__)] += 1
-    assert watchers.opened == []
-    assert watchers.asked > 0
-    assert len(seen) > 1, f"no race at all: {seen}"
+    _check_watched(watchers, seen)

@@ -348,7 +348,12 @@ class Demand:
         )
 
     def __bool__(self) -> bool:
-        return bool(self.number or self.approvals or self.wait)
+        return bool(self.number or self.is_told)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the user concerned is told of a request at once, and may cancel it."""
+        return bool(self.approvals or self.wait)
 
 
 @attrs.frozen(kw_only=True)

@@ -80,6 +80,7 @@ __all__ = [
     "number_expired",
     "plan_users",
     "read_addresses",
+    "ready_at",
     "search_terms",
     "shifted",
     "state_at",
@@ -216,6 +217,11 @@ def demanded(
     if direction is Direction.OPENS:
         found |= opens
     return found
+
+
+def ready_at(request: PendingRequest, demand: Demand) -> datetime:
+    """Return when the wait of a request is over, if it has to meet this demand."""
+    return shifted(request.requested_at, demand.wait)
 
 
 def subject_digest(request: PendingRequest) -> str:

@@ -261,7 +261,7 @@ def _prepare_confirm(context: Context, _: UserOverview, request: PendingRequest)
         waiting = context.flow.waiting(context.actor, limit=_SAME_BATCH)
         others = (each for each in waiting if each.batch == request.batch)
         batch = tuple(sorted(each.spelling for each in others if each.id != request.id))
-    ready_at = rules.shifted(request.requested_at, demand.wait)
+    ready_at = rules.ready_at(request, demand)
     return {
         "pending": request,
         "own": own,

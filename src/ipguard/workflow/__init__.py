@@ -52,6 +52,7 @@ from ipguard.workflow._transaction import (
     ActorTransaction,
     ActorView,
     Consent,
+    Member,
     Plan,
     check_new,
     effect,
@@ -81,8 +82,6 @@ _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 Addresses = str | AddressRange | Iterable[str | AddressRange]
 """Addresses to restrict to: one text or range, or several."""
-
-_Member = tuple[StoredRequest, User]
 
 
 class _Begun(NamedTuple):
@@ -338,28 +337,27 @@ class Workflow(Closing):
             raise errors.InvalidValue("number", f"must be text, not {type(number).__name__}")
         with self._transaction(actor) as tx:
             stored, user = tx.request(request_id, own=True)
-            members, wrong = tx.batch(stored, user), None
-            demand = self._check_open(members, tx.now)
+            members = fitting = tx.batch(stored, user)
+            demand, failures = self._check_open(members, tx.now), 0
             numbered = demand.number and not stored.request.numbered
             if numbered:
                 failures = self._check_usable(tx, stored)
                 digits = confirmation.parse_number(number, self.settings.number_digits)
                 # Each request has a digest of its own, so a number confirms what it was issued for.
-                members = [each for each in members if self._fits(each[0], digits)]
-                if not members or members[0][0] is not stored:
-                    wrong = tx.count_guess(tx.batch(stored, user), failures)
-            if wrong is None:
+                fitting = [each for each in members if self._fits(each[0], digits)]
+            result: Applied | PendingRequest | int
+            if fitting and fitting[0][0] is stored:
                 consent = Consent(allow_lockout, allow_opening)
-                result = self._complete(tx, members, demand, consent, numbered=numbered)
+                result = self._complete(tx, fitting, demand, consent, numbered=numbered)
             else:
-                result = stored.request
-        if wrong is not None:
+                result = tx.count_guess(members, failures)
+        if isinstance(result, int):
             # Raised only now that the count is committed: an error inside would have undone it.
-            raise errors.WrongNumber(wrong)
-        self._announce(tx, {each.username: each for _, each in members})
+            raise errors.WrongNumber(result)
+        self._announce(tx, {each.username: each for _, each in fitting})
         return result
 
-    def _check_open(self, members: list[_Member], now: datetime) -> Demand:
+    def _check_open(self, members: list[Member], now: datetime) -> Demand:
         """Refuse to complete a request that is closed or waits; return what it has to meet.
 
         Args:
@@ -372,12 +370,12 @@ class Workflow(Closing):
             raise errors.TooManyAttempts
         rules.after(state, rules.Step.CONFIRM)
         demand = self._demand(members)
-        ready_at = request.requested_at + demand.wait
+        ready_at = rules.ready_at(request, demand)
         if demand.wait and now < ready_at:
             raise errors.TooSoon(ready_at)
         return demand
 
-    def _demand(self, members: list[_Member]) -> Demand:
+    def _demand(self, members: list[Member]) -> Demand:
         """Return what requests that share a number have to meet: all that one of them does."""
         return reduce(or_, (self.demand_of(stored.request) for stored, _ in members))
 
@@ -403,7 +401,7 @@ class Workflow(Closing):
     def _complete(
         self,
         tx: ActorTransaction,
-        members: list[_Member],
+        members: list[Member],
         demand: Demand,
         consent: Consent,
         *,
@@ -416,8 +414,8 @@ class Workflow(Closing):
             tx.check_opening(plan, allowed=consent.opening)
         if any(rules.approvals_missing(*member, demand) for member in members):
             if numbered:
-                tx.accept_number(members)
-            return tx.request(members[0][0].request.id, own=True)[0].request
+                members = tx.accept_number(members)
+            return members[0][0].request
         if numbered:
             tx.set_failures(tx.actor.username, 0)
         done = [tx.apply(*member, plan) for member, plan in zip(members, plans, strict=True)]
@@ -457,7 +455,7 @@ class Workflow(Closing):
             members = tx.approve(members)
             result: Applied | PendingRequest = members[0][0].request
             # Time never completes a request, nor does an approval that was given before.
-            ready = bool(tx.changes) and tx.now >= stored.request.requested_at + demand.wait
+            ready = bool(tx.changes) and tx.now >= rules.ready_at(stored.request, demand)
             missing = any(rules.approvals_missing(*member, demand) for member in members)
             if ready and not missing and (stored.request.numbered or not demand.number):
                 consent = Consent(allow_lockout, opening=True)
@@ -846,7 +844,7 @@ class Workflow(Closing):
         with self._view(actor) as view:
             return view.concerning()
 
-    def _waiting(self, view: ActorView, found: Iterable[_Member]) -> list[PendingRequest]:
+    def _waiting(self, view: ActorView, found: Iterable[Member]) -> list[PendingRequest]:
         known: dict[object, bool] = {}
         waiting = []
         for stored, user in found:
@@ -863,7 +861,7 @@ class Workflow(Closing):
                 waiting.append(attrs.evolve(request, spelling=user.spelling, approvals=approvals))
         return waiting
 
-    def _needs_approval(self, members: list[_Member], actor: Actor) -> bool:
+    def _needs_approval(self, members: list[Member], actor: Actor) -> bool:
         demand = self._demand(members)
         with suppress(errors.NotAnApprover):
             for member in members:
@@ -1050,7 +1048,7 @@ class Workflow(Closing):
             for (user, plan), request in zip(planned, requests, strict=True):
                 tx.check_opening(plan, allowed=allow_opening)
                 action = Action.CONFIRM if plan.adds else Action.DELETE
-                kind = RequestKind.REPLACE if plan.kind is RequestKind.REPLACE else None
+                kind = plan.kind if plan.kind is RequestKind.REPLACE else None
                 applied = tx.change(user, plan, action, reason=reason, kind=kind)
                 state = RequestState.CONFIRMED
                 done.append(attrs.evolve(request, state=state, revision=applied.revision))
@@ -1082,8 +1080,9 @@ class Workflow(Closing):
                 ready_at=request.ready_at if demand.wait else None,
                 approvals=demand.approvals or None,
             )
-        told = demand.wait or demand.approvals
-        return issued._replace(users={user.username: user for user, _ in planned} if told else {})
+        if demand.is_told:
+            issued = issued._replace(users={user.username: user for user, _ in planned})
+        return issued
 
     def _requested(
         self, tx: ActorTransaction, user: User, plan: Plan, demand: Demand, reason: str

@@ -35,6 +35,9 @@ from ipguard.workflow.settings import WorkflowSettings
 
 _HOUR: Final = timedelta(hours=1)
 
+Member = tuple[StoredRequest, User]
+"""A request and its user; several may share a number."""
+
 
 def new_id() -> str:
     """Return a random id: 64 bits in hexadecimal, so that ids cannot be guessed."""
@@ -138,7 +141,7 @@ class ActorView:
             raise errors.UnknownUser(username)
         return stored.user
 
-    def request(self, request_id: str, *, own: bool) -> tuple[StoredRequest, User]:
+    def request(self, request_id: str, *, own: bool) -> Member:
         """Return a request (with `own`, of this actor) and its user, or raise UnknownRequest."""
         # Ids come from outside, and may be anything.
         stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
@@ -148,13 +151,12 @@ class ActorView:
             raise errors.UnknownRequest(request_id)
         return stored, user.user
 
-    def request_to_cancel(self, request_id: str) -> tuple[StoredRequest, User]:
+    def request_to_cancel(self, request_id: str) -> Member:
         """Return a request; the user concerned may cancel one that it was told about."""
         stored = self._snapshot.request(request_id) if isinstance(request_id, str) else None
         if stored is not None and stored.request.username == self.actor.username:
             user = self._snapshot.user(self.actor.username)
-            told = stored.request.demand.wait or stored.request.demand.approvals
-            if told and user is not None and not user.removed:
+            if stored.request.demand.is_told and user is not None and not user.removed:
                 return stored, user.user
         return self.request(request_id, own=False)
 
@@ -166,8 +168,7 @@ class ActorView:
         return tuple(
             each
             for each in self._snapshot.pending_requests(self.actor.username)
-            if (each.demand.wait or each.demand.approvals)
-            and rules.state_at(each, self.now) is RequestState.PENDING
+            if each.demand.is_told and rules.state_at(each, self.now) is RequestState.PENDING
         )
 
     def restriction(self, restriction_id: str) -> tuple[Restriction, User]:
@@ -257,7 +258,8 @@ class ActorView:
             for addresses in request.adds
         ]
         present = self._snapshot.restrictions(request.username) if request.removes else ()
-        removes = [each for each in present if each.id in request.removes]
+        ended = set(request.removes)
+        removes = [each for each in present if each.id in ended]
         if not (adds or removes):
             raise errors.UnknownRestriction(request.removes[0])
         plan = self.plan(request.username, adds, removes)
@@ -268,7 +270,7 @@ class ActorView:
             )
         return plan
 
-    def batch(self, stored: StoredRequest, user: User) -> list[tuple[StoredRequest, User]]:
+    def batch(self, stored: StoredRequest, user: User) -> list[Member]:
         """Return a pending request, and those that share its number and are pending too.
 
         Those of users that do not exist for this actor any more are left out; so are those that
@@ -395,7 +397,7 @@ class ActorTransaction(ActorView):
             else request.requested_by,
         )
 
-    def count_guess(self, members: list[tuple[StoredRequest, User]], failures: int) -> int:
+    def count_guess(self, members: list[Member], failures: int) -> int:
         """Count a wrong number for requests that share one; return the attempts that are left."""
         left = min(stored.request.attempts_left for stored, _ in members) - 1
         step = rules.Step.GUESS if left else rules.Step.LOCK
@@ -410,38 +412,41 @@ class ActorTransaction(ActorView):
     def set_failures(self, username: str, count: int) -> None:
         self._tx.set_failures(username, count)
 
-    def accept_number(self, members: Iterable[tuple[StoredRequest, User]]) -> None:
-        """Record that the number was right, because approvals are missing."""
+    def accept_number(self, members: Iterable[Member]) -> list[Member]:
+        """Record that the number was right, because approvals are missing; return the requests."""
         self._tx.set_failures(self.actor.username, 0)
-        for stored, user in members:
-            self.advance(stored, rules.Step.RESEND, numbered=True)
-            self.append_about(stored.request, Action.NUMBER_ACCEPTED, user)
-
-    def approve(
-        self, members: Iterable[tuple[StoredRequest, User]]
-    ) -> list[tuple[StoredRequest, User]]:
-        """Record the actor's approval of each, once, and return them as they are now."""
         found = []
-        everywhere = self.actor.manages is Actor.EVERY_ACCOUNT
         for stored, user in members:
-            approval = Approval(
-                username=self.actor.username,
-                email=self.actor.email,
-                account_id=None if everywhere else user.account_id,
-                subject=rules.subject_digest(stored.request),
-            )
-            given = stored.request.approvals
-            if approval not in given:
-                # An earlier one may not count any more, because the user has moved.
-                others = (each for each in given if each.username != approval.username)
-                approvals = (*others, approval)
-                request, kind = stored.request, stored.request.kind
-                self.append_about(
-                    request, Action.APPROVE, user, kind=kind, **effect(request.impact)
-                )
-                stored = self.advance(stored, rules.Step.APPROVE, approvals=approvals)  # noqa: PLW2901
-            found.append((stored, user))
+            request = attrs.evolve(stored.request, numbered=True)
+            found.append((attrs.evolve(stored, request=request), user))
+            self.save(found[-1][0])
+            self.append_about(request, Action.NUMBER_ACCEPTED, user)
         return found
+
+    def approve(self, members: Iterable[Member]) -> list[Member]:
+        """Record the actor's approval of each, once, and return them as they are now."""
+        everywhere = self.actor.manages is Actor.EVERY_ACCOUNT
+        return [
+            (self._approve(each, user, None if everywhere else user.account_id), user)
+            for each, user in members
+        ]
+
+    def _approve(self, stored: StoredRequest, user: User, account_id: str | None) -> StoredRequest:
+        request = stored.request
+        approval = Approval(
+            username=self.actor.username,
+            email=self.actor.email,
+            account_id=account_id,
+            subject=rules.subject_digest(request),
+        )
+        if approval in request.approvals:
+            return stored
+        self.append_about(
+            request, Action.APPROVE, user, kind=request.kind, **effect(request.impact)
+        )
+        # An earlier one may not count any more, because the user has moved.
+        others = (each for each in request.approvals if each.username != approval.username)
+        return self.advance(stored, rules.Step.APPROVE, approvals=(*others, approval))
 
     def reset_failures(self, username: str, user: User | None, reason: str) -> None:
         failures = self.failures(username)
