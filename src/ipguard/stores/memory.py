@@ -121,11 +121,16 @@ class State:
 
     def visible(self, accounts: Accounts, only: UserFilter | None, now: datetime) -> Iterator[str]:
         """Yield the users that a list for these accounts has."""
+        pending = {
+            stored.request.username
+            for stored in self.requests.values()
+            if rules.state_at(stored.request, now) is RequestState.PENDING
+        }
         for name, stored in self.users.items():
             held = self.restrictions.get(name, ())
             if rules.is_visible(
                 accounts, stored.user.account_id, removed=stored.removed, restricted=bool(held)
-            ) and rules.is_listed(only, held, pending=bool(self.live(name, now)), now=now):
+            ) and rules.is_listed(only, held, pending=name in pending, now=now):
                 yield name
 
 
