@@ -22,6 +22,7 @@ from ipguard.usernames import canonical_username
 __all__ = [
     "EVERYBODY",
     "RESET",
+    "AccessLine",
     "Accounts",
     "Action",
     "Actor",
@@ -30,6 +31,7 @@ __all__ = [
     "BulkCounts",
     "Change",
     "Changes",
+    "Damage",
     "Decision",
     "Demand",
     "Direction",
@@ -40,9 +42,11 @@ __all__ = [
     "PendingRequest",
     "Policy",
     "Reason",
+    "Refusal",
     "RequestKind",
     "RequestState",
     "Restriction",
+    "Sighting",
     "StoredRequest",
     "StoredUser",
     "Touched",
@@ -51,6 +55,7 @@ __all__ = [
     "UserFilter",
     "UserOverview",
     "UserSync",
+    "Verification",
 ]
 
 T = TypeVar("T")
@@ -273,6 +278,47 @@ class Restriction:
         return self.expires_at is not None and self.expires_at <= now
 
 
+@attrs.frozen(kw_only=True)
+class Sighting:
+    """How often a user gave the right password from one address.
+
+    Hosts report logins to `Guard.saw`. Of each user the store keeps 32 addresses at most, those
+    seen last, for 90 days.
+
+    Attributes:
+        username: The user, canonical.
+        address: The address, canonical.
+        first_at: When the user was first seen there.
+        last_at: When the user was last seen there.
+        allowed: How many of these logins were allowed.
+        refused: How many were refused.
+    """
+
+    username: str
+    address: str
+    first_at: datetime
+    last_at: datetime
+    allowed: int = 0
+    refused: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Refusal:
+    """Recent logins with the right password that were refused, from one address.
+
+    Attributes:
+        address: The address, canonical.
+        last_at: When the user was last seen there.
+        times: How many logins from there were refused.
+        hint: Why the user's restrictions may not fit, in a sentence; may be empty.
+    """
+
+    address: str
+    last_at: datetime
+    times: int
+    hint: str = ""
+
+
 class Direction(IntEnum):
     """What a change of a user's restrictions does, in the order of danger.
 
@@ -301,6 +347,9 @@ class Impact:
         ends: When the last restriction that is left expires, after which no address is allowed;
             None if one is permanent, or none is left. Equality ignores it, and stores do not keep
             it.
+        seen_lost: The user's sightings from addresses in `lost`, newest first: what the change
+            would have refused. `Workflow.preview` and `preview_request` fill it; equality ignores
+            it, and stores do not keep it.
     """
 
     direction: Direction
@@ -308,6 +357,7 @@ class Impact:
     lost: AddressSet
     summary: str = attrs.field(default="", eq=False)
     ends: datetime | None = attrs.field(default=None, eq=False)
+    seen_lost: tuple[Sighting, ...] = attrs.field(default=(), eq=False)
 
 
 def _checked_number(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -527,6 +577,8 @@ class UserOverview:
         pending: The pending requests, oldest first.
         summary: The text of the Restrictions column; "No restrictions" if there are none.
         removed: Whether the host removed the user while restrictions are in force.
+        last_used: For each restriction that let the user in within the last 90 days, by id, when
+            the user was last seen in its addresses. Equality ignores it.
     """
 
     user: User
@@ -534,6 +586,27 @@ class UserOverview:
     pending: tuple[PendingRequest, ...]
     summary: str
     removed: bool = False
+    last_used: Mapping[str, datetime] = attrs.field(factory=dict, eq=False)
+
+
+@attrs.frozen(kw_only=True)
+class AccessLine:
+    """One line of an access review: a user and one of its restrictions.
+
+    Attributes:
+        user: The user.
+        removed: Whether the host removed the user while restrictions are in force.
+        restriction: The restriction, or None if the user has none and may log in from anywhere.
+        last_used: When the restriction last let the user in, within the last 90 days, or None.
+        changed: The last audit entry that changed the restrictions of this user by name, or None:
+            bulk changes name no user. Its detail has the `direction`.
+    """
+
+    user: User
+    removed: bool
+    restriction: Restriction | None
+    last_used: datetime | None
+    changed: Change | None
 
 
 UserFilter = Literal["restricted", "unrestricted", "pending", "expiring"]
@@ -671,6 +744,8 @@ class Explanation:
         known: Whether the user is registered.
         at: The store's time.
         summary: The explanation in a sentence or two.
+        refused: The user's refused logins with the right password of the last 90 days, newest
+            first, if the store answers.
     """
 
     username: str
@@ -680,6 +755,7 @@ class Explanation:
     known: bool
     at: datetime
     summary: str
+    refused: tuple[Refusal, ...] = ()
 
 
 class Action(StrEnum):
@@ -702,6 +778,8 @@ class Action(StrEnum):
     MOVE_USER = "move_user"
     WRONG_NUMBER = "wrong_number"
     DELIVERY_FAILED = "delivery_failed"
+    FORGET_SIGHTINGS = "forget_sightings"
+    PRUNE = "prune"
 
 
 def _action(value: str) -> Action | str:
@@ -810,3 +888,40 @@ class Changes(NamedTuple):
     head: int
     token: str
     usernames: frozenset[str] | Touched
+
+
+class Damage(NamedTuple):
+    """One place where the audit log, or the record of restrictions, is not as it was written.
+
+    Attributes:
+        revision: The entry concerned, or None if there is none.
+        text: What is wrong, in a sentence.
+    """
+
+    revision: int | None
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class Verification:
+    """What `ipguard verify` found.
+
+    Attributes:
+        first: The first revision that was checked.
+        head: The last one.
+        token: The token of the head. Note both outside of the database, and pass them as `expect`
+            later: only that shows that the whole log was not rewritten, or cut at its end.
+        entries: How many entries were checked.
+        restrictions: How many restrictions were checked, ended ones included.
+        uncovered: How many restrictions no entry covers, because they are older than the record or
+            were written by an older version of ipguard.
+        damage: What is wrong, the first 100 places; empty if all is well.
+    """
+
+    first: int
+    head: int
+    token: str
+    entries: int
+    restrictions: int
+    uncovered: int
+    damage: tuple[Damage, ...] = ()

@@ -42,6 +42,7 @@ from ipguard.model import (
     PendingRequest,
     Policy,
     Restriction,
+    Sighting,
     StoredRequest,
     StoredUser,
     Touched,
@@ -50,6 +51,7 @@ from ipguard.model import (
     UserFilter,
     UserOverview,
     UserSync,
+    Verification,
     check_accounts,
 )
 from ipguard.row import pack
@@ -175,7 +177,8 @@ class Transaction(Snapshot, Protocol):
     ) -> Change:
         """Append an entry to the audit log, with the next revision and a new token, at `now`.
 
-        A transaction that writes anything appends at least once.
+        A transaction that writes anything appends at least once. The restrictions that were added
+        and removed since the previous entry begin and end at this one's revision.
 
         Args:
             action: The action.
@@ -426,6 +429,86 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         Raises:
             InvalidValue: `limit` is below 1.
             TypeError: `accounts` is a str.
+        """
+
+    def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
+        """Add logins with the right password to what is kept of each user and address.
+
+        The counts are added, `first_at` and `last_at` are joined. Sightings of users that are not
+        registered, or removed, are left out. Of each user, 32 addresses are kept, those seen last,
+        and none that was last seen more than 90 days ago. Nothing is appended to the audit log.
+
+        Args:
+            seen: At most 1,000, each user and address once.
+
+        Returns:
+            The sightings, as they are now, of refused logins that their users are to be told
+            about: those among `seen` with refused logins, unless this call returned the same user
+            and address, to any server, within the last day.
+        """
+
+    def sightings(self, username: str) -> tuple[Sighting, ...]:
+        """Return where a user was seen within the last 90 days, by `last_at`, newest first.
+
+        Args:
+            username: Canonical. A rename keeps the sightings.
+        """
+
+    def forget_sightings(self, username: str) -> int:
+        """Delete what is kept about a user's logins, and append a `FORGET_SIGHTINGS`.
+
+        Args:
+            username: In any spelling; need not be registered.
+
+        Returns:
+            How many addresses were deleted; if there were none, nothing is appended.
+        """
+
+    def policy_at(self, username: str, revision: int) -> Policy:
+        """Return a user's policy as it was after a revision; ended restrictions are never lost.
+
+        Args:
+            username: Canonical, as it was then.
+            revision: The revision; that of the policy returned.
+
+        Returns:
+            The restrictions that were in force then, expired ones included. `known` is whether the
+            user is registered today: registrations are not part of the record.
+
+        Raises:
+            InvalidValue: The store has no such revision, or the record begins after it, because
+                older entries were pruned or an older version of ipguard wrote them.
+        """
+
+    def revision_at(self, at: datetime) -> int:
+        """Return the revision of the last entry at or before a time; 0 if there is none."""
+
+    def restrictions_changed(
+        self, revision: int, *, after: str | None = None, limit: int = 100
+    ) -> Page[tuple[Restriction, bool]]:
+        """Return the restrictions that an entry added or ended, by `id`.
+
+        Args:
+            revision: The revision of the entry.
+            after: The `next` of the previous page.
+            limit: The maximum number of restrictions, at least 1.
+
+        Returns:
+            Each restriction, and whether it was added. One that was moved to another username is
+            there twice, first the old one.
+        """
+
+    def last_changes(self, usernames: Iterable[str]) -> Mapping[str, Change]:
+        """Return for each of at most 1,000 users the last entry that names it and touches it."""
+
+    def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
+        """Check the audit log's chain of tokens, and every restriction against its entry.
+
+        Each token is the digest of the previous token, the entry, what it did to restrictions, and
+        a random number (`ipguard.audit.next_token`).
+
+        Args:
+            expect: The revision and token of an entry, as noted earlier outside of the store.
         """
 
     def close(self) -> None:

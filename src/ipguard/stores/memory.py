@@ -48,6 +48,7 @@ from ipguard.model import (
     Policy,
     RequestState,
     Restriction,
+    Sighting,
     StoredRequest,
     StoredUser,
     Touched,
@@ -56,6 +57,7 @@ from ipguard.model import (
     UserFilter,
     UserOverview,
     UserSync,
+    Verification,
     check_accounts,
 )
 from ipguard.rules import UserHeld, UserPlan, UserRecord, plan_users
@@ -527,6 +529,40 @@ class MemoryStore(Closing):
                 break
         items = tuple(found[:limit])
         return Page(items=items, next=items[-1].revision if len(found) > limit else None)
+
+    def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
+        """Add logins to what is kept; return those to tell their users about."""
+        raise NotImplementedError
+
+    def sightings(self, username: str) -> tuple[Sighting, ...]:
+        """Return where a user was seen, newest first."""
+        raise NotImplementedError
+
+    def forget_sightings(self, username: str) -> int:
+        """Delete a user's sightings; return how many there were."""
+        raise NotImplementedError
+
+    def policy_at(self, username: str, revision: int) -> Policy:
+        """Return a user's policy as it was after a revision."""
+        raise NotImplementedError
+
+    def revision_at(self, at: datetime) -> int:
+        """Return the revision of the last entry at or before a time."""
+        raise NotImplementedError
+
+    def restrictions_changed(
+        self, revision: int, *, after: str | None = None, limit: int = 100
+    ) -> Page[tuple[Restriction, bool]]:
+        """Return the restrictions that an entry added or ended."""
+        raise NotImplementedError
+
+    def last_changes(self, usernames: Iterable[str]) -> Mapping[str, Change]:
+        """Return the last entry that changed each user's policy."""
+        raise NotImplementedError
+
+    def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
+        """Check the chain of tokens and the record of restrictions."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Wake all waiting threads and refuse every later call."""

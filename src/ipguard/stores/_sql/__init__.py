@@ -402,7 +402,7 @@ def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
     return frozenset(names)
 
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """The schema of this library: the number of the last migration."""
 
 

@@ -25,7 +25,9 @@ from ipguard.model import (
     Change,
     Page,
     PendingRequest,
+    Policy,
     Restriction,
+    Sighting,
     StoredRequest,
     StoredUser,
     Touched,
@@ -34,6 +36,7 @@ from ipguard.model import (
     UserFilter,
     UserOverview,
     UserSync,
+    Verification,
     check_accounts,
 )
 from ipguard.rules import Search, UserRecord
@@ -925,6 +928,32 @@ class SqlStore(Closing, Generic[C]):
             )
         items = tuple(change_of(row) for row in rows[:size])
         return Page(items=items, next=items[-1].revision if len(rows) > size else None)
+
+    def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
+        raise NotImplementedError
+
+    def sightings(self, username: str) -> tuple[Sighting, ...]:
+        raise NotImplementedError
+
+    def forget_sightings(self, username: str) -> int:
+        raise NotImplementedError
+
+    def policy_at(self, username: str, revision: int) -> Policy:
+        raise NotImplementedError
+
+    def revision_at(self, at: datetime) -> int:
+        raise NotImplementedError
+
+    def restrictions_changed(
+        self, revision: int, *, after: str | None = None, limit: int = 100
+    ) -> Page[tuple[Restriction, bool]]:
+        raise NotImplementedError
+
+    def last_changes(self, usernames: Iterable[str]) -> Mapping[str, Change]:
+        raise NotImplementedError
+
+    def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
+        raise NotImplementedError
 
 
 def _log(tx: WriteTransaction, changes: Iterable[Change]) -> int:

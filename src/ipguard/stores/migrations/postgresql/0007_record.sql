@@ -1,0 +1,100 @@
+-- ipguard, schema 7, for PostgreSQL: the record, and where users log in from.
+-- Run it with the search path set to the schema that holds the tables.
+--
+-- Libraries written for schema 1 may use it. Restrictions that they end are kept too, by a trigger.
+-- Their entries have no `salt`, so `verify` reports them; their restrictions have no `began`.
+
+-- The random part of the token, in hexadecimal, and the digest of the restrictions that the entry
+-- added and ended; '' if there are none, NULL in entries of older libraries.
+ALTER TABLE changes ADD COLUMN salt TEXT COLLATE "C", ADD COLUMN restrictions TEXT COLLATE "C";
+CREATE INDEX changes_by_time ON changes (at, revision);
+
+-- The record begins after this revision.
+ALTER TABLE head ADD COLUMN recorded BIGINT;
+UPDATE head SET recorded = revision;
+
+-- The revision at which the restriction came into force; 0 if that was before the record began, NULL
+-- if an older library added it since. An import writes its restrictions before it has a revision:
+-- they have its number, negative, and `imports` has the revision.
+ALTER TABLE restrictions ADD COLUMN began BIGINT DEFAULT 0;
+ALTER TABLE restrictions ALTER COLUMN began DROP DEFAULT;
+CREATE TABLE imports (
+    number BIGINT PRIMARY KEY CHECK (number < 0),
+    revision BIGINT NOT NULL
+);
+
+-- Restrictions that ended, and at which revision. A restriction may have been moved from one
+-- username to another, and be here more than once.
+CREATE TABLE past_restrictions (
+    username TEXT COLLATE "C" NOT NULL,
+    ended BIGINT NOT NULL,
+    id TEXT COLLATE "C" NOT NULL,
+    first_ip BYTEA NOT NULL,
+    last_ip BYTEA NOT NULL,
+    label TEXT COLLATE "C" NOT NULL,
+    created_at BIGINT NOT NULL,
+    created_by TEXT COLLATE "C" NOT NULL,
+    expires_at BIGINT,
+    began BIGINT,
+    PRIMARY KEY (username, ended, id)
+);
+
+-- A row that was written and deleted within one change was never in force.
+CREATE FUNCTION keep_ended_restrictions() RETURNS trigger
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    INSERT INTO past_restrictions (
+        username, ended, id, first_ip, last_ip, label, created_at, created_by, expires_at, began
+    )
+    SELECT g.username, h.revision + 1, g.id, g.first_ip, g.last_ip, g.label, g.created_at,
+        g.created_by, g.expires_at, g.began
+    FROM gone g
+    JOIN head h ON h.id = 1
+    LEFT JOIN imports i ON i.number = g.began
+    WHERE g.began IS NULL OR (g.began >= 0 AND g.began <= h.revision) OR i.revision <= h.revision
+    ON CONFLICT (username, ended, id) DO NOTHING;
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER ended AFTER DELETE ON restrictions REFERENCING OLD TABLE AS gone
+    FOR EACH STATEMENT EXECUTE FUNCTION keep_ended_restrictions();
+
+-- How often a user gave the right password from an address, and when the user was last told about
+-- refused logins.
+CREATE TABLE sightings (
+    username TEXT COLLATE "C" NOT NULL,
+    address BYTEA NOT NULL,
+    first_at BIGINT NOT NULL,
+    last_at BIGINT NOT NULL,
+    allowed BIGINT NOT NULL,
+    refused BIGINT NOT NULL,
+    told_at BIGINT,
+    PRIMARY KEY (username, address),
+    CHECK (length(address) IN (4, 16))
+);
+CREATE INDEX sightings_by_age ON sightings (last_at);
+
+-- Roles that write and read restrictions keep working without running `grants` again.
+DO $$
+DECLARE
+    role text;
+    writes boolean;
+BEGIN
+    FOR role, writes IN
+        SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END,
+            bool_or(a.privilege_type = 'DELETE')
+        FROM pg_class c, aclexplode(c.relacl) a
+        WHERE c.oid = 'restrictions'::regclass AND a.privilege_type IN ('SELECT', 'DELETE')
+            AND a.grantee <> c.relowner
+        GROUP BY 1
+    LOOP
+        EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON sightings TO %s', role);
+        EXECUTE format('GRANT SELECT ON past_restrictions, imports TO %s', role);
+        IF writes THEN
+            EXECUTE format('GRANT INSERT ON past_restrictions, imports TO %s', role);
+        END IF;
+    END LOOP;
+END
+$$;
+
+UPDATE schema_version SET version = 7;

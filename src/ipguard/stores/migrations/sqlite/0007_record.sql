@@ -1,0 +1,61 @@
+-- ipguard, schema 7, for SQLite: the record, and where users log in from.
+--
+-- Libraries written for schema 1 may use it. Restrictions that they end are kept too, by a trigger.
+-- Their entries have no `salt`, so `verify` reports them; their restrictions have no `began`.
+
+-- The random part of the token, in hexadecimal, and the digest of the restrictions that the entry
+-- added and ended; '' if there are none, NULL in entries of older libraries.
+ALTER TABLE changes ADD COLUMN salt TEXT;
+ALTER TABLE changes ADD COLUMN restrictions TEXT;
+CREATE INDEX changes_by_time ON changes (at, revision);
+
+-- The record begins after this revision.
+ALTER TABLE head ADD COLUMN recorded INTEGER;
+UPDATE head SET recorded = revision;
+
+-- The revision at which the restriction came into force; 0 if that was before the record began, NULL
+-- if an older library added it since.
+ALTER TABLE restrictions ADD COLUMN began INTEGER;
+UPDATE restrictions SET began = 0;
+
+-- Restrictions that ended, and at which revision. A restriction may have been moved from one
+-- username to another, and be here more than once.
+CREATE TABLE past_restrictions (
+    username TEXT NOT NULL,
+    ended INTEGER NOT NULL,
+    id TEXT NOT NULL,
+    first_ip BLOB NOT NULL,
+    last_ip BLOB NOT NULL,
+    label TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    created_by TEXT NOT NULL,
+    expires_at INTEGER,
+    began INTEGER,
+    PRIMARY KEY (username, ended, id)
+) WITHOUT ROWID;
+CREATE TRIGGER restriction_ended AFTER DELETE ON restrictions
+BEGIN
+    INSERT OR IGNORE INTO past_restrictions (
+        username, ended, id, first_ip, last_ip, label, created_at, created_by, expires_at, began
+    )
+    SELECT OLD.username, h.revision + 1, OLD.id, OLD.first_ip, OLD.last_ip, OLD.label,
+        OLD.created_at, OLD.created_by, OLD.expires_at, OLD.began
+    FROM head h WHERE h.id = 1 AND (OLD.began IS NULL OR OLD.began <= h.revision);
+END;
+
+-- How often a user gave the right password from an address, and when the user was last told about
+-- refused logins.
+CREATE TABLE sightings (
+    username TEXT NOT NULL,
+    address BLOB NOT NULL,
+    first_at INTEGER NOT NULL,
+    last_at INTEGER NOT NULL,
+    allowed INTEGER NOT NULL,
+    refused INTEGER NOT NULL,
+    told_at INTEGER,
+    PRIMARY KEY (username, address),
+    CHECK (length(address) IN (4, 16))
+) WITHOUT ROWID;
+CREATE INDEX sightings_by_age ON sightings (last_at);
+
+UPDATE schema_version SET version = 7;
