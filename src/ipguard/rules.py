@@ -16,6 +16,7 @@ Any other step raises `RequestClosed` and changes nothing.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -30,7 +31,15 @@ from unicodedata import normalize
 import attrs
 
 from ipguard import errors
-from ipguard.addresses import AddressRange, AddressSet, parse_address, parse_typed
+from ipguard.addresses import (
+    AddressRange,
+    AddressSet,
+    canonical_address,
+    login_address,
+    pack_address,
+    parse_address,
+    parse_typed,
+)
 from ipguard.model import (
     Accounts,
     Actor,
@@ -45,12 +54,14 @@ from ipguard.model import (
     RequestKind,
     RequestState,
     Restriction,
+    Sighting,
     StoredRequest,
     User,
     UserFilter,
 )
 
 __all__ = [
+    "SIGHTINGS_KEPT",
     "STEPS",
     "Additions",
     "Search",
@@ -75,17 +86,23 @@ __all__ = [
     "impact",
     "is_listed",
     "is_visible",
+    "joined",
     "judge_additions",
+    "last_used",
     "lasting",
     "number_expired",
     "plan_users",
     "read_addresses",
     "ready_at",
     "search_terms",
+    "seen_since",
     "shifted",
+    "sightings_kept",
+    "sightings_to_record",
     "state_at",
     "subject_digest",
     "summarise",
+    "told_until",
     "two_users",
     "wait_left",
 ]
@@ -98,6 +115,11 @@ _BETWEEN_WORDS: Final = re.compile(
     r"""[ \-'"`,.;:()\[\]/\xab\xb7\xbb\u02b9-\u02bc\u2010-\u201f\u2032\u30fb]+[\u0300-\u036f]*"""
 )
 _LIKE_AN_ADDRESS: Final = re.compile("[0-9A-Fa-f]*[.:]")
+SIGHTINGS_KEPT: Final = 32
+"""Of how many addresses of a user the sightings are kept."""
+_SEEN_WITHIN: Final = timedelta(days=90)
+_TOLD_EVERY: Final = timedelta(days=1)
+_RECORDED_AT_ONCE: Final = 1_000
 _SHOWN: Final = 20
 _EXPIRING_WITHIN: Final = timedelta(days=7)
 _ANYWHERE: Final = tuple(AddressRange.parse(text) for text in ("0.0.0.0/0", "::/0"))
@@ -429,6 +451,90 @@ def judge_additions(
         limit = errors.TooManyRestrictions(username, per_user)
         found.refused.extend((each, limit) for each in found.adds[-over:])
     return found
+
+
+def seen_since(now: datetime) -> datetime:
+    """Return the time before which sightings are dropped; a sighting at that time is kept."""
+    return shifted(now, -_SEEN_WITHIN)
+
+
+def told_until(now: datetime) -> datetime:
+    """Return since when a user must not have been told about an address, to be told again."""
+    return shifted(now, -_TOLD_EVERY)
+
+
+def sightings_kept(sightings: Iterable[Sighting], now: datetime) -> list[Sighting]:
+    """Return the sightings of one user that a store keeps, newest first."""
+    found = [each for each in sightings if each.last_at >= seen_since(now)]
+    found.sort(key=lambda each: pack_address(each.address) or b"")
+    found.sort(key=lambda each: each.last_at, reverse=True)
+    return found[:SIGHTINGS_KEPT]
+
+
+def joined(one: Sighting, other: Sighting) -> Sighting:
+    """Return two sightings of one user and address as one."""
+    return attrs.evolve(
+        one,
+        first_at=min(one.first_at, other.first_at),
+        last_at=max(one.last_at, other.last_at),
+        allowed=one.allowed + other.allowed,
+        refused=one.refused + other.refused,
+    )
+
+
+def sightings_to_record(seen: Collection[Sighting], now: datetime) -> list[Sighting]:
+    """Return the sightings that a store has to add to those it has, by username and address.
+
+    Times in the future come from a clock that runs ahead, and become `now`: such a sighting would
+    be kept for too long. Those that are too old to be kept are left out.
+
+    Args:
+        seen: The sightings as a guard gives them.
+        now: The store's time.
+
+    Raises:
+        InvalidValue: They are more than 1,000, or one has an invalid address or negative counts.
+    """
+    if len(seen) > _RECORDED_AT_ONCE:
+        raise errors.InvalidValue("seen", f"must be at most {_RECORDED_AT_ONCE:,} sightings")
+    found: dict[tuple[str, str], Sighting] = {}
+    for each in seen:
+        address = canonical_address(each.address)
+        if not address or each.allowed < 0 or each.refused < 0:
+            raise errors.InvalidValue("seen", "holds a sighting that is not one")
+        if each.last_at < seen_since(now):
+            continue
+        first, last = min(each.first_at, now), min(each.last_at, now)
+        new = attrs.evolve(each, address=address, first_at=min(first, last), last_at=last)
+        there = found.get((new.username, address))
+        found[new.username, address] = new if there is None else joined(there, new)
+    return [found[key] for key in sorted(found)]
+
+
+def last_used(
+    restrictions: Iterable[Restriction], sightings: Iterable[Sighting]
+) -> dict[str, datetime]:
+    """Return when each restriction last let its user in, by id.
+
+    Args:
+        restrictions: The restrictions of a user.
+        sightings: The sightings of the same user, of which those count that were allowed, and that
+            are not older than the restriction.
+    """
+    seen = sorted(
+        (*found, each.last_at)
+        for each in sightings
+        if each.allowed and (found := login_address(each.address)) is not None
+    )
+    used: dict[str, datetime] = {}
+    for restriction in restrictions if seen else ():
+        addresses = restriction.addresses
+        first = bisect_left(seen, (addresses.version, addresses.first))
+        last = bisect_right(seen, (addresses.version, addresses.last, _LAST))
+        at = max((at for _, _, at in seen[first:last]), default=None)
+        if at is not None and at >= restriction.created_at:
+            used[restriction.id] = at
+    return used
 
 
 def all_expired(restrictions: Collection[Restriction], now: datetime) -> bool:

@@ -20,7 +20,7 @@ managers, and usable in a child after `fork()` (or raise `StoreUnavailable` ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import chain
@@ -66,6 +66,7 @@ __all__ = [
     "Transaction",
     "Unread",
     "UserTransaction",
+    "append_forgotten",
     "carry_out",
     "check_accounts",
     "log_change",
@@ -451,14 +452,19 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         """Return where a user was seen within the last 90 days, by `last_at`, newest first.
 
         Args:
-            username: Canonical. A rename keeps the sightings.
+            username: Canonical. Sightings follow a user who is renamed. A new user has none, even
+                under the username of a removed one.
         """
 
-    def forget_sightings(self, username: str) -> int:
+    def forget_sightings(
+        self, username: str, *, actor: str | None = None, actor_address: str | None = None
+    ) -> int:
         """Delete what is kept about a user's logins, and append a `FORGET_SIGHTINGS`.
 
         Args:
             username: In any spelling; need not be registered.
+            actor: The username of the actor, or None for the host.
+            actor_address: The actor's address.
 
         Returns:
             How many addresses were deleted; if there were none, nothing is appended.
@@ -578,6 +584,15 @@ class UserTransaction(Transaction, Protocol):
     def save_users(self, users: Sequence[StoredUser]) -> None:
         """Add users, or replace those with their usernames."""
 
+    def move_sightings(self, renamed: Mapping[str, str], fresh: Collection[str]) -> None:
+        """Let the sightings follow renamed users, before a username is given to somebody else.
+
+        Args:
+            renamed: The new usernames by the old ones. Sightings under a new username are deleted,
+                unless they move too.
+            fresh: Usernames of new users: sightings under them are of others, and are deleted.
+        """
+
 
 def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
     """Carry out a plan for users, and append its entries, for authors of stores.
@@ -602,6 +617,7 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
             restrictions.append(attrs.evolve(restriction, username=new))
     for restriction in restrictions:
         tx.add_restriction(restriction)
+    tx.move_sightings(dict(renamed), [s.user.username for s in steps if s.before is None])
     tx.save_users([StoredUser(user=step.user) for step in steps])
     gone = [(user.username, user.account_id) for user in removed]
     added = [(step.user.username, step.user.account_id) for step in steps if step.added]
@@ -617,6 +633,24 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
         *(tx.append(**entry) for entry in moved),
         *append_users(tx, Action.PUT_USERS, counts, [*added, *updated], touched),
     ]
+
+
+def append_forgotten(
+    tx: Transaction, username: str, count: int, actor: str | None, actor_address: str | None
+) -> list[Change]:
+    """Append the entry of `forget_sightings` if any were deleted, for authors of stores."""
+    if not count:
+        return []
+    stored = tx.user(username)
+    change = tx.append(
+        Action.FORGET_SIGHTINGS,
+        actor=actor,
+        actor_address=actor_address,
+        username=username,
+        account_id=None if stored is None else stored.user.account_id,
+        detail={"addresses": str(count)},
+    )
+    return [change]
 
 
 class Unread(NamedTuple):

@@ -66,6 +66,7 @@ from ipguard.store import (
     Snapshot,
     Transaction,
     Unread,
+    append_forgotten,
     carry_out,
     read_records,
     refuse_all,
@@ -83,6 +84,13 @@ class Entry(NamedTuple):
     touches: frozenset[str] | Touched
 
 
+class Seen(NamedTuple):
+    """A sighting, and when the user was last told about refused logins."""
+
+    sighting: Sighting
+    told_at: datetime | None
+
+
 @attrs.define(kw_only=True)
 class State:
     """The tables and the position of the store, committed or not."""
@@ -96,6 +104,7 @@ class State:
     owners: dict[str, str] = attrs.field(factory=dict)  # restriction id -> username
     requests: dict[str, StoredRequest] = attrs.field(factory=dict)
     failures: dict[str, int] = attrs.field(factory=dict)
+    sightings: dict[str, dict[str, Seen]] = attrs.field(factory=dict)  # by user, by address
 
     def policy(self, username: str) -> Policy:
         stored = self.users.get(username)
@@ -104,6 +113,10 @@ class State:
             restrictions=self.restrictions.get(username, ()),
             known=stored is not None and not stored.removed,
         )
+
+    def seen(self, username: str, now: datetime) -> tuple[Sighting, ...]:
+        held = self.sightings.get(username, {}).values()
+        return tuple(rules.sightings_kept((each.sighting for each in held), now))
 
     def pending(self, username: str) -> tuple[PendingRequest, ...]:
         found = (
@@ -325,6 +338,38 @@ class WriteTransaction:
             if uid is not None:
                 uids[uid] = name
 
+    def move_sightings(self, renamed: Mapping[str, str], fresh: Collection[str]) -> None:
+        table = self._table("sightings")
+        moved = {
+            new: {
+                address: Seen(attrs.evolve(sighting, username=new), told_at)
+                for address, (sighting, told_at) in table[old].items()
+            }
+            for old, new in renamed.items()
+            if old in table
+        }
+        for name in {*renamed, *renamed.values(), *fresh}:
+            table.pop(name, None)
+        table.update(moved)
+
+    def forget_sightings(self, username: str) -> int:
+        return len(self._table("sightings").pop(username, ()))
+
+    def record_sighting(self, seen: Sighting) -> Sighting | None:
+        """Add a sighting; return it as it is now, if its user is to be told about it."""
+        stored = self.user(seen.username)
+        if stored is None or stored.removed:
+            return None
+        table = self._table("sightings")
+        held: Mapping[str, Seen] = table.get(seen.username, {})
+        before, told_at = held.get(seen.address, Seen(seen, None))
+        after = seen if before is seen else rules.joined(before, seen)
+        tell = seen.refused > 0 and (told_at is None or told_at <= rules.told_until(self.now))
+        every = {**held, seen.address: Seen(after, self.now if tell else told_at)}
+        kept = rules.sightings_kept((each.sighting for each in every.values()), self.now)
+        table[seen.username] = {each.address: every[each.address] for each in kept}
+        return after if tell and after in kept else None
+
 
 class MemoryStore(Closing):
     """A store that ends with its process. See `ipguard.store.RestrictionStore` for its methods.
@@ -532,15 +577,24 @@ class MemoryStore(Closing):
 
     def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
         """Add logins to what is kept; return those to tell their users about."""
-        raise NotImplementedError
+        with self._write() as tx:
+            found = map(tx.record_sighting, rules.sightings_to_record(seen, tx.now))
+            return tuple(each for each in found if each is not None)
 
     def sightings(self, username: str) -> tuple[Sighting, ...]:
         """Return where a user was seen, newest first."""
-        raise NotImplementedError
+        return self._committed().seen(username, self.now())
 
-    def forget_sightings(self, username: str) -> int:
+    def forget_sightings(
+        self, username: str, *, actor: str | None = None, actor_address: str | None = None
+    ) -> int:
         """Delete a user's sightings; return how many there were."""
-        raise NotImplementedError
+        name = canonical_username(username)
+        with self._write() as tx:
+            count = tx.forget_sightings(name)
+            append_forgotten(tx, name, count, actor, actor_address)
+        _log(tx)
+        return count
 
     def policy_at(self, username: str, revision: int) -> Policy:
         """Return a user's policy as it was after a revision."""
@@ -628,4 +682,5 @@ def _overview(state: State, username: str, now: datetime) -> UserOverview:
         pending=state.live(username, now),
         summary=rules.summarise(restrictions, now),
         removed=stored.removed,
+        last_used=rules.last_used(restrictions, state.seen(username, now)),
     )

@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
@@ -197,6 +197,9 @@ class WriteTransaction(SqlSnapshot):
 
     def save_users(self, users: Sequence[StoredUser]) -> None:
         save_users(self.db, users)
+
+    def move_sightings(self, renamed: Mapping[str, str], fresh: Collection[str]) -> None:
+        pass
 
     def set_failures(self, actor: str, count: int) -> None:
         self.db.run(
@@ -935,7 +938,9 @@ class SqlStore(Closing, Generic[C]):
     def sightings(self, username: str) -> tuple[Sighting, ...]:
         raise NotImplementedError
 
-    def forget_sightings(self, username: str) -> int:
+    def forget_sightings(
+        self, username: str, *, actor: str | None = None, actor_address: str | None = None
+    ) -> int:
         raise NotImplementedError
 
     def policy_at(self, username: str, revision: int) -> Policy:
