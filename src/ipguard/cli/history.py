@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from enum import StrEnum
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Annotated, Final
 
 from typer import Option
 
 from ipguard import audit
 from ipguard.cli._context import READER, Context, command
-from ipguard.cli._output import Cell, Exit, clean, pages
+from ipguard.cli._ocsf import change_event
+from ipguard.cli._output import Cell, Exit, clean, dumps, pages
 from ipguard.cli.users import AllOption, LimitOption
 from ipguard.errors import StoreUnavailable, shorten
 from ipguard.model import RESET, Change
@@ -28,6 +30,18 @@ UserOption = Annotated[
 ]
 
 
+class EventFormat(StrEnum):
+    """Formats of events for other programs."""
+
+    OCSF = "ocsf"
+
+
+EventOption = Annotated[
+    EventFormat | None,
+    Option("--format", help="Write one event a line, in JSON, as the OCSF defines it."),
+]
+
+
 @command()
 def history(
     context: Context,
@@ -37,6 +51,11 @@ def history(
         int | None,
         Option("--before", metavar="REVISION", help="Only entries before this revision."),
     ] = None,
+    since: Annotated[
+        int | None,
+        Option("--since", metavar="REVISION", help="Only entries after this revision."),
+    ] = None,
+    kind: EventOption = None,
     limit: LimitOption = 50,
     everything: AllOption = False,
 ) -> None:
@@ -46,10 +65,17 @@ def history(
     """
     with context.workflow(mails=False) as (store, flow):
         size = None if everything else limit
+        entries = _entries(flow, user, before, size)
+        if since is not None:
+            entries = takewhile(lambda change: change.revision > since, entries)
+        if kind is not None:
+            for change in islice(entries, size):
+                context.out.raw(dumps(change_event(change)) + "\n")
+            return
         found = context.out.listing(
             "changes",
             ("revision", "at", "actor", "action", "username", "detail"),
-            _entries(flow, user, before, size),
+            entries,
             partial(_cells, brief=context.out.rich),
             limit=size,
             option="--before",
@@ -57,6 +83,7 @@ def history(
         if not found:
             about = "" if user is None else f" about {shorten(user)}"
             about += "" if before is None else f" before revision {before}"
+            about += "" if since is None else f" after revision {since}"
             unknown = "" if user is None else _unregistered(store, user)
             context.out.note(unknown or f"the audit log has no entries{about}")
 
@@ -94,6 +121,7 @@ def watch(
         int | None,
         Option("--since", metavar="REVISION", help="Start after this revision, not now."),
     ] = None,
+    kind: EventOption = None,
 ) -> int:
     """Show audit entries as they happen, until Ctrl-C.
 
@@ -116,7 +144,7 @@ def watch(
         try:
             while True:
                 try:
-                    seen, cursor = _show_new(context, store, flow, name, seen, cursor)
+                    seen, cursor = _show_new(context, store, flow, name, kind, seen, cursor)
                     if down:
                         context.out.note("the store responds again")
                     down = False
@@ -135,6 +163,7 @@ def _show_new(
     store: RestrictionStore,
     flow: Workflow,
     name: str | None,
+    kind: EventFormat | None,
     seen: int,
     cursor: tuple[int, str],
 ) -> tuple[int, tuple[int, str]]:
@@ -147,12 +176,15 @@ def _show_new(
     if head > seen:
         new = list(takewhile(lambda c: c.revision > seen, _entries(flow, name)))
     for change in reversed(new):
-        _show(context, change)
+        _show(context, change, kind)
     sys.stdout.flush()
     return max([head, *(change.revision for change in new[:1])]), (head, token)
 
 
-def _show(context: Context, change: Change) -> None:
+def _show(context: Context, change: Change, kind: EventFormat | None) -> None:
+    if kind is not None:
+        context.out.raw(dumps(change_event(change)) + "\n")
+        return
     if context.out.as_json:
         context.out.data(change)
         return
