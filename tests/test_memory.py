@@ -103,6 +103,11 @@ class TestFork:
                 lambda: store.transaction().__enter__(),
                 lambda: store.overview(Actor.EVERY_ACCOUNT),
                 lambda: store.history(Actor.EVERY_ACCOUNT),
+                lambda: store.policy_at("alice", 0),
+                lambda: store.revision_at(datetime.now(UTC)),
+                lambda: store.restrictions_changed(1),
+                lambda: store.last_changes([]),
+                store.verify,
             ):
                 try:
                     call()
@@ -111,7 +116,7 @@ class TestFork:
             store.close()
             return refused
 
-        assert in_child(ask) == 9
+        assert in_child(ask) == 14
         assert store.load_policy("alice").known
 
     def test_a_child_never_waits_for_a_lock_of_its_parent(self):

@@ -13,8 +13,9 @@ import pytest
 
 from ipguard import Actor, User, Workflow, WorkflowSettings, confirmation
 from ipguard.addresses import AddressRange
+from ipguard.audit import micros
 from ipguard.model import Demand, PendingRequest, RequestKind, RequestState, StoredRequest
-from ipguard.stores._sql import IS_PENDING, micros
+from ipguard.stores._sql import IS_PENDING
 from ipguard.testing import Outbox
 from tests.postgres import Given, Server
 from tests.test_scale_listing import START, Postgres, Run, Sqlite

@@ -32,12 +32,13 @@ from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock, StoreConformance
+from ipguard.testing._evidence import EvidenceTests
 from tests.conftest import rounds
 from tests.postgres import Given, Server, fresh_schema
 from tests.test_scale_listing import two_are_many as two_are_many  # noqa: PLC0414 - a fixture
 
 
-class TestMemory(StoreConformance):
+class TestMemory(EvidenceTests, StoreConformance):
     many = rounds(200, 10_000)
 
     def open_store(self, clock: FakeClock) -> MemoryStore:

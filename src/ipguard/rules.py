@@ -31,6 +31,7 @@ from unicodedata import normalize
 import attrs
 
 from ipguard import errors
+from ipguard._checks import check_whole
 from ipguard.addresses import (
     AddressRange,
     AddressSet,
@@ -77,6 +78,7 @@ __all__ = [
     "check_bulk_options",
     "check_filter",
     "check_lockout",
+    "check_revision",
     "check_width",
     "counted_approvals",
     "decide",
@@ -750,6 +752,21 @@ def is_visible(accounts: Accounts, account_id: str, *, removed: bool, restricted
     if removed:
         return accounts is Actor.EVERY_ACCOUNT and restricted
     return account_id in accounts
+
+
+def check_revision(revision: int, first: int, head: int) -> None:
+    """Raise InvalidValue if the record of restrictions does not have a revision.
+
+    Args:
+        revision: The revision asked for.
+        first: The first one that the record has.
+        head: The last one.
+    """
+    check_whole("revision", revision, 0)
+    if revision < first:
+        raise errors.InvalidValue("revision", f"the record begins at revision {first}")
+    if revision > head:
+        raise errors.InvalidValue("revision", f"the store is at revision {head}")
 
 
 def check_filter(only: str | None) -> None:

@@ -77,6 +77,9 @@ __all__ = [
 NAMED_AT_MOST = 100
 """A change that touches more users than this says `EVERYBODY` instead of naming them."""
 
+UNAPPENDED: Final = "a transaction that changes restrictions appends an audit entry afterwards"
+"""The message of the StoreError for one that does not."""
+
 NO_DETAIL: Final[Mapping[str, str]] = MappingProxyType({})
 
 
@@ -179,7 +182,8 @@ class Transaction(Snapshot, Protocol):
         """Append an entry to the audit log, with the next revision and a new token, at `now`.
 
         A transaction that writes anything appends at least once. The restrictions that were added
-        and removed since the previous entry begin and end at this one's revision.
+        and removed since the previous entry begin and end at this one's revision. If there is no
+        entry after them, the commit raises StoreError.
 
         Args:
             action: The action.
@@ -475,7 +479,8 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
 
         Args:
             username: Canonical, as it was then.
-            revision: The revision; that of the policy returned.
+            revision: The revision; that of the policy returned. After a `prune`, the one before
+                the first entry that was kept is the lowest.
 
         Returns:
             The restrictions that were in force then, expired ones included. `known` is whether the
@@ -487,7 +492,10 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         """
 
     def revision_at(self, at: datetime) -> int:
-        """Return the revision of the last entry at or before a time; 0 if there is none."""
+        """Return the revision of the last entry at or before a time; 0 if there is none.
+
+        If the clock was set back, the entries count in the order of their times.
+        """
 
     def restrictions_changed(
         self, revision: int, *, after: str | None = None, limit: int = 100
@@ -501,7 +509,7 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
 
         Returns:
             Each restriction, and whether it was added. One that was moved to another username is
-            there twice, first the old one.
+            there twice, first the old one, and counts once.
         """
 
     def last_changes(self, usernames: Iterable[str]) -> Mapping[str, Change]:
@@ -610,29 +618,27 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
             closed = attrs.evolve(request, state=after(request.state, Step.CANCEL))
             if stored is not None:
                 tx.save_request(attrs.evolve(stored, request=closed))
-    restrictions = []
-    for old, new in renamed:
-        for restriction in tx.restrictions(old):
-            tx.remove_restriction(restriction.id)
-            restrictions.append(attrs.evolve(restriction, username=new))
-    for restriction in restrictions:
-        tx.add_restriction(restriction)
+    held = {old: tx.restrictions(old) for old, _ in renamed}
     tx.move_sightings(dict(renamed), [s.user.username for s in steps if s.before is None])
     tx.save_users([StoredUser(user=step.user) for step in steps])
     gone = [(user.username, user.account_id) for user in removed]
     added = [(step.user.username, step.user.account_id) for step in steps if step.added]
     updated = [(step.user.username, step.user.account_id) for step in steps if step.changed]
-    moved = user_entries(each for step in steps if (each := step.entry) is not None)
+    changes = append_users(
+        tx, Action.REMOVE_USERS, {"removed": len(gone)}, gone, (name for name, _ in gone)
+    )
+    for entry in user_entries(each for step in steps if (each := step.entry) is not None):
+        # A user's restrictions move with the entry that names the user, for `restrictions_changed`.
+        if entry["action"] is Action.RENAME_USER:
+            for restriction in held[entry["detail"]["old"]]:
+                tx.remove_restriction(restriction.id)
+                tx.add_restriction(attrs.evolve(restriction, username=entry["username"]))
+        changes.append(tx.append(**entry))
     counts = {"added": len(added), "updated": len(updated)}
     # Of these, only added users are touched: policies contain neither names nor accounts.
     touched = (name for name, _ in added)
-    return [
-        *append_users(
-            tx, Action.REMOVE_USERS, {"removed": len(gone)}, gone, (name for name, _ in gone)
-        ),
-        *(tx.append(**entry) for entry in moved),
-        *append_users(tx, Action.PUT_USERS, counts, [*added, *updated], touched),
-    ]
+    changes += append_users(tx, Action.PUT_USERS, counts, [*added, *updated], touched)
+    return changes
 
 
 def append_forgotten(

@@ -34,7 +34,17 @@ import attrs
 from ipguard import errors, rules
 from ipguard._checks import check_time, check_whole
 from ipguard._fork import ReentrantLock, acquire
-from ipguard.audit import log_change
+from ipguard.audit import (
+    RecordedEntry,
+    check_expected,
+    digest_of,
+    entry_columns,
+    log_change,
+    micros,
+    new_salt,
+    next_token,
+)
+from ipguard.audit import verify as verify_entries
 from ipguard.model import (
     EVERYBODY,
     RESET,
@@ -43,6 +53,7 @@ from ipguard.model import (
     BulkCounts,
     Change,
     Changes,
+    Damage,
     Page,
     PendingRequest,
     Policy,
@@ -62,6 +73,7 @@ from ipguard.model import (
 )
 from ipguard.rules import UserHeld, UserPlan, UserRecord, plan_users
 from ipguard.store import (
+    UNAPPENDED,
     Closing,
     Snapshot,
     Transaction,
@@ -82,6 +94,24 @@ class Entry(NamedTuple):
     change: Change
     token: str
     touches: frozenset[str] | Touched
+    salt: str
+    restrictions: str
+
+
+class Recorded(NamedTuple):
+    """A restriction and the revisions at which it came into force and ended."""
+
+    restriction: Restriction
+    began: int
+    ended: int | None = None
+
+    @property
+    def row(self) -> tuple[Any, ...]:
+        """The columns of `ipguard.audit.ChangedRestrictions.add`."""
+        held = self.restriction
+        expires = None if held.expires_at is None else micros(held.expires_at)
+        made = (held.label, micros(held.created_at), held.created_by)
+        return (held.id, held.username, *held.addresses.packed, *made, expires)
 
 
 class Seen(NamedTuple):
@@ -102,6 +132,8 @@ class State:
     restrictions: dict[str, tuple[Restriction, ...]] = attrs.field(factory=dict)
     uids: dict[str, str] = attrs.field(factory=dict)  # uid -> username
     owners: dict[str, str] = attrs.field(factory=dict)  # restriction id -> username
+    began: dict[str, int] = attrs.field(factory=dict)  # restriction id -> revision
+    past: dict[str, tuple[Recorded, ...]] = attrs.field(factory=dict)  # username -> ended ones
     requests: dict[str, StoredRequest] = attrs.field(factory=dict)
     failures: dict[str, int] = attrs.field(factory=dict)
     sightings: dict[str, dict[str, Seen]] = attrs.field(factory=dict)  # by user, by address
@@ -117,6 +149,17 @@ class State:
     def seen(self, username: str, now: datetime) -> tuple[Sighting, ...]:
         held = self.sightings.get(username, {}).values()
         return tuple(rules.sightings_kept((each.sighting for each in held), now))
+
+    def record(self, username: str) -> Iterator[Recorded]:
+        """Yield the restrictions that a user has or had."""
+        yield from self.past.get(username, ())
+        for held in self.restrictions.get(username, ()):
+            yield Recorded(held, self.began[held.id])
+
+    def whole_record(self) -> Iterator[Recorded]:
+        """Yield the restrictions that all users have or had."""
+        for username in self.past.keys() | self.restrictions.keys():
+            yield from self.record(username)
 
     def pending(self, username: str) -> tuple[PendingRequest, ...]:
         found = (
@@ -163,6 +206,9 @@ class WriteTransaction:
         self.over = False
         self._staged = staged
         self._copied: set[str] = set()
+        # The restrictions that began and ended since the last entry.
+        self._begun: dict[str, Recorded] = {}
+        self._ended: list[Recorded] = []
 
     def _table(self, name: str) -> dict[str, Any]:
         """Return a table to write to; the first time, copy it."""
@@ -227,15 +273,21 @@ class WriteTransaction:
         insort(held, restriction, key=lambda each: (each.created_at, each.id))
         self._table("restrictions")[restriction.username] = tuple(held)
         owners[restriction.id] = restriction.username
+        self._table("began")[restriction.id] = began = self.state.head + 1
+        self._begun[restriction.id] = Recorded(restriction, began)
 
     def remove_restriction(self, restriction_id: str) -> None:
         owner = self._table("owners").pop(restriction_id, None)
         if owner is None:
             return
         table = self._table("restrictions")
-        table[owner] = tuple(r for r in table[owner] if r.id != restriction_id)
+        (old,) = (r for r in table[owner] if r.id == restriction_id)
+        table[owner] = tuple(r for r in table[owner] if r is not old)
         if not table[owner]:
             del table[owner]
+        began = self._table("began").pop(restriction_id)
+        if self._begun.pop(restriction_id, None) is None:  # else it was never in force
+            self._ended.append(Recorded(old, began, self.state.head + 1))
 
     def add_staged(
         self, *, per_user: int, replace: bool = False, skip_existing: bool = False
@@ -291,12 +343,26 @@ class WriteTransaction:
     ) -> Change:
         self._check()
         change = Change(revision=self.state.head + 1, at=self.now, action=action, **fields)
-        entry = Entry(change, secrets.token_hex(8), touches)
+        digest = digest_of(
+            (each.row for each in self._begun.values()), (each.row[:2] for each in self._ended)
+        )
+        salt = new_salt()
+        token = next_token(self.state.token, entry_columns(change, touches), digest, salt)
+        entry = Entry(change, token, touches, salt, digest)
         self.entries.append(entry)
+        for ended in self._ended:
+            past, owner = self._table("past"), ended.restriction.username
+            past[owner] = (*past.get(owner, ()), ended)
+        self._begun, self._ended = {}, []
         self.state.head, self.state.token = change.revision, entry.token
         if touches:
             self.state.touching = change.revision
         return change
+
+    def check_appended(self) -> None:
+        """Raise StoreError if restrictions were changed after the last entry."""
+        if self._begun or self._ended:
+            raise errors.StoreError(UNAPPENDED)
 
     def _held(self, username: str, kept: Container[tuple[str | None, str | None]]) -> UserHeld:
         stored, restricted = self.user(username), username in self.state.restrictions
@@ -598,25 +664,82 @@ class MemoryStore(Closing):
 
     def policy_at(self, username: str, revision: int) -> Policy:
         """Return a user's policy as it was after a revision."""
-        raise NotImplementedError
+        state = self._committed()
+        rules.check_revision(revision, 0, state.head)
+        found = (
+            each.restriction
+            for each in state.record(username)
+            if each.began <= revision and (each.ended is None or revision < each.ended)
+        )
+        held = tuple(sorted(found, key=lambda each: (each.created_at, each.id)))
+        known = state.policy(username).known
+        return Policy(revision=revision, restrictions=held, known=known)
 
     def revision_at(self, at: datetime) -> int:
         """Return the revision of the last entry at or before a time."""
-        raise NotImplementedError
+        check_time("at", at)
+        entries = (entry.change for entry in self._entries[: self._committed().head])
+        found = ((change.at, change.revision) for change in entries if change.at <= at)
+        return max(found, default=(at, 0))[1]
 
     def restrictions_changed(
         self, revision: int, *, after: str | None = None, limit: int = 100
     ) -> Page[tuple[Restriction, bool]]:
         """Return the restrictions that an entry added or ended."""
-        raise NotImplementedError
+        check_whole("limit", limit, 1)
+        found = [
+            (each.restriction, added)
+            for each in self._committed().whole_record()
+            for added in (False, True)
+            if (each.began if added else each.ended) == revision
+            and (after is None or each.restriction.id > after)
+        ]
+        found.sort(key=lambda each: (each[0].id, each[1]))
+        ids = list(dict.fromkeys(restriction.id for restriction, _ in found))
+        if len(ids) <= limit:
+            return Page(items=tuple(found), next=None)
+        last = ids[limit - 1]
+        return Page(items=tuple(each for each in found if each[0].id <= last), next=last)
 
     def last_changes(self, usernames: Iterable[str]) -> Mapping[str, Change]:
-        """Return the last entry that changed each user's policy."""
-        raise NotImplementedError
+        """Return the last entry that names each user and touches the policy."""
+        names, head = set(usernames), self._committed().head
+        return {
+            entry.change.username: entry.change
+            for entry in self._entries[:head]
+            if entry.touches and entry.change.username in names
+        }
 
     def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
         """Check the chain of tokens and the record of restrictions."""
-        raise NotImplementedError
+        state, damage = self._committed(), list[Damage]()
+        entries = [
+            RecordedEntry(
+                entry_columns(each.change, each.touches), each.token, each.salt, each.restrictions
+            )
+            for each in self._entries[: state.head]
+        ]
+        record = list(state.whole_record())
+        count, restrictions = verify_entries(
+            entries,
+            sorted((each.began, *each.row) for each in record),
+            sorted((each.ended, *each.row[:2]) for each in record if each.ended is not None),
+            before=(0, self._origin),
+            head=(state.head, state.token),
+            damage=damage,
+        )
+        if expect is not None:
+            known = 0 <= expect[0] <= state.head
+            check_expected(expect, self._token_of(expect[0]) if known else None, damage)
+        return Verification(
+            first=1,
+            head=state.head,
+            token=state.token,
+            entries=count,
+            restrictions=restrictions,
+            uncovered=0,
+            damage=tuple(damage),
+        )
 
     def close(self) -> None:
         """Wake all waiting threads and refuse every later call."""
@@ -650,6 +773,7 @@ class MemoryStore(Closing):
             tx = WriteTransaction(self._committed(), self.now(), staged)
             try:
                 yield tx
+                tx.check_appended()
                 self._commit(tx)
             finally:
                 tx.over = True

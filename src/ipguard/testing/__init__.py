@@ -7,7 +7,7 @@ import sys
 
 if sys.modules.get("pytest"):
     # Before the imports below, so that pytest explains failed asserts.
-    for name in ("_case", "_guards", "_listing", "_records", "_transactions"):
+    for name in ("_case", "_evidence", "_guards", "_listing", "_records", "_transactions"):
         sys.modules["pytest"].register_assert_rewrite(f"ipguard.testing.{name}")
 
 from ipguard.testing._doubles import FakeClock, Message, Outbox

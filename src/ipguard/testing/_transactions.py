@@ -119,6 +119,7 @@ class TransactionTests(StoreCase):
             assert tx.restriction(restriction.id) is None
             assert tx.restrictions("alice") == ()
             tx.add_restriction(restriction)
+            self.append(tx)
         if hasattr(store, "snapshot"):  # stores need not have it
             with store.snapshot() as snapshot, store.transaction() as tx:
                 assert look_ups(snapshot) == look_ups(tx)

@@ -20,6 +20,7 @@ import attrs
 
 from ipguard import audit, errors, rules
 from ipguard.addresses import AddressRange, AddressSet
+from ipguard.audit import micros
 from ipguard.model import (
     EVERYBODY,
     RESET,
@@ -35,7 +36,6 @@ from ipguard.model import (
     RequestState,
     Restriction,
     StoredRequest,
-    Touched,
     User,
 )
 from ipguard.row import pack_columns
@@ -48,7 +48,6 @@ Params = Sequence[object]
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _SHOWN: Final = 256
-_EVERYBODY: Final = "*"  # not JSON, so it differs from every list of usernames
 BIGGEST: Final = 2**63 - 1
 """The largest number in a column; larger arguments are replaced by it."""
 
@@ -93,11 +92,6 @@ def check_option(check: Callable[..., T], name: str, value: object, **limits: ob
         return check(name, value, **limits)
     except errors.InvalidValue as exc:
         raise errors.StoreConfigError(str(exc)) from None
-
-
-def micros(moment: datetime) -> int:
-    """Return a time in its stored form, microseconds since 1970-01-01 UTC."""
-    return (moment - _EPOCH) // _MICROSECOND
 
 
 def _optional_micros(moment: datetime | None) -> int | None:
@@ -384,22 +378,8 @@ def change_row(change: Change) -> Row:
     return _row(CHANGE, attrs.asdict(change, recurse=False) | coded)
 
 
-def touched_text(touches: frozenset[str] | Touched) -> str | None:
-    """Return the stored form of the users whose policy a change touches; None if there are none."""
-    if isinstance(touches, Touched):
-        return _EVERYBODY
-    return json.dumps(sorted(touches)) if touches else None
-
-
-@reads_rows
-def touched_of(texts: Iterable[str]) -> frozenset[str] | Touched:
-    """Return the users whose policy any of several changes touches."""
-    names: set[str] = set()
-    for text in texts:
-        if text == _EVERYBODY:
-            return EVERYBODY
-        names.update(json.loads(text))
-    return frozenset(names)
+touched_of = reads_rows(audit.read_touched)
+"""The users whose policy any of several changes touches; a malformed text is StoreUnavailable."""
 
 
 SCHEMA_VERSION: Final = 7

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from ipguard import rules
 from ipguard.addresses import AddressRange
+from ipguard.audit import micros
 from ipguard.errors import (
     DuplicateRestriction,
     InvalidValue,
@@ -53,7 +54,6 @@ from ipguard.stores._sql import (
     columns,
     head,
     marks,
-    micros,
     restriction_of,
     restriction_row,
     touched_of,

@@ -16,7 +16,7 @@ import attrs
 
 from ipguard import rules
 from ipguard._checks import check_whole
-from ipguard.audit import log_change
+from ipguard.audit import log_change, micros, touched_text
 from ipguard.errors import StoreError, StoreUnavailable, UnknownUser, shorten
 from ipguard.model import (
     Accounts,
@@ -57,14 +57,12 @@ from ipguard.stores._sql import (
     columns,
     encodable,
     marks,
-    micros,
     moment,
     pending_of,
     request_of,
     request_row,
     restriction_of,
     restriction_row,
-    touched_text,
     user_of,
 )
 from ipguard.stores._sql.bulk import (
