@@ -95,6 +95,7 @@ def test_resending_goes_to_the_address_recorded_at_the_request(desk: Desk) -> No
     desk.wait(seconds=30)
     desk.flow.resend(thief, request.id)
     mail = desk.outbox.messages[-1]
+    assert mail.actor is not None
     assert (mail.to, mail.actor.email) == (("alice@firm.example",), "alice@firm.example")
 
 

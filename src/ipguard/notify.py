@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ipguard.model import Actor, Change, PendingRequest, User
+from ipguard.model import Actor, Change, PendingRequest, Sighting, User
 
-__all__ = ["Notifier"]
+__all__ = ["Notifier", "RefusalNotifier"]
 
 
 class Notifier(Protocol):
@@ -46,4 +46,19 @@ class Notifier(Protocol):
 
         Raises:
             Exception: Any exception is logged and counted; the change stays in force.
+        """
+
+
+class RefusalNotifier(Notifier, Protocol):
+    """A notifier that also tells users about refused logins; the method is optional."""
+
+    def login_refused(self, sighting: Sighting, user: User) -> None:
+        """Tell a user that a login with the right password was refused (OWASP ASVS 5.0 6.3.5).
+
+        Args:
+            sighting: Where from, when, and how often.
+            user: The user, who has an e-mail address.
+
+        Raises:
+            Exception: Any exception is logged and counted.
         """

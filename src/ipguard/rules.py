@@ -62,6 +62,7 @@ from ipguard.model import (
 )
 
 __all__ = [
+    "SEEN_FOR",
     "SIGHTINGS_KEPT",
     "STEPS",
     "Additions",
@@ -87,6 +88,7 @@ __all__ = [
     "expiring_until",
     "impact",
     "is_listed",
+    "is_unused",
     "is_visible",
     "joined",
     "judge_additions",
@@ -96,6 +98,7 @@ __all__ = [
     "plan_users",
     "read_addresses",
     "ready_at",
+    "refusal_notice_due",
     "search_terms",
     "seen_since",
     "shifted",
@@ -103,10 +106,12 @@ __all__ = [
     "sightings_to_record",
     "state_at",
     "subject_digest",
+    "suggest",
     "summarise",
     "told_until",
     "two_users",
     "wait_left",
+    "would_refuse",
 ]
 
 NO_RESTRICTIONS: Final = "No restrictions"
@@ -119,11 +124,14 @@ _BETWEEN_WORDS: Final = re.compile(
 _LIKE_AN_ADDRESS: Final = re.compile("[0-9A-Fa-f]*[.:]")
 SIGHTINGS_KEPT: Final = 32
 """Of how many addresses of a user the sightings are kept."""
-_SEEN_WITHIN: Final = timedelta(days=90)
+SEEN_FOR: Final = timedelta(days=90)
+"""How long the sightings of an address are kept after the last one."""
 _TOLD_EVERY: Final = timedelta(days=1)
 _RECORDED_AT_ONCE: Final = 1_000
 _SHOWN: Final = 20
 _EXPIRING_WITHIN: Final = timedelta(days=7)
+_TOLD_A_DAY: Final = 10
+_IPV6_HOST: Final = 64  # the prefix length of the network that one IPv6 host is in
 _ANYWHERE: Final = tuple(AddressRange.parse(text) for text in ("0.0.0.0/0", "::/0"))
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
@@ -457,7 +465,7 @@ def judge_additions(
 
 def seen_since(now: datetime) -> datetime:
     """Return the time before which sightings are dropped; a sighting at that time is kept."""
-    return shifted(now, -_SEEN_WITHIN)
+    return shifted(now, -SEEN_FOR)
 
 
 def told_until(now: datetime) -> datetime:
@@ -537,6 +545,91 @@ def last_used(
         if at is not None and at >= restriction.created_at:
             used[restriction.id] = at
     return used
+
+
+def suggest(
+    restrictions: Iterable[Restriction],
+    sightings: Iterable[Sighting],
+    now: datetime,
+    *,
+    widest_ipv6: int,
+) -> tuple[AddressRange, ...]:
+    """Return the addresses that a user may want to be restricted to, the most used first.
+
+    They are those of allowed logins that no restriction in force contains. An IPv6 address stands
+    for its /64, because a host changes its address within that (RFC 8981).
+
+    Args:
+        restrictions: The user's restrictions, expired ones included.
+        sightings: Where the user was seen.
+        now: The store's time.
+        widest_ipv6: The shortest prefix length of an IPv6 restriction.
+    """
+    held = AddressSet(each.addresses for each in restrictions if not each.expired(now))
+    used: dict[AddressRange, tuple[int, datetime]] = {}
+    for each in sightings:
+        if not each.allowed or each.address in held:
+            continue
+        with suppress(errors.AddressError):  # a multicast address, from which nobody can log in
+            found = _suggested(each.address, max(_IPV6_HOST, widest_ipv6))
+            logins, last_at = used.get(found, (0, each.last_at))
+            used[found] = logins + each.allowed, max(last_at, each.last_at)
+    ranked = sorted(used, key=lambda found: (found.version, found.first))
+    return tuple(sorted(ranked, key=used.__getitem__, reverse=True))
+
+
+def _suggested(address: str, prefix: int) -> AddressRange:
+    found = AddressRange.parse(address)
+    if found.version == 4:
+        return found
+    host = (1 << (128 - prefix)) - 1
+    return AddressRange(version=6, first=found.first & ~host, last=found.first | host)
+
+
+def would_refuse(lost: Iterable[Sighting], sightings: Iterable[Sighting]) -> str:
+    """Say in a sentence how many recent logins a change would have refused.
+
+    Args:
+        lost: The sightings from addresses that the change takes away: `Impact.seen_lost`.
+        sightings: All sightings of the user.
+
+    Returns:
+        The sentence; empty if no login was allowed, so that there is nothing to compare with.
+    """
+    allowed = sum(each.allowed for each in sightings)
+    refused = sum(each.allowed for each in lost)
+    if not allowed:
+        return ""
+    return (
+        f"This would have refused {refused or 'none'} of the {allowed} logins"
+        f" of the last {SEEN_FOR.days} days."
+    )
+
+
+def is_unused(restriction: Restriction, last_used: datetime | None, since: datetime) -> bool:
+    """Return whether a restriction is older than `since` and has let its user in at no time since.
+
+    Args:
+        restriction: The restriction.
+        last_used: When it last let the user in, or None.
+        since: The time.
+    """
+    return restriction.created_at <= since and (last_used is None or last_used <= since)
+
+
+def refusal_notice_due(refused: Sighting, sightings: Iterable[Sighting]) -> bool:
+    """Return whether to mail a user about refused logins from one address.
+
+    After notices about ten new addresses within a day there are no more: an intruder with the
+    right password and many addresses must not bury other mails under these.
+
+    Args:
+        refused: The sighting from that address.
+        sightings: All sightings of the user.
+    """
+    since = told_until(refused.last_at)
+    others = (each for each in sightings if each.address != refused.address)
+    return sum(bool(each.refused) and each.first_at > since for each in others) < _TOLD_A_DAY
 
 
 def all_expired(restrictions: Collection[Restriction], now: datetime) -> bool:

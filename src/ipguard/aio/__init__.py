@@ -19,6 +19,8 @@ import logging
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from datetime import timedelta
+from itertools import islice
 from typing import (
     Any,
     Concatenate,
@@ -36,7 +38,7 @@ from ipguard._checks import check_seconds
 from ipguard.aio._executor import Executor
 from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.guard import Guard, GuardStats, Observer, internals
-from ipguard.model import Decision, Explanation, Reason, Touched
+from ipguard.model import AccessLine, Actor, Decision, Explanation, Reason, Touched
 from ipguard.notify import Notifier
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow, WorkflowSettings
@@ -49,6 +51,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _GRACE: Final = 0.05  # seconds
+_LINES: Final = 1000  # of a report, read at once
 
 
 class GuardSettings(TypedDict, total=False):
@@ -353,7 +356,25 @@ class AsyncWorkflow(_AsyncClosing):
     restriction = _awaited(Workflow.restriction)
     own_request = _awaited(Workflow.own_request)
     failures = _awaited(Workflow.failures)
+    sightings = _awaited(Workflow.sightings)
+    suggest = _awaited(Workflow.suggest)
+    forget_sightings = _awaited(Workflow.forget_sightings)
+    tell_refused = _awaited(Workflow.tell_refused)
+    as_of = _awaited(Workflow.as_of)
+    restrictions_changed = _awaited(Workflow.restrictions_changed)
     now = _awaited(Workflow.now)
+
+    async def report(
+        self, actor: Actor, *, unused: timedelta | None = None
+    ) -> AsyncGenerator[AccessLine]:
+        """Iterate over the lines of an access review: `async for line in flow.report(actor)`.
+
+        See `Workflow.report`. The lines are read on a thread, many at once.
+        """
+        lines = self.flow.report(actor, unused=unused)
+        while several := await self._executor.run(lambda: list(islice(lines, _LINES))):
+            for line in several:
+                yield line
 
     async def close(self) -> None:
         """Let idle threads end. The host closes the store."""

@@ -26,9 +26,15 @@ import attrs
 from ipguard._checks import check_seconds, check_text
 from ipguard.addresses import AddressRange, AddressSet
 from ipguard.errors import DeliveryError, InvalidValue
-from ipguard.mail._messages import Message, notices, number_message, trial_message
+from ipguard.mail._messages import (
+    Message,
+    notices,
+    number_message,
+    refusal_message,
+    trial_message,
+)
 from ipguard.mail._smtp import Connection, Failure, failure_of
-from ipguard.model import Actor, Change, PendingRequest, User
+from ipguard.model import Actor, Change, PendingRequest, Sighting, User
 
 __all__ = ["ConsoleNotifier", "EmailNotifier"]
 
@@ -120,6 +126,17 @@ class EmailNotifier:
         """
         self._deliver(notices(change, actor, user, self._product))
 
+    def login_refused(self, sighting: Sighting, user: User) -> None:
+        """Mail a user that a login with the right password was refused.
+
+        A user without an e-mail address gets no mail.
+
+        Raises:
+            DeliveryError: The server did not accept the mail, or not in time.
+        """
+        to = [user.email] if user.email else []
+        self._deliver(refusal_message(sighting, user, each, self._product) for each in to)
+
     def send_test(self, to: str) -> None:
         """Send a test mail to an e-mail address, or raise DeliveryError if it is not accepted."""
         self._deliver([trial_message(to, self._product, datetime.now(UTC))])
@@ -210,6 +227,10 @@ class ConsoleNotifier:
         """Print the notices of a change."""
         for message in notices(change, actor, user, self._product):
             self._print(message)
+
+    def login_refused(self, sighting: Sighting, user: User) -> None:
+        """Print the notice about a refused login."""
+        self._print(refusal_message(sighting, user, user.email or "-", self._product))
 
     def _print(self, message: Message) -> None:
         stream = sys.stdout if self._stream is None else self._stream

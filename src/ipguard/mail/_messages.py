@@ -21,7 +21,7 @@ import attrs
 
 from ipguard.addresses import AddressRange
 from ipguard.errors import AddressError
-from ipguard.model import Action, Actor, Change, PendingRequest, RequestKind, User
+from ipguard.model import Action, Actor, Change, PendingRequest, RequestKind, Sighting, User
 
 _LONGEST_FACT: Final = 600
 _LINKS: Final = re.compile(r"(?<=\w)\.(?=[^\W\d])|:(?=//)")
@@ -114,6 +114,28 @@ def number_message(request: PendingRequest, number: str, actor: Actor, product: 
         f"{product} will ever ask you for it. Do not pass it on: not by phone, mail or chat.\n"
         "If you did not ask for this change, do not type the number in, and tell your "
         "administrator at once: somebody may be using your account.",
+    )
+
+
+def refusal_message(sighting: Sighting, user: User, to: str, product: str) -> Message:
+    """Write the notice about a refused login with the right password."""
+    return Message(
+        to=to,
+        subject="A login with your password was refused",
+        opening=f"Somebody tried to log in to {product} with your password, from an address that "
+        "your restrictions do not allow. The login was refused, and nothing has changed.",
+        facts=(
+            ("User", _line(user.spelling)),
+            ("Name", _words(user.full_name)),
+            ("From address", _line(sighting.address)),
+            ("Last refused at", _moment(sighting.last_at)),
+            ("Refused logins from there", f"{sighting.refused:,}"),
+            ("Allowed logins from there", f"{sighting.allowed or ''}"),
+        ),
+        closing="If that was you, ask your administrator to add the address to those that you may "
+        "log in from.\nIf that was not you, somebody knows your password: change it, and tell your "
+        "administrator at once.\nWhile logins from this address go on, you get this mail at most "
+        "once a day.",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import attrs
 
 from ipguard._checks import check_time
-from ipguard.model import Actor, Change, PendingRequest, User
+from ipguard.model import Actor, Change, PendingRequest, Sighting, User
 
 
 class FakeClock:
@@ -82,22 +82,25 @@ class Message:
     """A message that a notifier was asked to send.
 
     Attributes:
-        kind: The method called: `number_issued` or `change_applied`.
+        kind: The method called: `number_issued`, `change_applied` or `login_refused`.
         to: The recipients' e-mail addresses without duplicates, the actor's first.
-        actor: The actor.
+        actor: The actor; None for a refused login.
         request: The request to confirm; None for a notice.
         number: The confirmation number as mailed; None for a notice. Not in the repr.
         change: The change that was made; None for a number.
-        user: The user that the change concerns; None for a number and for unregistered users.
+        user: The user that the change or the refused login concerns; None for a number and for
+            unregistered users.
+        sighting: The refused login; None for a number or a change.
     """
 
-    kind: Literal["number_issued", "change_applied"]
+    kind: Literal["number_issued", "change_applied", "login_refused"]
     to: tuple[str, ...]
-    actor: Actor
+    actor: Actor | None = None
     request: PendingRequest | None = None
     number: str | None = attrs.field(default=None, repr=False)
     change: Change | None = None
     user: User | None = None
+    sighting: Sighting | None = None
 
 
 class Outbox:
@@ -147,6 +150,11 @@ class Outbox:
         """Keep a notice; see `ipguard.notify.Notifier`."""
         to = [actor.email, *([user.email] if user is not None and user.email else [])]
         self._keep("change_applied", to, actor=actor, change=change, user=user)
+
+    def login_refused(self, sighting: Sighting, user: User) -> None:
+        """Keep a notice about a refused login; see `ipguard.notify.RefusalNotifier`."""
+        to = [user.email] if user.email else []
+        self._keep("login_refused", to, sighting=sighting, user=user)
 
     def _keep(self, kind: Any, to: list[str], **fields: Any) -> None:
         if self.fail:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from functools import reduce
 from itertools import chain
 from operator import or_
@@ -20,13 +20,14 @@ from typing import Any, Final, NamedTuple
 import attrs
 
 from ipguard import confirmation, errors, rules
-from ipguard._checks import check_switch, check_text, check_time, check_whole
+from ipguard._checks import check_duration, check_switch, check_text, check_time, check_whole
 from ipguard.addresses import AddressRange
 from ipguard.audit import log_change
 from ipguard.model import (
     EVERYBODY,
     LABEL_LIMIT,
     REASON_LIMIT,
+    AccessLine,
     Action,
     Actor,
     Applied,
@@ -36,9 +37,11 @@ from ipguard.model import (
     Impact,
     Page,
     PendingRequest,
+    Policy,
     RequestKind,
     RequestState,
     Restriction,
+    Sighting,
     StoredRequest,
     User,
     UserCounts,
@@ -46,7 +49,7 @@ from ipguard.model import (
     UserOverview,
 )
 from ipguard.notify import Notifier
-from ipguard.store import NAMED_AT_MOST, Closing, RestrictionStore
+from ipguard.store import NAMED_AT_MOST, Closing, RestrictionStore, Snapshot
 from ipguard.usernames import canonical_username
 from ipguard.workflow._transaction import (
     ActorTransaction,
@@ -262,14 +265,16 @@ class Workflow(Closing):
     ) -> Impact:
         """Return what a change would do, without requesting it.
 
-        Arguments and errors are as for `request`; `only` is as for `impose`.
+        Arguments and errors are as for `request`; `only` is as for `impose`. `seen_lost` has the
+        sightings from addresses that the change takes away.
         """
         check_switch("only", only)
         name, ids = canonical_username(username), _ids(replaces)
         adds = self._additions(actor, name, addresses, "", expires_at, needed=not (ids or only))
         with self._view(actor) as view:
             _, removes = view.user_to_change(name, ids, adding=bool(adds))
-            return view.plan(name, adds, removes, only=only).impact
+            impact = view.plan(name, adds, removes, only=only).impact
+        return self._with_sightings(name, impact)
 
     def demanded(self, kind: RequestKind, direction: Direction) -> Demand:
         """Return what the settings demand of a request of this kind and direction."""
@@ -294,7 +299,8 @@ class Workflow(Closing):
         """
         with self._view(actor) as view:
             stored, _ = view.request(request_id, own=False)
-            return view.plan_request(stored.request).impact
+            impact = view.plan_request(stored.request).impact
+        return self._with_sightings(stored.request.username, impact)
 
     def confirm(
         self,
@@ -950,6 +956,242 @@ class Workflow(Closing):
         with self._view(actor) as view:
             return view.failures(name)
 
+    # --------------------------------------------------- where users log in from
+
+    def sightings(self, actor: Actor, username: str) -> tuple[Sighting, ...]:
+        """Return where a user logged in from with the right password, newest first.
+
+        Hosts report logins to `Guard.saw`. They are kept for 90 days, of 32 addresses at most.
+
+        Args:
+            actor: The viewer.
+            username: The user, in any spelling.
+
+        Raises:
+            UnknownUser: The user does not exist for this actor.
+        """
+        name = self._existing(actor, username)[0]
+        return self._sightings(name)
+
+    def suggest(self, actor: Actor, username: str) -> tuple[AddressRange, ...]:
+        """Return addresses that a user logs in from and has no restriction to, most used first.
+
+        Only allowed logins count. An IPv6 address stands for its /64, or for less if the settings
+        allow no restriction as wide as that. `request` accepts each of them.
+
+        Raises:
+            UnknownUser: The user does not exist for this actor.
+        """
+        name, restrictions = self._existing(actor, username)
+        return rules.suggest(
+            restrictions,
+            self._sightings(name),
+            self._store.now(),
+            widest_ipv6=self.settings.widest_ipv6,
+        )
+
+    def forget_sightings(self, actor: Actor, username: str) -> int:
+        """Delete what is kept about a user's logins; only for actors of every account.
+
+        The audit log records that, and how many addresses there were.
+
+        Args:
+            actor: The operator.
+            username: The user, in any spelling, registered or not.
+
+        Returns:
+            How many addresses were deleted.
+
+        Raises:
+            UnknownUser: The actor is not of every account.
+            UsernameError: The username has no canonical form.
+        """
+        name = canonical_username(username)
+        _check_operator(actor, errors.UnknownUser(name))
+        return self._store.forget_sightings(name, actor=actor.username, actor_address=actor.address)
+
+    def tell_refused(self, sighting: Sighting) -> None:
+        """Tell a user that a login with the right password was refused; never raise.
+
+        Pass it to `Guard.follow_refusals`. Nothing is sent if the user is not registered or has no
+        e-mail address, if the notifier has no `login_refused`, or if the user was told about ten
+        other addresses within a day. A failure is logged and counted in `notices_failed`.
+        """
+        tell = getattr(self._notifier, "login_refused", None)
+        if tell is None:
+            return
+        try:
+            with self._snapshot() as snapshot:
+                stored = snapshot.user(sighting.username)
+            if stored is None or stored.removed or not stored.user.email:
+                return
+            if rules.refusal_notice_due(sighting, self._sightings(sighting.username)):
+                tell(sighting, stored.user)
+        except Exception:
+            self.notices_failed += 1
+            _log.exception("could not send the notice of a refused login")
+
+    def _existing(self, actor: Actor, username: str) -> tuple[str, tuple[Restriction, ...]]:
+        """Return the canonical name and the restrictions of a user, or raise UnknownUser."""
+        try:
+            name = canonical_username(username)
+        except errors.UsernameError:
+            raise errors.UnknownUser(username) from None
+        with self._view(actor) as view:
+            if view.user(name) is None:
+                raise errors.UnknownUser(username)
+            return name, view.restrictions(name)
+
+    def _sightings(self, username: str) -> tuple[Sighting, ...]:
+        # Stores written for an older protocol keep none.
+        read: Any = getattr(self._store, "sightings", None)
+        return () if read is None else tuple(read(username))
+
+    def _with_sightings(self, username: str, impact: Impact) -> Impact:
+        seen = self._sightings(username) if impact.lost else ()
+        lost = tuple(each for each in seen if each.address in impact.lost)
+        return attrs.evolve(impact, seen_lost=lost)
+
+    # ---------------------------------------------------------------------- the record
+
+    def as_of(
+        self,
+        actor: Actor,
+        username: str,
+        *,
+        at: datetime | None = None,
+        revision: int | None = None,
+    ) -> Policy:
+        """Return a user's restrictions as they were: which addresses the user could log in from.
+
+        Args:
+            actor: The viewer. An actor of every account may ask about any username.
+            username: The user, as it was called then.
+            at: The time, aware. Temporary restrictions that had expired by then are included.
+            revision: Instead of a time, the revision after which.
+
+        Returns:
+            The policy; its revision is the one in force then.
+
+        Raises:
+            UnknownUser: The user does not exist for this actor, or was renamed or moved to another
+                account since then: what was before is not the actor's to see.
+            InvalidValue: Not exactly one of `at` and `revision` is given, the time is in the
+                future, or the record does not go back as far.
+            UsernameError: The username has no canonical form.
+        """
+        if (at is None) is (revision is None):
+            raise errors.InvalidValue("at", "give either a time or a revision")
+        name = canonical_username(username)
+        everywhere = actor.manages is Actor.EVERY_ACCOUNT
+        if not everywhere:
+            self._existing(actor, name)
+        if at is not None:
+            moment = check_time("at", at)
+            if moment > self._store.now():
+                raise errors.InvalidValue("at", "must not be in the future")
+            revision = self._store.revision_at(moment)
+        wanted = check_whole("revision", revision, 0, _REVISION_LIMIT)
+        policy = self._store.policy_at(name, wanted)
+        if not everywhere and self._arrived(name) > wanted:
+            raise errors.UnknownUser(name)
+        return policy
+
+    def _arrived(self, username: str) -> int:
+        """Return the revision at which a user got its name or account last; 0 if it never changed.
+
+        What its username had before may be another user's, or another account's.
+        """
+        before: int | None = None
+        while True:
+            page = self._store.history(
+                Actor.EVERY_ACCOUNT, username=username, before=before, limit=_PAGE_LIMIT
+            )
+            for change in page.items:
+                if change.action in (Action.RENAME_USER, Action.MOVE_USER):
+                    return change.revision
+            if page.next is None:
+                return 0
+            before = page.next
+
+    def restrictions_changed(
+        self, actor: Actor, revision: int, *, after: str | None = None, limit: int = 100
+    ) -> Page[tuple[Restriction, bool]]:
+        """List the restrictions that an audit entry added or ended, those of an import included.
+
+        Args:
+            actor: The viewer.
+            revision: The revision of the entry.
+            after: The `next` of the previous page.
+            limit: The largest number of restrictions, 1 to 1,000.
+
+        Returns:
+            Each restriction, and whether it was added.
+
+        Raises:
+            InvalidValue: No entry that is visible to this actor has this revision, or another
+                argument is not valid.
+        """
+        check_whole("revision", revision, 1, _REVISION_LIMIT - 1)
+        if after is not None and not isinstance(after, str):
+            raise errors.InvalidValue("after", f"must be text, not {type(after).__name__}")
+        check_whole("limit", limit, 1, _PAGE_LIMIT)
+        found = self._store.history(actor.manages, before=revision + 1, limit=1).items
+        if [each.revision for each in found] != [revision]:
+            raise errors.InvalidValue("revision", "is not one of an audit entry that you can see")
+        return self._store.restrictions_changed(revision, after=after, limit=limit)
+
+    def report(self, actor: Actor, *, unused: timedelta | None = None) -> Iterator[AccessLine]:
+        """Return the lines of an access review: each user with each of its restrictions.
+
+        Users are listed by username. A user without restrictions has one line without a
+        restriction: it may log in from anywhere.
+
+        Args:
+            actor: The viewer. Removed users are listed for actors of every account only, if they
+                have restrictions.
+            unused: Only restrictions that are at least as old, and have not let their user in for
+                as long: up to 90 days, as logins are kept no longer.
+
+        Returns:
+            The lines. They are read from the store in pages as the iterator goes on, so they are
+            not of one moment.
+
+        Raises:
+            InvalidValue: `unused` is not a duration of up to 90 days.
+        """
+        if unused is not None:
+            check_duration("unused", unused)
+            if unused > rules.SEEN_FOR:
+                raise errors.InvalidValue(
+                    "unused", f"must be at most {rules.SEEN_FOR.days} days, as logins are kept"
+                )
+        return self._report(actor, unused)
+
+    def _report(self, actor: Actor, unused: timedelta | None) -> Iterator[AccessLine]:
+        after: str | None = None
+        since = None if unused is None else rules.shifted(self._store.now(), -unused)
+        while True:
+            page = self.overview(actor, after=after, limit=_PAGE_LIMIT)
+            changes = self._store.last_changes([each.user.username for each in page])
+            for line in page:
+                changed = changes.get(line.user.username)
+                if changed is not None and changed.account_id not in actor.manages:
+                    changed = None
+                for each in line.restrictions or (None,):
+                    used = None if each is None else line.last_used.get(each.id)
+                    if since is None or (each and rules.is_unused(each, used, since)):
+                        yield AccessLine(
+                            user=line.user,
+                            removed=line.removed,
+                            restriction=each,
+                            last_used=used,
+                            changed=changed,
+                        )
+            if page.next is None:
+                return
+            after = page.next
+
     def close(self) -> None:
         """Do nothing: a workflow holds no resources. The store belongs to the host."""
 
@@ -972,10 +1214,13 @@ class Workflow(Closing):
 
     @contextmanager
     def _view(self, actor: Actor) -> Iterator[ActorView]:
+        with self._snapshot() as snapshot:
+            yield ActorView(snapshot, actor, self.settings)
+
+    def _snapshot(self) -> AbstractContextManager[Snapshot]:
         # Stores written for an older protocol have no snapshots: read in a transaction there.
         open_snapshot: Any = getattr(self._store, "snapshot", self._store.transaction)
-        with open_snapshot() as snapshot:
-            yield ActorView(snapshot, actor, self.settings)
+        return open_snapshot()  # type: ignore[no-any-return]
 
     def _additions(
         self,

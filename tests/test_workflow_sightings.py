@@ -1,0 +1,205 @@
+"""Where users log in from, as the workflow shows it: to whom, and what a change would refuse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from ipguard import Action, Actor, Sighting, UnknownUser, UsernameError, Workflow
+from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, KEY, OFFICE, Desk
+
+ELSEWHERE = "192.0.2.66"
+SIX = "2001:db8::7"
+
+
+@pytest.fixture
+def desk(tmp_path: Any) -> Desk:
+    """A desk on the memory store."""
+    return Desk()
+
+
+def log_in(desk: Desk, address: str, allowed: int = 1, refused: int = 0, **more: Any) -> Sighting:
+    """Record logins, now, and return them."""
+    name = more.pop("username", "jsmith")
+    now = desk.clock()
+    seen = Sighting(
+        username=name, address=address, first_at=now, last_at=now, allowed=allowed, refused=refused
+    )
+    desk.store.record_sightings([seen])
+    return seen
+
+
+# -- who sees them -----------------------------------------------------------------------------
+
+
+def test_sightings_are_listed_newest_first(desk: Desk) -> None:
+    """By any spelling of the username."""
+    first = log_in(desk, HOME)
+    desk.wait(hours=1)
+    second = log_in(desk, OFFICE, 2, 1)
+    assert desk.flow.sightings(ALICE, "JSmith") == (second, first)
+    assert desk.flow.sightings(BOSS, "jsmith") == (second, first)
+    assert desk.flow.sightings(ALICE, "mary") == ()
+
+
+@pytest.mark.parametrize("look", [Workflow.sightings, Workflow.suggest])
+def test_sightings_of_other_accounts_do_not_exist(
+    desk: Desk, look: Callable[[Workflow, Actor, str], object]
+) -> None:
+    log_in(desk, HOME, username="zed")
+    for actor, name in ((ALICE, "zed"), (CAROL, "jsmith"), (BOSS, "nobody"), (BOSS, "no\0name")):
+        with pytest.raises(UnknownUser):
+            look(desk.flow, actor, name)
+    assert look(desk.flow, CAROL, "zed")
+
+
+def test_suggestions_follow_the_settings_and_the_restrictions(desk: Desk) -> None:
+    for address in (HOME, OFFICE, SIX):
+        log_in(desk, address)
+    log_in(desk, ELSEWHERE, 0, 9)
+    desk.add(OFFICE)
+    assert [str(each) for each in desk.flow.suggest(ALICE, "jsmith")] == [HOME, "2001:db8::/64"]
+    desk.use(widest_ipv6=120)
+    assert str(desk.flow.suggest(ALICE, "jsmith")[1]) == "2001:db8::/120"
+    for each in desk.flow.suggest(ALICE, "jsmith"):
+        desk.ask(str(each))
+
+
+# -- what a change would have refused ----------------------------------------------------------
+
+
+def test_a_preview_shows_the_sightings_that_it_would_refuse(desk: Desk) -> None:
+    home, office = log_in(desk, HOME, 3), log_in(desk, OFFICE, 5, 1)
+    preview = desk.flow.preview(ALICE, "jsmith", OFFICE)
+    assert preview.seen_lost == (home,)
+    assert preview.lost, "everything else"
+    held = desk.add(OFFICE)
+    assert desk.flow.preview(ALICE, "jsmith", HOME).seen_lost == ()
+    assert desk.flow.preview(ALICE, "jsmith", HOME, [held.id]).seen_lost == (office,)
+    assert desk.flow.preview(BOSS, "jsmith", HOME, only=True).seen_lost == (office,)
+
+
+def test_a_preview_of_a_request_shows_them_as_things_are_now(desk: Desk) -> None:
+    request = desk.ask(OFFICE)
+    assert request.impact is not None
+    assert request.impact.seen_lost == ()
+    home = log_in(desk, HOME)
+    assert desk.flow.preview_request(ALICE, request.id).seen_lost == (home,)
+
+
+def test_a_store_without_sightings_is_no_hindrance(desk: Desk) -> None:
+    """Stores written for an older protocol go on working."""
+
+    class Old:
+        def __init__(self, store: Any) -> None:
+            self.now, self.snapshot = store.now, store.snapshot
+            self.transaction = store.transaction
+
+    log_in(desk, HOME)
+    flow = desk.workflow(Old(desk.store))  # type: ignore[arg-type]
+    preview = flow.preview(ALICE, "jsmith", OFFICE)
+    assert preview == desk.flow.preview(ALICE, "jsmith", OFFICE)
+    assert preview.seen_lost == ()
+    assert flow.sightings(ALICE, "jsmith") == ()
+    assert flow.suggest(ALICE, "jsmith") == ()
+
+
+# -- erasure -----------------------------------------------------------------------------------
+
+
+def test_sightings_are_forgotten_by_operators_only(desk: Desk) -> None:
+    """The audit log has the operator and how many addresses there were, but none of them."""
+    log_in(desk, HOME)
+    log_in(desk, OFFICE)
+    for actor in (ALICE, CAROL):
+        with pytest.raises(UnknownUser):
+            desk.flow.forget_sightings(actor, "jsmith")
+    with pytest.raises(UsernameError):
+        desk.flow.forget_sightings(BOSS, "")
+    assert desk.flow.forget_sightings(BOSS, "JSmith") == 2
+    assert desk.flow.sightings(ALICE, "jsmith") == ()
+    entry = desk.rows()[0]
+    assert (entry.action, entry.username, entry.actor, entry.actor_address) == (
+        Action.FORGET_SIGHTINGS,
+        "jsmith",
+        BOSS.username,
+        BOSS.address,
+    )
+    assert HOME not in str(entry.detail)
+    assert desk.flow.forget_sightings(BOSS, "jsmith") == 0
+    assert desk.rows()[0] == entry
+
+
+# -- the notice --------------------------------------------------------------------------------
+
+
+def test_a_refused_login_is_told_to_its_user(desk: Desk) -> None:
+    (refused,) = desk.store.record_sightings([log_in(desk, HOME, 0, 0), refusal(desk)])
+    desk.flow.tell_refused(refused)
+    (mail,) = desk.outbox.messages
+    assert (mail.kind, mail.to) == ("login_refused", ("jsmith@firm.example",))
+    assert mail.sighting == refused
+    assert mail.user is not None
+    assert mail.user.username == "jsmith"
+
+
+def refusal(desk: Desk, address: str = ELSEWHERE, username: str = "jsmith") -> Sighting:
+    now = desk.clock()
+    return Sighting(username=username, address=address, first_at=now, last_at=now, refused=1)
+
+
+def test_users_that_cannot_be_reached_get_no_notice(desk: Desk) -> None:
+    """Users without an e-mail address, removed ones and unknown ones."""
+    desk.store.remove_users(["jsmith"])
+    for name in ("mary", "jsmith", "nobody"):
+        desk.flow.tell_refused(refusal(desk, username=name))
+    assert desk.outbox.messages == ()
+    assert desk.flow.notices_failed == 0
+
+
+def test_notices_about_many_addresses_are_limited(desk: Desk) -> None:
+    for n in range(1, 13):
+        for each in desk.store.record_sightings([refusal(desk, f"203.0.113.{n}")]):
+            desk.flow.tell_refused(each)
+    assert len(desk.outbox.messages) == 10
+    desk.clock.advance(timedelta(days=1))
+    for each in desk.store.record_sightings([refusal(desk, "203.0.113.1")]):
+        desk.flow.tell_refused(each)
+    assert len(desk.outbox.messages) == 11
+
+
+def test_a_notice_that_fails_is_logged_and_counted(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is raised, whether the mail or the store fails."""
+    desk.outbox.fail = True
+    with caplog.at_level(logging.ERROR, "ipguard.workflow"):
+        desk.flow.tell_refused(refusal(desk))
+    desk.outbox.fail = False
+    desk.store.close()
+    with caplog.at_level(logging.ERROR, "ipguard.workflow"):
+        desk.flow.tell_refused(refusal(desk))
+    assert desk.flow.notices_failed == len(caplog.records) == 2
+    assert desk.outbox.messages == ()
+
+
+def test_a_notifier_without_the_method_sends_none(desk: Desk) -> None:
+    """Notifiers that hosts wrote earlier go on working."""
+
+    class Earlier:
+        number_issued = change_applied = None
+
+    flow = Workflow(desk.store, Earlier(), key=KEY)  # type: ignore[arg-type]
+    flow.tell_refused(refusal(desk))
+    assert flow.notices_failed == 0
+
+
+def test_the_user_of_another_account_is_told_as_well(desk: Desk) -> None:
+    """The notice belongs to the user, whoever manages it."""
+    desk.flow.tell_refused(refusal(desk, username="zed"))
+    assert desk.outbox.messages[0].to == ("zed@other.example",)
+    assert ADAM.manages == ALICE.manages
