@@ -26,7 +26,7 @@ from ipguard.addresses import AddressRange, AddressSet
 from ipguard.audit import decode
 from ipguard.errors import DeliveryError, InvalidValue, IPGuardError
 from ipguard.mail import ConsoleNotifier, EmailNotifier
-from ipguard.mail._messages import notices, number_message
+from ipguard.mail._messages import notices, number_message, refusal_message
 from ipguard.mail._smtp import Connection, _literal
 from ipguard.model import (
     Action,
@@ -39,6 +39,7 @@ from ipguard.model import (
     PendingRequest,
     RequestKind,
     RequestState,
+    Sighting,
     User,
 )
 from ipguard.stores import open_store
@@ -618,6 +619,58 @@ def test_notice_shows_unreadable_detail():
     assert facts["Temporary, until"] == "soon"
     assert facts["Particulars"] == 'label="\\q"'
     assert facts["Done by"] == "alice"
+
+
+# ------------------------------------------------------------------ refused logins
+
+REFUSED = Sighting(
+    username="jsmith",
+    address="2001:db8::7",
+    first_at=NOW - timedelta(days=2),
+    last_at=NOW,
+    refused=1_234,
+)
+
+
+def test_notice_of_a_refused_login():
+    """It goes to the user, says from where, and what to do if it was somebody else."""
+    with MailServer() as server:
+        notifier(server).login_refused(REFUSED, attrs.evolve(JSMITH, username="JSmith"))
+        (mail,) = server.wait_for(1)
+    assert mail.recipients == ("jsmith@example.net",)
+    assert mail.message["Subject"] == "A login with your password was refused"
+    assert text_facts(mail.part("plain")) == {
+        "User": "JSmith",
+        "Name": "John Smith",
+        "From address": "2001:db8::7",
+        "Last refused at": "2026-11-21 13:55:02 UTC",
+        "Refused logins from there": "1,234",
+    }
+    assert html_facts(mail)["From address"] == "2001:db8::7"
+    assert "change it, and tell your administrator at once" in " ".join(mail.part("plain").split())
+    assert_no_links(mail.part("html"), mail.part("plain"))
+
+
+def test_notice_of_a_refused_login_shows_allowed_ones():
+    """An address that was allowed before may belong to the user."""
+    message = refusal_message(attrs.evolve(REFUSED, allowed=3), JSMITH, "x@y.example", "the bank")
+    assert dict(message.facts)["Allowed logins from there"] == "3"
+
+
+def test_notice_of_a_refused_login_needs_an_address():
+    stream = io.StringIO()
+    nobody = attrs.evolve(JSMITH, email=None)
+    with MailServer() as server:
+        notifier(server).login_refused(REFUSED, nobody)
+        assert not server.mails
+    ConsoleNotifier(stream).login_refused(REFUSED, nobody)
+    assert stream.getvalue().startswith("To: -\nSubject: A login with your password was refused\n")
+
+
+def test_notice_of_a_refused_login_that_is_refused():
+    with MailServer(refuse={"jsmith@example.net"}) as server:
+        error = delivery_error(lambda: notifier(server).login_refused(REFUSED, JSMITH))
+    assert error.reason.startswith("the recipient was refused")
 
 
 # ------------------------------------------------------------------ with the workflow

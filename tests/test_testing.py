@@ -18,6 +18,7 @@ from ipguard.model import (
     PendingRequest,
     RequestKind,
     RequestState,
+    Sighting,
     User,
 )
 from ipguard.stores.memory import MemoryStore
@@ -27,6 +28,7 @@ from ipguard.testing._case import StoreCase, together
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 ACTOR = Actor(username="boss", email="boss@example.com", manages=["U1"])
 USER = User(username="jsmith", full_name="", account_id="U1", email="j@example.com")
+REFUSED = Sighting(username="jsmith", address="203.0.113.7", first_at=NOW, last_at=NOW, refused=1)
 CHANGE = Change(
     revision=1,
     at=NOW,
@@ -133,6 +135,17 @@ class TestOutbox:
         assert repr(outbox) == "<Outbox of 2>"
         outbox.clear()
         assert len(outbox.messages) == 0
+
+    def test_keeps_notices_of_refused_logins(self):
+        """A user without an e-mail address gets a message without recipients."""
+        outbox = Outbox()
+        for user in (USER, attrs.evolve(USER, email=None)):
+            outbox.login_refused(REFUSED, user)
+        assert [(each.kind, each.to, each.user) for each in outbox.messages] == [
+            ("login_refused", ("j@example.com",), USER),
+            ("login_refused", (), attrs.evolve(USER, email=None)),
+        ]
+        assert outbox.messages[0].sighting == REFUSED
 
     @pytest.mark.parametrize(
         ("user", "to"),

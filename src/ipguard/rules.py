@@ -600,10 +600,7 @@ def would_refuse(lost: Iterable[Sighting], sightings: Iterable[Sighting]) -> str
     refused = sum(each.allowed for each in lost)
     if not allowed:
         return ""
-    return (
-        f"This would have refused {refused or 'none'} of the {allowed} logins"
-        f" of the last {SEEN_FOR.days} days."
-    )
+    return f"This would have refused {refused or 'none'} of {allowed} recent logins."
 
 
 def is_unused(restriction: Restriction, last_used: datetime | None, since: datetime) -> bool:
