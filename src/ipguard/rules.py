@@ -507,17 +507,17 @@ def sightings_to_record(seen: Collection[Sighting], now: datetime) -> list[Sight
     """
     if len(seen) > _RECORDED_AT_ONCE:
         raise errors.InvalidValue("seen", f"must be at most {_RECORDED_AT_ONCE:,} sightings")
-    found: dict[tuple[str, str], Sighting] = {}
+    found: dict[tuple[str, bytes], Sighting] = {}
     for each in seen:
-        address = canonical_address(each.address)
-        if not address or each.allowed < 0 or each.refused < 0:
+        address, packed = canonical_address(each.address), pack_address(each.address)
+        if not address or packed is None or each.allowed < 0 or each.refused < 0:
             raise errors.InvalidValue("seen", "holds a sighting that is not one")
         if each.last_at < seen_since(now):
             continue
         first, last = min(each.first_at, now), min(each.last_at, now)
         new = attrs.evolve(each, address=address, first_at=min(first, last), last_at=last)
-        there = found.get((new.username, address))
-        found[new.username, address] = new if there is None else joined(there, new)
+        there = found.get((new.username, packed))
+        found[new.username, packed] = new if there is None else joined(there, new)
     return [found[key] for key in sorted(found)]
 
 

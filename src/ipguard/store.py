@@ -456,8 +456,8 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         """Return where a user was seen within the last 90 days, by `last_at`, newest first.
 
         Args:
-            username: Canonical. Sightings follow a user who is renamed. A new user has none, even
-                under the username of a removed one.
+            username: Canonical. Sightings follow a user who is renamed. A user who is registered,
+                for the first time or again, has none.
         """
 
     def forget_sightings(
@@ -598,7 +598,8 @@ class UserTransaction(Transaction, Protocol):
         Args:
             renamed: The new usernames by the old ones. Sightings under a new username are deleted,
                 unless they move too.
-            fresh: Usernames of new users: sightings under them are of others, and are deleted.
+            fresh: The usernames that were registered, for the first time or again: sightings under
+                them are deleted, as they may be of somebody else.
         """
 
 
@@ -619,7 +620,8 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
             if stored is not None:
                 tx.save_request(attrs.evolve(stored, request=closed))
     held = {old: tx.restrictions(old) for old, _ in renamed}
-    tx.move_sightings(dict(renamed), [s.user.username for s in steps if s.before is None])
+    fresh = [step.user.username for step in steps if step.added]
+    tx.move_sightings({old: new for old, new in renamed if new not in fresh}, fresh)
     tx.save_users([StoredUser(user=step.user) for step in steps])
     gone = [(user.username, user.account_id) for user in removed]
     added = [(step.user.username, step.user.account_id) for step in steps if step.added]

@@ -25,7 +25,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractContextManager, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from typing import Any, NamedTuple, get_args
 
@@ -137,6 +137,7 @@ class State:
     requests: dict[str, StoredRequest] = attrs.field(factory=dict)
     failures: dict[str, int] = attrs.field(factory=dict)
     sightings: dict[str, dict[str, Seen]] = attrs.field(factory=dict)  # by user, by address
+    cleaned_at: datetime | None = None  # when sightings that were too old were dropped last
 
     def policy(self, username: str) -> Policy:
         stored = self.users.get(username)
@@ -421,6 +422,18 @@ class WriteTransaction:
     def forget_sightings(self, username: str) -> int:
         return len(self._table("sightings").pop(username, ()))
 
+    def clean_sightings(self) -> None:
+        """Once a day, drop the sightings of all users that are too old."""
+        cleaned_at, since = self.state.cleaned_at, rules.seen_since(self.now)
+        if cleaned_at is None or self.now - cleaned_at >= timedelta(days=1):
+            table = self._table("sightings")
+            for name, held in list(table.items()):
+                kept = {key: each for key, each in held.items() if each.sighting.last_at >= since}
+                table[name] = kept
+                if not kept:
+                    del table[name]
+            self.state.cleaned_at = self.now
+
     def record_sighting(self, seen: Sighting) -> Sighting | None:
         """Add a sighting; return it as it is now, if its user is to be told about it."""
         stored = self.user(seen.username)
@@ -644,6 +657,7 @@ class MemoryStore(Closing):
     def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
         """Add logins to what is kept; return those to tell their users about."""
         with self._write() as tx:
+            tx.clean_sightings()
             found = map(tx.record_sighting, rules.sightings_to_record(seen, tx.now))
             return tuple(each for each in found if each is not None)
 

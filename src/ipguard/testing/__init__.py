@@ -7,13 +7,22 @@ import sys
 
 if sys.modules.get("pytest"):
     # Before the imports below, so that pytest explains failed asserts.
-    for name in ("_case", "_evidence", "_guards", "_listing", "_records", "_transactions"):
+    for name in (
+        "_case",
+        "_evidence",
+        "_guards",
+        "_listing",
+        "_records",
+        "_sightings",
+        "_transactions",
+    ):
         sys.modules["pytest"].register_assert_rewrite(f"ipguard.testing.{name}")
 
 from ipguard.testing._doubles import FakeClock, Message, Outbox
 from ipguard.testing._guards import GuardReadTests
 from ipguard.testing._listing import HistoryTests, OpenRequestTests, OverviewTests
 from ipguard.testing._records import RecordTests, UserTests
+from ipguard.testing._sightings import SightingTests
 from ipguard.testing._transactions import LifecycleTests, StagedTests, TransactionTests
 
 __all__ = ["FakeClock", "Message", "Outbox", "StoreConformance"]
@@ -28,6 +37,7 @@ class StoreConformance(
     OverviewTests,
     OpenRequestTests,
     HistoryTests,
+    SightingTests,
     LifecycleTests,
 ):
     """Tests of everything that `ipguard.store.RestrictionStore` promises.

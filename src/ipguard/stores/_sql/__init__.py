@@ -69,6 +69,9 @@ class Executor(Protocol):
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         """Insert many rows, which may come from queries on this connection."""
 
+    def lock_table(self, table: str) -> None:
+        """Keep others from writing to a table until the transaction ends."""
+
     def among(self, column: str) -> str:
         """Return the condition that a column is one of the texts in a parameter."""
 

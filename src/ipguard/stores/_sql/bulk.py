@@ -60,6 +60,7 @@ from ipguard.stores._sql import (
     user_of,
     user_row,
 )
+from ipguard.stores._sql.sightings import move_staged as move_staged_sightings
 
 _COLUMNS: Final = f"seq, username, {RESTRICTION}"
 _UNNUMBERED: Final = (
@@ -619,6 +620,7 @@ class BulkUsers:
             self._write(db)
         self._cancel_requests(db)
         self._move_restrictions(db)
+        move_staged_sightings(db)
         found = self.result(db)
         self._append(tx, db, found)
         return found

@@ -40,7 +40,15 @@ from ipguard.model import (
     check_accounts,
 )
 from ipguard.rules import Search, UserRecord
-from ipguard.store import Closing, Snapshot, Transaction, Unread, carry_out, read_records
+from ipguard.store import (
+    Closing,
+    Snapshot,
+    Transaction,
+    Unread,
+    append_forgotten,
+    carry_out,
+    read_records,
+)
 from ipguard.stores._sql import (
     BIGGEST,
     CHANGE,
@@ -63,6 +71,7 @@ from ipguard.stores._sql import (
     request_row,
     restriction_of,
     restriction_row,
+    sightings,
     user_of,
 )
 from ipguard.stores._sql.bulk import (
@@ -197,7 +206,7 @@ class WriteTransaction(SqlSnapshot):
         save_users(self.db, users)
 
     def move_sightings(self, renamed: Mapping[str, str], fresh: Collection[str]) -> None:
-        pass
+        sightings.move(self.db, renamed, fresh)
 
     def set_failures(self, actor: str, count: int) -> None:
         self.db.run(
@@ -340,6 +349,7 @@ def _lines(
         (texts, micros(now)),
     ):
         pending.setdefault(row[1], []).append(pending_of(row))
+    seen = sightings.seen_by(db, names, now)
     for *of_user, removed in users:
         name, account_id = of_user[0], of_user[3]
         held = restrictions.get(name, [])
@@ -352,6 +362,7 @@ def _lines(
                     pending=tuple(pending.get(name, ())),
                     summary=rules.summarise(held, now),
                     removed=removed != 0,
+                    last_used=rules.last_used(held, seen.get(name, ())),
                 ),
             )
 
@@ -684,6 +695,8 @@ class SqlStore(Closing, Generic[C]):
     timeout: float
     _WRITES_AHEAD: ClassVar[bool] = False
     """Whether bulk rows are written before the writer's lock is acquired."""
+    _SKIP_LOCKED: ClassVar[str] = ""
+    """The clause that makes a query skip the rows that others are writing, if there may be any."""
 
     @abstractmethod
     def now(self) -> datetime: ...
@@ -931,15 +944,31 @@ class SqlStore(Closing, Generic[C]):
         return Page(items=items, next=items[-1].revision if len(rows) > size else None)
 
     def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
-        raise NotImplementedError
+        self._refuse_nested()
+        with self._recording() as (db, now):
+            wanted = rules.sightings_to_record(seen, now)
+            return sightings.record(db, wanted, now, skip_locked=self._SKIP_LOCKED)
+
+    @contextmanager
+    def _recording(self) -> Iterator[tuple[Executor, datetime]]:
+        """Begin a transaction that records sightings, and need not wait for other writers."""
+        with self._write() as tx:
+            yield tx.db, tx.now
 
     def sightings(self, username: str) -> tuple[Sighting, ...]:
-        raise NotImplementedError
+        with self._snapshot() as db:
+            return sightings.seen_by(db, [username], self.now()).get(username, ())
 
     def forget_sightings(
         self, username: str, *, actor: str | None = None, actor_address: str | None = None
     ) -> int:
-        raise NotImplementedError
+        self._refuse_nested()
+        name = canonical_username(username)
+        with self._write() as tx:
+            count = sightings.forget(tx.db, name)
+            changes = append_forgotten(tx, name, count, actor, actor_address)
+        _log(tx, changes)
+        return count
 
     def policy_at(self, username: str, revision: int) -> Policy:
         raise NotImplementedError

@@ -98,6 +98,7 @@ GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
 GRANT SELECT ON {schema}.head, {schema}.restrictions TO {role};
 GRANT SELECT (revision, token, touched) ON {schema}.changes TO {role};
 GRANT SELECT (username, removed) ON {schema}.users TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.sightings TO {role};
 """
 _WRITER: Final = """
 GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
@@ -105,6 +106,7 @@ GRANT SELECT, UPDATE ON {schema}.head TO {role};
 GRANT SELECT, INSERT ON {schema}.changes TO {role};
 GRANT SELECT, INSERT, UPDATE ON {schema}.users, {schema}.requests, {schema}.failures TO {role};
 GRANT SELECT, INSERT, DELETE ON {schema}.restrictions, {schema}.search_terms TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.sightings TO {role};
 """
 
 
@@ -115,8 +117,8 @@ def grants(*, schema: str = "ipguard", reader: str | None = None, writer: str | 
 
     Args:
         schema: The schema that holds the tables.
-        reader: The role of login servers: it changes nothing, and cannot read digests and e-mail
-            addresses.
+        reader: The role of login servers: it changes nothing but sightings, and cannot read digests
+            and e-mail addresses.
         writer: The role of administration: it appends to the audit log, but cannot change or
             delete entries. It also needs TEMPORARY on the database, which all roles have by
             default.
@@ -265,6 +267,7 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
     """
 
     _WRITES_AHEAD = True
+    _SKIP_LOCKED = "FOR UPDATE SKIP LOCKED"
 
     def __init__(
         self,
@@ -397,6 +400,24 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
 
     def _read(self, reading: Callable[[Connection], T], deadline: float) -> T:
         return self._pool.read(reading, deadline=deadline)
+
+    @contextmanager
+    def _recording(self) -> Iterator[tuple[Batch, datetime]]:
+        # A server that crashes may lose the last sightings, so the commit does not wait for a disk.
+        pool, place = self._pool, quoted(self._options.schema)
+        deadline = pool.deadline()
+        begin = f"""{BEGIN};{self._limits_sql(deadline, self._options.timeout)}
+        SET LOCAL synchronous_commit = off;
+        SELECT v.version, v.oldest FROM {place}.schema_version v
+            JOIN {place}.zz_restore_marker m ON m.id = 1 WHERE v.id = 1"""
+        with pool.begun(begin, deadline=deadline) as (connection, found):
+            if not found[-1]:
+                raise StoreUnavailable(f"{self._options.place}: {UNFINISHED}")
+            check_open_schema(*found[-1][0])
+            connection.share(deadline - time.monotonic())
+            db = Batch(connection)
+            yield db, self.now()
+            db.commit(None)
 
     @contextmanager
     def _pruning(self) -> Iterator[Connection]:

@@ -23,12 +23,12 @@ from ipguard.stores._sql import Params, Row, join_plain, moment
 _NAMES: Final = re.compile(
     r"'(?P<index>\w+)'::regclass"
     r"|\b(?P<before>(?:FROM|JOIN|INTO|UPDATE)\s+)"
-    r"(?P<table>head|changes|users|search_terms|restrictions|requests|failures"
+    r"(?P<table>head|changes|users|search_terms|restrictions|requests|failures|sightings"
     r"|schema_version|zz_restore_marker)\b"
 )
 _TEMPORARY: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"
-    r"((?:staged|sorted|replaced|changed|linked|missing|moved|kept)_(?:restrictions|users|names|terms|changes))\b"
+    r"((?:staged|sorted|replaced|changed|linked|missing|moved|kept)_(?:restrictions|users|names|terms|changes|sightings))\b"
 )
 _TABLES: Final = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(\w+)")
 _STATEMENT_FAILED: Final = (psycopg.IntegrityError, psycopg.DataError, errors.LockNotAvailable)
@@ -170,6 +170,9 @@ class Connection(psycopg.Connection[Row]):
         if total > _STAGED_AT_ONCE:
             self.run(f"ANALYZE pg_temp.{table}")  # autovacuum skips temporary tables
 
+    def lock_table(self, table: str) -> None:
+        self.run(f"LOCK TABLE {quoted(self.schema)}.{table} IN SHARE ROW EXCLUSIVE MODE")
+
     def among(self, column: str) -> str:
         return f"{column} = ANY(?::text[])"
 
@@ -281,6 +284,10 @@ class Batch:
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         self._send()
         self._connection.insert_many(table, columns, rows)
+
+    def lock_table(self, table: str) -> None:
+        self._send()
+        self._connection.lock_table(table)
 
     def commit(self, touching: int | None) -> None:
         """Commit, and wake the guards if a policy was touched."""

@@ -173,6 +173,9 @@ class Connection:
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
 
+    def lock_table(self, table: str) -> None:
+        """Do nothing: a write transaction excludes all others."""
+
     def among(self, column: str) -> str:
         return f"{column} IN (SELECT value FROM json_each(?))"
 

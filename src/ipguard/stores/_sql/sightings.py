@@ -1,0 +1,167 @@
+"""Sightings in the SQL stores: the logins with the right password of each user and address.
+
+They are written by ordinary transactions, without the writer's lock, so that logins on many servers
+and changes of restrictions do not wait for each other. Each transaction writes its rows by username
+and address, so that two of them cannot wait for each other either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from itertools import chain, groupby, islice
+from operator import itemgetter
+from typing import Final
+
+from ipguard import rules
+from ipguard.addresses import AddressRange, pack_address
+from ipguard.model import Sighting
+from ipguard.stores._sql import Executor, Row, encodable, micros, moment, reads_rows
+
+_SEEN: Final = "username, address, first_at, last_at, allowed, refused"
+_ADD: Final = f"""
+INSERT INTO sightings ({_SEEN})
+SELECT u.username, ?, ?, ?, ?, ? FROM users u WHERE u.username = ? AND u.removed = 0
+ON CONFLICT (username, address) DO UPDATE SET
+    first_at = CASE WHEN excluded.first_at < sightings.first_at
+        THEN excluded.first_at ELSE sightings.first_at END,
+    last_at = CASE WHEN excluded.last_at > sightings.last_at
+        THEN excluded.last_at ELSE sightings.last_at END,
+    allowed = sightings.allowed + excluded.allowed,
+    refused = sightings.refused + excluded.refused
+"""
+_CLEANED_AT_ONCE: Final = 1_000
+_PAIRS_AT_ONCE: Final = 100
+"""Of so many users and addresses the notices are noted by one statement."""
+# In PostgreSQL `%s` skips the rows that others are writing: they clean up later.
+_TRIM: Final = f"""
+DELETE FROM sightings WHERE (username, address) IN (
+    SELECT s.username, s.address FROM sightings s WHERE (s.username, s.address) IN (
+        SELECT v.username, v.address FROM (
+            SELECT username, address, row_number() OVER (
+                PARTITION BY username ORDER BY last_at DESC, address
+            ) AS place FROM sightings WHERE %s
+        ) v WHERE v.place > {rules.SIGHTINGS_KEPT}
+    ) %s
+)
+"""
+_CLEAN: Final = f"""
+DELETE FROM sightings WHERE (username, address) IN (
+    SELECT s.username, s.address FROM sightings s WHERE s.last_at < ?
+    ORDER BY s.last_at LIMIT {_CLEANED_AT_ONCE} %s
+)
+"""
+_UNTOLD: Final = "(username, address) IN (VALUES %s) AND (told_at IS NULL OR told_at <= ?)"
+_MOVED: Final = f"{_SEEN}, told_at"
+
+
+def record(
+    db: Executor, seen: Sequence[Sighting], now: datetime, *, skip_locked: str
+) -> tuple[Sighting, ...]:
+    """Add sightings in the order of their keys; return those to tell their users about.
+
+    Args:
+        db: The connection, in a transaction of its own.
+        seen: What `rules.sightings_to_record` returned.
+        now: The store's time.
+        skip_locked: The clause that makes a query skip the rows that others are writing.
+    """
+    seen = [each for each in seen if encodable(each.username)]
+    for each in seen:
+        times = micros(each.first_at), micros(each.last_at)
+        db.run(_ADD, (_packed(each), *times, each.allowed, each.refused, each.username))
+    names = db.texts(dict.fromkeys(each.username for each in seen))
+    db.run(_TRIM % (db.among("username"), skip_locked), (names,))
+    db.run(_CLEAN % skip_locked, (micros(rules.seen_since(now)),))
+    told: list[Sighting] = []
+    refused = ((each.username, _packed(each)) for each in seen if each.refused)
+    while some := list(islice(refused, _PAIRS_AT_ONCE)):
+        pairs = ", ".join(["(?, ?)"] * len(some))
+        untold = _UNTOLD % pairs
+        params = (*chain.from_iterable(some), micros(rules.told_until(now)))
+        told += map(_sighting_of, db.rows(f"SELECT {_SEEN} FROM sightings WHERE {untold}", params))
+        db.run(f"UPDATE sightings SET told_at = ? WHERE {untold}", (micros(now), *params))
+    return tuple(told)
+
+
+def seen_by(
+    db: Executor, usernames: Collection[str], now: datetime
+) -> dict[str, tuple[Sighting, ...]]:
+    """Return the sightings that are kept of each of these users who has any, newest first."""
+    rows = db.rows(
+        f"SELECT {_SEEN} FROM sightings WHERE {db.among('username')} ORDER BY username",
+        (db.texts(filter(encodable, usernames)),),
+    )
+    return {
+        name: tuple(rules.sightings_kept(map(_sighting_of, group), now))
+        for name, group in groupby(rows, itemgetter(0))
+    }
+
+
+def forget(db: Executor, username: str) -> int:
+    """Delete the sightings of a user; return how many there were."""
+    db.lock_table("sightings")
+    ((count,),) = db.rows("SELECT count(*) FROM sightings WHERE username = ?", (username,))
+    db.run("DELETE FROM sightings WHERE username = ?", (username,))
+    return int(count)
+
+
+def move(db: Executor, renamed: Mapping[str, str], fresh: Collection[str]) -> None:
+    """Let the sightings of a few users follow them; see `UserTransaction.move_sightings`."""
+    names = sorted({*renamed, *renamed.values(), *fresh})
+    if not names:
+        return
+    moved: list[Row] = []
+    if renamed:
+        db.lock_table("sightings")
+        moved = db.rows(
+            f"SELECT {_MOVED} FROM sightings WHERE {db.among('username')}",
+            (db.texts(renamed),),
+        )
+    db.run(f"DELETE FROM sightings WHERE {db.among('username')}", (db.texts(names),))
+    for old, *rest in moved:
+        db.run(
+            f"INSERT INTO sightings ({_MOVED}) VALUES (?, ?, ?, ?, ?, ?, ?)", (renamed[old], *rest)
+        )
+
+
+def move_staged(db: Executor) -> None:
+    """Let the sightings of the users in `changed_users` follow them, as `move` does."""
+    renamed = "SELECT old FROM changed_users WHERE old IS NOT NULL"
+    if db.rows(f"{renamed} LIMIT 1"):
+        db.lock_table("sightings")
+        db.run(
+            "CREATE TEMPORARY TABLE moved_sightings (username TEXT, address BLOB,"
+            " first_at INTEGER, last_at INTEGER, allowed INTEGER, refused INTEGER, told_at INTEGER)"
+        )
+        db.run(
+            f"INSERT INTO moved_sightings ({_MOVED}) SELECT c.username,"
+            " s.address, s.first_at, s.last_at, s.allowed, s.refused, s.told_at"
+            " FROM changed_users c JOIN sightings s ON s.username = c.old WHERE c.added = 0"
+        )
+        news = "SELECT username FROM changed_users WHERE old IS NOT NULL"
+        db.run(f"DELETE FROM sightings WHERE username IN ({renamed} UNION {news})")
+        db.run(f"INSERT INTO sightings ({_MOVED}) SELECT {_MOVED} FROM moved_sightings")
+    db.run(
+        "DELETE FROM sightings"
+        " WHERE username IN (SELECT username FROM changed_users WHERE added = 1)"
+    )
+
+
+def _packed(sighting: Sighting) -> bytes:
+    packed = pack_address(sighting.address)
+    assert packed is not None  # it is canonical
+    return packed
+
+
+@reads_rows
+def _sighting_of(row: Row) -> Sighting:
+    username, address, first_at, last_at, allowed, refused = row
+    return Sighting(
+        username=username,
+        address=str(AddressRange.from_packed(address, address)),
+        first_at=moment(first_at),
+        last_at=moment(last_at),
+        allowed=allowed,
+        refused=refused,
+    )
