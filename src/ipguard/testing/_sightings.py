@@ -31,6 +31,7 @@ class SightingTests(StoreCase):
         return [each.address for each in self.sightings(username)]
 
     def test_a_sighting_comes_back_as_it_was(self) -> None:
+        """Every field is kept exactly; only the user concerned has it."""
         self.put("alice", "bob")
         given = [
             self.seen(address=address, allowed=3, refused=2, first_at=self.clock() - DAY)
@@ -41,6 +42,7 @@ class SightingTests(StoreCase):
         assert self.sightings("bob") == self.sightings("nobody") == ()
 
     def test_sightings_are_returned_newest_first(self) -> None:
+        """They are ordered by `last_at`, in whatever order they were recorded."""
         self.put("alice")
         ages = [3, 0, 2, 89, 1]
         self.store.record_sightings(
@@ -49,6 +51,7 @@ class SightingTests(StoreCase):
         assert self.addresses() == [f"10.0.0.{age}" for age in sorted(ages)]
 
     def test_counts_are_added_and_times_are_joined(self) -> None:
+        """The counts of all calls are added; the earliest and the latest time are kept."""
         self.put("alice")
         began = self.clock()
         for allowed, refused in ((1, 0), (2, 5), (0, 1)):
@@ -68,6 +71,7 @@ class SightingTests(StoreCase):
         )
 
     def test_one_user_and_address_may_come_twice_and_in_other_spellings(self) -> None:
+        """Addresses are stored in their canonical form."""
         self.put("alice")
         self.store.record_sightings(
             [
@@ -80,6 +84,7 @@ class SightingTests(StoreCase):
         assert found == {"2001:db8::1": (2, 1), HERE: (1, 0)}
 
     def test_users_who_are_not_registered_are_left_out(self) -> None:
+        """Nothing is kept of unknown or removed users, and nothing is to be told to them."""
         self.put("alice", "gone")
         self.store.remove_users(["gone"])
         told = self.store.record_sightings(
@@ -89,6 +94,7 @@ class SightingTests(StoreCase):
         assert self.sightings("gone") == self.sightings("nobody") == ()
 
     def test_32_addresses_of_a_user_are_kept_those_seen_last(self) -> None:
+        """The oldest goes, even if it was just recorded; other users lose nothing."""
         self.put("alice", "bob")
         self.store.record_sightings([self.seen("bob", at=self.clock() - 80 * DAY)])
         for number in range(40):
@@ -100,6 +106,7 @@ class SightingTests(StoreCase):
         assert self.addresses("bob") == [HERE]
 
     def test_many_addresses_of_a_user_at_once_leave_32(self) -> None:
+        """A full batch about one user leaves the newest 32 addresses."""
         self.put("alice")
         at = self.clock()
         self.store.record_sightings(
@@ -111,6 +118,7 @@ class SightingTests(StoreCase):
         assert self.addresses() == [f"10.0.0.{number}" for number in range(32)]
 
     def test_sightings_of_more_than_90_days_ago_are_dropped(self) -> None:
+        """They are not returned, and recording deletes those of all users."""
         self.put("alice", "bob")
         self.store.record_sightings([self.seen(), self.seen("bob")])
         self.clock.advance(timedelta(days=90))
@@ -123,18 +131,21 @@ class SightingTests(StoreCase):
         assert self.addresses("bob") == [], "what was too old was not deleted for others"
 
     def test_a_sighting_that_is_too_old_is_not_recorded(self) -> None:
+        """A batch that arrives late writes nothing that has to be dropped."""
         self.put("alice")
         old = self.seen(at=self.clock() - 91 * DAY, refused=1)
         assert self.store.record_sightings([old]) == ()
         assert self.addresses() == []
 
     def test_a_time_in_the_future_becomes_the_present(self) -> None:
+        """A clock that runs ahead keeps no sighting for longer."""
         self.put("alice")
         self.store.record_sightings([self.seen(at=self.clock() + DAY)])
         (found,) = self.sightings()
         assert found.first_at == found.last_at == self.clock()
 
     def test_bad_sightings_are_refused_and_nothing_is_written(self) -> None:
+        """An invalid address, a negative count or too many sightings are an error."""
         self.put("alice")
         for bad in (
             self.seen(address="203.0.113.0/24"),
@@ -149,6 +160,7 @@ class SightingTests(StoreCase):
         assert self.addresses() == []
 
     def test_nothing_is_appended_to_the_audit_log(self) -> None:
+        """Recording changes neither the revision nor its token."""
         self.put("alice")
         before = self.cursor()
         self.store.record_sightings([self.seen(refused=1)])
@@ -156,6 +168,7 @@ class SightingTests(StoreCase):
         assert self.cursor() == before
 
     def test_a_refused_login_is_returned_once_a_day_for_each_address(self) -> None:
+        """The notice is due again after a day, and only for a new refusal."""
         self.put("alice", "bob")
         began = self.clock()
         other = "2001:db8::1"
@@ -177,6 +190,7 @@ class SightingTests(StoreCase):
         assert told(self.seen(refused=1)) == [("alice", HERE, 5)]
 
     def test_one_of_several_servers_is_to_tell_a_user(self) -> None:
+        """Of several calls at the same moment, one returns the refused login."""
         self.put("alice")
         other = self.second()
         stores: list[RestrictionStore] = [self.store, self.store if other is None else other] * 4
@@ -187,6 +201,7 @@ class SightingTests(StoreCase):
         assert [each.refused for each in self.sightings()] == [len(stores)] * 5
 
     def test_concurrent_batches_lose_nothing(self) -> None:
+        """Batches about the same users in any order are all counted, without deadlock."""
         names = [f"user{number}" for number in range(20)]
         self.put(*names)
         other = self.second()
@@ -202,6 +217,7 @@ class SightingTests(StoreCase):
             assert [each.allowed for each in self.sightings(name)] == [len(stores)] * 20
 
     def test_sightings_follow_a_renamed_user(self) -> None:
+        """A rename moves them, and when the user was told about them."""
         self.put("alice", "bob")
         self.store.record_sightings([self.seen(refused=1), self.seen("bob", "10.0.0.1")])
         (before,) = self.sightings()
@@ -213,6 +229,7 @@ class SightingTests(StoreCase):
         assert self.store.record_sightings([self.seen("alice2", refused=1)]) == (), "told again"
 
     def test_sightings_follow_users_who_swap_usernames(self) -> None:
+        """Renames of one change move all sightings at once."""
         names = ("alice", "bob", "carol")
         self.store.sync_users([user(name, uid=name) for name in names])
         self.store.record_sightings(
@@ -226,6 +243,7 @@ class SightingTests(StoreCase):
         assert self.addresses("alice") == ["10.0.0.2"]
 
     def test_a_renamed_user_does_not_get_the_sightings_of_another(self) -> None:
+        """Those of a removed user with the new username are deleted."""
         for rename in (
             lambda: self.store.rename_user("alice", "bob"),
             lambda: self.store.sync_users([user("bob", uid="1")]),
@@ -238,6 +256,7 @@ class SightingTests(StoreCase):
             self.store.remove_users(["bob"])
 
     def test_a_user_who_is_registered_again_has_no_sightings(self) -> None:
+        """The username may belong to somebody else now."""
         for put in (self.store.put_users, self.store.sync_users):
             self.put("alice", "bob")
             self.store.record_sightings([self.seen(), self.seen("bob")])
@@ -248,6 +267,7 @@ class SightingTests(StoreCase):
             self.store.remove_users(["alice"])
 
     def test_sightings_are_forgotten_with_an_entry(self) -> None:
+        """All addresses of one user are deleted; without any, nothing is appended."""
         self.put("alice", "bob")
         self.store.record_sightings(
             [self.seen(refused=1), self.seen(address="10.0.0.1"), self.seen("bob")]
@@ -266,6 +286,7 @@ class SightingTests(StoreCase):
         assert len(self.store.record_sightings([self.seen(refused=1)])) == 1
 
     def test_sightings_of_a_removed_user_can_be_forgotten(self) -> None:
+        """The user need not be registered; a bad username is an error."""
         self.put("alice")
         self.store.record_sightings([self.seen()])
         self.store.remove_users(["alice"])
@@ -275,6 +296,7 @@ class SightingTests(StoreCase):
             self.store.forget_sightings("")
 
     def test_the_overview_says_when_each_restriction_was_used_last(self) -> None:
+        """Allowed logins within 90 days count, for each restriction that has the address."""
         self.put("alice", "bob")
         network = self.restriction(addresses="203.0.113.0/24")
         single = self.restriction(addresses=HERE)
@@ -300,6 +322,7 @@ class SightingTests(StoreCase):
         return dict(alice.last_used)
 
     def test_a_restriction_was_not_used_before_it_was_created(self) -> None:
+        """An earlier login from its addresses does not count."""
         self.put("alice")
         self.store.record_sightings([self.seen()])
         self.clock.advance(timedelta(hours=1))
