@@ -620,12 +620,12 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
             if stored is not None:
                 tx.save_request(attrs.evolve(stored, request=closed))
     held = {old: tx.restrictions(old) for old, _ in renamed}
-    fresh = [step.user.username for step in steps if step.added]
-    tx.move_sightings({old: new for old, new in renamed if new not in fresh}, fresh)
     tx.save_users([StoredUser(user=step.user) for step in steps])
     gone = [(user.username, user.account_id) for user in removed]
     added = [(step.user.username, step.user.account_id) for step in steps if step.added]
     updated = [(step.user.username, step.user.account_id) for step in steps if step.changed]
+    fresh = {name for name, _ in added}
+    tx.move_sightings({old: new for old, new in renamed if new not in fresh}, fresh)
     changes = append_users(
         tx, Action.REMOVE_USERS, {"removed": len(gone)}, gone, (name for name, _ in gone)
     )
@@ -638,8 +638,7 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
         changes.append(tx.append(**entry))
     counts = {"added": len(added), "updated": len(updated)}
     # Of these, only added users are touched: policies contain neither names nor accounts.
-    touched = (name for name, _ in added)
-    changes += append_users(tx, Action.PUT_USERS, counts, [*added, *updated], touched)
+    changes += append_users(tx, Action.PUT_USERS, counts, [*added, *updated], fresh)
     return changes
 
 

@@ -15,8 +15,9 @@ from typing import Final
 
 from ipguard import rules
 from ipguard.addresses import AddressRange, pack_address
+from ipguard.audit import micros
 from ipguard.model import Sighting
-from ipguard.stores._sql import Executor, Row, encodable, micros, moment, reads_rows
+from ipguard.stores._sql import Executor, Row, encodable, moment, reads_rows
 
 _SEEN: Final = "username, address, first_at, last_at, allowed, refused"
 _ADD: Final = f"""
