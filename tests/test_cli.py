@@ -85,7 +85,7 @@ def test_help_names_every_command_and_the_manual_has_each(shell: Shell):
 
 
 def _commands(help_text: str) -> list[str]:
-    return re.findall(r"^  ([a-z]+)  ", help_text.split("Commands:")[1], re.MULTILINE)
+    return re.findall(r"^  ([a-z-]+)  ", help_text.split("Commands:")[1], re.MULTILINE)
 
 
 def test_the_installed_script(shell: Shell):
@@ -252,7 +252,8 @@ _WORDS = st.one_of(
 )  # fmt: skip
 _COMMANDS = st.sampled_from(
     ["list", "history", "check", "explain", "impose", "lift", "unlock", "request", "confirm",
-     "cancel", "resend", "delete", "doctor", "users list"]
+     "cancel", "resend", "delete", "doctor", "users list", "suggest", "sightings", "forget",
+     "as-of", "verify", "report", "prune"]
 )  # fmt: skip
 
 

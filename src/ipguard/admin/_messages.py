@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
 from ipguard import audit, errors
+from ipguard._csv import safe_cell
 from ipguard.addresses import AddressRange, is_private, parse_address
 from ipguard.model import (
     Action,
@@ -25,7 +25,6 @@ from ipguard.model import (
 )
 from ipguard.rules import all_expired, shifted
 
-_FORMULA: Final = re.compile("[\t\r\n]|\\s*[-=+@\uff0d\uff1d\uff0b\uff20]")
 _EXACT_BELOW: Final = 10**12  # larger counts are shown as powers of two
 
 _SHOWN: Final = 200  # characters of a list of addresses in a message
@@ -332,10 +331,5 @@ def format_csv(entries: Iterable[Change]) -> str:
             *(entry.username, entry.account_id, describe_action(entry)),
             describe_particulars(entry),
         )
-        writer.writerow(["" if each is None else _defused(str(each)) for each in cells])
+        writer.writerow(map(safe_cell, cells))
     return text.getvalue()
-
-
-def _defused(cell: str) -> str:
-    """Prefix a cell that a spreadsheet could run as a formula, as OWASP advises."""
-    return f"'{cell}" if _FORMULA.match(cell) else cell

@@ -22,7 +22,8 @@ from ipguard.errors import IPGuardError
 
 # The modules define their commands when they are imported; `--help` has them in this order.
 # isort: off
-from ipguard.cli import setup, users, changes, checks, history, transfer, doctor  # noqa: F401
+from ipguard.cli import setup, users, changes, checks, sightings, history, record  # noqa: F401
+from ipguard.cli import transfer, doctor  # noqa: F401
 # isort: on
 
 __all__ = ["run"]

@@ -267,7 +267,7 @@ class Context:
         if options.get("actor") and not (accounts or every_account):
             message = "--as needs the accounts that it manages: --account ID, or --every-account"
             raise Problem(Exit.USAGE, message)
-        email = options["email"] or (None if mailed else NO_EMAIL)
+        email = options.get("email") or (None if mailed else NO_EMAIL)
         if not email:
             message = "this command sends mail and needs your e-mail address"
             raise Problem(Exit.CONFIG, message, "use --email or IPGUARD_EMAIL")

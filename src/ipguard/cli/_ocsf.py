@@ -8,12 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from enum import StrEnum
 from itertools import zip_longest
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from typer import Option
 
 import ipguard
 from ipguard.model import Action, Change, Sighting
 
+
+class EventFormat(StrEnum):
+    """Formats of events for other programs."""
+
+    OCSF = "ocsf"
+
+
+EventOption = Annotated[
+    EventFormat | None,
+    Option("--format", help="Write one event a line, in JSON, as the OCSF defines it."),
+]
 VERSION: Final = "1.4.0"
 """The version of the schema; all that an event has is in the later versions 1.x too."""
 

@@ -6,10 +6,9 @@ An administrator's commands are `request`, `preview`, `waiting`, `confirm`, `app
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Final, TypeVar
 
@@ -19,9 +18,10 @@ from typer import Argument, Option
 from ipguard.cli._context import ACTOR, ADMINISTRATOR, MAIL, OPERATOR, SETTINGS, Context, command
 from ipguard.cli._output import BATCH, Exit, Output, Problem, missing, plain
 from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
+from ipguard.cli._times import parse_time
 from ipguard.errors import IPGuardError, LockoutRisk, OpeningRisk, shorten
 from ipguard.model import Actor, Applied, Direction, Impact, PendingRequest, RequestState
-from ipguard.rules import shifted
+from ipguard.rules import would_refuse
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
@@ -55,7 +55,6 @@ OpenOption = Annotated[
 LockoutOption = Annotated[
     bool, Option("--allow-lockout", help="Accept that this may lock somebody out.")
 ]
-_UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 # -- administrators ------------------------------------------------------------------------------
@@ -123,10 +122,13 @@ def preview(
         found = session.flow.preview(
             session.actor, username, addresses, replaces or (), expires_at=until, only=only
         )
+        seen = session.flow.sightings(session.actor, username)
     context.out.data(found)
     columns = ("direction", "gained", "lost", "afterwards")
     gained, lost = (list(map(str, each)) for each in (found.gained, found.lost))
     context.out.table(columns, [(found.direction.name.lower(), gained, lost, found.summary)])
+    if text := would_refuse(found.seen_lost, seen):
+        context.out.line(text, "yellow" if found.seen_lost else "")
 
 
 @command(ACTOR, SETTINGS)
@@ -318,17 +320,7 @@ def unlock(
 
 def parse_expiry(text: str | None, now: datetime) -> datetime | None:
     """Read an expiry: a time with its zone, or a length of time from now."""
-    if text is None:
-        return None
-    length = re.fullmatch(r"([0-9]{1,5})([mhd])", text)
-    if length is not None:
-        return shifted(now, timedelta(**{_UNITS[length[2]]: int(length[1])}))
-    with suppress(ValueError, OverflowError):
-        found = datetime.fromisoformat(text)
-        if found.utcoffset() is not None:
-            return found.astimezone(UTC)
-    hint = "write a time with its zone, such as 2027-01-31T18:00Z, or a length: 90m, 12h, 30d"
-    raise Problem(Exit.USAGE, hint)
+    return None if text is None else parse_time(text, now)
 
 
 @attrs.frozen

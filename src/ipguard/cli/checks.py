@@ -96,6 +96,10 @@ def explain(
     if found.restrictions:
         names = ("id", "addresses", "label", "expires_at", "created_at", "created_by")
         context.out.table(names, map(attrgetter(*names), found.restrictions))
+    if found.refused:
+        refused = ("address", "last_at", "times", "hint")
+        context.out.line("Refused logins with the right password:")
+        context.out.table(refused, map(attrgetter(*refused), found.refused))
     return Exit.OK if found.decision else Exit.NOT_ALLOWED
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from enum import StrEnum
 from functools import partial
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
+from operator import attrgetter
 from typing import Annotated, Final
 
 from typer import Option
 
 from ipguard import audit
 from ipguard.cli._context import READER, Context, command
-from ipguard.cli._ocsf import change_event
-from ipguard.cli._output import Cell, Exit, clean, dumps, pages
+from ipguard.cli._ocsf import EventFormat, EventOption, change_event
+from ipguard.cli._output import Cell, Exit, Problem, clean, dumps, pages
 from ipguard.cli.users import AllOption, LimitOption
 from ipguard.errors import StoreUnavailable, shorten
-from ipguard.model import RESET, Change
+from ipguard.model import RESET, Change, Restriction
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
@@ -27,18 +27,6 @@ _INTERVAL: Final = 1.0  # seconds; entries that touch no policy do not end `stor
 
 UserOption = Annotated[
     str | None, Option("--user", metavar="USERNAME", help="Only entries about this user.")
-]
-
-
-class EventFormat(StrEnum):
-    """Formats of events for other programs."""
-
-    OCSF = "ocsf"
-
-
-EventOption = Annotated[
-    EventFormat | None,
-    Option("--format", help="Write one event a line, in JSON, as the OCSF defines it."),
 ]
 
 
@@ -55,6 +43,13 @@ def history(
         int | None,
         Option("--since", metavar="REVISION", help="Only entries after this revision."),
     ] = None,
+    revision: Annotated[
+        int | None, Option("--revision", metavar="REVISION", help="Only this entry.")
+    ] = None,
+    restrictions: Annotated[
+        bool,
+        Option("--restrictions", help="With --revision: the restrictions it added and ended."),
+    ] = False,
     kind: EventOption = None,
     limit: LimitOption = 50,
     everything: AllOption = False,
@@ -63,7 +58,16 @@ def history(
 
     Example: ipguard history --user jsmith
     """
+    if restrictions and (revision is None or kind is not None):
+        raise Problem(Exit.USAGE, "--restrictions needs --revision, and has no --format")
+    if revision is not None:
+        if before is not None or since is not None:
+            raise Problem(Exit.USAGE, "--revision excludes --before and --since")
+        before, since = revision + 1, revision - 1
     with context.workflow(mails=False) as (store, flow):
+        if restrictions and revision is not None:
+            _show_restrictions(context, flow, revision)
+            return
         size = None if everything else limit
         entries = _entries(flow, user, before, size)
         if since is not None:
@@ -82,10 +86,28 @@ def history(
         )
         if not found:
             about = "" if user is None else f" about {shorten(user)}"
-            about += "" if before is None else f" before revision {before}"
-            about += "" if since is None else f" after revision {since}"
+            if revision is not None:
+                about += f" with revision {revision}"
+            else:
+                about += "" if before is None else f" before revision {before}"
+                about += "" if since is None else f" after revision {since}"
             unknown = "" if user is None else _unregistered(store, user)
             context.out.note(unknown or f"the audit log has no entries{about}")
+
+
+def _show_restrictions(context: Context, flow: Workflow, revision: int) -> None:
+    """Show what an entry did to restrictions: all of an import, read in pages."""
+    read = partial(flow.restrictions_changed, READER, revision)
+    found: Iterator[tuple[Restriction, bool]] = pages(read, "after")
+    found = chain(list(islice(found, 1)), found)  # an error is raised before the first line
+    if context.out.as_json:
+        rows = ({"added": added, "restriction": each} for each, added in found)
+        context.out.array("restrictions", rows, lambda: {"revision": revision})
+        return
+    names = ("username", "addresses", "label", "expires_at", "created_at", "created_by", "id")
+    cells = attrgetter(*names)
+    shown = (("added" if added else "ended", *cells(each)) for each, added in found)
+    context.out.table(("change", *names), shown)
 
 
 def _entries(

@@ -276,9 +276,15 @@ def _cells(each: UserOverview) -> Sequence[Cell]:
 
 
 def _terminal_cells(now: datetime, each: UserOverview) -> Sequence[Cell]:
-    restrictions = [_described(one) for one in each.restrictions] or [each.summary]
+    used = each.last_used
+    restrictions = [_described(one, used.get(one.id)) for one in each.restrictions]
     pending = [_requested(one, now) for one in each.pending]
-    return (*_names(each), restrictions, pending, "removed" if each.removed else "")
+    return (
+        *_names(each),
+        restrictions or [each.summary],
+        pending,
+        "removed" if each.removed else "",
+    )
 
 
 def _requested(request: PendingRequest, now: datetime) -> str:
@@ -287,9 +293,10 @@ def _requested(request: PendingRequest, now: datetime) -> str:
     return f"{request.change}, asked for by {request.requested_by}, {needs} [{request.id}]"
 
 
-def _described(restriction: Restriction) -> str:
-    """Return a restriction on one line, with its label, expiry and id."""
+def _described(restriction: Restriction, used: datetime | None) -> str:
+    """Return a restriction on one line, with its label, expiry, last use and id."""
     label = f" {restriction.label}" if restriction.label else ""
     until = restriction.expires_at
     end = "" if until is None else f" until {until:%Y-%m-%d %H:%M} UTC"
-    return f"{restriction.addresses}{label}{end} [{restriction.id}]"
+    seen = "" if used is None else f" last used {used:%Y-%m-%d}"
+    return f"{restriction.addresses}{label}{end}{seen} [{restriction.id}]"
