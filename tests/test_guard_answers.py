@@ -895,6 +895,9 @@ def test_stats_of_a_new_guard(world: World) -> None:
             (Outcome.RETRY, Reason.STORE_UNAVAILABLE): 0,
         },
         ready=False,
+        sightings_written=0,
+        sightings_lost=0,
+        sightings_waiting=0,
     )
 
 

@@ -36,6 +36,7 @@ from ipguard.addresses import (
     AddressRange,
     AddressSet,
     canonical_address,
+    is_private,
     login_address,
     pack_address,
     parse_address,
@@ -52,6 +53,7 @@ from ipguard.model import (
     PendingRequest,
     Policy,
     Reason,
+    Refusal,
     RequestKind,
     RequestState,
     Restriction,
@@ -98,7 +100,9 @@ __all__ = [
     "plan_users",
     "read_addresses",
     "ready_at",
+    "refusal_hint",
     "refusal_notice_due",
+    "refusals",
     "search_terms",
     "seen_since",
     "shifted",
@@ -627,6 +631,55 @@ def refusal_notice_due(refused: Sighting, sightings: Iterable[Sighting]) -> bool
     since = told_until(refused.last_at)
     others = (each for each in sightings if each.address != refused.address)
     return sum(bool(each.refused) and each.first_at > since for each in others) < _TOLD_A_DAY
+
+
+def refusals(
+    sightings: Iterable[Sighting], restrictions: Collection[Restriction], now: datetime
+) -> tuple[Refusal, ...]:
+    """Return the refused logins among a user's sightings, in the same order, each with a hint."""
+    return tuple(
+        Refusal(
+            address=each.address,
+            last_at=each.last_at,
+            times=each.refused,
+            hint=refusal_hint(each.address, restrictions, now),
+        )
+        for each in sightings
+        if each.refused
+    )
+
+
+def refusal_hint(address: str, restrictions: Collection[Restriction], now: datetime) -> str:
+    """Return in a sentence why restrictions may not fit an address that was refused.
+
+    Returns:
+        The sentence; empty if the address is allowed now, or if there is nothing to say.
+    """
+    client = parse_address(address)
+    live = [each.addresses for each in restrictions if not each.expired(now)]
+    listed = [each.addresses for each in restrictions]
+    if not listed or any(client in each for each in live):
+        return ""
+    if is_private(client) and not any(map(is_private, listed)):
+        return (
+            "It is a private address, which the internet never sees: the proxy settings of the"
+            " login server may be wrong."
+        )
+    if any(client in each for each in listed):
+        return "A restriction that has expired listed it."
+    if all(each.version != client.version for each in live or listed):
+        other = 4 if client.version == 6 else 6
+        return f"It comes over IPv{client.version}, and only IPv{other} is listed."
+    bits = 8 if client.version == 4 else 64
+    near = AddressRange(
+        version=client.version,
+        first=client.first >> bits << bits,
+        last=client.first | ((1 << bits) - 1),
+    )
+    for each in live:
+        if each.version == near.version and each.first <= near.last and near.first <= each.last:
+            return f"It is in {near}, as is {each}, which is listed."
+    return ""
 
 
 def all_expired(restrictions: Collection[Restriction], now: datetime) -> bool:

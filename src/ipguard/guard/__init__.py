@@ -7,6 +7,7 @@ How a decision is made::
                                       ├─▶ `_lease`: one sync if the lease is over
                                       ├─▶ `_table`: rows, position, deadline, and their lock
                                       └─▶ `_slow_path.SingleFlight`: one read for all who miss
+    saw ──▶ `_sightings`: a queue, and a thread that gives it to the store
     start / with ──▶ `_refresher`: syncs before the lease ends
                        └─▶ `_preload`: reads all restricted users, and keeps them current
 """
@@ -41,10 +42,11 @@ from ipguard.guard._fast_path import Tally, bind
 from ipguard.guard._lease import Lease, time_asleep
 from ipguard.guard._preload import Preload
 from ipguard.guard._refresher import Followers, Refresher
+from ipguard.guard._sightings import Recorder, RefusalCallback, RefusalFollowers
 from ipguard.guard._slow_path import SingleFlight, SlowPath
 from ipguard.guard._table import Table
-from ipguard.model import Decision, Explanation, Outcome, Reason
-from ipguard.rules import decide, summarise
+from ipguard.model import Decision, Explanation, Outcome, Reason, Refusal
+from ipguard.rules import decide, refusals, summarise
 from ipguard.store import Closing, RestrictionStore
 from ipguard.usernames import canonical_username
 
@@ -80,6 +82,9 @@ class GuardStats:
         decisions: How many logins were decided, by outcome and reason. The reasons that allow are
             missing unless allowed logins are counted.
         ready: Whether it can answer from memory.
+        sightings_written: How many logins that `saw` was called for were given to the store.
+        sightings_lost: How many were not, because there were too many or the store failed.
+        sightings_waiting: How many are not written yet; most of them for up to an hour.
     """
 
     revision: int
@@ -96,6 +101,9 @@ class GuardStats:
     denials: Mapping[Reason, int]
     decisions: Mapping[tuple[Outcome, Reason], int]
     ready: bool
+    sightings_written: int
+    sightings_lost: int
+    sightings_waiting: int
 
 
 @attrs.define(kw_only=True)
@@ -219,6 +227,8 @@ class Guard(Closing, _fork.Forkable):
             weakref.ref(self._followers),
             max_staleness=max_staleness,
         )
+        self._refusals = RefusalFollowers()
+        self._sightings = Recorder(self, store, self._table, weakref.ref(self._refusals), clock)
         self._tally = Tally()
         self._denial_log = DenialLog(self._table, clock, report_only=report_only)
         self._counts_allows = False
@@ -368,6 +378,9 @@ class Guard(Closing, _fork.Forkable):
         except Exception as exc:
             raise StoreUnavailable(f"the store does not answer: {exc}") from exc
         decision = decide(policy, client, now, deny_unknown=self._deny_unknown)
+        refused: tuple[Refusal, ...] = ()
+        with contextlib.suppress(Exception):  # an explanation without them is better than none
+            refused = refusals(self._store.sightings(name), policy.restrictions, now)
         return Explanation(
             username=name,
             address=shown,
@@ -381,6 +394,7 @@ class Guard(Closing, _fork.Forkable):
                 f"{'Registered' if policy.known else 'Not registered'}; "
                 f"restricted to: {summarise(policy.restrictions, now)}."
             ),
+            refused=refused,
         )
 
     def sync(self) -> int:
@@ -482,6 +496,49 @@ class Guard(Closing, _fork.Forkable):
             self._lease.ensure(0)
         return self._followers.add(callback)
 
+    def saw(self, username: str, address: str, decision: object) -> None:
+        """Record that a user gave the right password, whether the login was allowed or not.
+
+        Call it after the password, and every other step of the login, was right. Never call it
+        before: then anybody could make up where a user logs in from. It takes about a microsecond,
+        raises nothing, and waits for nothing. A thread, started by the first call, writes to the
+        store in batches: a user and address at once when it is new, later at most once an hour.
+        What the store does not take is lost, and counted in `stats()`. Users who are not registered
+        are left out.
+
+        Args:
+            username: As for `check`.
+            address: As for `check`.
+            decision: The decision of `check`, or anything that is true if the login was allowed. A
+                decision with `STORE_UNAVAILABLE` is not recorded.
+        """
+        self._sightings.add(username, address, decision)
+
+    def follow_refusals(self, callback: RefusalCallback) -> Callable[[], None]:
+        """Call a function when a login with the right password was refused, to tell its user.
+
+        That is at most once a day for each user and address, on all servers together; and by this
+        guard, at most five times a day for each user.
+
+        Args:
+            callback: Called as `callback(sighting)` on the thread of `saw`, such as
+                `Workflow.tell_refused`. Its exceptions are logged.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            InvalidValue: The callback cannot be called.
+        """
+        check_callable("callback", callback)
+        key, followers = object(), self._refusals
+        followers[key] = callback
+
+        def end() -> None:
+            followers.pop(key, None)
+
+        return end
+
     @property
     def revision(self) -> int:
         """The store's revision that all remembered users are current to; 0 before a sync."""
@@ -514,6 +571,9 @@ class Guard(Closing, _fork.Forkable):
                     if self._counts_allows or reason not in _ALLOWING
                 },
                 ready=remaining > 0,
+                sightings_written=self._sightings.written,
+                sightings_lost=self._sightings.lost,
+                sightings_waiting=self._sightings.waiting(),
             )
 
     def _outcome(self, reason: Reason) -> Outcome:
@@ -539,8 +599,12 @@ class Guard(Closing, _fork.Forkable):
         self._refresher.start()
 
     def close(self) -> None:
-        """Stop the refresher. The host closes the store."""
+        """Stop the refresher, and write what `saw` was called for, within two seconds.
+
+        The host closes the store, afterwards.
+        """
         self._refresher.stop()
+        self._sightings.stop()
 
     def _revive(self) -> None:
         _fork.check()
@@ -573,6 +637,7 @@ class Guard(Closing, _fork.Forkable):
         self._denial_log.renew_lock()
         self._followers.after_fork()
         self._refresher.after_fork()
+        self._sightings.after_fork()
         if self._preload is not None:
             self._preload.after_fork()
 
