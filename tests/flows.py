@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 import ipguard
-from ipguard import Actor, Applied, Change, PendingRequest, User, Workflow, WorkflowSettings
+from ipguard import (
+    Actor,
+    Applied,
+    Change,
+    PendingRequest,
+    Sighting,
+    User,
+    Workflow,
+    WorkflowSettings,
+)
 from ipguard.store import RestrictionStore
 from ipguard.testing import FakeClock, Outbox
 
@@ -118,6 +127,22 @@ class Desk:
         applied = self.flow.impose(BOSS, username, addresses, reason="a test", **more)
         assert applied.restriction is not None
         return applied.restriction
+
+    def log_in(
+        self, address: str, allowed: int = 1, refused: int = 0, username: str = "jsmith"
+    ) -> Sighting:
+        """Record logins with the right password, now, and return them."""
+        now = self.clock()
+        seen = Sighting(
+            username=username,
+            address=address,
+            first_at=now,
+            last_at=now,
+            allowed=allowed,
+            refused=refused,
+        )
+        self.store.record_sightings([seen])
+        return seen
 
     def delete(
         self, restriction: ipguard.Restriction, actor: Actor = ALICE, **more: Any

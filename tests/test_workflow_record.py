@@ -14,7 +14,6 @@ from ipguard import (
     Actor,
     InvalidValue,
     Policy,
-    Sighting,
     UnknownUser,
     User,
     UsernameError,
@@ -193,7 +192,7 @@ def test_the_report_has_the_last_change_and_the_last_use(desk: Desk) -> None:
     held = desk.add(HOME)
     change = desk.rows()[0]
     desk.wait(days=1)
-    seen(desk, HOME)
+    desk.log_in(HOME)
     (line,) = [each for each in desk.flow.report(ALICE) if each.restriction]
     assert line == AccessLine(
         user=JSMITH, removed=False, restriction=held, last_used=desk.clock(), changed=change
@@ -208,20 +207,13 @@ def test_the_report_has_the_last_change_and_the_last_use(desk: Desk) -> None:
     assert line.changed == change
 
 
-def seen(desk: Desk, address: str, allowed: int = 1) -> None:
-    now = desk.clock()
-    desk.store.record_sightings(
-        [Sighting(username="jsmith", address=address, first_at=now, last_at=now, allowed=allowed)]
-    )
-
-
 def test_the_report_of_unused_restrictions(desk: Desk) -> None:
     """New ones may not have had their time; users without restrictions are not listed."""
     for address in (HOME, OFFICE, ELSEWHERE):
         desk.add(address)
-    seen(desk, HOME)
+    desk.log_in(HOME)
     desk.wait(days=20)
-    seen(desk, OFFICE)
+    desk.log_in(OFFICE)
     desk.add("192.0.2.67")
     desk.wait(days=10)
     month = timedelta(days=30)
@@ -235,7 +227,7 @@ def test_the_report_of_unused_restrictions(desk: Desk) -> None:
 
 def test_forgetting_leaves_the_record_alone(desk: Desk) -> None:
     held = desk.add(HOME)
-    seen(desk, HOME)
+    desk.log_in(HOME)
     desk.flow.forget_sightings(BOSS, "jsmith")
     assert desk.rows()[0].action is Action.FORGET_SIGHTINGS
     (line,) = [each for each in desk.flow.report(ADAM) if each.restriction]

@@ -22,25 +22,14 @@ def desk(tmp_path: Any) -> Desk:
     return Desk()
 
 
-def log_in(desk: Desk, address: str, allowed: int = 1, refused: int = 0, **more: Any) -> Sighting:
-    """Record logins, now, and return them."""
-    name = more.pop("username", "jsmith")
-    now = desk.clock()
-    seen = Sighting(
-        username=name, address=address, first_at=now, last_at=now, allowed=allowed, refused=refused
-    )
-    desk.store.record_sightings([seen])
-    return seen
-
-
 # -- who sees them -----------------------------------------------------------------------------
 
 
 def test_sightings_are_listed_newest_first(desk: Desk) -> None:
     """By any spelling of the username."""
-    first = log_in(desk, HOME)
+    first = desk.log_in(HOME)
     desk.wait(hours=1)
-    second = log_in(desk, OFFICE, 2, 1)
+    second = desk.log_in(OFFICE, 2, 1)
     assert desk.flow.sightings(ALICE, "JSmith") == (second, first)
     assert desk.flow.sightings(BOSS, "jsmith") == (second, first)
     assert desk.flow.sightings(ALICE, "mary") == ()
@@ -50,7 +39,7 @@ def test_sightings_are_listed_newest_first(desk: Desk) -> None:
 def test_sightings_of_other_accounts_do_not_exist(
     desk: Desk, look: Callable[[Workflow, Actor, str], object]
 ) -> None:
-    log_in(desk, HOME, username="zed")
+    desk.log_in(HOME, username="zed")
     for actor, name in ((ALICE, "zed"), (CAROL, "jsmith"), (BOSS, "nobody"), (BOSS, "no\0name")):
         with pytest.raises(UnknownUser):
             look(desk.flow, actor, name)
@@ -59,8 +48,8 @@ def test_sightings_of_other_accounts_do_not_exist(
 
 def test_suggestions_follow_the_settings_and_the_restrictions(desk: Desk) -> None:
     for address in (HOME, OFFICE, SIX):
-        log_in(desk, address)
-    log_in(desk, ELSEWHERE, 0, 9)
+        desk.log_in(address)
+    desk.log_in(ELSEWHERE, 0, 9)
     desk.add(OFFICE)
     assert [str(each) for each in desk.flow.suggest(ALICE, "jsmith")] == [HOME, "2001:db8::/64"]
     desk.use(widest_ipv6=120)
@@ -73,12 +62,14 @@ def test_suggestions_follow_the_settings_and_the_restrictions(desk: Desk) -> Non
 
 
 def test_a_preview_shows_the_sightings_that_it_would_refuse(desk: Desk) -> None:
-    home, office = log_in(desk, HOME, 3), log_in(desk, OFFICE, 5, 1)
+    home, office = desk.log_in(HOME, 3), desk.log_in(OFFICE, 5, 1)
     preview = desk.flow.preview(ALICE, "jsmith", OFFICE)
     assert preview.seen_lost == (home,)
     assert preview.lost, "everything else"
     held = desk.add(OFFICE)
+    assert preview.seen_summary == "This would have refused 3 of 8 recent logins."
     assert desk.flow.preview(ALICE, "jsmith", HOME).seen_lost == ()
+    assert desk.flow.preview(ALICE, "jsmith", HOME).seen_summary == ""
     assert desk.flow.preview(ALICE, "jsmith", HOME, [held.id]).seen_lost == (office,)
     assert desk.flow.preview(BOSS, "jsmith", HOME, only=True).seen_lost == (office,)
 
@@ -87,7 +78,7 @@ def test_a_preview_of_a_request_shows_them_as_things_are_now(desk: Desk) -> None
     request = desk.ask(OFFICE)
     assert request.impact is not None
     assert request.impact.seen_lost == ()
-    home = log_in(desk, HOME)
+    home = desk.log_in(HOME)
     assert desk.flow.preview_request(ALICE, request.id).seen_lost == (home,)
 
 
@@ -99,7 +90,7 @@ def test_a_store_without_sightings_is_no_hindrance(desk: Desk) -> None:
             self.now, self.snapshot = store.now, store.snapshot
             self.transaction = store.transaction
 
-    log_in(desk, HOME)
+    desk.log_in(HOME)
     flow = desk.workflow(Old(desk.store))  # type: ignore[arg-type]
     preview = flow.preview(ALICE, "jsmith", OFFICE)
     assert preview == desk.flow.preview(ALICE, "jsmith", OFFICE)
@@ -108,13 +99,37 @@ def test_a_store_without_sightings_is_no_hindrance(desk: Desk) -> None:
     assert flow.suggest(ALICE, "jsmith") == ()
 
 
+# -- refused logins ----------------------------------------------------------------------------
+
+
+def test_refusals_are_those_that_would_still_be_refused(desk: Desk) -> None:
+    """A user without restrictions is refused nowhere; an expired restriction allows nothing."""
+    old = desk.log_in(HOME, 2, 3)
+    desk.wait(hours=1)
+    new = desk.log_in(ELSEWHERE, 0, 1)
+    desk.log_in(OFFICE, 5)
+    assert desk.flow.refusals(ALICE, "jsmith") == ()
+    desk.add(OFFICE)
+    found = desk.flow.refusals(ALICE, "JSmith")
+    assert [(each.address, each.last_at, each.times) for each in found] == [
+        (ELSEWHERE, new.last_at, 1),
+        (HOME, old.last_at, 3),
+    ]
+    desk.add(HOME, expires_at=desk.later(hours=1))
+    assert [each.address for each in desk.flow.refusals(ALICE, "jsmith")] == [ELSEWHERE]
+    desk.wait(hours=1)
+    assert len(desk.flow.refusals(ALICE, "jsmith")) == 2
+    with pytest.raises(UnknownUser):
+        desk.flow.refusals(CAROL, "jsmith")
+
+
 # -- erasure -----------------------------------------------------------------------------------
 
 
 def test_sightings_are_forgotten_by_operators_only(desk: Desk) -> None:
     """The audit log has the operator and how many addresses there were, but none of them."""
-    log_in(desk, HOME)
-    log_in(desk, OFFICE)
+    desk.log_in(HOME)
+    desk.log_in(OFFICE)
     for actor in (ALICE, CAROL):
         with pytest.raises(UnknownUser):
             desk.flow.forget_sightings(actor, "jsmith")
@@ -138,7 +153,7 @@ def test_sightings_are_forgotten_by_operators_only(desk: Desk) -> None:
 
 
 def test_a_refused_login_is_told_to_its_user(desk: Desk) -> None:
-    (refused,) = desk.store.record_sightings([log_in(desk, HOME, 0, 0), refusal(desk)])
+    (refused,) = desk.store.record_sightings([desk.log_in(HOME, 0, 0), refusal(desk)])
     desk.flow.tell_refused(refused)
     (mail,) = desk.outbox.messages
     assert (mail.kind, mail.to) == ("login_refused", ("jsmith@firm.example",))

@@ -350,6 +350,8 @@ class Impact:
         seen_lost: The user's sightings from addresses in `lost`, newest first: what the change
             would have refused. `Workflow.preview` and `preview_request` fill it; equality ignores
             it, and stores do not keep it.
+        seen_summary: What `seen_lost` means, in a sentence; empty if nothing is lost, or no logins
+            of the user are known. Equality ignores it, and stores do not keep it.
     """
 
     direction: Direction
@@ -358,6 +360,7 @@ class Impact:
     summary: str = attrs.field(default="", eq=False)
     ends: datetime | None = attrs.field(default=None, eq=False)
     seen_lost: tuple[Sighting, ...] = attrs.field(default=(), eq=False)
+    seen_summary: str = attrs.field(default="", eq=False)
 
 
 def _checked_number(_: object, attribute: attrs.Attribute[Any], value: object) -> None:

@@ -109,12 +109,14 @@ __all__ = [
     "sightings_kept",
     "sightings_to_record",
     "state_at",
+    "still_refused",
     "subject_digest",
     "suggest",
     "summarise",
     "told_until",
     "two_users",
     "wait_left",
+    "whereabouts",
     "would_refuse",
 ]
 
@@ -135,7 +137,7 @@ _RECORDED_AT_ONCE: Final = 1_000
 _SHOWN: Final = 20
 _EXPIRING_WITHIN: Final = timedelta(days=7)
 _TOLD_A_DAY: Final = 10
-_IPV6_HOST: Final = 64  # the prefix length of the network that one IPv6 host is in
+_SUBSCRIBER: Final = 64  # the prefix length of the network that an IPv6 host is in
 _ANYWHERE: Final = tuple(AddressRange.parse(text) for text in ("0.0.0.0/0", "::/0"))
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
@@ -560,8 +562,8 @@ def suggest(
 ) -> tuple[AddressRange, ...]:
     """Return the addresses that a user may want to be restricted to, the most used first.
 
-    They are those of allowed logins that no restriction in force contains. An IPv6 address stands
-    for its /64, because a host changes its address within that (RFC 8981).
+    They are the `whereabouts` of allowed logins from addresses that no restriction in force
+    contains.
 
     Args:
         restrictions: The user's restrictions, expired ones included.
@@ -575,19 +577,49 @@ def suggest(
         if not each.allowed or each.address in held:
             continue
         with suppress(errors.AddressError):  # a multicast address, from which nobody can log in
-            found = _suggested(each.address, max(_IPV6_HOST, widest_ipv6))
+            found = AddressRange.parse(str(whereabouts(each.address, widest_ipv6=widest_ipv6)))
             logins, last_at = used.get(found, (0, each.last_at))
             used[found] = logins + each.allowed, max(last_at, each.last_at)
     ranked = sorted(used, key=lambda found: (found.version, found.first))
     return tuple(sorted(ranked, key=used.__getitem__, reverse=True))
 
 
-def _suggested(address: str, prefix: int) -> AddressRange:
-    found = AddressRange.parse(address)
+def whereabouts(address: str, *, widest_ipv6: int) -> AddressRange:
+    """Return what a client's address stands for in a restriction: itself, or its IPv6 /64.
+
+    A host changes its IPv6 address within that network (RFC 8981). The network is smaller if the
+    settings allow none as wide.
+
+    Args:
+        address: The address.
+        widest_ipv6: The shortest prefix length of an IPv6 restriction.
+
+    Raises:
+        AddressError: It is not an address.
+    """
+    found = parse_address(address)
     if found.version == 4:
         return found
-    host = (1 << (128 - prefix)) - 1
+    host = (1 << (128 - max(_SUBSCRIBER, widest_ipv6))) - 1
     return AddressRange(version=6, first=found.first & ~host, last=found.first | host)
+
+
+def still_refused(
+    restrictions: Iterable[Restriction], sightings: Iterable[Sighting], now: datetime
+) -> list[Sighting]:
+    """Return the sightings with refused logins from addresses that are not allowed now.
+
+    Args:
+        restrictions: The user's restrictions, expired ones included.
+        sightings: Where the user was seen.
+        now: The store's time.
+    """
+    policy = Policy(revision=0, restrictions=tuple(restrictions), known=True)
+    return [
+        each
+        for each in sightings
+        if each.refused and not decide(policy, parse_address(each.address), now)
+    ]
 
 
 def would_refuse(lost: Iterable[Sighting], sightings: Iterable[Sighting]) -> str:

@@ -17,7 +17,7 @@ import attrs
 
 from ipguard import errors, rules
 from ipguard._checks import check_text
-from ipguard.addresses import AddressRange, parse_address
+from ipguard.addresses import AddressRange
 from ipguard.admin import _http, _messages
 from ipguard.admin._changes import (
     check_lockout_accepted,
@@ -46,7 +46,8 @@ _NAMED: Final = 5
 _EXAMPLE_PREFIX: Final = 29  # of the network that the form gives as an example
 _DROP_DOWN_LIMIT: Final = 100
 _MATCH_LIMIT: Final = 20
-_SUBSCRIBER_PREFIX: Final = 64  # IPv6 privacy addresses change within this network
+_SUGGESTED: Final = 10
+_USE: Final = "use "  # before the address, in the value of a button
 
 
 @attrs.frozen
@@ -91,9 +92,17 @@ class _Review:
     def groups(self) -> list[tuple[Impact, list[User]]]:
         """The users for whom the same will hold afterwards."""
         found: dict[str, tuple[Impact, list[User]]] = {}
+        several = len(self.impacts) > 1
         for user, impact in self.impacts:
-            found.setdefault(impact.summary, (impact, []))[1].append(user)
+            # Each user has logins of its own: see `refused`.
+            shown = attrs.evolve(impact, seen_lost=(), seen_summary="") if several else impact
+            found.setdefault(impact.summary, (shown, []))[1].append(user)
         return list(found.values())
+
+    @property
+    def refused(self) -> list[tuple[User, Impact]]:
+        """Of several users, those with recent logins that the change would have refused."""
+        return [each for each in self.impacts if len(self.impacts) > 1 and each[1].seen_lost]
 
     @property
     def digest(self) -> str:
@@ -193,6 +202,8 @@ def _show_form(
                 choices = tuple(line.user for line in found if not line.removed)
             elif values["user"] and "user" not in problems:
                 choices = (context.find_user(values["user"]).user,)
+    user = _find_user(context, values["user"] if held is None else held.username)
+    used = () if user is None else context.flow.suggest(context.actor, user.username)
     return context.page(
         "add.html",
         page=page,
@@ -201,7 +212,9 @@ def _show_form(
         problems=problems,
         choices=choices,
         held=held,
-        user=None if held is None else context.find_user(held.username).user,
+        user=user,
+        used=used[:_SUGGESTED],
+        use=_USE,
         suggested=_suggest(context, values["addresses"]) if "addresses" in problems else None,
         current_address=_propose_current_address(context),
         label_limit=LABEL_LIMIT,
@@ -218,27 +231,24 @@ def _propose_current_address(context: Context) -> str:
     """Return the actor's address, or its IPv6 network; "" if it is unknown."""
     if context.actor.address is None:
         return ""
-    here = parse_address(context.actor.address)
-    if here.version == 4:
-        return str(here)
-    size = 1 << (128 - max(_SUBSCRIBER_PREFIX, context.flow.settings.widest_ipv6))
-    first = here.first // size * size
-    return str(AddressRange(version=6, first=first, last=first + size - 1))
+    widest = context.flow.settings.widest_ipv6
+    return str(rules.whereabouts(context.actor.address, widest_ipv6=widest))
 
 
 def _submit(context: Context, held: Restriction | None) -> Response:
     page, query = _where(held)
     values = {name: context.field(name) for name in _FIELDS}
     do = context.field("do")
-    if do == "mine":
-        typed = [*_split(values["addresses"]), _propose_current_address(context)]
+    if do == "mine" or do.startswith(_USE):
+        chosen = _propose_current_address(context) if do == "mine" else do.removeprefix(_USE)
+        typed = [*_split(values["addresses"]), chosen]
         values["addresses"] = "\n".join(dict.fromkeys(filter(None, typed)))
     if do == "fix" and (suggested := _suggest(context, values["addresses"])):
         typed = [
             suggested[1] if each == suggested[0] else each for each in _split(values["addresses"])
         ]
         values["addresses"] = "\n".join(typed)
-    if do in ("mine", "fix", "edit"):
+    if do in ("mine", "fix", "edit") or do.startswith(_USE):
         return context.redirect_to_draft(page, Draft(values=values), **query)
     wanted, problems = _parse(context, values, held)
     review, more = (None, {}) if wanted is None else _judge(context, wanted)

@@ -9,6 +9,7 @@ from typing import Final
 
 import attrs
 
+from ipguard import rules
 from ipguard._checks import check_text
 from ipguard.addresses import parse_address
 from ipguard.admin import _http, _messages
@@ -76,9 +77,21 @@ def search(context: Context) -> Response:
 
 
 def show_user(context: Context) -> Response:
-    """Show the restrictions and pending requests of a user."""
+    """Show the restrictions and pending requests of a user, and where it logged in from."""
     line = context.find_user(context.request.parse_query().get("user", ""))
-    return context.page("user.html", line=line)
+    flow, actor, name = context.flow, context.actor, line.user.username
+    widest = flow.settings.widest_ipv6
+    refused = [
+        (each, rules.whereabouts(each.address, widest_ipv6=widest))
+        for each in flow.refusals(actor, name)
+    ]
+    return context.page(
+        "user.html",
+        line=line,
+        seen=flow.sightings(actor, name),
+        suggested=flow.suggest(actor, name),
+        refused=refused,
+    )
 
 
 def show_check(context: Context) -> Response:

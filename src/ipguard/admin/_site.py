@@ -244,7 +244,7 @@ def _load_files() -> tuple[Mapping[str, Response], Environment]:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    templates.globals.update(assets=names)
+    templates.globals.update(assets=names, days=rules.SEEN_FOR.days)
     templates.filters.update(
         when=_format_time_element,
         understood=_messages.format_range,

@@ -358,6 +358,7 @@ class AsyncWorkflow(_AsyncClosing):
     failures = _awaited(Workflow.failures)
     sightings = _awaited(Workflow.sightings)
     suggest = _awaited(Workflow.suggest)
+    refusals = _awaited(Workflow.refusals)
     forget_sightings = _awaited(Workflow.forget_sightings)
     tell_refused = _awaited(Workflow.tell_refused)
     as_of = _awaited(Workflow.as_of)

@@ -38,6 +38,7 @@ from ipguard.model import (
     Page,
     PendingRequest,
     Policy,
+    Refusal,
     RequestKind,
     RequestState,
     Restriction,
@@ -990,6 +991,21 @@ class Workflow(Closing):
             widest_ipv6=self.settings.widest_ipv6,
         )
 
+    def refusals(self, actor: Actor, username: str) -> tuple[Refusal, ...]:
+        """Return recent logins with the right password that were refused, newest first.
+
+        Those from addresses that are allowed now are left out.
+
+        Raises:
+            UnknownUser: The user does not exist for this actor.
+        """
+        name, restrictions = self._existing(actor, username)
+        now = self._store.now()
+        return tuple(
+            Refusal(address=each.address, last_at=each.last_at, times=each.refused)
+            for each in rules.still_refused(restrictions, self._sightings(name), now)
+        )
+
     def forget_sightings(self, actor: Actor, username: str) -> int:
         """Delete what is kept about a user's logins; only for actors of every account.
 
@@ -1050,7 +1066,7 @@ class Workflow(Closing):
     def _with_sightings(self, username: str, impact: Impact) -> Impact:
         seen = self._sightings(username) if impact.lost else ()
         lost = tuple(each for each in seen if each.address in impact.lost)
-        return attrs.evolve(impact, seen_lost=lost)
+        return attrs.evolve(impact, seen_lost=lost, seen_summary=rules.would_refuse(lost, seen))
 
     # ---------------------------------------------------------------------- the record
 
