@@ -96,7 +96,7 @@ def test_a_refused_login_is_requested_with_one_click(each_office: Office):
     shown = alice.page.texts("#refused ~ ul .entry")
     assert shown == [
         f"{ELSEWHERE} 3 times, last on 1 Jan 2030, 12:00 UTC",
-        f"{SIX} 1 Jan 2030, 12:00 UTC",
+        f"{SIX} 1 Jan 2030, 12:00 UTC It comes over IPv6, and only IPv4 is listed.",
     ]
     alice.press(f"Request this address : {SIX}")
     assert alice.page.value("addresses") == "2001:db8::/64"

@@ -14,6 +14,7 @@ from ipguard.errors import AddressError, InvalidValue, UsernameError
 from ipguard.model import (
     EVERYBODY,
     RESET,
+    AccessLine,
     Action,
     Actor,
     Applied,
@@ -30,15 +31,18 @@ from ipguard.model import (
     PendingRequest,
     Policy,
     Reason,
+    Refusal,
     RequestKind,
     RequestState,
     Restriction,
+    Sighting,
     StoredRequest,
     StoredUser,
     Touched,
     User,
     UserOverview,
     UserSync,
+    Verification,
 )
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
@@ -77,6 +81,7 @@ CHANGE = Change(
     username=None,
     detail={"added": "1"},
 )
+SIGHTING = Sighting(username="jsmith", address="203.0.113.7", first_at=NOW, last_at=NOW, allowed=1)
 DECISION = Decision(allowed=True, reason=Reason.LISTED, revision=3, restriction_id="r1")
 VALUES: list[object] = [
     USER,
@@ -97,6 +102,10 @@ VALUES: list[object] = [
         at=NOW,
         summary="",
     ),
+    SIGHTING,
+    Refusal(address="203.0.113.9", last_at=NOW, times=2, hint="It is not listed."),
+    AccessLine(user=USER, removed=False, restriction=RESTRICTION, last_used=NOW, changed=CHANGE),
+    Verification(first=1, head=2, token="t", entries=2, restrictions=1, uncovered=0),
     CHANGE,
     Applied(revision=1, restriction=RESTRICTION, unrestricted=False),
     Impact(direction=Direction.OPENS, gained=AddressSet(), lost=AddressSet()),

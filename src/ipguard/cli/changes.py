@@ -21,7 +21,6 @@ from ipguard.cli._secrets import HOW_TO_GIVE_NUMBER, read_number
 from ipguard.cli._times import parse_time
 from ipguard.errors import IPGuardError, LockoutRisk, OpeningRisk, shorten
 from ipguard.model import Actor, Applied, Direction, Impact, PendingRequest, RequestState
-from ipguard.rules import would_refuse
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 from ipguard.workflow import Workflow
@@ -122,13 +121,12 @@ def preview(
         found = session.flow.preview(
             session.actor, username, addresses, replaces or (), expires_at=until, only=only
         )
-        seen = session.flow.sightings(session.actor, username)
     context.out.data(found)
     columns = ("direction", "gained", "lost", "afterwards")
     gained, lost = (list(map(str, each)) for each in (found.gained, found.lost))
     context.out.table(columns, [(found.direction.name.lower(), gained, lost, found.summary)])
-    if text := would_refuse(found.seen_lost, seen):
-        context.out.line(text, "yellow" if found.seen_lost else "")
+    if found.seen_summary:
+        context.out.line(found.seen_summary, "yellow" if found.seen_lost else "")
 
 
 @command(ACTOR, SETTINGS)

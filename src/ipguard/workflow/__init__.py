@@ -994,17 +994,15 @@ class Workflow(Closing):
     def refusals(self, actor: Actor, username: str) -> tuple[Refusal, ...]:
         """Return recent logins with the right password that were refused, newest first.
 
-        Those from addresses that are allowed now are left out.
+        Each has a hint why. Those from addresses that are allowed now are left out.
 
         Raises:
             UnknownUser: The user does not exist for this actor.
         """
         name, restrictions = self._existing(actor, username)
         now = self._store.now()
-        return tuple(
-            Refusal(address=each.address, last_at=each.last_at, times=each.refused)
-            for each in rules.still_refused(restrictions, self._sightings(name), now)
-        )
+        found = rules.still_refused(restrictions, self._sightings(name), now)
+        return rules.refusals(found, restrictions, now)
 
     def forget_sightings(self, actor: Actor, username: str) -> int:
         """Delete what is kept about a user's logins; only for actors of every account.
