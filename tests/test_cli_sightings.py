@@ -85,6 +85,19 @@ def test_preview_says_what_it_would_have_refused(shell: Shell):
     assert "would have refused" not in shell.good("preview", "mlee", "203.0.113.0/24")
 
 
+def test_explain_shows_recent_refusals(shell: Shell):
+    """With a hint why the restrictions may not fit."""
+    shell.impose("jsmith", "203.0.113.0/24")
+    found = shell.json("explain", "jsmith", "2001:db8::7", code=1)
+    assert [(e["address"], e["times"]) for e in found["refused"]] == [
+        ("2001:db8::7", 2),
+        ("198.51.100.9", 1),
+    ]
+    assert "IPv4" in found["refused"][0]["hint"]
+    shown = shell("explain", "jsmith", "2001:db8::7")
+    assert "Refused logins with the right password:" in shown.out
+
+
 def test_list_shows_when_a_restriction_was_used_last(shell: Shell):
     """Logins from before it was there do not count."""
     restriction = shell.impose("jsmith", "203.0.113.0/24")
