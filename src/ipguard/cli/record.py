@@ -142,8 +142,10 @@ def prune(
         count = delete(limit)
         anchor = _last_anchor(flow)
     context.out.data({"before": limit, "deleted": count, "anchor": anchor})
-    context.out.line(f"{count:,} entries deleted", "green")
+    if not count:
+        context.out.line("there was nothing to delete")
     if anchor is not None:
+        context.out.line(f"the record begins at revision {anchor.detail.get('kept_from')}", "green")
         pairs = " ".join(f"{name}={text}" for name, text in anchor.detail.items())
         context.out.line(f"anchor: revision {anchor.revision}, {pairs}")
 
