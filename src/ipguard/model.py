@@ -884,7 +884,7 @@ class Changes(NamedTuple):
 
     Attributes:
         head: The store's revision.
-        token: The random token of that revision's entry.
+        token: The token of that revision's entry.
         usernames: The users whose policy changed, or `EVERYBODY`, or `RESET`.
     """
 

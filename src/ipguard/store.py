@@ -6,8 +6,8 @@ workflow asks `ipguard.rules`, a store reads and writes. A store guarantees:
 * **One writer at a time.** `transaction()` acquires the writer's lock, across all processes that
   use the store, before it reads anything.
 * **One total order.** Each change takes the next revision, 1, 2, 3, … without gaps, in commit
-  order, and carries a random token. A store restored from a backup continues from an old revision;
-  the token shows a guard that revision 7 has changed since it was read.
+  order, and carries a token that no other history has. A store restored from a backup continues
+  from an old revision; the token shows a guard that revision 7 has changed since it was read.
 * **Snapshots.** Each read is of one committed state, and never waits for a writer.
 
 `ipguard.testing.StoreConformance` tests an implementation completely: subclass it, open an empty
