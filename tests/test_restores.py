@@ -33,11 +33,14 @@ TABLES = (
     "changes",
     "failures",
     "head",
+    "imports",
+    "past_restrictions",
     "requests",
     "restrictions",
     "schema_version",
     "search_blocks",
     "search_terms",
+    "sightings",
     "users",
 )
 MARKER = "zz_restore_marker"

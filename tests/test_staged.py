@@ -355,9 +355,13 @@ class TestPostgres(Between):
         assert len(self.store.overview(Actor.EVERY_ACCOUNT).items) == 2
 
     def test_an_audit_log_that_is_pruned(self) -> None:
-        """The touched users are then unknown, so all restrictions are checked again."""
+        """The touched users are then unknown, so all restrictions are checked again.
+
+        Only an older library prunes without the writer's lock.
+        """
         self.put("alice", "bob")
         rows = Batch.rows
+        schema = parse_qs(urlsplit(self.url).query)["schema"][0]
 
         def change() -> None:
             self.add(self.restriction("bob", "203.0.113.7"))
@@ -368,8 +372,7 @@ class TestPostgres(Between):
             found = rows(turn, sql, params)
             if "FROM changes" in sql:
                 self.patch.setattr(Batch, "rows", rows)
-                before = self.clock() + timedelta(seconds=1)
-                assert Call(lambda: self.store.prune(before)).result() == 3  # type: ignore[attr-defined]
+                self.server.execute(f"DELETE FROM {schema}.changes WHERE revision < 3")
             return found
 
         self.between(change)

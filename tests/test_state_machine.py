@@ -442,6 +442,8 @@ class Machine(RuleBasedStateMachine):
             Guard(self.store, max_staleness=STALE, monotonic=self.clock.monotonic) for _ in range(2)
         )
         self.model = Model(chosen)
+        # What the model had after each step, by revision.
+        self.earlier: dict[int, dict[str, dict[str, tuple[int, int, int]]]] = {}
         self.put("ann", "U1")
         self.put("bob", "U2")
         self.put("cat", "U2")
@@ -472,6 +474,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         self.check_history()
+        self.check_record()
         self.store.close()
         shutil.rmtree(self.folder)
 
@@ -1450,13 +1453,20 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def check_policies(self) -> None:
+        expected = {
+            user: {key: r.run for key, r in self.model.restrictions_of(user).items()}
+            for user in NAMES
+        }
         for user in NAMES:
-            policy = self.store.load_policy(user)
-            found = {
-                r.id: (r.addresses.version, r.addresses.first, r.addresses.last)
-                for r in policy.restrictions
-            }
-            assert found == {key: r.run for key, r in self.model.restrictions_of(user).items()}
+            assert runs_of(self.store.load_policy(user)) == expected[user]
+        self.earlier[len(self.model.log)] = expected
+
+    def check_record(self) -> None:
+        """At the end, every policy is read as it was, and the chain of tokens is whole."""
+        for revision, policies in self.earlier.items():
+            for user, expected in policies.items():
+                assert runs_of(self.store.policy_at(user, revision)) == expected
+        assert self.store.verify().damage == ()
 
     @rule(actor=st.sampled_from(sorted(ACTORS)))
     def check_list(self, actor: str) -> None:
@@ -1529,6 +1539,14 @@ class Machine(RuleBasedStateMachine):
                 for revision, entry in enumerate(self.model.log, start=1)
                 if manages is None or entry[3] in manages
             ]
+
+
+def runs_of(policy: ipguard.Policy) -> dict[str, tuple[int, int, int]]:
+    """Return the addresses of restrictions, by id."""
+    return {
+        r.id: (r.addresses.version, r.addresses.first, r.addresses.last)
+        for r in policy.restrictions
+    }
 
 
 def data_of(error: Exception) -> tuple[object, ...]:

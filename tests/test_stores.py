@@ -32,13 +32,12 @@ from ipguard.store import RestrictionStore
 from ipguard.stores import open_store
 from ipguard.stores.memory import MemoryStore
 from ipguard.testing import FakeClock, StoreConformance
-from ipguard.testing._evidence import EvidenceTests
 from tests.conftest import rounds
 from tests.postgres import Given, Server, fresh_schema
 from tests.test_scale_listing import two_are_many as two_are_many  # noqa: PLC0414 - a fixture
 
 
-class TestMemory(EvidenceTests, StoreConformance):
+class TestMemory(StoreConformance):
     many = rounds(200, 10_000)
 
     def open_store(self, clock: FakeClock) -> MemoryStore:
@@ -302,7 +301,23 @@ def _state(store: RestrictionStore, cursors: list[tuple[int, str]]) -> object:
         store.history(Actor.EVERY_ACCOUNT),
         store.open_requests(Actor.EVERY_ACCOUNT, requested_by="alice"),
         store.open_requests(frozenset({"A1", "B2"}), requested_by="bob", limit=2),
+        [store.policy_at(name, n) for name in NAMES for n in range(revision + 1)],
+        [_pages_of_changed(store, n) for n in range(revision + 1)],
+        [store.revision_at(START + timedelta(seconds=n)) for n in range(-1, 25, 2)],
+        store.last_changes(NAMES),
+        _verified(store),
     )
+
+
+def _pages_of_changed(store: RestrictionStore, revision: int) -> object:
+    first = store.restrictions_changed(revision, limit=2)
+    return first, store.restrictions_changed(revision, after=first.next, limit=3)
+
+
+def _verified(store: RestrictionStore) -> object:
+    found = store.verify()
+    assert found.damage == ()
+    return found.first, found.head, found.entries, found.restrictions, found.uncovered
 
 
 @pytest.mark.usefixtures("two_are_many")
@@ -366,13 +381,13 @@ def test_pruning_keeps_a_gapless_end(
             touched(store)
         # The empty store's row, and the first.
         assert store.prune(START + timedelta(seconds=20)) == 2
-        assert [c.revision for c in store.history(Actor.EVERY_ACCOUNT)] == [4, 3, 2]
+        assert [c.revision for c in store.history(Actor.EVERY_ACCOUNT)] == [5, 4, 3, 2]
         assert store.changes_since(old).usernames is RESET
-        assert store.prune(START + timedelta(days=1)) == 2
-        assert [c.revision for c in store.history(Actor.EVERY_ACCOUNT)] == [4]
+        assert store.prune(START + timedelta(days=1)) == 3
+        assert [c.revision for c in store.history(Actor.EVERY_ACCOUNT)] == [6, 5]
         here = store.changes_since(None)[:2]
         latest = datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))  # beyond the calendar
         assert store.prune(latest) == 0
         assert store.changes_since(here).usernames == frozenset()
-        assert touched(store) == 5
-        assert store.put_users([User(username="jo", full_name="Jo", account_id="A1")]) == 6
+        assert touched(store) == 7
+        assert store.put_users([User(username="jo", full_name="Jo", account_id="A1")]) == 8

@@ -19,6 +19,7 @@ if sys.modules.get("pytest"):
         sys.modules["pytest"].register_assert_rewrite(f"ipguard.testing.{name}")
 
 from ipguard.testing._doubles import FakeClock, Message, Outbox
+from ipguard.testing._evidence import EvidenceTests
 from ipguard.testing._guards import GuardReadTests
 from ipguard.testing._listing import HistoryTests, OpenRequestTests, OverviewTests
 from ipguard.testing._records import RecordTests, UserTests
@@ -38,6 +39,7 @@ class StoreConformance(
     OpenRequestTests,
     HistoryTests,
     SightingTests,
+    EvidenceTests,
     LifecycleTests,
 ):
     """Tests of everything that `ipguard.store.RestrictionStore` promises.

@@ -66,6 +66,9 @@ class Executor(Protocol):
     def run(self, sql: str, params: Params = ()) -> None:
         """Run a statement."""
 
+    def stream(self, sql: str) -> Iterator[Row]:
+        """Yield the rows of a query, of which only some are in memory; other queries may run."""
+
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         """Insert many rows, which may come from queries on this connection."""
 
@@ -366,19 +369,24 @@ def user_row(user: User) -> Row:
     )
 
 
+ENTRY: Final = (
+    "revision, at, actor, actor_address, action, username, account_id, detail, touched, token,"
+    " salt, restrictions"
+)
+"""The columns of a `RecordedEntry`, one after another."""
 CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, account_id"
 """The columns for `change_of`."""
+
+
+def entry_row(entry: audit.RecordedEntry) -> Row:
+    """Return the columns of `ENTRY`."""
+    return (*entry.columns, entry.token, entry.salt, entry.restrictions)
 
 
 @reads_rows
 def change_of(row: Row) -> Change:
     fields = _fields(CHANGE, row)
     return Change(**fields | {"detail": audit.decode(fields["detail"])})
-
-
-def change_row(change: Change) -> Row:
-    coded = {"action": str(change.action), "detail": audit.encode(change.detail)}
-    return _row(CHANGE, attrs.asdict(change, recurse=False) | coded)
 
 
 touched_of = reads_rows(audit.read_touched)

@@ -7,6 +7,7 @@ lock, only users whose policies have changed since then are checked again.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain, groupby, islice
@@ -15,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from ipguard import rules
 from ipguard.addresses import AddressRange
-from ipguard.audit import micros
+from ipguard.audit import ChangedRestrictions, digest_of, micros
 from ipguard.errors import (
     DuplicateRestriction,
     InvalidValue,
@@ -130,6 +131,27 @@ WHERE p.seq IS NOT NULL AND NOT EXISTS (SELECT 1 FROM kept_rows k WHERE k.seq = 
 """
 _NOT_KEPT: Final = "NOT EXISTS (SELECT 1 FROM kept_rows k WHERE k.seq = s.seq)"
 _NOT_LATE: Final = "NOT EXISTS (SELECT 1 FROM late_rows l WHERE l.seq = s.seq)"
+_SORTED_KEY: Final = "id, username"
+_BY_KEY: Final = f"{_SORTED_KEY}, {RESTRICTION.removeprefix('id, ')}"
+"""The columns of `ipguard.audit.ChangedRestrictions.add`."""
+# `same` is NULL for rows that no live restriction has the addresses of.
+_DIGESTED: Final = f"""
+SELECT {columns(_BY_KEY, "s")}, k.same FROM staged_restrictions s LEFT JOIN (
+    SELECT p.seq, max(p.same) AS same FROM present_restrictions p
+    WHERE p.seq IS NOT NULL AND (p.expires_at IS NULL OR p.expires_at > %d) GROUP BY p.seq
+) k ON k.seq = s.seq ORDER BY {columns(_SORTED_KEY, "s")}
+"""
+_ENDED: Final = f"""
+SELECT {columns(_SORTED_KEY, "p")} FROM ended_restrictions e
+JOIN present_restrictions p ON p.id = e.id ORDER BY {columns(_SORTED_KEY, "p")}
+"""
+_BEGUN_AT: Final = (
+    f"SELECT {_BY_KEY} FROM restrictions WHERE began = {{0}} OR began IN"
+    f" (SELECT number FROM imports WHERE revision = {{0}}) ORDER BY {_SORTED_KEY}"
+)
+_ENDED_AT: Final = (
+    f"SELECT {_SORTED_KEY} FROM past_restrictions WHERE ended = {{0}} ORDER BY {_SORTED_KEY}"
+)
 _CANCEL_DELETIONS: Final = f"""
 UPDATE requests SET state = 'cancelled' WHERE {IS_PENDING} AND expires_at > ?
 AND restriction_id IN (SELECT id FROM ended_restrictions)
@@ -149,7 +171,11 @@ class BulkRestrictions:
         self._table = "staged_restrictions"
         self._write_ahead = ahead
         self._ahead = False
+        self._number = _new_number()
         self._seen, self._most = _NEVER, (0, 0)
+        # The digests of the rows that are added, by what is kept, and how many rows that is.
+        self._digests: dict[str, tuple[int, ChangedRestrictions]] = {}
+        self._digest: ChangedRestrictions | None = None
         self._refused: str | None = None
         db.run(
             f"CREATE TEMPORARY TABLE staged_restrictions (seq INTEGER PRIMARY KEY, {_UNNUMBERED})"
@@ -177,6 +203,7 @@ class BulkRestrictions:
         self._find_present(db)
         ((alone, joined),) = db.rows(_MOST)
         self._most = alone, joined
+        self._digest_rows(db, micros(now))
         if self._write_ahead:
             db.run(
                 f"INSERT INTO late_rows (seq) SELECT DISTINCT p.seq {_PRESENT_LIVE}", (micros(now),)
@@ -203,8 +230,55 @@ class BulkRestrictions:
             self._take_back(db, _NOT_LATE)
             self._ahead = False
 
+    def _digest_rows(self, db: Executor, at: int) -> None:
+        """Compute the digest of the rows to add for each option, as things are now.
+
+        Without an option a live restriction to the same addresses is refused, so none is kept.
+        """
+        digests = {kept: ChangedRestrictions() for kept in ("none", "same", "live")}
+        counts = dict.fromkeys(digests, 0)
+        ((some,),) = db.rows(f"SELECT count(*) {_PRESENT_LIVE}", (at,))
+        if not some:
+            digests = {"none": digests["none"]}
+        for *row, same in db.stream(_DIGESTED % at):
+            for kept, digest in digests.items():
+                if kept == "none" or (same is None if kept == "live" else same != 1):
+                    digest.add(row)
+                else:
+                    counts[kept] += 1
+        found = digests["none"]
+        self._digests = {kept: (n, digests.get(kept, found)) for kept, n in counts.items()}
+
+    def digest(self, db: Executor, revision: int, *, alone: bool) -> str:
+        """Return the digest of the entry that the addition belongs to.
+
+        Args:
+            db: The connection.
+            revision: The revision of the entry.
+            alone: Whether the transaction has changed no other restrictions since the last entry.
+        """
+        digest = self._digest
+        if digest is not None and alone:
+            for row in db.stream(_ENDED):
+                digest.end(row)
+            return digest.text()
+        # What is in the record is what will be verified, whatever led to it.
+        digest = ChangedRestrictions()
+        for row in db.stream(_BEGUN_AT.format(revision)):
+            digest.add(row)
+        for row in db.stream(_ENDED_AT.format(revision)):
+            digest.end(row)
+        return digest.text()
+
     def add(
-        self, db: Executor, now: datetime, *, per_user: int, replace: bool, skip_existing: bool
+        self,
+        db: Executor,
+        now: datetime,
+        revision: int,
+        *,
+        per_user: int,
+        replace: bool,
+        skip_existing: bool,
     ) -> BulkCounts:
         """Add the restrictions under the lock; see `ipguard.store.Transaction.add_staged`."""
         # Check everything before writing anything: a caller may catch the error and continue.
@@ -224,8 +298,14 @@ class BulkRestrictions:
             if changed and kept:
                 self._take_back(db, f"NOT ({_NOT_KEPT}) AND {_NOT_LATE}")
             self._insert(db, f"NOT ({_NOT_LATE}) AND {_NOT_KEPT}")
+        if given > kept:
+            db.run("INSERT INTO imports (number, revision) VALUES (?, ?)", (self._number, revision))
+        option = "same" if replace else "live" if skip_existing else "none"
+        expected, digest = self._digests.get(option, (-1, None))
+        # With time, fewer rows are kept, and no others.
+        self._digest = digest.copy() if digest and not changed and kept == expected else None
         # They are now restrictions like all others.
-        self._ahead, self._seen = False, _NEVER
+        self._ahead, self._seen, self._number = False, _NEVER, _new_number()
         return BulkCounts(added=int(given - kept), kept=int(kept), ended=int(ended))
 
     def _check_again(self, db: Executor) -> bool:
@@ -254,8 +334,9 @@ class BulkRestrictions:
     def _insert(self, db: Executor, condition: str) -> None:
         order = "username, created_at, id" if self._table == "staged_restrictions" else "place"
         db.run(
-            f"INSERT INTO restrictions (username, {RESTRICTION}) SELECT username, {RESTRICTION}"
-            f" FROM {self._table} s WHERE {condition} ORDER BY {order}"
+            f"INSERT INTO restrictions (username, {RESTRICTION}, began)"
+            f" SELECT username, {RESTRICTION}, {self._number} FROM {self._table} s"
+            f" WHERE {condition} ORDER BY {order}"
         )
 
     @staticmethod
@@ -297,6 +378,11 @@ class BulkRestrictions:
             raise rules.duplicate(
                 restriction_of(name, tuple(found)), restriction_of(name, tuple(wanted))
             )
+
+
+def _new_number() -> int:
+    """Return the number of an import that does not know its revision yet."""
+    return -1 - secrets.randbits(62)
 
 
 def _exists(db: Executor, entry: tuple[int, str]) -> bool:
@@ -385,6 +471,7 @@ SELECT username FROM changed_users WHERE old IS NOT NULL
 UNION SELECT old FROM changed_users WHERE old IS NOT NULL
 """
 _MOVED: Final = f"username, {RESTRICTION}"
+_MOVED_BY_USER: Final = f"SELECT {_BY_KEY}, old FROM moved_restrictions ORDER BY username, id"
 _TERM: Final = "username, term, account_id"
 _ADD_TERM: Final = f"INSERT INTO search_terms ({_TERM}) VALUES ({marks(_TERM)})"
 # Older libraries leave the account out of some of a user's terms, and write fewer of them.
@@ -452,8 +539,11 @@ class FewUsers:
 class BulkTransaction(Transaction, Protocol):
     """A write transaction that `BulkUsers` can use."""
 
-    def append_all(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Append entries, at least one and any number, each given by the arguments of `append`."""
+    def stage_all(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Stage entries, at least one and any number, for `append_staged`."""
+
+    def append_staged(self) -> None:
+        """Append the entries that were staged."""
 
 
 class BulkUsers:
@@ -619,7 +709,6 @@ class BulkUsers:
         if not self._written:
             self._write(db)
         self._cancel_requests(db)
-        self._move_restrictions(db)
         move_staged_sightings(db)
         found = self.result(db)
         self._append(tx, db, found)
@@ -679,20 +768,56 @@ class BulkUsers:
         )
 
     @staticmethod
-    def _move_restrictions(db: Executor) -> None:
-        if not db.rows("SELECT 1 FROM changed_users WHERE old IS NOT NULL LIMIT 1"):
-            return
-        db.run(f"CREATE TEMPORARY TABLE moved_restrictions ({_UNNUMBERED})")
+    def _find_moved(db: Executor) -> None:
+        """Record the restrictions of users that are renamed."""
         db.run(
-            f"INSERT INTO moved_restrictions ({_MOVED})"
-            f" SELECT c.username, {columns(RESTRICTION, 'r')}"
-            " FROM changed_users c JOIN restrictions r ON r.username = c.old"
+            f"CREATE TEMPORARY TABLE moved_restrictions ({_UNNUMBERED}, old TEXT, began INTEGER)"
         )
-        db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM moved_restrictions)")
-        db.run(f"INSERT INTO restrictions ({_MOVED}) SELECT {_MOVED} FROM moved_restrictions")
+        db.run(
+            f"INSERT INTO moved_restrictions ({_MOVED}, old, began)"
+            f" SELECT c.username, {columns(RESTRICTION, 'r')}, c.old, COALESCE(i.revision, r.began)"
+            " FROM changed_users c JOIN restrictions r ON r.username = c.old"
+            " LEFT JOIN imports i ON i.number = r.began"
+        )
 
     @staticmethod
-    def _append(tx: BulkTransaction, db: Executor, found: UserSync) -> None:
+    def _entries(db: Executor) -> Iterator[dict[str, Any]]:
+        """Yield the entries of users that are renamed or moved to another account."""
+        users = (
+            (old or name, name, was or account, account)
+            for name, old, was, account in _pages(
+                db, "changed_users", "username", "old, was, account_id", ""
+            )
+            if old is not None or was is not None
+        )
+        # Both are sorted by the new username.
+        moved = groupby(db.stream(_MOVED_BY_USER), itemgetter(1))
+        owner, rows = next(moved, (None, iter(())))
+        for entry in user_entries(users):
+            if entry["action"] is Action.RENAME_USER and entry["username"] == owner:
+                held = list(rows)
+                entry["restrictions"] = digest_of(
+                    (row[:-1] for row in held), ((row[0], row[-1]) for row in held)
+                )
+                owner, rows = next(moved, (None, iter(())))
+            yield entry
+
+    @staticmethod
+    def _move_restrictions(db: Executor) -> None:
+        """Move restrictions to the new usernames, each at the revision of its user's entry."""
+        entry = "JOIN staged_changes s ON s.username = m.username AND s.action = 'rename_user'"
+        db.run(
+            f"INSERT INTO past_restrictions (username, ended, {RESTRICTION}, began)"
+            f" SELECT m.old, s.revision, {columns(RESTRICTION, 'm')}, m.began"
+            f" FROM moved_restrictions m {entry}"
+        )
+        db.run("DELETE FROM restrictions WHERE id IN (SELECT id FROM moved_restrictions)")
+        db.run(
+            f"INSERT INTO restrictions ({_MOVED}, began) SELECT {columns(_MOVED, 'm')}, s.revision"
+            f" FROM moved_restrictions m {entry}"
+        )
+
+    def _append(self, tx: BulkTransaction, db: Executor, found: UserSync) -> None:
         removed = db.rows(
             "SELECT username, account_id FROM missing_users ORDER BY username LIMIT ?",
             (NAMED_AT_MOST + 1,),
@@ -700,14 +825,10 @@ class BulkUsers:
         counts = {"removed": found.removed}
         append_users(tx, Action.REMOVE_USERS, counts, removed, _names(removed))
         if found.renamed or found.moved:
-            moved = (
-                (old or name, name, was or account, account)
-                for name, old, was, account in _pages(
-                    db, "changed_users", "username", "old, was, account_id", ""
-                )
-                if old is not None or was is not None
-            )
-            tx.append_all(user_entries(moved))
+            self._find_moved(db)
+            tx.stage_all(self._entries(db))
+            self._move_restrictions(db)
+            tx.append_staged()
         put, added = (
             db.rows(
                 f"SELECT username, account_id FROM changed_users WHERE {condition} = 1"

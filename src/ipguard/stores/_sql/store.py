@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,8 +14,16 @@ from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 import attrs
 
 from ipguard import rules
-from ipguard._checks import check_whole
-from ipguard.audit import log_change, micros, touched_text
+from ipguard._checks import check_time, check_whole
+from ipguard.audit import (
+    RecordedEntry,
+    digest_of,
+    entry_columns,
+    log_change,
+    micros,
+    new_salt,
+    next_token,
+)
 from ipguard.errors import StoreError, StoreUnavailable, UnknownUser, shorten
 from ipguard.model import (
     Accounts,
@@ -41,6 +48,7 @@ from ipguard.model import (
 )
 from ipguard.rules import Search, UserRecord
 from ipguard.store import (
+    UNAPPENDED,
     Closing,
     Snapshot,
     Transaction,
@@ -52,6 +60,7 @@ from ipguard.store import (
 from ipguard.stores._sql import (
     BIGGEST,
     CHANGE,
+    ENTRY,
     IS_PENDING,
     PENDING,
     REQUEST,
@@ -61,12 +70,13 @@ from ipguard.stores._sql import (
     Params,
     Row,
     change_of,
-    change_row,
     columns,
     encodable,
+    entry_row,
     marks,
     moment,
     pending_of,
+    record,
     request_of,
     request_row,
     restriction_of,
@@ -83,15 +93,14 @@ from ipguard.stores._sql.bulk import (
     save_users,
     stage_names,
 )
+from ipguard.stores._sql.record import Pruning
 from ipguard.usernames import canonical_username, canonical_usernames
 
-_INSERT_CHANGE: Final = (
-    f"INSERT INTO changes ({CHANGE}, token, touched) VALUES ({marks(CHANGE)}, ?, ?)"
-)
+_INSERT_CHANGE: Final = f"INSERT INTO changes ({ENTRY}) VALUES ({marks(ENTRY)})"
 _STAGE_CHANGES: Final = (
     "CREATE TEMPORARY TABLE staged_changes (revision INTEGER PRIMARY KEY, at INTEGER, actor TEXT,"
-    " actor_address TEXT, action TEXT, username TEXT, detail TEXT, account_id TEXT, token TEXT,"
-    " touched TEXT)"
+    " actor_address TEXT, action TEXT, username TEXT, account_id TEXT, detail TEXT, touched TEXT,"
+    " token TEXT, salt TEXT, restrictions TEXT)"
 )
 _MOVE_HEAD: Final = (
     "UPDATE head SET revision = ?, token = ?, touching = COALESCE(?, touching) WHERE id = 1"
@@ -101,7 +110,7 @@ _SAVE_REQUEST: Final = (
     + ", ".join(f"{name} = excluded.{name}" for name in REQUEST.split(", ")[1:])
 )
 _INSERT_RESTRICTION: Final = (
-    f"INSERT INTO restrictions (username, {RESTRICTION}) VALUES (?, {marks(RESTRICTION)})"
+    f"INSERT INTO restrictions (username, {RESTRICTION}, began) VALUES (?, {marks(RESTRICTION)}, ?)"
 )
 
 
@@ -184,20 +193,34 @@ class WriteTransaction(SqlSnapshot):
     """
 
     def __init__(
-        self, db: Executor, now: datetime, *, revision: int, bulk: BulkRestrictions | None = None
+        self,
+        db: Executor,
+        now: datetime,
+        head: tuple[int, str],
+        bulk: BulkRestrictions | None = None,
     ) -> None:
         super().__init__(db, now)
         self._bulk = bulk
-        self.revision = revision
+        self.revision, self._token = head
         self.touching: int | None = None
+        # What was done to restrictions since the last entry, and whose they are, as far as read.
+        self._added: dict[str, Row] = {}
+        self._ended: list[Row] = []
+        self._imported = False
+        self._owners: dict[str, str] = {}
 
     def restriction(self, restriction_id: str) -> Restriction | None:
         self.withdraw()
-        return super().restriction(restriction_id)
+        found = super().restriction(restriction_id)
+        if found is not None:
+            self._owners[found.id] = found.username
+        return found
 
     def restrictions(self, username: str) -> tuple[Restriction, ...]:
         self.withdraw()
-        return super().restrictions(username)
+        found = super().restrictions(username)
+        self._owners.update((each.id, username) for each in found)
+        return found
 
     def save_request(self, stored: StoredRequest) -> None:
         self.db.run(_SAVE_REQUEST, request_row(stored))
@@ -220,11 +243,19 @@ class WriteTransaction(SqlSnapshot):
         # Check first: after a statement that failed, PostgreSQL refuses the whole transaction.
         if self.db.rows("SELECT 1 FROM restrictions WHERE id = ?", (restriction.id,)):
             raise StoreError(f"there is a restriction {shorten(restriction.id)} already")
-        self.db.run(_INSERT_RESTRICTION, restriction_row(restriction))
+        row = restriction_row(restriction)
+        self.db.run(_INSERT_RESTRICTION, (*row, self.revision + 1))
+        self._owners[restriction.id] = restriction.username
+        self._added[restriction.id] = (row[1], row[0], *row[2:])
 
     def remove_restriction(self, restriction_id: str) -> None:
         self.withdraw()
+        if restriction_id not in self._owners and self.restriction(restriction_id) is None:
+            return
+        owner = self._owners.pop(restriction_id)
         self.db.run("DELETE FROM restrictions WHERE id = ?", (restriction_id,))
+        if self._added.pop(restriction_id, None) is None:  # else it was never in force
+            self._ended.append((restriction_id, owner))
 
     def add_staged(
         self, *, per_user: int, replace: bool = False, skip_existing: bool = False
@@ -232,59 +263,86 @@ class WriteTransaction(SqlSnapshot):
         rules.check_bulk_options(replace=replace, skip_existing=skip_existing)
         if self._bulk is None:
             return BulkCounts(0, 0, 0)
-        return self._bulk.add(
-            self.db, self.now, per_user=per_user, replace=replace, skip_existing=skip_existing
+        counts = self._bulk.add(
+            self.db,
+            self.now,
+            self.revision + 1,
+            per_user=per_user,
+            replace=replace,
+            skip_existing=skip_existing,
         )
+        self._imported |= counts.added > 0 or counts.ended > 0
+        self._owners.clear()
+        return counts
 
     def append(
         self, action: Action, *, touches: frozenset[str] | Touched = frozenset(), **fields: Any
     ) -> Change:
-        change, row = self._next(action, touches, fields)
-        self.db.run(_INSERT_CHANGE, row)
-        self.db.run(_MOVE_HEAD, (self.revision, row[-2], self.touching))
+        digest = self._digest()
+        self._added, self._ended, self._imported = {}, [], False
+        change, entry = self._next(action, touches, fields, digest)
+        self.db.run(_INSERT_CHANGE, entry_row(entry))
+        self._move_head()
         return change
 
-    def append_all(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Append entries, at least one and any number, each given by the arguments of `append`."""
-        token = ""
+    def stage_all(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Stage entries, at least one and any number, for `append_staged`.
+
+        Each is given by the arguments of `append`, and by `restrictions`, the digest of what it
+        does to restrictions. The table `staged_changes` then has their revisions.
+        """
 
         def staged() -> Iterator[Row]:
-            nonlocal token
-            for entry in entries:
-                fields = dict(entry)
+            for given in entries:
+                fields = dict(given)
                 action, touches = fields.pop("action"), fields.pop("touches", frozenset())
-                _, row = self._next(action, touches, fields)
-                token = row[-2]
-                yield row
+                digest = fields.pop("restrictions", "")
+                yield entry_row(self._next(action, touches, fields, digest)[1])
 
-        names = f"{CHANGE}, token, touched"
         self.db.run(_STAGE_CHANGES)
-        self.db.insert_many("staged_changes", names, staged())
-        self.db.run(f"INSERT INTO changes ({names}) SELECT {names} FROM staged_changes")
-        self.db.run(_MOVE_HEAD, (self.revision, token, self.touching))
+        self.db.insert_many("staged_changes", ENTRY, staged())
+
+    def append_staged(self) -> None:
+        """Append the entries that were staged."""
+        self.db.run(f"INSERT INTO changes ({ENTRY}) SELECT {ENTRY} FROM staged_changes")
+        self._move_head()
 
     def _next(
-        self, action: Action, touches: frozenset[str] | Touched, fields: Mapping[str, Any]
-    ) -> tuple[Change, Row]:
-        """Return the next entry, and its row with the token and the users touched."""
+        self,
+        action: Action,
+        touches: frozenset[str] | Touched,
+        fields: Mapping[str, Any],
+        restrictions: str,
+    ) -> tuple[Change, RecordedEntry]:
+        """Return the next entry, also in its stored form."""
         change = Change(revision=self.revision + 1, at=self.now, action=action, **fields)
-        touched = touched_text(touches)
+        row, salt = entry_columns(change, touches), new_salt()
+        self._token = next_token(self._token, row, restrictions, salt)
         self.revision = change.revision
-        if touched is not None:
+        if touches:
             self.touching = change.revision
-        return change, (*change_row(change), secrets.token_hex(8), touched)
+        return change, RecordedEntry(row, self._token, salt, restrictions)
+
+    def _move_head(self) -> None:
+        self.db.run(_MOVE_HEAD, (self.revision, self._token, self.touching))
+
+    def _digest(self) -> str:
+        """Return the digest of what was done to restrictions since the last entry."""
+        if not self._imported or self._bulk is None:
+            return digest_of(self._added.values(), self._ended)
+        alone = not (self._added or self._ended)
+        return self._bulk.digest(self.db, self.revision + 1, alone=alone)
+
+    def check_appended(self) -> None:
+        """Raise StoreError if restrictions were changed after the last entry."""
+        if self._added or self._ended or self._imported:
+            raise StoreError(UNAPPENDED)
 
     def withdraw(self) -> None:
         """Undo what was written ahead of `add_staged`, if that was not called."""
         if self._bulk is not None:
             self._bulk.withdraw(self.db)
 
-
-_FIRST_KEPT: Final = """
-SELECT COALESCE(
-    (SELECT min(c.revision) FROM changes c WHERE c.revision > 0 AND c.at >= ?), h.revision
-) FROM head h WHERE h.id = 1
-"""
 
 # Pages of users and of the audit log, by keyset pagination. A planner has no statistics about a
 # store that was just filled, so the statements fix their plans: `CROSS JOIN` keeps the order of the
@@ -709,6 +767,10 @@ class SqlStore(Closing, Generic[C]):
     def _snapshot(self) -> AbstractContextManager[C]:
         """Lend a connection whose reads are of one committed state."""
 
+    def _scan(self) -> AbstractContextManager[C]:
+        """Lend a connection as `_snapshot`, to read whole tables, which may take longer."""
+        return self._snapshot()
+
     @abstractmethod
     def _read(self, reading: Callable[[C], T], deadline: float) -> T: ...
 
@@ -853,8 +915,11 @@ class SqlStore(Closing, Generic[C]):
     def prune(self, before: datetime) -> int:
         """Delete the audit entries before a time, for the owner of the database.
 
-        Only a prefix of the audit log is deleted, and never its latest entry. A guard that has not
-        synced since then starts over.
+        Only a prefix of the audit log is deleted, and never its latest entry; with it go the
+        restrictions that had ended by then. A guard that has not synced since then starts over. A
+        `PRUNE` entry, the anchor, lets `verify` continue: it has the first revision that was kept,
+        the token before it, and the digest of the restrictions that are older. It is also appended
+        if there is nothing to delete, but a restriction that no entry covers.
 
         Args:
             before: The time of the first entry to keep.
@@ -863,17 +928,19 @@ class SqlStore(Closing, Generic[C]):
             How many entries were deleted.
         """
         self._refuse_nested()
-        with self._pruning() as db:
-            # A gap would hide changes from guards that are still behind it.
-            ((first,),) = db.rows(_FIRST_KEPT, (micros(before),))
-            ((count,),) = db.rows("SELECT count(*) FROM changes WHERE revision < ?", (first,))
-            db.run("DELETE FROM changes WHERE revision < ?", (first,))
-            return int(count)
-
-    @contextmanager
-    def _pruning(self) -> Iterator[Executor]:
-        with self._write() as tx:
-            yield tx.db
+        with self._bulk() as connection:
+            with self._step(connection):
+                pruning = Pruning(connection, before)
+            if not pruning.needed:
+                return 0
+            if self._WRITES_AHEAD:
+                pruning.delete(connection)
+            with self._write_bulk(connection) as tx:
+                changes = pruning.append(tx, tx.db)
+                if not self._WRITES_AHEAD:
+                    pruning.delete(tx.db)
+        _log(tx, changes)
+        return pruning.deleted
 
     def overview(
         self,
@@ -971,21 +1038,29 @@ class SqlStore(Closing, Generic[C]):
         return count
 
     def policy_at(self, username: str, revision: int) -> Policy:
-        raise NotImplementedError
+        with self._snapshot() as db:
+            return record.policy_at(db, username if encodable(username) else "", revision)
 
     def revision_at(self, at: datetime) -> int:
-        raise NotImplementedError
+        check_time("at", at)
+        with self._snapshot() as db:
+            return record.revision_at(db, at)
 
     def restrictions_changed(
         self, revision: int, *, after: str | None = None, limit: int = 100
     ) -> Page[tuple[Restriction, bool]]:
-        raise NotImplementedError
+        size, last = _limited(limit), "" if after is None else _storable_bound(after)
+        with self._snapshot() as db:
+            return record.restrictions_changed(db, revision, last, size)
 
     def last_changes(self, usernames: Iterable[str]) -> Mapping[str, Change]:
-        raise NotImplementedError
+        names = list(filter(encodable, usernames))
+        with self._snapshot() as db:
+            return record.last_changes(db, names)
 
     def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
-        raise NotImplementedError
+        with self._scan() as db:
+            return record.verify(db, expect)
 
 
 def _log(tx: WriteTransaction, changes: Iterable[Change]) -> int:

@@ -103,7 +103,7 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.sightings TO {role};
 _WRITER: Final = """
 GRANT SELECT ON {schema}.schema_version, {schema}.zz_restore_marker TO {role};
 GRANT SELECT, UPDATE ON {schema}.head TO {role};
-GRANT SELECT, INSERT ON {schema}.changes TO {role};
+GRANT SELECT, INSERT ON {schema}.changes, {schema}.past_restrictions, {schema}.imports TO {role};
 GRANT SELECT, INSERT, UPDATE ON {schema}.users, {schema}.requests, {schema}.failures TO {role};
 GRANT SELECT, INSERT, DELETE ON {schema}.restrictions, {schema}.search_terms TO {role};
 GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.sightings TO {role};
@@ -419,13 +419,8 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
             yield db, self.now()
             db.commit(None)
 
-    @contextmanager
-    def _pruning(self) -> Iterator[Connection]:
-        # The writer's lock is not needed: nothing else deletes audit entries, and entries that
-        # others append meanwhile are later than those that are deleted.
-        with self._bulk() as connection:
-            yield connection
-            connection.script("COMMIT")
+    def _scan(self) -> AbstractContextManager[Connection]:
+        return self._pool.snapshot(patience=self._options.bulk_timeout)
 
     def _after_fork_in_child(self) -> None:
         """Replace the locks, which threads of the parent may hold."""
@@ -538,7 +533,7 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         SELECT set_config('synchronous_commit', 'on', true)
             WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply');
         SELECT 1 FROM {place}.head WHERE id = 1 FOR UPDATE;
-        SELECT h.revision, {MICROS}, v.version, v.oldest FROM {place}.head h
+        SELECT h.revision, h.token, {MICROS}, v.version, v.oldest FROM {place}.head h
             JOIN {place}.schema_version v ON v.id = 1
             JOIN {place}.zz_restore_marker m ON m.id = 1 WHERE h.id = 1"""
 
@@ -553,17 +548,18 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         """Run the block with the transaction whose lock was acquired, then commit."""
         if not found[-1]:
             raise StoreUnavailable(f"{self._options.place}: {UNFINISHED}")
-        revision, micros, version, oldest = found[-1][0]
+        revision, token, micros, version, oldest = found[-1][0]
         check_open_schema(version, oldest)
         self._pool.clock.set(micros, asked_at)
         now = moment(micros) if self._clock is None else self.now()
         db = Batch(connection)
-        tx = WriteTransaction(db, now, revision=revision, bulk=restrictions)
+        tx = WriteTransaction(db, now, (revision, token), restrictions)
         inside, thread = self._inside, threading.get_ident()
         try:
             inside.add(thread)
             yield tx
             tx.withdraw()
+            tx.check_appended()
             tx.check_process()
             db.commit(tx.touching)
         finally:
@@ -576,7 +572,6 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
 
 # ----------------------------------------------------------------------------- preloading
 
-_FETCHED: Final = 5_000
 _RESTORE: Final = f"SELECT {RESTORE} FROM zz_restore_marker m WHERE m.id = 1"
 # Restrictions are read in the order of the primary key, so that a planner with statistics sorts
 # nothing. A row whose numbers do not fit is left empty, which no guard takes for a row. `textsend`
@@ -632,17 +627,8 @@ def _stream(
         revision, _ = head(connection)
         restore = connection.rows(_RESTORE)
         yield revision
-        connection.run(f"DECLARE policies NO SCROLL CURSOR FOR {statement}")
-        yield from decode(revision, _fetch(connection))
+        yield from decode(revision, connection.stream(statement))
     # Snapshots are not isolated from TRUNCATE and DROP: a restore would have made the tables
     # look empty in this one.
     if pool.read(lambda it: it.rows(_RESTORE)) != restore:
         raise StoreUnavailable(f"{pool.options.place}: {UNFINISHED}")
-
-
-def _fetch(connection: Connection) -> Iterator[Row]:
-    while True:
-        rows = connection.rows(f"FETCH FORWARD {_FETCHED} FROM policies")
-        yield from rows
-        if len(rows) < _FETCHED:
-            return

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Final
 
 import psycopg
@@ -23,8 +23,8 @@ from ipguard.stores._sql import Params, Row, join_plain, moment
 _NAMES: Final = re.compile(
     r"'(?P<index>\w+)'::regclass"
     r"|\b(?P<before>(?:FROM|JOIN|INTO|UPDATE)\s+)"
-    r"(?P<table>head|changes|users|search_terms|restrictions|requests|failures|sightings"
-    r"|schema_version|zz_restore_marker)\b"
+    r"(?P<table>head|changes|users|search_terms|restrictions|past_restrictions|imports|sightings"
+    r"|requests|failures|schema_version|zz_restore_marker)\b"
 )
 _TEMPORARY: Final = re.compile(
     r"\b(FROM|JOIN|INTO|UPDATE|ON)(\s+)"
@@ -34,6 +34,8 @@ _TABLES: Final = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(\w+)")
 _STATEMENT_FAILED: Final = (psycopg.IntegrityError, psycopg.DataError, errors.LockNotAvailable)
 """Errors after which a connection is used again. All others may come from its session."""
 _STAGED_AT_ONCE: Final = 5_000
+_FETCHED: Final = 5_000
+_cursors = count()
 NEVER: Final = float("inf")
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 """Independent of the database's default: after a lock is acquired, its last holder's commit is
@@ -156,6 +158,15 @@ class Connection(psycopg.Connection[Row]):
 
     def run(self, sql: str, params: Params = ()) -> None:
         self.rows(sql, params)
+
+    def stream(self, sql: str) -> Iterator[Row]:
+        name = f"rows_{next(_cursors)}"
+        self.run(f"DECLARE {name} NO SCROLL CURSOR FOR {sql}")
+        while True:
+            rows = self.rows(f"FETCH FORWARD {_FETCHED} FROM {name}")
+            yield from rows
+            if len(rows) < _FETCHED:
+                return
 
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         # Use several COPYs: the rows may come slowly, or from queries on this connection.
@@ -280,6 +291,10 @@ class Batch:
 
     def run(self, sql: str, params: Params = ()) -> None:
         self._waiting.append((sql, params))
+
+    def stream(self, sql: str) -> Iterator[Row]:
+        self._send()
+        return self._connection.stream(sql)
 
     def insert_many(self, table: str, columns: str, rows: Iterable[Params]) -> None:
         self._send()

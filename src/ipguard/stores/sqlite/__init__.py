@@ -189,7 +189,8 @@ class Connection:
 
     def stream(self, sql: str) -> Generator[Row, None, None]:
         try:
-            yield from self.cursor.execute(sql)
+            # A cursor of its own: other statements may run on this connection in between.
+            yield from self.driver.cursor().execute(sql)
         except sqlite3.Error as exc:
             raise self._failure(exc) from exc
 
@@ -828,10 +829,10 @@ class SQLiteStore(SqlStore[Connection]):
             connection.run("BEGIN IMMEDIATE")
             try:
                 check_open_schema(*schema_version(connection))
-                revision, _ = head(connection)
-                tx = WriteTransaction(connection, self.now(), revision=revision, bulk=restrictions)
+                tx = WriteTransaction(connection, self.now(), head(connection), restrictions)
                 try:
                     yield tx
+                    tx.check_appended()
                     tx.check_process()
                     _commit(pool, connection)
                 finally:

@@ -15,16 +15,18 @@ UPDATE head SET recorded = revision;
 
 -- The revision at which the restriction came into force; 0 if that was before the record began, NULL
 -- if an older library added it since. An import writes its restrictions before it has a revision:
--- they have its number, negative, and `imports` has the revision.
+-- they have its number, which is negative, and `imports` has the revision.
 ALTER TABLE restrictions ADD COLUMN began BIGINT DEFAULT 0;
 ALTER TABLE restrictions ALTER COLUMN began DROP DEFAULT;
+CREATE INDEX restrictions_by_beginning ON restrictions (began, id);
 CREATE TABLE imports (
     number BIGINT PRIMARY KEY CHECK (number < 0),
     revision BIGINT NOT NULL
 );
+CREATE INDEX imports_by_revision ON imports (revision);
 
--- Restrictions that ended, and at which revision. A restriction may have been moved from one
--- username to another, and be here more than once.
+-- Restrictions that ended, and at which revision. A restriction that was moved from one username to
+-- another may be here more than once. `began` is never the number of an import.
 CREATE TABLE past_restrictions (
     username TEXT COLLATE "C" NOT NULL,
     ended BIGINT NOT NULL,
@@ -38,21 +40,31 @@ CREATE TABLE past_restrictions (
     began BIGINT,
     PRIMARY KEY (username, ended, id)
 );
+CREATE INDEX past_restrictions_by_beginning ON past_restrictions (began, id);
+CREATE INDEX past_restrictions_by_end ON past_restrictions (ended, id);
 
--- A row that was written and deleted within one change was never in force.
+-- A row that is deleted ends with the next entry of the audit log. One that was written since the
+-- latest entry was never in force. A change that knows a later revision for a row has written it to
+-- `past_restrictions` already.
 CREATE FUNCTION keep_ended_restrictions() RETURNS trigger
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    INSERT INTO past_restrictions (
-        username, ended, id, first_ip, last_ip, label, created_at, created_by, expires_at, began
-    )
-    SELECT g.username, h.revision + 1, g.id, g.first_ip, g.last_ip, g.label, g.created_at,
-        g.created_by, g.expires_at, g.began
-    FROM gone g
-    JOIN head h ON h.id = 1
-    LEFT JOIN imports i ON i.number = g.began
-    WHERE g.began IS NULL OR (g.began >= 0 AND g.began <= h.revision) OR i.revision <= h.revision
-    ON CONFLICT (username, ended, id) DO NOTHING;
+    EXECUTE format(
+        'INSERT INTO %1$I.past_restrictions (
+            username, ended, id, first_ip, last_ip, label, created_at, created_by, expires_at, began
+        )
+        SELECT g.username, h.revision + 1, g.id, g.first_ip, g.last_ip, g.label, g.created_at,
+            g.created_by, g.expires_at, COALESCE(i.revision, g.began)
+        FROM gone g
+        JOIN %1$I.head h ON h.id = 1
+        LEFT JOIN %1$I.imports i ON i.number = g.began
+        WHERE (g.began IS NULL OR COALESCE(i.revision, g.began) BETWEEN 0 AND h.revision)
+            AND NOT EXISTS (
+                SELECT 1 FROM %1$I.past_restrictions p
+                WHERE p.username = g.username AND p.ended > h.revision AND p.id = g.id
+            )',
+        TG_TABLE_SCHEMA
+    );
     RETURN NULL;
 END
 $$;
@@ -74,7 +86,7 @@ CREATE TABLE sightings (
 );
 CREATE INDEX sightings_by_age ON sightings (last_at);
 
--- Roles that write and read restrictions keep working without running `grants` again.
+-- Roles that read or write restrictions keep working without running `grants` again.
 DO $$
 DECLARE
     role text;
@@ -89,9 +101,8 @@ BEGIN
         GROUP BY 1
     LOOP
         EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON sightings TO %s', role);
-        EXECUTE format('GRANT SELECT ON past_restrictions, imports TO %s', role);
         IF writes THEN
-            EXECUTE format('GRANT INSERT ON past_restrictions, imports TO %s', role);
+            EXECUTE format('GRANT SELECT, INSERT ON past_restrictions, imports TO %s', role);
         END IF;
     END LOOP;
 END

@@ -14,12 +14,19 @@ ALTER TABLE head ADD COLUMN recorded INTEGER;
 UPDATE head SET recorded = revision;
 
 -- The revision at which the restriction came into force; 0 if that was before the record began, NULL
--- if an older library added it since.
+-- if an older library added it since. An import writes its restrictions with its number, which is
+-- negative, and `imports` has the revision.
 ALTER TABLE restrictions ADD COLUMN began INTEGER;
 UPDATE restrictions SET began = 0;
+CREATE INDEX restrictions_by_beginning ON restrictions (began, id);
+CREATE TABLE imports (
+    number INTEGER PRIMARY KEY CHECK (number < 0),
+    revision INTEGER NOT NULL
+);
+CREATE INDEX imports_by_revision ON imports (revision);
 
--- Restrictions that ended, and at which revision. A restriction may have been moved from one
--- username to another, and be here more than once.
+-- Restrictions that ended, and at which revision. A restriction that was moved from one username to
+-- another may be here more than once. `began` is never the number of an import.
 CREATE TABLE past_restrictions (
     username TEXT NOT NULL,
     ended INTEGER NOT NULL,
@@ -33,14 +40,26 @@ CREATE TABLE past_restrictions (
     began INTEGER,
     PRIMARY KEY (username, ended, id)
 ) WITHOUT ROWID;
+CREATE INDEX past_restrictions_by_beginning ON past_restrictions (began, id);
+CREATE INDEX past_restrictions_by_end ON past_restrictions (ended, id);
+
+-- A row that is deleted ends with the next entry of the audit log. One that was written since the
+-- latest entry was never in force. A change that knows a later revision for a row has written it to
+-- `past_restrictions` already.
 CREATE TRIGGER restriction_ended AFTER DELETE ON restrictions
 BEGIN
-    INSERT OR IGNORE INTO past_restrictions (
+    INSERT INTO past_restrictions (
         username, ended, id, first_ip, last_ip, label, created_at, created_by, expires_at, began
     )
     SELECT OLD.username, h.revision + 1, OLD.id, OLD.first_ip, OLD.last_ip, OLD.label,
-        OLD.created_at, OLD.created_by, OLD.expires_at, OLD.began
-    FROM head h WHERE h.id = 1 AND (OLD.began IS NULL OR OLD.began <= h.revision);
+        OLD.created_at, OLD.created_by, OLD.expires_at, COALESCE(i.revision, OLD.began)
+    FROM head h LEFT JOIN imports i ON i.number = OLD.began
+    WHERE h.id = 1
+        AND (OLD.began IS NULL OR COALESCE(i.revision, OLD.began) BETWEEN 0 AND h.revision)
+        AND NOT EXISTS (
+            SELECT 1 FROM past_restrictions p
+            WHERE p.username = OLD.username AND p.ended > h.revision AND p.id = OLD.id
+        );
 END;
 
 -- How often a user gave the right password from an address, and when the user was last told about
