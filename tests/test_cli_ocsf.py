@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -24,6 +25,7 @@ from ipguard.model import Action, Change, Sighting
 from ipguard.testing import FakeClock, Outbox
 from tests.cli import PROGRAM, Shell
 from tests.conftest import rounds
+from tests.test_docs import table
 
 AT = datetime(2027, 3, 4, 5, 6, 7, 890123, tzinfo=UTC)
 VERSIONS = ("1.4.0", "1.5.0", "1.6.0", "1.7.0", "1.8.0")
@@ -108,6 +110,19 @@ def test_every_action_has_an_event(action: Action | str):
 def test_what_an_entry_did_decides_the_activity(action, detail, kind):
     found = event(action, **detail)
     assert (found["class_uid"], found["activity_id"], found["activity_name"]) == kind
+
+
+def test_the_page_lists_the_class_and_activity_of_each_action():
+    rows = [
+        (re.findall(r"\w+", row[0]), row) for row in table("docs/siem.md", "entry of the audit log")
+    ]
+    named = {name: row for names, row in rows for name in names}
+    for action in Action:
+        _, kind, activity = named.get(action, rows[-1][1])
+        found = event(action)
+        name = "Other" if found["activity_id"] == 99 else found["activity_name"]
+        assert kind == f"{found['class_uid']} {found['class_name']}"
+        assert activity.startswith(f"{found['activity_id']} {name}")
 
 
 @pytest.mark.parametrize(
