@@ -16,6 +16,7 @@ import pytest
 
 import ipguard
 from ipguard.model import Sighting, User
+from ipguard.stores.postgres import grants
 from ipguard.testing import FakeClock, Outbox
 from tests.cli import Shell
 from tests.postgres import Given, Server, fresh_schema
@@ -348,3 +349,36 @@ def test_the_commands_of_the_page_for_auditors_work(tmp_path: Path, command: str
     done = world.shell(*args)
     expected = 1 if args[0] == "explain" else 0
     assert (done.code, bool(done.out + done.err)) == (expected, True), done.err
+
+
+def test_which_role_each_command_needs(own_postgres: Server, tmp_path: Path):
+    """On PostgreSQL: logins are recorded by readers, and entries are deleted by the owner alone."""
+    schema = fresh_schema()
+    shell = Shell(tmp_path, IPGUARD_URL=own_postgres.url(schema=schema, timeout=20))
+    World(shell)
+    reader, writer = f"{schema}_reader", f"{schema}_writer"
+    for role in (reader, writer):
+        own_postgres.execute(f"CREATE ROLE {role} LOGIN")
+    own_postgres.execute(grants(schema=schema, reader=reader, writer=writer))
+    urls = [own_postgres.url(user=role, schema=schema, timeout=20) for role in (reader, writer)]
+    with ipguard.open_store(urls[0]) as store, ipguard.Guard(store) as guard:
+        guard.saw("jsmith", "203.0.113.99", False)
+    commands = {
+        "explain jsmith 203.0.113.99": (1, 1),
+        "sightings jsmith": (7, 0),
+        "suggest mlee": (7, 0),
+        "as-of jsmith --revision 2": (7, 0),
+        "verify": (7, 0),
+        "report": (7, 0),
+        "history --revision 4 --restrictions": (7, 0),
+        "forget jsmith": (7, 0),
+        "prune --before 1d --yes": (7, 7),
+    }
+    for command, codes in commands.items():
+        for url, code in zip(urls, codes, strict=True):
+            done = shell(*command.split(), "--store", url)
+            assert done.code == code, (command, url, done.err)
+            if command.startswith("explain"):
+                assert "203.0.113.99" in done.out.split("Refused logins")[1]
+    assert "the owner's" in shell("prune", "--before", "1d", "--yes", "--store", urls[1]).err
+    assert shell.good("verify").startswith("whole: ")

@@ -119,7 +119,10 @@ def _hint(error: errors.IPGuardError) -> str:
         if "No such file" in str(error):
             return _MAKE_STORE
         if "permission denied" in str(error):
-            return "commands that list or change users need the writer role; see `ipguard doctor`"
+            return (
+                "commands that list or change users need the writer role, and `prune` the owner's;"
+                " see `ipguard doctor`"
+            )
     if isinstance(error, errors.DuplicateRestriction) and error.differs:
         return "`ipguard request --replaces` edits it" if error.found == "restriction" else _IDS
     return _HINTS.get(type(error), "")
