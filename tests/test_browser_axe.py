@@ -150,6 +150,31 @@ def deleting(walk: Walk, world: World) -> Iterator[str]:
     yield "delete the last, not accepted"
 
 
+def seeing(walk: Walk, world: World) -> Iterator[str]:
+    world.log_in(OFFICE, 1_234, 1, username="mary")
+    world.log_in("2001:db8:1234:5678:9abc:def0:1234:5678", 3, 2, username="mary")
+    world.log_in(HOME, 0, 2, username="mary")
+    world.log_in(HOME, 7, username="alice")
+    walk.open("user?user=mary")
+    walk.sees("Refused With the Right Password", "Used in the Last 90 Days", "Last used")
+    yield "one user, with logins"
+    walk.press(f"Request this address {HOME}")
+    yield "add, with suggestions"
+    walk.page.get_by_text("Add the same for several traders").click()
+    walk.fill("More traders", "alice")
+    walk.fill("IP Address", "192.0.2.1")
+    walk.press(SEND)
+    walk.sees("Recent logins that this would have refused")
+    yield "review of several traders, with logins"
+    (restriction,) = world.store.load_policy("mary").restrictions
+    walk.open(f"change?user=mary&restriction={restriction.id}")
+    walk.fill("IP Address", "192.0.2.1")
+    walk.press(SEND)
+    walk.sees("Confirm the change", "This would have refused 1234 of 1237 recent logins.")
+    yield "a request, with logins"
+    walk.press("Withdraw request")
+
+
 def looking(walk: Walk, world: World) -> Iterator[str]:
     walk.open("check?user=mary")
     yield "check"
@@ -211,7 +236,7 @@ def unavailable(*_: object, **__: object) -> None:
 def test_axe_finds_nothing(walk, world, long):
     """No page violates WCAG 2.2 AA or axe's best practices, in light or dark."""
     seen = {}
-    visits = (adding, confirming, needing_more, deleting, looking, going_wrong)
+    visits = (adding, confirming, needing_more, deleting, seeing, looking, going_wrong)
     for name in itertools.chain.from_iterable(visit(walk, world) for visit in visits):
         # Light and dark differ only in colours, so a short run checks only these in dark.
         for scheme, tags in (("light", TAGS), ("dark", TAGS if long else COLOURS)):
