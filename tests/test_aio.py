@@ -683,6 +683,27 @@ async def test_workflow(desk: Desk) -> None:
         await flow.aclose()
 
 
+@in_event_loop
+async def test_the_report_is_read_on_a_thread(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines are those of the workflow, and the event loop reads none itself."""
+    monkeypatch.setattr("ipguard.aio._LINES", 2)
+    desk.add(HOME)
+    expected = list(desk.flow.report(BOSS))
+    threads = set()
+    overview = desk.store.overview
+
+    def noted(*args: Any, **more: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return overview(*args, **more)
+
+    monkeypatch.setattr(desk.store, "overview", noted)
+    flow = AsyncWorkflow(desk.flow)
+    assert [line async for line in flow.report(BOSS)] == expected
+    assert threads == {"ipguard-aio"}
+    with pytest.raises(InvalidValue):
+        await anext(flow.report(BOSS, unused=timedelta(days=91)))
+
+
 def test_every_public_method_can_be_awaited() -> None:
     for name, method in inspect.getmembers(Workflow, inspect.isfunction):
         if name.startswith("_"):

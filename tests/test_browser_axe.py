@@ -170,7 +170,7 @@ def seeing(walk: Walk, world: World) -> Iterator[str]:
     walk.open(f"change?user=mary&restriction={restriction.id}")
     walk.fill("IP Address", "192.0.2.1")
     walk.press(SEND)
-    walk.sees("Confirm the change", "This would have refused 1234 of 1237 recent logins.")
+    walk.sees("Confirm the change", "This would have refused 1,234 of 1,237 recent logins.")
     yield "a request, with logins"
     walk.press("Withdraw request")
 

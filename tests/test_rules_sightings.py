@@ -16,6 +16,7 @@ from ipguard.rules import is_unused, refusal_notice_due, suggest, would_refuse
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+HOME = "198.51.100.20"
 
 
 def seen(address: str, allowed: int = 1, refused: int = 0, ago: timedelta = HOUR) -> Sighting:
@@ -137,6 +138,9 @@ def test_how_many_logins_a_change_would_have_refused() -> None:
     used = [seen("203.0.113.7", 9, 4), seen("203.0.113.8", 3, 5)]
     assert would_refuse(used[1:], used) == "This would have refused 3 of 12 recent logins."
     assert would_refuse([], used) == "This would have refused none of 12 recent logins."
+    assert would_refuse([seen(HOME, 1_234)], [seen(HOME, 1_234)]) == (
+        "This would have refused 1,234 of 1,234 recent logins."
+    )
     assert would_refuse([], [seen("203.0.113.7", 0, 4)]) == ""
     assert would_refuse([], []) == ""
 

@@ -636,7 +636,8 @@ def would_refuse(lost: Iterable[Sighting], sightings: Iterable[Sighting]) -> str
     refused = sum(each.allowed for each in lost)
     if not allowed:
         return ""
-    return f"This would have refused {refused or 'none'} of {allowed} recent logins."
+    what = f"{refused:,}" if refused else "none"
+    return f"This would have refused {what} of {allowed:,} recent logins."
 
 
 def is_unused(restriction: Restriction, last_used: datetime | None, since: datetime) -> bool:
