@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -233,11 +231,3 @@ def test_forgetting_leaves_the_record_alone(desk: Desk) -> None:
     (line,) = [each for each in desk.flow.report(ADAM) if each.restriction]
     assert (line.restriction, line.last_used) == (held, None)
     assert len(list(desk.flow.report(BOSS))) == len(PEOPLE)
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    """A desk on the memory store."""
-    it = Desk()
-    with it.store:
-        yield it

@@ -16,12 +16,6 @@ ELSEWHERE = "192.0.2.66"
 SIX = "2001:db8::7"
 
 
-@pytest.fixture
-def desk(tmp_path: Any) -> Desk:
-    """A desk on the memory store."""
-    return Desk()
-
-
 # -- who sees them -----------------------------------------------------------------------------
 
 
