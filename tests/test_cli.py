@@ -246,7 +246,8 @@ _WORDS = st.one_of(
     st.sampled_from(
         ["jsmith", "203.0.113.7", "--json", "--limit", "1", "--reason", "x", "--all", "--", "-",
          "--expires", "9999d", "--as", "rita", "--every-account", "--mail", "console", "--removed",
-         "0x", "--before", "99999999999999999999", "--since", "--format", "csv", "--user"]
+         "0x", "--before", "99999999999999999999", "--since", "--format", "csv", "--user", "ocsf",
+         "--revision", "--restrictions", "--at", "--unused", "--expect", "3:x", "90d", "--yes"]
     ),
     st.text(max_size=8).filter(lambda text: "\0" not in text),
 )  # fmt: skip
