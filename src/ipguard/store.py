@@ -29,12 +29,13 @@ from typing import Any, Final, NamedTuple, Protocol, Self, cast
 
 import attrs
 
-from ipguard import errors
+from ipguard import audit, errors
 from ipguard.audit import log_change
 from ipguard.model import (
     EVERYBODY,
     Accounts,
     Action,
+    Actor,
     BulkCounts,
     Change,
     Changes,
@@ -460,15 +461,12 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
                 for the first time or again, has none.
         """
 
-    def forget_sightings(
-        self, username: str, *, actor: str | None = None, actor_address: str | None = None
-    ) -> int:
+    def forget_sightings(self, username: str, *, actor: Actor | None = None) -> int:
         """Delete what is kept about a user's logins, and append a `FORGET_SIGHTINGS`.
 
         Args:
             username: In any spelling; need not be registered.
-            actor: The username of the actor, or None for the host.
-            actor_address: The actor's address.
+            actor: The actor, whom the entry names, or None for the host.
 
         Returns:
             How many addresses were deleted; if there were none, nothing is appended.
@@ -643,7 +641,7 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
 
 
 def append_forgotten(
-    tx: Transaction, username: str, count: int, actor: str | None, actor_address: str | None
+    tx: Transaction, username: str, count: int, actor: Actor | None
 ) -> list[Change]:
     """Append the entry of `forget_sightings` if any were deleted, for authors of stores."""
     if not count:
@@ -651,11 +649,11 @@ def append_forgotten(
     stored = tx.user(username)
     change = tx.append(
         Action.FORGET_SIGHTINGS,
-        actor=actor,
-        actor_address=actor_address,
+        actor=None if actor is None else actor.username,
+        actor_address=None if actor is None else actor.address,
         username=username,
         account_id=None if stored is None else stored.user.account_id,
-        detail={"addresses": str(count)},
+        detail=audit.detail(addresses=count, via=None if actor is None else actor.via),
     )
     return [change]
 

@@ -50,6 +50,7 @@ from ipguard.model import (
     RESET,
     Accounts,
     Action,
+    Actor,
     BulkCounts,
     Change,
     Changes,
@@ -665,14 +666,12 @@ class MemoryStore(Closing):
         """Return where a user was seen, newest first."""
         return self._committed().seen(username, self.now())
 
-    def forget_sightings(
-        self, username: str, *, actor: str | None = None, actor_address: str | None = None
-    ) -> int:
+    def forget_sightings(self, username: str, *, actor: Actor | None = None) -> int:
         """Delete a user's sightings; return how many there were."""
         name = canonical_username(username)
         with self._write() as tx:
             count = tx.forget_sightings(name)
-            append_forgotten(tx, name, count, actor, actor_address)
+            append_forgotten(tx, name, count, actor)
         _log(tx)
         return count
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ipguard import errors
-from ipguard.model import Action, Sighting
+from ipguard.model import Action, Actor, Sighting
 from ipguard.store import RestrictionStore
 from ipguard.testing._case import EVERY, StoreCase, raises, together, user
 
@@ -272,12 +272,15 @@ class SightingTests(StoreCase):
         self.store.record_sightings(
             [self.seen(refused=1), self.seen(address="10.0.0.1"), self.seen("bob")]
         )
-        assert self.store.forget_sightings("ALICE", actor="boss", actor_address="10.1.1.1") == 2
+        boss = Actor(
+            username="boss", email="b@x.example", manages=set(), address="10.1.1.1", via="a test"
+        )
+        assert self.store.forget_sightings("ALICE", actor=boss) == 2
         entry = self.last_change()
         assert entry.action is Action.FORGET_SIGHTINGS
         assert (entry.username, entry.account_id) == ("alice", "A1")
         assert (entry.actor, entry.actor_address) == ("boss", "10.1.1.1")
-        assert entry.detail == {"addresses": "2"}
+        assert entry.detail == {"addresses": "2", "via": "a test"}
         assert self.addresses() == []
         assert self.addresses("bob") == [HERE]
         before = self.cursor()

@@ -1022,7 +1022,7 @@ class Workflow(Closing):
         """
         name = canonical_username(username)
         _check_operator(actor, errors.UnknownUser(name))
-        return self._store.forget_sightings(name, actor=actor.username, actor_address=actor.address)
+        return self._store.forget_sightings(name, actor=actor)
 
     def tell_refused(self, sighting: Sighting) -> None:
         """Tell a user that a login with the right password was refused; never raise.

@@ -28,6 +28,7 @@ from ipguard.errors import StoreError, StoreUnavailable, UnknownUser, shorten
 from ipguard.model import (
     Accounts,
     Action,
+    Actor,
     BulkCounts,
     Change,
     Page,
@@ -1026,14 +1027,12 @@ class SqlStore(Closing, Generic[C]):
         with self._snapshot() as db:
             return sightings.seen_by(db, [username], self.now()).get(username, ())
 
-    def forget_sightings(
-        self, username: str, *, actor: str | None = None, actor_address: str | None = None
-    ) -> int:
+    def forget_sightings(self, username: str, *, actor: Actor | None = None) -> int:
         self._refuse_nested()
         name = canonical_username(username)
         with self._write() as tx:
             count = sightings.forget(tx.db, name)
-            changes = append_forgotten(tx, name, count, actor, actor_address)
+            changes = append_forgotten(tx, name, count, actor)
         _log(tx, changes)
         return count
 
