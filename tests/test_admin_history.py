@@ -4,11 +4,12 @@ import csv
 import io
 from typing import Any
 
+import attrs
 import pytest
 
-from ipguard import Actor
+from ipguard import Action, Actor
 from ipguard.admin import _listing
-from tests.flows import ALICE, BOSS, CAROL, HOME, OFFICE
+from tests.flows import ALICE, BOSS, CAROL, HOME, JSMITH, OFFICE
 from tests.pages import Browser, Office
 from tests.pages import office as office  # noqa: PLC0414 - a fixture
 
@@ -28,6 +29,29 @@ def shown(browser: Browser) -> list[str]:
 
 def table(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"))))
+
+
+def test_users_and_the_record_in_words(office: Office):
+    """Renamed and moved users, erased logins, and pruned entries, with their particulars."""
+    office.add(OFFICE)
+    office.log_in(HOME)
+    office.store.rename_user("jsmith", "johns")
+    office.store.put_users([attrs.evolve(JSMITH, username="johns", account_id="U2")])
+    office.flow.forget_sightings(BOSS, "johns")
+    anchor = {"kept_from": "3", "token": "ab", "restrictions": "cd", "deleted": "2"}
+    with office.store.transaction() as tx:
+        tx.append(Action.PRUNE, actor="boss", detail=anchor)
+        tx.append(Action.RENAME_USER, actor=None, username="johns")  # without particulars
+    boss = office.browser(BOSS, "/history")
+    assert shown(boss)[:5] == [
+        "What renamed to , with the restrictions",
+        "What deleted the entries before 3",
+        "What erased the recent logins (addresses: 1)",
+        "What moved the user from account U1 to account U2",
+        "What renamed jsmith to johns, with the restrictions",
+    ]
+    assert "entries deleted: 2" in boss.text
+    assert "restrictions: cd" not in boss.text
 
 
 def test_filters(office: Office):

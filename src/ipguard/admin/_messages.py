@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -259,6 +260,8 @@ _ACTIONS: Final[Mapping[tuple[str, str], str]] = {
     (Action.MOVE_USER, ""): "moved the user from account {old} to account {new}",
     (Action.WRONG_NUMBER, ""): "gave a wrong number for {addresses}",
     (Action.DELIVERY_FAILED, ""): "could not be sent the number for {addresses}",
+    (Action.FORGET_SIGHTINGS, ""): "erased the recent logins (addresses: {addresses})",
+    (Action.PRUNE, ""): "deleted the entries before {kept_from}",
 }
 _PARTICULARS: Final = (
     ("label", "label: {}"),
@@ -275,6 +278,7 @@ _PARTICULARS: Final = (
     ("removed", "removed: {}"),
     ("restrictions", "restrictions: {}"),
     ("failures", "wrong numbers before: {}"),
+    ("deleted", "entries deleted: {}"),
     ("ready_at", "waits until: {}"),
     ("approvals", "approvals needed: {}"),
     ("requested_by", "requested by: {}"),
@@ -287,6 +291,8 @@ def describe_particulars(entry: Change) -> str:
     if not isinstance(entry.action, Action) or "" in entry.detail:
         return audit.encode(entry.detail)
     found = dict(entry.detail)
+    if entry.action is Action.PRUNE:
+        found.pop("restrictions", None)  # a digest
     for name in ("expires_at", "ready_at"):
         with suppress(KeyError, ValueError):
             found[name] = format_time(datetime.fromisoformat(found[name]))
@@ -300,7 +306,8 @@ def describe_action(entry: Change) -> str:
     """Return what an audit entry records, as the words after the actor's name."""
     known = _ACTIONS.get((entry.action, entry.detail.get("kind", "")))
     text = known or _ACTIONS.get((entry.action, ""), "did “{action}”")
-    return text.format(addresses=entry.detail.get("addresses", ""), action=entry.action).strip()
+    # An entry of another version may lack a particular.
+    return text.format_map(defaultdict(str, entry.detail, action=entry.action)).strip()
 
 
 def describe(entry: Change, reader: str) -> str:
