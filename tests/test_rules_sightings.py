@@ -6,13 +6,27 @@ import ipaddress
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ipguard.addresses import AddressRange
+from ipguard.errors import InvalidValue
 from ipguard.model import Restriction, Sighting
-from ipguard.rules import is_unused, refusal_notice_due, suggest, would_refuse
+from ipguard.rules import (
+    check_revision,
+    is_unused,
+    last_used,
+    refusal_hint,
+    refusal_notice_due,
+    refusals,
+    sightings_kept,
+    sightings_to_record,
+    still_refused,
+    suggest,
+    would_refuse,
+)
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -157,6 +171,129 @@ def test_a_restriction_is_unused(age: int, used: int | None, *, expected: bool) 
     last_used = None if used is None else NOW - timedelta(days=used)
     held = restriction("203.0.113.7", age=age)
     assert is_unused(held, last_used, NOW - timedelta(days=30)) is expected
+
+
+@given(
+    st.lists(st.tuples(addresses, st.integers(0, 2), st.integers(0, 9)), max_size=20),
+    st.lists(addresses | st.sampled_from(["203.0.113.0/28", "2001:db8::/63"]), max_size=6),
+)
+def test_the_last_use_agrees_with_a_recomputation(
+    logins: list[tuple[str, int, int]], held: list[str]
+) -> None:
+    """Allowed logins count, from the time at which the restriction was made on."""
+    sightings = [seen(text, allowed, ago=HOUR * ago) for text, allowed, ago in logins]
+    restrictions = [
+        attrs.evolve(restriction(text), id=f"r{n}", created_at=NOW - HOUR * n)
+        for n, text in enumerate(held)
+    ]
+    expected: dict[str, datetime] = {}
+    for n, text in enumerate(held):
+        network = ipaddress.ip_network(text)
+        for address, allowed, ago in logins:
+            if allowed and ago <= n and ipaddress.ip_address(address) in network:
+                at = NOW - HOUR * ago
+                expected[f"r{n}"] = max(at, expected.get(f"r{n}", at))
+    assert last_used(restrictions, sightings) == expected
+
+
+# -- what a store keeps ------------------------------------------------------------------------
+
+
+def test_sightings_are_checked_and_joined() -> None:
+    """Spellings of one address are one; a clock that runs ahead moves nothing into the future."""
+    early = seen("::ffff:198.51.100.20", 2, 1, ago=HOUR * 5)
+    late = seen(HOME, 1, 2, ago=-HOUR)
+    old = seen("203.0.113.7", ago=timedelta(days=90, microseconds=1))
+    assert sightings_to_record([late, old, early], NOW) == [
+        attrs.evolve(late, first_at=early.first_at, last_at=NOW, allowed=3, refused=3)
+    ]
+    backwards = attrs.evolve(seen(HOME), first_at=NOW, last_at=NOW - HOUR)
+    assert sightings_to_record([backwards], NOW)[0].first_at == NOW - HOUR
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [seen("203.0.113.0/24")],
+        [seen(HOME, -1)],
+        [seen(HOME, 1, -1)],
+        [seen(f"2001:db8::{n:x}") for n in range(1001)],
+    ],
+    ids=["network", "allowed", "refused", "many"],
+)
+def test_what_is_no_sighting_is_refused(wrong: list[Sighting]) -> None:
+    with pytest.raises(InvalidValue):
+        sightings_to_record(wrong, NOW)
+
+
+def test_the_newest_addresses_are_kept() -> None:
+    """Among equals the lowest address; none longer than 90 days."""
+    days = [seen(f"203.0.113.{n}", ago=timedelta(days=n)) for n in range(120)]
+    kept = sightings_kept(days[::-1], NOW)
+    assert kept == days[:32]
+    assert sightings_kept(days[80:], NOW) == days[80:91]
+    same = [seen(f"203.0.113.{n}") for n in range(40)]
+    assert sightings_kept(same[::-1], NOW) == same[:32]
+
+
+# -- refused logins ----------------------------------------------------------------------------
+
+
+def test_refusals_are_those_with_refused_logins() -> None:
+    found = refusals([seen(HOME, 3, 2), seen("203.0.113.7", 3)], [restriction("::1")], NOW)
+    (refusal,) = found
+    assert (refusal.address, refusal.times, refusal.last_at) == (HOME, 2, NOW - HOUR)
+    assert refusal.hint == "It comes over IPv4, and only IPv6 is listed."
+
+
+def test_what_is_allowed_now_is_not_refused_any_more() -> None:
+    used = [seen(HOME, 3, 2), seen("203.0.113.7", 3), seen("203.0.113.8", 0, 1)]
+    assert still_refused([], used, NOW) == []
+    assert still_refused([restriction("203.0.113.8")], used, NOW) == used[:1]
+    assert still_refused([restriction("203.0.113.8", NOW)], used, NOW) == [used[0], used[2]]
+
+
+@pytest.mark.parametrize(
+    ("address", "held", "hint"),
+    [
+        (HOME, [], ""),
+        (HOME, ["198.51.100.0/24"], ""),
+        (HOME, ["198.51.100.20 expired"], "A restriction that has expired listed it."),
+        ("2001:db8::7", ["203.0.113.7"], "It comes over IPv6, and only IPv4 is listed."),
+        (HOME, ["2001:db8::7"], "It comes over IPv4, and only IPv6 is listed."),
+        (
+            HOME,
+            ["203.0.113.7", "198.51.100.21"],
+            "It is in 198.51.100.0/24, as is 198.51.100.21, which is listed.",
+        ),
+        (
+            "2001:db8::7",
+            ["2001:db8:0:0:a::/80"],
+            "It is in 2001:db8::/64, as is 2001:db8:0:0:a::/80, which is listed.",
+        ),
+        (HOME, ["198.51.101.20", "198.51.99.0-198.51.99.255", "2001:db8::7"], ""),
+        ("192.168.1.5", ["192.168.2.0/24"], ""),
+    ],
+)
+def test_a_hint_says_why_restrictions_do_not_fit(address: str, held: list[str], hint: str) -> None:
+    restrictions = [
+        restriction(each.removesuffix(" expired"), NOW if each.endswith(" expired") else None)
+        for each in held
+    ]
+    assert refusal_hint(address, restrictions, NOW) == hint
+
+
+def test_a_hint_at_wrong_proxy_settings() -> None:
+    hint = refusal_hint("10.0.0.7", [restriction(HOME)], NOW)
+    assert hint.startswith("It is a private address, which the internet never sees")
+
+
+@pytest.mark.parametrize("revision", [-1, 3, 8, True, "4"])
+def test_a_revision_outside_of_the_record_is_refused(revision: object) -> None:
+    check_revision(4, 4, 7)
+    check_revision(7, 4, 7)
+    with pytest.raises(InvalidValue, match="revision"):
+        check_revision(revision, 4, 7)  # type: ignore[arg-type]
 
 
 # -- notices -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+import attrs
 import pytest
 
 from ipguard import (
@@ -119,6 +120,31 @@ def test_what_a_user_had_in_another_account_is_not_shown(
     with pytest.raises(UnknownUser):
         desk.flow.as_of(ALICE, "jsmith", revision=arrived - 1)
     assert addresses(desk.flow.as_of(BOSS, "jsmith", revision=arrived - 1)) == [HOME]
+
+
+def test_an_actor_of_both_accounts_sees_both_times(desk: Desk) -> None:
+    desk.add(HOME)
+    before = desk.rows()[0].revision
+    moved(desk)
+    both = attrs.evolve(CAROL, manages={"U1", "U2"})
+    assert addresses(desk.flow.as_of(both, "jsmith", revision=before)) == [HOME]
+
+
+def test_a_user_who_is_registered_again_in_another_account(desk: Desk) -> None:
+    """Entries of the other account show since when the user is this account's."""
+    held = desk.add(HOME)
+    before = desk.rows()[0].revision
+    desk.flow.lift(BOSS, held.id, reason="x")
+    lifted = desk.rows()[0].revision
+    desk.store.remove_users(["jsmith"])
+    desk.flow.unlock(BOSS, "jsmith", reason="x")
+    moved(desk)
+    assert desk.flow.as_of(CAROL, "jsmith", revision=desk.rows()[0].revision).restrictions == ()
+    with pytest.raises(UnknownUser):
+        desk.flow.as_of(CAROL, "jsmith", revision=before)
+    with pytest.raises(UnknownUser):
+        desk.flow.as_of(CAROL, "jsmith", revision=lifted - 1)
+    assert addresses(desk.flow.as_of(BOSS, "jsmith", revision=before)) == [HOME]
 
 
 # -- what an entry changed ---------------------------------------------------------------------

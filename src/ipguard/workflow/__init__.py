@@ -28,6 +28,7 @@ from ipguard.model import (
     LABEL_LIMIT,
     REASON_LIMIT,
     AccessLine,
+    Accounts,
     Action,
     Actor,
     Applied,
@@ -1107,14 +1108,15 @@ class Workflow(Closing):
             revision = self._store.revision_at(moment)
         wanted = check_whole("revision", revision, 0, _REVISION_LIMIT)
         policy = self._store.policy_at(name, wanted)
-        if not everywhere and self._arrived(name) > wanted:
+        if not everywhere and self._arrived(actor.manages, name) > wanted:
             raise errors.UnknownUser(name)
         return policy
 
-    def _arrived(self, username: str) -> int:
-        """Return the revision at which a user got its name or account last; 0 if it never changed.
+    def _arrived(self, accounts: Accounts, username: str) -> int:
+        """Return the revision of the last entry about what is not these accounts' user.
 
-        What its username had before may be another user's, or another account's.
+        That is a rename or a move from another account, or an entry of another account: a user may
+        be removed from one and registered in another. 0 if there is none.
         """
         before: int | None = None
         while True:
@@ -1122,7 +1124,11 @@ class Workflow(Closing):
                 Actor.EVERY_ACCOUNT, username=username, before=before, limit=_PAGE_LIMIT
             )
             for change in page.items:
-                if change.action in (Action.RENAME_USER, Action.MOVE_USER):
+                accounts_then = {change.account_id}
+                if change.action is Action.MOVE_USER:
+                    accounts_then.add(change.detail.get("old"))
+                foreign = any(each is not None and each not in accounts for each in accounts_then)
+                if foreign or change.action is Action.RENAME_USER:
                     return change.revision
             if page.next is None:
                 return 0
