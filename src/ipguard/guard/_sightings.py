@@ -231,9 +231,10 @@ class Recorder:
         logins = [item for item in found if item is not _STOP]
         try:
             at = self._store.now()
-        except Exception:
+        except Exception as exc:
             self._lose(len(logins))
-            raise
+            self._log_failure(exc)
+            return _STOP in found
         for login in logins:
             try:
                 self._note(login, at)
