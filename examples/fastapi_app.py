@@ -97,7 +97,8 @@ async def login(
     right = secrets.compare_digest(await run_in_threadpool(hashed, password), PASSWORD)
     # The record's username, after the password: both are checked in every case.
     name = user["username"] if user else username
-    status = {"allow": 200, "refuse": 401, "retry": 503}[(await ips.check(request, name)).outcome]
+    decision = await ips.check(request, name, password_is_right=bool(user and right))
+    status = {"allow": 200, "refuse": 401, "retry": 503}[decision.outcome]
     if status == 200 and user and right:
         request.session.update(username=name)
         return RedirectResponse("/", 303)

@@ -85,7 +85,8 @@ def login() -> Any:
     right = check_password_hash(PASSWORD, request.form.get("password", ""))
     # The record's username, after the password: both are checked in every case.
     name = user["username"] if user else typed
-    status = {"allow": 200, "refuse": 401, "retry": 503}[ips.allow_login(name)]
+    outcome = ips.allow_login(name, password_is_right=bool(user and right))
+    status = {"allow": 200, "refuse": 401, "retry": 503}[outcome]
     if status == 200 and user and right:
         session.clear()
         session["username"] = name

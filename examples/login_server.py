@@ -93,7 +93,10 @@ class Door:
         # database ignores. Without a record, check the typed text so that the guard does the same
         # work; that decision allows no login.
         asked = username if account is None else account.username
-        return Attempt(account, password_is_right, self._guard.check(asked, address))
+        decision = self._guard.check(asked, address)
+        if password_is_right:
+            self._guard.saw(asked, address, decision)
+        return Attempt(account, password_is_right, decision)
 
 
 class Login(BaseModel):

@@ -38,7 +38,7 @@ from ipguard._checks import check_seconds
 from ipguard.aio._executor import Executor
 from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.guard import Guard, GuardStats, Observer, internals
-from ipguard.model import AccessLine, Actor, Decision, Explanation, Reason, Touched
+from ipguard.model import AccessLine, Actor, Decision, Explanation, Reason, Sighting, Touched
 from ipguard.notify import Notifier
 from ipguard.store import RestrictionStore
 from ipguard.workflow import Workflow, WorkflowSettings
@@ -174,6 +174,21 @@ class AsyncGuard(_AsyncClosing):
             asking.add_done_callback(lambda _: self._asking.pop(key, None))
         return await asking
 
+    async def saw(self, username: str, address: str, decision: object) -> None:
+        """Record that a user gave the right password; see `Guard.saw`.
+
+        It waits for nothing and stays on the event loop.
+        """
+        self.guard.saw(username, address, decision)
+
+    def follow_refusals(self, callback: Callable[[Sighting], object]) -> Callable[[], None]:
+        """Call a function when a login with the right password was refused.
+
+        The function is called on a thread, as by `Guard.follow_refusals`. The `tell_refused` of the
+        `Workflow` behind an `AsyncWorkflow` is such a function: `flow.flow.tell_refused`.
+        """
+        return self.guard.follow_refusals(callback)
+
     async def explain(self, username: str, address: str) -> Explanation:
         """Explain to an operator how a check is decided and why; see `Guard.explain`."""
         return await self._others.run(self.guard.explain, username, address)
@@ -260,7 +275,7 @@ class AsyncGuard(_AsyncClosing):
         self.guard.start()
 
     async def close(self) -> None:
-        """Stop the refresher, and let idle threads end. The host closes the store."""
+        """Stop the guard as `Guard.close` does, and let idle threads end."""
         self._logins.retire()
         self._others.retire()
         last = Executor(threads=1, waiting=0)

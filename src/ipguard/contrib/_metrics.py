@@ -114,6 +114,27 @@ METRICS: Final = (
         values=_single(lambda stats: stats.revision),
     ),
     Metric(
+        name="ipguard.sightings.written",
+        kind="counter",
+        unit="{login}",
+        help="Logins with the right password that were given to the store as sightings.",
+        values=_single(lambda stats: stats.sightings_written),
+    ),
+    Metric(
+        name="ipguard.sightings.lost",
+        kind="counter",
+        unit="{login}",
+        help="Logins with the right password that were not recorded: too many, or a store error.",
+        values=_single(lambda stats: stats.sightings_lost),
+    ),
+    Metric(
+        name="ipguard.sightings.waiting",
+        kind="gauge",
+        unit="{login}",
+        help="Logins with the right password that wait to be written, most for up to an hour.",
+        values=_single(lambda stats: stats.sightings_waiting),
+    ),
+    Metric(
         name="ipguard.refresher.running",
         kind="gauge",
         unit="{refresher}",

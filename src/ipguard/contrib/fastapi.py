@@ -6,24 +6,25 @@ The whole glue of a host, whose dependencies `username` and `actor` are::
     app = FastAPI(dependencies=[Depends(ips.each_request(username))])
     app.include_router(ips.router(actor), prefix="/ip-restrictions")
 
-    decision = await check(username)  # in the login, with `check: Annotated[Check, Depends(ips)]`
+    # in the login, with `check: Annotated[Check, Depends(ips)]`
+    decision = await check(username, password_is_right=right)
 
 The event loop is not blocked: the guard is an `AsyncGuard`, and the page runs on threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import WebSocketException
 from fastapi.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ipguard._checks import check_callable
+from ipguard._checks import check_callable, check_switch
 from ipguard.admin import asgi_app
 from ipguard.aio import AsyncGuard, AsyncWorkflow
 from ipguard.client_address import ClientAddress
@@ -34,9 +35,15 @@ from ipguard.workflow import Workflow
 
 __all__ = ["Check", "IPGuard"]
 
-Check = Callable[[str], Awaitable[Decision]]
-"""What the dependency `IPGuard` gives: `await check(username)` is the guard's decision about a
-user, from where the current request comes."""
+
+class Check(Protocol):
+    """What the dependency `IPGuard` gives: `IPGuard.check` for the current request."""
+
+    def __call__(
+        self, username: str, *, password_is_right: bool = False
+    ) -> Coroutine[Any, Any, Decision]:
+        """Decide whether a user may be logged in from where the request comes."""
+
 
 _ACTOR = "ipguard.actor"  # in the scope
 
@@ -48,6 +55,11 @@ class IPGuard:
         guard: The guard; from a `Guard`, an `AsyncGuard` is made.
         workflow: The workflow behind the page.
         client: Where each request comes from.
+        sightings: Whether to record where users log in from, and to tell them about refused logins
+            with the right password; see `Guard.saw`.
+
+    Raises:
+        InvalidValue: `sightings` is not a bool.
     """
 
     def __init__(
@@ -55,27 +67,40 @@ class IPGuard:
         guard: Guard | AsyncGuard,
         workflow: Workflow | AsyncWorkflow,
         client: ClientAddress,
+        *,
+        sightings: bool = True,
     ) -> None:
         self._guard = guard if isinstance(guard, AsyncGuard) else AsyncGuard(guard)
         self._workflow = workflow.flow if isinstance(workflow, AsyncWorkflow) else workflow
         self._client = client
+        self._sightings = check_switch("sightings", sightings)
+        if sightings:
+            self._guard.follow_refusals(self._workflow.tell_refused)
 
     async def __call__(self, connection: HTTPConnection) -> Check:
         """Return the `Check` of a request or a WebSocket."""
         return partial(self.check, connection)
 
-    async def check(self, connection: HTTPConnection, username: str) -> Decision:
+    async def check(
+        self, connection: HTTPConnection, username: str, *, password_is_right: bool = False
+    ) -> Decision:
         """Decide whether a user may be logged in from where a request comes.
 
         Args:
             connection: The request, or a WebSocket.
             username: The username of the user's record, after the password was checked.
+            password_is_right: Whether the password, and every other step of the login, was right.
+                Only then the login is recorded as a sighting.
 
         Returns:
             The decision. If its outcome is `REFUSE`, answer as to a wrong password; if it is
             `RETRY`, answer 503.
         """
-        return await self._guard.check(username, self._client.asgi(connection.scope))
+        address = self._client.asgi(connection.scope)
+        decision = await self._guard.check(username, address)
+        if password_is_right and self._sightings:
+            await self._guard.saw(username, address, decision)
+        return decision
 
     def each_request(
         self,

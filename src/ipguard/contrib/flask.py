@@ -5,7 +5,7 @@ The whole glue of a host::
     ips = IPGuard(app, guard=guard, workflow=flow, client=client, user=user, actor=actor)
     app.register_blueprint(ips.blueprint(), url_prefix="/ip-restrictions")
 
-    outcome = ips.allow_login(username)  # in the login view
+    outcome = ips.allow_login(username, password_is_right=right)  # in the login view
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flask import Blueprint, Flask, abort, current_app, request, session
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import ServiceUnavailable
 
-from ipguard._checks import check_callable
+from ipguard._checks import check_callable, check_switch
 from ipguard.admin import wsgi_app
 from ipguard.client_address import ClientAddress
 from ipguard.contrib._answers import RETRY_AFTER, TRY_AGAIN, with_address
@@ -56,6 +56,8 @@ class IPGuard:
             sign-in.
         end_session: Called without arguments to end the session, in place of clearing Flask's
             `session` and calling Flask-Login's `logout_user`.
+        sightings: Whether to record where users log in from, and to tell them about refused logins
+            with the right password; see `Guard.saw`.
 
     Raises:
         InvalidValue: `user`, `actor` or `end_session` cannot be called.
@@ -71,6 +73,7 @@ class IPGuard:
         user: Callable[[], str | None],
         actor: Callable[[], Any],
         end_session: Callable[[], object] | None = None,
+        sightings: bool = True,
     ) -> None:
         check_callable("user", user)
         check_callable("actor", actor)
@@ -81,6 +84,9 @@ class IPGuard:
         self._actor = actor
         self._end_session = _end_session if end_session is None else end_session
         check_callable("end_session", self._end_session)
+        self._sightings = check_switch("sightings", sightings)
+        if sightings:
+            guard.follow_refusals(workflow.tell_refused)
         self._started = False
         if app is not None:
             self.init_app(app)
@@ -96,17 +102,23 @@ class IPGuard:
         original = request.environ.get("werkzeug.proxy_fix.orig", {})
         return self._client.wsgi({**request.environ, **original})
 
-    def allow_login(self, username: str) -> Outcome:
+    def allow_login(self, username: str, *, password_is_right: bool = False) -> Outcome:
         """Return whether a user may be logged in from where the current request comes.
 
         Args:
             username: The username of the user's record, after the password was checked.
+            password_is_right: Whether the password, and every other step of the login, was right.
+                Only then the login is recorded as a sighting.
 
         Returns:
             The outcome, of which only `ALLOW` is true. In case of `REFUSE` answer as to a wrong
             password, in case of `RETRY` with 503.
         """
-        return self._guard.check(username, self.address()).outcome
+        address = self.address()
+        decision = self._guard.check(username, address)
+        if password_is_right and self._sightings:
+            self._guard.saw(username, address, decision)
+        return decision.outcome
 
     def blueprint(self, name: str = "ipguard", **settings: Any) -> Blueprint:
         """Return the page as a blueprint, to register with a `url_prefix` of your choice.

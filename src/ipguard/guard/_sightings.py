@@ -1,12 +1,12 @@
 """Record where users log in from, off the login's thread.
 
-A login only appends to a queue. A thread takes what is queued every half second, adds it up for
-each user and address, and gives it to the store in one batch. What was just written is not written
-again for an hour: the logins of that hour are added up meanwhile.
+A login only appends to a queue. Every half second a thread takes the logins from the queue, adds
+them up for each user and address, and gives them to the store in one batch. A user and address that
+were just written are not written again for an hour; the logins of that hour are added up.
 
-Everything is bounded, and what does not fit is counted as lost. In the queue and in what waits to
-be written, half of the room is for users whose remembered row says that they are registered, so
-that a flood of invented usernames does not displace real ones.
+Queue and memory are bounded, and a login that does not fit is counted as lost. Half of the room is
+for users whose remembered row says that they are registered, so that a flood of invented usernames
+does not displace real ones.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from django.utils.module_loading import import_string
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.debug import sensitive_variables
 
+from ipguard._checks import check_switch
 from ipguard.client_address import ClientAddress
 from ipguard.confirmation import Keyring
 from ipguard.contrib._answers import RETRY_AFTER, TRY_AGAIN, with_address
@@ -54,7 +55,7 @@ from ipguard.errors import (
 )
 from ipguard.guard import Guard
 from ipguard.mail import ConsoleNotifier, EmailNotifier
-from ipguard.model import Decision, Outcome, User
+from ipguard.model import Decision, Outcome, Sighting, User
 from ipguard.notify import Notifier
 from ipguard.stores import open_store
 from ipguard.workflow import Workflow, WorkflowSettings
@@ -65,7 +66,17 @@ _log = logging.getLogger(__name__)
 
 _REQUIRED: Final = ("URL", "KEY_FILE", "ACTOR")
 _CLIENT: Final = ("PROXIES", "HOPS", "HEADER", "UNIX_SOCKET")
-_OPTIONAL: Final = (*_CLIENT, "USER", "MAIL", "MAIL_FROM", "PRODUCT", "GUARD", "WORKFLOW", "PAGE")
+_OPTIONAL: Final = (
+    *_CLIENT,
+    "USER",
+    "MAIL",
+    "MAIL_FROM",
+    "PRODUCT",
+    "GUARD",
+    "WORKFLOW",
+    "PAGE",
+    "SIGHTINGS",
+)
 _NAME_LENGTH: Final = 256
 _NOWHERE: Final = "::"  # the address of no client
 _REFUSED: Final = "ipguard_refused"  # an attribute of requests
@@ -96,6 +107,10 @@ def _read_keys(given: Mapping[str, Any]) -> list[bytes]:
     keys = Path(given["KEY_FILE"]).read_bytes().split()
     Keyring(keys)
     return keys
+
+
+def _read_switch(given: Mapping[str, Any]) -> bool:
+    return check_switch("SIGHTINGS", given.get("SIGHTINGS", True))
 
 
 def _load(name: str, given: Mapping[str, Any]) -> Any:
@@ -158,6 +173,7 @@ _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], object]]] = {
     "USER": partial(_load_function, "USER"),
     "ACTOR": partial(_load_function, "ACTOR"),
     "MAIL": _make_notifier,
+    "SIGHTINGS": _read_switch,
     "WORKFLOW": lambda given: WorkflowSettings(**given.get("WORKFLOW", {})),
 }
 
@@ -179,6 +195,9 @@ class Kit:
         self._started = False
         self.store = open_store(self._given["URL"])
         self.guard = Guard(self.store, **self._given.get("GUARD", {}))
+        self._sightings = _read_switch(self._given)
+        if self._sightings:
+            self.guard.follow_refusals(self._tell_refused)
 
     def close(self) -> None:
         """Stop the guard's refresher and close the store."""
@@ -192,6 +211,9 @@ class Kit:
         limits = WorkflowSettings(**given.get("WORKFLOW", {}))
         keys = _read_keys(given)
         return Workflow(self.store, _make_notifier(given), key=keys, settings=limits)
+
+    def _tell_refused(self, sighting: Sighting) -> None:
+        self.workflow.tell_refused(sighting)
 
     @cached_property
     def page(self) -> WSGIApplication:
@@ -248,6 +270,18 @@ class Kit:
         if revision is None or revision <= decision.revision:
             return decision
         return self._ask(request, username, at_least=revision)
+
+    def saw(self, request: HttpRequest | None, user: Any, decision: Decision) -> None:
+        """Record that a user gave the right password, unless the setting `SIGHTINGS` is False.
+
+        Args:
+            request: The request; without one, it is not recorded.
+            user: The Django user.
+            decision: The decision about the login.
+        """
+        if self._sightings and request is not None:
+            username = self._username(self.record(user), user)
+            self.guard.saw(username, self.address(request), decision)
 
     def register(self, record: User) -> int | None:
         """Add or update a user, renames included; return the store's revision.
@@ -341,6 +375,8 @@ class GuardBackend:
         user = self._ask_guarded(request, credentials)
         if user is not None and user != known:
             decision = _decide(kit().check_login(request, "", user))
+        if user is not None and decision is not None:
+            kit().saw(request, user, decision)
         if user is not None and decision:
             return user
         _mark(request, refused=user is not None)
