@@ -7,7 +7,7 @@ import logging
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from ipguard.model import (
     Decision,
     Policy,
     Restriction,
+    Sighting,
     Touched,
     User,
 )
@@ -105,8 +106,8 @@ class Held:
     """A store around a store: its reads can be held, failed or replaced, and are counted.
 
     One call uses up one hook of `before_load`, `after_load`, `before_sync`, `after_sync`,
-    `before_stream` (before a snapshot is opened), `in_stream` (before its first user) or
-    `after_stream` (after its last).
+    `before_stream` (before a snapshot is opened), `in_stream` (before its first user),
+    `after_stream` (after its last) or `at_record`.
     """
 
     def __init__(self, store: RestrictionStore) -> None:
@@ -119,6 +120,8 @@ class Held:
         self.in_stream: deque[Hook] = deque()
         self.after_stream: deque[Hook] = deque()
         self.at_now: deque[Hook] = deque()
+        self.at_record: deque[Hook] = deque()
+        self.batches: list[tuple[Sighting, ...]] = []
         self.down: BaseException | None = None
         self.loads: list[str] = []
         self.syncs: list[tuple[int, str] | None] = []
@@ -168,6 +171,12 @@ class Held:
         changes: Changes = self.changes(self.store.changes_since(cursor))
         _use(self.after_sync)
         return changes
+
+    def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
+        self.batches.append(tuple(seen))
+        _use(self.at_record)
+        self._fail()
+        return self.store.record_sightings(seen)
 
     def wait(self, revision: int, timeout: float) -> bool:
         self._fail()

@@ -62,7 +62,12 @@ def use(world: World, guard: ipguard.Guard) -> Figures:
     assert guard.is_allowed("mlee", OFFICE)
     assert not guard.is_allowed("jsmith", OFFICE)
     assert not guard.check("jsmith", "nonsense")
+    guard.saw("jsmith", HOME, True)
+    guard.saw("jsmith", OFFICE, False)
+    guard.close()
     world.store.down = StoreUnavailable("down")
+    guard.saw("jsmith", OFFICE, True)
+    guard.close()
     world.pass_time(6)
     assert not guard.check("jsmith", HOME)
     world.store.down = None
@@ -90,6 +95,9 @@ def use(world: World, guard: ipguard.Guard) -> Figures:
         key("ipguard.evictions"): 0,
         key("ipguard.users_held"): 2,
         key("ipguard.revision"): guard.revision,
+        key("ipguard.sightings.written"): 2,
+        key("ipguard.sightings.lost"): 1,
+        key("ipguard.sightings.waiting"): 0,
         key("ipguard.refresher.running"): 0,
     }
 

@@ -38,6 +38,7 @@ from ipguard.usernames import canonical_username
 _log = logging.getLogger("ipguard.guard")
 
 _QUEUED: Final = 20_000
+_ADMITTED: Final = 8
 _WAITING: Final = 10_000
 _REMEMBERED: Final = 50_000
 """Of so many users, addresses and outcomes it is remembered when they were written."""
@@ -128,6 +129,7 @@ class Recorder:
         self._lock = _fork.ReentrantLock()
         # Its methods are reentrant, so that a signal handler may call the guard.
         self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._admitted: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         # The rest belongs to the thread.
@@ -135,7 +137,7 @@ class Recorder:
         self._addresses: Counter[str] = Counter()  # how many of a user are waiting
         self._remembered: OrderedDict[tuple[str, str, bool], _Logins] = OrderedDict()
         self._gathered = 0  # logins in `_remembered`
-        self._held = 0  # logins in `_waiting`
+        self._held = 0  # logins in `_waiting`, and in the batch that is being written
         self._write_at = 0.0
         self._notices: deque[Sighting] = deque(maxlen=_NOTICES)
         self._told: TTLCache[str, int] = TTLCache(_REMEMBERED, _DAY, timer=self._monotonic)
@@ -152,7 +154,7 @@ class Recorder:
                 return
             queue = self._queue
             size = queue.qsize()
-            if size >= _QUEUED // 2 and (size >= _QUEUED or not self._is_known(username)):
+            if size >= _QUEUED // 2 and not (size < _QUEUED and self._is_admitted(username)):
                 self._lose(1)
                 return
             queue.put((username, address, decision))
@@ -161,12 +163,25 @@ class Recorder:
         except Exception:
             _log.debug("a login could not be recorded", exc_info=True)
 
-    def _is_known(self, username: str) -> bool:
-        """Return whether a remembered row says that a user is registered."""
+    def _is_admitted(self, username: str) -> bool:
+        """Return whether a user may use the second half of the queue, which is for known users.
+
+        Of each user a few logins are admitted there until the thread has emptied the queue, so that
+        a thief with the right password of one user does not displace the others.
+        """
+        admitted = self._admitted
         try:
-            row = self._table.find(canonical_username(username))
+            name = canonical_username(username)
         except UsernameError:
             return False
+        if not self._is_known(name) or admitted[name] >= _ADMITTED:
+            return False
+        admitted[name] += 1
+        return True
+
+    def _is_known(self, name: str) -> bool:
+        """Return whether a remembered row says that a user is registered."""
+        row = self._table.find(name)
         return row is not None and is_registered(row)
 
     def _lose(self, count: int) -> None:
@@ -211,8 +226,10 @@ class Recorder:
         """Take what is queued, and write one batch; return whether the thread is to end."""
         if not self._notices:
             self._stopping.wait(max(0.0, self._write_at - time.monotonic()))
+        self._release()
         ended = self._take()
-        self._release(everything=ended)
+        if ended:
+            self._release(everything=True)
         if self._waiting and (ended or time.monotonic() >= self._write_at):
             self._write()
         while ended and self._waiting:
@@ -228,6 +245,7 @@ class Recorder:
             if not (self._waiting or self._notices):
                 found.append(queue.get(timeout=_LOOK if self._gathered else None))
             found.extend(queue.get_nowait() for _ in range(queue.qsize()))
+        self._admitted = Counter()
         logins = [item for item in found if item is not _STOP]
         try:
             at = self._store.now()
@@ -279,7 +297,7 @@ class Recorder:
             return False
         return size < _WAITING // 2 or self._is_known(name)
 
-    def _release(self, *, everything: bool) -> None:
+    def _release(self, *, everything: bool = False) -> None:
         """Let logins wait to be written that were added up for an hour."""
         now = self._monotonic()
         while self._remembered:
@@ -292,12 +310,12 @@ class Recorder:
             if logins.count:
                 self._wait(*key[:2], logins)
 
-    def _write(self) -> bool:
-        """Give a batch to the store; return whether it took it."""
+    def _write(self) -> None:
+        """Give a batch to the store."""
         batch = dict(islice(self._waiting.items(), _BATCH))
         count = sum(logins.count for logins in batch.values())
         for name, address in batch:
-            self._held -= self._waiting.pop((name, address)).count
+            del self._waiting[name, address]
             self._addresses[name] -= 1
             if not self._addresses[name]:
                 del self._addresses[name]
@@ -318,15 +336,16 @@ class Recorder:
         except Exception as exc:
             self._write_at = time.monotonic() + _PAUSE_AFTER_FAILURE
             self._lose(count)
+            self._held -= count
             self._log_failure(exc)
-            return False
+            return
         self._write_at = time.monotonic() + _PAUSE
         self.written += count
+        self._held -= count
         for key, logins in batch.items():
             self._remember(key, logins)
         if self._followers():
             self._notices += told
-        return True
 
     def _log_failure(self, error: Exception) -> None:
         now = time.monotonic()
