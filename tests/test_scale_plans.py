@@ -207,12 +207,18 @@ def test_restrictions_that_ended_cost_nothing(counted: CountedSqlite | CountedPo
             found[name] = counted.work
         return found
 
+    others = [f"user{n:04d}" for n in range(500)]
     with counted.open() as store:
-        store.put_users(User(username=n, full_name="", account_id="A1") for n in ("al", "jo"))
+        names = ("al", "jo", *others)
+        store.put_users(User(username=name, full_name="", account_id="A1") for name in names)
         with store.transaction() as turn:
             for restriction in restrictions([("al", "10.0.0.1")], "al"):
                 turn.add_restriction(restriction)
             turn.append(Action.IMPOSE, actor=None, username="al", touches=frozenset({"al"}))
+        lists = ((name, f"10.2.{n}.{k}") for name in others for n in range(2) for k in range(2))
+        with store.transaction(staged=restrictions(lists, "others")) as turn:
+            turn.add_staged(per_user=4)
+            turn.append(Action.IMPOSE_MANY, actor=None)
         replace(store, 0)
         replace(store, 1)
         counted.analyze()
