@@ -353,6 +353,8 @@ FORBIDDEN = {
         "UPDATE {s}.head SET revision = 9",
         "DELETE FROM {s}.restrictions",
         "UPDATE {s}.users SET removed = 1",
+        "SELECT * FROM {s}.past_restrictions",
+        "INSERT INTO {s}.imports (number, revision) VALUES (-1, 1)",
         "TRUNCATE {s}.restrictions",
         "CREATE TABLE {s}.mine (id int)",
         "DROP TABLE {s}.restrictions",
@@ -366,6 +368,11 @@ FORBIDDEN = {
         "DELETE FROM {s}.users",
         "DELETE FROM {s}.requests",
         "UPDATE {s}.restrictions SET expires_at = NULL",
+        "UPDATE {s}.restrictions SET began = 0",
+        "UPDATE {s}.past_restrictions SET label = ''",
+        "DELETE FROM {s}.past_restrictions",
+        "UPDATE {s}.imports SET revision = 0",
+        "DELETE FROM {s}.imports",
         "UPDATE {s}.schema_version SET version = 9",
         "ALTER TABLE {s}.changes ADD COLUMN more int",
         "CREATE TABLE {s}.mine (id int)",
@@ -416,6 +423,28 @@ def test_roles_of_the_first_schema_keep_working(postgres: Server | Given) -> Non
         assert [line.user.username for line in store.overview(EVERY, search="jo0249")] == [
             f"jo{n:05d}" for n in range(2_490, 2_500)
         ]
+        flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+        flow.impose_many(BOSS, [("jo", "203.0.113.7")], reason="import")
+        (held,) = store.load_policy("jo").restrictions
+        flow.lift(BOSS, held.id, reason="moved")
+        assert store.policy_at("jo", 3).restrictions == (held,)
+        store.rename_user("jo", "joe")
+        assert store.verify().damage == ()
+
+
+def test_a_schema_that_was_renamed_keeps_its_record(postgres: Server | Given) -> None:
+    """The trigger that keeps ended restrictions writes to the schema of its table."""
+    schema, other = fresh_schema(), fresh_schema()
+    PostgresStore(postgres.url(schema=schema)).close()
+    postgres.execute(f"ALTER SCHEMA {schema} RENAME TO {other}")
+    with PostgresStore(postgres.url(schema=other)) as store:
+        store.put_users([user("jo")])
+        flow = ipguard.Workflow(store, Outbox(), key=bytes(32))
+        held = flow.impose(BOSS, "jo", "203.0.113.7", reason="office").restriction
+        assert held is not None
+        flow.lift(BOSS, held.id, reason="moved")
+        assert store.policy_at("jo", 2).restrictions == (held,)
+        assert store.verify().damage == ()
 
 
 def test_a_role_without_a_right_gets_an_error(roles: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from ipguard.errors import (
     AddressError,
     AddressTooBroad,
     DuplicateRestriction,
+    InvalidValue,
     LockoutRisk,
     RequestClosed,
 )
@@ -650,3 +651,12 @@ def test_the_end_of_what_a_change_leaves(expiries, ends):
         for at, each in enumerate(expiries)
     ]
     assert rules.impact([restriction("198.51.100.7")], left, NOW).ends == ends
+
+
+def test_the_record_has_the_revisions_from_its_beginning_to_the_head() -> None:
+    for revision in (3, 5):
+        rules.check_revision(revision, 3, 5)
+    refused = {-1: "whole number", 2: "begins at revision 3", 6: "is at revision 5"}
+    for revision, match in refused.items():
+        with pytest.raises(InvalidValue, match=match):
+            rules.check_revision(revision, 3, 5)

@@ -16,11 +16,11 @@ import logging
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final, NamedTuple
 
-from ipguard.model import EVERYBODY, Change, Damage, Touched
+from ipguard.model import EVERYBODY, Change, Damage, Touched, micros
 
 __all__ = [
     "Anchor",
@@ -46,8 +46,6 @@ __all__ = [
 Row = tuple[Any, ...]
 
 _log = logging.getLogger("ipguard.audit")
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _EVERYBODY: Final = "*"  # not JSON, so it differs from every list of usernames
 _DAMAGE_AT_MOST: Final = 100
 
@@ -124,11 +122,6 @@ def _quoted(value: str) -> str:
     if value and value.isprintable() and not any(c in ' "=\\' for c in value):
         return value
     return json.dumps(value, ensure_ascii=not value.isprintable())
-
-
-def micros(moment: datetime) -> int:
-    """Return a time in its stored form, microseconds since 1970-01-01 UTC."""
-    return (moment - _EPOCH) // _MICROSECOND
 
 
 def touched_text(touches: frozenset[str] | Touched) -> str | None:

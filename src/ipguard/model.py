@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, TypeVar
 
@@ -67,7 +67,14 @@ _NAME_LIMIT: Final = 256
 _VIA_LIMIT: Final = 400
 _UID_LIMIT: Final = 128
 _EMAIL_LIMIT: Final = 254  # RFC 5321 4.5.3.1.3, less the angle brackets
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
 _NOT_IN_EMAIL: Final = re.compile(r"""[,;:<>()\[\]\\"\s]|=\?""")
+
+
+def micros(moment: datetime) -> int:
+    """Return a time in its stored form, microseconds since 1970-01-01 UTC."""
+    return (moment - _EPOCH) // _MICROSECOND
 
 
 def _full_name(value: object) -> str:
