@@ -282,6 +282,23 @@ def test_a_batch_has_at_most_1000_sightings(world: World) -> None:
     assert all(counts(world, name) == {HOME: (1, 0)} for name in names)
 
 
+def test_close_writes_every_batch(world: World) -> None:
+    guard, gate = world.guard(), Gate()
+    names = [f"user{number}" for number in range(3500)]
+    world.register(*names)
+    world.store.at_record.append(gate)
+    guard.saw("jsmith", HOME, True)
+    gate.reached()
+    for name in names:
+        guard.saw(name, HOME, True)
+    closing = Call(guard.close)
+    comes_true(guard._sightings._stopping.is_set)
+    gate.let_go()
+    closing.result()
+    assert figures(guard) == (3501, 0, 0)
+    assert all(counts(world, name) == {HOME: (1, 0)} for name in names)
+
+
 # -- failures
 
 

@@ -220,7 +220,7 @@ class Recorder:
                 ended = self._work()
             except Exception:
                 _log.exception("recording logins failed")
-                self._stopping.wait(_PAUSE)
+                ended = self._stopping.wait(_PAUSE)
 
     def _work(self) -> bool:
         """Take what is queued, and write one batch; return whether the thread is to end."""
