@@ -888,3 +888,24 @@ def test_threads_patched_by_gevent_are_refused(
                 make()
         else:
             make()
+
+
+@in_event_loop
+async def test_saw_stays_on_the_event_loop(memory: World) -> None:
+    """It takes no thread of the guard's calls, and `close` writes what is waiting."""
+    memory.register("jsmith")
+    guard = guarded(memory)
+    found: list[str] = []
+    end = guard.follow_refusals(lambda sighting: found.append(sighting.address))
+    await guard.saw("jsmith", HOME, await guard.check("jsmith", HOME))
+    await guard.saw("jsmith", OFFICE, False)
+    await guard.close()
+    assert sorted(each.address for each in memory.inner.sightings("jsmith")) == sorted(
+        (HOME, OFFICE)
+    )
+    assert found == [OFFICE]
+    end()
+    await guard.saw("jsmith", ELSEWHERE, False)
+    await guard.close()
+    assert found == [OFFICE]
+    assert guard.stats().sightings_written == 3

@@ -17,6 +17,7 @@ from urllib.parse import urljoin
 
 import django
 import pytest
+from django.contrib import auth
 from django.core import checks, mail
 from django.core.management import CommandError, call_command
 from django.test import AsyncClient, Client, override_settings
@@ -166,6 +167,35 @@ def test_a_login(bank: Bank) -> None:
     client, answer = log_in(address=OFFICE)
     assert answer.status_code == 302
     assert is_signed_in(client)
+
+
+def test_logins_with_the_right_password_are_recorded(bank: Bank) -> None:
+    """Users are mailed about those that were refused; wrong passwords are not recorded."""
+    bank.restrict("jsmith")
+    kit = contrib.kit()
+    log_in(password="wrong")
+    log_in("stranger")
+    kit.guard.close()
+    assert kit.store.sightings("jsmith") == ()
+    client, _ = log_in()
+    client.get("/")
+    log_in(address=CAFE)
+    assert auth.authenticate(username="jsmith", password=PASSWORD) is None
+    kit.guard.close()
+    found = {each.address: (each.allowed, each.refused) for each in kit.store.sightings("jsmith")}
+    assert found == {OFFICE: (1, 0), CAFE: (0, 1)}
+    (notice,) = (each for each in mail.outbox if CAFE in each.body)
+    assert notice.to == ["jsmith@bank.example"]
+
+
+def test_recording_can_be_turned_off(bank: Bank) -> None:
+    with bank.configured(SIGHTINGS=False):
+        kit = contrib.kit()
+        log_in()
+        kit.guard.close()
+        assert kit.store.sightings("jsmith") == ()
+    with bank.configured(SIGHTINGS="no"):
+        assert any("SIGHTINGS" in each.msg for each in checks.run_checks(tags=["security"]))
 
 
 def test_a_refusal_reads_like_a_wrong_password(bank: Bank) -> None:

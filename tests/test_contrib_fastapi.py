@@ -34,17 +34,19 @@ async def alice(signed_in: Annotated[str | None, Depends(username)]) -> Actor | 
     return Actor(username="alice", email=ALICE.email, manages=ALICE.manages)
 
 
-def make_app(bench: Bench, actor: Any = alice, user: Any = username, **more: Any) -> FastAPI:
+def make_app(
+    bench: Bench, actor: Any = alice, user: Any = username, *, sightings: bool = True, **more: Any
+) -> FastAPI:
     """Make an application with Starlette's sessions and a login without passwords."""
-    ips = IPGuard(bench.guard, bench.flow, CLIENT)
+    ips = IPGuard(bench.guard, bench.flow, CLIENT, sightings=sightings)
     app = FastAPI(dependencies=[Depends(ips.each_request(user, **more))])
     app.add_middleware(SessionMiddleware, secret_key="the host's")
     app.include_router(ips.router(actor, brand="Test Bank"), prefix="/ip-restrictions")
     checked, person = Depends(ips), Depends(user)
 
     @app.get("/login/{name}")
-    async def login(request: Request, name: str, check: Check = checked) -> Any:
-        decision = await check(name)
+    async def login(request: Request, name: str, password: str = "", check: Check = checked) -> Any:
+        decision = await check(name, password_is_right=password == "right")
         assert await ips.check(request, name) == decision
         if decision:
             request.session.update(username=name)
@@ -81,6 +83,39 @@ def test_login(bench: Bench) -> None:
         browser.cookies.clear()
     bench.begin_outage()
     assert browser.send("GET", "/login/mary").json() == "retry"
+
+
+def test_logins_with_the_right_password_are_recorded(bench: Bench) -> None:
+    """A check of a session is no login, and a wrong password says nothing about the user."""
+    bench.restrict("jsmith")
+    browser = browse(make_app(bench), OFFICE)
+    assert browser.send("GET", "/login/jsmith?password=wrong").json() == "allow"
+    assert browser.send("GET", "/").json() == "jsmith"
+    bench.guard.close()
+    assert bench.store.sightings("jsmith") == ()
+    assert browser.send("GET", "/login/jsmith?password=right").json() == "allow"
+    come_from(browser, HOME)
+    assert browser.send("GET", "/login/jsmith?password=right").status_code == 401, "the session"
+    assert browser.send("GET", "/login/jsmith?password=right").json() == "refuse"
+    bench.guard.close()
+    found = {each.address: (each.allowed, each.refused) for each in bench.store.sightings("jsmith")}
+    assert found == {OFFICE: (1, 0), HOME: (0, 1)}
+    (notice,) = (each for each in bench.outbox.messages if each.kind == "login_refused")
+    assert notice.sighting is not None
+    assert notice.sighting.address == HOME
+
+
+def test_recording_can_be_turned_off(bench: Bench) -> None:
+    browser = browse(make_app(bench, sightings=False), HOME)
+    bench.restrict("jsmith")
+    assert browser.send("GET", "/login/jsmith?password=right").json() == "refuse"
+    bench.guard.saw("jsmith", HOME, False)
+    bench.guard.close()
+    (found,) = bench.store.sightings("jsmith")
+    assert found.refused == 1
+    assert all(each.kind != "login_refused" for each in bench.outbox.messages)
+    with pytest.raises(InvalidValue, match="sightings"):
+        make_app(bench, sightings="no")  # type: ignore[arg-type]
 
 
 def test_a_restriction_ends_the_session_on_the_next_request(bench: Bench) -> None:

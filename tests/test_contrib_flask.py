@@ -38,7 +38,8 @@ def make_app(bench: Bench, actor: Callable[[], Any] = alice, **more: Any) -> fla
 
     @app.get("/login/<username>")
     def login(username: str) -> Any:
-        outcome = ips.allow_login(username)
+        right = flask.request.args.get("password") == "right"
+        outcome = ips.allow_login(username, password_is_right=right)
         if outcome:
             flask.session.update(username=username, theme="dark")
         return outcome.value
@@ -74,6 +75,39 @@ def test_login(bench: Bench) -> None:
         browser.cookies.clear()
     bench.begin_outage()
     assert browser.send("GET", "/login/mary").text == "retry"
+
+
+def test_logins_with_the_right_password_are_recorded(bench: Bench) -> None:
+    """A check of a session is no login, and a wrong password says nothing about the user."""
+    bench.restrict("jsmith")
+    browser = browse(make_app(bench), OFFICE)
+    assert browser.send("GET", "/login/jsmith?password=wrong").text == "allow"
+    assert browser.send("GET", "/").text == "jsmith"
+    bench.guard.close()
+    assert bench.store.sightings("jsmith") == ()
+    assert browser.send("GET", "/login/jsmith?password=right").text == "allow"
+    come_from(browser, HOME)
+    browser.cookies.clear()
+    assert browser.send("GET", "/login/jsmith?password=right").text == "refuse"
+    bench.guard.close()
+    found = {each.address: (each.allowed, each.refused) for each in bench.store.sightings("jsmith")}
+    assert found == {OFFICE: (1, 0), HOME: (0, 1)}
+    (notice,) = (each for each in bench.outbox.messages if each.kind == "login_refused")
+    assert notice.sighting is not None
+    assert notice.sighting.address == HOME
+
+
+def test_recording_can_be_turned_off(bench: Bench) -> None:
+    browser = browse(make_app(bench, sightings=False), HOME)
+    bench.restrict("jsmith")
+    assert browser.send("GET", "/login/jsmith?password=right").text == "refuse"
+    bench.guard.saw("jsmith", HOME, False)
+    bench.guard.close()
+    (found,) = bench.store.sightings("jsmith")
+    assert found.refused == 1
+    assert all(each.kind != "login_refused" for each in bench.outbox.messages)
+    with pytest.raises(InvalidValue, match="sightings"):
+        make_app(bench, sightings="no")
 
 
 def test_a_restriction_ends_the_session_on_the_next_request(bench: Bench) -> None:

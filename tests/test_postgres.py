@@ -340,6 +340,50 @@ def test_each_role_can_do_its_part(roles: dict[str, str]) -> None:
         assert owner.prune(datetime.now(UTC) + timedelta(days=1)) > 0
 
 
+def test_a_reader_records_sightings_and_reads_them(roles: dict[str, str]) -> None:
+    """Login servers write what they see, and explain refusals; the writer renames and forgets."""
+    with PostgresStore(roles["writer"]) as writer, PostgresStore(roles["reader"]) as reader:
+        writer.put_users([user("jo"), user("al")])
+        with ipguard.Guard(reader) as guard:
+            guard.saw("jo", "203.0.113.7", False)
+        assert guard.stats().sightings_lost == 0
+        assert [each.times for each in guard.explain("jo", "203.0.113.7").refused] == [1]
+        assert len(writer.record_sightings(reader.sightings("jo"))) == 0
+        writer.rename_user("jo", "joe")
+        assert writer.forget_sightings("joe") == 1
+        assert reader.sightings("joe") == ()
+
+
+def test_sightings_wait_for_no_writer(postgres: Server | Given) -> None:
+    """An import that holds the writer's lock for minutes loses no sighting."""
+    with PostgresStore(postgres.url(schema=fresh_schema())) as store:
+        store.put_users([user("jo")])
+        now = store.now()
+        seen = ipguard.Sighting(
+            username="jo", address="203.0.113.7", first_at=now, last_at=now, refused=1
+        )
+        with store.transaction() as tx:
+            assert len(Call(lambda: store.record_sightings([seen])).result()) == 1
+            tx.append(ipguard.Action.UNLOCK, actor="boss")
+        assert [each.refused for each in store.sightings("jo")] == [1]
+
+
+def test_no_sighting_is_recorded_during_a_restore(postgres: Server | Given) -> None:
+    """The rows would be in the way of those that are restored."""
+    schema = fresh_schema()
+    with PostgresStore(postgres.url(schema=schema)) as store:
+        store.put_users([user("jo")])
+        now = store.now()
+        seen = ipguard.Sighting(
+            username="jo", address="203.0.113.7", first_at=now, last_at=now, refused=1
+        )
+        execute(postgres.url(), f"DELETE FROM {schema}.zz_restore_marker")
+        with pytest.raises(StoreUnavailable):
+            store.record_sightings([seen])
+        ((count,),) = execute(postgres.url(), f"SELECT count(*) FROM {schema}.sightings")
+        assert count == 0
+
+
 FORBIDDEN = {
     "reader": [
         "SELECT digest FROM {s}.requests",

@@ -517,8 +517,8 @@ class Guard(Closing, _fork.Forkable):
     def follow_refusals(self, callback: RefusalCallback) -> Callable[[], None]:
         """Call a function when a login with the right password was refused, to tell its user.
 
-        That is at most once a day for each user and address, on all servers together; and by this
-        guard, at most five times a day for each user.
+        That is at most once a day for each user and address, on all servers together. Logins go on
+        being recorded between two calls; if more than 1,000 wait, the oldest are left out.
 
         Args:
             callback: Called as `callback(sighting)` on the thread of `saw`, such as

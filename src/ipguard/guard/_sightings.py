@@ -23,8 +23,6 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-from cachetools import TTLCache
-
 from ipguard import _fork
 from ipguard.addresses import canonical_address
 from ipguard.errors import UsernameError
@@ -53,8 +51,6 @@ _LOOK: Final = 60.0
 _FLUSH: Final = 2.0
 _LOGGED_EVERY: Final = 60.0
 _NOTICES: Final = 1_000
-_NOTICES_A_DAY: Final = 5
-_DAY: Final = 86_400.0
 _STOP: Final = object()
 
 RefusalCallback = Callable[[Sighting], object]
@@ -140,7 +136,6 @@ class Recorder:
         self._held = 0  # logins in `_waiting`, and in the batch that is being written
         self._write_at = 0.0
         self._notices: deque[Sighting] = deque(maxlen=_NOTICES)
-        self._told: TTLCache[str, int] = TTLCache(_REMEMBERED, _DAY, timer=self._monotonic)
 
     def waiting(self) -> int:
         """Return how many logins are not written yet."""
@@ -367,12 +362,8 @@ class Recorder:
                 self._remembered[(*key, allowed)] = logins
 
     def _tell(self, sighting: Sighting) -> None:
-        """Call the followers, unless the user was told often enough today."""
-        times = self._told.get(sighting.username, 0)
-        if times < _NOTICES_A_DAY:
-            self._told[sighting.username] = times + 1
-            for callback in list((self._followers() or {}).values()):
-                try:
-                    callback(sighting)
-                except Exception:
-                    _log.exception("a callback of follow_refusals failed")
+        for callback in list((self._followers() or {}).values()):
+            try:
+                callback(sighting)
+            except Exception:
+                _log.exception("a callback of follow_refusals failed")
