@@ -12,15 +12,21 @@ SIX = "2001:db8::7"
 def test_where_a_trader_logged_in_from(each_office: Office):
     """Each address with its logins; each restriction with its last use."""
     office = each_office
+    office.add(ELSEWHERE)
+    office.wait(days=90)
     office.add(HOME)
     office.wait(seconds=1)
     office.add(OFFICE)
     office.log_in(HOME, 7, 1)
     page = office.browser(ALICE, "/user?user=jsmith").page
-    (row,) = page.texts("table tbody tr")
-    assert row == f"{HOME} 1 Jan 2030, 12:00 UTC 7 1"
+    (line,) = page.texts("section[aria-labelledby=seen] li")
+    assert line == f"{HOME} 7 allowed, 1 refused, last on 1 Apr 2030, 12:00 UTC"
     used = page.texts("section[aria-labelledby=restrictions] .by")
-    assert used == ["Last used 1 Jan 2030, 12:00 UTC", "Not used in the last 90 days"]
+    assert used == [
+        "Not used in the last 90 days",
+        "Last used 1 Apr 2030, 12:00 UTC",
+        "Not used yet",
+    ]
 
 
 def test_without_sightings_the_page_says_nothing_of_them(office: Office):
@@ -98,6 +104,7 @@ def test_a_refused_login_is_requested_with_one_click(each_office: Office):
         f"{ELSEWHERE} 3 times, last on 1 Jan 2030, 12:00 UTC",
         f"{SIX} 1 Jan 2030, 12:00 UTC It comes over IPv6, and only IPv4 is listed.",
     ]
+    assert ("History", "./history") in alice.page.links
     alice.press(f"Request this address {SIX}")
     assert alice.page.value("addresses") == "2001:db8::/64"
     alice.open("/user?user=jsmith")

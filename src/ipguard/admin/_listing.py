@@ -81,7 +81,7 @@ def show_user(context: Context) -> Response:
     line = context.find_user(context.request.parse_query().get("user", ""))
     flow, actor, name = context.flow, context.actor, line.user.username
     widest = flow.settings.widest_ipv6
-    refused = [
+    refusals = [
         (each, rules.whereabouts(each.address, widest_ipv6=widest))
         for each in flow.refusals(actor, name)
     ]
@@ -90,7 +90,7 @@ def show_user(context: Context) -> Response:
         line=line,
         seen=flow.sightings(actor, name),
         suggested=flow.suggest(actor, name),
-        refused=refused,
+        refusals=refusals,
     )
 
 
