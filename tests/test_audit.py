@@ -348,3 +348,15 @@ def test_a_head_elsewhere_is_found() -> None:
 def test_at_most_a_hundred_places_are_reported() -> None:
     begun = [*map(added, range(1, 6)), *((9, f"x{n}", *ROW[1:]) for n in range(200))]
     assert len(damage_of(chain(5), begun)) == 100
+
+
+def test_a_noted_token_is_compared() -> None:
+    """The same token is no damage; another one is, and so is an entry that is not there."""
+    found: list[Damage] = []
+    audit.check_expected((7, "abc"), "abc", found)
+    assert found == []
+    audit.check_expected((7, "abc"), "abd", found)
+    audit.check_expected((8, "abc"), None, found)
+    assert [damage.revision for damage in found] == [7, 8]
+    assert "another token" in found[0].text
+    assert "not there" in found[1].text
