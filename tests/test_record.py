@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -107,7 +108,7 @@ def damaged(place: Sqlite | Postgres) -> list[int | None]:
         return [each.revision for each in store.verify().damage]
 
 
-# ------------------------------------------------------------------------------- what is found
+# ------------------------------------------------------------------------------- damage
 
 ENTRY = {
     "its actor": ("UPDATE changes SET actor = 'other' WHERE revision = 3", 3),
@@ -273,6 +274,38 @@ def test_a_truncated_log_is_found_by_what_was_noted(place: Sqlite | Postgres) ->
         assert damage.revision == 9
 
 
+def test_memory_does_not_grow_with_the_store(place: Sqlite | Postgres) -> None:
+    """An import and its verification hold a part of the restrictions at a time."""
+
+    def rows(number: int, size: int) -> Iterator[Restriction]:
+        for n in range(size):
+            yield Restriction(
+                id=f"{number} {n}",
+                username="jo",
+                addresses=AddressRange(version=4, first=n, last=n),
+                label="",
+                created_at=START,
+                created_by="boss",
+            )
+
+    peaks: list[tuple[int, int]] = []
+    store: Any = place.open()
+    with store:
+        store.put_users([user("jo")])
+        for number, size in enumerate((6_000, 18_000)):
+            tracemalloc.start()
+            with store.transaction(staged=rows(number, size)) as tx:
+                tx.add_staged(per_user=100_000, replace=True)
+                tx.append(Action.IMPOSE_MANY, actor=None, touches=frozenset({"jo"}))
+            imported = tracemalloc.get_traced_memory()[1]
+            tracemalloc.reset_peak()
+            assert store.verify().damage == ()
+            peaks.append((imported, tracemalloc.get_traced_memory()[1]))
+            tracemalloc.stop()
+    for small, large in zip(*peaks, strict=True):
+        assert large < 1.5 * small + 1_000_000
+
+
 def test_at_most_a_hundred_places_are_reported(place: Sqlite | Postgres) -> None:
     store: Any = place.open()
     with store:
@@ -320,7 +353,7 @@ def ids(policy: Policy) -> list[str]:
 
 
 def test_a_store_is_migrated_with_its_data(older: Sqlite | Postgres) -> None:
-    """The record begins with what is there, which no entry covers."""
+    """The record begins with the restrictions of that time, which no entry covers."""
     older.old(lambda run: old_put(run, [user("jo")], schema=2))
     older.old(lambda run: old_impose(run, "r1", 1))
     older.old(lambda run: old_impose(run, "r2", 2))
@@ -348,7 +381,7 @@ def test_a_store_is_migrated_with_its_data(older: Sqlite | Postgres) -> None:
 
 
 def test_an_older_library_writes_beside_this_one(place: Sqlite | Postgres) -> None:
-    """What it ends is kept, what it adds counts by its time, and `verify` reports its entries."""
+    """Its deletions are kept, its additions count by their time, and `verify` reports both."""
     store: Any = place.open()
     with store:
         store.put_users([user("jo")])

@@ -4,7 +4,7 @@ The text of a detail is `name=value` pairs, separated by spaces. A value that co
 more than one, or that would break the line, is written as JSON, so that no text from outside can
 forge a pair.
 
-The token of an entry is a digest of the previous token, of the entry and of what it did to
+The token of an entry is a digest of the previous token, of the entry and its changes to
 restrictions, and of a random salt. So an entry cannot be changed, removed or inserted, and the
 record of restrictions cannot be changed, unless every later token is computed again.
 """
@@ -178,7 +178,7 @@ def next_token(previous: str, entry: Sequence[object], restrictions: str, salt: 
     Args:
         previous: The token of the previous entry.
         entry: The columns, as from `entry_columns`.
-        restrictions: The digest of what the entry did to restrictions.
+        restrictions: The digest of the restrictions that the entry added and ended.
         salt: The random part, as from `new_salt`.
     """
     return sha256(f"{previous}{_canonical((*entry, restrictions))}{salt}".encode()).hexdigest()
@@ -208,7 +208,7 @@ class ChangedRestrictions:
 
         Args:
             row: The id, the username, the first and the last address as packed bytes, the label,
-                the time of creation in microseconds, who created it, and the expiry in microseconds
+                the time of creation in microseconds, its creator, and the expiry in microseconds
                 or None.
         """
         self._line("+", row)
@@ -310,7 +310,7 @@ def verify(
         ended: Those that were ended after it, in the same order: the revision, id and username.
         before: The revision and token that the chain continues.
         head: The revision and token of the store.
-        damage: Gets what is wrong.
+        damage: Gets the damage found.
 
     Returns:
         How many entries there are, and how many restrictions were added.

@@ -1,4 +1,4 @@
-"""Conformance tests of the record: earlier policies, what an entry did, the chain of tokens."""
+"""Conformance tests of the record: earlier policies, the effect of an entry, the tokens."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class EvidenceTests(StoreCase):
         with raises(StoreError), self.store.transaction(staged=[self.restriction()]) as tx:
             tx.add_staged(per_user=10)
         with self.store.transaction(staged=[self.restriction()]) as tx:
-            self.append(tx)  # what was staged and not added is not written
+            self.append(tx)  # staged restrictions that are not added are not written
         assert self.held() == (kept,)
         assert self.cursor()[0] == 3
 

@@ -173,7 +173,7 @@ class BulkRestrictions:
         self._ahead = False
         self._number = _new_number()
         self._seen, self._most = _NEVER, (0, 0)
-        # The digests of the rows that are added, by what is kept, and how many rows that is.
+        # For each option, how many rows are kept, and the digest of the others.
         self._digests: dict[str, tuple[int, ChangedRestrictions]] = {}
         self._digest: ChangedRestrictions | None = None
         self._refused: str | None = None
