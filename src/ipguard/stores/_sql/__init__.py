@@ -35,6 +35,7 @@ from ipguard.model import (
     RequestKind,
     RequestState,
     Restriction,
+    Sighting,
     StoredRequest,
     User,
 )
@@ -374,6 +375,23 @@ ENTRY: Final = (
     " salt, restrictions"
 )
 """The columns of a `RecordedEntry`, one after another."""
+SIGHTING: Final = "username, address, first_at, last_at, allowed, refused"
+"""The columns for `sighting_of`."""
+
+
+@reads_rows
+def sighting_of(row: Row) -> Sighting:
+    username, address, first_at, last_at, allowed, refused = row
+    return Sighting(
+        username=username,
+        address=str(AddressRange.from_packed(address, address)),
+        first_at=moment(first_at),
+        last_at=moment(last_at),
+        allowed=allowed,
+        refused=refused,
+    )
+
+
 CHANGE: Final = "revision, at, actor, actor_address, action, username, detail, account_id"
 """The columns for `change_of`."""
 

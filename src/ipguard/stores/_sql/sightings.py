@@ -1,4 +1,4 @@
-"""Sightings in the SQL stores: the logins with the right password of each user and address.
+"""Write sightings in the SQL stores: the logins with the right password of each user and address.
 
 They are written by ordinary transactions, without the writer's lock, so that logins on many servers
 and changes of restrictions do not wait for each other. Each transaction writes its rows by username
@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from itertools import chain, groupby, islice
-from operator import itemgetter
+from itertools import chain, islice
 from typing import Final
 
 from ipguard import rules
-from ipguard.addresses import AddressRange, pack_address
+from ipguard.addresses import pack_address
 from ipguard.audit import micros
 from ipguard.model import Sighting
-from ipguard.stores._sql import Executor, Row, encodable, moment, reads_rows
+from ipguard.stores._sql import SIGHTING, Executor, Row, encodable, sighting_of
 
-_SEEN: Final = "username, address, first_at, last_at, allowed, refused"
 _ADD: Final = f"""
-INSERT INTO sightings ({_SEEN})
+INSERT INTO sightings ({SIGHTING})
 SELECT u.username, ?, ?, ?, ?, ? FROM users u WHERE u.username = ? AND u.removed = 0
 ON CONFLICT (username, address) DO UPDATE SET
     first_at = CASE WHEN excluded.first_at < sightings.first_at
@@ -53,7 +51,7 @@ DELETE FROM sightings WHERE (username, address) IN (
 )
 """
 _UNTOLD: Final = "(username, address) IN (VALUES %s) AND (told_at IS NULL OR told_at <= ?)"
-_MOVED: Final = f"{_SEEN}, told_at"
+_MOVED: Final = f"{SIGHTING}, told_at"
 
 
 def record(
@@ -80,23 +78,11 @@ def record(
         pairs = ", ".join(["(?, ?)"] * len(some))
         untold = _UNTOLD % pairs
         params = (*chain.from_iterable(some), micros(rules.told_until(now)))
-        told += map(_sighting_of, db.rows(f"SELECT {_SEEN} FROM sightings WHERE {untold}", params))
+        told += map(
+            sighting_of, db.rows(f"SELECT {SIGHTING} FROM sightings WHERE {untold}", params)
+        )
         db.run(f"UPDATE sightings SET told_at = ? WHERE {untold}", (micros(now), *params))
     return tuple(told)
-
-
-def seen_by(
-    db: Executor, usernames: Collection[str], now: datetime
-) -> dict[str, tuple[Sighting, ...]]:
-    """Return the sightings that are kept of each of these users who has any, newest first."""
-    rows = db.rows(
-        f"SELECT {_SEEN} FROM sightings WHERE {db.among('username')} ORDER BY username",
-        (db.texts(filter(encodable, usernames)),),
-    )
-    return {
-        name: tuple(rules.sightings_kept(map(_sighting_of, group), now))
-        for name, group in groupby(rows, itemgetter(0))
-    }
 
 
 def forget(db: Executor, username: str) -> int:
@@ -153,16 +139,3 @@ def _packed(sighting: Sighting) -> bytes:
     packed = pack_address(sighting.address)
     assert packed is not None  # it is canonical
     return packed
-
-
-@reads_rows
-def _sighting_of(row: Row) -> Sighting:
-    username, address, first_at, last_at, allowed, refused = row
-    return Sighting(
-        username=username,
-        address=str(AddressRange.from_packed(address, address)),
-        first_at=moment(first_at),
-        last_at=moment(last_at),
-        allowed=allowed,
-        refused=refused,
-    )

@@ -9,6 +9,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 import attrs
@@ -66,6 +68,7 @@ from ipguard.stores._sql import (
     PENDING,
     REQUEST,
     RESTRICTION,
+    SIGHTING,
     USER,
     Executor,
     Params,
@@ -82,6 +85,7 @@ from ipguard.stores._sql import (
     request_row,
     restriction_of,
     restriction_row,
+    sighting_of,
     sightings,
     user_of,
 )
@@ -408,7 +412,7 @@ def _lines(
         (texts, micros(now)),
     ):
         pending.setdefault(row[1], []).append(pending_of(row))
-    seen = sightings.seen_by(db, names, now)
+    seen = _seen_by(db, names, now)
     for *of_user, removed in users:
         name, account_id = of_user[0], of_user[3]
         held = restrictions.get(name, [])
@@ -424,6 +428,20 @@ def _lines(
                     last_used=rules.last_used(held, seen.get(name, ())),
                 ),
             )
+
+
+def _seen_by(
+    db: Executor, usernames: Collection[str], now: datetime
+) -> dict[str, tuple[Sighting, ...]]:
+    """Return the sightings that are kept of each of these users who has any, newest first."""
+    rows = db.rows(
+        f"SELECT {SIGHTING} FROM sightings WHERE {db.among('username')} ORDER BY username",
+        (db.texts(filter(encodable, usernames)),),
+    )
+    return {
+        name: tuple(rules.sightings_kept(map(sighting_of, group), now))
+        for name, group in groupby(rows, itemgetter(0))
+    }
 
 
 _RESTRICTED: Final = "(SELECT 1 FROM restrictions h WHERE h.username = %s LIMIT 1)"
@@ -1025,7 +1043,7 @@ class SqlStore(Closing, Generic[C]):
 
     def sightings(self, username: str) -> tuple[Sighting, ...]:
         with self._snapshot() as db:
-            return sightings.seen_by(db, [username], self.now()).get(username, ())
+            return _seen_by(db, [username], self.now()).get(username, ())
 
     def forget_sightings(self, username: str, *, actor: Actor | None = None) -> int:
         self._refuse_nested()
