@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from benchmarks import bulk, cold, listing, login, peers, propagation, report
+from benchmarks import bulk, cold, listing, login, peers, propagation, report, sightings
 from benchmarks.fixtures import DSN
 from benchmarks.measure import ROOT, Part, Scale, measure, run
 
@@ -35,6 +35,7 @@ PARTS: dict[str, Callable[[Scale], Part]] = {
     "growth": login.growth,
     "floods": login.floods,
     "threads": login.threads,
+    "sightings": sightings.costs,
     "search": listing.searches,
     "propagation": propagation.propagation,
     "bulk": bulk.imports,
