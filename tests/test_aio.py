@@ -717,7 +717,7 @@ def test_every_public_method_can_be_awaited() -> None:
         assert inspect.signature(awaited).parameters == inspect.signature(method).parameters
         assert awaited.__doc__
     for name, _ in inspect.getmembers(Guard, inspect.isfunction):
-        plain = name in ("count_allows", "follow", "stats")
+        plain = name in ("count_allows", "follow", "follow_refusals", "stats")
         if not (name.startswith("_") or "fork" in name or plain):
             assert inspect.iscoroutinefunction(getattr(AsyncGuard, name))
 

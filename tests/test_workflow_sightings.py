@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ipguard import Action, Actor, Sighting, UnknownUser, UsernameError, Workflow
+from ipguard import Action, Actor, Guard, Sighting, UnknownUser, UsernameError, Workflow
 from tests.flows import ADAM, ALICE, BOSS, CAROL, HOME, KEY, OFFICE, Desk
+from tests.guards import comes_true
 
 ELSEWHERE = "192.0.2.66"
 SIX = "2001:db8::7"
@@ -159,6 +160,21 @@ def test_a_refused_login_is_told_to_its_user(desk: Desk) -> None:
 def refusal(desk: Desk, address: str = ELSEWHERE, username: str = "jsmith") -> Sighting:
     now = desk.clock()
     return Sighting(username=username, address=address, first_at=now, last_at=now, refused=1)
+
+
+def test_a_guard_and_a_workflow_mail_the_user_together(desk: Desk) -> None:
+    """A login that is refused on a server ends in a mail; one that is allowed does not."""
+    desk.add(OFFICE)
+    desk.outbox.clear()
+    with Guard(desk.store, monotonic=desk.clock.monotonic) as guard:
+        guard.follow_refusals(desk.flow.tell_refused)
+        for address in (OFFICE, ELSEWHERE):
+            guard.saw("JSmith", address, guard.check("JSmith", address))
+        comes_true(lambda: desk.outbox.messages)
+    (mail,) = desk.outbox.messages
+    assert mail.sighting is not None
+    assert (mail.to, mail.sighting.address) == (("jsmith@firm.example",), ELSEWHERE)
+    assert [each.address for each in desk.flow.refusals(ALICE, "jsmith")] == [ELSEWHERE]
 
 
 def test_users_that_cannot_be_reached_get_no_notice(desk: Desk) -> None:
