@@ -157,7 +157,21 @@ class Broken:
         ("jsmith", ["x"], True),
         ("jsmith", HOME, Broken()),
     ],
-    ids=repr,
+    ids=[
+        "no username",
+        "control character",
+        "long username",
+        "username of bytes",
+        "username None",
+        "broken username",
+        "list as username",
+        "no address",
+        "network",
+        "long address",
+        "address None",
+        "list as address",
+        "broken decision",
+    ],
 )
 def test_what_is_malformed_is_ignored(world: World, login: Any) -> None:
     with world.guard() as guard:
