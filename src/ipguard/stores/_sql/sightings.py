@@ -7,20 +7,24 @@ and address, so that two of them cannot wait for each other either.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import chain, islice
+from itertools import chain
 from typing import Final
 
 from ipguard import rules
 from ipguard.addresses import pack_address
 from ipguard.audit import micros
 from ipguard.model import Sighting
-from ipguard.stores._sql import SIGHTING, Executor, Row, encodable, sighting_of
+from ipguard.stores._sql import SIGHTING, Executor, Row, columns, encodable, marks, sighting_of
 
+# The rows of a statement replace `%s`. A planner that scanned a whole table, in place of a look-up
+# for each row, would take seconds: `CROSS JOIN` prevents that in SQLite, settings in PostgreSQL.
 _ADD: Final = f"""
 INSERT INTO sightings ({SIGHTING})
-SELECT u.username, ?, ?, ?, ?, ? FROM users u WHERE u.username = ? AND u.removed = 0
+SELECT u.username, v.column2, v.column3, v.column4, v.column5, v.column6
+FROM (VALUES %s) v CROSS JOIN users u WHERE u.username = v.column1 AND u.removed = 0
+ORDER BY u.username, v.column2
 ON CONFLICT (username, address) DO UPDATE SET
     first_at = CASE WHEN excluded.first_at < sightings.first_at
         THEN excluded.first_at ELSE sightings.first_at END,
@@ -30,8 +34,8 @@ ON CONFLICT (username, address) DO UPDATE SET
     refused = sightings.refused + excluded.refused
 """
 _CLEANED_AT_ONCE: Final = 1_000
-_PAIRS_AT_ONCE: Final = 100
-"""Of so many users and addresses the notices are noted by one statement."""
+_AT_ONCE: Final = 100
+"""How many rows a statement has."""
 # In PostgreSQL `%s` skips the rows that others are writing: they clean up later.
 _TRIM: Final = f"""
 DELETE FROM sightings WHERE (username, address) IN (
@@ -50,7 +54,11 @@ DELETE FROM sightings WHERE (username, address) IN (
     ORDER BY s.last_at LIMIT {_CLEANED_AT_ONCE} %s
 )
 """
-_UNTOLD: Final = "(username, address) IN (VALUES %s) AND (told_at IS NULL OR told_at <= ?)"
+_UNTOLD: Final = f"""
+SELECT {columns(SIGHTING, "s")} FROM (VALUES %s) v CROSS JOIN sightings s
+WHERE s.username = v.column1 AND s.address = v.column2 AND (s.told_at IS NULL OR s.told_at <= ?)
+"""
+_TELL: Final = "UPDATE sightings SET told_at = ? WHERE username = ? AND address = ?"
 _MOVED: Final = f"{SIGHTING}, told_at"
 
 
@@ -65,24 +73,39 @@ def record(
         now: The store's time.
         skip_locked: The clause that makes a query skip the rows that others are writing.
     """
-    seen = [each for each in seen if encodable(each.username)]
-    for each in seen:
-        times = micros(each.first_at), micros(each.last_at)
-        db.run(_ADD, (_packed(each), *times, each.allowed, each.refused, each.username))
-    names = db.texts(dict.fromkeys(each.username for each in seen))
+    rows = [
+        (
+            each.username,
+            _packed(each),
+            micros(each.first_at),
+            micros(each.last_at),
+            each.allowed,
+            each.refused,
+        )
+        for each in seen
+        if encodable(each.username)
+    ]
+    for values, params in _values(rows):
+        db.run(_ADD % values, params)
+    names = db.texts(dict.fromkeys(row[0] for row in rows))
     db.run(_TRIM % (db.among("username"), skip_locked), (names,))
     db.run(_CLEAN % skip_locked, (micros(rules.seen_since(now)),))
     told: list[Sighting] = []
-    refused = ((each.username, _packed(each)) for each in seen if each.refused)
-    while some := list(islice(refused, _PAIRS_AT_ONCE)):
-        pairs = ", ".join(["(?, ?)"] * len(some))
-        untold = _UNTOLD % pairs
-        params = (*chain.from_iterable(some), micros(rules.told_until(now)))
+    for values, params in _values([row[:2] for row in rows if row[-1]]):
         told += map(
-            sighting_of, db.rows(f"SELECT {SIGHTING} FROM sightings WHERE {untold}", params)
+            sighting_of, db.rows(_UNTOLD % values, (*params, micros(rules.told_until(now))))
         )
-        db.run(f"UPDATE sightings SET told_at = ? WHERE {untold}", (micros(now), *params))
+    for each in told:
+        db.run(_TELL, (micros(now), each.username, _packed(each)))
     return tuple(told)
+
+
+def _values(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
+    """Yield the text for `VALUES` and the parameters of some rows at a time."""
+    for first in range(0, len(rows), _AT_ONCE):
+        some = rows[first : first + _AT_ONCE]
+        mark = f"({marks(','.join('?' * len(some[0])))})"
+        yield ", ".join([mark] * len(some)), tuple(chain.from_iterable(some))
 
 
 def forget(db: Executor, username: str) -> int:

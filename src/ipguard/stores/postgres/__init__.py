@@ -407,7 +407,7 @@ class PostgresStore(SqlStore[Connection], _fork.Forkable):
         pool, place = self._pool, quoted(self._options.schema)
         deadline = pool.deadline()
         begin = f"""{BEGIN};{self._limits_sql(deadline, self._options.timeout)}
-        SET LOCAL synchronous_commit = off;
+        SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL synchronous_commit = off;
         SELECT v.version, v.oldest FROM {place}.schema_version v
             JOIN {place}.zz_restore_marker m ON m.id = 1 WHERE v.id = 1"""
         with pool.begun(begin, deadline=deadline) as (connection, found):
