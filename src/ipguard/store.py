@@ -623,7 +623,8 @@ def carry_out(tx: UserTransaction, plan: UserPlan) -> list[Change]:
     added = [(step.user.username, step.user.account_id) for step in steps if step.added]
     updated = [(step.user.username, step.user.account_id) for step in steps if step.changed]
     fresh = {name for name, _ in added}
-    tx.move_sightings({old: new for old, new in renamed if new not in fresh}, fresh)
+    moves = {old: new for old, new in renamed if new not in fresh}
+    tx.move_sightings(moves, {*fresh, *(old for old, _ in renamed if old not in moves)})
     changes = append_users(
         tx, Action.REMOVE_USERS, {"removed": len(gone)}, gone, (name for name, _ in gone)
     )

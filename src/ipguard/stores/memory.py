@@ -435,20 +435,32 @@ class WriteTransaction:
                     del table[name]
             self.state.cleaned_at = self.now
 
-    def record_sighting(self, seen: Sighting) -> Sighting | None:
-        """Add a sighting; return it as it is now, if its user is to be told about it."""
-        stored = self.user(seen.username)
-        if stored is None or stored.removed:
-            return None
+    def record_sightings(self, seen: Sequence[Sighting]) -> Iterator[Sighting]:
+        """Add sightings; yield those to tell their users about, as they are now."""
         table = self._table("sightings")
-        held: Mapping[str, Seen] = table.get(seen.username, {})
-        before, told_at = held.get(seen.address, Seen(seen, None))
-        after = seen if before is seen else rules.joined(before, seen)
-        tell = seen.refused > 0 and (told_at is None or told_at <= rules.told_until(self.now))
-        every = {**held, seen.address: Seen(after, self.now if tell else told_at)}
-        kept = rules.sightings_kept((each.sighting for each in every.values()), self.now)
-        table[seen.username] = {each.address: every[each.address] for each in kept}
-        return after if tell and after in kept else None
+        known = [each for each in seen if _is_registered(self.user(each.username))]
+        every: dict[str, dict[str, Seen]] = {}
+        for each in known:
+            name = each.username
+            kept = self.state.seen(name, self.now)
+            held = every.setdefault(name, {it.address: table[name][it.address] for it in kept})
+            before, told_at = held.get(each.address, Seen(each, None))
+            after = each if before is each else rules.joined(before, each)
+            held[each.address] = Seen(after, told_at)
+        for name, held in every.items():
+            left = rules.sightings_kept((there.sighting for there in held.values()), self.now)
+            table[name] = {each.address: held[each.address] for each in left}
+        for each in known:
+            there = table[each.username].get(each.address)
+            if each.refused and there is not None:
+                due = there.told_at is None or there.told_at <= rules.told_until(self.now)
+                if due:
+                    table[each.username][each.address] = Seen(there.sighting, self.now)
+                    yield there.sighting
+
+
+def _is_registered(stored: StoredUser | None) -> bool:
+    return stored is not None and not stored.removed
 
 
 class MemoryStore(Closing):
@@ -659,8 +671,7 @@ class MemoryStore(Closing):
         """Add logins to what is kept; return those to tell their users about."""
         with self._write() as tx:
             tx.clean_sightings()
-            found = map(tx.record_sighting, rules.sightings_to_record(seen, tx.now))
-            return tuple(each for each in found if each is not None)
+            return tuple(tx.record_sightings(rules.sightings_to_record(seen, tx.now)))
 
     def sightings(self, username: str) -> tuple[Sighting, ...]:
         """Return where a user was seen, newest first."""

@@ -48,6 +48,11 @@ DELETE FROM sightings WHERE (username, address) IN (
     ) %s
 )
 """
+_EXPIRE: Final = """
+DELETE FROM sightings WHERE (username, address) IN (
+    SELECT s.username, s.address FROM sightings s WHERE %s AND s.last_at < ? %s
+)
+"""
 _CLEAN: Final = f"""
 DELETE FROM sightings WHERE (username, address) IN (
     SELECT s.username, s.address FROM sightings s WHERE s.last_at < ?
@@ -55,8 +60,9 @@ DELETE FROM sightings WHERE (username, address) IN (
 )
 """
 _UNTOLD: Final = f"""
-SELECT {columns(SIGHTING, "s")} FROM (VALUES %s) v CROSS JOIN sightings s
-WHERE s.username = v.column1 AND s.address = v.column2 AND (s.told_at IS NULL OR s.told_at <= ?)
+SELECT {columns(SIGHTING, "s")} FROM (VALUES %s) v CROSS JOIN users u CROSS JOIN sightings s
+WHERE u.username = v.column1 AND u.removed = 0 AND s.username = v.column1
+    AND s.address = v.column2 AND (s.told_at IS NULL OR s.told_at <= ?)
 """
 _TELL: Final = "UPDATE sightings SET told_at = ? WHERE username = ? AND address = ?"
 _MOVED: Final = f"{SIGHTING}, told_at"
@@ -85,11 +91,14 @@ def record(
         for each in seen
         if encodable(each.username)
     ]
+    names = db.texts(dict.fromkeys(row[0] for row in rows))
+    since = micros(rules.seen_since(now))
+    # First, so that nothing is added to what is too old to be kept.
+    db.run(_EXPIRE % (db.among("s.username"), skip_locked), (names, since))
     for values, params in _values(rows):
         db.run(_ADD % values, params)
-    names = db.texts(dict.fromkeys(row[0] for row in rows))
     db.run(_TRIM % (db.among("username"), skip_locked), (names,))
-    db.run(_CLEAN % skip_locked, (micros(rules.seen_since(now)),))
+    db.run(_CLEAN % skip_locked, (since,))
     told: list[Sighting] = []
     for values, params in _values([row[:2] for row in rows if row[-1]]):
         told += map(
