@@ -141,10 +141,15 @@ SELECT {columns(_BY_KEY, "s")}, k.same FROM staged_restrictions s LEFT JOIN (
     WHERE p.seq IS NOT NULL AND (p.expires_at IS NULL OR p.expires_at > %d) GROUP BY p.seq
 ) k ON k.seq = s.seq ORDER BY {columns(_SORTED_KEY, "s")}
 """
-_ENDED: Final = f"""
-SELECT {columns(_SORTED_KEY, "p")} FROM ended_restrictions e
-JOIN present_restrictions p ON p.id = e.id ORDER BY {columns(_SORTED_KEY, "p")}
+_ENDS: Final = f"""
+SELECT {columns(_SORTED_KEY, "p")} FROM present_restrictions p LEFT JOIN (
+    SELECT p.seq, min(p.id) AS id FROM present_restrictions p
+    WHERE p.seq IS NOT NULL AND (p.expires_at IS NULL OR p.expires_at > %%d) %s GROUP BY p.seq
+) k ON k.seq = p.seq %s ORDER BY {columns(_SORTED_KEY, "p")}
 """
+# As `_END_OTHERS` and `_END_EXPIRED`, before it is known which rows are kept.
+_ENDS_OTHERS: Final = _ENDS % ("AND p.same = 1", "AND k.id = p.id WHERE k.seq IS NULL")
+_ENDS_EXPIRED: Final = _ENDS % ("", "WHERE p.seq IS NOT NULL AND k.seq IS NULL")
 _BEGUN_AT: Final = (
     f"SELECT {_BY_KEY} FROM restrictions WHERE began = {{0}} OR began IN"
     f" (SELECT number FROM imports WHERE revision = {{0}}) ORDER BY {_SORTED_KEY}"
@@ -173,8 +178,8 @@ class BulkRestrictions:
         self._ahead = False
         self._number = _new_number()
         self._seen, self._most = _NEVER, (0, 0)
-        # For each option, how many rows are kept, and the digest of the others.
-        self._digests: dict[str, tuple[int, ChangedRestrictions]] = {}
+        # For each option, how many rows are kept, how many restrictions end, and the digest.
+        self._digests: dict[str, tuple[int, int, ChangedRestrictions]] = {}
         self._digest: ChangedRestrictions | None = None
         self._refused: str | None = None
         db.run(
@@ -231,23 +236,27 @@ class BulkRestrictions:
             self._ahead = False
 
     def _digest_rows(self, db: Executor, at: int) -> None:
-        """Compute the digest of the rows to add for each option, as things are now.
+        """Compute the digest of the addition for each option, as things are now.
 
         Without an option a live restriction to the same addresses is refused, so none is kept.
         """
-        digests = {kept: ChangedRestrictions() for kept in ("none", "same", "live")}
-        counts = dict.fromkeys(digests, 0)
-        ((some,),) = db.rows(f"SELECT count(*) {_PRESENT_LIVE}", (at,))
-        if not some:
-            digests = {"none": digests["none"]}
+        options = {"none": _ENDS_EXPIRED, "same": _ENDS_OTHERS, "live": _ENDS_EXPIRED}
+        digests = {option: ChangedRestrictions() for option in options}
+        kept, ended = dict.fromkeys(options, 0), dict.fromkeys(options, 0)
+        ((live,),) = db.rows(f"SELECT count(*) {_PRESENT_LIVE}", (at,))
+        different = digests if live else {"none": digests["none"]}
         for *row, same in db.stream(_DIGESTED % at):
-            for kept, digest in digests.items():
-                if kept == "none" or (same is None if kept == "live" else same != 1):
+            for option, digest in different.items():
+                if option == "none" or (same is None if option == "live" else same != 1):
                     digest.add(row)
                 else:
-                    counts[kept] += 1
-        found = digests["none"]
-        self._digests = {kept: (n, digests.get(kept, found)) for kept, n in counts.items()}
+                    kept[option] += 1
+        for option, statement in options.items():
+            digest = digests[option] if live else digests["none"].copy()
+            for ending in db.stream(statement % at):
+                digest.end(ending)
+                ended[option] += 1
+            self._digests[option] = kept[option], ended[option], digest
 
     def digest(self, db: Executor, revision: int, *, alone: bool) -> str:
         """Return the digest of the entry that the addition belongs to.
@@ -257,11 +266,8 @@ class BulkRestrictions:
             revision: The revision of the entry.
             alone: Whether the transaction has changed no other restrictions since the last entry.
         """
-        digest = self._digest
-        if digest is not None and alone:
-            for row in db.stream(_ENDED):
-                digest.end(row)
-            return digest.text()
+        if self._digest is not None and alone:
+            return self._digest.text()
         # What is in the record is what will be verified, whatever led to it.
         digest = ChangedRestrictions()
         for row in db.stream(_BEGUN_AT.format(revision)):
@@ -301,9 +307,10 @@ class BulkRestrictions:
         if given > kept:
             db.run("INSERT INTO imports (number, revision) VALUES (?, ?)", (self._number, revision))
         option = "same" if replace else "live" if skip_existing else "none"
-        expected, digest = self._digests.get(option, (-1, None))
-        # With time, fewer rows are kept, and no others.
-        self._digest = digest.copy() if digest and not changed and kept == expected else None
+        as_judged = self._digests.get(option)
+        # With time, fewer rows are kept and more end; as many are the same ones.
+        same = not changed and as_judged is not None and as_judged[:2] == (kept, ended)
+        self._digest = as_judged[2] if same and as_judged is not None else None
         # They are now restrictions like all others.
         self._ahead, self._seen, self._number = False, _NEVER, _new_number()
         return BulkCounts(added=int(given - kept), kept=int(kept), ended=int(ended))
