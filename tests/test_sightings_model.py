@@ -26,7 +26,7 @@ ADDRESSES = [
 
 
 class Kept:
-    """What is kept of one user and address."""
+    """One row of the model."""
 
     def __init__(self, sighting: Sighting) -> None:
         self.first, self.last = sighting.first_at, sighting.last_at

@@ -93,7 +93,7 @@ def record(
     ]
     names = db.texts(dict.fromkeys(row[0] for row in rows))
     since = micros(rules.seen_since(now))
-    # First, so that nothing is added to what is too old to be kept.
+    # First, so that no count is added to an expired row.
     db.run(_EXPIRE % (db.among("s.username"), skip_locked), (names, since))
     for values, params in _values(rows):
         db.run(_ADD % values, params)
