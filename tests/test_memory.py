@@ -107,6 +107,7 @@ class TestFork:
                 lambda: store.revision_at(datetime.now(UTC)),
                 lambda: store.restrictions_changed(1),
                 lambda: store.last_changes([]),
+                lambda: store.passed_on("alice", 0),
                 store.verify,
             ):
                 try:
@@ -116,7 +117,7 @@ class TestFork:
             store.close()
             return refused
 
-        assert in_child(ask) == 14
+        assert in_child(ask) == 15
         assert store.load_policy("alice").known
 
     def test_a_child_never_waits_for_a_lock_of_its_parent(self):

@@ -306,6 +306,35 @@ def test_memory_does_not_grow_with_the_store(place: Sqlite | Postgres) -> None:
         assert large < 1.5 * small + 1_000_000
 
 
+@pytest.mark.parametrize("beginning", [4, 9])
+def test_a_beginning_that_was_moved_is_found(place: Sqlite | Postgres, beginning: int) -> None:
+    """Else what is written before it would not be checked."""
+    store: Any = place.open()
+    with store:
+        fill(store)
+        noted = store.verify()
+    sql(
+        place,
+        "UPDATE changes SET actor = 'other' WHERE revision = 3",
+        f"UPDATE changes SET salt = NULL WHERE revision <= {beginning}",
+        f"UPDATE head SET recorded = {beginning}",
+    )
+    with place.open() as store:  # type: ignore[attr-defined]
+        assert [each.revision for each in store.verify().damage][:1] == [beginning]
+    sql(
+        place,
+        "UPDATE changes SET token = 'x' WHERE revision = 9",
+        "UPDATE head SET token = 'x', recorded = 9",
+    )
+    with place.open() as store:  # type: ignore[attr-defined]
+        assert store.verify().damage == ()
+        (damage,) = store.verify(expect=(9, noted.token)).damage
+        assert damage.revision == 9
+        sql(place, "UPDATE changes SET token = 'noted' WHERE revision = 4")
+        (damage,) = store.verify(expect=(4, "noted")).damage
+        assert damage.revision == 4
+
+
 def test_at_most_a_hundred_places_are_reported(place: Sqlite | Postgres) -> None:
     store: Any = place.open()
     with store:
@@ -410,6 +439,25 @@ def test_an_older_library_writes_beside_this_one(place: Sqlite | Postgres) -> No
         assert (found.first, found.head, found.damage, found.uncovered) == (7, 8, (), 0)
         assert ids(store.policy_at("jo", 6)) == ["r2"]
         assert ids(store.policy_at("jo", 7)) == []
+
+
+def test_a_rename_by_an_older_library_is_no_older_than_its_entry(place: Sqlite | Postgres) -> None:
+    """It inserts the restrictions anew, with the time at which they were created."""
+
+    def rename(run: Run) -> None:
+        run("DELETE FROM restrictions WHERE id = 'r1'", ())
+        run(_IMPOSE.replace("'jo'", "'joe'"), ("r1", *AddressRange.parse(HOME).packed, at))
+        run(_APPEND, (at + 10_000_000,))
+        run(_MOVE, ())
+
+    at = micros(START) + 10_000_000
+    store: Any = place.open()
+    with store:
+        store.put_users([user("jo"), user("joe")])
+        place.old(lambda run: old_impose(run, "r1", 10))
+        place.old(rename)
+        assert [ids(store.policy_at("jo", n)) for n in (1, 2, 3)] == [[], ["r1"], []]
+        assert [ids(store.policy_at("joe", n)) for n in (1, 2, 3)] == [[], [], ["r1"]]
 
 
 def test_a_prune_by_an_older_library_leaves_a_gap(place: Sqlite | Postgres) -> None:

@@ -187,6 +187,7 @@ READS: dict[str, Callable[[Any], object]] = {
     "what an entry changed": lambda store: store.restrictions_changed(2),
     "the revision at a time": lambda store: store.revision_at(START),
     "the last change of another user": lambda store: store.last_changes(["al"]),
+    "whether a username passed on": lambda store: store.passed_on("al", 2),
 }
 
 

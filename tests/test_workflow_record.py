@@ -147,6 +147,33 @@ def test_a_user_who_is_registered_again_in_another_account(desk: Desk) -> None:
     assert addresses(desk.flow.as_of(BOSS, "jsmith", revision=before)) == [HOME]
 
 
+def test_entries_that_name_no_user_hide_what_was_before(desk: Desk) -> None:
+    """Several users in one entry: the username may have been of another user or account."""
+
+    def put(account: str, *names: str) -> None:
+        desk.store.put_users(
+            [User(username=name, full_name="", account_id=account) for name in names]
+        )
+
+    put("U1", "bob", "bo")
+    for address in (HOME, OFFICE):
+        rows = [("bob", address), ("bo", address)]
+        desk.flow.impose_many(BOSS, rows, reason="x", replace=True)
+    first = desk.rows()[1].revision
+    assert addresses(desk.flow.as_of(ALICE, "bob", revision=first)) == [HOME]
+    desk.store.rename_user("bob", "bob2")
+    desk.store.remove_users(["bo", "mary"])
+    put("U2", "bob", "bo")
+    now = desk.rows()[0].revision
+    assert desk.flow.as_of(CAROL, "bob", revision=now).restrictions == ()
+    assert addresses(desk.flow.as_of(CAROL, "bo", revision=now)) == [OFFICE]
+    for name in ("bob", "bo"):
+        for revision in range(now):
+            with pytest.raises(UnknownUser):
+                desk.flow.as_of(CAROL, name, revision=revision)
+    assert addresses(desk.flow.as_of(BOSS, "bo", revision=first)) == [HOME]
+
+
 # -- what an entry changed ---------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "digest_of",
     "encode",
     "entry_columns",
+    "is_chained",
     "micros",
     "new_salt",
     "next_token",
@@ -182,6 +183,11 @@ def next_token(previous: str, entry: Sequence[object], restrictions: str, salt: 
         salt: The random part, as from `new_salt`.
     """
     return sha256(f"{previous}{_canonical((*entry, restrictions))}{salt}".encode()).hexdigest()
+
+
+def is_chained(token: str) -> bool:
+    """Return whether a token is as from `next_token`; those of older versions are shorter."""
+    return len(token) == 2 * sha256().digest_size
 
 
 def _hex(value: object) -> str:

@@ -513,6 +513,18 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
     def last_changes(self, usernames: Iterable[str]) -> Mapping[str, Change]:
         """Return for each of at most 1,000 users the last entry that names it and touches it."""
 
+    def passed_on(self, username: str, revision: int) -> bool:
+        """Return whether a username may be another user's since a revision.
+
+        It may be after an entry of `put_users`, `remove_users` or `rename_user` that touches the
+        username and does not name it: several users were registered or removed, or the user with
+        this username got another one.
+
+        Args:
+            username: The canonical username.
+            revision: The entries after this one count.
+        """
+
     def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
         """Check the audit log's chain of tokens, and every restriction against its entry.
 

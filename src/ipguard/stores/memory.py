@@ -734,6 +734,16 @@ class MemoryStore(Closing):
             if entry.touches and entry.change.username in names
         }
 
+    def passed_on(self, username: str, revision: int) -> bool:
+        """Return whether a username may be another user's since a revision."""
+        check_whole("revision", revision, 0)
+        return any(
+            entry.change.action in (Action.PUT_USERS, Action.REMOVE_USERS, Action.RENAME_USER)
+            and entry.change.username != username
+            and (isinstance(entry.touches, Touched) or username in entry.touches)
+            for entry in self._entries[revision : self._committed().head]
+        )
+
     def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
         """Check the chain of tokens and the record of restrictions."""
         state, damage = self._committed(), list[Damage]()

@@ -241,6 +241,33 @@ class EvidenceTests(StoreCase):
         many = [f"user{n}" for n in range(998)]
         assert set(self.store.last_changes([*many, "bob", "alice"])) == {"alice", "bob"}
 
+    def test_a_username_may_pass_to_another_user(self) -> None:
+        """It may by an entry that touches the username and does not name it."""
+        quoted = "o'neil"
+        self.put("alice", "bob", quoted)
+        first = self.cursor()[0]
+        assert self.store.passed_on("alice", 0)
+        assert self.store.passed_on(quoted, 0)
+        assert not self.store.passed_on("ali", 0)
+        self.put("carol")  # an entry that names her
+        self.touch("alice", username="alice")
+        self.touch("alice")  # not of a user
+        for name in ("alice", "bob", "carol", quoted):
+            assert not self.store.passed_on(name, first)
+        renamed = self.store.rename_user("alice", "alicia")
+        assert self.store.passed_on("alice", renamed - 1)
+        assert not self.store.passed_on("alice", renamed)
+        assert not self.store.passed_on("alicia", first)
+        removed = self.store.remove_users(["bob", quoted])
+        assert self.store.passed_on("bob", removed - 1)
+        assert not self.store.passed_on("bob", 2**63)
+        assert not self.store.passed_on("\ud800", first)
+        with self.store.transaction() as tx:
+            tx.append(Action.PUT_USERS, actor=None, touches=EVERYBODY)
+        assert self.store.passed_on("carol", removed)
+        with raises(InvalidValue):
+            self.store.passed_on("alice", -1)
+
     def test_every_token_continues_the_one_before(self) -> None:
         """The chain is whole, and covers entries with every kind of value."""
         self.put("alice")

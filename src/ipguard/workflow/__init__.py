@@ -1089,8 +1089,9 @@ class Workflow(Closing):
             The policy; its revision is the one in force then.
 
         Raises:
-            UnknownUser: The user does not exist for this actor, or was renamed or moved to another
-                account since then: what was before is not the actor's to see.
+            UnknownUser: The user does not exist for this actor, or may have had another name or
+                account then, or the username another user: what was before is not the actor's to
+                see. So it is before an entry of `put_users` or `remove_users` about several users.
             InvalidValue: Not exactly one of `at` and `revision` is given, the time is in the
                 future, or the record does not go back as far.
             UsernameError: The username has no canonical form.
@@ -1108,7 +1109,9 @@ class Workflow(Closing):
             revision = self._store.revision_at(moment)
         wanted = check_whole("revision", revision, 0, _REVISION_LIMIT)
         policy = self._store.policy_at(name, wanted)
-        if not everywhere and self._arrived(actor.manages, name) > wanted:
+        if not everywhere and (
+            self._arrived(actor.manages, name) > wanted or self._store.passed_on(name, wanted)
+        ):
             raise errors.UnknownUser(name)
         return policy
 

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Final
 
 from ipguard import rules
+from ipguard._checks import check_whole
 from ipguard.audit import (
     Anchor,
     ChangedRestrictions,
@@ -18,13 +19,24 @@ from ipguard.audit import (
     anchor_detail,
     check_expected,
     decode,
+    is_chained,
     micros,
     read_anchor,
     report,
+    touched_text,
 )
 from ipguard.audit import verify as verify_entries
 from ipguard.errors import StoreUnavailable
-from ipguard.model import Action, Change, Damage, Page, Policy, Restriction, Verification
+from ipguard.model import (
+    EVERYBODY,
+    Action,
+    Change,
+    Damage,
+    Page,
+    Policy,
+    Restriction,
+    Verification,
+)
 from ipguard.store import Transaction
 from ipguard.stores._sql import (
     BIGGEST,
@@ -66,6 +78,13 @@ SELECT (
     SELECT n.revision FROM changes n WHERE n.username = j.value AND n.touched IS NOT NULL
     ORDER BY n.revision DESC LIMIT 1
 ) FROM
+"""
+# `touched` has the usernames as JSON.
+_PASSED_ON: Final = """
+SELECT 1 FROM changes WHERE revision > ?
+    AND action IN ('put_users', 'remove_users', 'rename_user') AND COALESCE(username, '') <> ?
+    AND (touched = ? OR replace(touched, ?, '') <> touched)
+LIMIT 1
 """
 
 
@@ -125,6 +144,14 @@ def last_changes(db: Executor, usernames: Iterable[str]) -> Mapping[str, Change]
     return {change.username: change for change in map(change_of, rows) if change.username}
 
 
+def passed_on(db: Executor, username: str, revision: int) -> bool:
+    """Return whether a username may be another user's since a revision; see `ipguard.store`."""
+    check_whole("revision", revision, 0)
+    named = (touched_text(frozenset({username})) or "")[1:-1]
+    everybody = touched_text(EVERYBODY)
+    return bool(db.rows(_PASSED_ON, (min(revision, BIGGEST), username, everybody, named)))
+
+
 def _bounds(db: Executor) -> Row:
     """Return the head's revision and token, where the record begins, and the first entry."""
     for row in db.rows(_BOUNDS):
@@ -164,6 +191,12 @@ def verify(db: Executor, expect: tuple[int, str] | None) -> Verification:
         before = _token(db, first - 1) or ""
         if not before:
             report(damage, first - 1, f"revision {first - 1} is missing")
+        elif is_chained(before):
+            report(
+                damage,
+                first - 1,
+                "the entry belongs to the record, but the store says that the record begins later",
+            )
     entries, begun = verify_entries(
         _entries(db, first),
         db.stream(
@@ -182,6 +215,8 @@ def verify(db: Executor, expect: tuple[int, str] | None) -> Verification:
     if expect is not None:
         known = -1 < expect[0] <= BIGGEST
         check_expected(expect, _token(db, expect[0]) if known else None, damage)
+        if known and expect[0] < first - 1:
+            report(damage, expect[0], f"what was checked begins later, at revision {first}")
     return Verification(
         first=first,
         head=head,

@@ -1075,6 +1075,10 @@ class SqlStore(Closing, Generic[C]):
         with self._snapshot() as db:
             return record.last_changes(db, names)
 
+    def passed_on(self, username: str, revision: int) -> bool:
+        with self._snapshot() as db:
+            return record.passed_on(db, username if encodable(username) else "", revision)
+
     def verify(self, *, expect: tuple[int, str] | None = None) -> Verification:
         with self._scan() as db:
             return record.verify(db, expect)

@@ -8,6 +8,8 @@
 -- added and ended; '' if there are none, NULL in entries of older libraries.
 ALTER TABLE changes ADD COLUMN salt TEXT COLLATE "C", ADD COLUMN restrictions TEXT COLLATE "C";
 CREATE INDEX changes_by_time ON changes (at, revision);
+CREATE INDEX changes_of_usernames ON changes (revision)
+    WHERE action IN ('put_users', 'remove_users', 'rename_user');
 
 -- The record begins after this revision.
 ALTER TABLE head ADD COLUMN recorded BIGINT;
@@ -70,6 +72,22 @@ END
 $$;
 CREATE TRIGGER ended AFTER DELETE ON restrictions REFERENCING OLD TABLE AS gone
     FOR EACH STATEMENT EXECUTE FUNCTION keep_ended_restrictions();
+
+-- An older library that renames a user deletes its restrictions and inserts them under the new
+-- username, without `began`. They begin there when they end under the old one.
+CREATE FUNCTION date_moved_restrictions() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    EXECUTE format(
+        'SELECT p.ended FROM %1$I.head h JOIN %1$I.past_restrictions p ON p.ended = h.revision + 1
+        WHERE h.id = 1 AND p.id = $1 LIMIT 1',
+        TG_TABLE_SCHEMA
+    ) INTO NEW.began USING NEW.id;
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER moved BEFORE INSERT ON restrictions
+    FOR EACH ROW WHEN (NEW.began IS NULL) EXECUTE FUNCTION date_moved_restrictions();
 
 -- How often a user gave the right password from an address, and when the user was last told about
 -- refused logins.

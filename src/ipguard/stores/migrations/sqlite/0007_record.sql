@@ -8,6 +8,8 @@
 ALTER TABLE changes ADD COLUMN salt TEXT;
 ALTER TABLE changes ADD COLUMN restrictions TEXT;
 CREATE INDEX changes_by_time ON changes (at, revision);
+CREATE INDEX changes_of_usernames ON changes (revision)
+    WHERE action IN ('put_users', 'remove_users', 'rename_user');
 
 -- The record begins after this revision.
 ALTER TABLE head ADD COLUMN recorded INTEGER;
@@ -60,6 +62,16 @@ BEGIN
             SELECT 1 FROM past_restrictions p
             WHERE p.username = OLD.username AND p.ended > h.revision AND p.id = OLD.id
         );
+END;
+
+-- An older library that renames a user deletes its restrictions and inserts them under the new
+-- username, without `began`. They begin there when they end under the old one.
+CREATE TRIGGER restriction_moved AFTER INSERT ON restrictions WHEN NEW.began IS NULL
+BEGIN
+    UPDATE restrictions SET began = (
+        SELECT p.ended FROM head h JOIN past_restrictions p ON p.ended = h.revision + 1
+        WHERE h.id = 1 AND p.id = NEW.id LIMIT 1
+    ) WHERE id = NEW.id;
 END;
 
 -- How often a user gave the right password from an address, and when the user was last told about
