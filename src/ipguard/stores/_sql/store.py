@@ -562,7 +562,9 @@ _OF_ACCOUNT: Final = "u.account_id = j.value AND u.removed + 0 = 0"
 
 def _listed(db: Executor, accounts: Accounts, after: str, limit: int, listed: Query) -> Query:
     """Return the query for the users that a filter lists, by a condition on each of them."""
-    mine = Query("", ())
+    # No index has the name. So PostgreSQL walks the users in their order, and does not read all of
+    # them from another index, to sort them.
+    mine = Query(" AND u.full_name || '' IS NOT NULL", ())
     if isinstance(accounts, frozenset):
         texts = _texts(db, accounts)
         ((size,),) = db.rows(
@@ -576,7 +578,8 @@ def _listed(db: Executor, accounts: Accounts, after: str, limit: int, listed: Qu
                 " ORDER BY u.username || '' LIMIT ?",
                 (texts, after, *listed.params, limit),
             )
-        mine = _of_accounts(db, accounts)
+        theirs = _of_accounts(db, accounts)
+        mine = Query(mine.text + theirs.text, theirs.params)
         if len(accounts) == 1:
             mine = Query(" AND u.account_id = ? AND u.removed = 0", tuple(accounts))
     return Query(
