@@ -557,6 +557,20 @@ def test_a_prune_that_was_interrupted_is_resumed(filled: Filled, place: Sqlite |
     assert store.verify().head == 10
 
 
+def test_an_anchor_is_pruned_like_other_entries(filled: Filled) -> None:
+    """The next one replaces it, as often as the store is pruned."""
+    anchored = 0
+    for _ in range(3):
+        filled.store.prune(filled.store.now())
+        filled.store._clock.advance(timedelta(days=1))
+        for address in (HOME, OFFICE):
+            workflow(filled.store).impose(BOSS, "jo", address, reason="x", only=True)
+        found = filled.store.verify()
+        assert (found.damage, found.uncovered) == ((), 0)
+        assert found.first > anchored
+        anchored = found.first
+
+
 def test_two_prunes_at_once_are_refused(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later anchor could otherwise keep more than is left."""
     store: Any = filled.store
