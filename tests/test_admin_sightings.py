@@ -79,7 +79,7 @@ def test_suggestions_on_the_form_for_a_change(office: Office):
 
 
 def test_suggestions_need_a_trader(office: Office):
-    """Another button than those on the form is no way around the rules for addresses."""
+    """Another button than those on the form does not bypass the rules for addresses."""
     office.log_in(HOME, 5)
     alice = office.browser(ALICE, "/add")
     assert "addresses-used" not in alice.page.ids

@@ -351,7 +351,7 @@ def test_at_most_a_hundred_places_are_reported() -> None:
 
 
 def test_a_noted_token_is_compared() -> None:
-    """The same token is no damage; another one is, and so is an entry that is not there."""
+    """Another token is damage, and so is a missing entry; the same token is not."""
     found: list[Damage] = []
     audit.check_expected((7, "abc"), "abc", found)
     assert found == []

@@ -86,7 +86,7 @@ def test_login(bench: Bench) -> None:
 
 
 def test_logins_with_the_right_password_are_recorded(bench: Bench) -> None:
-    """A check of a session is no login, and a wrong password says nothing about the user."""
+    """The check of a session is not a login, and a wrong password does not count."""
     bench.restrict("jsmith")
     browser = browse(make_app(bench), OFFICE)
     assert browser.send("GET", "/login/jsmith?password=wrong").json() == "allow"

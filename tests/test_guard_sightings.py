@@ -667,7 +667,7 @@ def test_logins_after_close_are_recorded(world: World) -> None:
 
 
 def test_the_thread_ends_with_its_guard(world: World) -> None:
-    """What is waiting is written first; a callback that refers to the guard does not keep it."""
+    """Waiting logins are written first; a callback that refers to the guard does not keep it."""
     guard = world.guard()
     guard.follow_refusals(partial(print, guard))
     guard.saw("jsmith", HOME, True)

@@ -138,7 +138,7 @@ class TestFork:
 
 class TestSize:
     def test_a_change_copies_the_tables_that_it_writes(self):
-        """A change of the failures leaves the users, who may be many, where they are."""
+        """A change of the failures does not copy the users, of which there may be many."""
         store = MemoryStore()
         store.put_users([_user("alice")])
         before = store._state

@@ -149,7 +149,7 @@ RESTRICTION = {
 
 @pytest.mark.parametrize("name", [*ENTRY, *RESTRICTION])
 def test_a_changed_row_is_found(place: Sqlite | Postgres, name: str) -> None:
-    """Whatever is changed behind the library's back, `verify` names the revision."""
+    """`verify` finds each change behind the library's back, and names the revision."""
     statement, revision = {**ENTRY, **RESTRICTION}[name]
     store: Any = place.open()
     with store:
@@ -442,7 +442,7 @@ def test_an_older_library_writes_beside_this_one(place: Sqlite | Postgres) -> No
 
 
 def test_a_rename_by_an_older_library_is_no_older_than_its_entry(place: Sqlite | Postgres) -> None:
-    """It inserts the restrictions anew, with the time at which they were created."""
+    """It inserts the restrictions again, with the time at which they were created."""
 
     def rename(run: Run) -> None:
         run("DELETE FROM restrictions WHERE id = 'r1'", ())

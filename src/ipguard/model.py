@@ -354,11 +354,11 @@ class Impact:
         ends: When the last restriction that is left expires, after which no address is allowed;
             None if one is permanent, or none is left. Equality ignores it, and stores do not keep
             it.
-        seen_lost: The user's sightings from addresses in `lost`, newest first: what the change
+        seen_lost: The user's sightings from addresses in `lost`, newest first, which the change
             would have refused. `Workflow.preview` and `preview_request` fill it; equality ignores
             it, and stores do not keep it.
-        seen_summary: What `seen_lost` means, in a sentence; empty if nothing is lost, or no logins
-            of the user are known. Equality ignores it, and stores do not keep it.
+        seen_summary: The meaning of `seen_lost`, in a sentence; empty if no address is lost, or no
+            logins of the user are known. Equality ignores it, and stores do not keep it.
     """
 
     direction: Direction
@@ -901,7 +901,7 @@ class Changes(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """One place where the audit log, or the record of restrictions, is not as it was written.
+    """One place where the audit log, or the record of restrictions, was changed from outside.
 
     Attributes:
         revision: The entry concerned, or None if there is none.

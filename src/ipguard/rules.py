@@ -576,7 +576,7 @@ def suggest(
     for each in sightings:
         if not each.allowed or each.address in held:
             continue
-        with suppress(errors.AddressError):  # a multicast address, from which nobody can log in
+        with suppress(errors.AddressError):  # a multicast address cannot be listed
             found = AddressRange.parse(str(whereabouts(each.address, widest_ipv6=widest_ipv6)))
             logins, last_at = used.get(found, (0, each.last_at))
             used[found] = logins + each.allowed, max(last_at, each.last_at)
@@ -585,7 +585,7 @@ def suggest(
 
 
 def whereabouts(address: str, *, widest_ipv6: int) -> AddressRange:
-    """Return what a client's address stands for in a restriction: itself, or its IPv6 /64.
+    """Return the addresses to list for a client's address: itself, or its IPv6 /64.
 
     A host changes its IPv6 address within that network (RFC 8981). The network is smaller if the
     settings allow none as wide.
@@ -630,7 +630,7 @@ def would_refuse(lost: Iterable[Sighting], sightings: Iterable[Sighting]) -> str
         sightings: All sightings of the user.
 
     Returns:
-        The sentence; empty if no login was allowed, so that there is nothing to compare with.
+        The sentence; empty if no login was allowed.
     """
     allowed = sum(each.allowed for each in sightings)
     refused = sum(each.allowed for each in lost)
@@ -686,7 +686,7 @@ def refusal_hint(address: str, restrictions: Collection[Restriction], now: datet
     """Return in a sentence why restrictions may not fit an address that was refused.
 
     Returns:
-        The sentence; empty if the address is allowed now, or if there is nothing to say.
+        The sentence; empty if the address is allowed now, or no hint fits.
     """
     client = parse_address(address)
     live = [each.addresses for each in restrictions if not each.expired(now)]

@@ -438,11 +438,11 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         """
 
     def record_sightings(self, seen: Sequence[Sighting]) -> tuple[Sighting, ...]:
-        """Add logins with the right password to what is kept of each user and address.
+        """Add logins with the right password to the sightings of each user and address.
 
         The counts are added, `first_at` and `last_at` are joined. Sightings of users that are not
         registered, or removed, are left out. Of each user, 32 addresses are kept, those seen last,
-        and none that was last seen more than 90 days ago. Nothing is appended to the audit log.
+        except those last seen more than 90 days ago. The audit log gets no entry.
 
         Args:
             seen: At most 1,000, each user and address once.
@@ -462,7 +462,7 @@ class RestrictionStore(AbstractContextManager["RestrictionStore", None], Protoco
         """
 
     def forget_sightings(self, username: str, *, actor: Actor | None = None) -> int:
-        """Delete what is kept about a user's logins, and append a `FORGET_SIGHTINGS`.
+        """Delete a user's sightings, and append a `FORGET_SIGHTINGS`.
 
         Args:
             username: In any spelling; need not be registered.

@@ -1006,7 +1006,7 @@ class Workflow(Closing):
         return rules.refusals(found, restrictions, now)
 
     def forget_sightings(self, actor: Actor, username: str) -> int:
-        """Delete what is kept about a user's logins; only for actors of every account.
+        """Delete a user's sightings; only for actors of every account.
 
         The audit log records that, and how many addresses there were.
 
@@ -1116,7 +1116,7 @@ class Workflow(Closing):
         return policy
 
     def _arrived(self, accounts: Accounts, username: str) -> int:
-        """Return the revision of the last entry about what is not these accounts' user.
+        """Return the revision of the last entry about a user of another account.
 
         That is a rename or a move from another account, or an entry of another account: a user may
         be removed from one and registered in another. 0 if there is none.

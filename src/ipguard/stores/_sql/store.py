@@ -332,7 +332,7 @@ class WriteTransaction(SqlSnapshot):
         self.db.run(_MOVE_HEAD, (self.revision, self._token, self.touching))
 
     def _digest(self) -> str:
-        """Return the digest of what was done to restrictions since the last entry."""
+        """Return the digest of the restrictions added and ended since the last entry."""
         if not self._imported or self._bulk is None:
             return digest_of(self._added.values(), self._ended)
         alone = not (self._added or self._ended)
@@ -941,7 +941,7 @@ class SqlStore(Closing, Generic[C]):
         restrictions that had ended by then. A guard that has not synced since then starts over. A
         `PRUNE` entry, the anchor, lets `verify` continue: it has the first revision that was kept,
         the token before it, and the digest of the restrictions that are older. It is also appended
-        if there is nothing to delete, but a restriction that no entry covers.
+        if no entry can be deleted, but there is a restriction that no entry covers.
 
         Args:
             before: The time of the first entry to keep.
