@@ -571,6 +571,26 @@ def test_an_anchor_is_pruned_like_other_entries(filled: Filled) -> None:
         anchored = found.first
 
 
+def test_text_for_a_number_is_found(tmp_path: Path) -> None:
+    """SQLite stores it, if another program writes it."""
+    place = Sqlite(tmp_path, SCHEMA_VERSION)
+    store: Any = place.open()
+    with store:
+        fill(store)
+    sql(
+        place,
+        "UPDATE restrictions SET began = 'x' WHERE began = 3",
+        "UPDATE past_restrictions SET ended = 'y' WHERE began = 2",
+    )
+    with place.open() as store:  # type: ignore[attr-defined]
+        found = [str(each) for each in store.verify().damage]
+    assert any("begins at revision x, which has no entry" in each for each in found)
+    assert any("ends at revision y, which has no entry" in each for each in found)
+    sql(place, "UPDATE head SET recorded = NULL")
+    with place.open() as store, pytest.raises(StoreUnavailable):  # type: ignore[attr-defined]
+        store.verify()
+
+
 def test_two_prunes_at_once_are_refused(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later anchor could otherwise keep more than is left."""
     store: Any = filled.store

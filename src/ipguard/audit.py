@@ -382,7 +382,10 @@ class _Rows:
 
     def at(self, revision: int) -> Iterator[Row]:
         """Yield the rows of a revision, without it; report those of revisions before."""
-        while self._next is not None and self._next[0] <= revision:
+        # In SQLite a column may hold text, whatever its type: that is after all numbers.
+        while (
+            self._next is not None and isinstance(self._next[0], int) and self._next[0] <= revision
+        ):
             row, self._next = self._next, next(self._rows, None)
             self.count += 1
             if row[0] == revision:
@@ -400,4 +403,5 @@ class _Rows:
     def _report(self, row: Row) -> None:
         revision, restriction_id, username = row[:3]
         text = f"restriction {restriction_id} of {username!r} {self._verb} at revision {revision}"
-        report(self._damage, revision, f"{text}, which has no entry")
+        known = revision if isinstance(revision, int) else None
+        report(self._damage, known, f"{text}, which has no entry")

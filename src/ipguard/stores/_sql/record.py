@@ -45,7 +45,6 @@ from ipguard.stores._sql import (
     RESTRICTION,
     UNFINISHED,
     Executor,
-    Row,
     change_of,
     columns,
     reads_rows,
@@ -67,7 +66,8 @@ SELECT {RESTRICTION} FROM (
 ) p ORDER BY created_at, id
 """
 _BOUNDS: Final = """
-SELECT h.revision, h.token, h.recorded, (SELECT min(c.revision) FROM changes c)
+SELECT h.revision, h.token, h.recorded,
+    COALESCE((SELECT min(c.revision) FROM changes c), h.revision + 1)
 FROM head h JOIN zz_restore_marker m ON m.id = 1 WHERE h.id = 1
 """
 _CHANGED: Final = (
@@ -152,10 +152,11 @@ def passed_on(db: Executor, username: str, revision: int) -> bool:
     return bool(db.rows(_PASSED_ON, (min(revision, BIGGEST), username, everybody, named)))
 
 
-def _bounds(db: Executor) -> Row:
+@reads_rows
+def _bounds(db: Executor) -> tuple[int, str, int, int]:
     """Return the head's revision and token, where the record begins, and the first entry."""
-    for row in db.rows(_BOUNDS):
-        return row
+    for head, token, recorded, first in db.rows(_BOUNDS):
+        return head, token, int(recorded), first
     raise StoreUnavailable(UNFINISHED)
 
 
