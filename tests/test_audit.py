@@ -360,3 +360,8 @@ def test_a_noted_token_is_compared() -> None:
     assert [damage.revision for damage in found] == [7, 8]
     assert "another token" in found[0].text
     assert "not there" in found[1].text
+
+
+def test_a_token_of_the_chain_has_its_form() -> None:
+    assert audit.is_chained(audit.next_token("", (1,), "", "00"))
+    assert not audit.is_chained("0123456789abcdef")
