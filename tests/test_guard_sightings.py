@@ -17,7 +17,7 @@ import pytest
 from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.guard import Guard, _sightings
 from ipguard.guard._sightings import Recorder
-from ipguard.model import Decision, Reason, Sighting, User
+from ipguard.model import Decision, Outcome, Reason, Sighting, User
 from ipguard.stores import open_store
 from ipguard.testing import FakeClock
 from tests.conftest import rounds
@@ -127,6 +127,7 @@ def test_what_the_store_could_not_decide_is_not_recorded(world: World) -> None:
     down = Decision(allowed=False, reason=Reason.STORE_UNAVAILABLE, revision=0)
     with world.guard() as guard:
         guard.saw("jsmith", HOME, down)
+        guard.saw("jsmith", HOME, Outcome.RETRY)
         guard.saw("jsmith", OFFICE, True)
     assert counts(world) == {OFFICE: (1, 0)}
     assert figures(guard) == (1, 0, 0)

@@ -302,11 +302,22 @@ def test_a_revision_outside_of_the_record_is_refused(revision: object) -> None:
 def test_notices_about_refused_logins_are_limited() -> None:
     """After ten new addresses within a day there are no more; old and allowed ones do not count."""
     first = seen("198.51.100.7", 0, 1)
+    told = NOW - HOUR * 2
     others = [seen(f"203.0.113.{n}", 0, 1, ago=HOUR * 2) for n in range(10)]
-    assert refusal_notice_due(first, [first])
-    assert refusal_notice_due(first, [first, *others[:9]])
-    assert not refusal_notice_due(first, [first, *others])
+    assert refusal_notice_due(first, [first], told)
+    assert refusal_notice_due(first, [first, *others[:9]], told)
+    assert not refusal_notice_due(first, [first, *others], told)
     older = [seen(each.address, 0, 1, ago=HOUR * 25) for each in others]
-    assert refusal_notice_due(first, [first, *older])
+    assert refusal_notice_due(first, [first, *older], told)
     allowed = [seen(each.address, 1) for each in others]
-    assert refusal_notice_due(first, [first, *allowed])
+    assert refusal_notice_due(first, [first, *allowed], told)
+
+
+def test_one_notice_a_day_is_due_in_any_case() -> None:
+    """Many addresses that are seen at once do not prevent all notices."""
+    first = seen("198.51.100.7", 0, 1)
+    every = [first, *(seen(f"203.0.113.{n}", 0, 1) for n in range(31))]
+    assert refusal_notice_due(first, every, None)
+    assert refusal_notice_due(first, every, first.last_at - HOUR * 24)
+    assert not refusal_notice_due(first, every, first.last_at - HOUR * 23)
+    assert not refusal_notice_due(first, every, first.last_at)

@@ -197,6 +197,27 @@ def test_notices_about_many_addresses_are_limited(desk: Desk) -> None:
     assert len(desk.outbox.messages) == 11
 
 
+def test_many_addresses_at_once_do_not_prevent_all_notices(desk: Desk) -> None:
+    """A flood from many addresses ends in one mail a day, not in none."""
+    every = [refusal(desk, f"203.0.113.{n}") for n in range(1, 33)]
+    for days in (1, 2):
+        for each in desk.store.record_sightings(every):
+            desk.flow.tell_refused(each)
+        assert len(desk.outbox.messages) == days
+        desk.clock.advance(timedelta(days=1))
+        every = [refusal(desk, f"203.0.113.{n}") for n in range(100, 132)]
+
+
+def test_few_users_are_remembered_as_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a user who is forgotten, one mail more is sent."""
+    monkeypatch.setattr("ipguard.workflow._TOLD_REMEMBERED", 1)
+    every = [refusal(desk, f"203.0.113.{n}") for n in range(1, 33)]
+    first, second, *_ = desk.store.record_sightings(every)
+    for each in (first, refusal(desk, username="zed"), second):
+        desk.flow.tell_refused(each)
+    assert len(desk.outbox.messages) == 3
+
+
 def test_a_notice_that_fails_is_logged_and_counted(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -651,17 +651,23 @@ def is_unused(restriction: Restriction, last_used: datetime | None, since: datet
     return restriction.created_at <= since and (last_used is None or last_used <= since)
 
 
-def refusal_notice_due(refused: Sighting, sightings: Iterable[Sighting]) -> bool:
+def refusal_notice_due(
+    refused: Sighting, sightings: Iterable[Sighting], told_at: datetime | None
+) -> bool:
     """Return whether to mail a user about refused logins from one address.
 
     After notices about ten new addresses within a day there are no more: an intruder with the
-    right password and many addresses must not bury other mails under these.
+    right password and many addresses must not bury other mails under these. But one mail a day is
+    due in any case: ten addresses that are seen at once must not prevent all mails.
 
     Args:
         refused: The sighting from that address.
         sightings: All sightings of the user.
+        told_at: When the user was last mailed about refused logins, as far as is known, or None.
     """
     since = told_until(refused.last_at)
+    if told_at is None or told_at <= since:
+        return True
     others = (each for each in sightings if each.address != refused.address)
     return sum(bool(each.refused) and each.first_at > since for each in others) < _TOLD_A_DAY
 

@@ -510,7 +510,7 @@ class Guard(Closing, _fork.Forkable):
             username: As for `check`.
             address: As for `check`.
             decision: The decision of `check`, or anything that is true if the login was allowed. A
-                decision with `STORE_UNAVAILABLE` is not recorded.
+                decision with `STORE_UNAVAILABLE` or the outcome `RETRY` is not recorded.
         """
         self._sightings.add(username, address, decision)
 

@@ -27,7 +27,7 @@ from ipguard import _fork
 from ipguard.addresses import canonical_address
 from ipguard.errors import UsernameError
 from ipguard.guard._table import Table
-from ipguard.model import Reason, Sighting
+from ipguard.model import Outcome, Reason, Sighting
 from ipguard.row import is_registered
 from ipguard.rules import SIGHTINGS_KEPT
 from ipguard.store import RestrictionStore
@@ -258,7 +258,9 @@ class Recorder:
 
     def _note(self, login: tuple[str, str, object], at: datetime) -> None:
         username, address, decision = login
-        if getattr(decision, "reason", None) is Reason.STORE_UNAVAILABLE:
+        if decision is Outcome.RETRY or (
+            getattr(decision, "reason", None) is Reason.STORE_UNAVAILABLE
+        ):
             return  # neither allowed nor refused: the user is to try again
         allowed = bool(decision)
         name, where = canonical_username(username), canonical_address(address)

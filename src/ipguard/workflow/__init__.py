@@ -8,6 +8,7 @@ and appends an audit entry. Mails are sent after the commit, never inside the tr
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -82,6 +83,7 @@ _REVISION_LIMIT: Final = 2**63 - 1  # the largest integer that the databases can
 _LAST_CHARACTER: Final = "\U0010ffff"  # a noncharacter, which no username contains
 _TOLD: Final = (Action.REQUEST, Action.APPROVE)
 _STEPS: Final = (*_TOLD, Action.NUMBER_ACCEPTED)  # after which nothing holds yet
+_TOLD_REMEMBERED: Final = 10_000  # users
 _UNSET: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -143,6 +145,7 @@ class Workflow(Closing):
                 "settings", f"must be WorkflowSettings, not {type(settings).__name__}"
             )
         self.notices_failed = 0
+        self._told: OrderedDict[str, datetime] = OrderedDict()  # of refused logins, by user
         if not hasattr(store, "transaction"):
             raise errors.InvalidValue(
                 "store", "must be a restriction store, such as open_store returns"
@@ -1029,8 +1032,9 @@ class Workflow(Closing):
         """Tell a user that a login with the right password was refused; never raise.
 
         Pass it to `Guard.follow_refusals`. Nothing is sent if the user is not registered or has no
-        e-mail address, if the notifier has no `login_refused`, or if the user was told about ten
-        other addresses within a day. A failure is logged and counted in `notices_failed`.
+        e-mail address, or if the notifier has no `login_refused`. If a user was refused from ten
+        other new addresses within a day, each workflow sends it one notice a day at most, and one
+        in any case. A failure is logged and counted in `notices_failed`.
         """
         tell = getattr(self._notifier, "login_refused", None)
         if tell is None:
@@ -1040,8 +1044,15 @@ class Workflow(Closing):
                 stored = snapshot.user(sighting.username)
             if stored is None or stored.removed or not stored.user.email:
                 return
-            if rules.refusal_notice_due(sighting, self._sightings(sighting.username)):
+            name = sighting.username
+            told_at = self._told.get(name)
+            if rules.refusal_notice_due(sighting, self._sightings(name), told_at):
                 tell(sighting, stored.user)
+                # Several threads may be here: each of these is one step.
+                self._told.pop(name, None)
+                self._told[name] = sighting.last_at
+                if len(self._told) > _TOLD_REMEMBERED:
+                    self._told.popitem(last=False)
         except Exception:
             self.notices_failed += 1
             _log.exception("could not send the notice of a refused login")
