@@ -25,6 +25,7 @@ from ipguard.rules import (
     sightings_to_record,
     still_refused,
     suggest,
+    whereabouts,
     would_refuse,
 )
 
@@ -107,6 +108,9 @@ def test_an_address_that_no_restriction_can_have_is_not_suggested(address: str) 
     assert suggested([seen(address), seen("203.0.113.7")]) == ["203.0.113.7"]
 
 
+TRANSLATED = [
+    ipaddress.ip_network(each) for each in ("64:ff9b::/96", "64:ff9b:1::/48", "2001::/32")
+]
 addresses = st.one_of(
     st.integers(1, 40).map(lambda n: f"203.0.113.{n}"),
     st.tuples(st.integers(0, 3), st.integers(0, 9)).map(lambda n: f"2001:db8:0:{n[0]}::{n[1]:x}"),
@@ -131,6 +135,8 @@ def test_suggestions_agree_with_a_recomputation(
         address = ipaddress.ip_address(text)
         if allowed and not any(address in network for network in networks):
             prefix = 32 if address.version == 4 else max(64, widest)
+            if any(address in network for network in TRANSLATED):
+                prefix = 128
             network = ipaddress.ip_network((address, prefix), strict=False)
             counts[str(network).removesuffix("/32").removesuffix("/128")] += allowed
     found = suggest(
@@ -321,3 +327,20 @@ def test_one_notice_a_day_is_due_in_any_case() -> None:
     assert refusal_notice_due(first, every, first.last_at - HOUR * 24)
     assert not refusal_notice_due(first, every, first.last_at - HOUR * 23)
     assert not refusal_notice_due(first, every, first.last_at)
+
+
+@pytest.mark.parametrize(
+    ("address", "listed"),
+    [
+        ("64:ff9b::198.51.100.7", "64:ff9b::c633:6407"),
+        ("64:ff9b:1:2::c633:6407", "64:ff9b:1:2::c633:6407"),
+        ("2001:0:c633:6401::7", "2001:0:c633:6401::7"),
+        ("64:ff9c::7", "64:ff9c::/64"),
+        ("2001:1::7", "2001:1::/64"),
+        ("2001:db8:0:1:a::7", "2001:db8:0:1::/64"),
+    ],
+)
+def test_an_address_of_a_translator_stands_for_itself(address: str, listed: str) -> None:
+    """The /64 of NAT64 has all of IPv4, and that of Teredo all clients of a server."""
+    assert str(whereabouts(address, widest_ipv6=48)) == listed
+    assert list(map(str, suggest([], [seen(address)], NOW, widest_ipv6=48))) == [listed]

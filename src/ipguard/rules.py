@@ -138,6 +138,9 @@ _SHOWN: Final = 20
 _EXPIRING_WITHIN: Final = timedelta(days=7)
 _TOLD_A_DAY: Final = 10
 _SUBSCRIBER: Final = 64  # the prefix length of the network that an IPv6 host is in
+_SHARED: Final = tuple(
+    AddressRange.parse(each) for each in ("64:ff9b::/96", "64:ff9b:1::/48", "2001::/32")
+)
 _ANYWHERE: Final = tuple(AddressRange.parse(text) for text in ("0.0.0.0/0", "::/0"))
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
@@ -588,7 +591,8 @@ def whereabouts(address: str, *, widest_ipv6: int) -> AddressRange:
     """Return the addresses to list for a client's address: itself, or its IPv6 /64.
 
     A host changes its IPv6 address within that network (RFC 8981). The network is smaller if the
-    settings allow none as wide.
+    settings allow none as wide. An address that a translator or a tunnel made stands for itself:
+    its /64 has many subscribers, such as all of IPv4 (RFC 6052, RFC 8215, RFC 4380).
 
     Args:
         address: The address.
@@ -598,7 +602,7 @@ def whereabouts(address: str, *, widest_ipv6: int) -> AddressRange:
         AddressError: It is not an address.
     """
     found = parse_address(address)
-    if found.version == 4:
+    if found.version == 4 or any(found in each for each in _SHARED):
         return found
     host = (1 << (128 - max(_SUBSCRIBER, widest_ipv6))) - 1
     return AddressRange(version=6, first=found.first & ~host, last=found.first | host)

@@ -503,8 +503,8 @@ class Guard(Closing, _fork.Forkable):
         before: then anybody could make up where a user logs in from. It takes about a microsecond,
         raises nothing, and waits for nothing. A thread, started by the first call, writes to the
         store in batches: a user and address at once when it is new, later at most once an hour.
-        What the store does not take is lost, and counted in `stats()`. Users who are not registered
-        are left out.
+        What the store does not take is lost, and counted in `stats()`; what waits when the process
+        ends is lost unless `close` is called. Users who are not registered are left out.
 
         Args:
             username: As for `check`.
