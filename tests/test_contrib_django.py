@@ -207,6 +207,26 @@ def test_a_refusal_reads_like_a_wrong_password(bank: Bank) -> None:
     assert words(refused) == words(wrong) == words(both)
 
 
+def test_a_right_password_calls_the_host_no_more_often(bank: Bank) -> None:
+    """The setting USER may read a database: its time would tell that the password was right."""
+    bank.restrict("jsmith")
+    asked: list[str] = []
+
+    def described(user: Any) -> ipguard.User:
+        asked.append(user.get_username())
+        return ipguard.User(username=user.get_username(), full_name="U", account_id="U1")
+
+    with bank.configured(USER=described):
+        log_in(password="wrong", address=CAFE)
+        wrong = list(asked)
+        asked.clear()
+        log_in(address=CAFE)
+        kit = contrib.kit()
+        kit.guard.close()
+        assert [each.refused for each in kit.store.sightings("jsmith")] == [1]
+    assert asked == wrong == ["jsmith"]
+
+
 @pytest.mark.parametrize("typed", ["JSmith", "nobody"])
 def test_a_typed_name_without_a_record(bank: Bank, typed: str) -> None:
     _, answer = log_in(typed)

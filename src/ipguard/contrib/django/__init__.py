@@ -247,7 +247,9 @@ class Kit:
         """
         return self._ask(request, self._username(self.record(user), user))
 
-    def check_login(self, request: HttpRequest | None, typed: str, user: Any) -> Decision:
+    def check_login(
+        self, request: HttpRequest | None, typed: str, user: Any
+    ) -> tuple[Decision, str]:
         """Decide whether a user may log in, as `check` does, with the user registered as it is now.
 
         A rename without a signal, such as by `QuerySet.update`, must not open the user.
@@ -256,31 +258,35 @@ class Kit:
             request: The request, or None.
             typed: The username as it was typed, so that unknown names cost the same work.
             user: The Django user, or None.
+
+        Returns:
+            The decision, and the username that it is about.
         """
         if user is None:
-            return self._ask(request, typed)
+            return self._ask(request, typed), typed
         record = self.record(user)
         username = self._username(record, user)
         decision = self._ask(request, username)
         if record is None or decision.outcome is Outcome.RETRY:
-            return decision
+            return decision, username
         revision = None
         with contextlib.suppress(StoreError):  # of a server that may only read, too
             revision = self.register(record)
-        if revision is None or revision <= decision.revision:
-            return decision
-        return self._ask(request, username, at_least=revision)
+        if revision is not None and revision > decision.revision:
+            decision = self._ask(request, username, at_least=revision)
+        return decision, username
 
-    def saw(self, request: HttpRequest | None, user: Any, decision: Decision) -> None:
+    def saw(self, request: HttpRequest | None, username: str, decision: Decision) -> None:
         """Record that a user gave the right password, unless the setting `SIGHTINGS` is False.
+
+        It calls no code of the host, whose time or errors would tell that the password was right.
 
         Args:
             request: The request; without one, it is not recorded.
-            user: The Django user.
+            username: The username that `check_login` decided about.
             decision: The decision about the login.
         """
         if self._sightings and request is not None:
-            username = self._username(self.record(user), user)
             self.guard.saw(username, self.address(request), decision)
 
     def register(self, record: User) -> int | None:
@@ -366,17 +372,18 @@ class GuardBackend:
         _mark(request, refused=False)
         model = auth.get_user_model()
         typed = credentials.get(model.USERNAME_FIELD, credentials.get("username"))
-        known, decision = _find(model, typed), None
+        known, username = _find(model, typed), ""
+        decision: Decision | None = None
         # Before the password: the answer and its time must not depend on whether that is right.
         if typed is not None:
-            decision = _decide(kit().check_login(request, str(typed), known))
+            decision, username = _decide(kit().check_login(request, str(typed), known))
         elif not kit().guard.healthy():
             raise StoreUnavailable
         user = self._ask_guarded(request, credentials)
         if user is not None and user != known:
-            decision = _decide(kit().check_login(request, "", user))
+            decision, username = _decide(kit().check_login(request, "", user))
         if user is not None and decision is not None:
-            kit().saw(request, user, decision)
+            kit().saw(request, username, decision)
         if user is not None and decision:
             return user
         _mark(request, refused=user is not None)
@@ -421,10 +428,10 @@ def _find(model: Any, typed: object) -> Any:
         return None
 
 
-def _decide(decision: Decision) -> Decision:
-    if decision.outcome is Outcome.RETRY:
+def _decide(login: tuple[Decision, str]) -> tuple[Decision, str]:
+    if login[0].outcome is Outcome.RETRY:
         raise StoreUnavailable
-    return decision
+    return login
 
 
 def _mark(request: HttpRequest | None, *, refused: bool) -> None:
