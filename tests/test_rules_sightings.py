@@ -202,6 +202,17 @@ def test_the_last_use_agrees_with_a_recomputation(
     assert last_used(restrictions, sightings) == expected
 
 
+def test_a_restriction_is_not_used_after_its_end() -> None:
+    """Later logins from there were refused, or allowed by another restriction."""
+    ended = restriction(HOME, expires_at=NOW - HOUR * 2)
+    before, after = seen(HOME, 1, 0, ago=HOUR * 3), seen(HOME, 1, 1, ago=HOUR)
+    both = attrs.evolve(after, first_at=before.first_at)
+    assert last_used([ended], [before]) == {"r": before.last_at}
+    assert last_used([ended], [both]) == {"r": ended.expires_at}
+    assert last_used([ended], [after]) == {}
+    assert last_used([attrs.evolve(ended, expires_at=NOW)], [both]) == {"r": after.last_at}
+
+
 # -- what a store keeps ------------------------------------------------------------------------
 
 

@@ -538,10 +538,11 @@ def last_used(
     Args:
         restrictions: The restrictions of a user.
         sightings: The sightings of the same user, of which those count that were allowed, and that
-            are not older than the restriction.
+            are not older than the restriction. A login after a restriction has expired counts as
+            one at its end: it may have been refused, and when the last one was allowed is not kept.
     """
     seen = sorted(
-        (*found, each.last_at)
+        (*found, each.last_at, each.first_at)
         for each in sightings
         if each.allowed and (found := login_address(each.address)) is not None
     )
@@ -550,9 +551,11 @@ def last_used(
         addresses = restriction.addresses
         first = bisect_left(seen, (addresses.version, addresses.first))
         last = bisect_right(seen, (addresses.version, addresses.last, _LAST))
-        at = max((at for _, _, at in seen[first:last]), default=None)
+        end = restriction.expires_at
+        times = [at for _, _, at, began in seen[first:last] if end is None or began < end]
+        at = max(times, default=None)
         if at is not None and at >= restriction.created_at:
-            used[restriction.id] = at
+            used[restriction.id] = at if end is None else min(at, end)
     return used
 
 
