@@ -117,6 +117,7 @@ def test_watch_notes_an_unknown_user_and_another_history(shell: Shell):
     _interrupt(terminal)
 
 
+@pytest.mark.slow
 def test_watch_survives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: Path):
     path, away = tmp_path / "ipguard.db", tmp_path / "away.db"
     with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(away)) as copy:

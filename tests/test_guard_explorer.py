@@ -10,7 +10,7 @@ import pytest
 from tests.explored_guard import Explored, instrumented
 from tests.explorer import Body, Lock, Outcome, Scenario, explore, step
 from tests.guard_mutants import MUTANTS, Mutant
-from tests.guard_scenarios import SCENARIOS, LoginAndSync
+from tests.guard_scenarios import SCENARIOS, LoginAndSync, OvertakenRead
 
 Rounds = Callable[[int, int], int]
 
@@ -135,7 +135,15 @@ def test_waiter_that_gives_up() -> None:
 # ------------------------------------------------------------------------------------- the guard
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        # It has many more schedules than the others.
+        pytest.param(each, marks=[pytest.mark.slow] if each is OvertakenRead else [])
+        for each in SCENARIOS
+    ],
+    ids=lambda scenario: scenario.__name__,
+)
 def test_no_schedule_breaks_a_promise(scenario: type[Explored], rounds: Rounds) -> None:
     """All schedules with at most so many forced switches were run."""
     bound = rounds(*SCENARIOS[scenario])

@@ -129,6 +129,7 @@ def test_a_killed_listener_comes_back(
     assert wakes(store, writer)
 
 
+@pytest.mark.slow
 def test_a_frozen_listener_costs_no_more_than_time(own_postgres: Server) -> None:
     """While the listener's backend is stopped, a guard syncs each second; then it is replaced."""
     url = own_postgres.url(schema=fresh_schema())

@@ -274,6 +274,7 @@ def test_a_truncated_log_is_found_by_what_was_noted(place: Sqlite | Postgres) ->
         assert damage.revision == 9
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_store(place: Sqlite | Postgres) -> None:
     """An import and its verification hold a part of the restrictions at a time."""
 

@@ -287,6 +287,7 @@ def test_postgresql_packs_the_same_bytes(postgres: Server | Given) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_user_with_too_many_restrictions_is_not_preloaded(postgres: Server | Given) -> None:
     """A row with a number that does not fit would be read as another row."""
     with postgres_store(postgres) as store:

@@ -190,6 +190,7 @@ def _written(
     return lambda store: store.put_users(users), lambda run: old_put(run, last, schema=schema)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_are_many")
 @settings(max_examples=rounds(25, 1_000))
 @given(

@@ -327,6 +327,7 @@ def _verified(store: RestrictionStore) -> object:
     return found.first, found.head, found.entries, found.restrictions, found.uncovered
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_are_many")
 @settings(max_examples=rounds(50, 2_000))
 @given(
