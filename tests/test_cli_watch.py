@@ -58,6 +58,7 @@ def _states(report: dict[str, list[dict[str, str]]]) -> dict[str, str]:
 # -- watch -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_watch_shows_entries_as_they_happen(shell: Shell):
     """Entries that touch no policy are shown too, and control characters are escaped."""
     terminal = shell.terminal("watch")

@@ -51,6 +51,8 @@ def at_step(number: int, act: Callable[[], object], within: str = "") -> Iterato
         code = frame.f_code
         if not code.co_filename.startswith(SOURCE) or not re.search(within, code.co_name):
             return None
+        if code.co_name == "<genexpr>":
+            return None  # CPython ignores what is raised while it closes a generator
         frame.f_trace_opcodes = True
         if event == "opcode":
             before, last[frame] = last.get(frame, 0), frame.f_lasti

@@ -144,6 +144,7 @@ class Logins:
             self.wrong.append(office)
 
 
+@pytest.mark.slow
 def test_an_import_and_another_history_under_logins(
     postgres: Server | Given, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -143,6 +143,7 @@ def judge_all(family: Family, many: list[Known], few: list[Known]) -> int:
     return 2 * len(many) * len(few)
 
 
+@pytest.mark.slow
 def test_all_changes_of_a_2_bit_family() -> None:
     """All lists of at most two restrictions, to and from all of at most one."""
     family = Family(2, 4)

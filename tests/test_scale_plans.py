@@ -233,6 +233,7 @@ def test_restrictions_that_ended_cost_nothing(counted: CountedSqlite | CountedPo
     assert before["a policy"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SQLite", "PostgreSQL"])
 def test_pages_read_no_more_as_other_users_come(
     kind: str, tmp_path: Path, postgres: Server | Given, monkeypatch: pytest.MonkeyPatch
