@@ -65,6 +65,7 @@ from ipguard.model import (
 
 __all__ = [
     "SEEN_FOR",
+    "SIGHTINGS_AT_ONCE",
     "SIGHTINGS_KEPT",
     "STEPS",
     "Additions",
@@ -130,10 +131,11 @@ _BETWEEN_WORDS: Final = re.compile(
 _LIKE_AN_ADDRESS: Final = re.compile("[0-9A-Fa-f]*[.:]")
 SIGHTINGS_KEPT: Final = 32
 """Of how many addresses of a user the sightings are kept."""
+SIGHTINGS_AT_ONCE: Final = 1_000
+"""How many sightings a store takes in one call."""
 SEEN_FOR: Final = timedelta(days=90)
 """How long the sightings of an address are kept after the last one."""
 _TOLD_EVERY: Final = timedelta(days=1)
-_RECORDED_AT_ONCE: Final = 1_000
 _SHOWN: Final = 20
 _EXPIRING_WITHIN: Final = timedelta(days=7)
 _TOLD_A_DAY: Final = 10
@@ -514,8 +516,8 @@ def sightings_to_record(seen: Collection[Sighting], now: datetime) -> list[Sight
     Raises:
         InvalidValue: They are more than 1,000, or one has an invalid address or negative counts.
     """
-    if len(seen) > _RECORDED_AT_ONCE:
-        raise errors.InvalidValue("seen", f"must be at most {_RECORDED_AT_ONCE:,} sightings")
+    if len(seen) > SIGHTINGS_AT_ONCE:
+        raise errors.InvalidValue("seen", f"must be at most {SIGHTINGS_AT_ONCE:,} sightings")
     found: dict[tuple[str, bytes], Sighting] = {}
     for each in seen:
         address, packed = canonical_address(each.address), pack_address(each.address)

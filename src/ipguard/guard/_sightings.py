@@ -29,7 +29,7 @@ from ipguard.errors import UsernameError
 from ipguard.guard._table import Table
 from ipguard.model import Outcome, Reason, Sighting
 from ipguard.row import is_registered
-from ipguard.rules import SIGHTINGS_KEPT
+from ipguard.rules import SIGHTINGS_AT_ONCE, SIGHTINGS_KEPT
 from ipguard.store import RestrictionStore
 from ipguard.usernames import canonical_username
 
@@ -40,7 +40,6 @@ _ADMITTED: Final = 8
 _WAITING: Final = 10_000
 _REMEMBERED: Final = 50_000
 """Of so many users, addresses and outcomes it is remembered when they were written."""
-_BATCH: Final = 1_000
 _LONGEST: Final = 256
 """Longer texts are neither usernames nor addresses, and would take too much room in the queue."""
 _PAUSE: Final = 0.5
@@ -309,7 +308,7 @@ class Recorder:
 
     def _write(self) -> None:
         """Give a batch to the store."""
-        batch = dict(islice(self._waiting.items(), _BATCH))
+        batch = dict(islice(self._waiting.items(), SIGHTINGS_AT_ONCE))
         count = sum(logins.count for logins in batch.values())
         for name, address in batch:
             del self._waiting[name, address]

@@ -145,7 +145,7 @@ class State:
         return Policy(
             revision=self.head,
             restrictions=self.restrictions.get(username, ()),
-            known=stored is not None and not stored.removed,
+            known=_is_registered(stored),
         )
 
     def seen(self, username: str, now: datetime) -> tuple[Sighting, ...]:

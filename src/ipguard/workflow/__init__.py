@@ -915,10 +915,7 @@ class Workflow(Closing):
         Raises:
             UnknownUser: The user does not exist for this actor.
         """
-        try:
-            name = canonical_username(username)
-        except errors.UsernameError:
-            raise errors.UnknownUser(username) from None
+        name = _known_name(username)
         # Usernames are listed by code points: none sorts between this text and the name.
         before = name[:-1] + chr(ord(name[-1]) - 1) + _LAST_CHARACTER
         for found in self._store.overview(actor.manages, after=before, limit=1):
@@ -975,7 +972,8 @@ class Workflow(Closing):
         Raises:
             UnknownUser: The user does not exist for this actor.
         """
-        name = self._existing(actor, username)[0]
+        with self._view(actor) as view:
+            name = _existing(view, username)
         return self._sightings(name)
 
     def suggest(self, actor: Actor, username: str) -> tuple[AddressRange, ...]:
@@ -987,7 +985,7 @@ class Workflow(Closing):
         Raises:
             UnknownUser: The user does not exist for this actor.
         """
-        name, restrictions = self._existing(actor, username)
+        name, restrictions = self._restricted(actor, username)
         return rules.suggest(
             restrictions,
             self._sightings(name),
@@ -1003,7 +1001,7 @@ class Workflow(Closing):
         Raises:
             UnknownUser: The user does not exist for this actor.
         """
-        name, restrictions = self._existing(actor, username)
+        name, restrictions = self._restricted(actor, username)
         now = self._store.now()
         found = rules.still_refused(restrictions, self._sightings(name), now)
         return rules.refusals(found, restrictions, now)
@@ -1057,15 +1055,10 @@ class Workflow(Closing):
             self.notices_failed += 1
             _log.exception("could not send the notice of a refused login")
 
-    def _existing(self, actor: Actor, username: str) -> tuple[str, tuple[Restriction, ...]]:
+    def _restricted(self, actor: Actor, username: str) -> tuple[str, tuple[Restriction, ...]]:
         """Return the canonical name and the restrictions of a user, or raise UnknownUser."""
-        try:
-            name = canonical_username(username)
-        except errors.UsernameError:
-            raise errors.UnknownUser(username) from None
         with self._view(actor) as view:
-            if view.user(name) is None:
-                raise errors.UnknownUser(username)
+            name = _existing(view, username)
             return name, view.restrictions(name)
 
     def _sightings(self, username: str) -> tuple[Sighting, ...]:
@@ -1112,7 +1105,8 @@ class Workflow(Closing):
         name = canonical_username(username)
         everywhere = actor.manages is Actor.EVERY_ACCOUNT
         if not everywhere:
-            self._existing(actor, name)
+            with self._view(actor) as view:
+                _existing(view, name)
         if at is not None:
             moment = check_time("at", at)
             if moment > self._store.now():
@@ -1519,6 +1513,22 @@ class Workflow(Closing):
             # The change holds with or without its notice.
             self.notices_failed += 1
             _log.exception("could not send the notice of revision %d", change.revision)
+
+
+def _known_name(username: str) -> str:
+    """Return the canonical form of a username; without one, no user can have it."""
+    try:
+        return canonical_username(username)
+    except errors.UsernameError:
+        raise errors.UnknownUser(username) from None
+
+
+def _existing(view: ActorView, username: str) -> str:
+    """Return the canonical name of a user, or raise UnknownUser."""
+    name = _known_name(username)
+    if view.user(name) is None:
+        raise errors.UnknownUser(username)
+    return name
 
 
 def _together(users: Sequence[User | PendingRequest], impacts: Sequence[Impact]) -> Impact:
