@@ -17,7 +17,7 @@ import pytest
 from benchmarks.bulk import measure, place, write_restrictions, write_users
 from tests.cli import PROGRAM, Shell, validator
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")]
 
 GOOD = """username,addresses,label,expires_at
 jsmith,203.0.113.7,"office, ground floor",
@@ -83,7 +83,6 @@ def _imported(shell: Shell, *args: str | Path, **more: Any) -> Any:
     return found
 
 
-@pytest.mark.slow
 def test_import_and_export(shell: Shell, tmp_path: Path):
     """A dry run changes nothing; an import is one revision; an export can be imported again."""
     file = shell.write("rows.csv", GOOD)
@@ -380,7 +379,6 @@ def test_check_a_whole_login_log(shell: Shell, tmp_path: Path):
     assert "the store" in shell.bad(6, "check", "--file", log, *gone)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_an_import_of_many_rows(kind: str, rounds: Any, record_property: Any):
     """A million for a million users with `--long`: within 300 MB of the command's own memory."""
@@ -392,7 +390,6 @@ def test_an_import_of_many_rows(kind: str, rounds: Any, record_property: Any):
         print(json.dumps(figures))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_an_import_that_is_killed_leaves_nothing(kind: str, rounds: Any):
     """Whenever an import is killed, either all its rows hold or none."""

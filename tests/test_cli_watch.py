@@ -23,7 +23,7 @@ from tests.pooler import transaction_pooler
 from tests.postgres import Given, Server, fresh_schema
 from tests.smtp_server import BadServer, MailServer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")]
 
 
 @pytest.fixture
@@ -58,7 +58,6 @@ def _states(report: dict[str, list[dict[str, str]]]) -> dict[str, str]:
 # -- watch -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_watch_shows_entries_as_they_happen(shell: Shell):
     """Entries that touch no policy are shown too, and control characters are escaped."""
     terminal = shell.terminal("watch")
@@ -118,7 +117,6 @@ def test_watch_notes_an_unknown_user_and_another_history(shell: Shell):
     _interrupt(terminal)
 
 
-@pytest.mark.slow
 def test_watch_survives_an_outage_and_a_restored_backup(shell: Shell, tmp_path: Path):
     path, away = tmp_path / "ipguard.db", tmp_path / "away.db"
     with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(away)) as copy:

@@ -23,6 +23,8 @@ from ipguard.testing import Outbox
 from tests.pooler import transaction_pooler
 from tests.postgres import Given, Server, fresh_schema, until
 
+pytestmark = pytest.mark.slow
+
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 HOME, ELSEWHERE = "203.0.113.7", "198.51.100.7"
 MANY = 150  # more users than are compared one by one

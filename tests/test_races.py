@@ -20,6 +20,8 @@ from tests.conftest import rounds
 from tests.flows import ADAM, ALICE, BOSS, KEY, Desk
 from tests.postgres import fresh_schema
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 60.0
 
 
@@ -277,7 +279,6 @@ def _confirm_in_a_process(url: str, barrier: Any, tasks: Any, answers: Any) -> N
                 answers.put(repr(exc))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_8_processes_confirm_one_number(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest

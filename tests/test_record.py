@@ -27,6 +27,8 @@ from tests.conftest import rounds
 from tests.postgres import Given, Server, fresh_schema
 from tests.test_scale_listing import START, Postgres, Run, Sqlite, old_put
 
+pytestmark = pytest.mark.slow
+
 BOSS = Actor(username="boss", email="boss@example.com", manages=Actor.EVERY_ACCOUNT)
 HOME, OFFICE = "203.0.113.7", "198.51.100.0/24"
 FIELDS = "id, first_ip, last_ip, label, created_at, created_by, expires_at"
@@ -274,7 +276,6 @@ def test_a_truncated_log_is_found_by_what_was_noted(place: Sqlite | Postgres) ->
         assert damage.revision == 9
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_store(place: Sqlite | Postgres) -> None:
     """An import and its verification hold a part of the restrictions at a time."""
 
