@@ -749,20 +749,20 @@ def run_history(url: str, steps: list[tuple[Any, ...]]) -> None:
 # The long run has 10,000 histories in all.
 
 
-@settings(max_examples=rounds(150, 5_000))
+@settings(max_examples=rounds(150, 8_000))
 @given(steps=st.lists(_steps, max_size=12))
 def test_the_record_agrees_with_a_model_in_memory(steps: list[tuple[Any, ...]]) -> None:
     run_history("memory://", steps)
 
 
-@settings(max_examples=rounds(25, 3_000))
+@settings(max_examples=rounds(25, 1_500))
 @given(steps=st.lists(_steps, max_size=12))
 def test_the_record_agrees_with_a_model_on_sqlite(steps: list[tuple[Any, ...]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_history(f"sqlite:///{folder}/a.db", steps)
 
 
-@settings(max_examples=rounds(12, 2_000))
+@settings(max_examples=rounds(12, 500))
 @given(steps=st.lists(_steps, max_size=12))
 def test_the_record_agrees_with_a_model_on_postgresql(
     steps: list[tuple[Any, ...]], postgres: Server | Given
