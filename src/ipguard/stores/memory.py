@@ -97,6 +97,7 @@ class Entry(NamedTuple):
     touches: frozenset[str] | Touched
     salt: str
     restrictions: str
+    changed: tuple[tuple[Restriction, bool], ...] = ()  # each, and whether it was added
 
 
 class Recorded(NamedTuple):
@@ -350,11 +351,13 @@ class WriteTransaction:
         )
         salt = new_salt()
         token = next_token(self.state.token, entry_columns(change, touches), digest, salt)
-        entry = Entry(change, token, touches, salt, digest)
+        ended = ((each.restriction, False) for each in self._ended)
+        added = ((each.restriction, True) for each in self._begun.values())
+        entry = Entry(change, token, touches, salt, digest, (*ended, *added))
         self.entries.append(entry)
-        for ended in self._ended:
-            past, owner = self._table("past"), ended.restriction.username
-            past[owner] = (*past.get(owner, ()), ended)
+        for each in self._ended:
+            past, owner = self._table("past"), each.restriction.username
+            past[owner] = (*past.get(owner, ()), each)
         self._begun, self._ended = {}, []
         self.state.head, self.state.token = change.revision, entry.token
         if touches:
@@ -711,13 +714,10 @@ class MemoryStore(Closing):
     ) -> Page[tuple[Restriction, bool]]:
         """Return the restrictions that an entry added or ended."""
         check_whole("limit", limit, 1)
-        found = [
-            (each.restriction, added)
-            for each in self._committed().whole_record()
-            for added in (False, True)
-            if (each.began if added else each.ended) == revision
-            and (after is None or each.restriction.id > after)
-        ]
+        if not 0 < revision <= self._committed().head:
+            return Page(items=(), next=None)
+        changed = self._entries[revision - 1].changed
+        found = [each for each in changed if after is None or each[0].id > after]
         found.sort(key=lambda each: (each[0].id, each[1]))
         ids = list(dict.fromkeys(restriction.id for restriction, _ in found))
         if len(ids) <= limit:

@@ -319,8 +319,9 @@ class OverviewTests(StoreCase):
                 theirs = [name for name in listed if name not in names[:5]]
                 assert self._found("", A1, limit=1000, only=only) == theirs[:1000]
             counts = self.store.counts(EVERY)
-            assert counts.users == len(names)
-            assert counts.restricted == len(rare | one)
+            for name, count in (("users", len(names)), ("restricted", len(rare | one))):
+                told = getattr(counts, name)
+                assert (10_000 <= told <= count) if name in counts.more else told == count
             assert self.store.counts(frozenset({"Z9"})).users == 5
 
     def test_removed_users(self) -> None:

@@ -83,7 +83,9 @@ T = TypeVar("T")
 
 _POLL: Final = 0.005
 _LOGIN_WAIT: Final = 1.0  # seconds; readers wait only while another program locks the whole file
-_BULK_CACHE: Final = 131_072  # KiB: an import of a million rows reads the same index pages again
+_BULK_CACHE: Final = 98_304
+"""In KiB: an import of a million rows reads the same index pages again. SQLite takes as much once
+more to sort."""
 _POLICY: Final = POLICY % ("?", "NULL")
 
 FileId = tuple[int, int]  # device and inode
