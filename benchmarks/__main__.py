@@ -53,7 +53,7 @@ QUICK = Scale(
 )  # fmt: skip
 TINY = Scale(
     name="tiny", processes=1, rounds=2, slot=0.0001, patience=60.0, many=50,
-    preloaded=200, listed=20, stored=20, flooded=100,
+    preloaded=20_000, listed=20, stored=20, flooded=100,
     imported=50, searched=(200,), changes=10, listeners=2,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (FULL, QUICK, TINY)}

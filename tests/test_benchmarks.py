@@ -65,8 +65,8 @@ def test_a_peer_that_is_missing_is_reported(ran: tuple[Path, dict[str, Any]]):
     page = (out / "results.md").read_text()
     assert f"| warm | pytricia | {error} |" in page
     assert f"could not be asked: {error}" in page
-    (compared,) = results["compared"].values()
-    assert compared["TTLCache + ipaddress"]["ratio"] > 0
+    for compared in results["compared"].values():
+        assert compared["TTLCache + ipaddress"]["ratio"] > 0
 
 
 def test_the_published_answers_are_those_of_the_installed_peers(postgres: Any):
