@@ -97,7 +97,7 @@ class Entry(NamedTuple):
     touches: frozenset[str] | Touched
     salt: str
     restrictions: str
-    changed: tuple[tuple[Restriction, bool], ...] = ()  # each, and whether it was added
+    changed: tuple[tuple[Restriction, bool], ...]  # each, and whether it was added
 
 
 class Recorded(NamedTuple):
