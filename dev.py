@@ -177,6 +177,7 @@ def demo(*args: str) -> None:
 # A file stays in one process: the code blocks of a document share a namespace, and Chromium starts
 # once for each file. The order is that of tests/conftest.py, the slowest files first.
 PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+QUICK = ("-m", "not slow")
 
 
 def test(*args: str) -> None:
@@ -194,12 +195,12 @@ def test(*args: str) -> None:
         tool("coverage", "report", "--skip-covered")
         check_core()
     else:
-        tool("pytest", *PARALLEL, "-m", "slow" if which else "not slow")
+        tool("pytest", *PARALLEL, *(("-m", "slow") if which else QUICK))
 
 
 def coverage() -> None:
-    """Check that the core's own tests cover every branch of the core."""
-    measure(*PARALLEL, *core_tests(ROOT / "tests"))
+    """Check that the core's own tests, without the slow ones, cover every branch of the core."""
+    measure(*PARALLEL, *QUICK, *core_tests(ROOT / "tests"))
     check_core()
 
 
@@ -263,7 +264,8 @@ def check_wheel(built: Path, python: str | Path, *, lowest: bool = False) -> Non
         shutil.copy(ROOT / "pyproject.toml", folder)
         pip(inside, "install", "-qq", "-c", pins, *group("core-test"))
         found = core_tests(folder / "tests")
-        run(inside, "-m", "pytest", "-q", "-n", "2", *found, cwd=folder)
+        # The slow tests run once, from the source tree.
+        run(inside, "-m", "pytest", "-q", "-n", "2", *QUICK, *found, cwd=folder)
 
 
 def build() -> None:
@@ -292,8 +294,8 @@ def check_django(built: Path, python: Path) -> None:
         pins.write_text("\n".join(kept))
         needs = [need for need in group("test") if need != "django"]
         pip(inside, "install", "-qq", "-c", pins, built, "django>=6.1", *needs)
-        quick = ("-q", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider")
-        run(inside, "-m", "pytest", *quick, "tests/test_contrib_django.py")
+        options = ("-q", "-n", "2", *QUICK, "-p", "no:cacheprovider")
+        run(inside, "-m", "pytest", *options, "tests/test_contrib_django.py")
 
 
 def all_pythons() -> dict[tuple[int, int], Path]:
@@ -330,17 +332,21 @@ def mutate(*modules: str) -> None:
         tests = [f"tests/{path.name}" for path in files]
         if not tests:
             raise StepError(f"no tests/test_{name}*.py")
+        plain = ("-p", "no:cacheprovider", "--hypothesis-profile=mutation")
         settings = {
             "source_paths": ["src"],
             "only_mutate": [source(name)],
-            "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
+            # A mutant that survives runs every test of its function: leave out the slow ones.
+            "pytest_add_cli_args": [*QUICK, *plain],
             "pytest_add_cli_args_test_selection": tests,
         }
         # JSON and TOML write a list of strings in the same way.
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         project = (ROOT / "pyproject.toml").read_text()
         (work / "pyproject.toml").write_text("\n".join([project, "[tool.mutmut]", *lines, ""]))
-        run(VENV / "bin" / "mutmut", "run", "--max-children", "2", cwd=work)
+        # Many mutants wait, for a lock that stays closed or for their time limit.
+        children = str(4 * (os.cpu_count() or 2))
+        run(VENV / "bin" / "mutmut", "run", "--max-children", children, cwd=work)
         run(VENV / "bin" / "mutmut", "results", cwd=work)
 
 

@@ -70,6 +70,28 @@ def test_denial_is_logged_with_fields(world: World, caplog: pytest.LogCaptureFix
         }
 
 
+def test_logged_revision_is_that_of_the_decision(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if the policy was read ahead of the guard's last sync."""
+    guard = world.guard()
+    guard.sync()
+    revision = world.restrict("adoe", HOME)
+    assert guard.check("adoe", OFFICE).revision == revision > guard.revision
+    assert fields(caplog.records[-1])["ipguard_revision"] == revision
+
+
+def test_malformed_input_is_logged_in_quotes(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = world.guard()
+    guard.is_allowed("jsmith", "1.2.3.4.5")
+    guard.is_allowed("", HOME)
+    first, second = map(fields, caplog.records)
+    assert (first["ipguard_username"], first["ipguard_address"]) == ("jsmith", "'1.2.3.4.5'")
+    assert (second["ipguard_username"], second["ipguard_address"]) == ("''", HOME)
+
+
 def test_denial_on_an_event_loop_is_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
     async def ask() -> list[object]:
         guard = AsyncGuard(world.guard())
@@ -120,7 +142,8 @@ def test_at_most_ten_denials_a_second_are_logged(
         guard.is_allowed("jsmith", OFFICE)
     assert len(caplog.records) == 14
     assert [fields(record)["ipguard_dropped"] for record in caplog.records[9:]] == [0, 24, 0, 0, 0]
-    assert "24 denials before this one were not logged" in caplog.records[10].getMessage()
+    last = caplog.records[10].getMessage()
+    assert last.endswith("not_listed (24 denials before this one were not logged)")
     assert guard.stats().denials == {Reason.NOT_LISTED: 64}
     assert guard.is_allowed("jsmith", HOME)
     assert len(caplog.records) == 14

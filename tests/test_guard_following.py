@@ -180,10 +180,11 @@ def test_ended_follower_is_not_called(world: World) -> None:
     guard.sync()
     assert (len(first.calls), second.calls) == (1, [])
     assert guard._table.backlog.first() is None
+    assert guard._table.backlog.readers == set()
 
 
 def test_callback_that_cannot_be_called(world: World) -> None:
-    with pytest.raises(InvalidValue):
+    with pytest.raises(InvalidValue, match=r"^callback: must be callable"):
         world.guard().follow(None)  # type: ignore[arg-type]
 
 
@@ -515,9 +516,12 @@ def test_healthy_keeps_its_timeout_while_the_store_hangs(world: World) -> None:
     began = time.monotonic()
     assert not guard.healthy(timeout=0.05)
     assert time.monotonic() - began < PATIENCE / 2
+    helper = guard._lease._helper
+    assert helper is not None
+    assert (helper.name, helper.daemon) == ("ipguard-sync", True)
     gate.let_go()
     comes_true(lambda: guard.stats().ready)
-    with pytest.raises(InvalidValue):
+    with pytest.raises(InvalidValue, match=r"^timeout: must be a finite number of seconds"):
         guard.healthy(timeout="1")  # type: ignore[arg-type]
 
 

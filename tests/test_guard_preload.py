@@ -288,6 +288,47 @@ def test_user_changed_during_a_snapshot_is_pending_in_it(memory: World) -> None:
     assert guard.stats().preloaded == 0
 
 
+class Closing:
+    """An iterator that counts how often it is closed."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self._rows = rows
+        self.closed = 0
+
+    def __iter__(self) -> Closing:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._rows)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("kind", [lambda rows: iter(list(rows)), Closing], ids=["plain", "closing"])
+def test_rows_are_closed_if_they_can_be(memory: World, kind: Any) -> None:
+    memory.restrict("jsmith", HOME)
+    guard = memory.guard(preload=True)
+    load, given = preload(guard)._load_all, list[Any]()
+
+    def load_all() -> Any:
+        revision, rows = load()
+        given.append(kind(rows))
+        return revision, given[-1]
+
+    preload(guard)._load_all = load_all
+    guard.sync()
+    assert guard.stats().preloaded == 1
+    assert [getattr(rows, "closed", 1) for rows in given] == [1]
+
+
+def test_preload_is_stopped_before_its_first_snapshot(memory: World) -> None:
+    guard = memory.guard(preload=True)
+    preload(guard).stop()
+    guard.sync()
+    assert guard.stats().preloaded == 0
+
+
 def test_snapshot_made_invalid_at_its_end_is_read_again(memory: World) -> None:
     guard = memory.guard(preload=True)
 

@@ -16,7 +16,7 @@ import pytest
 
 from ipguard.errors import InvalidValue, StoreUnavailable
 from ipguard.guard import Guard, _sightings
-from ipguard.guard._sightings import Recorder
+from ipguard.guard._sightings import Recorder, _Logins
 from ipguard.model import Decision, Outcome, Reason, Sighting, User
 from ipguard.stores import open_store
 from ipguard.testing import FakeClock
@@ -183,6 +183,16 @@ def test_what_is_malformed_is_ignored(world: World, login: Any) -> None:
     assert figures(guard) == (1, 0, 0)
 
 
+def test_long_texts_are_not_queued(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "_start", lambda _: None)
+    recorder = world.guard()._sightings
+    recorder.add("x" * 257, HOME, decision=True)
+    recorder.add("jsmith", "x" * 257, decision=True)
+    assert recorder.waiting() == 0
+    recorder.add("x" * 256, "x" * 256, decision=True)
+    assert recorder.waiting() == 1
+
+
 def test_unregistered_users_are_left_out_by_the_store(world: World) -> None:
     with world.guard() as guard:
         guard.saw("stranger", HOME, True)
@@ -215,6 +225,36 @@ def test_later_logins_are_added_up_for_an_hour(world: World) -> None:
     written(guard, 7)
     assert counts(world) == {HOME: (5, 0)}
     guard.close()
+
+
+def test_added_logins_keep_the_first_and_the_last_moment() -> None:
+    first = FakeClock()()
+    last = first + timedelta(minutes=1)
+    logins = _Logins(first - timedelta(hours=1))
+    logins.add(first, allowed=1, refused=0)
+    logins.add(last, allowed=0, refused=1)
+    assert (logins.first_at, logins.last_at, logins.count) == (first, last, 2)
+
+
+def test_logins_added_up_survive_a_batch_with_the_other_outcome(world: World) -> None:
+    """The batch has both outcomes, and the one of them has logins that are added up already."""
+    recorder = world.guard()._sightings
+    at = world.clock()
+
+    def note(*outcomes: bool) -> None:
+        for outcome in outcomes:
+            recorder._note(("jsmith", HOME, outcome), at)
+
+    note(True)
+    recorder._write()
+    note(True, False, True)
+    recorder._write()
+    assert counts(world) == {HOME: (2, 1)}
+    assert recorder.waiting() == 1
+    recorder._release(everything=True)
+    recorder._write()
+    assert counts(world) == {HOME: (3, 1)}
+    assert recorder.waiting() == 0
 
 
 def test_another_outcome_is_written_at_once(world: World) -> None:
@@ -590,7 +630,7 @@ def test_followers_get_refused_logins(world: World, caplog: pytest.LogCaptureFix
     written(guard, 3)
     guard.close()
     assert len(found) == 1
-    with pytest.raises(InvalidValue):
+    with pytest.raises(InvalidValue, match=r"^callback: must be callable"):
         guard.follow_refusals(None)  # type: ignore[arg-type]
 
 
@@ -816,6 +856,19 @@ def test_an_explanation_lists_refused_logins_with_hints(world: World) -> None:
         "It comes over IPv6, and only IPv4 is listed.",
     ]
     assert guard.explain("adoe", HOME).refused == ()
+
+
+def test_an_explanation_hints_at_an_expired_restriction(world: World) -> None:
+    world.restrict("adoe", OFFICE, expires_in=60)
+    world.restrict("adoe", HOME)
+    guard = world.guard()
+    guard.saw("adoe", OFFICE, False)
+    guard.close()
+    (early,) = guard.explain("adoe", OFFICE).refused
+    assert early.hint == ""
+    world.clock.advance(timedelta(minutes=1))
+    (late,) = guard.explain("adoe", OFFICE).refused
+    assert late.hint
 
 
 def test_an_explanation_does_without_sightings(

@@ -14,6 +14,7 @@ import pytest
 
 from ipguard.errors import StoreUnavailable
 from ipguard.guard import Guard
+from ipguard.guard._slow_path import _Load
 from ipguard.guard._table import Position, Table
 from ipguard.model import RESET, Decision, Reason
 from tests.guards import (
@@ -391,6 +392,12 @@ def test_end_of_a_hung_load_leaves_the_next_one_in_flight(world: World) -> None:
     assert list(guard._loads._in_flight.values()) == [load]
     second.let_go()
     assert following.result()
+
+
+def test_time_left_to_wait_for_a_load() -> None:
+    load = _Load(0.0, 0.0, Position())
+    assert 1_000.0 - PATIENCE < load.left(1_000.0) <= 1_000.0
+    assert load.left(0.0) == 0.0
 
 
 # ------------------------------------------------------------------ 4. unrestricted is a policy
