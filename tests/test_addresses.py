@@ -179,12 +179,15 @@ REFUSED = [
     ("127.0.0.1/0.0.0.255", MASK, "127.0.0.0/24"),
     ("192.0.2.65/255.255.254.0", MASK, "192.0.2.0/23"),
     ("10.0.0.0/0.0.0.0", MASK, None),
+    ("10.0.0.0/255.255.255.255", MASK, None),
     ("10.0.0.0/255.0.255.0", MASK, None),
     ("2001:db8::/ffff:ffff::", MASK, None),
     # Host bits.
     ("10.1.0.0/0", HOSTS, "0.0.0.0/0"),
     ("2001:db8::1/32", HOSTS, "2001:db8::/32"),
     ("::ffff:1.2.3.4/120", HOSTS, "1.2.3.0/24"),
+    ("::ffff:1.2.3.4/96", HOSTS, "0.0.0.0/0"),
+    ("1.2.3.4-1.2.3.9/32", NEITHER, None),
     ("224.0.0.1/4", HOSTS, None),
     # IPv4-mapped networks with a prefix length of IPv4, and ranges that mean two things.
     ("::ffff:1.2.3.0/24", "the prefix length of an IPv4-mapped network", "1.2.3.0/24"),
@@ -820,6 +823,28 @@ def test_inside_a_set(item, inside):
     united = AddressSet(map(parse, ["1.2.3.4-1.2.3.9", "1.2.3.20", "2001:db8::/32"]))
     assert (item in united) is inside
     assert any(item in r for r in united) is inside
+
+
+FEW = st.lists(
+    st.builds(
+        lambda version, ends: AddressRange(version=version, first=min(ends), last=max(ends)),
+        st.sampled_from([4, 6]),
+        st.tuples(st.integers(0, 15), st.integers(0, 15)),
+    ),
+    max_size=4,
+)
+
+
+@given(FEW, FEW)
+def test_sets_are_joined_and_subtracted(one, other):
+    def members(ranges):
+        return {(r.version, value) for r in ranges for value in range(r.first, r.last + 1)}
+
+    first, second = AddressSet(one), AddressSet(other)
+    assert members(first - second) == members(one) - members(other)
+    assert members(first | second) == members(one) | members(other)
+    for united in (first - second, first | second):
+        assert united == AddressSet(united)
 
 
 @given(st.lists(RANGES, max_size=8), RANGES)

@@ -306,7 +306,9 @@ class Closing:
 
 
 @pytest.mark.parametrize("kind", [lambda rows: iter(list(rows)), Closing], ids=["plain", "closing"])
-def test_rows_are_closed_if_they_can_be(memory: World, kind: Any) -> None:
+def test_rows_are_closed_if_they_can_be(
+    memory: World, caplog: pytest.LogCaptureFixture, kind: Any
+) -> None:
     memory.restrict("jsmith", HOME)
     guard = memory.guard(preload=True)
     load, given = preload(guard)._load_all, list[Any]()
@@ -320,6 +322,7 @@ def test_rows_are_closed_if_they_can_be(memory: World, kind: Any) -> None:
     guard.sync()
     assert guard.stats().preloaded == 1
     assert [getattr(rows, "closed", 1) for rows in given] == [1]
+    assert "failed" not in caplog.text
 
 
 def test_preload_is_stopped_before_its_first_snapshot(memory: World) -> None:

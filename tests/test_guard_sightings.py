@@ -185,7 +185,8 @@ def test_what_is_malformed_is_ignored(world: World, login: Any) -> None:
 
 def test_long_texts_are_not_queued(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "_start", lambda _: None)
-    recorder = world.guard()._sightings
+    guard = world.guard()  # a recorder is told when its guard is gone
+    recorder = guard._sightings
     recorder.add("x" * 257, HOME, decision=True)
     recorder.add("jsmith", "x" * 257, decision=True)
     assert recorder.waiting() == 0
@@ -238,8 +239,8 @@ def test_added_logins_keep_the_first_and_the_last_moment() -> None:
 
 def test_logins_added_up_survive_a_batch_with_the_other_outcome(world: World) -> None:
     """The batch has both outcomes, and the one of them has logins that are added up already."""
-    recorder = world.guard()._sightings
-    at = world.clock()
+    guard = world.guard()
+    recorder, at = guard._sightings, world.clock()
 
     def note(*outcomes: bool) -> None:
         for outcome in outcomes:

@@ -122,6 +122,30 @@ def test_none_is_not_taken_for_no_restrictions() -> None:
         pack(policy(restriction()).__class__(revision=1, restrictions=nothing, known=True))
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("text", ["203.0.113.7", "2001:db8::7"])
+def test_no_id_is_taken_for_a_range(text: str, count: int) -> None:
+    """The bytes after the ranges would be a range from low to high addresses."""
+    addresses = AddressRange.parse(text)
+    size = len(packed(addresses))
+    name = "\1" * size + "\x7e" * size
+    row = checked(pack(policy(*(restriction(addresses, id=name * 2) for _ in range(count)))))
+    client = b"\x40" * size
+    assert not lists(row, client)
+    assert decide(row, client, NOW) == (Reason.NOT_LISTED, None)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("text", ["203.0.113.7", "2001:db8::7"])
+def test_a_row_without_all_of_its_ranges_is_refused(text: str, count: int) -> None:
+    whole = pack(policy(*(restriction(text, id="") for _ in range(count))))
+    size = 5 + count * 2 * len(packed(AddressRange.parse(text)))
+    checked(whole[:size])
+    for length in range(size):
+        with pytest.raises(ValueError, match="packed by something else"):
+            checked(whole[:length])
+
+
 GOOD = pack(policy(restriction(), restriction("2001:db8::/32", expires_at=NOW)))
 
 

@@ -117,6 +117,12 @@ class TestDecide:
             allowed=expected[0], reason=expected[1], restriction_id=expected[2], revision=7
         )
 
+    def test_names_the_oldest_permanent_restriction(self):
+        temporary = restriction("203.0.113.7", NOW + SECOND, name="temporary")
+        older, newer = restriction("203.0.113.7", name="a"), restriction("203.0.113.7", name="b")
+        held = policy(temporary, older, newer)
+        assert rules.decide(held, parsed("203.0.113.7"), NOW).restriction_id == "a"
+
     @given(restricted(), st.booleans(), st.booleans())
     def test_a_malformed_address_is_never_allowed(self, held, known, deny_unknown):
         """Not even for users without restrictions."""
@@ -656,7 +662,8 @@ def test_the_end_of_what_a_change_leaves(expiries, ends):
 def test_the_record_has_the_revisions_from_its_beginning_to_the_head() -> None:
     for revision in (3, 5):
         rules.check_revision(revision, 3, 5)
-    refused = {-1: "whole number", 2: "begins at revision 3", 6: "is at revision 5"}
-    for revision, match in refused.items():
-        with pytest.raises(InvalidValue, match=match):
+    rules.check_revision(0, 0, 5)
+    refused = {-1: "must be a whole number", 2: "the record begins at revision 3"}
+    for revision, reason in (refused | {6: "the store is at revision 5"}).items():
+        with pytest.raises(InvalidValue, match=f"^revision: {reason}"):
             rules.check_revision(revision, 3, 5)

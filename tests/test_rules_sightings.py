@@ -210,6 +210,7 @@ def test_a_restriction_is_not_used_after_its_end() -> None:
     assert last_used([ended], [before]) == {"r": before.last_at}
     assert last_used([ended], [both]) == {"r": ended.expires_at}
     assert last_used([ended], [after]) == {}
+    assert last_used([ended], [seen(HOME, ago=HOUR * 2)]) == {}
     assert last_used([attrs.evolve(ended, expires_at=NOW)], [both]) == {"r": after.last_at}
 
 
@@ -221,26 +222,28 @@ def test_sightings_are_checked_and_joined() -> None:
     early = seen("::ffff:198.51.100.20", 2, 1, ago=HOUR * 5)
     late = seen(HOME, 1, 2, ago=-HOUR)
     old = seen("203.0.113.7", ago=timedelta(days=90, microseconds=1))
-    assert sightings_to_record([late, old, early], NOW) == [
-        attrs.evolve(late, first_at=early.first_at, last_at=NOW, allowed=3, refused=3)
-    ]
+    both = attrs.evolve(late, first_at=early.first_at, last_at=NOW, allowed=3, refused=3)
+    for order in ([late, old, early], [early, late, old]):
+        assert sightings_to_record(order, NOW) == [both]
     backwards = attrs.evolve(seen(HOME), first_at=NOW, last_at=NOW - HOUR)
     assert sightings_to_record([backwards], NOW)[0].first_at == NOW - HOUR
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        [seen("203.0.113.0/24")],
-        [seen(HOME, -1)],
-        [seen(HOME, 1, -1)],
-        [seen(f"2001:db8::{n:x}") for n in range(1001)],
-    ],
-    ids=["network", "allowed", "refused", "many"],
+    [[seen("203.0.113.0/24")], [seen(HOME, -1)], [seen(HOME, 1, -1)]],
+    ids=["network", "allowed", "refused"],
 )
 def test_what_is_no_sighting_is_refused(wrong: list[Sighting]) -> None:
-    with pytest.raises(InvalidValue):
+    with pytest.raises(InvalidValue, match=r"^seen: holds a sighting that is not one"):
         sightings_to_record(wrong, NOW)
+
+
+def test_a_thousand_sightings_are_recorded_at_once() -> None:
+    many = [seen(f"2001:db8::{n:x}", 0, 1, ago=timedelta(days=90)) for n in range(1001)]
+    assert len(sightings_to_record(many[1:], NOW)) == 1000
+    with pytest.raises(InvalidValue, match=r"^seen: must be at most 1,000 sightings"):
+        sightings_to_record(many, NOW)
 
 
 def test_the_newest_addresses_are_kept() -> None:
@@ -261,6 +264,8 @@ def test_refusals_are_those_with_refused_logins() -> None:
     (refusal,) = found
     assert (refusal.address, refusal.times, refusal.last_at) == (HOME, 2, NOW - HOUR)
     assert refusal.hint == "It comes over IPv4, and only IPv6 is listed."
+    (refusal,) = refusals([seen(HOME, 0, 1)], [restriction(HOME, expires_at=NOW)], NOW)
+    assert refusal.hint == "A restriction that has expired listed it."
 
 
 def test_what_is_allowed_now_is_not_refused_any_more() -> None:
@@ -288,7 +293,18 @@ def test_what_is_allowed_now_is_not_refused_any_more() -> None:
             ["2001:db8:0:0:a::/80"],
             "It is in 2001:db8::/64, as is 2001:db8:0:0:a::/80, which is listed.",
         ),
+        (
+            HOME,
+            ["198.51.100.255-198.51.101.7"],
+            "It is in 198.51.100.0/24, as is 198.51.100.255-198.51.101.7, which is listed.",
+        ),
+        (
+            HOME,
+            ["198.51.99.7-198.51.100.0"],
+            "It is in 198.51.100.0/24, as is 198.51.99.7-198.51.100.0, which is listed.",
+        ),
         (HOME, ["198.51.101.20", "198.51.99.0-198.51.99.255", "2001:db8::7"], ""),
+        (HOME, ["203.0.113.7 expired"], ""),
         ("192.168.1.5", ["192.168.2.0/24"], ""),
     ],
 )
@@ -302,7 +318,10 @@ def test_a_hint_says_why_restrictions_do_not_fit(address: str, held: list[str], 
 
 def test_a_hint_at_wrong_proxy_settings() -> None:
     hint = refusal_hint("10.0.0.7", [restriction(HOME)], NOW)
-    assert hint.startswith("It is a private address, which the internet never sees")
+    assert hint == (
+        "It is a private address, which the internet never sees: the proxy settings of the login"
+        " server may be wrong."
+    )
 
 
 @pytest.mark.parametrize("revision", [-1, 3, 8, True, "4"])
