@@ -332,12 +332,12 @@ def mutate(*modules: str) -> None:
         tests = [f"tests/{path.name}" for path in files]
         if not tests:
             raise StepError(f"no tests/test_{name}*.py")
-        plain = ("-p", "no:cacheprovider", "--hypothesis-profile=mutation")
+        # A mutant that survives runs every test of its function: leave out the slow ones.
+        options = (*QUICK, "-p", "no:cacheprovider", "--hypothesis-profile=mutation")
         settings = {
             "source_paths": ["src"],
             "only_mutate": [source(name)],
-            # A mutant that survives runs every test of its function: leave out the slow ones.
-            "pytest_add_cli_args": [*QUICK, *plain],
+            "pytest_add_cli_args": options,
             "pytest_add_cli_args_test_selection": tests,
         }
         # JSON and TOML write a list of strings in the same way.

@@ -69,7 +69,7 @@ SLOWEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the slowest files first; keep the order otherwise.
 
-    In mutation testing the quickest tests come first, so that a mutant is soon found.
+    mutmut puts the quickest tests first, so that a mutant is soon found: keep its order too.
     """
     if settings.get_current_profile_name() == "mutation":
         return

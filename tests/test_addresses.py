@@ -734,12 +734,17 @@ def test_text_agrees_with_the_standard_library(address, data):
     assert again == made or (isinstance(again, AddressError) and again.reason.endswith(WHERE))
 
 
+def between(version, ends):
+    return AddressRange(version=version, first=min(ends), last=max(ends))
+
+
 RANGES = st.builds(
-    lambda version, ends: AddressRange(version=version, first=min(ends), last=max(ends)),
+    between,
     st.just(4),
     st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
 ) | st.builds(
-    lambda ends: AddressRange(version=6, first=min(ends), last=max(ends)),
+    between,
+    st.just(6),
     st.tuples(st.integers(0, 2**128 - 1), st.integers(0, 2**128 - 1)).filter(
         lambda ends: not any(MAPPED <= end < MAPPED + 2**32 for end in ends)
     ),
@@ -827,7 +832,7 @@ def test_inside_a_set(item, inside):
 
 FEW = st.lists(
     st.builds(
-        lambda version, ends: AddressRange(version=version, first=min(ends), last=max(ends)),
+        between,
         st.sampled_from([4, 6]),
         st.tuples(st.integers(0, 15), st.integers(0, 15)),
     ),

@@ -238,7 +238,7 @@ def test_added_logins_keep_the_first_and_the_last_moment() -> None:
 
 
 def test_logins_added_up_survive_a_batch_with_the_other_outcome(world: World) -> None:
-    """The batch has both outcomes, and the one of them has logins that are added up already."""
+    """The batch has both outcomes; logins of one of them are being added up already."""
     guard = world.guard()
     recorder, at = guard._sightings, world.clock()
 
@@ -869,7 +869,7 @@ def test_an_explanation_hints_at_an_expired_restriction(world: World) -> None:
     assert early.hint == ""
     world.clock.advance(timedelta(minutes=1))
     (late,) = guard.explain("adoe", OFFICE).refused
-    assert late.hint
+    assert late.hint == "A restriction that has expired listed it."
 
 
 def test_an_explanation_does_without_sightings(
