@@ -84,6 +84,15 @@ MUTANTS = (
         ),
     ),
     mutant(
+        "listed address of a preloaded user: the clock is not read",
+        of.PreloadedListed,
+        _fast_path.bind,
+        (
+            "answer = True if monotonic() < until else None\n            if answer is not",
+            "answer = True\n            if answer is not",
+        ),
+    ),
+    mutant(
         "first sight of an address: the clock is compared with a newer deadline",
         of.FirstSight,
         _fast_path.bind,

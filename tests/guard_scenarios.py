@@ -73,6 +73,12 @@ class FirstListed(LoginAndSync):
         self.commit(replace)
 
 
+class PreloadedListed(FirstListed):
+    """The same with a complete table, in which no address is noted."""
+
+    settings: ClassVar[dict[str, Any]] = {"preload": True}
+
+
 class CheckAndSync(LoginAndSync):
     """The same for `check`."""
 
@@ -717,6 +723,7 @@ SCENARIOS: dict[type[Explored], tuple[int, int]] = {
     LoginAndSync: (3, 4),
     FirstSight: (2, 4),
     FirstListed: (2, 4),
+    PreloadedListed: (3, 4),
     CheckAndSync: (3, 4),
     TwoSyncs: (2, 4),
     OverlappingSyncs: (3, 4),

@@ -414,6 +414,20 @@ def test_malformed_changes_do_not_renew_the_lease(world: World, garbage: Any) ->
     assert (guard.stats().ready, guard.stats().failures) == (False, 1)
 
 
+def test_permanent_restrictions_need_no_clock_of_the_store(world: World) -> None:
+    world.restrict("jsmith", HOME)
+    guard = world.guard()
+    guard.sync()
+
+    def fail() -> None:
+        raise StoreUnavailable("no clock")
+
+    world.store.at_now.extend([fail, fail])
+    assert guard.check("jsmith", HOME)
+    assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
+    assert len(world.store.at_now) == 2
+
+
 def test_failing_clock_is_denied(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """The clock raises on the fast path and then on the slow path."""
     failing: list[int] = []

@@ -53,21 +53,22 @@ def test_denial_is_logged_with_fields(world: World, caplog: pytest.LogCaptureFix
     """By the slow path and by the fast path alike."""
     guard = world.guard()
     assert guard.check("JSmith", HOME)
-    for ask in (guard.check, guard.is_allowed):
-        caplog.clear()
-        assert not ask("JSmith", f"::ffff:{OFFICE}")
-        (record,) = caplog.records
-        assert (record.name, record.levelname) == ("ipguard.guard", "INFO")
-        assert record.getMessage() == (
-            f"'JSmith' may not log in from '::ffff:{OFFICE}': not_listed"
-        )
-        assert fields(record) == {
-            "ipguard_username": "jsmith",
-            "ipguard_address": OFFICE,
-            "ipguard_reason": Reason.NOT_LISTED,
-            "ipguard_revision": guard.revision,
-            "ipguard_dropped": 0,
-        }
+    for name in ("JSmith", "jsmith"):
+        for ask in (guard.check, guard.is_allowed):
+            caplog.clear()
+            assert not ask(name, f"::ffff:{OFFICE}")
+            (record,) = caplog.records
+            assert (record.name, record.levelname) == ("ipguard.guard", "INFO")
+            assert record.getMessage() == (
+                f"'{name}' may not log in from '::ffff:{OFFICE}': not_listed"
+            )
+            assert fields(record) == {
+                "ipguard_username": "jsmith",
+                "ipguard_address": OFFICE,
+                "ipguard_reason": Reason.NOT_LISTED,
+                "ipguard_revision": guard.revision,
+                "ipguard_dropped": 0,
+            }
 
 
 def test_logged_revision_is_that_of_the_decision(

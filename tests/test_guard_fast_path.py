@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -147,19 +148,29 @@ def test_odd_type_about_a_preloaded_user_is_left_to_the_slow_path(world: World) 
     assert alone(guard)("jsmith", HOME) is True
     assert alone(guard)(Text("jsmith"), HOME) == SLOW
     assert alone(guard)("jsmith", Text(HOME)) == SLOW
+    assert guard.is_allowed(Text("jsmith"), HOME)
+    assert guard.is_allowed("jsmith", Text(HOME))
+    assert not guard.is_allowed("jsmith", Text(OFFICE))
 
 
+@pytest.mark.parametrize("preload", [False, True])
+@pytest.mark.parametrize("name", ["jsmith", "JSmith"])
 @pytest.mark.parametrize("address", [HOME, OFFICE, ELSEWHERE])
-def test_no_decision_after_the_lease(world: World, address: str) -> None:
+def test_no_decision_after_the_lease(world: World, name: str, address: str, preload: bool) -> None:
+    """To the instant: by any spelling, preloaded or not, listed or not."""
     world.restrict("jsmith", HOME)
     world.restrict("jsmith", OFFICE)
-    guard = world.guard()
+    guard = world.guard(preload=preload)
+    guard.sync()
     guard.check("jsmith", HOME)
     guard.is_allowed("jsmith", HOME)
-    world.pass_time(5)
-    assert alone(guard)("jsmith", address) == SLOW
+    world.pass_time(4.999)
+    assert alone(guard)(name, OFFICE) is True
+    assert preload or alone(guard)("jsmith", HOME) is True
+    world.pass_time(0.001)
+    assert alone(guard)(name, address) == SLOW
     assert guard.stats().denials == {}
-    assert text_of(guard) == HOME
+    assert preload or text_of(guard) == HOME
 
 
 class Watching(Guard):
@@ -200,14 +211,16 @@ def test_no_fast_path_with_observer_or_report_only(world: World) -> None:
     ),
     listed=st.lists(st.sampled_from([HOME, "2001:db8::/32", "0.0.0.0/0", "::/0"]), max_size=3),
     lasts=st.sampled_from([None, 3.0]),
+    preload=st.booleans(),
 )
 def test_same_decisions_and_counts_as_the_slow_path(
-    texts: list[str], listed: list[str], lasts: float | None
+    texts: list[str], listed: list[str], lasts: float | None, preload: bool
 ) -> None:
     world = new_world()
     for text in listed:
         world.restrict("jsmith", text, expires_in=lasts)
-    fast, slow = world.guard(), world.guard()
+    fast, slow = world.guard(preload=preload), world.guard()
+    fast.sync()
     for text in texts:
         assert fast.is_allowed("jsmith", text) is slow.check("jsmith", text).allowed
         world.pass_time(0.5)
@@ -264,3 +277,18 @@ def test_denial_during_counting_is_counted_later() -> None:
     tally._uncounted[Reason.NOT_LISTED] = Meanwhile([None])
     assert tally.counts() == {Reason.NOT_LISTED: 1}
     assert tally.counts()[Reason.NOT_LISTED] >= 2
+
+
+def test_counting_again_in_the_middle_of_it_counts_nothing_twice() -> None:
+    """As a signal handler may, after a count was added and before it was taken off the list."""
+    tally = Tally()
+
+    class Interrupted(Counter[Reason]):
+        def __setitem__(self, reason: Reason, count: int) -> None:
+            super().__setitem__(reason, count)
+            tally.counts()
+
+    tally._counts = Interrupted()
+    tally._uncounted[Reason.NOT_LISTED].extend([None] * 3)
+    assert tally.counts() == {Reason.NOT_LISTED: 3}
+    assert tally.counts() == {Reason.NOT_LISTED: 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from datetime import timedelta
@@ -275,7 +276,7 @@ def test_another_outcome_is_written_at_once(world: World) -> None:
 
 
 def test_the_thread_looks_for_what_is_due_without_other_work(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_sightings, "_LOOK", 0.001)
     guard = world.guard()
@@ -286,6 +287,7 @@ def test_the_thread_looks_for_what_is_due_without_other_work(
     world.pass_time(HOUR)
     written(guard, 2)
     guard.close()
+    assert told(caplog) == []
 
 
 def test_logins_while_the_store_writes_go_into_the_next_batch(world: World) -> None:
@@ -315,10 +317,27 @@ def test_a_batch_is_written_at_most_every_half_second(
     guard = world.guard()
     guard.saw("jsmith", HOME, True)
     written(guard, 1)
+    assert guard._sightings._write_at - time.monotonic() > 1800
     guard.saw("jsmith", OFFICE, True)
     assert figures(guard) == (1, 0, 1)
     guard.close()
     assert figures(guard) == (2, 0, 0)
+
+
+def test_the_next_batch_waits_longer_after_a_failure(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sightings, "_PAUSE_AFTER_FAILURE", 3600.0)
+    guard = world.guard()
+    world.store.down = StoreUnavailable("no disk")
+    guard.saw("jsmith", HOME, True)
+    comes_true(partial(has_lost, guard, 1))
+    assert guard._sightings._write_at - time.monotonic() > 1800
+    world.store.down = None
+    guard.saw("jsmith", OFFICE, True)
+    assert figures(guard) == (0, 1, 1)
+    guard.close()
+    assert figures(guard) == (1, 1, 0)
 
 
 def test_a_batch_has_at_most_1000_sightings(world: World) -> None:
@@ -395,7 +414,9 @@ def test_a_store_without_sightings_loses_them(world: World) -> None:
     assert figures(guard) == (0, 1, 0)
 
 
-def test_a_store_whose_clock_fails_loses_them(world: World) -> None:
+def test_a_store_whose_clock_fails_loses_them(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail() -> None:
         raise StoreUnavailable("no clock")
 
@@ -408,6 +429,8 @@ def test_a_store_whose_clock_fails_loses_them(world: World) -> None:
     world.store.at_now.append(fail)
     guard.close()
     assert recorders() == []
+    (record,) = told(caplog)
+    assert record.getMessage().endswith("some are lost: StoreUnavailable: no clock")
 
 
 def test_a_defect_does_not_end_the_thread(
@@ -427,6 +450,20 @@ def test_a_defect_does_not_end_the_thread(
     written(guard, 1)
     guard.close()
     assert [record.getMessage() for record in told(caplog)] == ["recording logins failed"]
+
+
+def test_a_lasting_defect_does_not_keep_the_thread_from_ending(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = world.guard()
+
+    def fail(*, everything: bool = False) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(guard._sightings, "_release", fail)
+    guard.saw("jsmith", HOME, True)
+    guard.close()
+    assert recorders() == []
 
 
 def test_a_store_that_hangs_delays_neither_logins_nor_close(
@@ -546,10 +583,20 @@ def test_one_user_cannot_fill_the_room_with_addresses(world: World) -> None:
         guard.saw("jsmith", f"10.0.0.{number}", False)
     guard.saw("adoe", OFFICE, True)
     gate.let_go()
-    guard.close()
+    written(guard, 34)
     assert figures(guard) == (34, 68, 0)
     assert len(counts(world)) == 32
     assert OFFICE in counts(world, "adoe")
+    # What is written makes room, for as many.
+    world.store.at_record.append(second := Gate())
+    guard.saw("adoe", ELSEWHERE, True)
+    second.reached()
+    for number in range(100):
+        guard.saw("jsmith", f"10.0.1.{number}", False)
+    second.let_go()
+    guard.close()
+    assert figures(guard) == (67, 136, 0)
+    assert not guard._sightings._addresses, "it would grow with the number of users"
 
 
 def test_what_is_remembered_is_bounded_and_written_early(
@@ -666,7 +713,7 @@ def test_waiting_notices_are_bounded(world: World, monkeypatch: pytest.MonkeyPat
 
 
 def test_logins_are_written_between_slow_notices(world: World) -> None:
-    guard, gates = world.guard(), [Gate(), Gate()]
+    guard, gates = world.guard(), [Gate(), Gate(), Gate()]
     steps = iter(gates)
     guard.follow_refusals(lambda _: next(steps)())
     guard.saw("jsmith", HOME, False)
@@ -678,6 +725,9 @@ def test_logins_are_written_between_slow_notices(world: World) -> None:
     assert figures(guard) == (3, 0, 0)
     guard.saw("adoe", HOME, True)
     gates[1].let_go()
+    gates[2].reached()
+    assert figures(guard) == (4, 0, 0)
+    gates[2].let_go()
     guard.close()
     assert counts(world, "adoe") == {HOME: (1, 0)}
 

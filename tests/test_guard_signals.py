@@ -224,7 +224,7 @@ def test_handler_that_calls_the_guard(store: Any, rounds: Any) -> None:
     assert {answer.reason for answer in answers} <= {Reason.NOT_LISTED, Reason.STORE_UNAVAILABLE}
 
 
-def test_nested_call_does_not_write_the_table() -> None:
+def test_nested_call_does_not_write_the_table(caplog: pytest.LogCaptureFixture) -> None:
     """Remembered users are answered; a sync or a load is refused at once."""
     with open_store("memory://") as store:
         store.put_users([user("jsmith"), user("mlee")])
@@ -251,6 +251,21 @@ def test_nested_call_does_not_write_the_table() -> None:
         assert guard.check("jsmith", OFFICE).reason is Reason.STORE_UNAVAILABLE
         guard._lease._turn_owner = None
         assert guard.check("jsmith", OFFICE).reason is Reason.NOT_LISTED
+    assert "a check failed" not in caplog.text
+
+
+def test_nested_call_in_an_outage_keeps_at_least() -> None:
+    """Within the grace period too, a nested call gets no answer older than it asks for."""
+    with open_store("memory://") as store:
+        store.put_users([user("jsmith")])
+        flow(store).impose(BOSS, "jsmith", HOME, reason="a test")
+        guard = Guard(store, outage_grace=60)
+        revision = guard.check("jsmith", HOME).revision
+        with guard._table.lock:
+            guard._table.deadline = guard._monotonic()
+            assert guard.check("jsmith", HOME, at_least=revision).stale
+            later = guard.check("jsmith", HOME, at_least=revision + 1)
+            assert later.reason is Reason.STORE_UNAVAILABLE
 
 
 @pytest.mark.parametrize("method", ["pop", "__setitem__"])

@@ -61,13 +61,15 @@ def after_look_up(guard: Guard, act: Callable[[], object]) -> None:
 
 
 class SpyLock:
-    """A lock that calls a hook before it is acquired."""
+    """A lock that calls a hook before it is acquired, and notes for how long callers would wait."""
 
     def __init__(self, lock: Any, hook: Callable[[], object]) -> None:
         self._lock = lock
         self._hook = hook
+        self.timeouts: list[float] = []
 
     def acquire(self, blocking: bool, timeout: float) -> bool:
+        self.timeouts.append(timeout)
         self._hook()
         acquired: bool = self._lock.acquire(blocking, max(timeout, PATIENCE))
         return acquired
@@ -295,6 +297,17 @@ def test_stale_fill(world: World) -> None:
     assert guard.stats().users == 0
     assert not guard.is_allowed("jsmith", HOME)
     assert not guard.check("jsmith", HOME)
+
+
+def test_read_that_an_empty_sync_overtakes_is_remembered(world: World) -> None:
+    """It was no older than the position when it began, so the sync has named what changed since."""
+    guard = world.guard()
+    guard.sync()
+    with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as late:
+        guard.sync()
+    assert late.result()
+    assert guard.is_allowed("jsmith", HOME)
+    assert world.store.loads == ["jsmith"]
 
 
 def test_single_flight(world: World, rounds: Any) -> None:
@@ -544,6 +557,26 @@ def test_two_overlapping_syncs_find_another_history(
     assert len(errors(caplog)) == 1
 
 
+def test_sync_overtaken_by_another_history_of_the_same_length_reads_again(
+    restorable: Restorable,
+) -> None:
+    """Its answer is of the lost history, so that it says nothing about the time since it began."""
+    world = restorable
+    guard = world.guard()
+    guard.sync()
+    restore = world.back_up()
+    world.touch("jsmith")
+    with during(world.store.after_sync, guard.sync) as one:
+        restore()
+        world.touch("adoe")
+        guard.sync()
+        position = guard._table.position
+    one.result()
+    assert guard._table.position.cursor == position.cursor
+    assert world.store.syncs[-1] == position.cursor
+    assert len(world.store.syncs) == 4
+
+
 def test_overtaken_reset_still_drops_everything(world: World) -> None:
     """The store may report RESET only once."""
     guard = world.guard()
@@ -611,14 +644,17 @@ def test_no_queue_behind_a_load_that_hangs(world: World) -> None:
 
 def test_caller_that_waited_for_a_sync_does_not_repeat_it(world: World) -> None:
     guard = world.guard()
+    guard._lease.patience = PATIENCE
     with during(world.store.before_sync, lambda: guard.check("jsmith", HOME)) as first:
-        turn, waiting = guard._lease._turn, threading.Event()
-        guard._lease._turn = SpyLock(turn, waiting.set)  # type: ignore[assignment]
+        waiting = threading.Event()
+        spy = SpyLock(guard._lease._turn, waiting.set)
+        guard._lease._turn = spy  # type: ignore[assignment]
         second = Call(lambda: guard.check("jsmith", HOME))
         assert waiting.wait(PATIENCE)
     assert first.result()
     assert second.result()
     assert len(world.store.syncs) == 1
+    assert 0 < spy.timeouts[0] <= PATIENCE
 
 
 def test_caller_that_waited_for_a_failed_sync_does_not_repeat_it(world: World) -> None:
