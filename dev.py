@@ -69,6 +69,18 @@ CORE = (
     "aio",
 )
 MUTATED = ("addresses", "usernames", "client_address", "confirmation", "rules", "row", "guard")
+# Test files that judge a module's mutants besides its own: many rules are tested through the
+# workflow.
+JUDGES = {
+    "rules": (
+        "users",
+        "workflow_changes",
+        "workflow_demands",
+        "workflow_lookups",
+        "workflow_operators",
+        "workflow_pages",
+    )
+}
 
 
 class StepError(Exception):
@@ -318,7 +330,7 @@ def all_pythons() -> dict[tuple[int, int], Path]:
 
 
 def mutate(*modules: str) -> None:
-    """Run mutation tests of the given modules with their own test files."""
+    """Run mutation tests of the given modules with their own test files, and with `JUDGES`."""
     for name in modules or MUTATED:
         # A fresh copy for each module: mutmut has one set of settings, and never retries a mutant
         # that survived, even if a new test would catch it.
@@ -328,7 +340,9 @@ def mutate(*modules: str) -> None:
             shutil.copytree(ROOT / folder, work / folder)
         # The explorer of schedules has mutants of its own, and takes a minute for each run.
         explorers = set(ROOT.glob("tests/*_explorer.py"))
-        files = sorted(set(ROOT.glob(f"tests/test_{name}*.py")) - explorers)
+        own = ROOT.glob(f"tests/test_{name}*.py")
+        judges = [ROOT / "tests" / f"test_{judge}.py" for judge in JUDGES.get(name, ())]
+        files = sorted({*own, *judges} - explorers)
         tests = [f"tests/{path.name}" for path in files]
         if not tests:
             raise StepError(f"no tests/test_{name}*.py")

@@ -386,6 +386,7 @@ class TestJudgeAdditions:
             assert (found.ends, each) == ([], new)
             assert isinstance(error, DuplicateRestriction)
             assert error.found == "restriction"
+            assert (error.username, error.addresses) == ("jsmith", "203.0.113.7")
             assert (error.label, error.expires_at) == (held.label, held.expires_at)
             assert error.differs is differs
 
@@ -490,6 +491,7 @@ class TestSummarise:
         ("203.0.113.0/24", True),
         ("203.0.113.0-203.0.113.255", True),
         ("203.0.113.7/32", False),
+        ("203.0.113.777", False),
         ("2001:db8::", False),
     ],
 )
@@ -584,11 +586,79 @@ class TestPlanUsers:
         moved = [self.user("b", "1"), self.user("c", "2"), self.user("a", "4")]
         plan = self.plan(held, *moved)
         assert (plan.steps, [seq for seq, _ in plan.refused]) == ([], [0, 1, 2])
+        assert [(error.username, error.removed) for _, error in plan.refused] == [
+            ("b", False), ("c", False), ("a", False),
+        ]  # fmt: skip
         plan = self.plan(held, *moved, self.user("d", "3"))
         assert [(step.old, step.user.username) for step in plan.steps] == [
             (None, "a"), ("a", "b"), ("b", "c"), ("c", "d"),
         ]  # fmt: skip
         assert plan.refused == []
+
+    def test_renames_in_two_chains_that_depend_on_refused_ones_are_refused(self) -> None:
+        held = {
+            "a": rules.UserHeld(attrs.evolve(self.user("A", "1"), account_id="U7")),
+            "b": rules.UserHeld(self.user("b", "2")),
+            "c": rules.UserHeld(self.user("c", "3"), removed=True, restricted=True),
+            "d": rules.UserHeld(self.user("d", "4")),
+            "x": rules.UserHeld(self.user("x", "5"), restricted=True),
+            "y": rules.UserHeld(self.user("y", "6"), restricted=True),
+        }
+        wanted = [("x", "1"), ("a", "2"), ("y", "3"), ("c", "4")]
+        plan = self.plan(held, *(self.user(*each) for each in wanted))
+        assert plan.steps == []
+        assert [
+            (error.username, error.spellings, error.accounts, error.removed)
+            for _, error in plan.refused
+        ] == [
+            ("x", ("x", "x"), ("U1", "U1"), False),
+            ("a", ("A", "a"), ("U7", "U1"), False),
+            ("y", ("y", "y"), ("U1", "U1"), False),
+            ("c", ("c", "c"), ("U1", "U1"), True),
+        ]
+
+    def test_username_of_a_removed_user(self) -> None:
+        """It is free without restrictions; with them, only the same user gets it back."""
+        removed = rules.UserHeld(self.user("A", "1"), removed=True)
+        (step,) = self.plan({"a": removed}, self.user("a", "2")).steps
+        assert (step.before, step.back, step.added, step.free) == (None, False, True, True)
+        held = {"a": removed._replace(restricted=True)}
+        ((_, error),) = self.plan(held, self.user("a", "2")).refused
+        assert (error.username, error.spellings, error.removed) == ("a", ("A", "a"), True)
+        (step,) = self.plan(held, self.user("A", "1")).steps
+        assert (step.back, step.added, step.old, step.free) == (True, True, None, False)
+        plan = self.plan(held, self.user("A", "1"), self.user("a", "2"))
+        assert [step.user for step in plan.steps] == [self.user("A", "1")]
+        ((_, error),) = plan.refused
+        assert not error.removed, "it belongs to the first record"
+
+    @pytest.mark.parametrize("uid", ["2", None])
+    @pytest.mark.parametrize("how", ["there", "removed", "missing"])
+    def test_rename_to_a_restricted_username(self, uid: str | None, how: str) -> None:
+        """It is refused; the error says if the restrictions are those of a removed user."""
+        held = {
+            "a": rules.UserHeld(self.user("a", "1")),
+            "b": rules.UserHeld(self.user("b", uid), removed=how == "removed", restricted=True),
+        }
+        records = [rules.UserRecord(0, self.user("b", "1"))]
+        plan = rules.plan_users(records, held, remove_missing=how == "missing")
+        ((_, error),) = plan.refused
+        assert (error.username, error.removed) == ("b", how == "removed" or (
+            how == "missing" and uid is not None
+        ))  # fmt: skip
+
+    def test_which_usernames_must_have_no_restrictions_of_their_own(self) -> None:
+        """That of a rename, unless its user leaves it; not that of a user who stays."""
+        held = {
+            "a": rules.UserHeld(self.user("a", "1"), restricted=True),
+            "b": rules.UserHeld(self.user("b", "2"), restricted=True),
+            "c": rules.UserHeld(self.user("c", "3"), restricted=True),
+        }
+        users = [self.user("b", "1"), self.user("z", "2"), self.user("C", "3")]
+        steps = self.plan(held, *users).steps
+        assert [(step.old, step.user.username, step.free) for step in steps] == [
+            ("a", "b", False), (None, "c", False), ("b", "z", True),
+        ]  # fmt: skip
 
     def test_restrictions_of_a_username_that_was_never_registered(self) -> None:
         """They are inherited by a new user, but not by one that has others."""
@@ -667,3 +737,33 @@ def test_the_record_has_the_revisions_from_its_beginning_to_the_head() -> None:
     for revision, reason in (refused | {6: "the store is at revision 5"}).items():
         with pytest.raises(InvalidValue, match=f"^revision: {reason}"):
             rules.check_revision(revision, 3, 5)
+
+
+@pytest.mark.parametrize("only", ["everybody", "", "PENDING"])
+def test_list_cannot_be_limited_to_anything(only: str) -> None:
+    with pytest.raises(InvalidValue, match=r"must be one of .*, expiring") as caught:
+        rules.check_filter(only)
+    assert caught.value.name == "only"
+
+
+def test_lists_are_replaced_or_rows_skipped() -> None:
+    with pytest.raises(InvalidValue, match="replace") as caught:
+        rules.check_bulk_options(replace=True, skip_existing=True)
+    assert caught.value.name == "skip_existing"
+    rules.check_bulk_options(replace=True, skip_existing=False)
+    rules.check_bulk_options(replace=False, skip_existing=True)
+
+
+@pytest.mark.parametrize(
+    ("left", "expiring"),
+    [
+        (timedelta(0), False),
+        (timedelta(microseconds=1), True),
+        (timedelta(days=7), True),
+        (timedelta(days=7, microseconds=1), False),
+    ],
+)
+def test_expiring_within_a_week(left: timedelta, expiring: bool) -> None:
+    """A restriction that has expired is not about to expire."""
+    held = [restriction("203.0.113.7"), restriction("203.0.113.8", NOW + left)]
+    assert rules.is_listed("expiring", held, pending=False, now=NOW) is expiring
