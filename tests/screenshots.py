@@ -40,7 +40,7 @@ NAMES = {
 
 
 def fill(world: World) -> None:
-    """Create users, restrictions and a pending request."""
+    """Create users, restrictions, logins and pending requests."""
     ACTORS[RITA.username] = RITA
     world.store.remove_users(["jsmith", "mary", "alice", "zed"])
     world.store.put_users(
@@ -49,10 +49,13 @@ def fill(world: World) -> None:
     impose = functools.partial(world.quiet.impose, OPERATOR, reason="by their contracts")
     impose("aokafor", "192.0.2.10", label="head office")
     impose("jsmith", "203.0.113.0/29", label="branch")
+    world.log_in("203.0.113.4", 17)
     world.wait(days=3)
     until = world.clock() + timedelta(days=5)
     impose("jsmith", "198.51.100.7", label="hotel", expires_at=until)
     impose("tnovak", "203.0.113.16-203.0.113.25", label="trading floor")
+    world.log_in("203.0.113.5", 4)
+    world.log_in("2001:db8:51:7::2c", 0, 2)
     world.wait(hours=2, minutes=17)
     world.ask("198.51.100.20", "cweber", RITA, label="new office")
     careful = world.workflow(loosens=Demand(approvals=1, wait=timedelta(hours=4)))
@@ -88,6 +91,8 @@ def pictures(walk: Walk) -> Iterator[str]:
     walk.open()
     walk.follow("Approve 203.0.113.64/28, 2001:db8:9::/64 for Tereza Nováková")
     yield "approve"
+    walk.open("user?user=jsmith")
+    yield "user"
     walk.open()
     walk.follow("Delete 192.0.2.10 of Adaeze Okafor")
     yield "delete-last"
