@@ -28,6 +28,7 @@ import trustme
 from ipguard import Applied, ClientAddress, Guard
 from ipguard.errors import StoreUnavailable
 from tests.browser_world import NUMBER
+from tests.conftest import LONG
 from tests.flows import BOSS, HOME, OFFICE, Desk
 from tests.guards import Held
 from tests.logins import ROOT
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 
 PROXY = "192.0.2.99"  # the peer of every request of `tests.pages`
 CLIENT = ClientAddress(proxies=[PROXY])
+
+#: How nginx reaches the examples, and their stores. The long run has every combination.
+PLACES = [("TCP", "postgres"), ("a Unix socket", "sqlite")]
+if LONG:
+    PLACES += [("TCP", "sqlite"), ("a Unix socket", "postgres")]
 
 
 class Bench(Desk):

@@ -26,7 +26,7 @@ from django.urls import reverse
 import ipguard
 from ipguard import Actor
 from ipguard.contrib import django as contrib
-from tests.hosts import serving, walk
+from tests.hosts import PLACES, serving, walk
 from tests.logins import ROOT
 from tests.pages import Page
 from tests.postgres import until
@@ -720,8 +720,7 @@ SERVERS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("store", ["sqlite", "postgres"])
-@pytest.mark.parametrize("over", ["TCP", "a Unix socket"])
+@pytest.mark.parametrize(("over", "store"), PLACES)
 @pytest.mark.parametrize("server", SERVERS)
 def test_the_example_on_real_servers(server: str, over: str, store: str, chromium: Any) -> None:
     application, options = SERVERS[server]

@@ -17,7 +17,7 @@ from ipguard.aio import AsyncGuard, AsyncWorkflow
 from ipguard.contrib.fastapi import Check, IPGuard
 from tests.flows import ALICE, HOME, OFFICE
 from tests.guards import Gate
-from tests.hosts import CLIENT, PROXY, Bench, change_on_the_page, come_from, serving, walk
+from tests.hosts import CLIENT, PLACES, PROXY, Bench, change_on_the_page, come_from, serving, walk
 from tests.hosts import bench as bench  # noqa: PLC0414 - a fixture
 from tests.pages import Browser
 
@@ -350,8 +350,7 @@ def test_the_host_may_answer_for_the_page(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("store", ["sqlite", "postgres"])
-@pytest.mark.parametrize("transport", ["TCP", "a Unix socket"])
+@pytest.mark.parametrize(("transport", "store"), PLACES)
 def test_the_example_behind_nginx(transport: str, store: str, chromium: Any) -> None:
     """Forked workers, a real proxy, a real browser, and a database that goes away."""
     with serving("fastapi_app", f"uvicorn over {transport}", store, "--workers", "2") as site:

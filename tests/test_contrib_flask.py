@@ -13,7 +13,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from ipguard import Actor, InvalidValue, Outcome
 from ipguard.contrib.flask import IPGuard
 from tests.flows import ALICE, HOME, OFFICE
-from tests.hosts import CLIENT, Bench, change_on_the_page, come_from, serving, walk
+from tests.hosts import CLIENT, PLACES, Bench, change_on_the_page, come_from, serving, walk
 from tests.hosts import bench as bench  # noqa: PLC0414 - a fixture
 from tests.pages import Browser
 
@@ -370,8 +370,7 @@ def test_only_allow_is_true() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("store", ["sqlite", "postgres"])
-@pytest.mark.parametrize("transport", ["TCP", "a Unix socket"])
+@pytest.mark.parametrize(("transport", "store"), PLACES)
 def test_the_example_behind_nginx(transport: str, store: str, chromium: Any) -> None:
     """Forked workers, a real proxy, a real browser, and a database that goes away."""
     with serving(
