@@ -830,7 +830,7 @@ def test_inside_a_set(item, inside):
     assert any(item in r for r in united) is inside
 
 
-#: Short, so that several of one version are apart.
+#: Short ranges, so that several of one version do not touch.
 FEW = st.lists(
     st.builds(
         lambda version, first, length: between(version, (first, first + length)),

@@ -157,7 +157,7 @@ def test_odd_type_about_a_preloaded_user_is_left_to_the_slow_path(world: World) 
 @pytest.mark.parametrize("name", ["jsmith", "JSmith"])
 @pytest.mark.parametrize("address", [HOME, OFFICE, ELSEWHERE])
 def test_no_decision_after_the_lease(world: World, name: str, address: str, preload: bool) -> None:
-    """To the instant: by any spelling, preloaded or not, listed or not."""
+    """It ends to the instant, for any spelling, preloaded or not, listed or not."""
     world.restrict("jsmith", HOME)
     world.restrict("jsmith", OFFICE)
     guard = world.guard(preload=preload)
@@ -166,7 +166,7 @@ def test_no_decision_after_the_lease(world: World, name: str, address: str, prel
     guard.is_allowed("jsmith", HOME)
     world.pass_time(4.999)
     assert alone(guard)(name, OFFICE) is True
-    assert preload or alone(guard)("jsmith", HOME) is True
+    assert alone(guard)("jsmith", HOME) is True
     world.pass_time(0.001)
     assert alone(guard)(name, address) == SLOW
     assert guard.stats().denials == {}
@@ -280,7 +280,7 @@ def test_denial_during_counting_is_counted_later() -> None:
 
 
 def test_counting_again_in_the_middle_of_it_counts_nothing_twice() -> None:
-    """As a signal handler may, after a count was added and before it was taken off the list."""
+    """A signal handler may count after a count was added, before it was taken off the list."""
     tally = Tally()
 
     class Interrupted(Counter[Reason]):

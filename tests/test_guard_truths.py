@@ -300,7 +300,7 @@ def test_stale_fill(world: World) -> None:
 
 
 def test_read_that_an_empty_sync_overtakes_is_remembered(world: World) -> None:
-    """It was no older than the position when it began, so the sync has named what changed since."""
+    """It was not ahead of the position when it began, so the sync has named what changed since."""
     guard = world.guard()
     guard.sync()
     with during(world.store.after_load, lambda: guard.check("jsmith", HOME)) as late:
