@@ -746,6 +746,9 @@ def test_the_record_has_the_revisions_from_its_beginning_to_the_head() -> None:
     for revision, reason in (refused | {6: "the store is at revision 5"}).items():
         with pytest.raises(InvalidValue, match=f"^revision: {reason}"):
             rules.check_revision(revision, 3, 5)
+    for wrong in (True, "4"):
+        with pytest.raises(InvalidValue, match=r"^revision: must be a whole number"):
+            rules.check_revision(wrong, 3, 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("only", ["everybody", "", "PENDING"])

@@ -15,7 +15,6 @@ from ipguard.addresses import AddressRange
 from ipguard.errors import InvalidValue
 from ipguard.model import Restriction, Sighting
 from ipguard.rules import (
-    check_revision,
     is_unused,
     last_used,
     refusal_hint,
@@ -322,14 +321,6 @@ def test_a_hint_at_wrong_proxy_settings() -> None:
         "It is a private address, which the internet never sees: the proxy settings of the login"
         " server may be wrong."
     )
-
-
-@pytest.mark.parametrize("revision", [-1, 3, 8, True, "4"])
-def test_a_revision_outside_of_the_record_is_refused(revision: object) -> None:
-    check_revision(4, 4, 7)
-    check_revision(7, 4, 7)
-    with pytest.raises(InvalidValue, match="revision"):
-        check_revision(revision, 4, 7)  # type: ignore[arg-type]
 
 
 # -- notices -----------------------------------------------------------------------------------

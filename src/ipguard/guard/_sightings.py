@@ -69,10 +69,10 @@ class _Logins:
 
     __slots__ = ("allowed", "due", "first_at", "last_at", "refused")
 
-    def __init__(self, at: datetime, due: float = 0.0) -> None:
+    def __init__(self, at: datetime) -> None:
         self.first_at = self.last_at = at
         self.allowed = self.refused = 0
-        self.due = due
+        self.due = 0.0
 
     @property
     def count(self) -> int:
