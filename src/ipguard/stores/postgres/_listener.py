@@ -144,10 +144,15 @@ class Listener(_fork.Forkable):
         """Listen until the connection fails or the thread ends; return False if nothing arrives."""
         connection = self._connect()
         try:
-            connection.script(f"LISTEN {quoted(self._options.schema)}")
+            listen = f"LISTEN {quoted(self._options.schema)}"
+            connection.script(listen)
             # From now on no notification is missed; read what happened before.
             ((touching,),) = connection.rows(TOUCHING)
             self.tell(touching)
+            # Leaving its pipeline mode, the driver may send a Flush after the last Sync. A pooler
+            # then keeps the server's session for this client until another statement ends, and the
+            # probe would succeed. A second LISTEN has no other effect.
+            connection.script(listen)
             if not self._arrives(connection):
                 self._log_state(
                     logging.WARNING,
